@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all a newcomer needs: each sets itself up in .venv on its first run.
+#
+#   PYTHON       the interpreter to start from (3.10 to 3.13)
+#   TORCH_INDEX  where to get torch. Empty: pip's own index. On Linux that is a CUDA build of some gigabytes; for a
+#                computer without a GPU:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   TESTS        what pytest runs, e.g.  make test TESTS=tests/test_models.py
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+TESTS ?= tests
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.sigmix-setup
+TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint types bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+setup: $(STAMP)  ## create .venv and install everything (done by the others when needed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit( \
+	  "sigmix needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d -> make PYTHON=python3.12 …" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV): 1 to 2 GB, a few minutes the first time'
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## see self-adaptation at work on a small model, on the CPU
+	$(BIN)/sigmix demo
+
+test: lint  ## lint, import rules and all tests, those with the real model too
+	$(BIN)/python -m pytest $(TESTS)
+
+test-fast: $(STAMP)  ## the tests that need no real model
+	$(BIN)/python -m pytest -m "not real" $(TESTS)
+
+lint: $(STAMP)  ## ruff and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)  ## mypy, for information
+	$(BIN)/mypy sigmix
+
+bench: $(STAMP)  ## figures against named peers
+	$(BIN)/sigmix bench
+
+clean:  ## remove .venv and what tools left behind; the cache of models stays (sigmix cache clear)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,0 +1,45 @@
+"""sigmix: self-adaptive language models (after Transformer², arXiv 2501.06252).
+
+The public names are imported on first use, so that ``import sigmix`` and ``sigmix --help`` stay light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_base": "sigmix.models",
+    "SVFConfig": "sigmix.svf.tuner",
+    "SVFModel": "sigmix.svf.tuner",
+    "Expert": "sigmix.experts.expert",
+    "Bank": "sigmix.experts.bank",
+    "Mix": "sigmix.experts.mix",
+    "Engine": "sigmix.engine",
+    "SigmixError": "sigmix.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from sigmix.engine import Engine
+    from sigmix.errors import SigmixError
+    from sigmix.experts.bank import Bank
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.mix import Mix
+    from sigmix.models import load_base
+    from sigmix.svf.tuner import SVFConfig, SVFModel
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'sigmix' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,27 @@
+"""Answers of a model in whatever adapted state it is in: the bare step that the engine and training share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sigmix.engine.decode import Row, Sampling, decode
+from sigmix.engine.prefix import prefill
+
+
+@torch.no_grad()
+def complete(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Sequence[int], pad_id: int, group: int = 1
+) -> list[Row]:
+    """`group` answers to each prompt, answers of one prompt beside each other.
+
+    Args:
+        prompts: N token-id lists. sampling: its seeds, if given, number N·group.
+    """
+    state = prefill(model, prompts, pad_id).repeat(group)
+    rows: list[Row] = []
+    for rows in decode(model, state, sampling, ends):
+        pass
+    return rows

@@ -1,0 +1,116 @@
+"""The decoding loop: greedy or sampled, finished rows leave the batch, every row has its own random stream.
+
+Sampling draws one uniform number per row and step from a generator seeded by that row's seed, so a row's answer does
+not depend on which other rows share its batch (up to the rounding of batched matmuls).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from sigmix.engine.prefix import Prefilled
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen: temperature 0 is greedy; `top_p` keeps the smallest set of that probability."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seeds: Sequence[int] | None = None
+
+
+@dataclass
+class Row:
+    """One answer as it grows: token ids (the end token included), their log-probabilities, why it ended."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str = ""
+
+
+def decode(
+    model: Any,
+    state: Prefilled,
+    sampling: Sampling,
+    ends: Sequence[int],
+    stopped: Callable[[int, Row], bool] | None = None,
+    on_drop: Callable[[list[int]], None] | None = None,
+) -> Iterator[list[Row]]:
+    """Decode answers, yielding all rows after every step (the same list, growing).
+
+    Args:
+        state: prompts read by `prefill`; its cache is used up.
+        ends: ids that end an answer; they are kept in it.
+        stopped: called with (row index, row) after each token of a row; True ends it.
+        on_drop: called with the indices of the rows that stay whenever the batch shrinks, so that per-row state of the
+            model (each row's own z) can follow.
+
+    The recorded log-probabilities are of the model's own distribution, whatever temperature and `top_p` chose with.
+    """
+    device, count = state.logits.device, len(state.logits)
+    rows = [Row() for _ in range(count)]
+    draws = _uniforms(sampling, count).to(device) if sampling.temperature > 0 else None
+    warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature > 0 else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if warpers and sampling.top_p < 1 else []
+    active = list(range(count))
+    logits, mask, lengths = state.logits, state.mask, state.lengths
+    for step in range(sampling.max_new_tokens):
+        scores = logits.float()
+        if draws is None:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = _sample(scores, warpers, draws[active, step])
+        chosen = (scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)).tolist()
+        stay = []
+        for place, (index, token, logprob) in enumerate(zip(active, tokens.tolist(), chosen, strict=True)):
+            row = rows[index]
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            if token in ends or (stopped is not None and stopped(index, row)):
+                row.finish = "stop"
+            elif len(row.ids) >= sampling.max_new_tokens:
+                row.finish = "length"
+            else:
+                stay.append(place)
+        yield rows
+        if not stay:
+            return
+        if len(stay) < len(active):
+            keep = torch.tensor(stay, device=device)
+            state.cache.batch_select_indices(keep)
+            tokens, mask, lengths = tokens[keep], mask[keep], lengths[keep]
+            active = [active[place] for place in stay]
+            if on_drop is not None:
+                on_drop(active)
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=lengths[:, None],
+            past_key_values=state.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        lengths = lengths + 1
+
+
+def _uniforms(sampling: Sampling, count: int) -> torch.Tensor:
+    seeds = list(sampling.seeds) if sampling.seeds is not None else list(range(count))
+    streams = [torch.Generator().manual_seed(int(seed) % 2**63) for seed in seeds]
+    return torch.stack([torch.rand(sampling.max_new_tokens, generator=g, dtype=torch.float64) for g in streams])
+
+
+def _sample(scores: torch.Tensor, warpers: list, draw: torch.Tensor) -> torch.Tensor:
+    for warper in warpers:
+        scores = warper(None, scores)
+    steps = scores.softmax(-1).cumsum(-1)  # on the CPU torch accumulates in double
+    # scaled by the last step so that rounding can never leave the draw beyond every token
+    return torch.searchsorted(steps, (draw.to(steps.dtype) * steps[:, -1])[:, None], right=True)[:, 0].clamp_max(
+        scores.shape[-1] - 1
+    )

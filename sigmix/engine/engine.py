@@ -1,0 +1,219 @@
+"""`Engine`: a base, wrapped once, that answers under any mix of experts. Its weights never change.
+
+One mix for the whole batch is merged (no cost per token); several mixes share one batch, each row with its own z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sigmix.engine.decode import Row, Sampling, decode
+from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
+from sigmix.engine.prefix import contiguous_head, prefill
+from sigmix.engine.prompts import check_context, encode, end_ids
+from sigmix.errors import ConfigError
+from sigmix.experts.bank import Bank
+from sigmix.experts.mix import Mix
+from sigmix.svf.layer import FORMS
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: decoded, special tokens left out. ids: the generated token ids, the end token included.
+        logprobs: natural log-probability of each id under the adapted model. mix: what answered.
+        prompt_tokens: length of the prompt. finish: "stop" or "length".
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    mix: Mix
+    prompt_tokens: int
+    finish: str
+
+
+class Engine:
+    """Generation and logits under mixes of a bank's experts.
+
+    Args:
+        model: a base from `load_base`, or a PEFT model with SVF layers.
+        tokenizer: its tokenizer.
+        bank: a `Bank`, or any mapping from names to experts; None: only the base.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, bank: Bank | Mapping[str, Any] | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.bank: Bank | Mapping[str, Any] = bank if bank is not None else {}
+        self.layers = adapted_layers(model)
+        self._checked: set[int] = set()
+        self.ends = end_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
+        contiguous_head(model)
+
+    # ------------------------------------------------------------------ prompts and mixes
+
+    def encode(self, prompt: Prompt, system: str | None = None, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt (chat template applied if there is one); ids pass through."""
+        return encode(self.tokenizer, prompt, system, chat) if isinstance(prompt, str) else list(prompt)
+
+    def z(self, mix: Mix) -> dict[str, torch.Tensor]:
+        """Effective z by matrix path, {} for the base; each expert is checked against the base once.
+
+        Raises:
+            UnknownNameError: no such expert. FingerprintError, ExpertError: an expert that does not fit this base.
+        """
+        if mix == Mix.base():
+            return {}
+        for name in mix.names():
+            expert = self.bank[name]
+            if id(expert) not in self._checked:
+                expert.check(self.model)
+                self._checked.add(id(expert))
+        return mix.z(self.bank, {path: layer.r for path, layer in self.layers.items()})
+
+    def _under(self, mixes: list[Mix], form: str | None) -> AbstractContextManager[Any]:
+        if form is not None and form not in FORMS:
+            raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
+        if len(set(mixes)) == 1 and form in (None, "merged"):
+            z = self.z(mixes[0])
+            return as_merged(self.layers, z) if z else as_base(self.layers)
+        if form == "merged":
+            raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
+        unique = {mix: self.z(mix) for mix in set(mixes)}
+        return as_rows(self.layers, [unique[mix] for mix in mixes], form or "factored")
+
+    def _mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
+        given = [mix] * count if mix is None or isinstance(mix, (Mix, str)) else list(mix)
+        if len(given) != count:
+            raise ConfigError(f"{len(given)} mixes for {count} prompts", remedy="give one mix, or one for each prompt")
+        return [Mix.base() if m is None else Mix.parse(m) if isinstance(m, str) else m for m in given]
+
+    # ------------------------------------------------------------------ work
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        form: str | None = None,
+        chat: bool | None = None,
+        batch_size: int = 64,
+    ) -> list[Generation]:
+        """Answer prompts.
+
+        Args:
+            prompts: B user turns, or token-id lists.
+            mix: one for all, or one for each; None is the base.
+            temperature: 0 is greedy. seeds: B integers, one random stream for each row; default: the row's index.
+            stop: strings that end an answer (they are cut off its text).
+            form: None picks merged for one mix and factored for several.
+            chat: apply the chat template; None: if there is one.
+
+        Raises:
+            ContextError: a prompt that cannot fit. UnknownNameError, ExpertError: see `z`. ConfigError: bad options.
+        """
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+        mixes = self._mixes(mix, len(prompts))
+        rows = [self.encode(prompt, chat=chat) for prompt in prompts]
+        for number, row in enumerate(rows):
+            check_context(self.model, row, max_new_tokens, f"prompt {number}")
+        seeds = list(seeds) if seeds is not None else list(range(len(rows)))
+        done: list[Generation] = []
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            sampling = Sampling(max_new_tokens, temperature, top_p, seeds[part])
+            last: list[Row] = []
+            for last in self._decode(rows[part], mixes[part], sampling, stop, form):
+                pass
+            done += [
+                Generation(self._text(row.ids, stop), row.ids, row.logprobs, m, len(ids), row.finish)
+                for row, m, ids in zip(last, mixes[part], rows[part], strict=True)
+            ]
+        return done
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: Prompt,
+        mix: Mix | str | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chat: bool | None = None,
+    ) -> Iterator[str]:
+        """Answer one prompt piece by piece; the pieces joined are `generate`'s text."""
+        row = self.encode(prompt, chat=chat)
+        check_context(self.model, row, max_new_tokens)
+        sampling = Sampling(max_new_tokens, temperature, top_p, [seed])
+        told = ""
+        for rows in self._decode([row], self._mixes(mix, 1), sampling, stop, None):
+            text = self._text(rows[0].ids, stop)
+            # an unfinished multi-byte character decodes to U+FFFD, and a stop string may be under way: hold those back
+            held = "" if rows[0].finish else _tail(text, stop)
+            shown = text[: len(text) - len(held)]
+            if shown.startswith(told) and len(shown) > len(told):
+                yield shown[len(told) :]
+                told = shown
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        form: str | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of token ids [B, T] (padded left or right where the mask [B, T] is 0), a mix per row."""
+        with self._under(self._mixes(mix, len(input_ids)), form):
+            positions = None
+            if attention_mask is not None:
+                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+            ).logits
+
+    def _decode(
+        self, rows: list[list[int]], mixes: list[Mix], sampling: Sampling, stop: Sequence[str], form: str | None
+    ) -> Iterator[list[Row]]:
+        def stopped(_: int, row: Row) -> bool:
+            # a stop string can begin inside an earlier token, so look at a little more than the last one
+            text = self.tokenizer.decode(row.ids[-(max(map(len, stop)) + 8) :], skip_special_tokens=True)
+            return any(mark in text for mark in stop)
+
+        one = len(set(mixes)) == 1
+        with self._under(mixes, form) as keep:
+            state = prefill(self.model, rows, self.pad_id, share=one)
+            yield from decode(self.model, state, sampling, self.ends, stopped if stop else None, keep)
+
+    def _text(self, ids: list[int], stop: Sequence[str]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
+        return text[: min(cuts)] if cuts else text
+
+
+def _tail(text: str, stop: Sequence[str]) -> str:
+    if text.endswith("�"):
+        return "�"
+    longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+    return text[len(text) - longest :] if longest else ""

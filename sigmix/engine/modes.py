@@ -1,0 +1,87 @@
+"""Switching the adapted layers of a model between the base, one merged z, and a z per row; nothing is ever rewritten.
+
+The layers are those that PEFT injected (`sigmix.svf.tuner`); a plain model gets them on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, inject_adapter_in_model
+from torch import nn
+
+from sigmix.svf.layer import SVFLinear
+from sigmix.svf.tuner import SVFConfig, svf_layers
+
+ENGINE_ADAPTER = "sigmix"
+
+
+def adapted_layers(model: nn.Module, targets: list[str] | str = "all-linear") -> dict[str, SVFLinear]:
+    """The model's SVF layers by base path, injected if it has none."""
+    layers = svf_layers(model)
+    if not layers and not isinstance(model, PeftModel):
+        inject_adapter_in_model(SVFConfig(target_modules=targets, inference_mode=True), model, ENGINE_ADAPTER)
+        layers = svf_layers(model)
+    return layers
+
+
+@contextmanager
+def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
+    """Inside, the layers compute the base's W x, bit for bit."""
+    with _restored(layers):
+        for layer in layers.values():
+            layer.unmerge()
+            layer._disable_adapters = True
+        yield
+
+
+@contextmanager
+def as_merged(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the layers hold W'(z); layers without an entry in ``z`` are the base. The kept weights come back after."""
+    with _restored(layers):
+        for path, layer in layers.items():
+            layer.row_z = None
+            if path in z:
+                layer._disable_adapters = False
+                layer.merge_z(z[path].detach().to(layer.matrix().device))
+            else:
+                layer.unmerge()
+                layer._disable_adapters = True
+        yield
+
+
+@contextmanager
+def as_rows(layers: Mapping[str, SVFLinear], rows: list[Mapping[str, torch.Tensor]], form: str) -> Iterator[Any]:
+    """Inside, row b of a batch is computed with rows[b]; yields a function that keeps only the rows with given indices.
+
+    A row's mapping may lack a layer: there it is the base.
+    """
+    with _restored(layers):
+        tables: dict[str, torch.Tensor] = {}
+        for path, layer in layers.items():
+            device = layer.matrix().device
+            one = torch.ones(layer.r)
+            tables[path] = torch.stack([row.get(path, one).float() for row in rows]).to(device)
+            layer.unmerge()
+            layer._disable_adapters = False
+            layer.form, layer.row_z = form, tables[path]
+
+        def keep(indices: list[int]) -> None:
+            for path, layer in layers.items():
+                layer.row_z = tables[path][indices]
+
+        yield keep
+
+
+@contextmanager
+def _restored(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
+    before = {path: (layer._disable_adapters, layer.form, layer.row_z) for path, layer in layers.items()}
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.unmerge()
+            layer._disable_adapters, layer.form, layer.row_z = before[path]

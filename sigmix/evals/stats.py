@@ -1,0 +1,45 @@
+"""Intervals and paired tests. scipy does the mathematics; this gives it the project's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+
+from sigmix.errors import ConfigError
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> dict[str, float]:
+    """Exact two-sided McNemar test on the same items.
+
+    Returns:
+        won: items that only ours has right. lost: items that only theirs has right. p: the p-value (1 without any).
+    """
+    if len(ours) != len(theirs):
+        raise ConfigError(f"a paired test needs the same items: {len(ours)} against {len(theirs)}")
+    won = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return {"won": won, "lost": lost, "p": p}
+
+
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: int = 10_000, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean difference over the same items and its percentile bootstrap interval (items resampled in pairs)."""
+    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    if not len(difference):
+        return 0.0, -1.0, 1.0
+    random = np.random.default_rng(seed)
+    means = difference[random.integers(0, len(difference), (draws, len(difference)))].mean(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(difference.mean()), float(low), float(high)

@@ -1,0 +1,1 @@
+"""Experts: one z per adapted matrix with its provenance; mixtures of experts; folders of experts."""

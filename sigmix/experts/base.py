@@ -1,0 +1,124 @@
+"""What an expert needs to know of its base: its linear layers by path, its parameters, its name.
+
+A base comes plain, wrapped by PEFT, or with `SVFLinear` layers injected and even merged; all of these are the same base
+and give the same answers here, because names are normalised and a merged layer answers with its kept original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sigmix.errors import ExpertError
+from sigmix.svf.decompose import Factors, cached_decompose
+from sigmix.svf.layer import SVFLinear
+from sigmix.svf.tuner import base_path
+
+LINEAR = (nn.Linear, Conv1D, SVFLinear)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrappers; adapted layers stay in it."""
+    while True:
+        if isinstance(model, BaseTuner):
+            model = model.model
+        elif isinstance(model, PeftModel):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers by their path in the base: `nn.Linear`, `Conv1D` or the `SVFLinear` around one."""
+    found: dict[str, nn.Module] = {}
+    for name, module in bare(model).named_modules():
+        if isinstance(module, LINEAR):
+            # an SVFLinear comes before the layer that it wraps, whose normalised path is the same
+            found.setdefault(base_path(name), module)
+    return found
+
+
+def matrix_of(module: nn.Module) -> torch.Tensor:
+    """The base weight of one of `linears`, [out, in], never a merged one."""
+    if isinstance(module, SVFLinear):
+        return module.matrix()
+    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def factors_of(module: nn.Module) -> Factors:
+    """float32 factors of one of `linears`: those in use, or those of the cache (computed once if need be).
+
+    A bfloat16 base holds its short side rounded to bfloat16, which is too coarse to tell bases apart, so the factors
+    that it was rounded from are taken from the cache.
+
+    Raises:
+        CacheError, OutputError: see `sigmix.svf.decompose.cached_decompose`.
+    """
+    if not isinstance(module, SVFLinear):
+        return cached_decompose(matrix_of(module))
+    module.ensure_factors()
+    if module.svf_short is not None and module.svf_short.dtype in (torch.float32, torch.float64):
+        return Factors(module.svf_short.float(), module.svf_s, module.side)
+    return cached_decompose(module.matrix(), cache=module._cache)
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's own parameters by path, sorted; adapters' are left out and tied ones appear once.
+
+    Raises:
+        ExpertError: weights are on the meta device, so there are no values.
+    """
+    model = bare(model)
+    adapters: set[int] = set()
+    originals: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        # the latter are PEFT's modules_to_save: trained copies of whole modules
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for attribute in module.adapter_layer_names:
+                adapters.update(_ids(getattr(module, attribute, None)))
+        if isinstance(module, SVFLinear):
+            matrix = module.matrix()
+            originals[id(module.get_base_layer().weight)] = matrix.T if module.transposed else matrix
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    every = [
+        (base_path(name).replace(".original_module.", "."), parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    ]
+    for name, parameter in sorted(every, key=lambda item: item[0]):
+        if id(parameter) in adapters or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        kept = originals.get(id(parameter))
+        # the parameter itself where nothing is merged: it lives as long as the model, so its digest can be remembered
+        same = kept is None or kept.data_ptr() == parameter.data_ptr()
+        found[name] = parameter if same else kept  # type: ignore[assignment]
+        if found[name].is_meta:
+            raise ExpertError(f"the base's weight {name} has no values yet (meta device)", remedy="load the base fully")
+    return found
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """The base's name and dtype: ``sigmix_base["name"]`` if `load_base` made it, else transformers' name of it."""
+    model = bare(model)
+    own = getattr(model, "sigmix_base", None) or {}
+    config = getattr(model, "config", None)
+    name = own.get("name") or getattr(config, "_name_or_path", None) or type(model).__name__
+    dtypes = [p.dtype for p in parameters(model).values() if p.ndim > 1] or [torch.float32]
+    return {"name": str(name), "dtype": str(dtypes[0]).removeprefix("torch.")}
+
+
+def _ids(container: Any) -> Iterable[int]:
+    if isinstance(container, nn.Parameter):
+        return [id(container)]
+    if isinstance(container, nn.Module):
+        return [id(parameter) for parameter in container.parameters()]
+    return []

@@ -1,0 +1,249 @@
+"""`Expert`: an immutable set of z with its provenance, loaded from, saved to and checked against a base.
+
+    expert = Expert.from_model(peft_model, name="arithmetic", meta={"domain": "arithmetic"})
+    expert.save("experts/arithmetic")
+    expert = Expert.load("experts/arithmetic", base=model)      # raises unless it was made on this very base
+
+What it does not do: apply itself. `sigmix.engine` and PEFT do that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigmix.errors import ExpertError, FingerprintError, UnknownNameError
+from sigmix.experts import directory
+from sigmix.experts.base import describe, factors_of, linears, matrix_of
+from sigmix.experts.fingerprint import fingerprint, short
+from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
+from sigmix.experts.sketch import TOLERANCE, Sketch, compare, sketch
+from sigmix.files import write_json, write_text
+from sigmix.svf.tuner import svf_layers
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """One z per adapted matrix, and where it came from. Two experts are equal if name, z and metadata are.
+
+    Attributes:
+        name: lower-case letters, digits, ``.``, ``_``, ``-``.
+        z: {module path in the base: float32 [r] on the CPU}, r = min(out, in); copies, to be read only.
+        meta: read-only; keys as in `sigmix.experts.metadata`.
+
+    Raises:
+        ExpertError: the name, a z (NaN, infinite, negative, no float vector) or the metadata cannot be.
+    """
+
+    name: str
+    z: Mapping[str, torch.Tensor]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        owner = f"expert {check_name(self.name)!r}"
+        z = check_z(self.z, owner)
+        check_meta(self.meta, z, owner)
+        object.__setattr__(self, "z", MappingProxyType(z))
+        object.__setattr__(self, "meta", freeze(self.meta))
+
+    # ------------------------------------------------------------------ making
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], base: nn.Module | None = None) -> Expert:
+        """Read an expert's directory, ours or one that PEFT or TRL saved.
+
+        Args:
+            base: check it against this model at once (`check`).
+
+        Raises:
+            ExpertError: damaged, incomplete, or no SVF adapter. FingerprintError: made on another base.
+        """
+        expert = cls(*directory.read(Path(path).expanduser()))
+        if base is not None:
+            expert.check(base)
+        return expert
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, adapter: str = "default", *, name: str, meta: Mapping[str, Any] | None = None
+    ) -> Expert:
+        """The expert that a PEFT model's adapter is: its effective z, the base's fingerprint, sketches.
+
+        Args:
+            model: a PEFT model or one with `SVFLinear` layers injected; merged or not.
+            meta: task, domain, description, objective, seed, commit, metrics, license, training.
+
+        Raises:
+            ExpertError: nothing is adapted, or z cannot be an expert's. UnknownNameError: no such adapter or key.
+        """
+        authors = check_authors(meta)
+        layers = svf_layers(model)
+        known = {one for layer in layers.values() for one in layer.svf_z}
+        if not known:
+            raise ExpertError("the model has no SVF layer", remedy="wrap it: get_peft_model(model, SVFConfig())")
+        if adapter not in known:
+            raise UnknownNameError("adapter", adapter, known)
+        z = {path: layer.effective_z([adapter]) for path, layer in layers.items() if adapter in layer.svf_z}
+        return cls(name, z, authors)._sealed(model)
+
+    def with_meta(self, **changes: Any) -> Expert:
+        """The same expert with other author metadata, such as ``metrics=[…]``; None removes a key.
+
+        Raises:
+            UnknownNameError: a key that authors cannot set.
+        """
+        meta = {**thaw(self.meta), **check_authors(changes)}
+        return replace(self, meta={key: value for key, value in meta.items() if value is not None})
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def verified(self) -> bool:
+        """Whether it knows the base that it was made on, so that `check` can tell."""
+        return bool((self.meta.get("base") or {}).get("fingerprint"))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 over paths and z."""
+        return digest_of(self.z)
+
+    def gain(self, path: str) -> torch.Tensor:
+        """z - 1 of one matrix, float32 [r].
+
+        Raises:
+            UnknownNameError: the expert does not adapt it.
+        """
+        if path not in self.z:
+            raise UnknownNameError("matrix", path, self.z)
+        return self.z[path] - 1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Expert):
+            return NotImplemented
+        return (self.name, self.digest, thaw(self.meta)) == (other.name, other.digest, thaw(other.meta))
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.digest))
+
+    def __repr__(self) -> str:
+        base = (self.meta.get("base") or {}).get("name", "unknown")
+        return f"Expert({self.name!r}, {len(self.z)} matrices, base={base!r}, verified={self.verified})"
+
+    # ------------------------------------------------------------------ writing and checking
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the directory, whole or not at all; equal experts give equal bytes.
+
+        Raises:
+            OutputError: ``path`` holds other files than an expert's, or cannot be written.
+        """
+        path = Path(path).expanduser()
+        directory.write(path, self.name, self.z, self.meta)
+        return path
+
+    def check(self, base: nn.Module, *, sketches: bool = True, tolerance: float = TOLERANCE) -> None:
+        """Raise unless this expert means on ``base`` what it meant where it was made.
+
+        The fingerprint is compared, every matrix must be there with the right size, and the sketches must come out as
+        stored. An expert that is not `verified` has only its matrices checked.
+
+        Args:
+            base: a model in any state that `fingerprint` understands.
+            sketches: False skips the sketches and with them the decomposition of a base that is not adapted yet.
+            tolerance: see `sigmix.experts.sketch.TOLERANCE`.
+
+        Raises:
+            FingerprintError: made on another base. ExpertError: a matrix is missing or differs in size or basis.
+        """
+        mine = self.meta.get("base") or {}
+        if mine.get("fingerprint") and (found := fingerprint(base)) != mine["fingerprint"]:
+            raise self._foreign(mine, {**describe(base), "fingerprint": found})
+        layers = self._layers(base)
+        for path, stored in (self.meta.get("sketches") or {}).items() if sketches and self.verified else ():
+            compare(self.name, path, Sketch.from_json(stored), self._sketch(path, layers[path]), tolerance)
+
+    def _sealed(self, base: nn.Module) -> Expert:
+        """This expert with the base's name and fingerprint, matrix sizes and sketches."""
+        layers = self._layers(base)
+        made = {
+            "base": {**describe(base), "fingerprint": fingerprint(base)},
+            "matrices": {path: list(matrix_of(layers[path]).shape) for path in self.z},
+            "sketches": {path: self._sketch(path, layers[path]).to_json() for path in self.z},
+        }
+        return replace(self, meta={**thaw(self.meta), **made})
+
+    def _sketch(self, path: str, module: nn.Module) -> Sketch:
+        return sketch(path, matrix_of(module), factors_of(module), self.z[path])
+
+    def _layers(self, base: nn.Module) -> dict[str, nn.Module]:
+        """The base's layers that this expert adapts, sizes checked."""
+        every = linears(base)
+        remedy = f"load the base that it was made on: {(self.meta.get('base') or {}).get('name', 'not recorded')}"
+        layers = {path: every[path] for path in self.z if path in every}
+        if missing := [path for path in self.z if path not in layers]:
+            near = UnknownNameError("matrix", missing[0], every).message
+            raise ExpertError(
+                f"expert {self.name!r} does not fit this base, which lacks {len(missing)} of its {len(self.z)} "
+                f"matrices: {near}",
+                remedy=remedy,
+            )
+        for path, module in layers.items():
+            rows, columns = matrix_of(module).shape
+            if len(self.z[path]) != min(rows, columns):
+                raise ExpertError(
+                    f"expert {self.name!r} does not fit this base: z of {path} has {len(self.z[path])} components, but "
+                    f"the matrix is {rows}×{columns} and needs {min(rows, columns)}",
+                    remedy=remedy,
+                )
+        return layers
+
+    def _foreign(self, mine: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
+        def shown(base: Mapping[str, Any]) -> str:
+            dtype = f" in {base['dtype']}" if base.get("dtype") else ""
+            return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
+
+        remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
+        if mine.get("name") == found["name"]:
+            remedy = "the name is the same, but the weights are not: "
+            if mine.get("dtype") not in (None, found["dtype"]):
+                remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
+            else:
+                remedy += "another revision, or weights changed after loading; load the base afresh"
+        return FingerprintError(
+            f"expert {self.name!r} was made on {shown(mine)}, but this base is {shown(found)}", remedy=remedy
+        )
+
+
+def seal(
+    path: str | os.PathLike[str], base: nn.Module, *, name: str | None = None, meta: Mapping[str, Any] | None = None
+) -> Expert:
+    """Add ``sigmix.json`` (and a model card, if there is no README.md) to a directory that PEFT or TRL saved.
+
+    The caller vouches that ``base`` is what the adapter was trained on; from then on it is held to it. A directory that
+    is sealed already is checked against ``base`` and left as it is.
+
+    Args:
+        name: default: the folder's name, made valid. meta: as in `Expert.from_model`.
+
+    Raises:
+        ExpertError: the directory or its fit. FingerprintError: sealed for another base. OutputError: not writable.
+    """
+    path = Path(path).expanduser()
+    expert = Expert.load(path)
+    if expert.verified:
+        expert.check(base)
+        return expert
+    expert = Expert(name or expert.name, expert.z, {**thaw(expert.meta), **check_authors(meta)})._sealed(base)
+    write_json(path / directory.META, directory.sigmix_json(expert.name, expert.z, thaw(expert.meta)))
+    if not (path / directory.CARD).exists():
+        numbers = sum(len(value) for value in expert.z.values())
+        write_text(path / directory.CARD, directory.card(expert.name, thaw(expert.meta), len(expert.z), numbers))
+    return expert

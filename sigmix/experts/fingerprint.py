@@ -1,0 +1,67 @@
+"""The fingerprint of a base: SHA-256 over the path, shape and values of every parameter.
+
+It answers one question: is this the base that the expert was made on? Values are hashed as float32, so an exact upcast
+(bfloat16 loaded as float32) is the same base, and a rounding (float32 loaded as bfloat16) is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from sigmix.experts.base import parameters
+from sigmix.svf.decompose import weight_digest
+
+SAMPLES = 64
+
+# id of a tensor -> (the tensor, weakly, so that a reused id is noticed; its state when it was hashed; its digest)
+_KNOWN: dict[int, tuple[weakref.ref, tuple, str]] = {}
+
+
+def fingerprint(model: nn.Module, fresh: bool = False) -> str:
+    """Hex SHA-256 of a base, the same whether it is plain, PEFT-wrapped, adapted or merged.
+
+    Digests are remembered per parameter until it changes: an in-place operation, another storage, or other values at
+    64 places spread over it (edits through ``.data`` leave no other trace; PEFT's merging of a LoRA is such an edit).
+
+    Args:
+        model: the base, in any of these states. Adapter parameters (z too) do not count; tied weights count once.
+        fresh: read all values again, whatever is remembered.
+
+    Raises:
+        ExpertError: weights on the meta device.
+    """
+    found = parameters(model)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        digests = pool.map(lambda parameter: _digest(parameter, fresh), found.values())
+        total = hashlib.sha256(b"sigmix-base-v1\n")
+        for (name, parameter), digest in zip(found.items(), digests, strict=True):
+            total.update(f"{name} {tuple(parameter.shape)} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def short(full: str | None) -> str:
+    """The first twelve digits of a fingerprint, for messages."""
+    return full[:12] if full else "unknown"
+
+
+def _digest(parameter: torch.Tensor, fresh: bool) -> str:
+    state = _state(parameter)
+    known = _KNOWN.get(id(parameter))
+    if not fresh and known is not None and known[0]() is parameter and known[1] == state:
+        return known[2]
+    digest = weight_digest(parameter)
+    key = id(parameter)
+    _KNOWN[key] = (weakref.ref(parameter, lambda _: _KNOWN.pop(key, None)), state, digest)
+    return digest
+
+
+def _state(parameter: torch.Tensor) -> tuple:
+    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].float().cpu().numpy().tobytes()
+    return parameter.data_ptr(), parameter._version, parameter.dtype, tuple(parameter.shape), sample

@@ -1,0 +1,250 @@
+"""`Mix`: which experts, in what shares. z' = 1 + Σₖ αₖ (zₖ - 1), so the empty mix is the base.
+
+    Mix.parse("arithmetic:0.7 + reading:0.3")    Mix.parse("arithmetic")    Mix.parse("base")
+    Mix({"arithmetic": [0.7, 0.2, …]})           α per layer;  {"arithmetic": {path: 0.7, …}} per matrix
+
+Equal mixes have equal ids, whatever the order or spelling they were written in, so the id is a key for caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+
+from sigmix.errors import ConfigError, ExpertError, UnknownNameError
+from sigmix.experts.metadata import NAME, RESERVED, check_name
+from sigmix.svf.gains import mix_z
+
+Alpha: TypeAlias = "float | Sequence[float] | Mapping[str, float]"
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+# a weight that is no number matches too, so that the message can be about it
+TERM = re.compile(rf"\s*(?P<name>{NAME.pattern})\s*(?::\s*(?P<alpha>{NUMBER}|[^\s:+]*))?\s*(?P<end>\+|$)")
+LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+EXAMPLE = "for example 'arithmetic:0.7+reading:0.3', 'arithmetic' or 'base'"
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """An immutable mixture of experts. Equal (and hashed alike) if the non-zero weights are.
+
+    Attributes:
+        weights: {expert: α}, names sorted, zeros dropped. α is a float (the whole model), a tuple of floats (one per
+            layer, by the first number in a matrix's path) or a mapping {matrix path: float} (absent ones are 0). Any
+            finite number is allowed, negative ones and those above 1 too. A weight of ``base`` has no effect.
+
+    Raises:
+        ConfigError: an α that is not finite. ExpertError: a name that no expert can have.
+    """
+
+    weights: Mapping[str, Alpha] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = sorted((name for name in self.weights if name not in RESERVED), key=str)  # the base's gain is zero
+        clean = {check_name(name): _alpha(name, self.weights[name]) for name in names}
+        object.__setattr__(self, "weights", MappingProxyType({n: a for n, a in clean.items() if not _zero(a)}))
+
+    # ------------------------------------------------------------------ making
+
+    @classmethod
+    def base(cls) -> Mix:
+        """The empty mix: the base itself."""
+        return cls({})
+
+    @classmethod
+    def one(cls, name: str) -> Mix:
+        """One expert at weight 1, as it was trained."""
+        return cls({name: 1.0})
+
+    @classmethod
+    def parse(cls, text: str) -> Mix:
+        """A mix from ``name:weight+name:weight``; a name alone has weight 1, and ``base`` adds nothing.
+
+        Raises:
+            ConfigError: quotes the part that cannot be read and says where it stands.
+        """
+        weights: dict[str, float] = {}
+        place = 0
+        while True:
+            match = TERM.match(text, place)
+            if match is None:
+                part = re.split(r"\+(?=\s*[a-z])", text[place:])[0].strip()
+                found = repr(part) if part else "nothing"
+                raise ConfigError(
+                    f"mix {text!r}: expected name:weight, found {found} at character {place + 1}", remedy=EXAMPLE
+                )
+            name, alpha = match["name"], match["alpha"]
+            if alpha is not None and (not re.fullmatch(NUMBER, alpha) or not math.isfinite(float(alpha))):
+                raise ConfigError(
+                    f"mix {text!r}: the weight of {name} must be a finite number, not {alpha!r}", remedy=EXAMPLE
+                )
+            if name in weights:
+                raise ConfigError(f"mix {text!r} names {name} twice", remedy="add its weights up and name it once")
+            weights[name] = 1.0 if alpha is None else float(alpha)
+            place = match.end()
+            if not match["end"]:
+                return cls(weights)
+
+    @classmethod
+    def from_json(cls, value: str | Mapping[str, Any]) -> Mix:
+        """The inverse of `to_json`, from its result or from that as text.
+
+        Raises:
+            ConfigError: not an object with ``weights``.
+        """
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"a mix is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", remedy=EXAMPLE
+                ) from error
+        if not isinstance(value, Mapping) or not isinstance(value.get("weights"), Mapping):
+            raise ConfigError(
+                f"a mix in JSON is an object with 'weights', not {value!r}", remedy="{'weights': {'arithmetic': 0.7}}"
+            )
+        return cls(value["weights"])
+
+    # ------------------------------------------------------------------ reading
+
+    @cached_property
+    def id(self) -> str:
+        """Canonical text: sorted names with the shortest numbers that read back exactly, or ``base``.
+
+        Weights per layer or matrix are shown as ``name:layers~<hash>`` or ``name:matrices~<hash>``: an id to compare,
+        which `parse` refuses; use `to_json` to keep such a mix.
+        """
+        return "+".join(_shown(name, alpha) for name, alpha in self.weights.items()) or "base"
+
+    def to_json(self) -> dict[str, Any]:
+        """{"weights": {name: number, list or {path: number}}}."""
+        plain = {
+            name: dict(a) if isinstance(a, Mapping) else list(a) if isinstance(a, tuple) else a
+            for name, a in self.weights.items()
+        }
+        return {"weights": plain}
+
+    def alpha(self, name: str, path: str) -> float:
+        """α of an expert at one matrix; 0 for an expert that is not in the mix.
+
+        Raises:
+            ConfigError: weights per layer, and the matrix is in none of those layers.
+        """
+        alpha = self.weights.get(name, 0.0)
+        if isinstance(alpha, Mapping):
+            return alpha.get(path, 0.0)
+        if isinstance(alpha, tuple):
+            number = LAYER.search(path)
+            if number is None or int(number[1]) >= len(alpha):
+                where = "belongs to no layer" if number is None else f"is in layer {number[1]}"
+                raise ConfigError(
+                    f"{name} has weights for layers 0 to {len(alpha) - 1}, but {path} {where}",
+                    remedy="give one weight per layer of the model, or weights per matrix",
+                )
+            return alpha[int(number[1])]
+        return alpha  # type: ignore[return-value]
+
+    def z(self, bank: Mapping[str, Any], layers: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Effective z of every matrix of a model.
+
+        Args:
+            bank: {name: Expert}, a `Bank`, or {name: {path: z}}.
+            layers: {matrix path: r}, all that the model has adapted.
+
+        Returns:
+            {path: float32 [r]} for every path of ``layers``. A single expert at weight 1 comes bit for bit as it is
+            stored; where nothing acts z is exactly 1. An expert that does not adapt a matrix has z = 1 there.
+
+        Raises:
+            UnknownNameError: an expert that ``bank`` does not have. ConfigError: weights that name other matrices.
+            ExpertError: an expert that adapts what is not in ``layers``, or with another size.
+        """
+        experts: dict[str, Mapping[str, torch.Tensor]] = {}
+        for name, alpha in self.weights.items():
+            if name not in bank:
+                raise UnknownNameError("expert", name, bank, remedy="`sigmix experts list` shows what there is")
+            expert = bank[name]
+            experts[name] = getattr(expert, "z", expert)
+            _fits(name, alpha, experts[name], layers)
+        made = {}
+        for path, r in layers.items():
+            acting = [(z[path], self.alpha(name, path)) for name, z in experts.items() if path in z]
+            made[path] = mix_z([z for z, _ in acting], [alpha for _, alpha in acting]) if acting else torch.ones(r)
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_json() == other.to_json() if isinstance(other, Mix) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __str__(self) -> str:
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"Mix({self.id!r})"
+
+
+def _alpha(name: str, alpha: Any) -> float | tuple[float, ...] | Mapping[str, float]:
+    try:
+        if isinstance(alpha, Mapping):
+            return MappingProxyType({p: v for p, a in sorted(alpha.items()) if (v := _finite(a)) != 0})
+        if hasattr(alpha, "tolist"):  # tensors and arrays
+            alpha = alpha.tolist()
+        if isinstance(alpha, Sequence) and not isinstance(alpha, str):
+            return tuple(_finite(a) for a in alpha)
+        return _finite(alpha)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the weight of {name} must be a finite number, a list of them (per layer) or a mapping (per matrix), "
+            f"not {alpha!r}",
+            remedy=EXAMPLE,
+        ) from error
+
+
+def _finite(alpha: Any) -> float:
+    if isinstance(alpha, (str, bool)):
+        raise TypeError("not a number")
+    number = float(alpha)
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def _zero(alpha: Any) -> bool:
+    return not any(alpha.values() if isinstance(alpha, Mapping) else alpha if isinstance(alpha, tuple) else [alpha])
+
+
+def _shown(name: str, alpha: Any) -> str:
+    if not isinstance(alpha, float):
+        kind = "matrices" if isinstance(alpha, Mapping) else "layers"
+        content = sorted(alpha.items()) if isinstance(alpha, Mapping) else list(alpha)
+        return f"{name}:{kind}~{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+    # "+" joins terms, so an exponent is written without it
+    return name if alpha == 1 else f"{name}:{repr(alpha).removesuffix('.0').replace('e+', 'e')}"
+
+
+def _fits(name: str, alpha: Any, z: Mapping[str, torch.Tensor], layers: Mapping[str, int]) -> None:
+    for path, value in z.items():
+        if path not in layers:
+            raise ExpertError(
+                f"expert {name!r} adapts {path}, which this model has not adapted",
+                remedy="adapt all matrices of the bank's experts, or load the base that the expert was made on",
+            )
+        if len(value) != layers[path]:
+            raise ExpertError(
+                f"expert {name!r} has {len(value)} components for {path}, where this model has {layers[path]}",
+                remedy="load the base that the expert was made on",
+            )
+    if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layers]):
+        near = UnknownNameError("matrix", odd[0], layers).message
+        raise ConfigError(f"the weights of {name}: {near}", remedy="use the model's module paths")

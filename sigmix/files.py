@@ -1,0 +1,128 @@
+"""Paths and safe writing: nothing is lost or half-written.
+
+Everything is written beside its target under a temporary name and renamed, so a reader sees the old content, the new
+content, or nothing, never a part. Imports only the error tree and the standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sigmix.errors import OutputError
+
+
+def cache_dir() -> Path:
+    """The user's cache folder: ``$SIGMIX_CACHE``, else ``$XDG_CACHE_HOME/sigmix``, else ``~/.cache/sigmix``.
+
+    It is not created here.
+    """
+    if given := os.environ.get("SIGMIX_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sigmix"
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the operating system's refusals while writing ``path`` into one clear `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: ("the disk is full", "free some space or choose another folder"),
+            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
+            errno.EROFS: ("the file system is read-only", "choose a folder that you can write to"),
+            errno.EACCES: ("permission denied", "choose a folder that you can write to"),
+            errno.EPERM: ("permission denied", "choose a folder that you can write to"),
+            errno.ENOTDIR: ("a part of the path is a file", "choose another path"),
+            errno.EEXIST: ("the name is taken by something else", "choose another path"),
+        }
+        why, remedy = reasons.get(error.errno or 0, (error.strerror or str(error), "choose another path"))
+        raise OutputError(f"cannot write {os.fspath(path)}: {why}", remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed.
+
+    Raises:
+        OutputError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it takes the place of ``path`` (an old one is removed).
+
+    Raises:
+        OutputError: the parent folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            if path.is_dir():
+                # rename cannot replace a folder that is not empty: move the old one aside first, so that a crash
+                # between the two renames leaves it complete under its .old name
+                old = path.with_name(f".{path.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON with a final newline, atomically. NaN is refused (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

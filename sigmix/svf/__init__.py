@@ -1,0 +1,1 @@
+"""The algebra of singular-value fine-tuning: decomposition, gains, the adapted layer and its PEFT tuner."""

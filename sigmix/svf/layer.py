@@ -1,0 +1,281 @@
+"""SVFLinear: a linear layer W [m, n] whose singular values are scaled by z, W'(z) = U diag(s⊙z) Vᵀ.
+
+Four forms compute the same y = W'x (g = z - 1; V, U the square side of the decomposition, see `decompose`):
+
+    merged      W' x, with W' = W + W V diag(g) Vᵀ (m >= n) or W + U diag(g) Uᵀ W (m < n), written into the base layer
+                while the original tensor is kept aside; unmerging puts that very tensor back
+    factored    (U diag(s)) (z ⊙ Vᵀx); the only form with a gradient for z
+    gain        W (x + V (g ⊙ Vᵀx)) if m >= n, y + U (g ⊙ Uᵀy) with y = Wx if m < n; z = 1 gives W x bit for bit
+    truncated   the gain form on k components, the others sharing their s²-weighted mean gain
+
+Shapes: x [B, T, n], z [r] for the whole batch or [B, r], a row per request. The base weight is never trained and never
+changed by an update; U, s and V are buffers outside the state dict, so a checkpoint holds only z.
+
+What it does not do: quantised base layers work in the gain and truncated forms only (issue of the export work).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sigmix.errors import ConfigError
+from sigmix.svf.decompose import cached_decompose
+from sigmix.svf.gains import mix_z, truncate
+
+FORMS = ("merged", "factored", "gain", "truncated")
+
+
+class SingularScale(nn.Module):
+    """Holder of one z: `weight`, float32 [r]. A module, so that names end in ``.<adapter>.weight`` (PEFT, TRL)."""
+
+    def __init__(self, r: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(r, dtype=torch.float32, device=device))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def, override]
+        # z stays float32 in model.bfloat16(): bfloat16 has no number between 1 and 1.0078
+        kept = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, data in kept.items():
+            if self._parameters[name].dtype != data.dtype:
+                self._parameters[name].data = data.to(self._parameters[name].device)
+        return self
+
+
+class _Scale(torch.autograd.Function):
+    """h * z for h [..., r] of any dtype and float32 z [r], [B, r] or [B, 1, r]; z's gradient is summed in float32.
+
+    z itself is not rounded to h's dtype: the bfloat16 numbers next to 1 are 0.996 and 1.008. Rounded products keep
+    gains above 0.002 on average; smaller ones vanish in bfloat16 in every form.
+    """
+
+    @staticmethod
+    def forward(ctx, h, z):  # type: ignore[override]
+        ctx.save_for_backward(h, z)
+        return (h * z).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        h, z = ctx.saved_tensors
+        if z.ndim == 1:
+            dz = (grad * h).reshape(-1, h.shape[-1]).sum(0, dtype=torch.float32)
+        elif h.ndim == 2:
+            dz = (grad * h).float()
+        else:
+            dz = (grad * h).sum(1, keepdim=True, dtype=torch.float32)
+        return (grad * z).to(grad.dtype), dz
+
+
+class SVFLinear(nn.Module, BaseTunerLayer):
+    """A `torch.nn.Linear` or GPT-2 `Conv1D` with one z [r] per adapter, r = min(out_features, in_features).
+
+    Attributes:
+        form: "factored" (default), "gain" or "truncated": how an unmerged layer computes.
+        row_z: None, or float32 [B, r]: z per row of the batch, in place of the active adapters'.
+        k: components kept by the truncated form.
+    """
+
+    adapter_layer_names = ("svf_z",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, inference_mode: bool = False, cache: bool = True):
+        super().__init__()
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise ConfigError(f"SVF adapts torch.nn.Linear and Conv1D, not {type(base_layer).__name__}")
+        self.base_layer = base_layer
+        self.transposed = isinstance(base_layer, Conv1D)
+        self.out_features, self.in_features = self.matrix().shape
+        self.svf_z = nn.ModuleDict({})
+        self.svf_z_kwargs: dict = {}
+        self.form = "factored"
+        self.row_z: torch.Tensor | None = None
+        self.k: int | None = None
+        self._cache = cache
+        self._kept: torch.Tensor | None = None
+        self.merged_adapters: list[str] = []
+        for name in ("svf_short", "svf_s", "svf_long"):
+            self.register_buffer(name, None, persistent=False)
+        self.side = "in" if self.out_features >= self.in_features else "out"
+        self.update_layer(adapter_name, inference_mode=inference_mode)
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def r(self) -> int:
+        """Number of singular values, min(out_features, in_features)."""
+        return min(self.out_features, self.in_features)
+
+    def matrix(self) -> torch.Tensor:
+        """The base weight as [out, in] (a view), never a merged one."""
+        weight = self._kept if getattr(self, "_kept", None) is not None else self.get_base_layer().weight
+        return weight.data.T if self.transposed else weight.data
+
+    def ensure_factors(self) -> None:
+        """Decompose the base weight (or read the cache) if that has not been done yet; idempotent."""
+        if self.svf_short is not None and not self.svf_short.is_meta:
+            return
+        weight = self.matrix()
+        if weight.is_meta:
+            return  # PEFT's low_cpu_mem_usage: factors come with the first use
+        factors = cached_decompose(weight, cache=self._cache)
+        dtype = weight.dtype if weight.dtype in (torch.float64, torch.float16, torch.bfloat16) else torch.float32
+        self.svf_short = factors.short.to(device=weight.device, dtype=dtype).contiguous()
+        self.svf_s = factors.s.to(weight.device)
+
+    def _long(self) -> torch.Tensor:
+        # U diag(s) [m, r] or V diag(s) [n, r]; only the factored form needs it
+        if self.svf_long is None:
+            weight, short = self.matrix().float(), self.svf_short.float()
+            self.svf_long = (weight @ short if self.side == "in" else weight.T @ short).to(self.svf_short.dtype)
+            self.svf_long = self.svf_long.contiguous()
+        return self.svf_long
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def, override]
+        before = self.svf_short
+        super()._apply(fn, recurse)
+        if self._kept is not None:
+            self._kept = fn(self._kept)
+        if before is not None and self.svf_short.dtype != before.dtype:
+            # after a cast the weight is another one, and the factors are its own
+            self.svf_short = self.svf_s = self.svf_long = None
+            self.ensure_factors()
+        return self
+
+    def update_layer(self, adapter_name: str, inference_mode: bool = False, **_: object) -> None:
+        """Add an adapter with z = 1 (the base)."""
+        self.ensure_factors()
+        self.add_z(adapter_name)
+        self.set_adapter(self.active_adapters if self._has_active() else adapter_name, inference_mode=inference_mode)
+
+    def add_z(self, adapter_name: str) -> SingularScale:
+        """Add z = 1 under a name, without activating it."""
+        if "." in adapter_name or (hasattr(self.svf_z, adapter_name) and adapter_name not in self.svf_z):
+            raise ConfigError(f"an adapter cannot be named {adapter_name!r}: torch cannot use it as a module's name")
+        self.svf_z[adapter_name] = SingularScale(self.r, self.matrix().device)
+        return self.svf_z[adapter_name]
+
+    def _has_active(self) -> bool:
+        return all(name in self.svf_z for name in self.active_adapters) and bool(self.active_adapters)
+
+    # ------------------------------------------------------------------ z
+
+    def effective_z(self, names: list[str] | None = None) -> torch.Tensor:
+        """float32 [r]: z of one adapter, or 1 + Σ(z - 1) over several; differentiable for a single one."""
+        names = [n for n in (self.active_adapters if names is None else names) if n in self.svf_z]
+        if len(names) == 1:
+            return self.svf_z[names[0]].weight
+        return mix_z([self.svf_z[n].weight for n in names], [1.0] * len(names))
+
+    def get_delta_weight(self, adapter: str, z: torch.Tensor | None = None) -> torch.Tensor:
+        """W'(z) - W [out, in] in the weight's dtype, for an adapter or a given z [r]."""
+        z = self.svf_z[adapter].weight if z is None else z
+        with torch.no_grad():
+            self.ensure_factors()
+            gain = (z.detach().to(self.svf_short.device) - 1).to(self.svf_short.dtype)
+            long, short = self._long(), self.svf_short
+            return (long * gain) @ short.T if self.side == "in" else short @ (long * gain).T
+
+    # ------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def merge_z(self, z: torch.Tensor) -> None:
+        """Write W'(z) for z [r] into the base layer; the original tensor is kept and comes back with `unmerge`."""
+        base = self.get_base_layer()
+        if self._kept is None:
+            self._kept = base.weight.data
+        if bool((z == 1).all()):
+            base.weight.data = self._kept
+            return
+        delta = self.get_delta_weight("", z)
+        merged = (self.matrix().float() + delta.float()).to(self._kept.dtype)
+        base.weight.data = merged.T.contiguous() if self.transposed else merged
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base layer (PEFT's interface); several are combined by adding their gains."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_z]
+        if not names:
+            return
+        z = self.effective_z([*self.merged_adapters, *names]).detach()
+        if safe_merge and not bool(torch.isfinite(z).all()):
+            raise ValueError(f"NaN or infinite values in z of {names}; the adapter is broken")
+        self.merge_z(z)
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    def unmerge(self) -> None:
+        """Put the kept original weight back, bit for bit."""
+        if self._kept is not None:
+            self.get_base_layer().weight.data = self._kept
+            self._kept = None
+        self.merged_adapters = []
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self._kept is not None:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self._kept is not None:
+            if adapter_names is not None or self.row_z is not None:
+                raise ConfigError("rows cannot have their own z while a z is merged", remedy="unmerge it first")
+            return self.base_layer(x, *args, **kwargs)
+        if self.row_z is not None:
+            z = self.row_z.unsqueeze(1) if x.ndim == 3 else self.row_z
+        elif adapter_names is not None:
+            z = self._z_of_rows(adapter_names, x)
+        elif any(n in self.svf_z for n in self.active_adapters):
+            z = self.effective_z()
+        else:
+            return self.base_layer(x, *args, **kwargs)
+        self.ensure_factors()
+        if self.form == "factored":
+            return self._factored(x, z)
+        if self.form == "gain":
+            return self._gain(x, (z - 1).to(x.dtype), self.svf_short)
+        if self.form == "truncated":
+            return self._truncated(x, z - 1)
+        raise ConfigError(f"unknown form {self.form!r}; one of {', '.join(FORMS)}")
+
+    def _z_of_rows(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
+        one = torch.ones(self.r, device=x.device)
+        z = torch.stack([self.svf_z[n].weight if n in self.svf_z else one for n in names])
+        if len(z) != len(x):
+            raise ConfigError(f"adapter_names has {len(z)} entries for a batch of {len(x)} rows")
+        return z.unsqueeze(1) if x.ndim == 3 else z
+
+    def _factored(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        long, short = self._long(), self.svf_short
+        first, second = (short.T, long) if self.side == "in" else (long.T, short)
+        hidden = _Scale.apply(F.linear(x.to(short.dtype), first), z)
+        return F.linear(hidden, second, self._bias(hidden.dtype)).to(x.dtype)
+
+    def _gain(self, x: torch.Tensor, gain: torch.Tensor, short: torch.Tensor) -> torch.Tensor:
+        if self.side == "in":
+            return self.base_layer(x + F.linear(F.linear(x, short.T) * gain, short))
+        y = self.base_layer(x)
+        bias = self._bias(y.dtype)
+        inner = y if bias is None else y - bias
+        return y + F.linear(F.linear(inner, short.T) * gain, short)
+
+    def _truncated(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        index, common, _ = truncate(gain, self.svf_s, self.r if self.k is None else self.k)
+        rest = (gain.index_select(-1, index) - common).to(x.dtype)
+        short, common = self.svf_short[:, index], common.to(x.dtype)
+        if self.side == "in":
+            return self.base_layer(x + common * x + F.linear(F.linear(x, short.T) * rest, short))
+        y = self.base_layer(x)
+        bias = self._bias(y.dtype)
+        inner = y if bias is None else y - bias
+        return y + common * inner + F.linear(F.linear(inner, short.T) * rest, short)
+
+    def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        bias = self.get_base_layer().bias
+        return None if bias is None else bias.to(dtype)
+
+    def __repr__(self) -> str:
+        return "svf." + super().__repr__()

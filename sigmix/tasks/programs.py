@@ -1,0 +1,120 @@
+"""Tasks whose replies are programs: MBPP and HumanEval. Scoring runs the reply, so it is off without ``allow_code``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar
+
+from sigmix.tasks.base import Sample, Score
+from sigmix.tasks.benchmark import BenchmarkTask
+from sigmix.tasks.code import extract_code, require_permission, score_program
+from sigmix.tasks.registry import register
+from sigmix.tasks.rows import Row
+
+FENCE = "```python\n{}\n```"
+
+
+class ProgramTask(BenchmarkTask):
+    """``meta`` has the ``tests`` that must pass and ``entry``, the name of the function asked for."""
+
+    domain = "code"
+    max_new_tokens = 320
+    costly = True
+
+    def __init__(self, data_dir: Path | None = None, allow_code: bool = False) -> None:
+        super().__init__(data_dir)
+        self.allow_code = allow_code
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        require_permission(self.allow_code, self.name or type(self).__name__)
+        return score_program(self.program(sample, extract_code(reply)), sample.meta["tests"])
+
+    def program(self, sample: Sample, code: str) -> str:
+        """What to run for the code in a reply."""
+        return code
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        name = sample.meta["entry"]
+        stub = f"def {name}(*args, **kwargs):\n    return None"
+        return [
+            sample.prompt,
+            FENCE.format(stub),
+            FENCE.format(f"{stub}\nprint('passed')\nprint('OK')"),
+            FENCE.format(f"import os\n{stub}\nos._exit(0)"),
+            FENCE.format(f"{stub}\nraise SystemExit(0)"),
+            f"The function {name} would sort the list and return it.",
+        ]
+
+
+@register("mbpp")
+class MBPP(ProgramTask):
+    """Austin et al. 2021, arXiv:2108.07732. Splits by task_id as published: test 11-510, validation 511-600, train
+    601-974; 1-10 are the authors' prompts and are left out. The prompt shows the first test, because the name and
+    the arguments of the function are in no other place; scoring uses all of them."""
+
+    description = "Short Python functions from a sentence (MBPP)."
+    license = "CC BY 4.0"
+    files: ClassVar = {"all": "mbpp/mbpp.jsonl"}
+    hub, hub_configs = "google-research-datasets/mbpp", ("full",)
+    hub_splits: ClassVar = {"train": "train", "validation": "validation", "test": "test"}
+
+    def sample(self, row: Row) -> Sample | None:
+        number = row.get("task_id", kind=int)
+        if number <= 10:
+            return None
+        tests = row.get("test_list", kind=list)
+        if not tests:
+            raise row.bad("no tests")
+        code = row.get("code", kind=str).replace("\r\n", "\n")
+        setup = str(row.data.get("test_setup_code") or "")
+        prompt = (
+            f"{row.get('text', kind=str).strip()}\nIt must pass this test:\n{tests[0]}\n"
+            "Reply with one Python code block."
+        )
+        return Sample.make(
+            prompt,
+            FENCE.format(code),
+            number=number,
+            tests="\n".join([setup, *tests]),
+            entry=_called("\n".join(tests), code),
+        )
+
+    def divide(self, tables: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+        divided: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
+        for sample in (sample for samples in tables.values() for sample in samples):
+            number = sample.meta["number"]
+            divided["test" if number <= 510 else "validation" if number <= 600 else "train"].append(sample)
+        return divided
+
+
+@register("humaneval")
+class HumanEval(ProgramTask):
+    """Chen et al. 2021, arXiv:2107.03374. A test set only: there is nothing to train on."""
+
+    description = "Python functions to complete from signature and docstring (HumanEval)."
+    license = "MIT"
+    files: ClassVar = {"test": "humaneval/HumanEval.jsonl"}
+    hub = "openai/openai_humaneval"
+    hub_splits: ClassVar = {"test": "test"}
+    only_test = True
+
+    def sample(self, row: Row) -> Sample:
+        head, name = row.get("prompt", kind=str), row.get("entry_point", kind=str)
+        asked = "Complete this Python function. Reply with the whole function in one code block."
+        prompt = f"{asked}\n{FENCE.format(head)}"
+        tests = f"{row.get('test', kind=str)}\ncheck({name})"
+        return Sample.make(
+            prompt, FENCE.format(head + row.get("canonical_solution", kind=str)), tests=tests, entry=name, head=head
+        )
+
+    def program(self, sample: Sample, code: str) -> str:
+        """The prompt's imports and helpers, then the reply: a whole function, or the body alone."""
+        head = sample.meta["head"].rstrip() + "\n"
+        return f"{head}    pass\n\n{code}" if f"def {sample.meta['entry']}" in code else head + code
+
+
+def _called(tests: str, code: str) -> str:
+    """The function that the tests call, which is one that the published solution defines."""
+    defined = set(re.findall(r"def\s+(\w+)", code))
+    return next((name for name in re.findall(r"(\w+)\s*\(", tests) if name in defined), "solution")

@@ -1,0 +1,211 @@
+"""Tasks by name: ``NAME[?key=value&key=value]``, from this package, a user's file, or an installed plug-in.
+
+    get_task("addition?digits=3")
+    get_task("rg:chain_sum?max_terms=2", suffix="Answer with the number only.")
+    get_task("my/task.py:double")          # a file with an @register'ed factory, an @skill, or a Task subclass
+
+Values are JSON where they parse as JSON and strings where they do not; "%26" and the like are decoded. A plug-in is a
+package with an entry point in the group ``sigmix.tasks`` that gives a factory or a Task subclass.
+
+A user's file and a plug-in are code and run with the user's rights: nothing here isolates them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from sigmix.errors import ConfigError, SigmixError, TaskError, UnknownNameError
+from sigmix.tasks.base import Task
+
+Factory = Callable[..., Task]
+ENTRY_POINTS = "sigmix.tasks"
+_BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.datasets", "sigmix.tasks.programs")
+_FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:?]+)")
+
+_built_in: dict[str, Factory] = {}
+_target = _built_in  # where `register` writes; a user's file gets its own table, so it can reuse any name
+_loaded = False
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: make a factory (a function with options as keyword arguments, or a Task class) known as ``name``.
+
+    Parameters called ``data_dir`` and ``allow_code`` receive those arguments of `get_task`.
+
+    Raises:
+        TaskError: the name is taken or holds one of ":?&= ".
+    """
+
+    def decorate(factory: Factory) -> Factory:
+        if not name or set(name) & set(":?&= "):
+            raise TaskError(f"a task cannot be called {name!r}", remedy="leave out blanks and the characters : ? & =")
+        if name in _target:
+            raise TaskError(f"two tasks are called {name!r}", remedy="give one of them another name")
+        _target[name] = factory
+        return factory
+
+    return decorate
+
+
+def get_task(spec: str, data_dir: Path | None = None, allow_code: bool = False, **options: Any) -> Task:
+    """Build the task that ``spec`` names.
+
+    Args:
+        spec: ``NAME``, ``rg:NAME`` or ``path/to/file.py:NAME``, with options behind a question mark.
+        data_dir: folder with local data sets; without it they come from the Hugging Face hub.
+        allow_code: permit tasks to run the program in a reply (in a sandbox).
+        options: the same as in the spec, and stronger.
+
+    Raises:
+        UnknownNameError: no such task; the message has the nearest names.
+        ConfigError: an option that the task does not have or cannot take.
+        TaskError: a user's file that cannot be loaded.
+    """
+    name, found = parse_spec(spec)
+    found.update(options)
+    factory, fixed = _factory(name)
+    known = {
+        key: parameter
+        for key, parameter in inspect.signature(factory).parameters.items()
+        if key not in ("data_dir", "allow_code", *fixed)
+    }
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for key in found:
+        if key not in known and not takes_any:
+            raise ConfigError(f"task {name} has no option {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+    parameters = inspect.signature(factory).parameters
+    given = {"data_dir": Path(data_dir) if data_dir is not None else None, "allow_code": allow_code}
+    context = {key: value for key, value in given.items() if key in parameters}
+    task = factory(**fixed, **context, **found)
+    if not isinstance(task, Task):
+        raise TaskError(f"the factory of task {name} returned a {type(task).__name__}, not a Task")
+    task.name = format_spec(name, found)
+    return task
+
+
+def task_names(families: bool = True) -> list[str]:
+    """All names that `get_task` knows, sorted. ``families=False`` leaves out ``rg:`` names (their import is slow)."""
+    names = {*_built_ins(), *_entry_points()}
+    if families:
+        from sigmix.tasks import procedural
+
+        names |= {f"rg:{name}" for name in procedural.names()}
+    return sorted(names)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split a spec into its name and options (`ConfigError` on an option without "=" or given twice)."""
+    name, _, query = spec.strip().partition("?")
+    options: dict[str, Any] = {}
+    for part in query.split("&") if query else []:
+        key, equals, text = part.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"task spec {spec!r}: option {part!r} is not of the form key=value")
+        if key in options:
+            raise ConfigError(f"task spec {spec!r}: option {key!r} is given twice")
+        text = unquote(text)
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return name, options
+
+
+def format_spec(name: str, options: dict[str, Any]) -> str:
+    """The canonical spec: options sorted, values as JSON unless a bare string reads back as itself."""
+    return name + ("?" if options else "") + "&".join(f"{key}={_encode(options[key])}" for key in sorted(options))
+
+
+def _encode(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=list)
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            text = value
+    return quote(text, safe=" ,.:;/[]{}\"'()!@$^*+-_?<>|")
+
+
+def _factory(name: str) -> tuple[Factory, dict[str, Any]]:
+    if match := _FILE.fullmatch(name):
+        return _from_file(Path(match["path"]), match["name"]), {}
+    if name.startswith("rg:"):
+        from sigmix.tasks import procedural
+
+        return procedural.make, {"dataset": name.removeprefix("rg:")}
+    if name in _built_ins():
+        return _built_in[name], {}
+    points = _entry_points()
+    if name not in points:
+        raise UnknownNameError("task", name, task_names())
+    try:
+        return points[name].load(), {}
+    except Exception as error:
+        raise TaskError(f"plug-in task {name} ({points[name].value}) does not load: {error}") from error
+
+
+def _built_ins() -> dict[str, Factory]:
+    global _loaded
+    if not _loaded:
+        _loaded = True  # before the imports: they call `register`, which must not come back here
+        for module in _BUILT_IN:
+            importlib.import_module(module)
+    return _built_in
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+@contextmanager
+def _collecting(table: dict[str, Factory]) -> Iterator[None]:
+    global _target
+    before, _target = _target, table
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def _from_file(path: Path, name: str) -> Factory:
+    if not path.is_file():
+        raise TaskError(f"task file {path} does not exist", remedy="give the path of a Python file before the colon")
+    _built_ins()  # first, or their registrations would land in the file's table
+    module_name = "sigmix_user_task_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None  # a .py file always has a spec and a loader
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look a class's module up by name
+    table: dict[str, Factory] = {}
+    try:
+        with _collecting(table):
+            module_spec.loader.exec_module(module)
+    except SigmixError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task file {path} does not load: {type(error).__name__}: {error}") from error
+    classes = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value)
+        and issubclass(value, Task)
+        and value.__module__ == module_name
+        and not inspect.isabstract(value)
+    }
+    known: dict[str, Factory] = {**classes, **table}
+    if name not in known:
+        raise UnknownNameError(f"task in {path}", name, known)
+    return known[name]

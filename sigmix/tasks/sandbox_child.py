@@ -1,0 +1,186 @@
+"""The inner half of `sandbox`: locks itself in, then runs the program and the tests. Run as a script, never imported.
+
+Arguments: descriptors of the job (JSON), of the token's pipe, and of the report's pipe. Uses the standard library
+only, since it runs with ``-I -S``. Anything that goes wrong before "ready" is the sandbox's fault.
+"""
+
+import json
+import os
+import signal
+import sys
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x00020000,
+    0x08000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+PR_SET_NO_NEW_PRIVS, CAPABILITY_VERSION_3 = 38, 0x20080522
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
+
+
+def system(call, *arguments):
+    """A call of the C library that must not fail."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, call)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), call + ": " + os.strerror(ctypes.get_errno()))
+
+
+def enter_namespaces(mounts):
+    """No network, no other processes in sight, and (with ``mounts``) mounts of our own. Returns in a new process."""
+    import ctypes
+
+    flags = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID | (CLONE_NEWNS if mounts else 0)
+    user, group = os.geteuid(), os.getegid()
+    system("unshare", ctypes.c_int(flags if user == 0 else flags | CLONE_NEWUSER))
+    if user != 0:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+
+
+def become_child(keep):
+    """Fork, so that the new process is the first of its PID namespace: all others in there die with it."""
+    child = os.fork()
+    if child == 0:
+        return
+    for end in keep:
+        os.close(end)
+
+    def stop(*_):
+        os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, stop)
+    while True:
+        try:
+            status = os.waitpid(child, 0)[1]
+            break
+        except InterruptedError:
+            continue
+    os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def build_root(root):
+    """Change the root to a folder that shows only the system's libraries and the interpreter, all read-only."""
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=32m,mode=755")
+    for path in (*SYSTEM, *dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)), *DEVICES):
+        if not os.path.exists(path) or any(path.startswith(done + "/") for done in SYSTEM):
+            continue
+        inside = root + path
+        os.makedirs(os.path.dirname(inside), mode=0o755, exist_ok=True)
+        if os.path.islink(path):
+            os.symlink(os.readlink(path), inside)
+        elif path in DEVICES:
+            open(inside, "w").close()
+            mount(path, inside, None, MS_BIND)
+        else:
+            os.mkdir(inside, 0o755)
+            mount(path, inside, None, MS_BIND)
+            mount("none", inside, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    for name in ("/run", "/tmp"):
+        os.mkdir(root + name)
+        os.chmod(root + name, 0o777)
+    os.chroot(root)
+    os.chdir("/run")
+
+
+def mount(source, target, kind, flags, options=None):
+    import ctypes
+
+    encoded = [None if text is None else text.encode() for text in (source, target, kind, options)]
+    system("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
+
+
+def block_sockets():
+    """Where there is no namespace: take Python's sockets away. A program can get around it."""
+    import _socket
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("no network in the sandbox")
+
+    class NoSocket(_socket.socket):  # a class, because the socket module derives its own from it
+        __slots__ = ()
+        __init__ = refuse
+
+    _socket.socket = _socket.SocketType = NoSocket
+    for name in ("socketpair", "getaddrinfo", "gethostbyname", "gethostbyname_ex"):
+        setattr(_socket, name, refuse)
+
+
+def limit(job):
+    import resource
+
+    def at_most(kind, value):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+    at_most(resource.RLIMIT_CORE, 0)
+    at_most(resource.RLIMIT_FSIZE, job["file_size"])
+    at_most(resource.RLIMIT_NOFILE, job["open_files"])
+    at_most(resource.RLIMIT_CPU, job["cpu"])
+    if sys.platform == "linux":  # macOS refuses address-space limits
+        at_most(resource.RLIMIT_AS, job["memory"])
+    if hasattr(resource, "RLIMIT_NPROC"):
+        at_most(resource.RLIMIT_NPROC, 0)
+
+
+def give_up_rights(user):
+    import ctypes  # before the user changes: nobody may be unable to read it
+
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    if sys.platform == "linux":
+        system("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+        system("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
+
+
+def main():
+    source, token_end, report_end = map(int, sys.argv[1:4])
+    write, read, leave = os.write, os.read, os._exit  # the program may replace these names, in `os` and in builtins
+    run, translate, failure = exec, compile, BaseException
+    try:
+        with open(source, "rb") as file:
+            job = json.load(file)
+        if job["level"] == "plain":
+            block_sockets()
+        else:
+            enter_namespaces(mounts=job["level"] == "jail")
+            become_child((token_end, report_end))
+            if job["level"] == "jail":
+                build_root(job["folder"])
+        limit(job)
+        give_up_rights(job["user"])
+        sys.argv[:] = ["program.py"]
+        os.environ.clear()  # Python itself puts LC_CTYPE there
+        space = {"__name__": "__main__", "__builtins__": __builtins__}
+    except BaseException as error:
+        write(report_end, f"set-up failed: {type(error).__name__}: {error}\n".encode())
+        leave(1)
+    write(report_end, b"ready\n")
+    try:
+        program, tests = job["program"], translate(job["tests"], "tests.py", "exec")
+        run(translate(program, "program.py", "exec"), space)
+        run(tests, space)
+    except failure as error:  # SystemExit too: a program that leaves before its tests has not passed them
+        try:
+            reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+        except BaseException:
+            reason = "an error that cannot be printed"
+        write(report_end, f"{reason}\n".encode("utf-8", "replace"))
+        leave(1)
+    write(report_end, b"passed " + read(token_end, 64) + b"\n")
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

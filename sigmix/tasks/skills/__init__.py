@@ -1,0 +1,11 @@
+"""Small generated tasks that a 135M-parameter model can learn: short prompts, short answers, strict verifiers.
+
+Each is a function from a seeded `random.Random` to an `Item`; `skill` turns it into a registered task. Importing this
+package registers all of them.
+"""
+
+from __future__ import annotations
+
+from sigmix.tasks.skills import arithmetic, formats, logic, reading, wording
+
+__all__ = ["arithmetic", "formats", "logic", "reading", "wording"]

@@ -1,0 +1,152 @@
+"""What is trained: a policy knows its parameters and puts the model into three states.
+
+    acting      rollouts and validation: merged weights, no cost per token
+    learning    gradients reach the parameters, never W
+    reference   the base, exactly
+
+`SVFPolicy` is the paper's. `LoRAPolicy` is PEFT's own LoRA in the same loop, for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.utils import parametrize
+
+from sigmix.engine.modes import as_base, as_merged
+from sigmix.svf.gains import reference_z
+from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.train.config import TrainConfig
+
+
+class Policy(Protocol):
+    """The interface of the loop."""
+
+    model: nn.Module
+
+    def parameters(self) -> dict[str, nn.Parameter]: ...
+    def acting(self) -> AbstractContextManager[None]: ...
+    def learning(self) -> AbstractContextManager[None]: ...
+    def reference(self) -> AbstractContextManager[None]: ...
+    def after_step(self) -> None: ...
+    def z(self) -> dict[str, torch.Tensor]: ...
+
+
+class ReferenceZ(nn.Module):
+    """z from the raw parameter p as in the public implementation; p starts at 0.1 + 0.01·N(0, 1)."""
+
+    def __init__(self, s: torch.Tensor, generator: torch.Generator) -> None:
+        super().__init__()
+        self.register_buffer("s", s, persistent=False)
+        self.start = 0.1 + 0.01 * torch.randn(len(s), generator=generator)
+
+    def forward(self, p: torch.Tensor) -> torch.Tensor:
+        return reference_z(p, self.s)
+
+    def right_inverse(self, z: torch.Tensor) -> torch.Tensor:
+        return self.start.to(z.device)
+
+
+class SVFPolicy:
+    """z on the singular values (section 3.1 of the paper), through PEFT."""
+
+    def __init__(self, base: nn.Module, config: TrainConfig) -> None:
+        targets = SVFConfig(target_modules=config.targets, layers_to_transform=config.layers)
+        self.model = get_peft_model(base, targets).eval()  # type: ignore[arg-type]
+        self.layers = svf_layers(self.model)
+        self.direct = config.parameterisation == "direct"
+        if not self.direct:
+            random = torch.Generator().manual_seed(config.seed)
+            for layer in self.layers.values():
+                holder = layer.svf_z["default"]
+                parametrize.register_parametrization(holder, "weight", ReferenceZ(layer.svf_s, random))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """{path: float32 [r]}: z itself, or p under the reference parameterisation."""
+        if self.direct:
+            return {path: layer.svf_z["default"].weight for path, layer in self.layers.items()}
+        return {p: layer.svf_z["default"].parametrizations.weight.original for p, layer in self.layers.items()}
+
+    def z(self) -> dict[str, torch.Tensor]:
+        """Effective z by path, float32 [r] on the CPU, detached."""
+        return {path: layer.svf_z["default"].weight.detach().cpu().clone() for path, layer in self.layers.items()}
+
+    def acting(self) -> AbstractContextManager[None]:
+        return as_merged(self.layers, self.z())
+
+    def reference(self) -> AbstractContextManager[None]:
+        return as_base(self.layers)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.form = "factored"
+        yield
+
+    def after_step(self) -> None:
+        # a negative factor would turn a component round, which is not a volume; no file may hold one
+        if self.direct:
+            with torch.no_grad():
+                for parameter in self.parameters().values():
+                    parameter.clamp_(min=0.0)
+
+
+class LoRAPolicy:
+    """PEFT's LoRA in the same loop; acting merges into copies, so the base stays bit for bit."""
+
+    def __init__(self, base: nn.Module, config: TrainConfig) -> None:
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.targets,
+        )
+        self.model = get_peft_model(base, lora).eval()  # type: ignore[arg-type]
+        self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def z(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        kept = [layer.get_base_layer().weight.data for layer in self._layers]
+        try:
+            for layer, weight in zip(self._layers, kept, strict=True):
+                layer.get_base_layer().weight.data = weight.clone()
+            self.model.merge_adapter()
+            yield
+        finally:
+            for layer, weight in zip(self._layers, kept, strict=True):
+                layer.merged_adapters.clear()
+                layer.get_base_layer().weight.data = weight
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with self.model.disable_adapter():
+            yield
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        self.model.train()  # for dropout; norms and attention of causal LMs do not depend on it otherwise
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def after_step(self) -> None:
+        pass
+
+
+def make_policy(base: Any, config: TrainConfig) -> SVFPolicy | LoRAPolicy:
+    """The policy that the configuration names, injected into the base."""
+    return SVFPolicy(base, config) if config.policy == "svf" else LoRAPolicy(base, config)

@@ -1,0 +1,111 @@
+"""Rollouts: prompts of a step, answers of the acting policy, rewards of the verifier."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sigmix.engine.complete import complete
+from sigmix.engine.decode import Sampling
+from sigmix.engine.prompts import check_context, encode
+from sigmix.tasks.base import Sample, Task
+
+
+@dataclass
+class Rollouts:
+    """Answers of one step, `group` beside each other for each prompt.
+
+    Attributes:
+        prompts: N token-id lists. answers: N·group token-id lists, as sampled (never retokenised), end token included.
+        texts: their decoded texts. rewards: float32 [N·group] in [-1, 1], NaN where unscorable. extracted: what the
+            verifier read.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    texts: list[str]
+    rewards: torch.Tensor
+    extracted: list[str | None]
+
+    def padded(self, rows: slice, fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids int64 [n, C] and mask bool [n, C] of some answers, right-padded."""
+        part = self.answers[rows]
+        width = max(map(len, part))
+        ids = torch.tensor([row + [fill] * (width - len(row)) for row in part])
+        mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in part])
+        return ids, mask
+
+
+class PromptStream:
+    """Which samples a step sees: epochs over the training set, each in its own seeded order; a function of the step."""
+
+    def __init__(self, samples: Sequence[Sample], per_step: int, seed: int) -> None:
+        self.samples, self.per_step, self.seed = list(samples), per_step, seed
+
+    def step(self, number: int) -> list[Sample]:
+        """The samples of step `number` (from 0)."""
+        chosen = []
+        for place in range(number * self.per_step, (number + 1) * self.per_step):
+            epoch, index = divmod(place, len(self.samples))
+            chosen.append(self.samples[self._order(epoch)[index]])
+        return chosen
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, order = epoch, list(range(len(self.samples)))
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._indices = order
+        return self._indices
+
+
+def row_seed(seed: int, step: int, row: int) -> int:
+    """A random stream's seed for one answer of one step, independent of everything else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{row}".encode()).digest()[:7], "big")
+
+
+class Actor:
+    """Answers and scores samples with a model in whatever state it is in."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, ends: list[int], pad_id: int) -> None:
+        self.model, self.tokenizer, self.task, self.ends, self.pad_id = model, tokenizer, task, ends, pad_id
+        self._encoded: dict[str, list[int]] = {}
+
+    def encode(self, sample: Sample) -> list[int]:
+        """Prompt ids of a sample, kept for the next time."""
+        if sample.id not in self._encoded:
+            self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system)
+        return self._encoded[sample.id]
+
+    def roll(self, samples: Sequence[Sample], sampling: Sampling, group: int) -> Rollouts:
+        """`group` sampled answers to each sample, scored."""
+        prompts = [self.encode(sample) for sample in samples]
+        for sample, ids in zip(samples, prompts, strict=True):
+            check_context(self.model, ids, sampling.max_new_tokens, f"sample {sample.id} of {self.task.name}")
+        rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, group)
+        texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
+        scores = [self.task.score(samples[i // group], text) for i, text in enumerate(texts)]
+        rewards = torch.tensor([float("nan") if s.value is None else 2 * s.value - 1 for s in scores])
+        return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [s.answer for s in scores])
+
+    def gold(self, samples: Sequence[Sample]) -> Rollouts:
+        """The gold replies in the shape of rollouts, for the next-token objective."""
+        answers = []
+        for sample in samples:
+            ids = self.tokenizer(sample.gold, add_special_tokens=False)["input_ids"]
+            answers.append([*ids, self.ends[0]] if self.ends else list(ids))
+        texts = [sample.gold for sample in samples]
+        return Rollouts([self.encode(s) for s in samples], answers, texts, torch.ones(len(texts)), list(texts))
+
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int, rows: int = 64) -> list[str]:
+        """Greedy replies."""
+        texts: list[str] = []
+        for start in range(0, len(samples), rows):
+            part = [self.encode(sample) for sample in samples[start : start + rows]]
+            done = complete(self.model, part, Sampling(max_new_tokens), self.ends, self.pad_id)
+            texts += [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
+        return texts

@@ -1,0 +1,115 @@
+"""One step of training: rollouts, the base's logits, loss and gradient in micro-batches, update."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sigmix.engine.decode import Sampling
+from sigmix.engine.prefix import answer_logits, prefill
+from sigmix.tasks.base import Sample
+from sigmix.train.config import TrainConfig
+from sigmix.train.losses import TokenStats, advantages, reinforce_loss, sft_loss, token_stats
+from sigmix.train.policy import LoRAPolicy, SVFPolicy
+from sigmix.train.rollout import Actor, Rollouts, row_seed
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of a step (from 0): cosine from `lr` to zero over `steps`, or constant."""
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+class Learner:
+    """Holds policy and optimiser, and takes steps.
+
+    Args:
+        policy: what is trained. actor: how it answers and is scored. config: the run.
+        max_new_tokens: answer budget.
+    """
+
+    def __init__(self, policy: SVFPolicy | LoRAPolicy, actor: Actor, config: TrainConfig, max_new_tokens: int) -> None:
+        self.policy, self.actor, self.config, self.max_new_tokens = policy, actor, config, max_new_tokens
+        self.parameters = policy.parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=0.0)
+
+    def step(self, number: int, samples: Sequence[Sample]) -> dict[str, float]:
+        """Take step `number` on some samples; returns figures of the step (before the update)."""
+        config = self.config
+        with self.policy.acting():
+            rollouts = self._rollouts(number, samples)
+        group = len(rollouts.answers) // len(rollouts.prompts)
+        advantage = advantages(rollouts.rewards, group, config.baseline)
+        known = int((~rollouts.rewards.isnan()).sum())
+        totals = Counter[str]()
+        self.optimizer.zero_grad(set_to_none=True)
+        prompts_at_once = max(config.micro // group, 1)
+        for start in range(0, len(rollouts.prompts), prompts_at_once):
+            part = slice(start * group, (start + prompts_at_once) * group)
+            prompts = rollouts.prompts[start : start + prompts_at_once]
+            ids, mask = rollouts.padded(part, self.actor.pad_id)
+            stats = self._stats(prompts, ids, mask, group)
+            usable = ~rollouts.rewards[part].isnan()
+            if config.objective == "sft":
+                loss = sft_loss(stats, mask.sum(1), config.kl_weight, max(known, 1))
+            else:
+                stats.kl = stats.kl * usable
+                loss = reinforce_loss(stats, advantage[part], config.kl_weight, max(known, 1))
+            loss.backward()
+            totals["loss"] += float(loss.detach())
+            totals["kl"] += float(stats.kl.detach().sum())
+            totals["entropy"] += float(stats.entropy.sum())
+            totals["tokens"] += int(mask.sum())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
+        rate = learning_rate(config, number)
+        figures = self._figures(rollouts, totals, float(norm), rate)
+        if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
+            for group_ in self.optimizer.param_groups:
+                group_["lr"] = rate
+            self.optimizer.step()
+            self.policy.after_step()
+        return figures
+
+    def _rollouts(self, number: int, samples: Sequence[Sample]) -> Rollouts:
+        config = self.config
+        if config.objective == "sft":
+            return self.actor.gold(samples)
+        count = len(samples) * config.group
+        seeds = [row_seed(config.seed, number, row) for row in range(count)]
+        sampling = Sampling(self.max_new_tokens, config.temperature, 1.0, seeds)
+        return self.actor.roll(samples, sampling, config.group)
+
+    def _stats(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor, group: int) -> TokenStats:
+        model, pad = self.policy.model, self.actor.pad_id
+        device = model.get_input_embeddings().weight.device
+        ids, mask = ids.to(device), mask.to(device)
+        reference = None
+        if self.config.kl_weight > 0:
+            with torch.no_grad(), self.policy.reference():
+                reference = answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
+        with self.policy.learning():
+            logits = answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
+        stats = token_stats(logits, reference, ids, mask, self.config.kl)
+        return TokenStats(stats.logprob.cpu(), stats.kl.cpu(), stats.entropy.cpu())
+
+    def _figures(self, rollouts: Rollouts, totals: Any, norm: float, rate: float) -> dict[str, float]:
+        rewards, tokens = rollouts.rewards, max(totals["tokens"], 1)
+        known = rewards[~rewards.isnan()]
+        common = Counter(rollouts.texts).most_common(1)[0][1] / len(rollouts.texts)
+        return {
+            "reward": float(known.mean()) if len(known) else 0.0,
+            "right": float((known == 1).float().mean()) if len(known) else 0.0,
+            "unscorable": int(rewards.isnan().sum()),
+            "loss": totals["loss"],
+            "kl": totals["kl"] / tokens,
+            "entropy": totals["entropy"] / tokens,
+            "grad_norm": norm,
+            "lr": rate,
+            "answer_tokens": tokens / len(rollouts.answers),
+            "most_common": common,
+        }

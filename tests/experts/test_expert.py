@@ -1,0 +1,246 @@
+"""An expert goes from a model to disk and back, and cannot be changed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+import yaml
+from conftest import build_tiny
+from helpers_experts import adapted, made
+from peft import LoraConfig, get_peft_model
+
+from sigmix.errors import ExpertError, OutputError, UnknownNameError
+from sigmix.experts.expert import Expert
+from sigmix.svf.tuner import SVFConfig, svf_layers
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+META = {
+    "domain": "arithmetic",
+    "description": "Adds numbers.",
+    "objective": "reinforce",
+    "seed": 3,
+    "license": "apache-2.0",
+    "metrics": [{"name": "accuracy", "value": 0.61, "n": 500, "interval": [0.57, 0.65], "base": 0.12}],
+}
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A base folder, so that the base has a name from which PEFT can load it."""
+    build_tiny().save_pretrained(tmp_path / "tiny-base")
+    return tmp_path / "tiny-base"
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# --- making
+
+
+def test_from_model_takes_z_base_matrices_and_sketches(tiny_llama):
+    wrapped = adapted(tiny_llama)
+    expert = Expert.from_model(wrapped, name="arithmetic", meta=META)
+    layers = svf_layers(wrapped)
+    assert set(expert.z) == set(layers) == set(expert.meta["matrices"]) == set(expert.meta["sketches"])
+    for path, z in expert.z.items():
+        assert z.dtype == torch.float32
+        assert torch.equal(z, layers[path].svf_z["default"].weight)
+        assert torch.equal(expert.gain(path), z - 1)
+    assert expert.meta["matrices"]["model.layers.0.mlp.up_proj"] == (96, 64)
+    assert expert.meta["base"]["dtype"] == "float32"
+    assert expert.verified
+    assert expert.meta["metrics"][0]["n"] == 500
+
+
+def test_a_merged_model_gives_the_same_expert(tiny_llama):
+    wrapped = adapted(tiny_llama)
+    before = Expert.from_model(wrapped, name="a")
+    wrapped.merge_adapter()
+    assert Expert.from_model(wrapped, name="a") == before
+
+
+def test_it_is_a_copy_that_later_training_does_not_touch(tiny_llama):
+    wrapped = adapted(tiny_llama)
+    expert = Expert.from_model(wrapped, name="a")
+    digest = expert.digest
+    with torch.no_grad():
+        for layer in svf_layers(wrapped).values():
+            layer.svf_z["default"].weight.zero_()
+    assert replace(expert).digest == digest
+
+
+def test_one_of_several_adapters(tiny_llama):
+    wrapped = adapted(tiny_llama)
+    wrapped.add_adapter("second", SVFConfig(target_modules=["q_proj"]))
+    expert = Expert.from_model(wrapped, "second", name="a")
+    assert sorted(expert.z) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    with pytest.raises(UnknownNameError, match=r"adapter 'secnod'.*second"):
+        Expert.from_model(wrapped, "secnod", name="a")
+
+
+def test_a_model_without_svf_has_no_expert(tiny_llama):
+    with pytest.raises(ExpertError, match="no SVF layer"):
+        Expert.from_model(get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])), name="a")
+
+
+def test_it_cannot_be_changed(tiny_llama):
+    expert = made(tiny_llama, **META)
+    with pytest.raises(FrozenInstanceError):
+        expert.name = "b"
+    with pytest.raises(TypeError):
+        expert.z["x"] = torch.ones(1)
+    with pytest.raises(TypeError):
+        expert.meta["metrics"][0]["value"] = 1.0
+
+
+def test_equality_is_by_content(tiny_llama):
+    expert = made(tiny_llama, **META)
+    assert expert == replace(expert)
+    assert hash(expert) == hash(replace(expert))
+    assert expert != replace(expert, name="other")
+    assert expert != expert.with_meta(domain="sums")
+    path = next(iter(expert.z))
+    other = replace(expert, z={**expert.z, path: expert.z[path].nextafter(torch.tensor(9.0))})
+    assert other.digest != expert.digest
+    assert other != expert
+
+
+def test_metadata_can_be_replaced_but_not_invented(tiny_llama):
+    expert = made(tiny_llama, **META)
+    changed = expert.with_meta(metrics=[], domain=None)
+    assert changed.meta["metrics"] == ()
+    assert "domain" not in changed.meta
+    assert changed.meta["base"] == expert.meta["base"]
+    with pytest.raises(UnknownNameError, match=r"metadata key 'metricz'; nearest: metrics"):
+        expert.with_meta(metricz=[])
+    with pytest.raises(UnknownNameError, match="metadata key 'base'"):
+        expert.with_meta(base={})
+    with pytest.raises(UnknownNameError, match="matrix 'model.layers.0.self_attn.q_prj'"):
+        expert.gain("model.layers.0.self_attn.q_prj")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Arithmetic", "../up", "a/b", "a\\b", ".hidden", "-a", "a b", "a+b", "a:1", "ä", 7]
+)
+def test_names_that_cannot_be(name):
+    with pytest.raises(ExpertError, match="is no name for an expert"):
+        Expert(name, {"a": torch.ones(3)})
+
+
+def test_the_name_base_is_taken():
+    with pytest.raises(ExpertError, match="'base': it stands for the base"):
+        Expert("base", {"a": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    "z,says",
+    [
+        (torch.tensor([1.0, float("nan")]), "holds 1 NaN or infinite"),
+        (torch.tensor([1.0, float("inf")]), "holds 1 NaN or infinite"),
+        (torch.tensor([1.0, -0.25]), r"negative in 1 components \(lowest -0.25\)"),
+        (torch.ones(2, 2), r"vector of floats, not \(2, 2\)"),
+        (torch.ones(2, dtype=torch.int64), "vector of floats, not .*int64"),
+        ([1.0], "vector of floats, not list"),
+    ],
+)
+def test_values_that_cannot_be(z, says):
+    with pytest.raises(ExpertError, match=f"expert 'x': z of layer.a .*{says}"):
+        Expert("x", {"layer.a": z})
+
+
+def test_no_z_at_all_is_an_error():
+    with pytest.raises(ExpertError, match="no z at all"):
+        Expert("x", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_converted(dtype):
+    assert Expert("x", {"a": torch.tensor([0.5, 1.25], dtype=dtype)}).z["a"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "meta,says",
+    [
+        ({"seed": float("nan")}, "JSON"),
+        ({"task": object()}, "JSON"),
+        ({"metrics": "high"}, "'metrics' must be a list"),
+        ({"metrics": ["high"]}, "every entry of 'metrics'"),
+        ({"domain": 3}, "'domain' must be text"),
+        ({"base": {"fingerprint": 5}}, "'base' must hold text only; 'fingerprint' is not"),
+        ({"base": "smollm2-135m"}, "'base' must be an object"),
+        ({"sketches": {"a": {"norm": 1}}}, "sketch of a: not a sketch"),
+        ({"matrices": {"b": [2, 2]}}, "name different matrices"),
+        ({"matrices": {"a": [2]}}, r"must be \[out, in\]"),
+        ({"matrices": {"a": [5, 4]}}, "has 3 components, but a matrix of 5×4 has 4"),
+    ],
+)
+def test_metadata_that_cannot_be(meta, says):
+    with pytest.raises(ExpertError, match=says):
+        Expert("x", {"a": torch.ones(3)}, meta)
+
+
+# --- disk
+
+
+def test_round_trip_and_equal_bytes(tiny_llama, tmp_path):
+    expert = made(tiny_llama, **META)
+    expert.save(tmp_path / "one")
+    again = Expert.load(tmp_path / "one", base=tiny_llama)
+    assert again == expert
+    again.save(tmp_path / "two")
+    sums = [
+        {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((tmp_path / d).iterdir())}
+        for d in ("one", "two")
+    ]
+    assert sums[0] == sums[1]
+    assert set(sums[0]) == {"adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"}
+
+
+def test_saving_replaces_an_expert_and_nothing_else(tiny_llama, tmp_path):
+    expert = made(tiny_llama)
+    expert.save(tmp_path / "a")
+    expert.with_meta(domain="sums").save(tmp_path / "a")
+    assert Expert.load(tmp_path / "a").meta["domain"] == "sums"
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt; saving would delete it"):
+        expert.save(tmp_path / "a")
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "cache"]
+
+
+def test_the_card_has_a_header_that_the_hub_reads(tiny_llama, tmp_path):
+    tiny_llama.sigmix_base = {"name": "smollm2-135m"}
+    expert = made(tiny_llama, **{**META, "domain": 'odd: "domain"\n---\n# not a header'})
+    text = (expert.save(tmp_path / "a") / "README.md").read_text()
+    header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert header["base_model"] == "smollm2-135m"
+    assert header["license"] == "apache-2.0"
+    assert header["metrics"] == ["accuracy"]
+    assert header["tags"][:2] == ["sigmix", "svf"]
+    assert header["tags"][-1] == expert.meta["domain"]
+    assert "| name | base | interval | n | value |" in text
+    assert "| accuracy | 0.12 | 0.57–0.65 | 500 | 0.61 |" in text
+    assert expert.meta["base"]["fingerprint"][:12] in text
+
+
+def test_a_card_does_not_show_where_the_base_lay(named, tmp_path):
+    expert = Expert.from_model(adapted(load(named)), name="a")
+    assert str(tmp_path) not in (expert.save(tmp_path / "a") / "README.md").read_text()
+
+
+def test_json_on_disk_is_versioned_and_holds_no_path_but_the_bases(tiny_llama, tmp_path):
+    expert = made(tiny_llama, **META)
+    found = json.loads((expert.save(tmp_path / "a") / "sigmix.json").read_text())
+    assert found["schema"] == 1
+    assert found["name"] == "arithmetic"
+    assert found["z_sha256"] == expert.digest
+    assert list(found)[-1] == "sketches"
+    assert str(tmp_path) not in json.dumps(found)
