@@ -75,7 +75,7 @@ class Engine:
         """
         if mix == Mix.base():
             return {}
-        for name in mix.names():
+        for name in mix.weights:
             expert = self.bank[name]
             if id(expert) not in self._checked:
                 expert.check(self.model)

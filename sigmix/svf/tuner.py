@@ -173,12 +173,13 @@ class SVFModel(BaseTuner):
         mixed = {}
         for path, layer in layers.items():
             one = torch.ones(layer.r, device=layer.matrix().device)
-            mixed[path] = mix_z([layer.svf_z[n].weight.detach() if n in layer.svf_z else one for n in adapters], weights)
+            zs = [layer.svf_z[name].weight.detach() if name in layer.svf_z else one for name in adapters]
+            mixed[path] = mix_z(zs, weights)
         config = copy.copy(self.peft_config[adapters[0]])
         config.target_modules, config.layers_to_transform = sorted(layers), None
         self.peft_config[adapter_name] = config
         for path, layer in layers.items():
-            layer.add_z(adapter_name).weight.data.copy_(mixed[path])  # without a word on which adapters are active
+            layer.add_z(adapter_name).weight.data.copy_(mixed[path])  # which adapters are active stays as it is
             layer.svf_z[adapter_name].requires_grad_(False)
 
 

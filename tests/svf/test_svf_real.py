@@ -74,7 +74,8 @@ def test_the_count_of_the_paper_s_parameters(adapted):
 def test_the_base_bit_for_bit(base, run):
     for form in ("gain", "truncated", "merged"):
         assert torch.equal(run(form), base[2]), form
-    # the factored form multiplies by the rounded short side twice; a bfloat16 logit of 16 has a step of 0.125
+    # the factored form multiplies by the rounded short side twice; a bfloat16 logit of 16 has a step of 0.125.
+    # Measured: up to 0.003
     assert divergence(base[2], run("factored")).max() < 0.02
 
 
@@ -83,7 +84,7 @@ def test_the_forms_agree_at_small_gains(base, adapted, run):
     outputs = {form: run(form) for form in ("merged", "factored", "gain", "truncated")}
     for form, output in outputs.items():
         away = divergence(base[2], output)
-        # 30 layers in bfloat16 differ by 1e-3 nats or so between any two orders of summation
+        # 30 layers in bfloat16 differ by some 1e-3 nats between any two orders of summation; measured: up to 0.006
         near = divergence(outputs["merged"], output)
         assert near.max() < 0.02, form
         assert near.max() < 0.2 * away.max(), f"{form}: the forms are nearer to each other than to the base"

@@ -244,6 +244,12 @@ def test_a_tied_head_cannot_be_adapted_and_an_untied_one_can(tiny):
     assert torch.allclose(logits(model, IDS), unmerged, atol=1e-4, rtol=1e-4)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("name", ["half", "type", "a.b"])
+def test_names_that_torch_cannot_use(name, tiny):
+    with pytest.raises(ConfigError, match=f"cannot be named '{name}'"):
+        get_peft_model(tiny(), SVFConfig(), adapter_name=name)
+
+
 def test_registration_is_idempotent_and_like_the_string():
     from peft import mapping
 

@@ -27,9 +27,8 @@ def test_a_weighted_adapter_is_the_mixture_of_z(pair, weights_):
     pair.add_weighted_adapter(["default", "second"], weights_, "both")
     assert torch.equal(logits(pair, IDS), before), "the active adapter stays what it was"
     for layer in svf_layers(pair).values():
-        parts = [
-            layer.svf_z[n].weight.detach() if n in layer.svf_z else torch.ones(layer.r) for n in ("default", "second")
-        ]
+        first = layer.svf_z["default"].weight.detach() if "default" in layer.svf_z else torch.ones(layer.r)
+        parts = [first, layer.svf_z["second"].weight.detach()]
         assert torch.equal(layer.svf_z["both"].weight, mix_z(parts, weights_))
         assert not layer.svf_z["both"].weight.requires_grad
     pair.set_adapter("both")
@@ -49,13 +48,13 @@ def test_a_weighted_adapter_is_saved_and_loaded_whole(pair, tiny, tmp_path):
 
 
 def test_a_weighted_adapter_has_a_config_of_its_own(pair):
-    pair.add_weighted_adapter(["default"], [0.5], "half")
-    assert pair.peft_config["half"] is not pair.peft_config["default"]
-    assert {p for p, m in svf_layers(pair).items() if "half" in m.svf_z} == {
+    pair.add_weighted_adapter(["default"], [0.5], "less")
+    assert pair.peft_config["less"] is not pair.peft_config["default"]
+    assert {p for p, m in svf_layers(pair).items() if "less" in m.svf_z} == {
         p for p, m in svf_layers(pair).items() if "default" in m.svf_z
     }
     pair.delete_adapter("default")
-    pair.set_adapter("half")
+    pair.set_adapter("less")
     assert logits(pair, IDS).isfinite().all()
 
 
@@ -90,6 +89,10 @@ def test_names_hold_the_adapter_between_dots(pair):
 ARCHES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "mixtral"]
 
 
+# GPT-2 alone drops out by default, and random losses prove nothing
+STILL = {"gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
+
+
 def train(model, steps: int = 6) -> list[float]:
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
@@ -105,7 +108,7 @@ def train(model, steps: int = 6) -> list[float]:
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_a_few_steps_reduce_the_loss_and_leave_the_base_alone(arch, tiny):
-    model = get_peft_model(tiny(arch), SVFConfig())
+    model = get_peft_model(tiny(arch, **STILL.get(arch, {})), SVFConfig())
     before = weights(model)
     losses = train(model)
     assert losses[-1] < 0.95 * losses[0]
@@ -120,9 +123,8 @@ def test_a_few_steps_reduce_the_loss_and_leave_the_base_alone(arch, tiny):
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(arch, reentrant, tiny):
-    changes = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if arch == "gpt2" else {}
-    plain = get_peft_model(tiny(arch, **changes), SVFConfig())
-    saving = get_peft_model(tiny(arch, **changes), SVFConfig())
+    plain = get_peft_model(tiny(arch, **STILL.get(arch, {})), SVFConfig())
+    saving = get_peft_model(tiny(arch, **STILL.get(arch, {})), SVFConfig())
     saving.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     saving.enable_input_require_grads()
     assert saving.is_gradient_checkpointing

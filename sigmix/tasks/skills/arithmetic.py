@@ -21,7 +21,10 @@ def _sum_item(a: int, sign: str, b: int, result: int, key: str) -> Item:
     wrong = [
         str(result + 1),
         str(-result - 1),
-        f"{a} {sign} {b} = {result}",
+        f"{a} {sign} {b} = {result + 1}",
+        f"{a} {sign} {b + 1} = {result}",
+        f"{result} = {result}",
+        f"{a} {sign} {b} = {result + 1} = {result}",
         f"{result - 1} or {result}",
         f"{a} {b}",
         f"{a}{b}",
@@ -29,10 +32,16 @@ def _sum_item(a: int, sign: str, b: int, result: int, key: str) -> Item:
         f"{a} is more than {b}",
         f"It is {result + 10}, not {result}",
     ]
-    return Item(f"What is {a} {sign} {b}? {ONLY}", str(result), wrong, key=key)
+    return Item(f"What is {a} {sign} {b}? {ONLY}", str(result), wrong, {"left": f"{a} {sign} {b}"}, key=key)
 
 
-@skill("addition", domain="arithmetic", verify=strict_number, description="Add two numbers of a given length.")
+def _result(reply: str, gold: str, left: str) -> Score:
+    """The number alone, or the very equation that was asked for: "115" or "26 + 89 = 115", nothing else."""
+    asked = re.escape(left).replace(r"\ ", r"\s*").replace(r"\*", r"[*x×]")
+    return strict_number(re.sub(rf"^\s*{asked}\s*=", "", reply, count=1), gold)
+
+
+@skill("addition", domain="arithmetic", verify=_result, max_new_tokens=16, description="Add two numbers of a given length.")
 def addition(rng: random.Random, digits: int = 2) -> Item:
     a, b = _number(rng, digits), _number(rng, digits)
     return _sum_item(a, "+", b, a + b, f"{min(a, b)} {max(a, b)}")
@@ -41,7 +50,8 @@ def addition(rng: random.Random, digits: int = 2) -> Item:
 @skill(
     "subtraction",
     domain="arithmetic",
-    verify=strict_number,
+    verify=_result,
+    max_new_tokens=16,
     description="Subtract two numbers of a given length; the result is negative only if asked for.",
 )
 def subtraction(rng: random.Random, digits: int = 2, negative: bool = False) -> Item:
@@ -54,7 +64,8 @@ def subtraction(rng: random.Random, digits: int = 2, negative: bool = False) -> 
 @skill(
     "multiplication",
     domain="arithmetic",
-    verify=strict_number,
+    verify=_result,
+    max_new_tokens=16,
     description="Multiply a number from 2 to 9 with a number of a given length.",
 )
 def multiplication(rng: random.Random, digits: int = 2) -> Item:

@@ -1,0 +1,3 @@
+from sigmix.cli.app import main
+
+main()

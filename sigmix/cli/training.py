@@ -1,0 +1,122 @@
+"""`sigmix train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from sigmix.cli.shared import BASE, JSON, Progress, emit, interval
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(epilog="Example: sigmix train --task addition --out experts/addition")(train)
+
+
+def train(
+    task: str = typer.Option(..., help="What to learn: a task's name, rg:NAME, or file.py:NAME (sigmix train lists)."),
+    out: Path = typer.Option(..., help="Folder for the expert; its name is the expert's."),
+    base: str = BASE,
+    preset: str = typer.Option("laptop", help="laptop (ours, two cores) or paper (Table 6)."),
+    run: Path = typer.Option(None, help="Folder for checkpoints and metrics. Default: runs/NAME."),
+    resume: bool = typer.Option(False, "--resume", help="Go on from the run's checkpoint."),
+    seed: int = typer.Option(None, help="Of everything random."),
+    objective: str = typer.Option(None, help="reinforce (Eq. 1) or sft (next token on gold replies)."),
+    policy: str = typer.Option(None, help="svf, or lora in the same loop for comparison."),
+    steps: int = typer.Option(None, help="Optimiser steps."),
+    batch: int = typer.Option(None, help="Answers a step."),
+    group: int = typer.Option(None, help="Answers per prompt."),
+    lr: float = typer.Option(None, help="Peak learning rate (AdamW)."),
+    schedule: str = typer.Option(None, help="cosine or constant."),
+    clip: float = typer.Option(None, help="Largest gradient norm."),
+    kl_weight: float = typer.Option(None, help="λ, weight of the KL to the base."),
+    kl: str = typer.Option(None, help="exact or k3."),
+    baseline: str = typer.Option(None, help="none, mean or leave-one-out."),
+    temperature: float = typer.Option(None, help="Of the rollouts; 0 is greedy."),
+    max_new_tokens: int = typer.Option(None, help="Answer budget. Default: the task's."),
+    eval_every: int = typer.Option(None, help="Steps between validations."),
+    eval_n: int = typer.Option(None, help="Validation items."),
+    patience: int = typer.Option(None, help="Validations without a new best before stopping; 0 never."),
+    train_n: int = typer.Option(None, help="Distinct training prompts."),
+    micro: int = typer.Option(None, help="Rows per pass; bounds memory."),
+    targets: str = typer.Option(None, help="all-linear, attention, mlp, or comma-separated module names."),
+    layers: str = typer.Option(None, help="half, or comma-separated layer numbers."),
+    parameterisation: str = typer.Option(None, help="direct (z = 1 + p) or reference (sigmoid)."),
+    kl_limit: float = typer.Option(None, help="KL per token that counts as collapse."),
+    test_n: int = typer.Option(300, help="Held-out test items at the end, base and expert on the same; 0: none."),
+    data_dir: Path = typer.Option(None, help="Local JSONL data instead of the hub."),
+    allow_code: bool = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs."),
+    tensorboard: Path = typer.Option(None, help="Also write TensorBoard events to this folder."),
+    as_json: bool = JSON,
+) -> None:
+    """Train an expert by reinforcement learning on a task's correctness reward."""
+    from sigmix.evals.evaluate import compare, constant_baseline, evaluate
+    from sigmix.errors import OutputError
+    from sigmix.experts.metadata import check_name
+    from sigmix.files import atomic_file, writing
+    from sigmix.models import load_base
+    from sigmix.tasks.registry import get_task
+    from sigmix.train.config import make_config
+    from sigmix.train.loop import Trainer
+    from sigmix.train.policy import SVFPolicy
+    from sigmix.train.report import curve
+    from sigmix.train.state import RunDir
+
+    name = check_name(out.name)
+    made = get_task(task, data_dir=data_dir, allow_code=allow_code)
+    modules = targets.split(",") if targets and "," in targets else targets
+    chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
+    config = make_config(
+        preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, steps=steps, batch=batch,
+        group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
+        temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
+        patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
+        parameterisation=parameterisation, kl_limit=kl_limit,
+    )  # fmt: skip
+    if (out / "adapter_config.json").exists() and not resume:
+        raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
+    with writing(out):  # before minutes of work, not after
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out.parent / f".{name}.probe"):
+            pass
+        (out.parent / f".{name}.probe").unlink()
+    folder = RunDir(run or Path("runs") / name)
+    model, tokenizer = load_base(base)
+    with Progress(config.steps, f"training {name}", tensorboard) as progress:
+        trainer = Trainer(model, tokenizer, made, config, folder, name, progress.on_entry)
+        expert = trainer.fit(resume)
+    figures = {"name": name, "task": made.name, "run": str(folder.path), "best": trainer.best}
+    figures["seconds"] = round(trainer.seconds, 1)
+    if expert is None:
+        emit(figures, as_json, f"policy {config.policy}: validation {trainer.best}; metrics in {folder.metrics}")
+        return
+    if test_n and isinstance(trainer.policy, SVFPolicy):
+        from sigmix.engine.modes import as_base, as_merged
+
+        samples = made.samples("test", test_n, seed=0)
+        layers_, actor = trainer.policy.layers, trainer.actor
+        with as_base(layers_):
+            before = evaluate(made, samples, lambda s: actor.answer(s, trainer.max_new_tokens))
+        with as_merged(layers_, expert.z):
+            after = evaluate(made, samples, lambda s: actor.answer(s, trainer.max_new_tokens))
+        constant = constant_baseline(made, samples)
+        metric = {
+            "name": "test accuracy", "value": after.accuracy, "n": len(after.right),
+            "interval": after.summary()["interval"], "base": before.accuracy,
+            "base_interval": before.summary()["interval"], "best_constant": constant.get("accuracy"),
+            "answer_entropy": after.summary()["answer_entropy"], "note": "held out, chose nothing",
+        }  # fmt: skip
+        expert = expert.with_meta(metrics=[metric, *json.loads(json.dumps([dict(m) for m in expert.meta["metrics"]], default=list))])
+        figures |= {"test": after.summary(), "base": before.summary(), "paired": compare(after, before)}
+        figures["best_constant"] = constant
+        before.save(folder.path / "test-base.jsonl")
+        after.save(folder.path / "test-expert.jsonl")
+    expert.save(out)
+    curve(folder.history(), out / "curve.png", f"{name}: {made.name}")
+    text = f"{out}: validation {trainer.best['accuracy']:.3f} at step {trainer.best['step']}"
+    if "test" in figures:
+        text += f"; test {interval(figures['test'])}, base {interval(figures['base'])}, p = {figures['paired']['p']:.2g}"
+        text += f", best constant {figures['best_constant'].get('accuracy', float('nan')):.3f}"
+    emit(figures, as_json, text)

@@ -1,0 +1,205 @@
+"""The training run: steps, validation, early stopping, checkpoints, the expert at the end.
+
+Resuming gives the same z as never having stopped, bit for bit on the CPU: what a step does depends only on the
+configuration, its number, the parameters and the optimiser's moments, and all of these are in the checkpoint.
+Only validation items choose which parameters are kept; test items are not touched here.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sigmix.engine.prefix import contiguous_head
+from sigmix.engine.prompts import end_ids
+from sigmix.errors import DivergedError
+from sigmix.evals.evaluate import Result, evaluate
+from sigmix.experts.expert import Expert
+from sigmix.tasks.base import Task
+from sigmix.train.config import TrainConfig
+from sigmix.train.policy import SVFPolicy, make_policy
+from sigmix.train.report import curve
+from sigmix.train.rollout import Actor, PromptStream
+from sigmix.train.state import RunDir, optimizer_tensors, restore_optimizer
+from sigmix.train.step import Learner
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        model, tokenizer: a base from `load_base`; the model is wrapped by PEFT.
+        task: what to learn. config: how. run: where state is kept. name: of the expert.
+        listener: called with every metrics entry (kind "step" or "validation").
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        config: TrainConfig,
+        run: RunDir,
+        name: str,
+        listener: Listener | None = None,
+    ) -> None:
+        self.task, self.config, self.run, self.name = task, config, run, name
+        self.listener = listener or (lambda entry: None)
+        self.max_new_tokens = config.max_new_tokens or task.max_new_tokens
+        prompts = config.batch // config.group
+        self.train = task.samples("train", config.train_n or prompts * config.steps, seed=config.seed)
+        self.validation = task.samples("validation", config.eval_n, seed=0)
+        ends = end_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        self.policy = make_policy(model, config)
+        contiguous_head(self.policy.model)
+        self.actor = Actor(self.policy.model, tokenizer, task, ends, pad)
+        self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens)
+        self.stream = PromptStream(self.train, prompts, config.seed)
+        self.names = list(self.learner.parameters)
+        self.step, self.seconds = 0, 0.0
+        self.best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
+        self.bad = 0
+
+    # ------------------------------------------------------------------ running
+
+    def fit(self, resume: bool = False) -> Expert | None:
+        """Train to the end and return the best expert by validation (None for a LoRA policy).
+
+        A KeyboardInterrupt saves a checkpoint and is raised again.
+
+        Raises:
+            DivergedError: NaN or collapse; the last good expert stays in the run's ``best`` folder.
+            OutputError, ConfigError: see `RunDir`.
+        """
+        with self.run.locked():
+            state = self.run.begin(self.config, resume)
+            if state is not None:
+                self._restore(state)
+            try:
+                self._run()
+            except KeyboardInterrupt:
+                self._save()
+                raise
+            self._save()
+            curve(self.run.history(), self.run.path / "curve.png", f"{self.name}: {self.task.name}")
+        return Expert.load(self.run.best) if isinstance(self.policy, SVFPolicy) else None
+
+    def _run(self) -> None:
+        config = self.config
+        if self.step == 0:
+            self._validate()
+        while self.step < config.steps and not self._patience_spent():
+            started = time.perf_counter()
+            figures = self.learner.step(self.step, self.stream.step(self.step))
+            self.seconds += time.perf_counter() - started
+            self._emit({"kind": "step", "step": self.step, "seconds": self.seconds, **figures})
+            self._check(figures)
+            self.step += 1
+            if self.step % config.eval_every == 0 or self.step == config.steps:
+                started = time.perf_counter()
+                self._validate()
+                self.seconds += time.perf_counter() - started
+                self._save()
+
+    def _patience_spent(self) -> bool:
+        return bool(self.config.patience) and self.bad >= self.config.patience
+
+    def _validate(self) -> None:
+        with self.policy.acting():
+            result = evaluate(self.task, self.validation, lambda s: self.actor.answer(s, self.max_new_tokens))
+        summary = result.summary()
+        better = summary["accuracy"] > self.best["accuracy"]
+        if better:
+            self.best = {"accuracy": summary["accuracy"], "step": self.step}
+        self.bad = 0 if better else self.bad + 1
+        self._emit({"kind": "validation", "step": self.step, "seconds": self.seconds, "best": better, **summary})
+        if better and isinstance(self.policy, SVFPolicy):
+            self.expert(result).save(self.run.best)
+
+    def expert(self, validation: Result | None = None) -> Expert:
+        """The current z as an expert, with how it was made."""
+        summary = validation.summary() if validation else {}
+        metric = {
+            "name": "validation accuracy", "value": summary.get("accuracy"), "n": summary.get("n"),
+            "interval": summary.get("interval"), "note": "chose the checkpoint",
+        }  # fmt: skip
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in ("task", "base", "seed")}
+        meta = {
+            "task": self.task.name,
+            "domain": self.task.domain,
+            "description": self.task.description,
+            "objective": self.config.objective,
+            "seed": self.config.seed,
+            "commit": commit(),
+            "license": "Apache-2.0",
+            "metrics": [metric] if summary else [],
+            "training": {**settings, "step": self.step, "seconds": round(self.seconds, 1)},
+        }
+        return Expert.from_model(self.policy.model, name=self.name, meta=meta)
+
+    # ------------------------------------------------------------------ trouble
+
+    def _check(self, figures: dict[str, float]) -> None:
+        where = f"the last good expert, of step {self.best['step']}, is in {self.run.best}"
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
+            raise DivergedError(
+                f"step {self.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: the run diverged; {where}",
+                remedy="lower --lr, or raise --kl-weight",
+            )
+        if figures["kl"] > self.config.kl_limit:
+            raise DivergedError(
+                f"step {self.step}: {figures['kl']:.2f} nats per token from the base (limit {self.config.kl_limit}): "
+                f"the policy collapsed; {where}",
+                remedy="lower --lr, raise --kl-weight, or raise --kl-limit if that is meant",
+            )
+        constant = figures["most_common"] >= 0.95 and figures["right"] < 0.9 and self.config.objective == "reinforce"
+        self.constant = getattr(self, "constant", 0) + 1 if constant else 0
+        if self.constant >= 5:
+            raise DivergedError(
+                f"step {self.step}: for 5 steps nearly all sampled answers were the same text (entropy "
+                f"{figures['entropy']:.3f} nats per token): the policy collapsed to a constant; {where}",
+                remedy="raise --kl-weight, lower --lr, or check that no constant answer wins the task",
+            )
+
+    # ------------------------------------------------------------------ state
+
+    def _emit(self, entry: dict[str, Any]) -> None:
+        self.run.log(entry)
+        self.listener(entry)
+
+    def _save(self) -> None:
+        tensors = {f"parameter.{name}": p.detach().cpu() for name, p in self.learner.parameters.items()}
+        tensors |= optimizer_tensors(self.learner.optimizer, self.names)
+        constant = getattr(self, "constant", 0)
+        state = {"step": self.step, "seconds": self.seconds, "best": self.best, "bad": self.bad, "constant": constant}
+        self.run.save(state, tensors)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        tensors = self.run.tensors()
+        with torch.no_grad():
+            for name, parameter in self.learner.parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+        restore_optimizer(self.learner.optimizer, self.names, tensors)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best, self.bad, self.constant = state["best"], state["bad"], state["constant"]
+        self.run.forget_after(self.step)
+
+
+def commit() -> str | None:
+    """Short commit of the source checkout that runs, with "+" if it has changes; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        run = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

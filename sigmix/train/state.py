@@ -1,0 +1,132 @@
+"""Everything of a run that lies on disk: lock, configuration, checkpoint, metrics. No pickle: safetensors and JSON."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sigmix.errors import ConfigError, OutputError
+from sigmix.files import atomic_dir, write_json, write_text, writing
+from sigmix.train.config import TrainConfig
+
+
+class RunDir:
+    """The folder of one training run.
+
+    config.json · metrics.jsonl (a line per step or validation) · checkpoint/ (state.safetensors, state.json) ·
+    best/ (the best expert so far) · curve.png · lock
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoint = self.path / "checkpoint"
+        self.best = self.path / "best"
+        self.metrics = self.path / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            OutputError: another run holds it, or it cannot be written.
+        """
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the run ends)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OutputError(
+                    f"another training run is writing to {self.path}", remedy="wait for it, or give another --run"
+                ) from error
+            yield
+        finally:
+            file.close()
+
+    def begin(self, config: TrainConfig, resume: bool) -> dict[str, Any] | None:
+        """Check the folder against the configuration; returns the state to go on from, or None for a fresh start.
+
+        Raises:
+            OutputError: the folder holds a run and `resume` was not asked for. ConfigError: `resume` with another
+            configuration, or without a checkpoint.
+        """
+        stored = self.path / "config.json"
+        if not resume:
+            if stored.exists():
+                raise OutputError(f"{self.path} holds a run already", remedy="add --resume, or give another --run")
+            write_json(stored, config.to_dict())
+            return None
+        if not stored.exists() or not (self.checkpoint / "state.json").exists():
+            raise ConfigError(f"--resume: there is no checkpoint in {self.path}", remedy="start without --resume")
+        if differing := config.difference(json.loads(stored.read_text())):
+            raise ConfigError(
+                f"--resume with another configuration: {', '.join(differing)} differ from {stored}",
+                remedy="give the same options, or start a new run in another --run",
+            )
+        return json.loads((self.checkpoint / "state.json").read_text())
+
+    def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a checkpoint in place of the previous one, atomically."""
+        with atomic_dir(self.checkpoint) as folder:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+            write_json(folder / "state.json", dict(state))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.checkpoint / "state.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"the checkpoint {path} is damaged: {error}", remedy="start a new run") from error
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one line of metrics."""
+        with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(entry)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics so far."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps at or after `step`: a resumed run takes them again."""
+        kept = [entry for entry in self.history() if entry["step"] < step or (entry["kind"] == "validation" and entry["step"] == step)]
+        write_text(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """AdamW's moments and step counts as named tensors."""
+    found = {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot, value in slots.items():
+            found[f"optimizer.{slot}.{names[index]}"] = torch.as_tensor(value).clone()
+    return found
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, slot, name = key.split(".", 2)
+            state.setdefault(names.index(name), {})[slot] = value
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
