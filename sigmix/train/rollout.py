@@ -13,7 +13,7 @@ import torch
 from sigmix.engine.complete import complete
 from sigmix.engine.decode import Sampling
 from sigmix.engine.prompts import check_context, encode
-from sigmix.tasks.base import Sample, Task
+from sigmix.tasks.base import Sample, Score, Task
 
 
 @dataclass
@@ -68,6 +68,12 @@ def row_seed(seed: int, step: int, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{row}".encode()).digest()[:7], "big")
 
 
+def _reward(score: Score, form_reward: float) -> float:
+    if score.value is None:
+        return float("nan")
+    return 2 * score.value - 1 + (form_reward if score.value == 0 and score.answer is not None else 0.0)
+
+
 class Actor:
     """Answers and scores samples with a model in whatever state it is in."""
 
@@ -81,15 +87,15 @@ class Actor:
             self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system)
         return self._encoded[sample.id]
 
-    def roll(self, samples: Sequence[Sample], sampling: Sampling, group: int) -> Rollouts:
-        """`group` sampled answers to each sample, scored."""
+    def roll(self, samples: Sequence[Sample], sampling: Sampling, group: int, form_reward: float = 0.0) -> Rollouts:
+        """`group` sampled answers to each sample, scored; see `TrainConfig.form_reward`."""
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
             check_context(self.model, ids, sampling.max_new_tokens, f"sample {sample.id} of {self.task.name}")
         rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, group)
         texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
         scores = [self.task.score(samples[i // group], text) for i, text in enumerate(texts)]
-        rewards = torch.tensor([float("nan") if s.value is None else 2 * s.value - 1 for s in scores])
+        rewards = torch.tensor([_reward(score, form_reward) for score in scores])
         return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [s.answer for s in scores])
 
     def gold(self, samples: Sequence[Sample]) -> Rollouts:

@@ -82,7 +82,7 @@ class Learner:
         count = len(samples) * config.group
         seeds = [row_seed(config.seed, number, row) for row in range(count)]
         sampling = Sampling(self.max_new_tokens, config.temperature, 1.0, seeds)
-        return self.actor.roll(samples, sampling, config.group)
+        return self.actor.roll(samples, sampling, config.group, config.form_reward)
 
     def _stats(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor, group: int) -> TokenStats:
         model, pad = self.policy.model, self.actor.pad_id
@@ -104,6 +104,7 @@ class Learner:
         return {
             "reward": float(known.mean()) if len(known) else 0.0,
             "right": float((known == 1).float().mean()) if len(known) else 0.0,
+            "formed": sum(answer is not None for answer in rollouts.extracted) / len(rollouts.extracted),
             "unscorable": int(rewards.isnan().sum()),
             "loss": totals["loss"],
             "kl": totals["kl"] / tokens,
