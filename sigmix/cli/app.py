@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
+from typing import Any
 
 import typer
 
@@ -33,10 +36,11 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 
 def _commands() -> None:
-    from sigmix.cli import admin, experts, measure, training, use
+    from sigmix.cli import admin, demo, experts, measure, training, use
 
-    for module in (use, training, measure, experts, admin):
-        module.add(app)
+    if not app.registered_commands:  # main may run more than once in a process
+        for module in (demo, use, training, measure, experts, admin):
+            module.add(app)
 
 
 def main() -> None:
@@ -48,22 +52,37 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")
     _commands()
     try:
-        app(standalone_mode=False)
+        code = app(prog_name="sigmix", standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            _fail("interrupted", 130)
+        if isinstance(code, int) and code:
+            sys.exit(code)
     except SigmixError as error:
         _fail(str(error), error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message())  # type: ignore[attr-defined]
+            return
         if hasattr(error, "format_message"):  # click's own: an unknown option, a missing argument
-            _fail(" ".join(error.format_message().split()), 2)
+            _fail(error.format_message() + _nearest(error), 2)
         if os.environ.get("SIGMIX_TRACEBACK"):
             raise
         _fail(f"{type(error).__name__}: {error} -> set SIGMIX_TRACEBACK=1 to see where", 1)
+
+
+def _nearest(error: Any) -> str:
+    """The commands whose names come closest to an unknown one."""
+    found = re.match(r"No such command '(.+)'", error.format_message())
+    if found is None or getattr(error, "ctx", None) is None:
+        return ""
+    known = list(getattr(error.ctx.command, "commands", {}))
+    near = difflib.get_close_matches(found[1], known, n=3, cutoff=0.5)
+    return f" There are {', '.join(near or known)}."
 
 
 def _fail(message: str, code: int) -> None:

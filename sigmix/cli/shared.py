@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,152 @@ def open_bank(folder: Path | None) -> Any:
     from sigmix.experts.bank import Bank
 
     return Bank(folder) if folder is not None else Bank.bundled()
+
+
+def read_mix(text: str, bank: Any = None) -> Any:
+    """A `Mix` from "a:0.7+b:0.3" or from a file that holds one as JSON; its experts are looked up in ``bank``.
+
+    Raises:
+        ConfigError: neither. UnknownNameError: an expert that the bank does not have.
+    """
+    from sigmix.errors import ConfigError
+    from sigmix.experts.mix import Mix
+
+    path = Path(text).expanduser()
+    if path.suffix == ".json":
+        try:
+            mix = Mix.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"cannot read the mix {path}: {why}", remedy="give a file, or a:0.7+b:0.3") from error
+    else:
+        mix = Mix.parse(text)
+    for name in mix.weights if bank is not None else ():
+        bank.path(name)
+    return mix
+
+
+def open_mixes(texts: Sequence[str], folder: Path | None) -> tuple[list[Any], Any]:
+    """The mixes and the bank that they need (None if no bank was asked for and all are the base)."""
+    mixes = [read_mix(text) for text in texts]
+    bank = open_bank(folder) if folder is not None or any(mix.weights for mix in mixes) else None
+    for mix in mixes:
+        for name in mix.weights:
+            bank.path(name)
+    return mixes, bank
+
+
+def open_engine(base: str, bank: Any, mixes: Sequence[Any] = ()) -> Any:
+    """An `Engine` on a base, shown as work on stderr; experts in ``mixes`` are checked against the base at once."""
+    with working(f"loading {base}"):
+        from sigmix.engine import Engine
+        from sigmix.models import load_base
+
+        model, tokenizer = load_base(base)
+    _decompose(model)
+    with working("checking the experts"):
+        engine = Engine(model, tokenizer, bank)
+        for mix in mixes:
+            engine.z(mix)
+    return engine
+
+
+def _decompose(model: Any) -> None:
+    """Fill the cache of decompositions with a progress bar; the engine would do the same in silence."""
+    from sigmix.experts.base import linears, matrix_of
+    from sigmix.svf.decompose import cache_path, cached_decompose, weight_digest
+
+    head = model.get_output_embeddings()
+    layers = [module for module in linears(model).values() if module is not head]
+    if layers and not cache_path(weight_digest(matrix_of(layers[-1]))).exists():
+        with Ticker("decomposing the base, once", len(layers)) as ticker:
+            for module in layers:
+                cached_decompose(matrix_of(module))
+                ticker.advance()
+
+
+def check_output(folder: Path, marker: str) -> None:
+    """Raise `OutputError` if ``folder`` cannot be written or holds ``marker`` already: before the work, not after."""
+    from sigmix.errors import OutputError
+    from sigmix.files import atomic_file, writing
+
+    with writing(folder):
+        if (folder / marker).exists():
+            raise OutputError(f"{folder} holds {marker} already", remedy="give another --out, or remove it first")
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError), atomic_file(folder / ".probe"):
+        pass
+    (folder / ".probe").unlink(missing_ok=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout, never cut off: numbers and short words to the right of the first column."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console.print(made)
+
+
+def size(number: float) -> str:
+    """"270 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner on a terminal's stderr; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+class Ticker:
+    """Progress of counted work on stderr: a bar on a terminal, else a line at most every ten seconds."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
+        self.title, self.total, self.done, self.told = title, total, 0, time.monotonic()
+        self.bar = Bar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.task = self.bar.add_task(title, total=total)
+
+    def __enter__(self) -> Ticker:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, count: int = 1, title: str | None = None) -> None:
+        """`count` more are done, now working on ``title``."""
+        self.done += count
+        self.title = title or self.title
+        self.bar.update(self.task, advance=count, description=self.title)
+        if not sys.stderr.isatty() and time.monotonic() - self.told >= 10:
+            self.told = time.monotonic()
+            note(f"{self.title}: {self.done}/{self.total}")
 
 
 class Progress:

@@ -41,7 +41,9 @@ def _result(reply: str, gold: str, left: str) -> Score:
     return strict_number(re.sub(rf"^\s*{asked}\s*=", "", reply, count=1), gold)
 
 
-@skill("addition", domain="arithmetic", verify=_result, max_new_tokens=16, description="Add two numbers of a given length.")
+@skill(
+    "addition", domain="arithmetic", verify=_result, max_new_tokens=16, description="Add two numbers of a given length."
+)
 def addition(rng: random.Random, digits: int = 2) -> Item:
     a, b = _number(rng, digits), _number(rng, digits)
     return _sum_item(a, "+", b, a + b, f"{min(a, b)} {max(a, b)}")

@@ -68,7 +68,7 @@ class SkillTask(ProceduralTask):
 
 
 def skill(
-    name: str, *, domain: str, verify: Verify, description: str, max_new_tokens: int = 12
+    name: str, *, domain: str, verify: Verify, description: str, max_new_tokens: int = 8
 ) -> Callable[[Callable[..., Item]], Callable[..., Item]]:
     """Register a generator function as the task ``name``; returns the function unchanged.
 
