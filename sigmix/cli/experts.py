@@ -1,5 +1,195 @@
+"""`sigmix experts list | show | verify | diff`."""
+
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
 
-def add(app) -> None:
-    pass
+import typer
+
+from sigmix.cli.shared import BANK, JSON, emit, open_bank, size, table, working
+
+NAME = typer.Argument(..., help="A name in the bank, or an expert's folder.")
+AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm2-135m, a hub name, a folder.")
+
+
+def add(app: typer.Typer) -> None:
+    """Register the commands."""
+    group = typer.Typer(
+        help="List, show, verify and compare experts.", no_args_is_help=True, rich_markup_mode=None,
+        epilog="Example: sigmix experts list",
+    )  # fmt: skip
+    group.command("list", epilog="Example: sigmix experts list --bank experts")(listed)
+    group.command("show", epilog="Example: sigmix experts show arithmetic")(shown)
+    group.command("verify", epilog="Example: sigmix experts verify my-adapter --base smollm2-135m --seal")(verified)
+    group.command("diff", epilog="Example: sigmix experts diff arithmetic comparing")(compared)
+    app.add_typer(group, name="experts")
+
+
+def folder_of(name: str, bank: Path | None) -> Path:
+    """An expert's folder: a path if it is one, else a name in the bank.
+
+    Raises:
+        UnknownNameError: neither. ExpertError: a folder without an expert.
+    """
+    from sigmix.errors import ExpertError
+
+    path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file():
+        return path
+    if path.is_absolute() or len(path.parts) > 1 or name.startswith("."):
+        what = "has no adapter_config.json" if path.is_dir() else "does not exist"
+        raise ExpertError(f"there is no expert at {path}: it {what}", remedy="give an expert's folder, or a name")
+    return open_bank(bank).path(name)
+
+
+def listed(bank: Path = BANK, as_json: bool = JSON) -> None:
+    """Experts with their domains, bases and measured accuracy."""
+    from sigmix.experts.inspect import listing
+
+    opened = open_bank(bank)
+    rows = listing(opened)
+    if as_json:
+        emit({"bank": str(opened.folder), "experts": rows}, True, "")
+        return
+    if not rows:
+        typer.echo(f"{opened.folder} has no experts; sigmix train --help shows how to make one")
+        return
+    cells = [
+        [row["name"], row.get("domain"), _metric(row.get("metrics")), (row.get("base") or {}).get("name"), _state(row)]
+        for row in rows
+    ]
+    table(f"experts in {opened.folder}", ["name", "domain", "accuracy", "base", "state"], cells)
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["problem"]:
+        return f"DAMAGED: {row['problem']}"
+    return "verified" if row["verified"] else "does not know its base"
+
+
+def _metric(metrics: list[dict[str, Any]] | None) -> str:
+    if not metrics:
+        return "not measured"
+    one = metrics[0]
+    text = f"{one.get('name', 'accuracy')} {_number(one.get('value'))}"
+    if one.get("interval"):
+        text += f" [{', '.join(map(_number, one['interval']))}]"
+    extra = [f"n = {one['n']}"] if one.get("n") is not None else []
+    extra += [f"base {_number(one['base'])}"] if one.get("base") is not None else []
+    return text + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1, help="Matrices listed."),
+          as_json: bool = JSON) -> None:  # fmt: skip
+    """What an expert is, where it came from, and what it changes most."""
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.inspect import show
+
+    found = show(Expert.load(folder_of(name, bank)), top)
+    lines = [f"{found['name']}: {found['description'] or 'no description'}"]
+    base = found["base"] or {}
+    facts = {
+        "domain": found["domain"], "task": found["task"], "objective": found["objective"], "seed": found["seed"],
+        "commit": found["commit"], "license": found["license"],
+        "base": f"{base.get('name')} ({base.get('dtype')}, fingerprint {str(base.get('fingerprint'))[:12]})",
+        "verified": "yes" if found["verified"] else "no: sigmix experts verify DIR --base BASE --seal",
+        "size": f"{found['numbers']} numbers in {found['matrices']} matrices, {size(found['bytes'])}",
+        "digest": found["digest"][:16],
+    }  # fmt: skip
+    lines += [f"{key}: {value}" for key, value in facts.items() if value is not None]
+    lines += [f"measured: {_metric([metric])}" for metric in found["metrics"]]
+    gain = found["gain"]
+    lines.append(
+        f"gains z - 1: mean {gain['mean']:+.4f}, std {gain['std']:.4f}, from {gain['min']:+.3f} to {gain['max']:+.3f}"
+    )
+    lines.append("changes most:")
+    lines += [f"  {' '.join(f'{v:.3f}' if isinstance(v, float) else v for v in one.values())}" for one in found["top"]]
+    emit(found, as_json, "\n".join(lines))
+
+
+def verified(
+    folder: str = typer.Argument(..., metavar="DIR", help="An expert's folder, or a name in the bank."),
+    base: str = AGAINST,
+    seal: bool = typer.Option(
+        False, "--seal", help="Bind a folder that PEFT or TRL saved to --base: adds sigmix.json and a card."
+    ),
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """Check an expert's files, and that it fits a base."""
+    from sigmix.errors import ConfigError, ExpertError
+    from sigmix.experts.inspect import verify
+
+    if seal and base is None:
+        raise ConfigError("--seal needs --base: the model that the adapter was trained on")
+    path = folder_of(folder, bank)
+    report = verify(path)
+    sealed = False
+    if report["ok"] and base is not None:
+        with working(f"loading {base}"):
+            from sigmix.models import load_base
+
+            model = load_base(base)[0]
+        with working("comparing with the base"):
+            if seal and not report["verified"]:
+                from sigmix.experts.expert import seal as bind
+
+                bind(path, model)
+                sealed = True
+            report = verify(path, model)
+    report["sealed"] = sealed
+    lines = [f"{report['path']}: {'in order' if report['ok'] else 'NOT IN ORDER'}{', sealed now' if sealed else ''}"]
+    lines.append(f"checked: {', '.join(report['checked']) or 'nothing could be read'}")
+    if report["ok"] and not report["verified"]:
+        lines.append("it does not know its base: sigmix experts verify DIR --base BASE --seal")
+    emit(report, as_json, "\n".join(lines))
+    if not report["ok"]:
+        raise ExpertError("; ".join(report["problems"]))
+
+
+def compared(
+    a: str = NAME,
+    b: str = NAME,
+    base: str = AGAINST,
+    bank: Path = BANK,
+    top: int = typer.Option(5, min=1, help="Matrices listed."),
+    as_json: bool = JSON,
+) -> None:
+    """How two experts differ, in gains and in weights (exactly with --base, else estimated from sketches)."""
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.inspect import diff
+
+    left, right = (Expert.load(folder_of(name, bank)) for name in (a, b))
+    model = None
+    if base is not None:
+        with working(f"loading {base}"):
+            from sigmix.models import load_base
+
+            model = load_base(base)[0]
+    with working("comparing"):
+        found = diff(left, right, model)
+    if as_json:
+        emit(found, True, "")
+        return
+    same = {True: "the same base", False: "DIFFERENT bases", None: "a base that one of them does not know"}
+    identical = ", identical" if found["identical"] else ""
+    typer.echo(f"{found['a']} and {found['b']}: {same[found['same_base']]}{identical}")
+    rows = []
+    for space in ("gain", "weight"):
+        if found[space]:
+            label = space + (" (estimated)" if found[space].get("estimated") else "")
+            rows.append([label, *_figures(found[space])])
+    table("", ["space", "cosine", f"|{found['a']}|", f"|{found['b']}|", "distance"], rows)
+    far = sorted(found["matrices"].items(), key=lambda item: -item[1]["gain"]["distance"])[:top]
+    table("matrices that differ most, by gains", ["matrix", "cosine", "|a|", "|b|", "distance"],
+          [[path, *_figures(one["gain"])] for path, one in far])  # fmt: skip
+
+
+def _figures(one: dict[str, Any]) -> list[str]:
+    cosine = "-" if one["cosine"] is None else f"{one['cosine']:+.3f}"
+    return [cosine, f"{one['norm_a']:.3f}", f"{one['norm_b']:.3f}", f"{one['distance']:.3f}"]

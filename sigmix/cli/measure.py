@@ -1,5 +1,171 @@
+"""`sigmix eval` and `sigmix tasks`."""
+
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
 
-def add(app) -> None:
-    pass
+import typer
+
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, check_output, emit, open_engine, open_mixes, table
+
+DATA = typer.Option(None, help="Local JSONL data instead of the hub.")
+CODE = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs.")
+
+MIX = typer.Option([], help="a:0.7+b:0.3, or a .json file; may be repeated.")
+EXPERT = typer.Option([], help="An expert alone; may be repeated.")
+OUT = typer.Option(None, help="Folder for items (JSONL, one file a mix) and summary.json.")
+
+
+def add(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("eval", epilog="Example: sigmix eval --task addition --expert arithmetic --n 300")(evaluate)
+    app.command(epilog="Example: sigmix tasks addition --validate")(tasks)
+
+
+def evaluate(
+    task: str = typer.Option(..., help="A task's name (sigmix tasks lists them), rg:NAME, or file.py:NAME."),
+    mix: list[str] = MIX,
+    expert: list[str] = EXPERT,
+    n: int = typer.Option(300, min=1, help="Items."),
+    split: str = typer.Option("test", help="test, validation or train."),
+    seed: int = typer.Option(0, help="Of the drawing of items, sampling and the bootstrap."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
+    max_new_tokens: int = typer.Option(None, min=1, help="Longest answer. Default: the task's."),
+    batch: int = typer.Option(64, min=1, help="Items answered at once."),
+    out: Path = OUT,
+    data_dir: Path = DATA,
+    allow_code: bool = CODE,
+    base: str = BASE,
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """Accuracy of the base and of mixes on the same items, with 95 % intervals and paired tests."""
+    from sigmix.tasks.registry import get_task
+
+    mixes, experts = open_mixes([*expert, *mix], bank)
+    made = get_task(task, data_dir=data_dir, allow_code=allow_code)
+    first = made.samples(split, n, seed=seed)  # type: ignore[arg-type]
+    made.score(first[0], "")  # what a task refuses, such as running programs, it refuses before the work
+    if out is not None:
+        check_output(out, "summary.json")
+    engine = open_engine(base, experts, mixes)
+
+    from sigmix.evals.run import run, save
+
+    with Ticker("base", len(first) * len({"base", *(one.id for one in mixes)})) as ticker:
+        figures, results = run(
+            engine, made, mixes, split=split, n=n, seed=seed, temperature=temperature,  # type: ignore[arg-type]
+            max_new_tokens=max_new_tokens, batch_size=batch, progress=ticker.advance,
+        )  # fmt: skip
+    if out is not None:
+        save(out, figures, results)
+    if as_json:
+        emit(figures, True, "")
+        return
+    _show(figures)
+    if out is not None:
+        typer.echo(f"items and summary: {out}")
+
+
+def _show(figures: dict[str, Any]) -> None:
+    rows = []
+    for one in figures["results"]:
+        rows.append(
+            [
+                one["mix"], one["n"], accuracy(one), *paired(one["paired"]), f"{one['answer_entropy']:.2f}",
+                one["unscorable"], one["truncated"],
+            ]
+        )  # fmt: skip
+    columns = ["mix", "n", "accuracy [95 %]", "difference [95 %]", "won/lost", "McNemar p"]
+    title = f"{figures['task']}, {figures['split']} split, seed {figures['seed']}, base {figures['base']}"
+    table(title, [*columns, "entropy", "unscorable", "cut off"], rows)
+    constant = figures["best_constant"]
+    if constant:
+        typer.echo(f"best constant answer: {constant['accuracy']:.3f} ({constant['reply']!r} every time)")
+    else:
+        typer.echo("best constant answer: not tried, scoring runs programs")
+    for note in figures["notes"]:
+        typer.echo(f"note: {note}")
+
+
+def accuracy(summary: dict[str, Any]) -> str:
+    """"0.684 [0.630, 0.733]"."""
+    low, high = summary["interval"]
+    return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def paired(found: dict[str, Any] | None) -> list[str]:
+    """Difference with interval, won/lost and p as text; dashes for the base."""
+    if found is None:
+        return ["-", "-", "-"]
+    low, high = found["interval"]
+    difference = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return [difference, f"{found['won']}/{found['lost']}", f"{found['p']:.2g}"]
+
+
+def tasks(
+    name: str = typer.Argument(None, help="Show this one: its notes, license and two samples."),
+    families: bool = typer.Option(False, "--all", help="List the rg: tasks too."),
+    validate: bool = typer.Option(False, "--validate", help="Check the verifier and the splits of NAME."),
+    data_dir: Path = DATA,
+    allow_code: bool = CODE,
+    as_json: bool = JSON,
+) -> None:
+    """List the tasks, or show and check one."""
+    from sigmix.errors import ConfigError, SigmixError, TaskError
+    from sigmix.tasks.registry import get_task, task_names
+
+    if name is None:
+        if validate:
+            raise ConfigError("--validate needs a task's name", remedy="for example: sigmix tasks addition --validate")
+        rows = []
+        for one in task_names(families):
+            try:
+                made = get_task(one, data_dir=data_dir, allow_code=allow_code)
+                rows.append({"name": one, "domain": made.domain, "description": made.description})
+            except SigmixError as error:  # one plug-in that does not load hides no others
+                rows.append({"name": one, "domain": None, "description": f"cannot be used: {error}"})
+        if as_json:
+            emit({"tasks": rows}, True, "")
+            return
+        table("tasks", ["name", "domain", "description"], [list(row.values()) for row in rows])
+        if not families:
+            typer.echo("--all lists the rg: tasks too; options go behind a question mark: addition?digits=3")
+        return
+    made = get_task(name, data_dir=data_dir, allow_code=allow_code)
+    figures: dict[str, Any] = {
+        "name": made.name, "domain": made.domain, "description": made.description, "license": made.license,
+        "splits": list(made.splits()), "max_new_tokens": made.max_new_tokens, "runs_programs": made.costly,
+    }  # fmt: skip
+    try:
+        samples = made.samples(made.splits()[0], 2)
+        figures["samples"] = [{"prompt": one.prompt, "gold": one.gold, "system": one.system} for one in samples]
+    except SigmixError as error:
+        if data_dir is not None or validate:
+            raise
+        figures |= {"samples": [], "problem": str(error)}
+    figures["notes"] = list(made.notes)
+    report = made.validate() if validate else None
+    if report is not None:
+        figures["validation"] = {"ok": report.ok, "counts": report.counts, "problems": report.problems}
+    emit(figures, as_json, _described(figures))
+    if report is not None and not report.ok:
+        raise TaskError(f"task {made.name}: {len(report.problems)} problems, such as: {report.problems[0]}")
+
+
+def _described(figures: dict[str, Any]) -> str:
+    lines = [f"{figures['name']}: {figures['description']}"]
+    lines += [f"{key}: {figures[key]}" for key in ("domain", "license", "max_new_tokens", "runs_programs")]
+    lines.append(f"splits: {', '.join(figures['splits'])}")
+    lines += [f"note: {note}" for note in figures["notes"]]
+    for sample in figures["samples"]:
+        lines += ["", f"prompt: {sample['prompt']}", f"gold: {sample['gold']}"]
+    if figures.get("problem"):
+        lines.append(f"samples cannot be had: {figures['problem']}")
+    if "validation" in figures:
+        found = figures["validation"]
+        lines += ["", f"validation: {'sound' if found['ok'] else 'NOT SOUND'}"]
+        lines += [f"  {key}: {value}" for key, value in found["counts"].items()]
+        lines += [f"  problem: {problem}" for problem in found["problems"][:10]]
+    return "\n".join(lines)

@@ -106,7 +106,7 @@ def check_output(folder: Path, marker: str) -> None:
         if (folder / marker).exists():
             raise OutputError(f"{folder} holds {marker} already", remedy="give another --out, or remove it first")
         folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), atomic_file(folder / ".probe"):
+    with atomic_file(folder / ".probe"):
         pass
     (folder / ".probe").unlink(missing_ok=True)
 

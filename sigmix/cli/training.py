@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -53,15 +52,14 @@ def train(
     as_json: bool = JSON,
 ) -> None:
     """Train an expert by reinforcement learning on a task's correctness reward."""
-    from sigmix.evals.evaluate import compare, constant_baseline, evaluate
     from sigmix.errors import OutputError
     from sigmix.experts.metadata import check_name
     from sigmix.files import atomic_file, writing
     from sigmix.models import load_base
     from sigmix.tasks.registry import get_task
     from sigmix.train.config import make_config
+    from sigmix.train.final import held_out
     from sigmix.train.loop import Trainer
-    from sigmix.train.policy import SVFPolicy
     from sigmix.train.report import curve
     from sigmix.train.state import RunDir
 
@@ -93,31 +91,14 @@ def train(
     if expert is None:
         emit(figures, as_json, f"policy {config.policy}: validation {trainer.best}; metrics in {folder.metrics}")
         return
-    if test_n and isinstance(trainer.policy, SVFPolicy):
-        from sigmix.engine.modes import as_base, as_merged
-
-        samples = made.samples("test", test_n, seed=0)
-        layers_, actor = trainer.policy.layers, trainer.actor
-        with as_base(layers_):
-            before = evaluate(made, samples, lambda s: actor.answer(s, trainer.max_new_tokens))
-        with as_merged(layers_, expert.z):
-            after = evaluate(made, samples, lambda s: actor.answer(s, trainer.max_new_tokens))
-        constant = constant_baseline(made, samples)
-        metric = {
-            "name": "test accuracy", "value": after.accuracy, "n": len(after.right),
-            "interval": after.summary()["interval"], "base": before.accuracy,
-            "base_interval": before.summary()["interval"], "best_constant": constant.get("accuracy"),
-            "answer_entropy": after.summary()["answer_entropy"], "note": "held out, chose nothing",
-        }  # fmt: skip
-        expert = expert.with_meta(metrics=[metric, *json.loads(json.dumps([dict(m) for m in expert.meta["metrics"]], default=list))])
-        figures |= {"test": after.summary(), "base": before.summary(), "paired": compare(after, before)}
-        figures["best_constant"] = constant
-        before.save(folder.path / "test-base.jsonl")
-        after.save(folder.path / "test-expert.jsonl")
+    if test_n:
+        expert, measured = held_out(trainer, expert, test_n)
+        figures |= measured
     expert.save(out)
     curve(folder.history(), out / "curve.png", f"{name}: {made.name}")
     text = f"{out}: validation {trainer.best['accuracy']:.3f} at step {trainer.best['step']}"
     if "test" in figures:
-        text += f"; test {interval(figures['test'])}, base {interval(figures['base'])}, p = {figures['paired']['p']:.2g}"
-        text += f", best constant {figures['best_constant'].get('accuracy', float('nan')):.3f}"
+        constant = figures["best_constant"].get("accuracy", float("nan"))
+        text += f"; test {interval(figures['test'])}, base {interval(figures['base'])}"
+        text += f", p = {figures['paired']['p']:.2g}, best constant {constant:.3f}"
     emit(figures, as_json, text)

@@ -10,6 +10,11 @@ import typer
 from sigmix.cli.chat import chat
 from sigmix.cli.shared import BANK, BASE, JSON, emit, open_engine, open_mixes, working
 
+PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")
+MIX = typer.Option(["base"], help="a:0.7+b:0.3, a name, or a .json file; once for all, or once for each prompt.")
+FILE = typer.Option(None, help="Read prompts from a file, one a line.")
+STOP = typer.Option([], help="Text that ends an answer; may be repeated.")
+
 
 def add(app: typer.Typer) -> None:
     """Register the commands."""
@@ -18,16 +23,14 @@ def add(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: list[str] = typer.Argument(None, help="User turns, one answer each. None: standard input is one."),
-    mix: list[str] = typer.Option(
-        ["base"], help="a:0.7+b:0.3, a name, or a .json file; once for all, or once for each prompt."
-    ),
-    file: Path = typer.Option(None, help="Read prompts from a file, one a line."),
+    prompt: list[str] = PROMPT,
+    mix: list[str] = MIX,
+    file: Path = FILE,
     max_new_tokens: int = typer.Option(64, min=1, help="Longest answer."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     top_p: float = typer.Option(1.0, help="Sample from the smallest set of this probability."),
     seed: int = typer.Option(0, help="Prompt number i is sampled with seed + i."),
-    stop: list[str] = typer.Option([], help="Text that ends an answer; may be repeated."),
+    stop: list[str] = STOP,
     system: str = typer.Option(None, help="System turn. Default: the chat template's own."),
     raw: bool = typer.Option(False, "--raw", help="Continue the bare text: no chat template."),
     base: str = BASE,

@@ -21,7 +21,5 @@ def complete(
         prompts: N token-id lists. sampling: its seeds, if given, number N·group.
     """
     state = prefill(model, prompts, pad_id).repeat(group)
-    rows: list[Row] = []
-    for rows in decode(model, state, sampling, ends):
-        pass
+    *_, rows = decode(model, state, sampling, ends)
     return rows

@@ -140,9 +140,7 @@ class Engine:
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             sampling = Sampling(max_new_tokens, temperature, top_p, seeds[part])
-            last: list[Row] = []
-            for last in self._decode(rows[part], mixes[part], sampling, stop, form):
-                pass
+            *_, last = self._decode(rows[part], mixes[part], sampling, stop, form)
             done += [
                 Generation(self._text(row.ids, stop), row.ids, row.logprobs, m, len(ids), row.finish)
                 for row, m, ids in zip(last, mixes[part], rows[part], strict=True)

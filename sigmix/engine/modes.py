@@ -40,7 +40,7 @@ def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
 
 @contextmanager
 def as_merged(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, the layers hold W'(z); layers without an entry in ``z`` are the base. The kept weights come back after."""
+    """Inside, the layers hold W'(z), and the base where ``z`` has no entry. The kept weights come back after."""
     with _restored(layers):
         for path, layer in layers.items():
             layer.row_z = None

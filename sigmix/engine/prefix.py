@@ -74,7 +74,7 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool 
     device = model.get_input_embeddings().weight.device
     cache = DynamicCache(config=model.config)
     shared = common_prefix(rows) if share else 0
-    shared = shared if shared >= MIN_SHARED else 0
+    shared = shared if shared >= MIN_SHARED and _can_share(cache, rows) else 0
     if shared:
         prefix = torch.tensor([rows[0][:shared]], device=device)
         model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -92,6 +92,11 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool 
     )
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return Prefilled(cache, mask, out.logits[:, -1], lengths)
+
+
+def _can_share(cache: DynamicCache, rows: Sequence[Sequence[int]]) -> bool:
+    # padding between a prefix and ragged rests would count as distance in a sliding window
+    return len(set(map(len, rows))) == 1 or not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
 
 
 def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

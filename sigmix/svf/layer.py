@@ -89,7 +89,6 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = self.matrix().shape
         self.svf_z = nn.ModuleDict({})
-        self.svf_z_kwargs: dict = {}
         self.form = "factored"
         self.row_z: torch.Tensor | None = None
         self.k: int | None = None

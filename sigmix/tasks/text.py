@@ -7,6 +7,7 @@ something false about the right word, so nothing here searches.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -24,11 +25,21 @@ def normalise(text: str, *, casefold: bool = True) -> str:
     return text.casefold() if casefold else text
 
 
+def form(text: str) -> str:
+    """A text's form: runs of letters become "a", digits "9": "Kate" is "a", "1961-08-03" is "9999-99-99"."""
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d", "9", text))
+
+
 def exact(reply: str, gold: str, *, accept: Iterable[str] = (), casefold: bool = True) -> Score:
-    """1 if the normalised reply is the normalised gold, or one of ``accept``; else 0."""
+    """1 if the normalised reply is the normalised gold, or one of ``accept``; else 0.
+
+    A reply of another form (a sentence where a word was asked for) counts as no answer (``answer`` is None).
+    """
     found = normalise(reply, casefold=casefold)
     wanted = {normalise(text, casefold=casefold) for text in (gold, *accept)}
-    return Score.of(bool(found) and found in wanted, found or None, f"expected {gold!r}")
+    if form(found) not in {form(text) for text in wanted}:
+        return Score(0.0, None, f"not of the form of {gold!r}")
+    return Score.of(found in wanted, found, f"expected {gold!r}")
 
 
 def one_of(reply: str, gold: str, allowed: Iterable[str]) -> Score:
@@ -43,7 +54,10 @@ def one_of(reply: str, gold: str, allowed: Iterable[str]) -> Score:
 def exact_lines(reply: str, gold: str) -> Score:
     """1 if the reply has exactly the lines of gold: case counts, blanks at a line's end and around all do not."""
     found = [line.rstrip() for line in reply.strip().splitlines()]
-    return Score.of(found == gold.strip().splitlines(), "\n".join(found) or None, f"expected {gold!r}")
+    wanted = gold.strip().splitlines()
+    if [form(line) for line in found] != [form(line) for line in wanted]:
+        return Score(0.0, None, f"not of the form of {gold!r}")
+    return Score.of(found == wanted, "\n".join(found), f"expected {gold!r}")
 
 
 def json_value(text: str) -> Any:

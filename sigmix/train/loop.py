@@ -152,7 +152,8 @@ class Trainer:
         where = f"the last good expert, of step {self.best['step']}, is in {self.run.best}"
         if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
             raise DivergedError(
-                f"step {self.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: the run diverged; {where}",
+                f"step {self.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: the run diverged; "
+                f"{where}",
                 remedy="lower --lr, or raise --kl-weight",
             )
         if figures["kl"] > self.config.kl_limit:

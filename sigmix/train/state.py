@@ -108,8 +108,8 @@ class RunDir:
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps at or after `step`: a resumed run takes them again."""
-        kept = [entry for entry in self.history() if entry["step"] < step or (entry["kind"] == "validation" and entry["step"] == step)]
-        write_text(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+        kept = [e for e in self.history() if e["step"] < step or (e["kind"] == "validation" and e["step"] == step)]
+        write_text(self.metrics, "".join(json.dumps(e) + "\n" for e in kept))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:

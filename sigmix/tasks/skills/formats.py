@@ -8,12 +8,15 @@ import random
 from sigmix.tasks.base import Score
 from sigmix.tasks.skills.base import Item, skill
 from sigmix.tasks.skills.words import CITIES, MONTHS, NAMES, OBJECTS
-from sigmix.tasks.text import exact, exact_lines, json_only
+from sigmix.tasks.text import exact, exact_lines, form, json_only
 
 
 def exact_row(reply: str, gold: str) -> Score:
     """1 if the stripped reply is gold, character for character."""
-    return Score.of(reply.strip() == gold, reply.strip() or None, f"expected {gold!r}")
+    found = reply.strip()
+    if form(found) != form(gold):
+        return Score(0.0, None, f"not of the form of {gold!r}")
+    return Score.of(found == gold, found, f"expected {gold!r}")
 
 
 def _person(rng: random.Random) -> tuple[str, int, str]:

@@ -1,0 +1,70 @@
+"""Collect what training runs measured into results/experts: items, learning metrics and the table in experts.md.
+
+    python results/collect.py RUNS EXPERTS
+
+RUNS holds the runs' folders (metrics.jsonl, test-base.jsonl, test-expert.jsonl), EXPERTS the experts. Every figure of the
+table is computed again from the items.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from sigmix.evals.evaluate import Item, Result, compare, constant_baseline
+from sigmix.experts.expert import Expert
+from sigmix.tasks.registry import get_task
+
+HERE = Path(__file__).parent
+HEAD = (
+    "| expert | domain | seed | n | base | expert | best constant | answer entropy | McNemar p | minutes |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def load(path: Path, task: str) -> Result:
+    """A result from its items."""
+    return Result(task, [Item(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def shown(result: Result) -> str:
+    """Accuracy in per cent with its 95 % Wilson interval."""
+    summary = result.summary()
+    low, high = summary["interval"]
+    return f"{100 * summary['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def row(name: str, runs: Path, experts: Path) -> str:
+    """One line of the table, and the copies that it rests on."""
+    expert = Expert.load(experts / name)
+    task = get_task(expert.meta["task"])
+    folder = HERE / "experts" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("test-base.jsonl", "test-expert.jsonl", "metrics.jsonl"):
+        shutil.copyfile(runs / name / file, folder / file)
+    base, ours = load(folder / "test-base.jsonl", task.name), load(folder / "test-expert.jsonl", task.name)
+    samples = task.samples("test", len(ours.items), seed=0)
+    constant, summary = constant_baseline(task, samples)["accuracy"], ours.summary()
+    training = expert.meta["training"]
+    return (
+        f"| {name} | {task.domain} | {expert.meta['seed']} | {summary['n']} | {shown(base)} | {shown(ours)} "
+        f"| {100 * constant:.1f} | {summary['answer_entropy']:.2f} | {compare(ours, base)['p']:.1e} "
+        f"| {training['seconds'] / 60:.1f} |\n"
+    )
+
+
+def main() -> None:
+    """Write experts.md's table between its markers."""
+    runs, experts = Path(sys.argv[1]), Path(sys.argv[2])
+    names = sorted(path.name for path in experts.iterdir() if (path / "sigmix.json").exists())
+    table = HEAD + "".join(row(name, runs, experts) for name in names)
+    page = HERE / "experts.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
+    _, _, after = rest.partition("<!-- /table -->")
+    page.write_text(f"{before}<!-- table -->\n{table}<!-- /table -->{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

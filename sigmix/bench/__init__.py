@@ -1,0 +1,24 @@
+"""Benchmarks: ratios against named peers on the same machine in the same run. Seconds alone say little elsewhere."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from sigmix.errors import UnknownNameError
+
+BENCHES = {
+    "train-step": "one REINFORCE step against the dense way of the public reference, PEFT's LoRA and the matmul floor",
+    "decompose": "the base's matrices, cold and from the cache; a 4096×14336 matrix against torch.linalg.svd",
+}
+
+
+def run(name: str, **options: Any) -> dict[str, Any]:
+    """Run a benchmark; see the module of its name for the options, `harness.report` for the result.
+
+    Raises:
+        UnknownNameError: there is no such benchmark.
+    """
+    if name not in BENCHES:
+        raise UnknownNameError("bench", name, BENCHES, remedy="sigmix bench --list")
+    return import_module(f"sigmix.bench.{name.replace('-', '_')}").run(**options)

@@ -1,0 +1,147 @@
+"""`sigmix demo`: what the experts change, measured in front of you. Nothing is trained."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sigmix.cli.measure import accuracy
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, note, open_bank, open_engine, table
+
+LONGEST = 64  # tokens; a task that reasons at length would take the demo's four minutes alone
+SHOWN = 2
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(epilog="Example: sigmix demo --quick")(demo)
+
+
+def demo(
+    n: int = typer.Option(100, min=SHOWN, help="Held-out items for each expert."),
+    quick: bool = typer.Option(False, "--quick", help="25 items for each expert."),
+    seed: int = typer.Option(0, help="Of the drawing of items."),
+    base: str = BASE,
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """The base beside each of its experts on questions that neither was trained on."""
+    from sigmix.errors import ExpertError, SigmixError
+
+    started = time.monotonic()
+    experts = open_bank(bank)
+    if not len(experts):
+        raise ExpertError(f"{experts.folder} has no experts", remedy="train one: sigmix train --help")
+    tasks, skipped = _tasks(experts)
+    note(f"loading {base} (downloaded on the first run)")
+    engine = open_engine(base, experts)
+
+    from sigmix.evals.evaluate import compare, constant_baseline
+    from sigmix.evals.run import run
+    from sigmix.experts.mix import Mix
+
+    wanted = 25 if quick else n
+    rows: list[dict[str, Any]] = []
+    with Ticker("evaluating", 2 * wanted * len(tasks)) as ticker:
+        for name, task in tasks.items():
+            if not sys.stderr.isatty():
+                note(f"{name}: {wanted} test items of {task.name}, base and expert")
+            try:
+                figures, results = run(
+                    engine, task, [Mix.one(name)], n=wanted, seed=seed,
+                    progress=lambda count, mix, name=name: ticker.advance(count, f"{name} ({mix})"),
+                )  # fmt: skip
+            except SigmixError as error:  # one expert that does not fit hides no others
+                skipped[name] = str(error)
+                continue
+            before, after = (results[one["mix"]] for one in figures["results"])
+            row = {
+                "expert": name,
+                "domain": experts[name].meta.get("domain") or task.domain,
+                "task": task.name,
+                "n": figures["n"],
+                "base": before.summary(),
+                "tuned": after.summary(),
+                "best_constant": constant_baseline(task, task.samples("test", wanted, seed=seed)),
+                "paired": compare(after, before, seed),
+                "examples": [
+                    {"prompt": b.prompt, "gold": b.gold, "base": b.reply, "base_right": b.score == 1.0,
+                     "expert": a.reply, "expert_right": a.score == 1.0}
+                    for b, a in zip(before.items[:SHOWN], after.items[:SHOWN], strict=True)
+                ],
+            }  # fmt: skip
+            rows.append(row)
+            if not as_json:
+                _examples(row)
+    figures = {
+        "base": base, "seed": seed, "experts": rows, "skipped": skipped,
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    if as_json:
+        emit(figures, True, "")
+        return
+    _table(figures)
+
+
+def _tasks(bank: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The experts' tasks that can be measured here, and for the others why not."""
+    from sigmix.errors import SigmixError
+    from sigmix.tasks.registry import get_task
+
+    found, skipped = {}, {}
+    for name in bank.names():
+        try:
+            spec = bank[name].meta.get("task")
+            if not isinstance(spec, str):
+                skipped[name] = "it names no task"
+                continue
+            task = get_task(spec)
+            if task.costly or task.max_new_tokens > LONGEST:
+                skipped[name] = f"{spec} takes too long for a demo: sigmix eval --task '{spec}' --expert {name}"
+                continue
+            task.samples("test", 1)
+            found[name] = task
+        except SigmixError as error:
+            skipped[name] = str(error)
+        except Exception as error:  # a task of the user's own may fail in any way
+            skipped[name] = f"{type(error).__name__}: {error}"
+    return found, skipped
+
+
+def _examples(row: dict[str, Any]) -> None:
+    cells = []
+    for one in row["examples"]:
+        marks = ["right" if one[f"{who}_right"] else "wrong" for who in ("base", "expert")]
+        cells.append([one["prompt"], f"{one['base'].strip()}\n({marks[0]})", f"{one['expert'].strip()}\n({marks[1]})"])
+    title = f"{row['expert']}: the first {len(cells)} test questions"
+    table(title, ["question", "base", row["expert"]], cells)
+
+
+def _table(figures: dict[str, Any]) -> None:
+    rows = []
+    for row in figures["experts"]:
+        constant = row["best_constant"].get("accuracy")
+        rows.append(
+            [
+                row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
+                "-" if constant is None else f"{constant:.3f}", f"{row['paired']['p']:.1g}",
+            ]
+        )  # fmt: skip
+    columns = ["expert", "domain", "n", "base [95 %]", "expert [95 %]", "best constant", "McNemar p"]
+    if rows:
+        table("accuracy on held-out test items", columns, rows)
+    for name, why in figures["skipped"].items():
+        typer.echo(f"not shown: {name}: {why}")
+    typer.echo(f"{figures['seconds']:.0f} s, nothing was trained. Try next:")
+    best = max(figures["experts"], key=lambda row: row["paired"]["difference"], default=None)
+    if best is None:
+        typer.echo("  sigmix experts list\n  sigmix doctor\n  sigmix chat")
+        return
+    question = best["examples"][0]["prompt"].replace("\n", " ").replace('"', "'")
+    typer.echo(f'  sigmix generate "{question}" --mix {best["expert"]}')
+    typer.echo("  sigmix chat --single-turn")
+    typer.echo(f"  sigmix eval --task '{best['task']}' --expert {best['expert']} --n 300")

@@ -1,0 +1,268 @@
+"""What `sigmix doctor` finds: packages, machine, cache, dtype, and what a base would need. Nothing is changed."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from sigmix.cli.shared import size
+
+CORE = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "rich", "typer")
+REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?(?P<pin>[^;)]*)\)?\s*(?:;(?P<marker>.*))?")
+SMOLLM2_CONFIG = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+"""The embedded default's sizes, for when it has not been fetched."""
+
+
+def packages() -> dict[str, Any]:
+    """python, core and extras: {name: {"version", "wanted", "ok"}}, and for each extra the command that installs it."""
+    core: dict[str, Any] = {}
+    extras: dict[str, dict[str, Any]] = {}
+    try:
+        wanted = metadata.requires("sigmix") or []
+        installed = metadata.version("sigmix")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        wanted, installed = list(CORE), None
+    for line in wanted:
+        match = REQUIREMENT.match(line)
+        if match is None or match["name"] == "sigmix":
+            continue
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", match["marker"] or "")
+        row = _package(match["name"], match["pin"].strip())
+        if extra is None:
+            core[match["name"]] = row
+        else:
+            extras.setdefault(extra[1], {})[match["name"]] = row
+    return {
+        "sigmix": installed,
+        "python": platform.python_version(),
+        "core": core,
+        "extras": {
+            name: {
+                "packages": rows,
+                "ok": all(row["ok"] for row in rows.values()),
+                "install": f"pip install 'sigmix[{name}]'",
+            }
+            for name, rows in sorted(extras.items())
+        },
+    }
+
+
+def _package(name: str, pin: str) -> dict[str, Any]:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return {"version": None, "wanted": pin, "ok": False}
+    try:
+        from packaging.specifiers import SpecifierSet
+
+        fits = SpecifierSet(pin).contains(version, prereleases=True)
+    except Exception:  # no `packaging`, or a version that it cannot read: installed is all that is known
+        fits = True
+    return {"version": version, "wanted": pin, "ok": fits}
+
+
+def machine() -> dict[str, Any]:
+    """cpu cores this process may use, memory, free disk at the cache; bytes, None where the system does not say."""
+    from sigmix.files import cache_dir
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    there = cache_dir()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores,
+        "memory_bytes": _memory("MemTotal"),
+        "memory_available_bytes": _memory("MemAvailable"),
+        "disk_free_bytes": shutil.disk_usage(there).free,
+        "gpu": _gpu(),
+    }
+
+
+def _memory(key: str) -> int | None:
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
+        return int(found[1]) * 1024 if found else None
+    except OSError:
+        pages = "SC_PHYS_PAGES" if key == "MemTotal" else "SC_AVPHYS_PAGES"
+        try:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+
+
+def _gpu() -> dict[str, Any] | None:
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        return {"name": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.get_device_properties(0).total_memory}
+    except Exception:  # a torch that does not load is reported with the packages
+        return None
+
+
+def cache() -> dict[str, Any]:
+    """The cache folder, whether it can be written, bytes of each kind, and the models in it."""
+    from sigmix.caching import KINDS, entries
+    from sigmix.files import cache_dir
+
+    found = entries()
+    folder = cache_dir()
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return {
+        "folder": str(folder),
+        "writable": os.access(there, os.W_OK) and there.is_dir(),
+        "bytes": {kind: sum(entry.bytes for entry in found if entry.kind == kind) for kind in KINDS},
+        "models": [{"name": entry.name, "bytes": entry.bytes} for entry in found if entry.kind == "models"],
+    }
+
+
+def dtype() -> dict[str, Any]:
+    """In what dtype a base is loaded here, and why."""
+    try:
+        import torch
+
+        from sigmix.models import default_dtype
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = str(default_dtype(device)).removeprefix("torch.")
+    except Exception as error:
+        return {"chosen": None, "why": f"torch does not load: {error}"}
+    if device == "cuda":
+        why = "the GPU computes bfloat16 natively" if chosen == "bfloat16" else "the GPU has no native bfloat16"
+    else:
+        faster = "faster" if chosen == "bfloat16" else "not faster"
+        why = f"bfloat16 was measured {faster} than float32 on this CPU with this torch"
+    return {"chosen": chosen, "device": device, "why": why}
+
+
+def needs(name: str | None, has: dict[str, Any]) -> dict[str, Any]:
+    """`sigmix.plan.model_plan` of a base, from its config alone, and whether this machine has that much.
+
+    Raises:
+        BaseModelError: there is no such base, its config cannot be had, or it is of no causal language model.
+    """
+    from sigmix.fetch import DEFAULT
+    from sigmix.plan import model_plan
+
+    name = name or DEFAULT
+    found = model_plan(_config(name))
+    weights, factored = found["weights_bf16_bytes"], found["factored_bytes"]
+    memory, disk = has["memory_available_bytes"], has["disk_free_bytes"]
+    forms = {"merged": weights * 2 + found["cache_bytes"], "gain": weights + found["cache_bytes"]}
+    forms["factored"] = weights + factored
+    return {
+        "name": name,
+        "plan": found,
+        "memory_bytes": forms,
+        "fits_memory": {form: None if memory is None else wanted < memory for form, wanted in forms.items()},
+        "disk_bytes": weights + found["cache_bytes"],
+        "fits_disk": weights + found["cache_bytes"] < disk,
+    }
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig, LlamaConfig
+
+    from sigmix.errors import BaseModelError
+    from sigmix.fetch import DEFAULT, SMOLLM2, offline
+    from sigmix.gguf import models_dir, quiet
+    from sigmix.hub import base_names, near_paths
+    from sigmix.models import HUB_NAME
+
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {}
+    where: Any = name
+    if name.lower() == DEFAULT:
+        where = models_dir() / SMOLLM2.member_sha256
+        if not (where / "config.json").is_file():
+            return LlamaConfig(**SMOLLM2_CONFIG)
+    elif path.is_dir():
+        where = path
+        if not (path / "config.json").is_file():
+            raise BaseModelError(f"{name} is no model folder: config.json is missing", remedy=base_names())
+    elif path.is_file() and path.suffix.lower() == ".gguf":
+        where, options = path.parent, {"gguf_file": path.name}
+    elif path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
+        raise BaseModelError(f"there is no base at {name!r}{near_paths(path)}", remedy=base_names())
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
+    except Exception as error:  # the hub's, transformers' and the system's errors
+        why = str(error).split("\n")[0][:200]
+        raise BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names()) from error
+
+
+def problems(figures: dict[str, Any]) -> list[str]:
+    """What keeps sigmix from working here, each with the command that mends it. Missing extras are no problem."""
+    found = []
+    if not (3, 10) <= sys.version_info[:2] < (3, 14):
+        found.append(f"Python {figures['packages']['python']} is not supported -> use 3.10 to 3.13")
+    for name, row in figures["packages"]["core"].items():
+        if not row["ok"]:
+            state = f"{name} {row['version']} is too old" if row["version"] else f"{name} is not installed"
+            found.append(f"{state} -> pip install '{name}{row['wanted']}'")
+    if not figures["cache"]["writable"]:
+        folder = figures["cache"]["folder"]
+        found.append(f"the cache {folder} cannot be written -> set SIGMIX_CACHE to a folder that can")
+    if figures["base"].get("fits_disk") is False:
+        free = size(figures["machine"]["disk_free_bytes"])
+        found.append(
+            f"{figures['base']['name']} needs {size(figures['base']['disk_bytes'])} of disk, {free} are free "
+            "-> set SIGMIX_CACHE to another disk, or: sigmix cache clear"
+        )
+    return found
+
+
+def text(figures: dict[str, Any], plan: bool) -> str:
+    """The findings for a person."""
+    packs, has, stored = figures["packages"], figures["machine"], figures["cache"]
+    lines = [f"python {packs['python']}, sigmix {packs['sigmix'] or 'run from its source'}"]
+    lines += [f"  {name:<18} {row['version'] or 'MISSING'}" for name, row in packs["core"].items()]
+    for name, extra in packs["extras"].items():
+        missing = [one for one, row in extra["packages"].items() if not row["ok"]]
+        state = f"missing or too old: {', '.join(missing)} -> {extra['install']}" if missing else "installed"
+        lines.append(f"extra {name}: {state}")
+    memory = "unknown memory"
+    if has["memory_bytes"]:
+        memory = f"{size(has['memory_bytes'])} of memory ({size(has['memory_available_bytes'] or 0)} available)"
+    disk = f"{size(has['disk_free_bytes'])} of disk free"
+    lines.append(f"machine: {has['system']}, {has['cores']} cores, {memory}, {disk}")
+    lines.append(f"GPU: {has['gpu']['name']}" if has["gpu"] else "GPU: none")
+    held = ", ".join(f"{kind} {size(count)}" for kind, count in stored["bytes"].items())
+    lines.append(f"cache: {stored['folder']}: {held}")
+    lines += [f"  {model['name']} {size(model['bytes'])}" for model in stored["models"]]
+    lines.append(f"dtype: {figures['dtype']['chosen']}, because {figures['dtype']['why']}")
+    base = figures["base"]
+    if "plan" in base:
+        found = base["plan"]
+        forms = ", ".join(f"{form} {size(count)}" for form, count in base["memory_bytes"].items())
+        expert = f"{found['z_parameters']:,} numbers in an expert ({size(found['expert_bytes'])})"
+        lines += [
+            f"base {base['name']}: {found['parameters']:,} parameters, {found['matrices']} matrices adapted, {expert}",
+            f"  memory by form, without activations: {forms}",
+            f"  disk: {size(found['weights_bf16_bytes'])} of weights, {size(found['cache_bytes'])} of decompositions",
+        ]
+        short = [form for form, fits in base["fits_memory"].items() if fits is False]
+        if short:
+            lines.append(f"  more than is available now: {', '.join(short)}")
+        if plan:
+            lines += [f"  {one['count']:>4} × [{one['out']}, {one['in']}]" for one in found["by_shape"]]
+            lines += [f"  not adapted: {one['count']} × {one['name']} {one['shape']}: {one['why']}"
+                      for one in found["not_adapted"]]  # fmt: skip
+    else:
+        lines.append(f"base: {base['problem']}")
+    lines += [f"PROBLEM: {problem}" for problem in figures["problems"]]
+    return "\n".join(lines if figures["problems"] else [*lines, "everything that sigmix needs is here"])

@@ -1,0 +1,174 @@
+"""A task under several mixes on the same items: accuracies with intervals, each mix paired with the base.
+
+    figures, results = run(engine, get_task("addition"), [Mix.one("addition")], n=300)
+    save("results/addition", figures, results)
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sigmix.engine import Engine
+from sigmix.engine.prompts import check_context
+from sigmix.evals.evaluate import Result, compare, constant_baseline, evaluate
+from sigmix.experts.mix import Mix
+from sigmix.files import write_json
+from sigmix.tasks.base import Sample, Split, Task
+
+SUMMARY = "summary.json"
+
+
+def run(
+    engine: Engine,
+    task: Task,
+    mixes: Sequence[Mix] = (),
+    *,
+    split: Split = "test",
+    n: int = 300,
+    seed: int = 0,
+    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int, str], None] | None = None,
+) -> tuple[dict[str, Any], dict[str, Result]]:
+    """Evaluate the base and every mix on the same items.
+
+    Args:
+        mixes: beside the base, which always comes first; equal ones count once.
+        n: items; a split that has fewer gives all it has.
+        seed: of the drawing of items, of sampling (item i has the same stream under every mix) and of the bootstrap.
+        max_new_tokens: default: the task's.
+        progress: called with (items just answered, mix id).
+
+    Returns:
+        Figures for JSON: task, split, seed, n, temperature, max_new_tokens, best_constant ({"reply", "accuracy"}, empty
+        where too costly), notes, seconds, results: a list with, for each mix, `Result.summary`, ``mix`` (its id),
+        ``weights``, ``truncated`` (answers that ran into max_new_tokens), ``seconds`` and ``paired`` (`compare` with
+        the base; None for the base itself). And the `Result` of every mix by its id.
+
+    Raises:
+        ContextError: an item that does not fit the context. Others: see `Engine.z` and `Task.samples`.
+    """
+    samples = task.samples(split, n, seed=seed)
+    limit = max_new_tokens or task.max_new_tokens
+    rows = {sample.id: engine.encode(sample.prompt, sample.system) for sample in samples}
+    for sample in samples:
+        check_context(engine.model, rows[sample.id], limit, f"item {sample.id} of {task.name}")
+    order = list(dict.fromkeys([Mix.base(), *mixes]))
+    for mix in order:
+        engine.z(mix)  # errors come before the work
+    results: dict[str, Result] = {}
+    entries = []
+    began = time.monotonic()
+    for mix in order:
+        started, cut = time.monotonic(), 0
+
+        def answer(wanted: Sequence[Sample], mix: Mix = mix) -> list[str]:
+            nonlocal cut
+            texts = []
+            for start in range(0, len(wanted), batch_size):
+                part = wanted[start : start + batch_size]
+                done = engine.generate(
+                    [rows[sample.id] for sample in part], mix, max_new_tokens=limit, temperature=temperature,
+                    seeds=[(seed << 32) + start + place for place in range(len(part))], batch_size=batch_size,
+                )  # fmt: skip
+                texts += [one.text for one in done]
+                cut += sum(one.finish == "length" for one in done)
+                if progress is not None:
+                    progress(len(part), mix.id)
+            return texts
+
+        result = results[mix.id] = evaluate(task, samples, answer)
+        base = results[Mix.base().id]
+        entries.append(
+            {
+                "mix": mix.id,
+                "weights": mix.to_json()["weights"],
+                **result.summary(),
+                "truncated": cut,
+                "seconds": round(time.monotonic() - started, 2),
+                "paired": compare(result, base, seed) if mix.weights else None,
+            }
+        )
+    figures = {
+        "task": task.name,
+        "split": split,
+        "seed": seed,
+        "n": len(samples),
+        "temperature": temperature,
+        "max_new_tokens": limit,
+        "base": (getattr(engine.model, "sigmix_base", None) or {}).get("name"),
+        "best_constant": constant_baseline(task, samples),
+        "notes": list(task.notes),
+        "seconds": round(time.monotonic() - began, 2),
+        "results": entries,
+    }
+    return figures, results
+
+
+def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[str, Result]) -> Path:
+    """Write items as JSONL, one file a mix, and ``summary.json`` with the figures and where they came from.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    entries = []
+    for number, entry in enumerate(figures["results"]):
+        file = f"{number}-{re.sub(r'[^a-z0-9._+-]+', '-', entry['mix'])[:80]}.jsonl"
+        results[entry["mix"]].save(folder / file)
+        entries.append({**entry, "file": file})
+    write_json(folder / SUMMARY, {**figures, "results": entries, **provenance()})
+    return folder / SUMMARY
+
+
+def provenance() -> dict[str, Any]:
+    """command, commit (None outside of a checkout), date (UTC), machine: what made a figure."""
+    import torch
+    import transformers
+
+    from sigmix import __version__
+
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "sigmix": __version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
