@@ -1,7 +1,8 @@
 """``sigmix bench train-step``: what one REINFORCE step costs.
 
 A step is rollout, reference, loss, backward and update on two-digit addition: 64 answers, grouped by prompt as the
-``laptop`` preset has it (ours reads a prompt once for its group, and what all prompts share once for all). The contestants, on the same prompts and seeds, in the dtype that `load_base` picks on this machine:
+``laptop`` preset has it (ours reads a prompt once for its group, and what all prompts share once for all). The
+contestants, on the same prompts and seeds, in the dtype that `load_base` picks on this machine:
 
     ours     `train.step.Learner` with z on all linear layers
     dense    the way of the public reference, see `bench.dense`

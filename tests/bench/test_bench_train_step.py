@@ -60,14 +60,13 @@ def test_the_dense_peers_gradient_of_z_is_autograds_through_the_composition(sett
 
 @pytest.mark.parametrize("name", ["ours", "dense", "lora"])
 def test_a_step_of_each_gives_answers_of_one_length_and_changes_what_it_trains(setting, name):
-    one = contestant(setting, name)
+    one = contestant(setting, name, baseline="none")  # a random model's rewards are all alike
     parameters = one.policy.parameters() if isinstance(one, Loop) else one.z
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     for number in range(2):  # the first LoRA step cannot move A, whose gradient is through B = 0
         figures = one.step(number, setting.samples(number))
         assert figures["answer_tokens"] == setting.new_tokens
-    # rewards of a random model are all alike, so what moves z after the first step is the KL alone
-    assert any(not torch.equal(before[key], parameters[key]) for key in before) or figures["grad_norm"] == 0
+    assert all(not torch.equal(before[key], parameters[key]) for key in before)
 
 
 def test_the_flops_are_those_of_the_matrices(setting):

@@ -1,0 +1,187 @@
+"""`Engine` under mixes: forms agree with dense weights, rows keep to themselves, the base is never touched."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers_engine import TOLERANCE, alone, dense, expert, greedy, rows
+
+from sigmix.engine import Engine
+from sigmix.experts.fingerprint import fingerprint
+from sigmix.experts.mix import Mix
+from sigmix.svf.tuner import svf_layers
+
+pytestmark = pytest.mark.usefixtures("cache")
+PROMPTS = rows([14, 22, 11, 17], shared=9)
+MIXES = ["math:0.7+code:0.3", None, "math", "code:-0.4"]
+FORMS = ["factored", "gain", "truncated"]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def made(request, tiny, tiny_tokenizer):
+    """An engine, the experts behind it, and a factory of fresh copies of its base."""
+    bank = {name: expert(tiny(request.param), name, seed) for name, seed in (("math", 1), ("code", 2))}
+    model = tiny(request.param)
+    return SimpleNamespace(
+        engine=Engine(model, tiny_tokenizer, bank), model=model, bank=bank, fresh=lambda: tiny(request.param)
+    )
+
+
+def under(made, mix):
+    """A dense model under a mix, by the algebra of the paper."""
+    weights = {} if mix is None else Mix.parse(mix).weights
+    z = {path: 1 + sum(a * (made.bank[name].z[path].double() - 1) for name, a in weights.items())
+         for path in made.bank["math"].z}  # fmt: skip
+    return dense(made.fresh(), z)
+
+
+def padded(side: str):
+    width = max(map(len, PROMPTS))
+    ids, mask = torch.zeros(len(PROMPTS), width, dtype=torch.long), torch.zeros(len(PROMPTS), width, dtype=torch.long)
+    for i, row in enumerate(PROMPTS):
+        part = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, part], mask[i, part] = torch.tensor(row), 1
+    return ids, mask
+
+
+# ------------------------------------------------------------------ logits
+
+
+def test_base_is_bit_for_bit(made):
+    ids = torch.tensor(rows([16, 16]))
+    with torch.no_grad():
+        plain = made.fresh()(ids, use_cache=False).logits
+    for mix in (None, Mix.base(), "math:0", [None, "code:0"]):
+        for form in (None, "gain") if isinstance(mix, list) else (None, "merged", "gain"):
+            got = made.engine.logits(ids, mix=mix, form=form)
+            if form is None and isinstance(mix, list):
+                assert torch.equal(got, plain)  # rows that all are the base need no form
+            else:
+                assert torch.equal(got, plain), (mix, form)
+
+
+@pytest.mark.parametrize("form", ["merged", *FORMS])
+@pytest.mark.parametrize("mix", ["math", "math:0.7+code:0.3", "math:2+code:-0.5"])
+def test_forms_agree_with_dense_weights(made, form, mix):
+    ids = torch.tensor(rows([16, 16]))
+    with torch.no_grad():
+        slow = under(made, mix)(ids, use_cache=False).logits
+    torch.testing.assert_close(made.engine.logits(ids, mix=mix, form=form), slow, **TOLERANCE)
+    assert float((slow - made.engine.logits(ids)).abs().max()) > 0.1  # the mix does something
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_mix_per_row_of_a_ragged_batch(made, side, form):
+    ids, mask = padded(side)
+    got = made.engine.logits(ids, mask, mix=MIXES, form=form)
+    for i, (row, mix) in enumerate(zip(PROMPTS, MIXES, strict=True)):
+        with torch.no_grad():
+            slow = alone(under(made, mix), row)
+        torch.testing.assert_close(got[i][mask[i].bool()], slow, **TOLERANCE)
+
+
+def test_one_hot_is_the_trained_expert(made):
+    z = made.engine.z(Mix.one("math"))
+    assert z.keys() == made.bank["math"].z.keys()
+    assert all(torch.equal(z[path], made.bank["math"].z[path]) for path in z)
+    assert made.engine.z(Mix.base()) == {}
+
+
+# ------------------------------------------------------------------ generation
+
+
+def tokens(generations):
+    return [g.ids for g in generations]
+
+
+def near(ours, theirs):
+    return ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)  # float32, batched against alone
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_mixed_generation_equals_each_row_alone(made, form):
+    together = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10, form=form)
+    for prompt, mix, answer in zip(PROMPTS, MIXES, together, strict=True):
+        ids, logprobs = greedy(under(made, mix), prompt, 10, ends=[2])
+        assert answer.ids == ids
+        assert near(answer.logprobs, logprobs)
+        assert answer.mix == (Mix.base() if mix is None else Mix.parse(mix))
+        assert answer.prompt_tokens == len(prompt)
+        assert answer.finish == ("stop" if ids[-1] == 2 else "length")
+
+
+def test_mixed_rows_keep_their_mix_when_others_leave(made):
+    # different texts of one batch end at different steps; every remaining row must go on with its own z
+    free = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
+    made.engine.ends = [free[0].ids[1], free[2].ids[4]]
+    bounded = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
+    assert len({len(answer.ids) for answer in bounded}) > 1
+    for prompt, mix, answer in zip(PROMPTS, MIXES, bounded, strict=True):
+        assert answer.ids == greedy(under(made, mix), prompt, 10, made.engine.ends)[0]
+
+
+@pytest.mark.parametrize("form", ["merged", *FORMS])
+def test_one_mix_for_all_in_every_form(made, form):
+    answers = made.engine.generate(PROMPTS, "math:0.7+code:0.3", max_new_tokens=8, form=form)
+    model = under(made, "math:0.7+code:0.3")
+    assert tokens(answers) == [greedy(model, prompt, 8, ends=[2])[0] for prompt in PROMPTS]
+
+
+def test_batches_do_not_matter(made):
+    whole = made.engine.generate(PROMPTS, MIXES, max_new_tokens=8, temperature=1.0, seeds=[5, 6, 7, 8])
+    for size in (1, 3):
+        parts = made.engine.generate(
+            PROMPTS, MIXES, max_new_tokens=8, temperature=1.0, seeds=[5, 6, 7, 8], batch_size=size
+        )
+        assert tokens(parts) == tokens(whole)
+    single = made.engine.generate(PROMPTS[2:3], MIXES[2], max_new_tokens=8, temperature=1.0, seeds=[7])
+    assert tokens(single) == tokens(whole[2:3])
+
+
+def test_default_seeds_are_the_rows_numbers(made):
+    given = made.engine.generate(PROMPTS, temperature=1.0, max_new_tokens=6, seeds=[0, 1, 2, 3])
+    assert tokens(made.engine.generate(PROMPTS, temperature=1.0, max_new_tokens=6)) == tokens(given)
+    assert tokens(made.engine.generate(PROMPTS, temperature=1.0, max_new_tokens=6, batch_size=2)) == tokens(given)
+
+
+# ------------------------------------------------------------------ the base stays
+
+
+def test_base_weights_are_bit_for_bit_what_they_were(made):
+    before = fingerprint(made.model, fresh=True)
+    storages = {path: layer.get_base_layer().weight.data_ptr() for path, layer in svf_layers(made.model).items()}
+    assert before == fingerprint(made.fresh(), fresh=True)
+    for mix in ("math", "math:3", MIXES, "code:-1+math:0.5", None, MIXES[::-1], "code"):
+        for form in (None, "gain"):
+            made.engine.generate(PROMPTS, mix, max_new_tokens=4, form=form)
+        next(made.engine.stream(PROMPTS[0], "math"), None)  # abandoned half-way
+    with pytest.raises(RuntimeError):  # an error in the middle of a merged batch
+        made.engine.logits(torch.tensor([[1]]), torch.ones(5, 1), mix="math")
+    assert fingerprint(made.model, fresh=True) == before
+    now = {path: layer.get_base_layer().weight.data_ptr() for path, layer in svf_layers(made.model).items()}
+    assert now == storages
+    ids = torch.tensor(rows([12]))
+    with torch.no_grad():
+        assert torch.equal(made.engine.logits(ids), made.fresh()(ids, use_cache=False).logits)
+
+
+def test_an_expert_that_adapts_fewer_matrices(tiny, tiny_tokenizer):
+    model = tiny("llama")
+    part = expert(tiny("llama"), "part", 3, targets="mlp")
+    engine = Engine(model, tiny_tokenizer, {"part": part})
+    ids = torch.tensor(rows([12]))
+    with torch.no_grad():
+        slow = dense(tiny("llama"), part.z)(ids, use_cache=False).logits
+    for form in ("merged", *FORMS):
+        torch.testing.assert_close(engine.logits(ids, mix="part", form=form), slow, **TOLERANCE)
+
+
+def test_two_engines_on_one_model(made, tiny_tokenizer):
+    other = Engine(made.model, tiny_tokenizer, {"math": made.bank["code"]})
+    ids = torch.tensor(rows([12]))
+    mine = made.engine.logits(ids, mix="math")
+    assert torch.equal(other.logits(ids, mix="math"), made.engine.logits(ids, mix="code"))
+    assert torch.equal(made.engine.logits(ids, mix="math"), mine)
