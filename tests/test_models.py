@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_tiny, build_tokenizer
 from helpers_gguf import write_gguf
+from helpers_tiny import build_tiny, build_tokenizer
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
 from sigmix import gguf, models
@@ -58,14 +58,23 @@ def test_the_dtype_is_as_asked_or_what_the_device_is_good_at(model_folder):
         load_base(model_folder, dtype="int3")
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ({"avx512_bf16": True}, torch.bfloat16),
-    ({"amx_tile": True}, torch.bfloat16),
-    ({"avx2": True}, torch.float32),
-])  # fmt: skip
-def test_the_default_dtype_follows_the_cpu(monkeypatch, flags, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+@pytest.mark.parametrize(
+    ("bf16", "fp32", "expected"),
+    [(1.0, 4.0, torch.bfloat16), (2.0, 1.0, torch.float32), (0.9, 1.0, torch.float32)],
+)
+def test_the_default_dtype_is_the_faster_one_and_stays_what_it_was(monkeypatch, cache, bf16, fp32, expected):
+    monkeypatch.setattr(models, "_seconds", {torch.bfloat16: bf16, torch.float32: fp32}.__getitem__)
     assert default_dtype("cpu") == expected
+    monkeypatch.setattr(models, "_seconds", {torch.bfloat16: fp32, torch.float32: bf16}.__getitem__)
+    assert default_dtype("cpu") == expected  # a busy moment does not change an expert's figures
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"other cpu": "bfloat16"}'])
+def test_a_damaged_note_of_the_dtype_is_measured_again(monkeypatch, cache, content):
+    monkeypatch.setattr(models, "_seconds", {torch.bfloat16: 1.0, torch.float32: 4.0}.__getitem__)
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "dtype.json").write_text(content)
+    assert default_dtype("cpu") == torch.bfloat16
 
 
 def test_a_folder_without_config_says_what_is_there(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from helpers_tiny import ARCHITECTURES
 from safetensors.torch import save_file
 from transformers import BertConfig, T5Config
 from transformers.pytorch_utils import Conv1D

@@ -186,15 +186,12 @@ def run(repeats: int | None = None, dtype: str | None = None, memory: bool = Tru
 
     here = Setting(dtype=dtype, **setting)
     where = device()  # before our own load
+    started = time.perf_counter()
     say("gradients of z, ours and dense, on the same rollouts in float32")
     agreed = agreement(here)
+    say(f"cosine {agreed['cosine']:.8f}, after {time.perf_counter() - started:.0f} s")
     if not agreed["cosine"] >= LEAST_COSINE:
         raise SigmixError(f"ours and the dense peer disagree on the gradient of z (cosine {agreed['cosine']:.6f})")
-    peaks = {}
-    if memory:
-        for name in ("ours", "dense", "lora"):
-            say(f"peak memory of {name}")
-            peaks[name] = peak_memory(here, name)
     ours, dense, lora = (contestant(here, name) for name in ("ours", "dense", "lora"))
     assert isinstance(ours, Loop)
     assert isinstance(dense, Dense)
@@ -223,6 +220,11 @@ def run(repeats: int | None = None, dtype: str | None = None, memory: bool = Tru
     lengths = {f["answer_tokens"] for name in ("ours", "dense", "lora") for f in figures[name]}
     if lengths != {float(here.new_tokens)}:
         raise SigmixError(f"the contestants' answers have other lengths than {here.new_tokens} tokens: {lengths}")
+    peaks = {}
+    if memory:
+        for name in ("ours", "dense", "lora"):
+            say(f"peak memory of {name}")
+            peaks[name] = peak_memory(here, name)
     ratios = {
         "speedup_vs_dense": ratio(seconds["dense"], seconds["ours"]),
         "speedup_vs_lora": ratio(seconds["lora"], seconds["ours"]),

@@ -51,9 +51,9 @@ def listed(
     rows = [
         [entry.kind, entry.name[:40], size(entry.bytes), _date(entry.last_used), reasons.get(entry.path)]
         for entry in shown
-        if damaged or entry.kind != "svd"
+        if damaged or entry.kind != "svd" or kind == "svd"
     ]
-    if not damaged and (svd := [entry for entry in shown if entry.kind == "svd"]):
+    if not damaged and kind != "svd" and (svd := [entry for entry in shown if entry.kind == "svd"]):
         last = _date(max(entry.last_used for entry in svd))
         rows.append(["svd", f"{len(svd)} decompositions", size(sum(entry.bytes for entry in svd)), last, None])
     if not rows:

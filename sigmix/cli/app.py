@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog="Example: sigmix demo",
 )
 
 
@@ -38,10 +39,10 @@ def _root(
 
 
 def _commands() -> None:
-    from sigmix.cli import admin, demo, experts, measure, training, use
+    from sigmix.cli import admin, bench, demo, experts, measure, training, use
 
     if not app.registered_commands:  # main may run more than once in a process
-        for module in (demo, use, training, measure, experts, admin):
+        for module in (demo, use, training, measure, experts, bench, admin):
             module.add(app)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -53,7 +55,7 @@ def demo(
             try:
                 figures, results = run(
                     engine, task, [Mix.one(name)], n=wanted, seed=seed,
-                    progress=lambda count, mix, name=name: ticker.advance(count, f"{name} ({mix})"),
+                    progress=functools.partial(_tick, ticker, name),
                 )  # fmt: skip
             except SigmixError as error:  # one expert that does not fit hides no others
                 skipped[name] = str(error)
@@ -68,6 +70,7 @@ def demo(
                 "tuned": after.summary(),
                 "best_constant": constant_baseline(task, task.samples("test", wanted, seed=seed)),
                 "paired": compare(after, before, seed),
+                "no_answer": [one["no_answer"] for one in figures["results"]],
                 "examples": [
                     {"prompt": b.prompt, "gold": b.gold, "base": b.reply, "base_right": b.score == 1.0,
                      "expert": a.reply, "expert_right": a.score == 1.0}
@@ -85,6 +88,10 @@ def demo(
         emit(figures, True, "")
         return
     _table(figures)
+
+
+def _tick(ticker: Ticker, name: str, count: int, mix: str) -> None:
+    ticker.advance(count, f"{name} ({mix})")
 
 
 def _tasks(bank: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -129,11 +136,13 @@ def _table(figures: dict[str, Any]) -> None:
             [
                 row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
                 "-" if constant is None else f"{constant:.3f}", f"{row['paired']['p']:.1g}",
+                "{} -> {}".format(*row["no_answer"]),
             ]
         )  # fmt: skip
-    columns = ["expert", "domain", "n", "base [95 %]", "expert [95 %]", "best constant", "McNemar p"]
+    columns = ["expert", "domain", "n", "base [95 %]", "expert [95 %]", "best constant", "McNemar p", "no answer"]
     if rows:
         table("accuracy on held-out test items", columns, rows)
+        typer.echo("no answer: replies, of the base -> of the expert, without an answer in the form that was asked for")
     for name, why in figures["skipped"].items():
         typer.echo(f"not shown: {name}: {why}")
     typer.echo(f"{figures['seconds']:.0f} s, nothing was trained. Try next:")
@@ -141,7 +150,7 @@ def _table(figures: dict[str, Any]) -> None:
     if best is None:
         typer.echo("  sigmix experts list\n  sigmix doctor\n  sigmix chat")
         return
-    question = best["examples"][0]["prompt"].replace("\n", " ").replace('"', "'")
-    typer.echo(f'  sigmix generate "{question}" --mix {best["expert"]}')
+    question = " ".join(best["examples"][0]["prompt"].split())
+    typer.echo(f"  sigmix generate {shlex.quote(question)} --mix {best['expert']}")
     typer.echo("  sigmix chat --single-turn")
-    typer.echo(f"  sigmix eval --task '{best['task']}' --expert {best['expert']} --n 300")
+    typer.echo(f"  sigmix eval --task {shlex.quote(best['task'])} --expert {best['expert']} --n 300")

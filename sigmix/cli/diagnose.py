@@ -15,7 +15,7 @@ from sigmix.cli.shared import size
 
 CORE = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "rich", "typer")
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?(?P<pin>[^;)]*)\)?\s*(?:;(?P<marker>.*))?")
-SMOLLM2_CONFIG = {
+SMOLLM2_CONFIG: dict[str, Any] = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
 }  # fmt: skip

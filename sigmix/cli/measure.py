@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, check_output, emit, open_engine, open_mixes, table
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, check_output, emit, open_engine, open_mixes, table, working
 
 DATA = typer.Option(None, help="Local JSONL data instead of the hub.")
 CODE = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs.")
@@ -74,12 +74,12 @@ def _show(figures: dict[str, Any]) -> None:
         rows.append(
             [
                 one["mix"], one["n"], accuracy(one), *paired(one["paired"]), f"{one['answer_entropy']:.2f}",
-                one["unscorable"], one["truncated"],
+                one["unscorable"], one["no_answer"], one["truncated"],
             ]
         )  # fmt: skip
     columns = ["mix", "n", "accuracy [95 %]", "difference [95 %]", "won/lost", "McNemar p"]
     title = f"{figures['task']}, {figures['split']} split, seed {figures['seed']}, base {figures['base']}"
-    table(title, [*columns, "entropy", "unscorable", "cut off"], rows)
+    table(title, [*columns, "entropy", "unscorable", "no answer", "cut off"], rows)
     constant = figures["best_constant"]
     if constant:
         typer.echo(f"best constant answer: {constant['accuracy']:.3f} ({constant['reply']!r} every time)")
@@ -139,7 +139,8 @@ def tasks(
         "splits": list(made.splits()), "max_new_tokens": made.max_new_tokens, "runs_programs": made.costly,
     }  # fmt: skip
     try:
-        samples = made.samples(made.splits()[0], 2)
+        with working("reading the data"):
+            samples = made.samples(made.splits()[0], 2)
         figures["samples"] = [{"prompt": one.prompt, "gold": one.gold, "system": one.system} for one in samples]
     except SigmixError as error:
         if data_dir is not None or validate:

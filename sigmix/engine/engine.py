@@ -6,7 +6,7 @@ One mix for the whole batch is merged (no cost per token); several mixes share o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from sigmix.engine.decode import Row, Sampling, decode
 from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
 from sigmix.engine.prefix import contiguous_head, prefill
 from sigmix.engine.prompts import check_context, encode, end_ids
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.svf.layer import FORMS
@@ -55,7 +55,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.bank: Bank | Mapping[str, Any] = bank if bank is not None else {}
         self.layers = adapted_layers(model)
-        self._checked: set[int] = set()
+        self._checked: dict[int, Any] = {}  # holds the experts, so that no other one can get their id
+        self._turn = 0  # counts changes of the layers' state, so that a stream notices that it was overtaken
         self.ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
@@ -76,10 +77,12 @@ class Engine:
         if mix == Mix.base():
             return {}
         for name in mix.weights:
+            if name not in self.bank:
+                raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
             expert = self.bank[name]
             if id(expert) not in self._checked:
                 expert.check(self.model)
-                self._checked.add(id(expert))
+                self._checked[id(expert)] = expert
         return mix.z(self.bank, {path: layer.r for path, layer in self.layers.items()})
 
     def _under(self, mixes: list[Mix], form: str | None) -> AbstractContextManager[Any]:
@@ -129,13 +132,18 @@ class Engine:
         Raises:
             ContextError: a prompt that cannot fit. UnknownNameError, ExpertError: see `z`. ConfigError: bad options.
         """
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+        _check_options(max_new_tokens, temperature, top_p, stop)
+        if isinstance(prompts, str):
+            raise ConfigError("prompts must be a list, not one string", remedy="generate([prompt])[0]")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         mixes = self._mixes(mix, len(prompts))
         rows = [self.encode(prompt, chat=chat) for prompt in prompts]
         for number, row in enumerate(rows):
             check_context(self.model, row, max_new_tokens, f"prompt {number}")
         seeds = list(seeds) if seeds is not None else list(range(len(rows)))
+        if len(seeds) != len(rows):
+            raise ConfigError(f"{len(seeds)} seeds for {len(rows)} prompts", remedy="give one seed for each prompt")
         done: list[Generation] = []
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
@@ -161,6 +169,7 @@ class Engine:
         chat: bool | None = None,
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; the pieces joined are `generate`'s text."""
+        _check_options(max_new_tokens, temperature, top_p, stop)
         row = self.encode(prompt, chat=chat)
         check_context(self.model, row, max_new_tokens)
         sampling = Sampling(max_new_tokens, temperature, top_p, [seed])
@@ -183,7 +192,7 @@ class Engine:
         form: str | None = None,
     ) -> torch.Tensor:
         """Logits [B, T, V] of token ids [B, T] (padded left or right where the mask [B, T] is 0), a mix per row."""
-        with self._under(self._mixes(mix, len(input_ids)), form):
+        with self._turn_of(self._mixes(mix, len(input_ids)), form):
             positions = None
             if attention_mask is not None:
                 positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
@@ -194,20 +203,44 @@ class Engine:
     def _decode(
         self, rows: list[list[int]], mixes: list[Mix], sampling: Sampling, stop: Sequence[str], form: str | None
     ) -> Iterator[list[Row]]:
+        # a stop string has at most a token for each byte; a few more, because it can begin inside an earlier token
+        window = 8 + max((len(mark.encode()) for mark in stop), default=0)
+
         def stopped(_: int, row: Row) -> bool:
-            # a stop string can begin inside an earlier token, so look at a little more than the last one
-            text = self.tokenizer.decode(row.ids[-(max(map(len, stop)) + 8) :], skip_special_tokens=True)
+            text = self.tokenizer.decode(row.ids[-window:], skip_special_tokens=True)
             return any(mark in text for mark in stop)
 
-        one = len(set(mixes)) == 1
-        with self._under(mixes, form) as keep:
-            state = prefill(self.model, rows, self.pad_id, share=one)
-            yield from decode(self.model, state, sampling, self.ends, stopped if stop else None, keep)
+        with self._turn_of(mixes, form) as (keep, turn):
+            # where every row has its own z, keep is there, and the prefix's one row would have none
+            state = prefill(self.model, rows, self.pad_id, share=keep is None)
+            for done in decode(self.model, state, sampling, self.ends, stopped if stop else None, keep):
+                yield done
+                if self._turn != turn and not all(row.finish for row in done):
+                    raise ConfigError(
+                        "another call used this engine while a stream was under way, so its weights are gone",
+                        remedy="finish the stream first, or give each stream its own engine and model",
+                    )
+
+    @contextmanager
+    def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
+        self._turn += 1
+        try:
+            with self._under(mixes, form) as keep:
+                yield keep, self._turn
+        finally:
+            self._turn += 1
 
     def _text(self, ids: list[int], stop: Sequence[str]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
         return text[: min(cuts)] if cuts else text
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+    if isinstance(stop, str) or not all(stop):
+        raise ConfigError(f"stop must be a list of strings that are not empty, not {stop!r}", remedy="stop=['END']")
 
 
 def _tail(text: str, stop: Sequence[str]) -> str:

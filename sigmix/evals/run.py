@@ -53,8 +53,9 @@ def run(
     Returns:
         Figures for JSON: task, split, seed, n, temperature, max_new_tokens, best_constant ({"reply", "accuracy"}, empty
         where too costly), notes, seconds, results: a list with, for each mix, `Result.summary`, ``mix`` (its id),
-        ``weights``, ``truncated`` (answers that ran into max_new_tokens), ``seconds`` and ``paired`` (`compare` with
-        the base; None for the base itself). And the `Result` of every mix by its id.
+        ``weights``, ``no_answer`` (scored replies from which the verifier could read none: wrong by their form),
+        ``truncated`` (replies that ran into max_new_tokens), ``seconds`` and ``paired`` (`compare` with the base; None
+        for the base itself). And the `Result` of every mix by its id.
 
     Raises:
         ContextError: an item that does not fit the context. Others: see `Engine.z` and `Task.samples`.
@@ -95,6 +96,7 @@ def run(
                 "mix": mix.id,
                 "weights": mix.to_json()["weights"],
                 **result.summary(),
+                "no_answer": sum(item.answer is None for item in result.scored),
                 "truncated": cut,
                 "seconds": round(time.monotonic() - started, 2),
                 "paired": compare(result, base, seed) if mix.weights else None,

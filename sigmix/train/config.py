@@ -86,7 +86,7 @@ class TrainConfig:
         for name in ("lr", "clip", "kl_limit"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.kl_weight < 0 or self.temperature < 0 or self.patience < 0:
+        if not (self.kl_weight >= 0 and self.temperature >= 0 and self.patience >= 0):
             raise ConfigError("kl_weight, temperature and patience cannot be negative")
         if not 0 <= self.form_reward < 1:
             raise ConfigError(f"form_reward must be in [0, 1), not {self.form_reward}")
@@ -94,6 +94,8 @@ class TrainConfig:
             raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}")
         if self.batch % self.group:
             raise ConfigError(f"batch {self.batch} is not a multiple of group {self.group}")
+        if self.policy == "lora" and (self.layers is not None or self.parameterisation != "direct"):
+            raise ConfigError("layers and parameterisation belong to the svf policy; lora adapts all of its targets")
         if self.baseline == "leave-one-out" and self.batch == 1:
             raise ConfigError("a leave-one-out baseline needs a batch of at least 2")
 

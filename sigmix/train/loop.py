@@ -87,7 +87,7 @@ class Trainer:
             try:
                 self._run()
             except KeyboardInterrupt:
-                self._save()
+                self.run.save(*self._stable)  # a step or validation under way is taken again
                 raise
             self._save()
             curve(self.run.history(), self.run.path / "curve.png", f"{self.name}: {self.task.name}")
@@ -95,8 +95,10 @@ class Trainer:
 
     def _run(self) -> None:
         config = self.config
-        if self.step == 0:
+        self._stable = self._state()
+        if self.best["accuracy"] < 0:
             self._validate()
+            self._stable = self._state()
         while self.step < config.steps and not self._patience_spent():
             started = time.perf_counter()
             figures = self.learner.step(self.step, self.stream.step(self.step))
@@ -109,6 +111,7 @@ class Trainer:
                 self._validate()
                 self.seconds += time.perf_counter() - started
                 self._save()
+            self._stable = self._state()
 
     def _patience_spent(self) -> bool:
         return bool(self.config.patience) and self.bad >= self.config.patience
@@ -178,11 +181,14 @@ class Trainer:
         self.listener(entry)
 
     def _save(self) -> None:
-        tensors = {f"parameter.{name}": p.detach().cpu() for name, p in self.learner.parameters.items()}
+        self.run.save(*self._state())
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        tensors = {f"parameter.{name}": p.detach().cpu().clone() for name, p in self.learner.parameters.items()}
         tensors |= optimizer_tensors(self.learner.optimizer, self.names)
         constant = getattr(self, "constant", 0)
         state = {"step": self.step, "seconds": self.seconds, "best": self.best, "bad": self.bad, "constant": constant}
-        self.run.save(state, tensors)
+        return state, tensors
 
     def _restore(self, state: dict[str, Any]) -> None:
         tensors = self.run.tensors()
@@ -192,7 +198,8 @@ class Trainer:
         restore_optimizer(self.learner.optimizer, self.names, tensors)
         self.step, self.seconds = state["step"], state["seconds"]
         self.best, self.bad, self.constant = state["best"], state["bad"], state["constant"]
-        self.run.forget_after(self.step)
+        # a checkpoint of before the first validation has no best one yet
+        self.run.forget_after(self.step if self.best["accuracy"] >= 0 else -1)
 
 
 def commit() -> str | None:

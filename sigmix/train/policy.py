@@ -137,11 +137,15 @@ class LoRAPolicy:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        self.model.train()  # for dropout; norms and attention of causal LMs do not depend on it otherwise
+        # LoRA's own dropout alone: GPT-2's and Phi's would make the policy another one than the one that acted
+        dropouts = [module for layer in self._layers for module in layer.lora_dropout.values()]
+        for module in dropouts:
+            module.train()
         try:
             yield
         finally:
-            self.model.eval()
+            for module in dropouts:
+                module.eval()
 
     def after_step(self) -> None:
         pass

@@ -58,7 +58,7 @@ class RunDir:
 
         Raises:
             OutputError: the folder holds a run and `resume` was not asked for. ConfigError: `resume` with another
-            configuration, or without a checkpoint.
+            configuration, or of a folder without a run.
         """
         stored = self.path / "config.json"
         if not resume:
@@ -66,13 +66,16 @@ class RunDir:
                 raise OutputError(f"{self.path} holds a run already", remedy="add --resume, or give another --run")
             write_json(stored, config.to_dict())
             return None
-        if not stored.exists() or not (self.checkpoint / "state.json").exists():
-            raise ConfigError(f"--resume: there is no checkpoint in {self.path}", remedy="start without --resume")
+        if not stored.exists():
+            raise ConfigError(f"--resume: there is no run in {self.path}", remedy="start without --resume")
         if differing := config.difference(json.loads(stored.read_text())):
             raise ConfigError(
                 f"--resume with another configuration: {', '.join(differing)} differ from {stored}",
                 remedy="give the same options, or start a new run in another --run",
             )
+        if not (self.checkpoint / "state.json").exists():  # it was killed before its first checkpoint
+            self.metrics.unlink(missing_ok=True)
+            return None
         return json.loads((self.checkpoint / "state.json").read_text())
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

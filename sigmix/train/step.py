@@ -48,6 +48,8 @@ class Learner:
         known = int((~rollouts.rewards.isnan()).sum())
         totals = Counter[str]()
         self.optimizer.zero_grad(set_to_none=True)
+        if config.policy == "lora" and config.lora_dropout:
+            torch.manual_seed(row_seed(config.seed, number, -1))  # so that a resumed run drops the same
         prompts_at_once = max(config.micro // group, 1)
         for start in range(0, len(rollouts.prompts), prompts_at_once):
             part = slice(start * group, (start + prompts_at_once) * group)

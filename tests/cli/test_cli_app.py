@@ -10,6 +10,8 @@ import typer
 from sigmix.cli import app as application
 from sigmix.errors import DivergedError
 
+pytest_plugins = ["helpers_cli"]
+
 
 def every_command(group, path=()):
     """Paths of all commands and groups."""
@@ -62,8 +64,8 @@ def test_version(run):
         (["experts", "lst"], "list"),
         (["generate", "x", "--no-such-option"], "--no-such-option"),
         (["eval"], "--task"),
-        (["generate", "x", "--max-new-tokens", "many"], "many"),
-        (["generate", "x", "--max-new-tokens", "0"], "0"),
+        (["generate", "x", "--max-new-tokens", "many"], "--max-new-tokens"),
+        (["generate", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
 def test_wrong_usage_is_one_line(refused, arguments, expected):

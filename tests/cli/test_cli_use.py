@@ -10,6 +10,8 @@ import pytest
 
 from sigmix.cli.chat import Session
 
+pytest_plugins = ["helpers_cli"]
+
 
 @pytest.fixture
 def ask(run, home):

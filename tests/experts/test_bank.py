@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_tiny
 from helpers_experts import adapted, made
+from helpers_tiny import build_tiny
 
 from sigmix.errors import ExpertError, FingerprintError, OutputError, UnknownNameError
 from sigmix.experts import bank as module

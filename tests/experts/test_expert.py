@@ -9,8 +9,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 import yaml
-from conftest import build_tiny
 from helpers_experts import adapted, made
+from helpers_tiny import build_tiny
 from peft import LoraConfig, get_peft_model
 
 from sigmix.errors import ExpertError, OutputError, UnknownNameError

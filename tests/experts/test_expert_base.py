@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_tiny
 from helpers_experts import adapted, logits, made
+from helpers_tiny import build_tiny
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from sigmix.errors import ExpertError, FingerprintError

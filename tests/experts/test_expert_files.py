@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import build_tiny
 from helpers_experts import adapted, made
+from helpers_tiny import build_tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build_tiny
 from helpers_experts import adapted
+from helpers_tiny import ARCHITECTURES, build_tiny
 from peft import LoraConfig, get_peft_model
 
 from sigmix.errors import ExpertError

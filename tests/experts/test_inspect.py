@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import build_tiny
 from helpers_experts import adapted, made
+from helpers_tiny import build_tiny
 
 from sigmix.errors import ExpertError
 from sigmix.experts.bank import Bank

@@ -1,4 +1,7 @@
-"""A tiny base, another one, and a bank on the first, made once; and a way to run the command line in this process."""
+"""A tiny base, another one, and a bank on the first, made once; and a way to run the command line in this process.
+
+A plugin and not a conftest.py: a second module of that name would hide the parent's from `from conftest import …`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-# the parent's makers, by path: "conftest" is this very module here
+# the parent's makers, by path: whichever conftest.py was loaded last has the name "conftest"
 _spec = importlib.util.spec_from_file_location("sigmix_tests_root", Path(__file__).parent.parent / "conftest.py")
 root = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(root)
