@@ -2,8 +2,8 @@
 
     python results/collect.py RUNS EXPERTS
 
-RUNS holds the runs' folders (metrics.jsonl, test-base.jsonl, test-expert.jsonl), EXPERTS the experts. Every figure of the
-table is computed again from the items.
+RUNS holds the runs' folders (metrics.jsonl, test-base.jsonl, test-expert.jsonl), EXPERTS the experts. Every accuracy of
+the table is computed again from the items.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sigmix.tasks.registry import get_task
 
 HERE = Path(__file__).parent
 HEAD = (
-    "| expert | domain | seed | n | base | expert | best constant | answer entropy | McNemar p | minutes |\n"
-    "|---|---|---|---|---|---|---|---|---|---|\n"
+    "| expert | domain | seed | n | base | no answer | expert | best constant | entropy | McNemar p | minutes |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -47,9 +47,11 @@ def row(name: str, runs: Path, experts: Path) -> str:
     base, ours = load(folder / "test-base.jsonl", task.name), load(folder / "test-expert.jsonl", task.name)
     samples = task.samples("test", len(ours.items), seed=0)
     constant, summary = constant_baseline(task, samples)["accuracy"], ours.summary()
+    silent = sum(item.answer is None for item in base.items) / len(base.items)
     training = expert.meta["training"]
     return (
-        f"| {name} | {task.domain} | {expert.meta['seed']} | {summary['n']} | {shown(base)} | {shown(ours)} "
+        f"| {name} | {task.domain} | {expert.meta['seed']} | {summary['n']} | {shown(base)} | {100 * silent:.0f} "
+        f"| {shown(ours)} "
         f"| {100 * constant:.1f} | {summary['answer_entropy']:.2f} | {compare(ours, base)['p']:.1e} "
         f"| {training['seconds'] / 60:.1f} |\n"
     )

@@ -15,7 +15,7 @@ def add(app: typer.Typer) -> None:
 
 
 def train(
-    task: str = typer.Option(..., help="What to learn: a task's name, rg:NAME, or file.py:NAME (sigmix tasks lists them)."),
+    task: str = typer.Option(..., help="What to learn: a name that sigmix tasks lists, rg:NAME, or file.py:NAME."),
     out: Path = typer.Option(..., help="Folder for the expert; its name is the expert's."),
     base: str = BASE,
     preset: str = typer.Option("laptop", help="laptop (ours, two cores) or paper (Table 6)."),
