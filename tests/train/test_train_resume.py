@@ -10,6 +10,7 @@ from helpers_train import Letter, trainer, without_seconds
 
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
+from sigmix.tasks.base import Score
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -22,6 +23,13 @@ OPTIONS = [{}, {"parameterisation": "reference"}, {"policy": "lora", "lr": 0.01,
 
 class Stop(BaseException):
     """Ends a run without a chance to save, as the kernel does."""
+
+
+class Hopeless(Letter):
+    """No validation is better than the first."""
+
+    def score(self, sample, reply):
+        return Score.of(False, reply) if sample.prompt.startswith("validation") else super().score(sample, reply)
 
 
 def at(place, error):
@@ -88,7 +96,7 @@ def test_stopped_again_and_again(tiny, tiny_tokenizer, tmp_path, whole):
 
 
 def test_patience_counts_across_a_stop(tiny, tiny_tokenizer, tmp_path, whole):
-    options = {"task": Letter("\n"), "patience": 3, "steps": 12}  # never right, so no validation is better
+    options = {"task": Hopeless(), "patience": 3, "steps": 12}
     expected = whole(**options)
     assert [entry["step"] for entry in expected[0] if entry["kind"] == "validation"] == [0, 2, 4, 6]
     for place in (("validation", 0), ("validation", 4), ("step", 5)):

@@ -1,0 +1,138 @@
+"""`sigmix train` from the command line to the files, on a tiny base folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from sigmix.cli.app import main
+from sigmix.experts.expert import Expert
+from sigmix.models import load_base
+
+pytestmark = pytest.mark.usefixtures("cache")
+QUICK = ["--steps", "2", "--batch", "8", "--group", "4", "--eval-every", "1", "--eval-n", "4", "--test-n", "5",
+         "--max-new-tokens", "3"]  # fmt: skip
+
+
+@pytest.fixture
+def sigmix(monkeypatch, capsys, model_folder, tmp_path):
+    """sigmix("--out", …) -> (exit code, stdout, stderr) of `sigmix train` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args, task="addition?digits=1"):
+        command = ["sigmix", "train", "--task", task, "--base", str(model_folder), *QUICK, *map(str, args)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()  # what making the base printed
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_train_end_to_end(sigmix, tmp_path, model_folder):
+    code, out, err = sigmix("--out", "bank/sums", "--json", "--seed", 3)
+    assert code == 0, err
+    figures = json.loads(out)
+    assert (figures["name"], figures["task"]) == ("sums", "addition?digits=1")
+    assert figures["test"]["n"] == figures["base"]["n"] == figures["paired"]["n"] == 5
+    assert 0 <= figures["paired"]["p"] <= 1
+    assert figures["best_constant"]["reply"]
+    assert "step 2" in err  # progress is on stderr
+
+    expert = Expert.load(tmp_path / "bank/sums", base=load_base(model_folder)[0])
+    assert expert.verified
+    assert expert.meta["seed"] == 3
+    assert [metric["name"] for metric in expert.meta["metrics"]] == ["test accuracy", "validation accuracy"]
+    test = expert.meta["metrics"][0]
+    assert (test["value"], test["n"]) == (figures["test"]["accuracy"], 5)
+    assert "test accuracy" in (tmp_path / "bank/sums/README.md").read_text()
+
+    lines = (tmp_path / "runs/sums/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["validation", "step", "validation", "step", "validation"]
+    with Image.open(tmp_path / "bank/sums/curve.png") as picture:
+        picture.verify()
+        assert picture.format == "PNG"
+    base, items = (
+        [json.loads(line) for line in (tmp_path / f"runs/sums/test-{who}.jsonl").read_text().strip().split("\n")]
+        for who in ("base", "expert")
+    )
+    assert sum(item["score"] == 1.0 for item in items) / 5 == figures["test"]["accuracy"]
+    assert [item["id"] for item in base] == [item["id"] for item in items]
+
+
+def test_the_same_command_gives_the_same_expert(sigmix, tmp_path):
+    for folder in ("one", "two"):
+        assert sigmix("--out", f"{folder}/sums", "--run", f"{folder}/run", "--test-n", 0)[0] == 0
+    one, two = (Expert.load(tmp_path / folder / "sums").z for folder in ("one", "two"))
+    assert all(torch.equal(one[path], two[path]) for path in one)
+
+
+def test_lora_prints_figures_and_writes_no_expert(sigmix, tmp_path):
+    code, out, err = sigmix("--out", "lora", "--policy", "lora", "--json")
+    assert code == 0, err
+    assert json.loads(out)["best"]["step"] in (0, 1, 2)
+    assert not (tmp_path / "lora").exists()
+
+
+def refused(result, *words):
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("sigmix: ")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+    return True
+
+
+def test_an_existing_expert_is_refused(sigmix, tmp_path):
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums/adapter_config.json").write_text("{}")
+    assert refused(sigmix("--out", "sums"), "holds an expert already")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_training(sigmix, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused(sigmix("--out", "file/sums"), "cannot write", "file")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_written(sigmix, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused(sigmix("--out", "sums", "--run", "file/run"), "cannot write")
+
+
+def test_bad_options_are_one_line(sigmix, tmp_path):
+    assert refused(sigmix("--out", "sums", "--lr", "-1"), "lr must be above 0")
+    assert refused(sigmix("--out", "sums", "--preset", "papers"), "'papers'", "paper")
+    assert refused(sigmix("--out", "Sums!"), "Sums!")
+    assert refused(sigmix("--out", "sums", task="additoin"), "additoin", "addition")
+    assert refused(sigmix("--out", "sums", "--speed", "3"), "--speed")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_used_run_and_another_configuration(sigmix):
+    assert sigmix("--out", "a/sums", "--run", "run", "--test-n", 0)[0] == 0
+    assert refused(sigmix("--out", "b/sums", "--run", "run"), "holds a run already", "--resume")
+    assert refused(sigmix("--out", "b/sums", "--run", "run", "--resume", "--lr", 0.1), "lr differ")
+    code, _, err = sigmix("--out", "b/sums", "--run", "run", "--resume", "--test-n", 0)
+    assert code == 0, err
+
+
+def test_tensorboard(sigmix, tmp_path):
+    assert sigmix("--out", "sums", "--tensorboard", "events", "--test-n", 0)[0] == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("validation/accuracy")] == [0, 1, 2]
+    assert "step/reward" in events.Tags()["scalars"]
