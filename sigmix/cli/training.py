@@ -52,7 +52,8 @@ def train(
     as_json: bool = JSON,
 ) -> None:
     """Train an expert by reinforcement learning on a task's correctness reward."""
-    from sigmix.errors import OutputError
+    from sigmix.errors import ConfigError, OutputError
+    from sigmix.experts.directory import CURVE, check_place
     from sigmix.experts.metadata import check_name
     from sigmix.files import atomic_file, writing
     from sigmix.models import load_base
@@ -66,7 +67,10 @@ def train(
     name = check_name(out.name)
     made = get_task(task, data_dir=data_dir, allow_code=allow_code)
     modules = targets.split(",") if targets and "," in targets else targets
-    chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
+    try:
+        chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
+    except ValueError:
+        raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {layers!r}") from None
     config = make_config(
         preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, steps=steps, batch=batch,
         group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
@@ -76,6 +80,7 @@ def train(
     )  # fmt: skip
     if (out / "adapter_config.json").exists() and not resume:
         raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
+    check_place(out)
     with writing(out):  # before minutes of work, not after
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out.parent / f".{name}.probe"):
@@ -95,7 +100,7 @@ def train(
         expert, measured = held_out(trainer, expert, test_n)
         figures |= measured
     expert.save(out)
-    curve(folder.history(), out / "curve.png", f"{name}: {made.name}")
+    curve(folder.history(), out / CURVE, f"{name}: {made.name}")
     text = f"{out}: validation {trainer.best['accuracy']:.3f} at step {trainer.best['step']}"
     if "test" in figures:
         constant = figures["best_constant"].get("accuracy", float("nan"))

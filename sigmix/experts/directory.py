@@ -38,7 +38,8 @@ from sigmix.experts.metadata import (
 from sigmix.files import atomic_dir
 
 CONFIG, WEIGHTS, META, CARD = "adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"
-FILES = (CONFIG, WEIGHTS, META, CARD)
+CURVE = "curve.png"
+FILES = (CONFIG, WEIGHTS, META, CARD, CURVE)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 NUMBERS = re.compile(r"\[\n\s+((?:-?[\d.eE+-]+,\n\s+)*-?[\d.eE+-]+)\n\s+\]")
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.svf_z\.weight")
@@ -83,13 +84,7 @@ def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[st
     Raises:
         OutputError: ``path`` holds anything else, or cannot be written.
     """
-    if path.is_dir():
-        others = sorted(entry.name for entry in path.iterdir() if entry.name not in FILES)
-        if others:
-            raise OutputError(
-                f"{path} holds more than an expert, such as {others[0]}; saving would delete it",
-                remedy="give a new folder, or remove the other files",
-            )
+    check_place(path)
     plain = thaw(meta)
     texts = {
         CONFIG: dump(peft_config(z, (plain.get("base") or {}).get("name"))),
@@ -101,6 +96,16 @@ def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[st
         (temporary / WEIGHTS).write_bytes(save({key_of(p): z[p] for p in sorted(z)}, metadata={"format": "pt"}))
         for file, text in texts.items():
             (temporary / file).write_text(text, encoding="utf-8")
+
+
+def check_place(path: Path) -> None:
+    """Raise `OutputError` if ``path`` is a folder with anything but an expert's own files: saving would delete it."""
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in FILES) if path.is_dir() else []
+    if others:
+        raise OutputError(
+            f"{path} holds more than an expert, such as {others[0]}; saving would delete it",
+            remedy="give a new folder, or remove the other files",
+        )
 
 
 def peft_config(z: Mapping[str, torch.Tensor], base: str | None) -> dict[str, Any]:

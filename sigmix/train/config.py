@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sigmix.errors import ConfigError, UnknownNameError
@@ -40,7 +40,8 @@ class TrainConfig:
             asked for one word writes sentences, so that at first no reply at all is right; this lets it find the form.
             It never makes a wrong reply as good as a right one, and evaluation does not know it.
         parameterisation: "direct" (z = 1 + p) or "reference" (sigmoid, see `svf.gains.reference_z`).
-        kl_limit: mean KL in nats per token beyond which the run counts as collapsed.
+        kl_limit: mean KL in nats per token beyond which the run counts as collapsed; without effect at kl_weight 0,
+            where the base is not run at all.
         lora_rank, lora_alpha, lora_dropout: of the LoRA policy.
     """
 
@@ -74,7 +75,6 @@ class TrainConfig:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    task_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

@@ -8,10 +8,8 @@ Only validation items choose which parameters are kept; test items are not touch
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from sigmix.engine.prefix import contiguous_head
 from sigmix.engine.prompts import end_ids
 from sigmix.errors import DivergedError
 from sigmix.evals.evaluate import Result, evaluate
+from sigmix.evals.run import commit
 from sigmix.experts.expert import Expert
 from sigmix.tasks.base import Task
 from sigmix.train.config import TrainConfig
@@ -200,14 +199,3 @@ class Trainer:
         self.best, self.bad, self.constant = state["best"], state["bad"], state["constant"]
         # a checkpoint of before the first validation has no best one yet
         self.run.forget_after(self.step if self.best["accuracy"] >= 0 else -1)
-
-
-def commit() -> str | None:
-    """Short commit of the source checkout that runs, with "+" if it has changes; None outside of one."""
-    folder = Path(__file__).parent
-    try:
-        run = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

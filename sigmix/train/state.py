@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from sigmix.errors import ConfigError, OutputError
 from sigmix.files import atomic_dir, write_json, write_text, writing
@@ -81,7 +82,8 @@ class RunDir:
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a checkpoint in place of the previous one, atomically."""
         with atomic_dir(self.checkpoint) as folder:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+            # bytes and not save_file, which reports a full disk as an error of its own class
+            (folder / "state.safetensors").write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
             write_json(folder / "state.json", dict(state))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -97,17 +99,19 @@ class RunDir:
             raise ConfigError(f"the checkpoint {path} is damaged: {error}", remedy="start a new run") from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Append one line of metrics."""
+        """Append one line of metrics; a figure that is not finite becomes null, as JSON has no NaN."""
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(entry)) + "\n")
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def history(self) -> list[dict[str, Any]]:
-        """Metrics so far."""
+        """Metrics so far; a last line that a crash cut off is left out."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps at or after `step`: a resumed run takes them again."""

@@ -136,3 +136,28 @@ def test_tensorboard(sigmix, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("validation/accuracy")] == [0, 1, 2]
     assert "step/reward" in events.Tags()["scalars"]
+
+
+def test_a_finished_run_resumes_into_its_own_folder(sigmix, tmp_path):
+    assert sigmix("--out", "bank/sums")[0] == 0
+    before = Expert.load(tmp_path / "bank/sums")
+    code, _, err = sigmix("--out", "bank/sums", "--resume")
+    assert code == 0, err
+    assert Expert.load(tmp_path / "bank/sums").digest == before.digest
+    assert (tmp_path / "bank/sums/curve.png").exists()
+
+
+def test_an_out_folder_with_other_files_is_refused_before_training(sigmix, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    code, _, err = sigmix("--out", "mine")
+    assert code == 2
+    assert "thesis.txt" in err
+    assert "step" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_layers_that_are_no_numbers_are_named(sigmix):
+    code, _, err = sigmix("--out", "sums", "--layers", "first,last")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "first,last" in err
