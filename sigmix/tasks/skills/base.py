@@ -2,7 +2,7 @@
 
     @skill("double", domain="arithmetic", verify=strict_number, description="Double a number.")
     def double(rng, digits: int = 2):
-        a = rng.randrange(10**digits)
+        a = rng.randrange(1, 10**digits)
         return Item(f"What is twice {a}? Answer with the number only.", str(2 * a), wrong=[str(a)])
 
 Rules for a skill: no constant reply wins, no candidate's position gives the answer away, and ``wrong`` holds the
