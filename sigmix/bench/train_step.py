@@ -26,7 +26,7 @@ import torch
 
 from sigmix.bench.dense import Dense
 from sigmix.bench.harness import Aim, device, interleaved, ratio, report, say
-from sigmix.engine.prefix import contiguous_head
+from sigmix.engine.cpu import contiguous_head
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.fetch import DEFAULT
 from sigmix.models import load_base

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
 from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
-from sigmix.engine.prefix import contiguous_head, prefill
+from sigmix.engine.prefix import prefill
 from sigmix.engine.prompts import check_context, encode, end_ids
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.bank import Bank

@@ -77,7 +77,9 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool 
     shared = shared if shared >= MIN_SHARED and _can_share(cache, rows) else 0
     if shared:
         prefix = torch.tensor([rows[0][:shared]], device=device)
-        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # only the cache is wanted: the head gets no position
+        none = torch.empty(0, dtype=torch.long, device=device)
+        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=none)
         cache.batch_repeat_interleave(len(rows))
     ids, mask = left_pad([row[shared:] for row in rows], pad_id, device)
     positions = (mask.long().cumsum(1) - 1).clamp_min(0) + shared
@@ -119,14 +121,3 @@ def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: tor
         use_cache=True,
     )
     return torch.cat([first, out.logits], dim=1)
-
-
-def contiguous_head(model: Any) -> None:
-    """Feed the output head contiguous rows.
-
-    oneDNN's bf16 matmul on the strided slice that `logits_to_keep` makes was measured 40 times slower than on a copy.
-    """
-    head = model.get_output_embeddings()
-    if head is not None and not getattr(head, "_sigmix_contiguous", False):
-        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-        head._sigmix_contiguous = True

@@ -56,7 +56,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, z):  # type: ignore[override]
         ctx.save_for_backward(h, z)
-        return (h * z).to(h.dtype)
+        return _scaled(h, z)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -67,7 +67,14 @@ class _Scale(torch.autograd.Function):
             dz = (grad * h).float()
         else:
             dz = (grad * h).sum(1, keepdim=True, dtype=torch.float32)
-        return (grad * z).to(grad.dtype), dz
+        return _scaled(grad, z) if ctx.needs_input_grad[0] else None, dz
+
+
+def _scaled(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    if h.dtype in (torch.bfloat16, torch.float16):
+        # h + h g in one pass: rounding g costs g times as much as rounding z would, and a float32 h is never made
+        return torch.addcmul(h, h, (z - 1).to(h.dtype))
+    return (h * z).to(h.dtype)
 
 
 class SVFLinear(nn.Module, BaseTunerLayer):
@@ -172,10 +179,15 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         """W'(z) - W [out, in] in the weight's dtype, for an adapter or a given z [r]."""
         z = self.svf_z[adapter].weight if z is None else z
         with torch.no_grad():
-            self.ensure_factors()
-            gain = (z.detach().to(self.svf_short.device) - 1).to(self.svf_short.dtype)
-            long, short = self._long(), self.svf_short
-            return (long * gain) @ short.T if self.side == "in" else short @ (long * gain).T
+            left, right = self._delta_factors(z)
+            return left @ right
+
+    def _delta_factors(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[out, r] and [r, in], whose product is W'(z) - W."""
+        self.ensure_factors()
+        gain = (z.detach().to(self.svf_short.device) - 1).to(self.svf_short.dtype)
+        scaled, short = self._long() * gain, self.svf_short
+        return (scaled, short.T) if self.side == "in" else (short, scaled.T)
 
     # ------------------------------------------------------------------ merging
 
@@ -188,9 +200,11 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         if bool((z == 1).all()):
             base.weight.data = self._kept
             return
-        delta = self.get_delta_weight("", z)
-        merged = (self.matrix().float() + delta.float()).to(self._kept.dtype)
-        base.weight.data = merged.T.contiguous() if self.transposed else merged
+        left, right = self._delta_factors(z)
+        # one rounding: the product is added to W in float32 inside the matmul
+        base.weight.data = (
+            torch.addmm(self._kept, right.T, left.T) if self.transposed else torch.addmm(self._kept, left, right)
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer (PEFT's interface); several are combined by adding their gains."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sigmix.engine.prefix import contiguous_head
+from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.prompts import end_ids
 from sigmix.errors import DivergedError
 from sigmix.evals.evaluate import Result, evaluate

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sigmix.engine.cpu import short_attention
 from sigmix.engine.decode import Sampling
 from sigmix.engine.prefix import answer_logits, prefill
 from sigmix.tasks.base import Sample
@@ -23,6 +24,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.schedule == "constant":
         return config.lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def _scores(model: Any, prompts: list[list[int]], answers: torch.Tensor) -> int:
+    """Attention scores of the larger pass over prompts or answers [N, C], upper bound."""
+    longest, (rows, width) = max(map(len, prompts)), answers.shape
+    heads = model.config.get_text_config().num_attention_heads
+    return heads * max(len(prompts) * longest**2, rows * width * (longest + width))
 
 
 class Learner:
@@ -90,13 +98,18 @@ class Learner:
         model, pad = self.policy.model, self.actor.pad_id
         device = model.get_input_embeddings().weight.device
         ids, mask = ids.to(device), mask.to(device)
+
+        def logits() -> torch.Tensor:
+            return answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
+
         reference = None
-        if self.config.kl_weight > 0:
-            with torch.no_grad(), self.policy.reference():
-                reference = answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
-        with self.policy.learning():
-            logits = answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
-        stats = token_stats(logits, reference, ids, mask, self.config.kl)
+        with short_attention(model, _scores(model, prompts, ids)):
+            if self.config.kl_weight > 0:
+                with torch.no_grad(), self.policy.reference():
+                    reference = logits()
+            with self.policy.learning():
+                learnt = logits()
+        stats = token_stats(learnt, reference, ids, mask, self.config.kl)
         return TokenStats(stats.logprob.cpu(), stats.kl.cpu(), stats.entropy.cpu())
 
     def _figures(self, rollouts: Rollouts, totals: Any, norm: float, rate: float) -> dict[str, float]:

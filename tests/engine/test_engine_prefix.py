@@ -7,7 +7,7 @@ import torch
 from helpers_engine import TOLERANCE, alone, rows
 from peft import get_peft_model
 
-from sigmix.engine.prefix import MIN_SHARED, answer_logits, common_prefix, contiguous_head, left_pad, prefill
+from sigmix.engine.prefix import MIN_SHARED, answer_logits, common_prefix, left_pad, prefill
 from sigmix.svf.tuner import SVFConfig, svf_layers
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -139,16 +139,11 @@ def test_repeat_keeps_a_prompts_answers_beside_each_other(tiny_llama):
 
 
 @torch.no_grad()
-def test_the_head_gets_contiguous_rows_and_answers_the_same(tiny_llama):
-    before = alone(tiny_llama, RAGGED[0])
-    contiguous_head(tiny_llama)
-    contiguous_head(tiny_llama)  # twice is once
-    assert len(tiny_llama.lm_head._forward_pre_hooks) == 1
+def test_the_prefix_pass_asks_no_logits(tiny_llama):
     seen = []
-    tiny_llama.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
-    assert torch.equal(alone(tiny_llama, RAGGED[0]), before)
-    tiny_llama(input_ids=torch.tensor(rows([9, 9])), logits_to_keep=1)
-    assert seen == [True, True]
+    tiny_llama.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    prefill(tiny_llama, RAGGED, pad_id=0)
+    assert seen == [(1, 0), (4, 1)]
 
 
 # ------------------------------------------------------------------ gradients

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from sigmix.train import losses
 from sigmix.train.losses import TokenStats, advantages, reinforce_loss, sft_loss, token_stats
 
 NAN = float("nan")
@@ -121,6 +122,38 @@ def test_gradient_of_the_loss(drawn):
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)  # token_stats works in float32
     assert float(fast[~mask].abs().max()) == 0
     assert float(fast[2].abs().max()) > 0  # no advantage, but KL
+
+
+@pytest.mark.parametrize("kl", ["exact", "k3"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_gradient_in_double_and_in_chunks(drawn, kl, weight, monkeypatch):
+    logits, base, ids, mask = drawn
+    logits, base = logits.double().requires_grad_(), base.double()
+
+    def slow(x):
+        logp, reference = x.log_softmax(-1), base.log_softmax(-1)
+        chosen, d = (t.gather(-1, ids[..., None])[..., 0] for t in (logp, reference - logp))
+        divergence = (logp.exp() * (logp - reference)).sum(-1) if kl == "exact" else d.exp() - d - 1
+        return chosen[mask].sum() - weight * divergence[mask].sum()
+
+    def fast(x):
+        stats = token_stats(x, base, ids, mask, kl)
+        return stats.logprob.sum() - weight * stats.kl.sum()
+
+    (expected,) = torch.autograd.grad(slow(logits), logits)
+    for size in (1, 3 * 4 * 7, 1 << 24):  # bytes: a token, three tokens, all at once
+        monkeypatch.setattr(losses, "CHUNK_BYTES", size)
+        (found,) = torch.autograd.grad(fast(logits), logits)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_at_the_base_the_kl_has_no_gradient_at_all(drawn):
+    # Adam would make steps of any rounding that is left
+    logits, _, ids, mask = drawn
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = logits.to(dtype).requires_grad_()
+        (grad,) = torch.autograd.grad(token_stats(policy, policy.detach(), ids, mask).kl.sum(), policy)
+        assert float(grad.abs().max()) == 0
 
 
 def oracle(logits, base, ids, mask, advantage, weight):

@@ -10,11 +10,19 @@ from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.tasks.base import Score
 from sigmix.train.policy import make_policy
 
 pytestmark = pytest.mark.usefixtures("cache")
 IDS = torch.arange(4, 40).reshape(2, 18)
 KINDS = [{}, {"parameterisation": "reference"}, {"policy": "lora"}, {"kl": "k3", "layers": [1], "targets": "mlp"}]
+
+
+class Even(Letter):
+    """Right is every reply whose first character has an even code: about half of a random model's replies."""
+
+    def score(self, sample, reply):
+        return Score.of(bool(reply) and ord(reply[0]) % 2 == 0, reply[:1] or None)
 
 
 def logits(model):
@@ -73,13 +81,13 @@ def test_only_the_policys_parameters_learn_and_the_base_stays(base, tiny_tokeniz
     fresh = base()
     before = fingerprint(fresh, fresh=True)
     model = base()
-    ours = learner(model, tiny_tokenizer, **kind)
+    ours = learner(model, tiny_tokenizer, Even(), **kind)
     trainable = {id(p) for p in ours.policy.model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in ours.parameters.values()}
     start = ours.policy.z()
     samples = Letter().samples("train", 8)
-    for step in range(3):
-        ours.step(step, samples)
+    rewards = [ours.step(step, samples)["reward"] for step in range(3)]
+    assert any(-1 < reward < 1 for reward in rewards)  # else there is nothing to learn from
     assert any(not torch.equal(start[name], value) for name, value in ours.policy.z().items())
     assert fingerprint(ours.policy.model, fresh=True) == before
     with ours.policy.reference():
