@@ -1,7 +1,7 @@
 """Paths and safe writing: nothing is lost or half-written.
 
 Everything is written beside its target under a temporary name and renamed, so a reader sees the old content, the new
-content, or nothing, never a part. Imports only the error tree and the standard library.
+content, or nothing, never a part. Imports only the error tree, filelock and the standard library.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sigmix.errors import OutputError
 
@@ -96,6 +98,49 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_interrupted(path: str | os.PathLike[str]) -> None:
+    """Put back the folder that `atomic_dir` had moved aside, if a crash hit just between its two renames."""
+    path = Path(path)
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and old.is_dir():
+        with writing(path):
+            os.replace(old, path)
+
+
+@contextlib.contextmanager
+def exclusive(lock: str | os.PathLike[str], message: str, remedy: str) -> Iterator[None]:
+    """Hold the lock file ``lock`` for this process, without waiting.
+
+    Raises:
+        OutputError: with ``message``, if another process holds it; or the file cannot be written.
+    """
+    held = FileLock(lock)
+    with writing(lock):
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(message, remedy=remedy) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an output place against other runs on this machine; the lock lies in the cache, so it litters nothing.
+
+    Raises:
+        OutputError: another process holds ``path``.
+    """
+    place = os.path.abspath(path)
+    name = hashlib.sha256(os.path.realpath(place).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    message = f"another run is going to write to {os.fspath(path)}"
+    with exclusive(cache_dir() / "locks" / f"{name}.lock", message, "wait for it, or give another folder"):
+        yield
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -52,17 +53,11 @@ def train(
     as_json: bool = JSON,
 ) -> None:
     """Train an expert by reinforcement learning on a task's correctness reward."""
-    from sigmix.errors import ConfigError, OutputError
-    from sigmix.experts.directory import CURVE, check_place
+    from sigmix.errors import ConfigError
     from sigmix.experts.metadata import check_name
-    from sigmix.files import atomic_file, writing
-    from sigmix.models import load_base
+    from sigmix.files import claimed
     from sigmix.tasks.registry import get_task
     from sigmix.train.config import make_config
-    from sigmix.train.final import held_out
-    from sigmix.train.loop import Trainer
-    from sigmix.train.report import curve
-    from sigmix.train.state import RunDir
 
     name = check_name(out.name)
     made = get_task(task, data_dir=data_dir, allow_code=allow_code)
@@ -78,32 +73,58 @@ def train(
         patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
         parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit,
     )  # fmt: skip
+    run = run or Path("runs") / name
+    with claimed(out):  # until the expert is saved there
+        _check_place(out, resume)
+        figures, text = _run(name, out, run, made, config, resume, test_n, tensorboard)
+    emit(figures, as_json, text)
+
+
+def _check_place(out: Path, resume: bool) -> None:
+    """Refuse a place where the expert could not be saved: before minutes of work, not after."""
+    from sigmix.errors import OutputError
+    from sigmix.experts.directory import check_place
+    from sigmix.files import atomic_file, writing
+
     if (out / "adapter_config.json").exists() and not resume:
         raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
     check_place(out)
-    with writing(out):  # before minutes of work, not after
+    probe = out.parent / f".{out.name}.probe"
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out.parent / f".{name}.probe"):
+        with atomic_file(probe):
             pass
-        (out.parent / f".{name}.probe").unlink()
-    folder = RunDir(run or Path("runs") / name)
-    model, tokenizer = load_base(base)
+        probe.unlink()
+
+
+def _run(
+    name: str, out: Path, run: Path, task: Any, config: Any, resume: bool, test_n: int, tensorboard: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Train, measure, save; returns the figures and the line for people."""
+    from sigmix.experts.directory import CURVE
+    from sigmix.models import load_base
+    from sigmix.train.final import held_out
+    from sigmix.train.loop import Trainer
+    from sigmix.train.report import curve
+    from sigmix.train.state import RunDir
+
+    folder = RunDir(run)
+    model, tokenizer = load_base(config.base)
     with Progress(config.steps, f"training {name}", tensorboard) as progress:
-        trainer = Trainer(model, tokenizer, made, config, folder, name, progress.on_entry)
+        trainer = Trainer(model, tokenizer, task, config, folder, name, progress.on_entry)
         expert = trainer.fit(resume)
-    figures = {"name": name, "task": made.name, "run": str(folder.path), "best": trainer.best}
+    figures = {"name": name, "task": task.name, "run": str(folder.path), "best": trainer.best}
     figures["seconds"] = round(trainer.seconds, 1)
     if expert is None:
-        emit(figures, as_json, f"policy {config.policy}: validation {trainer.best}; metrics in {folder.metrics}")
-        return
+        return figures, f"policy {config.policy}: validation {trainer.best}; metrics in {folder.metrics}"
     if test_n:
         expert, measured = held_out(trainer, expert, test_n)
         figures |= measured
     expert.save(out)
-    curve(folder.history(), out / CURVE, f"{name}: {made.name}")
+    curve(folder.history(), out / CURVE, f"{name}: {task.name}")
     text = f"{out}: validation {trainer.best['accuracy']:.3f} at step {trainer.best['step']}"
     if "test" in figures:
         constant = figures["best_constant"].get("accuracy", float("nan"))
         text += f"; test {interval(figures['test'])}, base {interval(figures['base'])}"
         text += f", p = {figures['paired']['p']:.2g}, best constant {constant:.3f}"
-    emit(figures, as_json, text)
+    return figures, text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from sigmix.errors import ConfigError, OutputError
-from sigmix.files import atomic_dir, write_json, write_text, writing
+from sigmix.files import atomic_dir, exclusive, restore_interrupted, write_json, write_text, writing
 from sigmix.train.config import TrainConfig
 
 
@@ -40,19 +39,9 @@ class RunDir:
         Raises:
             OutputError: another run holds it, or it cannot be written.
         """
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the run ends)
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputError(
-                    f"another training run is writing to {self.path}", remedy="wait for it, or give another --run"
-                ) from error
+        message = f"another training run is writing to {self.path}"
+        with exclusive(self.path / "lock", message, "wait for it, or give another --run"):
             yield
-        finally:
-            file.close()
 
     def begin(self, config: TrainConfig, resume: bool) -> dict[str, Any] | None:
         """Check the folder against the configuration; returns the state to go on from, or None for a fresh start.
@@ -69,15 +58,17 @@ class RunDir:
             return None
         if not stored.exists():
             raise ConfigError(f"--resume: there is no run in {self.path}", remedy="start without --resume")
-        if differing := config.difference(json.loads(stored.read_text())):
+        if differing := config.difference(_json(stored)):
             raise ConfigError(
                 f"--resume with another configuration: {', '.join(differing)} differ from {stored}",
                 remedy="give the same options, or start a new run in another --run",
             )
+        restore_interrupted(self.checkpoint)
+        restore_interrupted(self.best)
         if not (self.checkpoint / "state.json").exists():  # it was killed before its first checkpoint
             self.metrics.unlink(missing_ok=True)
             return None
-        return json.loads((self.checkpoint / "state.json").read_text())
+        return _json(self.checkpoint / "state.json")
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a checkpoint in place of the previous one, atomically."""
@@ -117,6 +108,14 @@ class RunDir:
         """Drop metrics of steps at or after `step`: a resumed run takes them again."""
         kept = [e for e in self.history() if e["step"] < step or (e["kind"] == "validation" and e["step"] == step)]
         write_text(self.metrics, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = "start a new run in another --run"
+        raise ConfigError(f"{file} of this run is damaged: {error}", remedy=remedy) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:

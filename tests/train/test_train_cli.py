@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -98,6 +101,51 @@ def test_an_existing_expert_is_refused(sigmix, tmp_path):
     (tmp_path / "sums/adapter_config.json").write_text("{}")
     assert refused(sigmix("--out", "sums"), "holds an expert already")
     assert not (tmp_path / "runs").exists()
+
+
+HOLD = """
+import sys
+from sigmix.files import claimed
+with claimed(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_cannot_have_one_out(sigmix, tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, "bank/sums"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+        place = tmp_path / "bank" / ".." / "bank" / "sums"  # the same folder under another name
+        assert refused(sigmix("--out", place, "--run", "another"), "another run is going to write to", "sums")
+        assert not (tmp_path / "another").exists()
+    finally:
+        other.communicate()
+    assert sigmix("--out", "bank/sums", "--run", "another", "--test-n", 0)[0] == 0
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EROFS"])
+def test_a_disk_that_fills_up_while_training(sigmix, tmp_path, monkeypatch, number):
+    whole = os.replace
+
+    def full(source, target, **options):
+        if "checkpoint" in str(target):
+            raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+        return whole(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, out, err = sigmix("--out", "bank/sums")
+    assert (code, out) == (2, "")
+    assert err.strip().splitlines()[-1].startswith("sigmix: cannot write")
+    assert {"ENOSPC": "the disk is full", "EROFS": "read-only"}[number] in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("bank/*"))  # nothing half-written
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr(os, "replace", whole)
+    assert sigmix("--out", "bank/sums", "--resume", "--test-n", 0)[0] == 0
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_training(sigmix, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
@@ -145,8 +144,8 @@ def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_p
     best = Expert.load(tmp_path / "best", base=tiny())
     assert best.meta["training"]["step"] in (0, 2)
     assert all(bool(z.isfinite().all()) for z in run.policy.z().values())  # the bad step was not taken
-    with open(tmp_path / "lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the folder is free again
+    with RunDir(tmp_path).locked():  # the folder is free again
+        pass
 
 
 def test_kl_limit(tiny, tiny_tokenizer, tmp_path):
@@ -229,6 +228,24 @@ def test_a_folder_that_cannot_be(tmp_path):
 def test_resume_of_nothing(tmp_path):
     with pytest.raises(ConfigError, match="there is no run in"):
         RunDir(tmp_path).begin(config(), resume=True)
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoint/state.json"])
+def test_resume_of_a_damaged_run(tmp_path, file):
+    run = RunDir(tmp_path)
+    run.begin(config(), resume=False)
+    run.save({"step": 1}, {"parameter.a": torch.ones(1)})
+    (tmp_path / file).write_text("{")
+    with pytest.raises(ConfigError, match=rf"{file} of this run is damaged"):
+        run.begin(config(), resume=True)
+
+
+def test_a_crash_between_the_two_renames_of_a_checkpoint_loses_nothing(tmp_path):
+    run = RunDir(tmp_path)
+    run.begin(config(), resume=False)
+    run.save({"step": 1}, {"parameter.a": torch.ones(1)})
+    run.checkpoint.rename(tmp_path / ".checkpoint.old")  # as `atomic_dir` does first
+    assert run.begin(config(), resume=True) == {"step": 1}
 
 
 def test_metrics_and_checkpoints_come_back(tmp_path):
