@@ -19,6 +19,7 @@ def train(
     task: str = typer.Option(..., help="What to learn: a name that sigmix tasks lists, rg:NAME, or file.py:NAME."),
     out: Path = typer.Option(..., help="Folder for the expert; its name is the expert's."),
     base: str = BASE,
+    dtype: str = typer.Option(None, help="Of the base's weights, such as float32. Default: the faster one here."),
     preset: str = typer.Option("laptop", help="laptop (ours, two cores) or paper (Table 6)."),
     run: Path = typer.Option(None, help="Folder for checkpoints and metrics. Default: runs/NAME."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the run's checkpoint."),
@@ -76,7 +77,7 @@ def train(
     run = run or Path("runs") / name
     with claimed(out):  # until the expert is saved there
         _check_place(out, resume)
-        figures, text = _run(name, out, run, made, config, resume, test_n, tensorboard)
+        figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard)
     emit(figures, as_json, text)
 
 
@@ -98,7 +99,15 @@ def _check_place(out: Path, resume: bool) -> None:
 
 
 def _run(
-    name: str, out: Path, run: Path, task: Any, config: Any, resume: bool, test_n: int, tensorboard: Path | None
+    name: str,
+    out: Path,
+    run: Path,
+    task: Any,
+    config: Any,
+    dtype: str | None,
+    resume: bool,
+    test_n: int,
+    tensorboard: Path | None,
 ) -> tuple[dict[str, Any], str]:
     """Train, measure, save; returns the figures and the line for people."""
     from sigmix.experts.directory import CURVE
@@ -109,7 +118,7 @@ def _run(
     from sigmix.train.state import RunDir
 
     folder = RunDir(run)
-    model, tokenizer = load_base(config.base)
+    model, tokenizer = load_base(config.base, dtype)
     with Progress(config.steps, f"training {name}", tensorboard) as progress:
         trainer = Trainer(model, tokenizer, task, config, folder, name, progress.on_entry)
         expert = trainer.fit(resume)

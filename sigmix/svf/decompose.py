@@ -36,6 +36,10 @@ SMALL = 3e-4
 """Singular values below this share of the largest are refined: there the Gram matrix alone loses float32 accuracy."""
 
 
+FAINT = 0.03
+"""Long-side vectors whose singular value is below this share of the largest need float64 and orthogonalisation."""
+
+
 @dataclass(frozen=True)
 class Factors:
     """Short side and singular values of a weight W [m, n], r = min(m, n).
@@ -57,30 +61,37 @@ class Factors:
         return (weight @ short if self.side == "in" else weight.T @ short).to(dtype)
 
     def usv(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """U [m, r], s [r], V [n, r] in float32, the long side normalised in float64.
+        """U [m, r], s [r], V [n, r] in float32.
 
         Columns whose singular value is zero to working precision are completed to an orthonormal set.
         """
-        wide = weight.double()
-        long = (wide @ self.short.double()) if self.side == "in" else (wide.T @ self.short.double())
-        norms = long.norm(dim=0)
-        top = norms.max() if len(norms) else norms
-        long = long / norms.clamp_min(torch.finfo(torch.float64).tiny)
-        small = norms <= SMALL * top
-        if small.any():
-            # rounding leaves a trace of the large components in the small ones, and nothing but rounding in null ones
-            head, tail = long[:, ~small], long[:, small]
-            null = norms[small] <= 1e-9 * top
-            # null components start at random: unit vectors can all lie in the span of the others
-            seeded = torch.Generator().manual_seed(0)
-            start = torch.randn(len(long), int(null.sum()), dtype=torch.float64, generator=seeded)
-            tail[:, null] = start.to(long.device)
-            for _ in range(2):
-                tail = tail - head @ (head.T @ tail)
-            basis, triangle = torch.linalg.qr(tail)
-            long[:, small] = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-        long = long.float()
+        matrix = weight.float() if self.side == "in" else weight.float().T
+        short = self.short.to(weight.device)
+        long = matrix @ short
+        # rounding of the product goes with the typical singular value, so only the fainter columns feel it
+        faint = self.s <= FAINT * self.s.max() if len(self.s) else self.s.bool()
+        norms = long.norm(dim=0, dtype=torch.float64)
+        long = long / norms.float().clamp_min(torch.finfo(torch.float32).tiny)
+        if faint.any():
+            long[:, faint] = self._faint(matrix.double() @ short[:, faint].double(), long[:, ~faint].double()).float()
         return (long, self.s, self.short) if self.side == "in" else (self.short, self.s, long)
+
+    def _faint(self, scaled: torch.Tensor, loud: torch.Tensor) -> torch.Tensor:
+        """Unit columns in float64 from scaled ones, orthogonal to the loud ones and to each other.
+
+        Rounding leaves a trace of the large components in the small ones, and nothing but rounding in null ones.
+        """
+        norms = scaled.norm(dim=0)
+        units = scaled / norms.clamp_min(torch.finfo(torch.float64).tiny)
+        null = norms <= 1e-9 * self.s.max()
+        # null components start at random: unit vectors can all lie in the span of the others
+        seeded = torch.Generator().manual_seed(0)
+        start = torch.randn(len(units), int(null.sum()), dtype=torch.float64, generator=seeded)
+        units[:, null] = start.to(units.device)
+        for _ in range(2):
+            units = units - loud @ (loud.T @ units)
+        basis, triangle = torch.linalg.qr(units)
+        return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
 def weight_digest(weight: torch.Tensor) -> str:

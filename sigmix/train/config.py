@@ -26,6 +26,7 @@ class TrainConfig:
 
     Attributes:
         task: spec of the task. base: name of the base. seed: of everything random.
+        dtype: of the base's weights, such as "float32"; None: as the base is loaded, which the trainer records.
         steps: optimiser steps. batch: answers per step. group: answers per prompt; batch / group prompts a step.
         lr: peak learning rate (AdamW, no weight decay). schedule: cosine to zero over `steps`, or constant.
         clip: largest norm of the gradient. kl_weight: λ. kl: "exact" (sum over the vocabulary) or "k3" (sampled).
@@ -47,6 +48,7 @@ class TrainConfig:
 
     task: str
     base: str = "smollm2-135m"
+    dtype: str | None = None
     preset: str = "laptop"
     seed: int = 0
     objective: str = "reinforce"

@@ -7,6 +7,7 @@ Only validation items choose which parameters are kept; test items are not touch
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ import torch
 
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.prompts import end_ids
-from sigmix.errors import DivergedError
+from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.evaluate import Result, evaluate
 from sigmix.evals.run import commit
+from sigmix.experts.base import describe
 from sigmix.experts.expert import Expert
 from sigmix.tasks.base import Task
 from sigmix.train.config import TrainConfig
@@ -38,6 +40,9 @@ class Trainer:
         model, tokenizer: a base from `load_base`; the model is wrapped by PEFT.
         task: what to learn. config: how. run: where state is kept. name: of the expert.
         listener: called with every metrics entry (kind "step" or "validation").
+
+    Raises:
+        ConfigError: the configuration names another dtype than the model's.
     """
 
     def __init__(
@@ -50,6 +55,11 @@ class Trainer:
         name: str,
         listener: Listener | None = None,
     ) -> None:
+        dtype = describe(model)["dtype"]
+        if config.dtype not in (None, dtype):
+            raise ConfigError(f"the configuration says dtype {config.dtype}, but the base is in {dtype}")
+        # recorded, because it decides the run as a seed does, and each machine has its own default
+        config = dataclasses.replace(config, dtype=dtype)
         self.task, self.config, self.run, self.name = task, config, run, name
         self.listener = listener or (lambda entry: None)
         self.max_new_tokens = config.max_new_tokens or task.max_new_tokens
@@ -134,7 +144,7 @@ class Trainer:
             "name": "validation accuracy", "value": summary.get("accuracy"), "n": summary.get("n"),
             "interval": summary.get("interval"), "note": "chose the checkpoint",
         }  # fmt: skip
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in ("task", "base", "seed")}
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in ("task", "base", "dtype", "seed")}
         meta = {
             "task": self.task.name,
             "domain": self.task.domain,

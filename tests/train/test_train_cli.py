@@ -176,6 +176,17 @@ def test_a_used_run_and_another_configuration(sigmix):
     assert code == 0, err
 
 
+def test_the_dtype_is_chosen_recorded_and_kept(sigmix, tmp_path):
+    code, _, err = sigmix("--out", "a/sums", "--run", "run", "--test-n", 0, "--dtype", "fp32")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == "float32"
+    assert "Base's dtype: float32" in (tmp_path / "a/sums/README.md").read_text()
+    again = ("--out", "b/sums", "--run", "run", "--resume", "--test-n", 0)
+    assert refused(sigmix(*again, "--dtype", "bfloat16"), "dtype differ")
+    assert sigmix(*again, "--dtype", "float32")[0] == 0
+    assert refused(sigmix("--out", "c/sums", "--dtype", "int8"), "int8", "bfloat16")
+
+
 def test_tensorboard(sigmix, tmp_path):
     assert sigmix("--out", "sums", "--tensorboard", "events", "--test-n", 0)[0] == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

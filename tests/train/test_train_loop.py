@@ -52,7 +52,7 @@ def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
         ("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("validation", 4),
         ("step", 4), ("step", 5), ("validation", 6),
     ]  # fmt: skip
-    assert json.loads((tmp_path / "run/config.json").read_text()) == config().to_dict()
+    assert json.loads((tmp_path / "run/config.json").read_text()) == config(dtype="float32").to_dict()
     assert (tmp_path / "run/curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "best", "checkpoint", "config.json", "curve.png", "lock", "metrics.jsonl",
@@ -186,6 +186,12 @@ def test_a_prompt_over_the_context(tiny, tiny_tokenizer, tmp_path):
 
 
 # ------------------------------------------------------------------ the folder
+
+
+def test_a_configuration_for_another_dtype_is_refused(tiny, tiny_tokenizer, tmp_path):
+    assert trainer(tiny(), tiny_tokenizer, tmp_path).config.dtype == "float32"
+    with pytest.raises(ConfigError, match="says dtype bfloat16, but the base is in float32"):
+        trainer(tiny(), tiny_tokenizer, tmp_path, dtype="bfloat16")
 
 
 def test_a_used_folder_is_refused_without_resume(tiny, tiny_tokenizer, tmp_path):
