@@ -90,7 +90,7 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def accuracy(summary: dict[str, Any]) -> str:
-    """"0.684 [0.630, 0.733]"."""
+    """ "0.684 [0.630, 0.733]"."""
     low, high = summary["interval"]
     return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -23,7 +23,7 @@ def emit(figures: Any, as_json: bool, text: str) -> None:
 
 
 def interval(summary: dict[str, Any]) -> str:
-    """"0.684 [0.63, 0.73] (n = 300)"."""
+    """ "0.684 [0.63, 0.73] (n = 300)"."""
     low, high = summary["interval"]
     return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] (n = {summary['n']})"
 
@@ -127,7 +127,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 def size(number: float) -> str:
-    """"270 MB"."""
+    """ "270 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"

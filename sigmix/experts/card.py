@@ -46,7 +46,8 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int) -> str:
     metrics = [dict(metric) for metric in meta.get("metrics") or ()]
     facts = {
         "Task": meta.get("task"), "Domain": meta.get("domain"), "Objective": meta.get("objective"),
-        "Seed": meta.get("seed"), "Base's dtype": base.get("dtype"), "Commit": meta.get("commit"), "Training": meta.get("training"),
+        "Seed": meta.get("seed"), "Base's dtype": base.get("dtype"), "Commit": meta.get("commit"),
+        "Training": meta.get("training"),
     }  # fmt: skip
     fingerprint = base.get("fingerprint")
     fits = (
