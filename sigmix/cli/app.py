@@ -39,10 +39,10 @@ def _root(
 
 
 def _commands() -> None:
-    from sigmix.cli import admin, bench, demo, experts, measure, training, use
+    from sigmix.cli import adapt, admin, bench, demo, experts, measure, training, use
 
     if not app.registered_commands:  # main may run more than once in a process
-        for module in (demo, use, training, measure, experts, bench, admin):
+        for module in (demo, use, training, adapt, measure, experts, bench, admin):
             module.add(app)
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch|peft")
     _commands()
     try:
         code = app(prog_name="sigmix", standalone_mode=False)

@@ -11,10 +11,12 @@ from typing import Any
 import typer
 
 from sigmix.cli.shared import BANK, BASE, note, open_bank, open_engine, read_mix
+from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 HELP = """/expert NAME      answer with one expert
 /mix a:0.7+b:0.3  answer with a mix (or a .json file); alone: show the active one
 /base             answer with the base
+/auto             choose experts anew for every turn
 /experts          list the experts
 /new              forget the conversation so far
 /help             this list
@@ -22,7 +24,8 @@ HELP = """/expert NAME      answer with one expert
 
 
 def chat(
-    mix: str = typer.Option("base", help="What answers at first: a:0.7+b:0.3, a name, a .json file, or base."),
+    mix: str = typer.Option("base", help="What answers at first: a:0.7+b:0.3, a name, a .json file, auto, or base."),
+    strategy: str = STRATEGY,
     max_new_tokens: int = typer.Option(256, min=1, help="Longest answer."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     top_p: float = typer.Option(1.0, help="Sample from the smallest set of this probability."),
@@ -45,11 +48,14 @@ def chat(
         if bank is not None:
             raise
         experts = None
-    started = read_mix(mix, experts)
-    if started.weights and experts is None:
+    started = read_mix("base" if mix == AUTO else mix, experts)
+    if (started.weights or mix == AUTO) and experts is None:
         experts = open_bank(None)  # raises, and says why
     engine = open_engine(base, experts, [started])
     session = Session(engine, started, max_new_tokens, temperature, top_p, seed, single_turn, system)
+    session.strategy = strategy
+    if mix == AUTO:
+        session.choose()
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (input() uses it)
@@ -71,6 +77,8 @@ class Session:
         self.system = [{"role": "system", "content": system}] if system else []
         self.history: list[dict[str, str]] = []
         self.turns = 0
+        self.strategy = AUTO
+        self.chooser: Any = None  # set while every turn chooses its own experts
 
     def lines(self) -> Iterator[str]:
         """What is typed, with the active mix as the prompt, or the lines of piped input."""
@@ -79,7 +87,7 @@ class Session:
             return
         while True:
             try:
-                yield input(f"{self.mix.id}> ")
+                yield input(f"{AUTO if self.chooser else self.mix.id}> ")
             except EOFError:
                 print()
                 return
@@ -120,6 +128,8 @@ class Session:
             self.list_experts()
         elif word == "/base":
             self.switch(Mix.base())
+        elif word == "/auto":
+            self.choose()
         elif word == "/expert":
             if not rest:
                 raise ConfigError("/expert needs a name", remedy="/experts lists them")
@@ -145,8 +155,13 @@ class Session:
     def switch(self, mix: Any) -> None:
         """Answer with another mix from now on; one that does not fit the base changes nothing."""
         self.engine.z(mix)
-        self.mix = mix
+        self.mix, self.chooser = mix, None
         print(f"(answering with {mix.id})", flush=True)
+
+    def choose(self) -> None:
+        """Choose experts for every turn from now on."""
+        self.chooser = open_strategy(self.engine, self.strategy)
+        print(f"(choosing for every turn, strategy {self.chooser.name})", flush=True)
 
     def list_experts(self) -> None:
         """Names, domains and descriptions."""
@@ -164,6 +179,10 @@ class Session:
         messages = [*([] if self.single else self.history), {"role": "user", "content": text}]
         ids, messages = self.fit(messages)
         told = ""
+        if self.chooser is not None:
+            (decision,) = self.chooser.decide([text])
+            self.mix = decision.mix
+            print(f"({explained(decision)})", flush=True)
         pieces = self.engine.stream(
             ids, self.mix, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
             seed=self.seed + self.turns,

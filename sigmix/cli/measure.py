@@ -23,11 +23,17 @@ def add(app: typer.Typer) -> None:
     app.command(epilog="Example: sigmix tasks addition --validate")(tasks)
 
 
+STRATEGIES = typer.Option([], help="base, A, B, C, D, each-expert or oracle; may be repeated. Not with --mix.")
+
+
 def evaluate(
-    task: str = typer.Option(..., help="A task's name (sigmix tasks lists them), rg:NAME, or file.py:NAME."),
+    task: str = typer.Option(None, help="A task's name (sigmix tasks lists them), rg:NAME, or file.py:NAME."),
     mix: list[str] = MIX,
     expert: list[str] = EXPERT,
-    n: int = typer.Option(300, min=1, help="Items."),
+    strategy: list[str] = STRATEGIES,
+    dispatch: bool = typer.Option(False, "--dispatch", help="How often strategies choose the right expert. No --task."),
+    shots: int = typer.Option(10, min=1, help="Training items that strategy C searches on."),
+    n: int = typer.Option(300, min=1, help="Items; with --dispatch, for each label."),
     split: str = typer.Option("test", help="test, validation or train."),
     seed: int = typer.Option(0, help="Of the drawing of items, sampling and the bootstrap."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
@@ -40,9 +46,22 @@ def evaluate(
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
-    """Accuracy of the base and of mixes on the same items, with 95 % intervals and paired tests."""
+    """Accuracy of the base, of mixes or of strategies on the same items, with 95 % intervals and paired tests."""
+    from sigmix.cli import adapted
+    from sigmix.errors import ConfigError
     from sigmix.tasks.registry import get_task
 
+    if dispatch == (task is not None):
+        raise ConfigError("give --task, or --dispatch", remedy="sigmix tasks lists the tasks")
+    if (dispatch or strategy) and (mix or expert):
+        raise ConfigError("--mix and --expert do not go with --strategy or --dispatch")
+    if dispatch:
+        adapted.dispatch(strategy or ["A", "D"], n, seed, split, out, base, bank, data_dir, as_json)
+        return
+    if strategy:
+        made = get_task(task, data_dir=data_dir, allow_code=allow_code)
+        adapted.strategies(made, strategy, shots, n, split, seed, batch, out, base, bank, as_json)
+        return
     mixes, experts = open_mixes([*expert, *mix], bank)
     made = get_task(task, data_dir=data_dir, allow_code=allow_code)
     first = made.samples(split, n, seed=seed)  # type: ignore[arg-type]

@@ -58,10 +58,11 @@ def read_mix(text: str, bank: Any = None) -> Any:
     return mix
 
 
-def open_mixes(texts: Sequence[str], folder: Path | None) -> tuple[list[Any], Any]:
-    """The mixes and the bank that they need (None if no bank was asked for and all are the base)."""
+def open_mixes(texts: Sequence[str], folder: Path | None, wanted: bool = False) -> tuple[list[Any], Any]:
+    """The mixes and the bank that they need (None if no bank was asked for or is ``wanted``, and all are the base)."""
     mixes = [read_mix(text) for text in texts]
-    bank: Any = open_bank(folder) if folder is not None or any(mix.weights for mix in mixes) else None
+    needed = wanted or folder is not None or any(mix.weights for mix in mixes)
+    bank: Any = open_bank(folder) if needed else None
     for name in [name for mix in mixes for name in mix.weights]:
         bank.path(name)  # there is a bank if any mix has an expert
     return mixes, bank

@@ -50,6 +50,7 @@ def train(
     test_n: int = typer.Option(300, help="Held-out test items at the end, base and expert on the same; 0: none."),
     data_dir: Path = typer.Option(None, help="Local JSONL data instead of the hub."),
     allow_code: bool = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs."),
+    bank: Path = typer.Option(None, help="For --task dispatch: whose experts to choose among. Default: the bundled."),
     tensorboard: Path = typer.Option(None, help="Also write TensorBoard events to this folder."),
     as_json: bool = JSON,
 ) -> None:
@@ -61,7 +62,7 @@ def train(
     from sigmix.train.config import make_config
 
     name = check_name(out.name)
-    made = get_task(task, data_dir=data_dir, allow_code=allow_code)
+    made = _dispatch(bank, data_dir) if task == "dispatch" else get_task(task, data_dir=data_dir, allow_code=allow_code)
     modules = targets.split(",") if targets and "," in targets else targets
     try:
         chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
@@ -79,6 +80,13 @@ def train(
         _check_place(out, resume)
         figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard)
     emit(figures, as_json, text)
+
+
+def _dispatch(bank: Path | None, data_dir: Path | None) -> Any:
+    from sigmix.cli.shared import open_bank
+    from sigmix.evals.dispatch import DispatchTask
+
+    return DispatchTask(open_bank(bank), data_dir=data_dir)
 
 
 def _check_place(out: Path, resume: bool) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import typer
 
 from sigmix.cli.chat import chat
-from sigmix.cli.shared import BANK, BASE, JSON, emit, open_engine, open_mixes, working
+from sigmix.cli.shared import BANK, BASE, JSON, emit, note, open_engine, open_mixes, working
+from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")
-MIX = typer.Option(["base"], help="a:0.7+b:0.3, a name, or a .json file; once for all, or once for each prompt.")
+MIX = typer.Option(["base"], help="a:0.7+b:0.3, a name, a .json file, or auto; once for all, or once for each prompt.")
 FILE = typer.Option(None, help="Read prompts from a file, one a line.")
 STOP = typer.Option([], help="Text that ends an answer; may be repeated.")
 
@@ -33,32 +34,54 @@ def generate(
     stop: list[str] = STOP,
     system: str = typer.Option(None, help="System turn. Default: the chat template's own."),
     raw: bool = typer.Option(False, "--raw", help="Continue the bare text: no chat template."),
+    strategy: str = STRATEGY,
+    explain: bool = typer.Option(False, "--explain", help="Say which experts auto chose, and why."),
     base: str = BASE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
-    """Answer prompts with the base or a mix of experts."""
+    """Answer prompts with the base, a mix of experts, or whatever each request needs (--mix auto)."""
     prompts = _prompts(prompt or [], file)
-    mixes, experts = open_mixes(mix, bank)
-    _counts(len(mixes), len(prompts))
-    engine = open_engine(base, experts, mixes)
+    _counts(len(mix), len(prompts))
+    texts = mix if len(mix) == len(prompts) else mix * len(prompts)
+    given, experts = open_mixes([text for text in mix if text != AUTO], bank, AUTO in mix)
+    engine = open_engine(base, experts, given)
     rows = [engine.encode(text, system, False if raw else None) for text in prompts]
+    asked = [number for number, text in enumerate(texts) if text == AUTO]
+    decisions = {}
+    if asked:
+        chooser = open_strategy(engine, strategy)
+        with working("choosing experts"):
+            decisions = dict(zip(asked, chooser.decide([prompts[number] for number in asked]), strict=True))
+    fixed = iter(given if len(mix) == len(prompts) else given * len(prompts))
+    mixes = [decisions[number].mix if number in decisions else next(fixed) for number in range(len(prompts))]
     with working("answering"):
         answers = engine.generate(
-            rows, mixes if len(mixes) > 1 else mixes[0], max_new_tokens=max_new_tokens, temperature=temperature,
+            rows, mixes, max_new_tokens=max_new_tokens, temperature=temperature,
             top_p=top_p, seeds=[seed + number for number in range(len(rows))], stop=[mark for mark in stop if mark],
+            keep_errors=True,
         )  # fmt: skip
     figures = [
         {
             "prompt": text, "text": one.text, "ids": one.ids, "logprobs": one.logprobs, "mix": one.mix.id,
             "finish": one.finish, "prompt_tokens": one.prompt_tokens,
+            "error": str(one.error) if one.error else None,
+            "decision": decisions[number].to_json() if number in decisions else None,
         }
-        for text, one in zip(prompts, answers, strict=True)
+        for number, (text, one) in enumerate(zip(prompts, answers, strict=True))
     ]  # fmt: skip
+    if explain:
+        for number, decision in decisions.items():
+            note(f"{_short(prompts[number])}: {explained(decision)}")
+    failed = [one.error for one in answers if one.error is not None]
+    if len(failed) == len(answers):
+        raise failed[0]
     text = answers[0].text
     if len(answers) > 1:
         text = "\n\n".join(f"> {p}\n[{a.mix.id}] {a.text}" for p, a in zip(prompts, answers, strict=True))
     emit({"base": base, "answers": figures}, as_json, text)
+    if failed:  # after the answers to the others
+        raise failed[0]
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -82,6 +105,11 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
     if not all(text.strip() for text in given):
         raise ConfigError("the prompt is empty", remedy='for example: sigmix generate "What is 17 + 25?"')
     return given
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:57] + "..."
 
 
 def _counts(mixes: int, prompts: int) -> None:

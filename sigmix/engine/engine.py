@@ -7,40 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
+from sigmix.engine.generation import Generation, check_options, held_back
+from sigmix.engine.merged import BUDGET, MergedWeights
 from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
-from sigmix.engine.prefix import prefill
+from sigmix.engine.prefix import StoredPrefix, prefill
 from sigmix.engine.prompts import check_context, encode, end_ids
-from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.svf.layer import FORMS
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        text: decoded, special tokens left out. ids: the generated token ids, the end token included.
-        logprobs: natural log-probability of each id under the adapted model. mix: what answered.
-        prompt_tokens: length of the prompt. finish: "stop" or "length".
-    """
-
-    text: str
-    ids: list[int]
-    logprobs: list[float]
-    mix: Mix
-    prompt_tokens: int
-    finish: str
 
 
 class Engine:
@@ -50,14 +33,23 @@ class Engine:
         model: a base from `load_base`, or a PEFT model with SVF layers.
         tokenizer: its tokenizer.
         bank: a `Bank`, or any mapping from names to experts; None: only the base.
+        keep_merged: bytes of merged weights to keep for mixes that come back.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, bank: Bank | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: Bank | Mapping[str, Any] | None = None,
+        keep_merged: int = BUDGET,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.bank: Bank | Mapping[str, Any] = bank if bank is not None else {}
         self.layers = adapted_layers(model)
+        self.merged = MergedWeights(self.layers, keep_merged)
         self._checked: dict[int, Any] = {}  # holds the experts, so that no other one can get their id
         self._turn = 0  # counts changes of the layers' state, so that a stream notices that it was overtaken
+        self.stored: dict[tuple[str, tuple[int, ...]], StoredPrefix | None] = {}  # by mix id and token ids
         self.ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
@@ -91,13 +83,17 @@ class Engine:
             raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
         if len(set(mixes)) == 1 and form in (None, "merged"):
             z = self.z(mixes[0])
-            return as_merged(self.layers, z) if z else as_base(self.layers)
+            if not z:
+                return as_base(self.layers)
+            digests = tuple(self.bank[name].digest for name in mixes[0].weights)
+            return as_merged(self.layers, self.merged.get((mixes[0].id, digests), z))
         if form == "merged":
             raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
         unique = {mix: self.z(mix) for mix in set(mixes)}
         return as_rows(self.layers, [unique[mix] for mix in mixes], form or "factored")
 
-    def _mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
+    def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
+        """A `Mix` for each of ``count`` prompts, from one for all or one for each; None is the base."""
         given = [mix] * count if mix is None or isinstance(mix, (Mix, str)) else list(mix)
         if len(given) != count:
             raise ConfigError(f"{len(given)} mixes for {count} prompts", remedy="give one mix, or one for each prompt")
@@ -119,6 +115,7 @@ class Engine:
         form: str | None = None,
         chat: bool | None = None,
         batch_size: int = 64,
+        keep_errors: bool = False,
     ) -> list[Generation]:
         """Answer prompts.
 
@@ -129,32 +126,43 @@ class Engine:
             stop: strings that end an answer (they are cut off its text).
             form: None picks merged for one mix and factored for several.
             chat: apply the chat template; None: if there is one.
+            keep_errors: a prompt that cannot fit gets an answer with finish "error", and the others are answered.
 
         Raises:
-            ContextError: a prompt that cannot fit. UnknownNameError, ExpertError: see `z`. ConfigError: bad options.
+            ContextError: a prompt that cannot fit, unless ``keep_errors``. UnknownNameError, ExpertError: see `z`.
+            ConfigError: bad options.
         """
-        _check_options(max_new_tokens, temperature, top_p, stop)
+        check_options(max_new_tokens, temperature, top_p, stop)
         if isinstance(prompts, str):
             raise ConfigError("prompts must be a list, not one string", remedy="generate([prompt])[0]")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-        mixes = self._mixes(mix, len(prompts))
+        mixes = self.mixes(mix, len(prompts))
         rows = [self.encode(prompt, chat=chat) for prompt in prompts]
+        failed: dict[int, ContextError] = {}
         for number, row in enumerate(rows):
-            check_context(self.model, row, max_new_tokens, f"prompt {number}")
+            try:
+                check_context(self.model, row, max_new_tokens, f"prompt {number}")
+            except ContextError as error:
+                if not keep_errors:
+                    raise
+                failed[number] = error
         seeds = list(seeds) if seeds is not None else list(range(len(rows)))
         if len(seeds) != len(rows):
             raise ConfigError(f"{len(seeds)} seeds for {len(rows)} prompts", remedy="give one seed for each prompt")
-        done: list[Generation] = []
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            sampling = Sampling(max_new_tokens, temperature, top_p, seeds[part])
-            *_, last = self._decode(rows[part], mixes[part], sampling, stop, form)
-            done += [
-                Generation(self._text(row.ids, stop), row.ids, row.logprobs, m, len(ids), row.finish)
-                for row, m, ids in zip(last, mixes[part], rows[part], strict=True)
-            ]
-        return done
+        done = {
+            number: Generation("", [], [], mixes[number], len(rows[number]), "error", error)
+            for number, error in failed.items()
+        }
+        good = [number for number in range(len(rows)) if number not in failed]
+        for start in range(0, len(good), batch_size):
+            part = good[start : start + batch_size]
+            sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
+            *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
+            for n, row in zip(part, last, strict=True):
+                text = self._text(row.ids, stop)
+                done[n] = Generation(text, row.ids, row.logprobs, mixes[n], len(rows[n]), row.finish)
+        return [done[number] for number in range(len(rows))]
 
     @torch.no_grad()
     def stream(
@@ -170,15 +178,15 @@ class Engine:
         chat: bool | None = None,
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; the pieces joined are `generate`'s text."""
-        _check_options(max_new_tokens, temperature, top_p, stop)
+        check_options(max_new_tokens, temperature, top_p, stop)
         row = self.encode(prompt, chat=chat)
         check_context(self.model, row, max_new_tokens)
         sampling = Sampling(max_new_tokens, temperature, top_p, [seed])
         told = ""
-        for rows in self._decode([row], self._mixes(mix, 1), sampling, stop, None):
+        for rows in self._decode([row], self.mixes(mix, 1), sampling, stop, None):
             text = self._text(rows[0].ids, stop)
             # an unfinished multi-byte character decodes to U+FFFD, and a stop string may be under way: hold those back
-            held = "" if rows[0].finish else _tail(text, stop)
+            held = "" if rows[0].finish else held_back(text, stop)
             shown = text[: len(text) - len(held)]
             if shown.startswith(told) and len(shown) > len(told):
                 yield shown[len(told) :]
@@ -193,7 +201,7 @@ class Engine:
         form: str | None = None,
     ) -> torch.Tensor:
         """Logits [B, T, V] of token ids [B, T] (padded left or right where the mask [B, T] is 0), a mix per row."""
-        with self._turn_of(self._mixes(mix, len(input_ids)), form):
+        with self._turn_of(self.mixes(mix, len(input_ids)), form):
             positions = None
             if attention_mask is not None:
                 positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
@@ -223,6 +231,18 @@ class Engine:
                     )
 
     @contextmanager
+    def under(self, mixes: list[Mix], form: str | None = None) -> Iterator[Any]:
+        """Inside, the model computes row b of a batch under ``mixes[b]``.
+
+        Yields None where all rows have the same weights, else a function that keeps only the rows with given indices.
+
+        Raises:
+            ConfigError: see `generate`. UnknownNameError, ExpertError: see `z`.
+        """
+        with self._turn_of(mixes, form) as (keep, _):
+            yield keep
+
+    @contextmanager
     def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
         self._turn += 1
         try:
@@ -235,17 +255,3 @@ class Engine:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
         return text[: min(cuts)] if cuts else text
-
-
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
-    if isinstance(stop, str) or not all(stop):
-        raise ConfigError(f"stop must be a list of strings that are not empty, not {stop!r}", remedy="stop=['END']")
-
-
-def _tail(text: str, stop: Sequence[str]) -> str:
-    if text.endswith("�"):
-        return "�"
-    longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-    return text[len(text) - longest :] if longest else ""

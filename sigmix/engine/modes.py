@@ -39,14 +39,14 @@ def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def as_merged(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, the layers hold W'(z), and the base where ``z`` has no entry. The kept weights come back after."""
+def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the layers hold given weights W'(z), and the base where there is none. The base comes back after."""
     with _restored(layers):
         for path, layer in layers.items():
             layer.row_z = None
-            if path in z:
+            if path in weights:
                 layer._disable_adapters = False
-                layer.merge_z(z[path].detach().to(layer.matrix().device))
+                layer.place(weights[path])
             else:
                 layer.unmerge()
                 layer._disable_adapters = True

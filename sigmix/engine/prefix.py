@@ -9,6 +9,7 @@ alone; only the amount of work differs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,24 +64,62 @@ def left_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> 
     return ids, mask
 
 
-def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool = True) -> Prefilled:
+@dataclass(frozen=True)
+class StoredPrefix:
+    """Token ids that many prompts begin with, and the keys and values [1, …] that one adapted state gave them."""
+
+    ids: tuple[int, ...]
+    cache: DynamicCache
+
+    @classmethod
+    def read(cls, model: Any, ids: Sequence[int]) -> StoredPrefix | None:
+        """Read a prefix; None if it is too short to be worth it, or the model cannot share one (sliding windows)."""
+        cache = DynamicCache(config=model.config)
+        if len(ids) < MIN_SHARED or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            return None
+        _read_prefix(model, ids, cache)
+        return cls(tuple(ids), cache)
+
+    def begins(self, row: Sequence[int]) -> bool:
+        """Whether a prompt goes on from it, by one token at least."""
+        return len(row) > len(self.ids) and tuple(row[: len(self.ids)]) == self.ids
+
+    def rows(self, count: int) -> DynamicCache:
+        """A cache of its own for that many rows."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(count)
+        return cache
+
+
+def _read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache) -> None:
+    device = model.get_input_embeddings().weight.device
+    # only the cache is wanted: the head gets no position
+    none = torch.empty(0, dtype=torch.long, device=device)
+    row = torch.tensor([list(ids)], device=device)
+    model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=none)
+
+
+def prefill(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool = True, start: StoredPrefix | None = None
+) -> Prefilled:
     """Run prompts through the model.
 
     Args:
         model: a causal language model, in whatever adapted state it is; gradients flow if they are enabled.
         rows: N token-id lists, none empty.
         share: compute the common prefix once. It must be False when rows have different weights.
+        start: a prefix read before, in this very adapted state; used if all rows go on from it, and if ``share``.
     """
     device = model.get_input_embeddings().weight.device
     cache = DynamicCache(config=model.config)
-    shared = common_prefix(rows) if share else 0
-    shared = shared if shared >= MIN_SHARED and _can_share(cache, rows) else 0
-    if shared:
-        prefix = torch.tensor([rows[0][:shared]], device=device)
-        # only the cache is wanted: the head gets no position
-        none = torch.empty(0, dtype=torch.long, device=device)
-        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=none)
-        cache.batch_repeat_interleave(len(rows))
+    if share and start is not None and all(start.begins(row) for row in rows):
+        cache, shared = start.rows(len(rows)), len(start.ids)
+    else:
+        shared = common_prefix(rows) if share else 0
+        shared = shared if shared >= MIN_SHARED and _can_share(cache, rows) else 0
+        if shared:
+            _read_prefix(model, rows[0][:shared], cache)
+            cache.batch_repeat_interleave(len(rows))
     ids, mask = left_pad([row[shared:] for row in rows], pad_id, device)
     positions = (mask.long().cumsum(1) - 1).clamp_min(0) + shared
     mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)

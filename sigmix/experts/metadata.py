@@ -26,7 +26,7 @@ from sigmix.experts.sketch import Sketch
 
 SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-RESERVED = {"base": "it stands for the base without any expert"}
+RESERVED = {"base": "it stands for the base without any expert", "auto": "it stands for a choice per request"}
 AUTHORS = (
     "task", "domain", "description", "objective", "seed", "commit", "metrics", "license", "training",
 )  # fmt: skip

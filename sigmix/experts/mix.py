@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
-from sigmix.experts.metadata import NAME, RESERVED, check_name
+from sigmix.experts.metadata import NAME, check_name
 from sigmix.svf.gains import mix_z
 
 Alpha: TypeAlias = "float | Sequence[float] | Mapping[str, float]"
@@ -49,7 +49,7 @@ class Mix:
     weights: Mapping[str, Alpha] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = sorted((name for name in self.weights if name not in RESERVED), key=str)  # the base's gain is zero
+        names = sorted((name for name in self.weights if name != "base"), key=str)  # the base's gain is zero
         clean = {check_name(name): _alpha(name, self.weights[name]) for name in names}
         object.__setattr__(self, "weights", MappingProxyType({n: a for n, a in clean.items() if not _zero(a)}))
 

@@ -192,19 +192,24 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     @torch.no_grad()
-    def merge_z(self, z: torch.Tensor) -> None:
-        """Write W'(z) for z [r] into the base layer; the original tensor is kept and comes back with `unmerge`."""
+    def merged(self, z: torch.Tensor) -> torch.Tensor:
+        """W'(z) for z [r], in the layout and dtype of the base layer's weight."""
+        left, right = self._delta_factors(z)
+        weight = self.get_base_layer().weight.data if self._kept is None else self._kept
+        # one rounding: the product is added to W in float32 inside the matmul
+        return torch.addmm(weight, right.T, left.T) if self.transposed else torch.addmm(weight, left, right)
+
+    def place(self, weight: torch.Tensor) -> None:
+        """Put a merged weight into the base layer; the original tensor is kept and comes back with `unmerge`."""
         base = self.get_base_layer()
         if self._kept is None:
             self._kept = base.weight.data
-        if bool((z == 1).all()):
-            base.weight.data = self._kept
-            return
-        left, right = self._delta_factors(z)
-        # one rounding: the product is added to W in float32 inside the matmul
-        base.weight.data = (
-            torch.addmm(self._kept, right.T, left.T) if self.transposed else torch.addmm(self._kept, left, right)
-        )
+        base.weight.data = weight
+
+    def merge_z(self, z: torch.Tensor) -> None:
+        """`place` W'(z); for z = 1 that is the original tensor itself."""
+        same = bool((z == 1).all())
+        self.place(self.matrix().T if same and self.transposed else self.matrix() if same else self.merged(z))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer (PEFT's interface); several are combined by adding their gains."""

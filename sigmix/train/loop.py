@@ -154,7 +154,7 @@ class Trainer:
             "commit": commit(),
             "license": "Apache-2.0",
             "metrics": [metric] if summary else [],
-            "training": {**settings, "step": self.step, "seconds": round(self.seconds, 1)},
+            "training": {**settings, **self.task.facts, "step": self.step, "seconds": round(self.seconds, 1)},
         }
         return Expert.from_model(self.policy.model, name=self.name, meta=meta)
 

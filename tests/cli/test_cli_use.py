@@ -251,3 +251,12 @@ def test_without_a_chat_template_turns_are_lines(session):
     one.turn("first")
     one.turn("second")
     assert one.engine.asked[1] == "first\nok\nsecond"
+
+
+def test_a_prompt_over_the_context_does_not_keep_the_others_from_their_answers(ask):
+    done = ask("hi", "x" * 300, "ho", "--max-new-tokens", 3)
+    assert done.code == 2
+    assert len(done.err) == 1
+    assert "prompt 1" in done.err[0]
+    assert "> hi" in done.out
+    assert "> ho" in done.out

@@ -1,0 +1,53 @@
+"""`Decision`: what pass one found out about a request, and `Strategy`: whatever finds it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sigmix.experts.mix import Mix
+
+OTHER = "other"
+"""The label of a request that no expert is for; it means the base, exactly."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which mix answers a request, and why.
+
+    Attributes:
+        mix: for pass two. label: the expert's label, or "other". reason: one sentence for people.
+        evidence: JSON values: probabilities by label, thresholds, a search's trace.
+        tokens: that pass one put through the model for this request, without what a stored prefix had.
+        seconds: of pass one, this request's share of its batch.
+    """
+
+    mix: Mix
+    label: str
+    reason: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; ``mix`` as its id and ``weights`` as `Mix.to_json` has them."""
+        return {
+            "mix": self.mix.id,
+            **self.mix.to_json(),
+            "label": self.label,
+            "reason": self.reason,
+            "evidence": dict(self.evidence),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+
+class Strategy(Protocol):
+    """Pass one. ``name`` is its letter and name, such as "A (prompt)"."""
+
+    name: str
+
+    def decide(self, prompts: Sequence[str]) -> list[Decision]:
+        """One decision for each request, in order."""
+        ...

@@ -1,0 +1,175 @@
+"""Strategy D (ours): a linear probe on a hidden state of the base says what a request is about.
+
+The state is that of the request's last token, as the base reads it with its chat template, after a few layers; the
+layers above do not run. The probe is a multinomial logistic regression (scikit-learn) over the bank's labels, "other"
+among them, fitted on training prompts. Depth, temperature and threshold come from validation prompts: the shallowest
+layer that is nearly as right as the best, the temperature that makes probabilities honest, and the threshold under
+which the answer is "other" because the probe is not sure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from sigmix.adapt.decision import OTHER, Decision
+from sigmix.adapt.labels import check_bank, labels
+from sigmix.engine.scoring import hidden
+from sigmix.errors import ConfigError, ExpertError, FingerprintError
+from sigmix.experts.fingerprint import fingerprint, short
+from sigmix.experts.mix import Mix
+from sigmix.files import atomic_file
+
+FILE = "probe.safetensors"
+FORMAT = "sigmix-probe-1"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe.
+
+    Attributes:
+        labels: names, in the order of the outputs. depth: layers that are run.
+        weight: float32 [L, d]. bias: float32 [L]: logits = (weight · h + bias) / temperature.
+        threshold: probability under which the answer is "other".
+        base: fingerprint of the base. facts: JSON values about the fit, for people.
+    """
+
+    labels: tuple[str, ...]
+    depth: int
+    weight: torch.Tensor
+    bias: torch.Tensor
+    temperature: float
+    threshold: float
+    base: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def probabilities(self, states: torch.Tensor) -> torch.Tensor:
+        """float32 [N, L] of hidden states float32 [N, d]."""
+        return ((states @ self.weight.T + self.bias) / self.temperature).softmax(-1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        about = {
+            "format": FORMAT, "labels": list(self.labels), "depth": self.depth, "temperature": self.temperature,
+            "threshold": self.threshold, "base": self.base, "facts": dict(self.facts),
+        }  # fmt: skip
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        content = save(tensors, {"probe": json.dumps(about, ensure_ascii=False, sort_keys=True)})
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Probe:
+        """Read what `save` wrote.
+
+        Raises:
+            ExpertError: no such file, or no probe.
+        """
+        path = Path(path)
+        remedy = "fit one: sigmix adapt --fit-probe --bank FOLDER"
+        if not path.is_file():
+            raise ExpertError(f"there is no probe {path}", remedy=remedy)
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["probe"])
+                weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            made = cls(
+                tuple(map(str, about["labels"])), int(about["depth"]), weight.float(), bias.float(),
+                float(about["temperature"]), float(about["threshold"]), str(about["base"]), about["facts"],
+            )  # fmt: skip
+            sound = about["format"] == FORMAT and made.weight.shape == (len(made.labels), made.weight.shape[-1])
+            sound = sound and made.bias.shape == (len(made.labels),) and made.temperature > 0 and made.depth > 0
+            sound = sound and bool(made.weight.isfinite().all() and made.bias.isfinite().all())
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ExpertError(f"the probe {path} cannot be read: {error!r}", remedy=remedy) from error
+        if not sound:
+            raise ExpertError(f"the probe {path} is damaged: its sizes or values cannot be", remedy=remedy)
+        return made
+
+
+class ProbeDispatch:
+    """Strategy D: a probe's most probable expert, or the base where it is not sure.
+
+    Args:
+        engine: an `Engine`. bank: whose experts can be chosen; None: the engine's.
+        probe: a `Probe`, or a file; None: ``probe.safetensors`` in the bank's folder.
+        soft: mix all experts by their probabilities instead of taking the most probable one alone.
+
+    Raises:
+        ExpertError: no probe, or damaged. FingerprintError: fitted on another base. ConfigError: for other labels.
+    """
+
+    name = "D (probe)"
+
+    def __init__(
+        self,
+        engine: Any,
+        bank: Mapping[str, Any] | None = None,
+        *,
+        probe: Probe | str | os.PathLike[str] | None = None,
+        soft: bool = False,
+        batch_size: int = 64,
+    ) -> None:
+        self.engine, self.soft, self.batch_size = engine, soft, batch_size
+        bank = engine.bank if bank is None else bank
+        self.labels = labels(bank)
+        check_bank(engine, bank)
+        if probe is None:
+            folder = getattr(bank, "folder", None)
+            if folder is None:
+                raise ConfigError("this bank has no folder to look for a probe in", remedy="give one: probe=…")
+            probe = Path(folder) / FILE
+        self.probe = probe if isinstance(probe, Probe) else Probe.load(probe)
+        names = [label.name for label in self.labels]
+        if list(self.probe.labels) != names:
+            raise ConfigError(
+                f"the probe was fitted for {', '.join(self.probe.labels)}; the bank has {', '.join(names)}",
+                remedy="fit it anew: sigmix adapt --fit-probe --bank FOLDER",
+            )
+        if (found := fingerprint(engine.model)) != self.probe.base:
+            raise FingerprintError(
+                f"the probe was fitted on the base {short(self.probe.base)} (fingerprint), this one is {short(found)}",
+                remedy="fit it anew on this base: sigmix adapt --fit-probe --bank FOLDER",
+            )
+
+    def decide(self, prompts: Sequence[str]) -> list[Decision]:
+        """A decision for each request; "other" is the base."""
+        if not prompts:
+            return []
+        started = time.perf_counter()
+        rows = [self.engine.encode(prompt) for prompt in prompts]
+        states = hidden(self.engine, rows, [self.probe.depth], self.batch_size)[:, 0]
+        chances = self.probe.probabilities(states).tolist()
+        seconds = (time.perf_counter() - started) / len(prompts)
+        return [self._decision(chance, len(row), seconds) for chance, row in zip(chances, rows, strict=True)]
+
+    def _decision(self, chances: list[float], tokens: int, seconds: float) -> Decision:
+        probe = self.probe
+        best = max(range(len(chances)), key=chances.__getitem__)
+        label, chance = self.labels[best], chances[best]
+        sure = chance >= probe.threshold
+        reason = f"the probe says {label.name} ({chance:.0%})"
+        if not sure:
+            reason += f", less than the {probe.threshold:.0%} that it takes"
+        mix = label.mix if sure else Mix.base()
+        if self.soft and sure and label.name != OTHER:
+            mix = Mix({name: c for one, c in zip(self.labels, chances, strict=True) for name in one.mix.weights})
+        evidence = {
+            "probabilities": dict(zip(probe.labels, chances, strict=True)), "threshold": probe.threshold,
+            "depth": probe.depth,
+        }  # fmt: skip
+        return Decision(mix, label.name if sure else OTHER, reason, evidence, tokens, seconds)

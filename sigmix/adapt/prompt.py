@@ -1,0 +1,194 @@
+"""Strategies A and B (paper, section 3.2): the model itself says what a request is about.
+
+The request is put into a template that lists the bank's labels with their descriptions, and each label is scored by
+its log-likelihood as the reply, constrained to the labels: at every token where labels part, the probabilities are
+renormalised over the labels still possible. Where all labels begin with different tokens that is one prefill. The
+template up to the request is computed once.
+
+A asks the base; B asks under a classification expert z_c that was trained on exactly this template.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sigmix.adapt.decision import OTHER, Decision
+from sigmix.adapt.labels import DISPATCH, Label, check_bank, labels
+from sigmix.engine.prompts import context_length
+from sigmix.engine.scoring import next_logits, stored_prefix
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.mix import Mix
+
+NEUTRAL = ("", "N/A", "…")
+"""Requests without content: what the model says to them is its liking for a label, not a judgement."""
+
+
+def question(kinds: Sequence[Label], request: str) -> str:
+    """The user's turn of pass one."""
+    listed = "\n".join(f"- {label.name}: {label.description}" for label in kinds)
+    return (
+        f"What kind of task is the request below?\n{listed}\n\n"
+        f"Request: {request.strip()}\n\nAnswer with the kind only: {', '.join(label.name for label in kinds)}."
+    )
+
+
+class PromptDispatch:
+    """Strategy A: ask the base which label fits.
+
+    Args:
+        engine: an `Engine`. bank: whose experts can be chosen; None: the engine's.
+        calibrate: divide by the probabilities that the labels get for requests without content.
+        batch_size: requests per pass.
+
+    Raises:
+        FingerprintError, ExpertError, ConfigError: see `check_bank` and `labels`.
+    """
+
+    name = "A (prompt)"
+
+    def __init__(
+        self, engine: Any, bank: Mapping[str, Any] | None = None, *, calibrate: bool = True, batch_size: int = 64
+    ) -> None:
+        self.engine, self.batch_size = engine, batch_size
+        self.bank = engine.bank if bank is None else bank
+        self.labels = labels(self.bank)
+        check_bank(engine, self.bank)
+        self.mix = self._under()
+        self.tokens = [engine.tokenizer.encode(label.name, add_special_tokens=False) for label in self.labels]
+        end = engine.ends[:1]
+        self.tokens = [[*ids, *end] for ids in self.tokens]  # so that no label is the beginning of another
+        told_apart = len({tuple(ids) for ids in self.tokens}) == len(self.tokens)
+        if not told_apart or min(map(len, self.tokens)) <= len(end):
+            raise ConfigError(
+                f"the tokenizer cannot tell the labels {', '.join(label.name for label in self.labels)} apart",
+                remedy="rename the experts or their domains",
+            )
+        self.prefix = self._prefix()
+        self.prior = torch.zeros(len(self.labels))
+        if calibrate and len(self.labels) > 1:
+            self.prior = self.scores(NEUTRAL)[0].softmax(-1).mean(0).log()
+
+    def _under(self) -> Mix:
+        return Mix.base()
+
+    def _row(self, request: str) -> list[int]:
+        return self.engine.encode(question(self.labels, request))
+
+    def _prefix(self) -> list[int]:
+        one, two = self._row("a"), self._row("7 b")
+        shared = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+        return one[:shared]
+
+    def scores(self, requests: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
+        """Constrained log-likelihood float32 [N, L] of every label, and the tokens that each request cost."""
+        rows = [self._row(request) for request in requests]
+        found = torch.zeros(len(rows), len(self.tokens))
+        if len(self.tokens) == 1:
+            return found, [0] * len(rows)
+        start = stored_prefix(self.engine, self.prefix, self.mix)
+        own = [len(row) - (len(self.prefix) if start is not None else 0) for row in rows]
+        cost = [0] * len(rows)
+        for stem in _branches(self.tokens):
+            options = sorted({ids[len(stem)] for ids in self.tokens if tuple(ids[: len(stem)]) == stem})
+            cost = [count + fresh + len(stem) for count, fresh in zip(cost, own, strict=True)]
+            logits = next_logits(
+                self.engine, [[*row, *stem] for row in rows], self.mix, start=start, batch_size=self.batch_size
+            )
+            shares = logits[:, options].log_softmax(-1)
+            for number, ids in enumerate(self.tokens):
+                if tuple(ids[: len(stem)]) == stem:
+                    found[:, number] += shares[:, options.index(ids[len(stem)])]
+        return found, cost
+
+    def decide(self, prompts: Sequence[str]) -> list[Decision]:
+        """A decision for each request; "other" is the base."""
+        if not prompts:
+            return []
+        if len(self.labels) == 1:
+            return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
+        limit = context_length(self.engine.model)
+        fits = [limit is None or len(self._row(text)) + max(map(len, self.tokens)) <= limit for text in prompts]
+        if not all(fits):
+            asked = iter(self.decide([text for text, fit in zip(prompts, fits, strict=True) if fit]))
+            long = Decision(Mix.base(), OTHER, f"it is too long to ask about: the context holds {limit} tokens")
+            return [next(asked) if fit else long for fit in fits]
+        started = time.perf_counter()
+        scores, cost = self.scores(prompts)
+        chances = (scores - self.prior).softmax(-1)
+        seconds = (time.perf_counter() - started) / len(prompts)
+        made = []
+        for row, tokens in zip(chances.tolist(), cost, strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            label = self.labels[best]
+            reason = f"{self._who()} calls it {label.name} ({row[best]:.0%})"
+            shown = {one.name: chance for one, chance in zip(self.labels, row, strict=True)}
+            made.append(Decision(label.mix, label.name, reason, {"probabilities": shown}, tokens, seconds))
+        return made
+
+    def _who(self) -> str:
+        return "the base"
+
+
+class ClassifierDispatch(PromptDispatch):
+    """Strategy B: ask under a classification expert, made by ``sigmix train --task dispatch --bank …``.
+
+    Args:
+        expert: its name in the bank; None: the only expert of the bank with domain "dispatch".
+
+    Raises:
+        UnknownNameError: no such expert. ConfigError: none or several in the bank, or it was trained for other labels.
+    """
+
+    name = "B (classifier)"
+
+    def __init__(
+        self,
+        engine: Any,
+        bank: Mapping[str, Any] | None = None,
+        *,
+        expert: str | None = None,
+        calibrate: bool = False,
+        batch_size: int = 64,
+    ) -> None:
+        self.expert = expert
+        super().__init__(engine, bank, calibrate=calibrate, batch_size=batch_size)
+
+    def _under(self) -> Mix:
+        train = "make one: sigmix train --task dispatch --bank FOLDER --out FOLDER/dispatch"
+        if self.expert is None:
+            found = [name for name in self.bank if self.bank[name].meta.get("domain") == DISPATCH]
+            if len(found) != 1:
+                raise ConfigError(
+                    f"the bank has {len(found)} classification experts where one is needed",
+                    remedy=train if not found else f"name one of {', '.join(found)}",
+                )
+            self.expert = found[0]
+        elif self.expert not in self.bank:
+            raise UnknownNameError("expert", self.expert, self.bank, remedy=train)
+        known = dict(self.bank[self.expert].meta.get("training") or {}).get("labels")
+        names = [label.name for label in self.labels]
+        if known is not None and list(known) != names:
+            raise ConfigError(
+                f"the classification expert {self.expert} was trained for {', '.join(known)}; the bank has "
+                f"{', '.join(names)}",
+                remedy=train,
+            )
+        mix = Mix.one(self.expert)
+        self.engine.z(mix)
+        return mix
+
+    def _who(self) -> str:
+        return f"the classification expert {self.expert}"
+
+
+def _branches(sequences: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Every common beginning after which several different tokens can follow, shortest first."""
+    following: dict[tuple[int, ...], set[int]] = {}
+    for ids in sequences:
+        for place in range(len(ids)):
+            following.setdefault(tuple(ids[:place]), set()).add(ids[place])
+    return sorted((stem for stem, options in following.items() if len(options) > 1), key=len)

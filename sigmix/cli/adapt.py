@@ -1,0 +1,155 @@
+"""`sigmix adapt`: a mixture for a task from a few examples (strategy C), or the probe of a bank (strategy D)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, open_bank, open_engine, working
+
+EXAMPLES = typer.Option(None, help='JSONL with {"prompt": …, "answer": …} a line; all of them are used.')
+EXPERT = typer.Option([], help="An expert to mix; may be repeated. Default: all of the bank.")
+DATA = typer.Option(None, help="Local JSONL data instead of the hub.")
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(epilog="Example: sigmix adapt --examples my.jsonl --out mix.json; sigmix chat --mix mix.json")(adapt)
+
+
+def adapt(
+    examples: Path = EXAMPLES,
+    task: str = typer.Option(None, help="Take --shots training items of a task, with its verifier, as examples."),
+    shots: int = typer.Option(10, min=1, help="Items of --task."),
+    score: str = typer.Option("exact", help="How replies to --examples are judged: exact (text) or number."),
+    out: Path = typer.Option(None, help="File for the mix (JSON); every --mix takes it."),
+    expert: list[str] = EXPERT,
+    method: str = typer.Option("cem", help="cem, cma-es or swarm."),
+    settings: str = typer.Option("full", help="full (up to 100 rounds of 32) or light (8 rounds of 16)."),
+    granularity: str = typer.Option("model", help="α per model, layer or matrix."),
+    normalised: bool = typer.Option(False, "--normalised", help="α of every layer or matrix sum to 1."),
+    low: float = typer.Option(0.0, help="Least α."),
+    high: float = typer.Option(1.0, help="Largest α."),
+    population: int = typer.Option(None, help="Mixtures a round."),
+    iterations: int = typer.Option(None, help="Rounds at most."),
+    patience: int = typer.Option(None, help="Rounds without a new best before it stops."),
+    max_new_tokens: int = typer.Option(None, min=1, help="Longest reply. Default: the task's, or 16."),
+    seed: int = typer.Option(0, help="Of the search, and of drawing --task's items."),
+    fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the bank's probe on its experts' training prompts."),
+    per_label: int = typer.Option(200, min=4, help="Training prompts a label for --fit-probe."),
+    data_dir: Path = DATA,
+    base: str = BASE,
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """Search a mixture on labelled examples, or fit the probe that chooses experts."""
+    from sigmix.errors import ConfigError
+
+    if fit_probe == bool(examples or task):
+        raise ConfigError("give --examples, or --task, or --fit-probe", remedy="sigmix adapt --help shows examples")
+    if examples and task:
+        raise ConfigError("--examples and --task exclude each other")
+    if fit_probe:
+        figures, text = _probe(base, bank, out, per_label, seed, data_dir)
+        emit(figures, as_json, text)
+        return
+    if out is None or out.suffix != ".json":
+        raise ConfigError("--out must be a .json file for the mix", remedy="for example --out mix.json")
+    _writable(out)
+    given, judge, longest = _from_task(task, shots, seed, data_dir) if task else _from_file(examples, score)
+    engine = open_engine(base, open_bank(bank))
+
+    from sigmix.adapt import FewShotSearch
+    from sigmix.evals.run import provenance
+    from sigmix.files import write_json
+
+    with Ticker("searching", iterations or {"full": 100, "light": 8}.get(settings, 100)) as ticker:
+
+        def progress(entry: dict[str, Any]) -> None:
+            ticker.advance(1, f"best {entry['best']:.2f}")
+
+        search = FewShotSearch(
+            engine, given, judge, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
+            high=high, method=method, settings=settings, population=population, iterations=iterations,
+            patience=patience, max_new_tokens=max_new_tokens or longest, seed=seed, progress=progress,
+        )  # fmt: skip
+        mix = search.fit()
+    evidence = search.evidence()
+    figures = {
+        "name": out.stem, **mix.to_json(), "mix": mix.id, "base": base, "search": evidence, "trace": search.trace,
+        "examples": [one.prompt for one in search.examples], **provenance(),
+    }  # fmt: skip
+    write_json(out, figures)
+    text = f"{out}: {mix.id}\naccuracy on the {len(given)} examples {evidence['accuracy']:.2f}"
+    text += f", {evidence['candidates']} mixtures in {evidence['rounds']} rounds"
+    if "warning" in evidence:
+        text += f"\nnote: {evidence['warning']}"
+    emit(figures, as_json, text)
+
+
+def _writable(path: Path) -> None:
+    """Refuse a file that could not be written: before the work, not after."""
+    from sigmix.errors import OutputError
+    from sigmix.files import atomic_file, writing
+
+    with writing(path):
+        if path.exists():
+            raise OutputError(f"{path} exists already", remedy="give another --out, or remove it first")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f".{path.name}.probe")
+    with atomic_file(probe):
+        pass
+    probe.unlink()
+
+
+def _from_file(path: Path, score: str) -> tuple[list[Any], Callable[..., float], int]:
+    from sigmix.adapt import Example
+    from sigmix.errors import UnknownNameError
+    from sigmix.tasks.numbers import strict_number
+    from sigmix.tasks.rows import local_rows
+    from sigmix.tasks.text import exact
+
+    judges = {"exact": exact, "number": strict_number}
+    if score not in judges:
+        raise UnknownNameError("way to judge replies", score, judges)
+    given = [
+        Example(str(row.get("prompt", "question", kind=str)), str(row.get("answer", "gold", kind=(str, int, float))))
+        for row in local_rows(path)
+    ]
+    return given, lambda example, reply: judges[score](reply, example.gold).value or 0.0, 16
+
+
+def _from_task(name: str, shots: int, seed: int, data_dir: Path | None) -> tuple[list[Any], Callable[..., float], int]:
+    from sigmix.adapt import Example
+    from sigmix.tasks.registry import get_task
+
+    task = get_task(name, data_dir=data_dir)
+    samples = task.samples("train", shots, seed=seed)
+    given = [Example(sample.prompt, sample.gold, sample) for sample in samples]
+    return given, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
+
+
+def _probe(
+    base: str, bank: Path | None, out: Path | None, per_label: int, seed: int, data_dir: Path | None
+) -> tuple[dict[str, Any], str]:
+    from sigmix.adapt.fitting import fit_probe
+    from sigmix.adapt.probe import FILE
+    from sigmix.evals.dispatch import requests
+
+    experts = open_bank(bank)
+    path = out or experts.folder / FILE
+    engine = open_engine(base, experts)
+    with working("fitting the probe"):
+        train = requests(experts, "train", per_label, seed=seed, data_dir=data_dir)
+        validation = requests(experts, "validation", max(per_label // 2, 2), seed=seed, data_dir=data_dir)
+        probe = fit_probe(engine, train, validation)
+    probe.save(path)
+    figures = {
+        "probe": str(path), "labels": list(probe.labels), "depth": probe.depth, "temperature": probe.temperature,
+        "threshold": probe.threshold, **dict(probe.facts),
+    }  # fmt: skip
+    text = f"{path}: layer {probe.depth}, threshold {probe.threshold:.2f}, validation accuracy "
+    return figures, text + f"{probe.facts['validation_accuracy']:.3f} over {', '.join(probe.labels)}"

@@ -1,0 +1,45 @@
+"""What `Engine.generate` returns, and the checks on what it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sigmix.errors import ConfigError, ContextError
+from sigmix.experts.mix import Mix
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: decoded, special tokens left out. ids: the generated token ids, the end token included.
+        logprobs: natural log-probability of each id under the adapted model. mix: what answered.
+        prompt_tokens: length of the prompt. finish: "stop", "length", or "error" for a prompt that does not fit.
+        error: with finish "error", what is wrong with the prompt; the text is empty then.
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    mix: Mix
+    prompt_tokens: int
+    finish: str
+    error: ContextError | None = None
+
+
+def check_options(max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
+    """Raise `ConfigError` for options of generation that cannot work."""
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+    if isinstance(stop, str) or not all(stop):
+        raise ConfigError(f"stop must be a list of strings that are not empty, not {stop!r}", remedy="stop=['END']")
+
+
+def held_back(text: str, stop: Sequence[str]) -> str:
+    """The end of a growing text that may still change: half a character, or the beginning of a stop string."""
+    if text.endswith("�"):
+        return "�"
+    longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+    return text[len(text) - longest :] if longest else ""

@@ -1,0 +1,161 @@
+"""What a model thinks of given text, without generating: next-token logits, answers' log-probabilities, hidden states.
+
+All of these read prompts as `Engine.generate` does: in batches, left-padded, a mix per row, the common prefix once.
+A prefix that many later requests begin with, a template, can be read once and stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sigmix.engine.engine import Engine, Prompt
+from sigmix.engine.prefix import StoredPrefix, answer_logits, left_pad, prefill
+from sigmix.engine.prompts import check_context
+from sigmix.errors import ConfigError
+from sigmix.experts.mix import Mix
+
+Mixes = Mix | str | Sequence[Mix | str] | None
+
+
+def stored_prefix(engine: Engine, ids: Sequence[int], mix: Mix) -> StoredPrefix | None:
+    """The prefix as read under a mix: from the engine's store, or read now and stored.
+
+    None where it cannot be shared (a model with sliding windows, or a prefix that is too short to be worth it).
+    """
+    key = (mix.id, tuple(ids))
+    if key not in engine.stored:
+        with engine.under([mix]), torch.no_grad():
+            engine.stored[key] = StoredPrefix.read(engine.model, list(ids))
+    return engine.stored[key]
+
+
+def next_logits(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    mix: Mixes = None,
+    *,
+    start: StoredPrefix | None = None,
+    form: str | None = None,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """float32 [N, V] on the CPU: logits of the token after each prompt.
+
+    Args:
+        start: a stored prefix that every prompt begins with; it was read under this very mix.
+    """
+    found = []
+    for rows, mixes in _batches(engine, prompts, mix, batch_size):
+        with engine.under(mixes, form) as keep, torch.no_grad():
+            found.append(prefill(engine.model, rows, engine.pad_id, keep is None, start).logits.float().cpu())
+    return torch.cat(found) if found else torch.empty(0, 0)
+
+
+def answer_logprobs(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[int]],
+    mix: Mixes = None,
+    *,
+    form: str | None = None,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """Natural log-probability of every token of a given answer to each prompt, as if the model had said it.
+
+    Args:
+        answers: token ids, none empty.
+
+    Raises:
+        ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
+    """
+    if len(answers) != len(prompts) or not all(answers):
+        raise ConfigError("every prompt needs one answer of at least one token")
+    found: list[list[float]] = []
+    for rows, mixes in _batches(engine, prompts, mix, batch_size):
+        part = answers[len(found) : len(found) + len(rows)]
+        for row, answer in zip(rows, part, strict=True):
+            check_context(engine.model, row, len(answer))
+        width = max(map(len, part))
+        ids = torch.tensor([[*answer, *[engine.pad_id] * (width - len(answer))] for answer in part])
+        mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in part]).bool()
+        device = engine.model.get_input_embeddings().weight.device
+        with engine.under(mixes, form) as keep, torch.no_grad():
+            state = prefill(engine.model, rows, engine.pad_id, keep is None)
+            logits = answer_logits(engine.model, state, ids.to(device), mask.to(device)).float()
+        chosen = logits.gather(2, ids.to(device)[..., None])[..., 0] - logits.logsumexp(-1)
+        found += [row[: len(answer)] for row, answer in zip(chosen.tolist(), part, strict=True)]
+    return found
+
+
+def hidden(engine: Engine, prompts: Sequence[Prompt], depths: Sequence[int], batch_size: int = 64) -> torch.Tensor:
+    """float32 [N, D, d] on the CPU: the base's hidden state at each prompt's last token after given layers.
+
+    Only the layers up to the deepest one run.
+
+    Args:
+        depths: layer counts, from 1 to the number of layers.
+
+    Raises:
+        ConfigError: the model has no list of layers, or not that many.
+    """
+    layers = decoder_layers(engine.model)
+    if not depths or not all(1 <= depth <= len(layers) for depth in depths):
+        raise ConfigError(f"depths must be from 1 to {len(layers)}, not {list(depths)}")
+    device = engine.model.get_input_embeddings().weight.device
+    deepest = max(depths)
+    seen: dict[int, torch.Tensor] = {}
+
+    def record(depth: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[depth] = (output[0] if isinstance(output, tuple) else output)[:, -1].float().cpu()
+            if depth == deepest:
+                raise _Enough
+
+        return hook
+
+    found = []
+    for rows, mixes in _batches(engine, prompts, None, batch_size):
+        ids, mask = left_pad(rows, engine.pad_id, device)
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        handles = [layers[depth - 1].register_forward_hook(record(depth)) for depth in set(depths)]
+        try:
+            with engine.under(mixes), torch.no_grad():
+                engine.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        found.append(torch.stack([seen[depth] for depth in depths], 1))
+    return torch.cat(found)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's layers, in order.
+
+    Raises:
+        ConfigError: there is no one list of as many modules as the config says.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ConfigError(f"{type(model).__name__} has no list of {count} layers")
+    return lists[0]
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose later layers nobody needs."""
+
+
+def _batches(
+    engine: Engine, prompts: Sequence[Prompt], mix: Mixes, batch_size: int
+) -> Iterator[tuple[list[list[int]], list[Mix]]]:
+    rows = [engine.encode(prompt) for prompt in prompts]
+    mixes = engine.mixes(mix, len(rows))
+    for number, row in enumerate(rows):
+        check_context(engine.model, row, 1, f"prompt {number}")
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size], mixes[start : start + batch_size]

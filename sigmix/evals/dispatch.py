@@ -1,0 +1,200 @@
+"""Dispatch: which label does a request deserve? The data for strategies A, B and D, the task that B's expert learns,
+and the confusion matrices.
+
+A label's requests are the prompts of the task that its expert was trained on, from the split asked for. "Other" has
+everyday requests, and prompts of tasks from domains that the bank does not have. Some of those domains are kept out of
+training altogether and appear in the test only (`UNSEEN`), because "other" is all that nobody thought of.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sigmix.adapt.decision import OTHER, Strategy
+from sigmix.adapt.labels import DISPATCH, Label, labels, skills
+from sigmix.adapt.prompt import question
+from sigmix.errors import ConfigError, ExpertError, SigmixError
+from sigmix.evals.everyday import everyday
+from sigmix.evals.stats import wilson
+from sigmix.files import atomic_file
+from sigmix.tasks.base import Sample, Score, Split, Task, check_request, shuffled
+from sigmix.tasks.registry import get_task
+from sigmix.tasks.text import one_of
+
+SEEN = ("plural", "opposite", "spell", "odd-one-out", "json-record")
+"""Tasks whose prompts are "other" in training, where the bank has no expert for their domain or task."""
+UNSEEN = ("syllogism", "boolean")
+"""Tasks whose prompts are "other" and are never trained on, if the bank has no expert for them."""
+
+
+def requests(
+    bank: Mapping[str, Any],
+    split: Split,
+    n: int,
+    *,
+    seed: int = 0,
+    unseen: Sequence[str] = (),
+    data_dir: Path | None = None,
+) -> dict[str, list[str]]:
+    """{label: n user turns of a split} over the bank's labels; finite tasks may give fewer.
+
+    Args:
+        unseen: tasks that join "other", each under its own key ``other:TASK``, with n prompts each.
+
+    Raises:
+        ExpertError: an expert that does not say which task it was trained on.
+    """
+    kinds = labels(bank)
+    found: dict[str, list[str]] = {}
+    for label in kinds[:-1]:
+        (name,) = label.mix.weights
+        found[label.name] = [sample.prompt for sample in _task(bank, name, data_dir).samples(split, n, seed=seed)]
+    others = [task for task in SEEN if not _has(bank, task)]
+    half = n // 2 if others else n
+    pool = everyday(split, n - (n - half), seed)
+    share = -(-(n - len(pool)) // max(len(others), 1))
+    for task in others:
+        pool += [sample.prompt for sample in get_task(task).samples(split, share, seed=seed)]
+    found[OTHER] = pool[:n]
+    for task in unseen:
+        found[f"{OTHER}:{task}"] = [
+            one.prompt for one in get_task(task, data_dir=data_dir).samples(split, n, seed=seed)
+        ]
+    return found
+
+
+def _has(bank: Mapping[str, Any], task: str) -> bool:
+    """Whether the bank has an expert for a task or for its domain."""
+    domains = {bank[name].meta.get("domain") for name in skills(bank)}
+    return get_task(task).domain in domains or any(bank[name].meta.get("task") == task for name in skills(bank))
+
+
+def unseen_tasks(bank: Mapping[str, Any]) -> list[str]:
+    """Of `UNSEEN`, those that the bank has no expert for."""
+    return [task for task in UNSEEN if not _has(bank, task)]
+
+
+def _task(bank: Mapping[str, Any], name: str, data_dir: Path | None) -> Task:
+    spec = bank[name].meta.get("task")
+    remedy = "seal it with its task: sigmix experts verify --seal"
+    if not spec:
+        raise ExpertError(f"expert {name!r} does not say which task it was trained on", remedy=remedy)
+    try:
+        return get_task(spec, data_dir=data_dir)
+    except SigmixError as error:
+        raise ExpertError(f"expert {name!r} was trained on {spec!r}, which cannot be had: {error}") from error
+
+
+class DispatchTask(Task):
+    """Say which label a request deserves; what strategy B's expert learns. The prompt is strategy A's template.
+
+    Args:
+        bank: whose labels. per_label: requests drawn per label and split. data_dir: for experts of finite benchmarks.
+    """
+
+    domain = DISPATCH
+    description = "Say which expert a request is for."
+
+    def __init__(self, bank: Mapping[str, Any], per_label: int = 400, data_dir: Path | None = None) -> None:
+        super().__init__()
+        self.bank, self.per_label, self.data_dir = bank, per_label, data_dir
+        self.kinds: list[Label] = labels(bank)
+        if len(self.kinds) < 2:
+            raise ConfigError("the bank has no expert to choose", remedy="train one first")
+        self.names = [label.name for label in self.kinds]
+        self.facts = {"labels": self.names}
+        self.name = "dispatch"
+        self.max_new_tokens = 2 + max(len(name) for name in self.names) // 2
+        self.notes = ["requests are the experts' own prompts of the same split; 'other' is everyday and foreign tasks"]
+
+    def samples(self, split: Split, n: int | None = None, seed: int = 0) -> list[Sample]:
+        check_request(self, split, n)
+        wanted = n or self.per_label * len(self.names)
+        found = requests(
+            self.bank, split, max(self.per_label, -(-wanted // len(self.names))), seed=seed, data_dir=self.data_dir
+        )
+        every = [
+            Sample.make(question(self.kinds, request), label, request=request)
+            for label, texts in found.items()
+            for request in texts
+        ]
+        return shuffled(list({sample.id: sample for sample in every}.values()), self.name, seed)[:n]
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        return one_of(reply, sample.gold, self.names)
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        others = [name for name in self.names if name != sample.gold]
+        return [*super().wrong_replies(sample), *others, ", ".join(self.names), f"{sample.gold} or {others[0]}"]
+
+
+def confusion(strategy: Strategy, found: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, Any]:
+    """How a strategy labels requests.
+
+    Args:
+        found: requests by true label, from `requests`; ``other:TASK`` counts as "other" and keeps a row of its own.
+        names: the bank's labels, "other" last.
+
+    Returns:
+        strategy, labels (columns), rows: [{label, n, counts, right, accuracy, interval}], accuracy over all with its
+        Wilson interval, the mean of the rows' accuracies ("balanced"), tokens and seconds per request, and items.
+    """
+    rows, items = [], []
+    started = time.perf_counter()
+    for label, texts in found.items():
+        decisions = strategy.decide(list(texts))
+        truth = label.partition(":")[0] if label not in names else label
+        counts = [sum(decision.label == name for decision in decisions) for name in names]
+        right = sum(decision.label == truth for decision in decisions)
+        rows.append(
+            {
+                "label": label, "n": len(texts), "counts": counts, "right": right, "accuracy": right / len(texts),
+                "interval": list(wilson(right, len(texts))),
+            }
+        )  # fmt: skip
+        items += [
+            {"request": text, "truth": label, **decision.to_json()}
+            for text, decision in zip(texts, decisions, strict=True)
+        ]
+    n, right = sum(row["n"] for row in rows), sum(row["right"] for row in rows)
+    return {
+        "strategy": strategy.name,
+        "labels": list(names),
+        "rows": rows,
+        "n": n,
+        "accuracy": right / n,
+        "interval": list(wilson(right, n)),
+        "balanced": sum(row["accuracy"] for row in rows) / len(rows),
+        "tokens_per_request": sum(item["tokens"] for item in items) / n,
+        "seconds_per_request": (time.perf_counter() - started) / n,
+        "items": items,
+    }
+
+
+def plot(figures: Mapping[str, Any], path: str | Path) -> None:
+    """A confusion matrix as PNG: rows are what requests are, columns what the strategy said, in shares of the row.
+
+    Raises:
+        ConfigError: matplotlib is not installed. OutputError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib", remedy='pip install "sigmix[train]"') from error
+    rows, names = figures["rows"], figures["labels"]
+    canvas = Figure(figsize=(2.5 + 0.8 * len(names), 2 + 0.5 * len(rows)), layout="constrained")
+    axes = canvas.add_subplot()
+    shares = [[count / row["n"] for count in row["counts"]] for row in rows]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, count in enumerate(row["counts"]):
+            axes.text(x, y, count, ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), [f"{row['label']} (n = {row['n']})" for row in rows])
+    axes.set_xlabel("decided")
+    axes.set_title(f"{figures['strategy']}: {figures['accuracy']:.3f} of {figures['n']}")
+    with atomic_file(path) as temporary:
+        canvas.savefig(temporary, format="png", dpi=120)

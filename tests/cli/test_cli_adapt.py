@@ -1,0 +1,189 @@
+"""`--mix auto`, `sigmix adapt`, and `sigmix eval` with strategies and dispatch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytest_plugins = ["helpers_cli"]
+
+
+@pytest.fixture
+def bank(home, tmp_path):
+    """A copy of the bank, to put a probe into."""
+    return shutil.copytree(home.bank, tmp_path / "bank")
+
+
+@pytest.fixture
+def probed(run, home, bank):
+    """The bank with a probe."""
+    done = run("adapt", "--fit-probe", "--per-label", 12, "--base", home.base, "--bank", bank, "--json")
+    assert done.code == 0, done.err
+    assert done.json["labels"] == ["arithmetic", "reading", "other"]
+    assert done.json["train_n"] == dict.fromkeys(done.json["labels"], 12)
+    return bank
+
+
+def test_auto_decides_for_every_prompt_and_says_why(run, home, probed):
+    done = run(
+        "generate", "What is 1 + 2? Answer with the number only.", "hello", "x", "--mix", "auto", "--mix", "auto",
+        "--mix", "reading", "--explain", "--max-new-tokens", 2, "--base", home.base, "--bank", probed, "--json",
+    )  # fmt: skip
+    first, second, third = done.json["answers"]
+    for one in (first, second):
+        decision = one["decision"]
+        assert decision["mix"] == one["mix"]
+        assert set(decision["evidence"]["probabilities"]) == {"arithmetic", "reading", "other"}
+        assert decision["tokens"] > 0 < decision["seconds"]
+        assert any(decision["reason"] in line for line in done.err)
+    assert (third["mix"], third["decision"]) == ("reading", None)
+    same = run(
+        "generate",
+        "hello",
+        "--mix",
+        second["mix"],
+        "--base",
+        home.base,
+        "--bank",
+        probed,
+        "--max-new-tokens",
+        2,
+        "--json",
+    )
+    assert same.json["answers"][0]["ids"] == second["ids"]
+
+
+def test_without_a_probe_auto_asks_the_base(run, home, bank):
+    done = run(
+        "generate", "hello", "--mix", "auto", "--explain", "--base", home.base, "--bank", bank, "--max-new-tokens", 2
+    )
+    assert done.code == 0
+    assert "the base calls it" in "".join(done.err)
+
+
+def test_chat_chooses_for_every_turn(run, home, probed):
+    done = run(
+        "chat", "--mix", "auto", "--base", home.base, "--bank", probed, "--max-new-tokens", 2,
+        stdin="hello\n/base\nhello\n/auto\nhello\n/quit\n",
+    )  # fmt: skip
+    assert done.out.count("(choosing for every turn, strategy D (probe))") == 2
+    assert done.out.count("the probe says") == 2
+
+
+def test_bad_strategies(refused, home, bank):
+    where = ("--base", home.base, "--bank", bank)
+    assert "'E'" in refused("generate", "x", "--mix", "auto", "--strategy", "E", *where)
+    assert "--fit-probe" in refused("generate", "x", "--mix", "auto", "--strategy", "D", *where)
+    assert "sigmix train --task dispatch" in refused("generate", "x", "--mix", "auto", "--strategy", "B", *where)
+    assert "'auto'" in refused("generate", "x", "--mix", "auto:0.5", *where)
+
+
+def test_adapt_gives_a_mix_that_other_commands_take(run, home, bank, tmp_path):
+    file = tmp_path / "shots.jsonl"
+    file.write_text('{"prompt": "What is 1?", "answer": 1}\n{"question": "and 2?", "gold": "2"}\n')
+    where = ("--base", home.base, "--bank", bank)
+    done = run(
+        "adapt",
+        "--examples",
+        file,
+        "--out",
+        tmp_path / "mine.json",
+        "--population",
+        4,
+        "--iterations",
+        2,
+        *where,
+        "--json",
+    )
+    assert done.code == 0, done.err
+    kept = json.loads((tmp_path / "mine.json").read_text())
+    assert kept["weights"] == done.json["weights"]
+    assert kept["search"]["examples"] == 2
+    assert (kept["name"], len(kept["trace"])) == ("mine", 2)
+    answered = run("generate", "hi", "--mix", tmp_path / "mine.json", *where, "--max-new-tokens", 2, "--json")
+    assert answered.json["answers"][0]["mix"] == kept["mix"]
+
+
+def test_adapt_on_a_tasks_training_items(run, home, bank, tmp_path):
+    done = run(
+        "adapt", "--task", "addition?digits=1", "--shots", 3, "--out", tmp_path / "m.json", "--settings", "light",
+        "--iterations", 1, "--method", "swarm", "--granularity", "layer", "--base", home.base, "--bank", bank, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(done.json["examples"]) == 3
+    assert all("Answer with the number only." in prompt for prompt in done.json["examples"])
+
+
+def test_bad_adapt_input(refused, home, bank, tmp_path):
+    where = ("--base", home.base, "--bank", bank)
+    out = ("--out", tmp_path / "m.json")
+    file = tmp_path / "shots.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    assert "shots.jsonl:2" in refused("adapt", "--examples", file, *out, *where)
+    assert "nowhere.jsonl" in refused("adapt", "--examples", tmp_path / "nowhere.jsonl", *out, *where)
+    file.write_text("\n")
+    assert "shots.jsonl" in refused("adapt", "--examples", file, *out, *where)
+    assert "--fit-probe" in refused("adapt", *out, *where)
+    assert ".json" in refused("adapt", "--task", "addition", *where)
+    assert "cem" in refused("adapt", "--task", "addition", "--method", "cme", *out, *where)
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    assert "exact" in refused("adapt", "--examples", file, "--score", "same", *out, *where)
+    (tmp_path / "m.json").write_text("mine")
+    assert "exists already" in refused("adapt", "--examples", file, *out, *where)
+    assert (tmp_path / "m.json").read_text() == "mine"
+
+
+def test_eval_of_strategies_pairs_each_with_the_base(run, home, probed, tmp_path):
+    letters = [word for letter in ("base", "A", "C", "D", "oracle") for word in ("--strategy", letter)]
+    done = run(
+        "eval", "--task", "addition?digits=1", "--n", 6, *letters,
+        "--shots", 2, "--base", home.base, "--bank", probed, "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    by = {one["strategy"]: one for one in done.json["results"]}
+    assert list(by) == ["base", "A", "C", "D", "arithmetic", "reading", "oracle"]
+    assert by["base"]["paired"] is None
+    for name, one in by.items():
+        assert one["n"] == 6
+        assert name == "base" or one["paired"]["n"] == 6
+        assert name == "oracle" or sum(one["chosen"].values()) == 6
+    assert by["oracle"]["accuracy"] >= max(by[name]["accuracy"] for name in ("base", "arithmetic", "reading"))
+    assert done.json["few_shot"]["examples"] == 2
+    items = [json.loads(line) for path in sorted((tmp_path / "out").glob("*A*.jsonl")) for line in path.open()]
+    assert len(items) == 6 or (tmp_path / "out/summary.json").exists()
+
+
+def test_dispatch_gives_matrices(run, home, probed, tmp_path):
+    done = run(
+        "eval", "--dispatch", "--n", 5, "--base", home.base, "--bank", probed, "--out", tmp_path / "out", "--json"
+    )
+    assert done.code == 0, done.err
+    assert [one["strategy"] for one in done.json["strategies"]] == ["A (prompt)", "D (probe)"]
+    for one, letter in zip(done.json["strategies"], "AD", strict=True):
+        assert one["labels"] == ["arithmetic", "reading", "other"]
+        assert [row["label"] for row in one["rows"]] == [
+            "arithmetic",
+            "reading",
+            "other",
+            "other:syllogism",
+            "other:boolean",
+        ]
+        assert all(sum(row["counts"]) == row["n"] == 5 for row in one["rows"])
+        items = [json.loads(line) for line in (tmp_path / f"out/dispatch-{letter}.jsonl").open()]
+        assert len(items) == one["n"] == 25
+        for row in one["rows"]:
+            truth = row["label"].partition(":")[0]
+            right = sum(item["label"] == truth for item in items if item["truth"] == row["label"])
+            assert row["right"] == right == row["counts"][one["labels"].index(truth)]
+        assert (tmp_path / f"out/dispatch-{letter}.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "out/dispatch.json").read_text())["strategies"] == done.json["strategies"]
+
+
+def test_eval_options_that_exclude_each_other(refused, home, bank):
+    where = ("--base", home.base, "--bank", bank)
+    assert "--dispatch" in refused("eval", *where)
+    assert "--dispatch" in refused("eval", "--dispatch", "--task", "addition", *where)
+    assert "--strategy" in refused("eval", "--task", "addition", "--strategy", "A", "--mix", "reading", *where)
+    assert "'Z'" in refused("eval", "--task", "addition", "--strategy", "Z", *where)
