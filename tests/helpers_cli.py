@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 # the parent's makers, by path: whichever conftest.py was loaded last has the name "conftest"
-_spec = importlib.util.spec_from_file_location("sigmix_tests_root", Path(__file__).parent.parent / "conftest.py")
+_spec = importlib.util.spec_from_file_location("sigmix_tests_root", Path(__file__).parent / "conftest.py")
 root = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(root)
 

@@ -1,0 +1,38 @@
+"""What the adaptation benchmarks share: the bundled bank on the default base, requests, and random mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sigmix.engine import Engine
+from sigmix.experts.bank import Bank
+from sigmix.experts.mix import Mix
+from sigmix.fetch import DEFAULT
+from sigmix.models import load_base
+from sigmix.tasks.registry import get_task
+
+
+def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = None, **options: Any) -> Engine:
+    """An engine over the bundled bank (or another one) whose answers never end early."""
+    model, tokenizer = load_base(base, dtype)
+    engine = Engine(model, tokenizer, Bank.bundled() if bank is None else bank, **options)
+    engine.ends = []  # so that every contestant makes the same number of tokens
+    return engine
+
+
+def prompts(engine: Engine, count: int, seed: int = 0) -> list[str]:
+    """User turns of the bank's tasks in turn, of different lengths."""
+    experts = sorted(engine.bank)
+    specs = [spec for name in experts if (spec := engine.bank[name].meta.get("task"))]
+    each = -(-count // len(specs))
+    drawn = [get_task(spec).samples("train", each, seed=seed) for spec in specs]
+    return [drawn[number % len(drawn)][number // len(drawn)].prompt for number in range(count)]
+
+
+def mixtures(names: Sequence[str], count: int, seed: int = 0) -> list[Mix]:
+    """Distinct mixtures of all experts, drawn evenly from those whose weights sum to 1."""
+    weights = np.random.default_rng(seed).dirichlet(np.ones(len(names)), count)
+    return [Mix(dict(zip(names, map(float, row), strict=True))) for row in weights]

@@ -1,0 +1,57 @@
+"""The benchmarks of the engine, of search and of pass one, on a tiny base: what they compare, not how fast it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from sigmix.bench import engine, pass1, search
+from sigmix.errors import SigmixError
+
+pytest_plugins = ["helpers_cli"]
+
+
+@pytest.fixture
+def bank(home, monkeypatch):
+    from sigmix.experts.bank import Bank
+
+    monkeypatch.setenv("SIGMIX_CACHE", str(home.cache))
+    return Bank(home.bank)
+
+
+def test_engine(home, bank):
+    result = engine.run(repeats=1, dtype="float32", base=str(home.base), new_tokens=4, bank=bank)
+    assert set(result["ratios"]) == {"vs_generate_1", "vs_generate_8", "vs_generate_64"} == set(result["aims"])
+    assert set(result["raw"]["share_of_equal_answers"].values()) == {1.0}
+
+
+def test_engine_fails_if_the_answers_differ(home, bank, monkeypatch):
+    monkeypatch.setattr(engine, "_ours", lambda e, rows, n, found: lambda _: found.update(ours=[[0]] * len(rows)))
+    with pytest.raises(SigmixError, match="answers differ in 100%"):
+        engine.run(repeats=1, dtype="float32", base=str(home.base), new_tokens=4, bank=bank)
+
+
+def test_search(home, bank):
+    result = search.run(repeats=1, base=str(home.base), population=3, shots=2, bank=bank)
+    assert set(result["ratios"]) == {"speedup_vs_swap"}
+    assert 0 <= result["raw"]["largest_loglik_difference"] <= search.TOLERANCE[result["device"]["dtype"]]
+    assert len(result["raw"]["seconds"]["mixed"]) == 1
+
+
+def test_search_fails_if_the_two_ways_disagree(home, bank, monkeypatch):
+    calls = []
+    plain = search.FewShotSearch.values
+
+    def off(self, mixes):
+        calls.append(len(mixes))
+        return [(a, b + len(calls)) for a, b in plain(self, mixes)]
+
+    monkeypatch.setattr(search.FewShotSearch, "values", off)
+    with pytest.raises(SigmixError, match="disagree"):
+        search.run(repeats=1, base=str(home.base), population=3, shots=2, bank=bank)
+
+
+def test_pass1_leaves_out_what_the_bank_has_nothing_for(home, bank):
+    result = pass1.run(repeats=1, base=str(home.base), rows=4, new_tokens=2, bank=bank)
+    assert set(result["ratios"]) == set(result["aims"]) == {"share_A"}
+    assert set(result["raw"]["left_out"]) == {"B", "D"}
+    assert 0 < result["ratios"]["share_A"]["median"] < 1
