@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sigmix.adapt.labels import skills
 from sigmix.engine import Engine
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -25,8 +26,7 @@ def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = No
 
 def prompts(engine: Engine, count: int, seed: int = 0) -> list[str]:
     """User turns of the bank's tasks in turn, of different lengths."""
-    experts = sorted(engine.bank)
-    specs = [spec for name in experts if (spec := engine.bank[name].meta.get("task"))]
+    specs = [spec for name in skills(engine.bank) if (spec := engine.bank[name].meta.get("task"))]
     each = -(-count // len(specs))
     drawn = [get_task(spec).samples("train", each, seed=seed) for spec in specs]
     return [drawn[number % len(drawn)][number // len(drawn)].prompt for number in range(count)]

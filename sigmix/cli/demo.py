@@ -96,12 +96,15 @@ def _tick(ticker: Ticker, name: str, count: int, mix: str) -> None:
 
 def _tasks(bank: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The experts' tasks that can be measured here, and for the others why not."""
+    from sigmix.adapt.labels import DISPATCH
     from sigmix.errors import SigmixError
     from sigmix.tasks.registry import get_task
 
     found, skipped = {}, {}
     for name in bank.names():
         try:
+            if bank[name].meta.get("domain") == DISPATCH:  # it chooses experts and answers nothing
+                continue
             spec = bank[name].meta.get("task")
             if not isinstance(spec, str):
                 skipped[name] = "it names no task"
