@@ -4,37 +4,51 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from sigmix.engine.packing import Pack, Packing, pack
 from sigmix.svf.layer import SVFLinear
 
 BUDGET = 1 << 30
-"""Bytes of merged weights that an engine keeps by default: four mixes of the default base in bfloat16."""
+"""Bytes of merged weights that an engine keeps by default: five mixes of the default base, two with packed copies."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """W'(z) of the layers that z moves, and packed copies of them where these are used."""
+
+    weights: Mapping[str, torch.Tensor]
+    packs: Mapping[str, Pack] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(weight.nbytes * (2 if path in self.packs else 1) for path, weight in self.weights.items())
 
 
 class MergedWeights:
     """W'(z) of all layers under the mixes used last.
 
     Args:
-        layers: the model's adapted layers. budget: bytes to keep; 0 keeps nothing.
+        layers: the model's adapted layers. budget: bytes to keep; 0 keeps nothing. packing: of the same model.
     """
 
-    def __init__(self, layers: Mapping[str, SVFLinear], budget: int = BUDGET) -> None:
-        self.layers, self.budget = layers, budget
-        self._kept: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
+    def __init__(self, layers: Mapping[str, SVFLinear], budget: int, packing: Packing) -> None:
+        self.layers, self.budget, self.packing = layers, budget, packing
+        self._kept: OrderedDict[Any, Merged] = OrderedDict()
 
     @property
     def bytes(self) -> int:
         """Of all that is kept."""
-        return sum(_size(weights) for weights in self._kept.values())
+        return sum(made.bytes for made in self._kept.values())
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Any, z: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{path: W'(z)} for the layers that z moves, composed unless the key's are kept.
+    def get(self, key: Any, z: Mapping[str, torch.Tensor]) -> Merged:
+        """What z makes of the layers, composed unless it is kept under this key.
 
         Args:
             key: names the mix and the experts' values; equal keys mean equal z.
@@ -45,14 +59,15 @@ class MergedWeights:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        made = {
-            path: layer.merged(z[path].detach().to(layer.matrix().device))
+        weights = {
+            path: layer.merged_weight(z[path].detach().to(layer.matrix().device))
             for path, layer in self.layers.items()
             if path in z and not bool((z[path] == 1).all())
         }
-        size = _size(made)
-        if size <= self.budget:
-            while self._kept and self.bytes + size > self.budget:
+        linear = [path for path in weights if not self.layers[path].transposed] if self.packing.on else []
+        made = Merged(weights, {path: pack(weights[path]) for path in linear})
+        if made.bytes <= self.budget:
+            while self._kept and self.bytes + made.bytes > self.budget:
                 self._kept.popitem(last=False)
             self._kept[key] = made
         return made
@@ -60,7 +75,3 @@ class MergedWeights:
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
-
-
-def _size(weights: Mapping[str, torch.Tensor]) -> int:
-    return sum(weight.nbytes for weight in weights.values())

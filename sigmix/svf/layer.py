@@ -56,7 +56,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, z):  # type: ignore[override]
         ctx.save_for_backward(h, z)
-        return _scaled(h, z)
+        return scaled(h, z)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -67,10 +67,11 @@ class _Scale(torch.autograd.Function):
             dz = (grad * h).float()
         else:
             dz = (grad * h).sum(1, keepdim=True, dtype=torch.float32)
-        return _scaled(grad, z) if ctx.needs_input_grad[0] else None, dz
+        return scaled(grad, z) if ctx.needs_input_grad[0] else None, dz
 
 
-def _scaled(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def scaled(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """h [..., r] times z [..., r] (float32), in h's dtype."""
     if h.dtype in (torch.bfloat16, torch.float16):
         # h + h g in one pass: rounding g costs g times as much as rounding z would, and a float32 h is never made
         return torch.addcmul(h, h, (z - 1).to(h.dtype))
@@ -192,7 +193,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     @torch.no_grad()
-    def merged(self, z: torch.Tensor) -> torch.Tensor:
+    def merged_weight(self, z: torch.Tensor) -> torch.Tensor:
         """W'(z) for z [r], in the layout and dtype of the base layer's weight."""
         left, right = self._delta_factors(z)
         weight = self.get_base_layer().weight.data if self._kept is None else self._kept
@@ -209,7 +210,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     def merge_z(self, z: torch.Tensor) -> None:
         """`place` W'(z); for z = 1 that is the original tensor itself."""
         same = bool((z == 1).all())
-        self.place(self.matrix().T if same and self.transposed else self.matrix() if same else self.merged(z))
+        self.place(self.matrix().T if same and self.transposed else self.matrix() if same else self.merged_weight(z))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer (PEFT's interface); several are combined by adding their gains."""
@@ -266,10 +267,15 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             raise ConfigError(f"adapter_names has {len(z)} entries for a batch of {len(x)} rows")
         return z.unsqueeze(1) if x.ndim == 3 else z
 
-    def _factored(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factored form's two weights, [r, in] and [out, r]: W'(z) = second · diag(z) · first."""
+        self.ensure_factors()
         long, short = self._long(), self.svf_short
-        first, second = (short.T, long) if self.side == "in" else (long.T, short)
-        hidden = _Scale.apply(F.linear(x.to(short.dtype), first), z)
+        return (short.T, long) if self.side == "in" else (long.T, short)
+
+    def _factored(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        first, second = self.factors()
+        hidden = _Scale.apply(F.linear(x.to(first.dtype), first), z)
         return F.linear(hidden, second, self._bias(hidden.dtype)).to(x.dtype)
 
     def _gain(self, x: torch.Tensor, gain: torch.Tensor, short: torch.Tensor) -> torch.Tensor:

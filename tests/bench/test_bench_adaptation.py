@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sigmix.bench import engine, pass1, search
+from sigmix.bench import engine, mixed, pass1, search
 from sigmix.errors import SigmixError
 
 pytest_plugins = ["helpers_cli"]
@@ -55,3 +55,17 @@ def test_pass1_leaves_out_what_the_bank_has_nothing_for(home, bank):
     assert set(result["ratios"]) == set(result["aims"]) == {"share_A"}
     assert set(result["raw"]["left_out"]) == {"B", "D"}
     assert 0 < result["ratios"]["share_A"]["median"] < 1
+
+
+def test_mixed(home, bank):
+    result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank)
+    assert set(result["ratios"]) == {"exact_vs_base", "vs_swap", "vs_peft_lora_8", "vs_peft_lora_32"}
+    assert len(set(result["raw"]["mixes"])) == 9
+    assert result["raw"]["least_cosine"] >= mixed.LEAST_COSINE[result["device"]["dtype"]]
+
+
+def test_mixed_fails_if_a_row_is_not_the_request_alone(home, bank, monkeypatch):
+    plain = mixed.next_logits
+    monkeypatch.setattr(mixed, "next_logits", lambda e, rows, mix: plain(e, rows, mix) * (1 if len(rows) > 1 else -1))
+    with pytest.raises(SigmixError, match="not the same request alone"):
+        mixed.run(repeats=1, base=str(home.base), rows=3, new_tokens=3, bank=bank)

@@ -19,13 +19,13 @@ PROMPTS = rows([9, 12])
 def composed(monkeypatch):
     """How many matrices have been composed."""
     count = [0]
-    plain = SVFLinear.merged
+    plain = SVFLinear.merged_weight
 
     def counting(self, z):
         count[0] += 1
         return plain(self, z)
 
-    monkeypatch.setattr(SVFLinear, "merged", counting)
+    monkeypatch.setattr(SVFLinear, "merged_weight", counting)
     return count
 
 
@@ -88,7 +88,7 @@ def test_a_model_that_was_cast_gets_weights_of_its_own(tiny, tiny_tokenizer):
     engine = engine_of(tiny, tiny_tokenizer)
     engine.generate(PROMPTS, "a", max_new_tokens=4)
     engine.model.to(torch.float64)
-    weights = {path: layer.merged(engine.bank["a"].z[path]) for path, layer in engine.layers.items()}
+    weights = {path: layer.merged_weight(engine.bank["a"].z[path]) for path, layer in engine.layers.items()}
     with engine.under([Mix.one("a")]):
         for path, layer in engine.layers.items():
             assert (layer.get_base_layer().weight == weights[path]).all()
