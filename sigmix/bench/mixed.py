@@ -5,7 +5,7 @@ included. The contestants, on the same requests in the same dtype:
 
     exact      ours, all rows in one batch, factored form
     base       the same batch on the base, the same engine
-    swap       one request after the other: compose and load its weights, answer, put the base back (as the reference does)
+    swap       one request after the other: compose and load its weights, answer, put the base back
     lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters
 
 Before anything is timed, every row of ``exact`` is compared with the same request alone under merged weights, by the
