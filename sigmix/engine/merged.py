@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sigmix.engine.modes import merged_weights
 from sigmix.engine.packing import Pack, Packing, pack
 from sigmix.svf.layer import SVFLinear
 
@@ -59,11 +60,7 @@ class MergedWeights:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        weights = {
-            path: layer.merged_weight(z[path].detach().to(layer.matrix().device))
-            for path, layer in self.layers.items()
-            if path in z and not bool((z[path] == 1).all())
-        }
+        weights = merged_weights(self.layers, z)
         linear = [path for path in weights if not self.layers[path].transposed] if self.packing.on else []
         made = Merged(weights, {path: pack(weights[path]) for path in linear})
         if made.bytes <= self.budget:

@@ -38,6 +38,15 @@ def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
         yield
 
 
+def merged_weights(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """W'(z) by path, for the layers that z [r] moves at all."""
+    return {
+        path: layer.merged_weight(z[path].detach().to(layer.matrix().device))
+        for path, layer in layers.items()
+        if path in z and not bool((z[path] == 1).all())
+    }
+
+
 @contextmanager
 def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Inside, the layers hold given weights W'(z), and the base where there is none. The base comes back after."""

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sigmix.engine.modes import as_base, as_merged
+from sigmix.engine.modes import as_base, as_merged, merged_weights
 from sigmix.svf.gains import reference_z
 from sigmix.svf.tuner import SVFConfig, svf_layers
 from sigmix.train.config import TrainConfig
@@ -78,7 +78,7 @@ class SVFPolicy:
         return {path: layer.svf_z["default"].weight.detach().cpu().clone() for path, layer in self.layers.items()}
 
     def acting(self) -> AbstractContextManager[None]:
-        return as_merged(self.layers, self.z())
+        return as_merged(self.layers, merged_weights(self.layers, self.z()))
 
     def reference(self) -> AbstractContextManager[None]:
         return as_base(self.layers)
