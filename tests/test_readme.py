@@ -26,8 +26,9 @@ def test_the_engine_example_answers_under_each_rows_own_mix(monkeypatch, capsys)
     names: dict = {}
     exec(compile(source, "README.md", "exec"), names)
     expert, base = capsys.readouterr().out.strip().splitlines()[-1].split(" | ")
-    assert expert == "895"
-    assert base != "895"
+    right = ("895", "895.")  # the task's verifier takes one full stop
+    assert expert in right
+    assert base not in right
     (tuner,) = [block for block in BLOCKS if "get_peft_model(model" in block]
     exec(compile(tuner, "README.md", "exec"), names)
     trained = [p for p in names["peft_model"].parameters() if p.requires_grad]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sigmix.cli.shared import Ticker, check_output, emit, note, open_bank, open_engine, table, working
+from sigmix.cli.shared import Ticker, accuracy, check_output, emit, note, open_bank, open_engine, paired, table, working
 from sigmix.cli.strategies import LETTERS, open_strategy
 
 
@@ -51,8 +51,6 @@ def strategies(
     if as_json:
         emit(figures, True, "")
         return
-    from sigmix.cli.measure import accuracy, paired
-
     rows = [
         [one["strategy"], one["n"], accuracy(one), *paired(one["paired"]),
          ", ".join(f"{mix} {count}" for mix, count in list(one["chosen"].items())[:3])]

@@ -11,8 +11,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.measure import accuracy
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, note, open_bank, open_engine, table
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, accuracy, emit, note, open_bank, open_engine, table
 
 LONGEST = 64  # tokens; a task that reasons at length would take the demo's four minutes alone
 SHOWN = 2

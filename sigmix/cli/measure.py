@@ -7,7 +7,20 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, check_output, emit, open_engine, open_mixes, table, working
+from sigmix.cli.shared import (
+    BANK,
+    BASE,
+    JSON,
+    Ticker,
+    accuracy,
+    check_output,
+    emit,
+    open_engine,
+    open_mixes,
+    paired,
+    table,
+    working,
+)
 
 DATA = typer.Option(None, help="Local JSONL data instead of the hub.")
 CODE = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs.")
@@ -106,21 +119,6 @@ def _show(figures: dict[str, Any]) -> None:
         typer.echo("best constant answer: not tried, scoring runs programs")
     for note in figures["notes"]:
         typer.echo(f"note: {note}")
-
-
-def accuracy(summary: dict[str, Any]) -> str:
-    """ "0.684 [0.630, 0.733]"."""
-    low, high = summary["interval"]
-    return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def paired(found: dict[str, Any] | None) -> list[str]:
-    """Difference with interval, won/lost and p as text; dashes for the base."""
-    if found is None:
-        return ["-", "-", "-"]
-    low, high = found["interval"]
-    difference = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return [difference, f"{found['won']}/{found['lost']}", f"{found['p']:.2g}"]
 
 
 def tasks(

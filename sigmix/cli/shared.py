@@ -28,6 +28,21 @@ def interval(summary: dict[str, Any]) -> str:
     return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] (n = {summary['n']})"
 
 
+def accuracy(summary: dict[str, Any]) -> str:
+    """ "0.684 [0.630, 0.733]"."""
+    low, high = summary["interval"]
+    return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def paired(found: dict[str, Any] | None) -> list[str]:
+    """Difference with interval, won/lost and p as text; dashes for the base."""
+    if found is None:
+        return ["-", "-", "-"]
+    low, high = found["interval"]
+    difference = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return [difference, f"{found['won']}/{found['lost']}", f"{found['p']:.2g}"]
+
+
 def open_bank(folder: Path | None) -> Any:
     """The bank in a folder, or the bundled one."""
     from sigmix.experts.bank import Bank
