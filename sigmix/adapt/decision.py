@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,6 +41,17 @@ class Decision:
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
+
+
+def decide_those_that_fit(
+    rows: Sequence[list[int]], limit: int | None, decide: Callable[[list[list[int]]], list[Decision]]
+) -> list[Decision]:
+    """``decide`` over the rows of at most ``limit`` tokens; the others get the base, so that they stop no one."""
+    fits = [limit is None or len(row) <= limit for row in rows]
+    short = [row for row, fit in zip(rows, fits, strict=True) if fit]
+    decided = iter(decide(short) if short else [])
+    long = Decision(Mix.base(), OTHER, f"it is too long to ask about: more than {limit} tokens")
+    return [next(decided) if fit else long for fit in fits]
 
 
 class Strategy(Protocol):

@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sigmix.adapt.decision import OTHER, Decision
+from sigmix.adapt.decision import OTHER, Decision, decide_those_that_fit
 from sigmix.adapt.labels import check_bank, labels
+from sigmix.engine.prompts import context_length
 from sigmix.engine.scoring import hidden
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
 from sigmix.experts.fingerprint import fingerprint, short
@@ -147,14 +148,16 @@ class ProbeDispatch:
             )
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """A decision for each request; "other" is the base."""
-        if not prompts:
-            return []
-        started = time.perf_counter()
+        """A decision for each request; "other", and a request over the context, is the base."""
         rows = [self.engine.encode(prompt) for prompt in prompts]
+        limit = context_length(self.engine.model)
+        return decide_those_that_fit(rows, None if limit is None else limit - 1, self._decide)
+
+    def _decide(self, rows: list[list[int]]) -> list[Decision]:
+        started = time.perf_counter()
         states = hidden(self.engine, rows, [self.probe.depth], self.batch_size)[:, 0]
         chances = self.probe.probabilities(states).tolist()
-        seconds = (time.perf_counter() - started) / len(prompts)
+        seconds = (time.perf_counter() - started) / len(rows)
         return [self._decision(chance, len(row), seconds) for chance, row in zip(chances, rows, strict=True)]
 
     def _decision(self, chances: list[float], tokens: int, seconds: float) -> Decision:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sigmix.adapt.decision import OTHER, Decision
+from sigmix.adapt.decision import OTHER, Decision, decide_those_that_fit
 from sigmix.adapt.labels import DISPATCH, Label, check_bank, labels
 from sigmix.engine.prompts import context_length
 from sigmix.engine.scoring import next_logits, stored_prefix
@@ -85,7 +85,9 @@ class PromptDispatch:
 
     def scores(self, requests: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
         """Constrained log-likelihood float32 [N, L] of every label, and the tokens that each request cost."""
-        rows = [self._row(request) for request in requests]
+        return self._scores([self._row(request) for request in requests])
+
+    def _scores(self, rows: list[list[int]]) -> tuple[torch.Tensor, list[int]]:
         found = torch.zeros(len(rows), len(self.tokens))
         if len(self.tokens) == 1:
             return found, [0] * len(rows)
@@ -105,21 +107,19 @@ class PromptDispatch:
         return found, cost
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """A decision for each request; "other" is the base."""
-        if not prompts:
-            return []
+        """A decision for each request; "other", and a request that does not fit into the template, is the base."""
         if len(self.labels) == 1:
             return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
         limit = context_length(self.engine.model)
-        fits = [limit is None or len(self._row(text)) + max(map(len, self.tokens)) <= limit for text in prompts]
-        if not all(fits):
-            asked = iter(self.decide([text for text, fit in zip(prompts, fits, strict=True) if fit]))
-            long = Decision(Mix.base(), OTHER, f"it is too long to ask about: the context holds {limit} tokens")
-            return [next(asked) if fit else long for fit in fits]
+        if limit is not None:
+            limit -= max(map(len, self.tokens))
+        return decide_those_that_fit([self._row(text) for text in prompts], limit, self._decide)
+
+    def _decide(self, rows: list[list[int]]) -> list[Decision]:
         started = time.perf_counter()
-        scores, cost = self.scores(prompts)
+        scores, cost = self._scores(rows)
         chances = (scores - self.prior).softmax(-1)
-        seconds = (time.perf_counter() - started) / len(prompts)
+        seconds = (time.perf_counter() - started) / len(rows)
         made = []
         for row, tokens in zip(chances.tolist(), cost, strict=True):
             best = max(range(len(row)), key=row.__getitem__)

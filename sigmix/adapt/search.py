@@ -11,6 +11,7 @@ A searcher knows nothing of models. Values need only an order, so they may be tu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ Value = Any
 """Anything that orders: a float, or a tuple of floats."""
 
 
-class Searcher:
+class Searcher(ABC):
     """What all searchers share: bounds, a seed, given starting candidates, and memory of the best.
 
     Args:
@@ -67,16 +68,18 @@ class Searcher:
         self._learn(candidates, list(values), order)
         self.rounds += 1
 
+    @abstractmethod
     def _draw(self, count: int) -> np.ndarray:
-        raise NotImplementedError
+        """Vectors [count, size], not clipped yet."""
 
+    @abstractmethod
     def _learn(self, candidates: np.ndarray, values: list[Value], order: list[int]) -> None:
-        raise NotImplementedError
+        """Take in what candidates are worth; ``order`` has the best first."""
 
     @property
+    @abstractmethod
     def spread(self) -> float:
         """Mean standard deviation of what would be drawn: how undecided the search is."""
-        raise NotImplementedError
 
 
 class CEM(Searcher):

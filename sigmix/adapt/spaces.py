@@ -77,10 +77,6 @@ class AlphaSpace:
         found = [self.constant({}), *alone, *([equal] if len(self.experts) > 1 else [])]
         return [np.clip(vector, self.low, self.high) for vector in found]
 
-    def clip(self, vector: np.ndarray) -> np.ndarray:
-        """The vector within the bounds."""
-        return np.clip(vector, self.low, self.high)
-
     def mix(self, vector: Sequence[float] | np.ndarray) -> Mix:
         """The mixture that a vector [size] means.
 
@@ -90,7 +86,7 @@ class AlphaSpace:
         flat = np.asarray(vector, dtype=float)
         if flat.shape != (self.size,) or not np.isfinite(flat).all():
             raise ConfigError(f"a vector of this space has {self.size} finite numbers, not {flat.tolist()}")
-        table = self.clip(flat).reshape(len(self.experts), self.units)
+        table = np.clip(flat, self.low, self.high).reshape(len(self.experts), self.units)
         if self.normalised:
             total = table.sum(0)
             table = np.divide(table, total, out=np.zeros_like(table), where=total > 1e-9)

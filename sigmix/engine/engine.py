@@ -54,7 +54,7 @@ class Engine:
         self.merged = MergedWeights(self.layers, keep_merged, self.packing)
         self._checked: dict[int, Any] = {}  # holds the experts, so that no other one can get their id
         self._turn = 0  # counts changes of the layers' state, so that a stream notices that it was overtaken
-        self.stored: dict[tuple[str, tuple[int, ...]], StoredPrefix | None] = {}  # by mix id and token ids
+        self.stored: dict[Any, StoredPrefix | None] = {}  # by the mix's `key` and token ids
         self.ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
@@ -83,6 +83,10 @@ class Engine:
                 self._checked[id(expert)] = expert
         return mix.z(self.bank, {path: layer.r for path, layer in self.layers.items()})
 
+    def key(self, mix: Mix) -> tuple[str, ...]:
+        """The mix's id and its experts' digests: equal keys mean equal weights, whatever the bank holds by now."""
+        return mix.id, *(self.bank[name].digest for name in mix.weights)
+
     @contextmanager
     def _under(self, mixes: list[Mix], form: str | None) -> Iterator[Any]:
         if form is not None and form not in FORMS:
@@ -93,8 +97,7 @@ class Engine:
                 with as_base(self.layers), self.packing.using(None, None):
                     yield None
                 return
-            digests = tuple(self.bank[name].digest for name in mixes[0].weights)
-            made = self.merged.get((mixes[0].id, digests), z)
+            made = self.merged.get(self.key(mixes[0]), z)
             with as_merged(self.layers, made.weights), self.packing.using(made.packs, None):
                 yield None
             return

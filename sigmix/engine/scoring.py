@@ -26,7 +26,7 @@ def stored_prefix(engine: Engine, ids: Sequence[int], mix: Mix) -> StoredPrefix 
 
     None where it cannot be shared (a model with sliding windows, or a prefix that is too short to be worth it).
     """
-    key = (mix.id, tuple(ids))
+    key = (engine.key(mix), tuple(ids))
     if key not in engine.stored:
         with engine.under([mix]), torch.no_grad():
             engine.stored[key] = StoredPrefix.read(engine.model, list(ids))

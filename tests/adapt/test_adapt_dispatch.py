@@ -121,6 +121,16 @@ def test_the_classifier_asks_under_its_expert_and_is_never_chosen(tiny, tiny_tok
     assert "judge" in strategy.decide(["x"])[0].reason
 
 
+def test_a_new_expert_of_the_same_name_does_not_read_the_old_ones_prefix(tiny, tiny_tokenizer):
+    bank = bank_of(tiny, adder="arithmetic", judge="dispatch")
+    engine = engine_of(tiny, tiny_tokenizer, bank)
+    ClassifierDispatch(engine).decide(["x"])
+    bank["judge"] = bank_of(tiny, first="x", second="x", judge="dispatch")["judge"]
+    again = ClassifierDispatch(engine).scores(["x"])[0]
+    fresh = ClassifierDispatch(engine_of(tiny, tiny_tokenizer, bank)).scores(["x"])[0]
+    torch.testing.assert_close(again, fresh)
+
+
 def test_a_classifier_that_does_not_fit_the_bank(tiny, tiny_tokenizer):
     bank = bank_of(tiny, adder="arithmetic", judge="dispatch")
     with pytest.raises(ConfigError, match=r"0 classification experts .* sigmix train --task dispatch"):
@@ -157,8 +167,8 @@ def test_pass_two_answers_under_each_decision_and_from_the_start(tiny, tiny_toke
         (one,) = engine.generate([request], mix, max_new_tokens=5)
         assert (answer.generation.ids, answer.decision.mix, answer.text) == (one.ids, mix, one.text)
     assert all(seconds > 0 for seconds in runner.seconds)
-    both = TwoPass(engine, PromptDispatch(engine)).generate(REQUESTS, max_new_tokens=3)
-    plain = Engine(engine.model, tiny_tokenizer).generate(REQUESTS, max_new_tokens=3)
-    for answer, one in zip(both, plain, strict=True):
-        if answer.decision.label == OTHER:
-            assert answer.generation.ids == one.ids
+    for answer, request in zip(
+        TwoPass(engine, PromptDispatch(engine)).generate(REQUESTS, max_new_tokens=3), REQUESTS, strict=True
+    ):
+        (one,) = engine.generate([request], answer.decision.mix, max_new_tokens=3)
+        assert answer.generation.ids == one.ids

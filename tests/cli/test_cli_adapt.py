@@ -6,6 +6,9 @@ import json
 import shutil
 
 import pytest
+from helpers_cli import add_expert, root
+
+from sigmix.experts.bank import Bank
 
 pytest_plugins = ["helpers_cli"]
 
@@ -70,6 +73,37 @@ def test_chat_chooses_for_every_turn(run, home, probed):
     )  # fmt: skip
     assert done.out.count("(choosing for every turn, strategy D (probe))") == 2
     assert done.out.count("the probe says") == 2
+
+
+def test_a_request_over_the_context_keeps_no_other_from_its_answer(run, home, probed):
+    done = run(
+        "generate", "hello", "x" * 300, "--mix", "auto", "--base", home.base, "--bank", probed, "--max-new-tokens", 2
+    )
+    assert done.code == 2
+    assert len(done.err) == 1
+    assert "prompt 1" in done.err[0]
+    assert "> hello" in done.out
+
+
+def test_a_classification_expert_is_trained_and_used(run, home, tmp_path):
+    base, bank = tmp_path / "roomy", Bank(tmp_path / "bank", create=True)  # the templates need more than 256 letters
+    root.build_tiny(max_position_embeddings=1024).save_pretrained(base)
+    root.build_tokenizer().save_pretrained(base)
+    add_expert(bank, base, "adder", task="addition?digits=1", domain="arithmetic", description="Adds.")
+    where = ("--base", base, "--bank", bank.folder)
+    done = run(
+        "train", "--task", "dispatch", "--out", bank.folder / "judge", "--run", tmp_path / "run", *where, "--steps", 1,
+        "--batch", 4, "--group", 2, "--eval-every", 1, "--eval-n", 4, "--test-n", 4, "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    meta = Bank(bank.folder)["judge"].meta
+    assert (meta["domain"], meta["task"], meta["training"]["labels"]) == (
+        "dispatch",
+        "dispatch",
+        ("arithmetic", "other"),
+    )
+    done = run("generate", "hello", "--mix", "auto", *where, "--explain", "--max-new-tokens", 2, "--json")
+    assert "the classification expert judge" in done.json["answers"][0]["decision"]["reason"]
 
 
 def test_bad_strategies(refused, home, bank):
@@ -151,8 +185,11 @@ def test_eval_of_strategies_pairs_each_with_the_base(run, home, probed, tmp_path
         assert name == "oracle" or sum(one["chosen"].values()) == 6
     assert by["oracle"]["accuracy"] >= max(by[name]["accuracy"] for name in ("base", "arithmetic", "reading"))
     assert done.json["few_shot"]["examples"] == 2
-    items = [json.loads(line) for path in sorted((tmp_path / "out").glob("*A*.jsonl")) for line in path.open()]
-    assert len(items) == 6 or (tmp_path / "out/summary.json").exists()
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    for one in summary["results"]:
+        items = [json.loads(line) for line in (tmp_path / "out" / one["file"]).open()]
+        assert sum(item["score"] == 1 for item in items) / len(items) == one["accuracy"]
+        assert len(items) == 6
 
 
 def test_dispatch_gives_matrices(run, home, probed, tmp_path):
