@@ -143,6 +143,20 @@ def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` if nothing could be written at a path, by writing beside it: before long work, not after.
+
+    The folder that it lies in is made.
+    """
+    path = Path(path)
+    probe = path.with_name(f".{path.name}.probe")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(probe):
+            pass
+        probe.unlink()
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_file(path) as temporary:

@@ -46,7 +46,8 @@ def adapt(
     as_json: bool = JSON,
 ) -> None:
     """Search a mixture on labelled examples, or fit the probe that chooses experts."""
-    from sigmix.errors import ConfigError
+    from sigmix.errors import ConfigError, OutputError
+    from sigmix.files import check_writable, write_json
 
     if fit_probe == bool(examples or task):
         raise ConfigError("give --examples, or --task, or --fit-probe", remedy="sigmix adapt --help shows examples")
@@ -58,15 +59,17 @@ def adapt(
         return
     if out is None or out.suffix != ".json":
         raise ConfigError("--out must be a .json file for the mix", remedy="for example --out mix.json")
-    _writable(out)
+    if out.exists():
+        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
+    check_writable(out)
     given, judge, longest = _from_task(task, shots, seed, data_dir) if task else _from_file(examples, score)
     engine = open_engine(base, open_bank(bank))
 
     from sigmix.adapt import FewShotSearch
+    from sigmix.adapt.fewshot import SETTINGS
     from sigmix.evals.run import provenance
-    from sigmix.files import write_json
 
-    with Ticker("searching", iterations or {"full": 100, "light": 8}.get(settings, 100)) as ticker:
+    with Ticker("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as ticker:
 
         def progress(entry: dict[str, Any]) -> None:
             ticker.advance(1, f"best {entry['best']:.2f}")
@@ -88,21 +91,6 @@ def adapt(
     if "warning" in evidence:
         text += f"\nnote: {evidence['warning']}"
     emit(figures, as_json, text)
-
-
-def _writable(path: Path) -> None:
-    """Refuse a file that could not be written: before the work, not after."""
-    from sigmix.errors import OutputError
-    from sigmix.files import atomic_file, writing
-
-    with writing(path):
-        if path.exists():
-            raise OutputError(f"{path} exists already", remedy="give another --out, or remove it first")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    probe = path.with_name(f".{path.name}.probe")
-    with atomic_file(probe):
-        pass
-    probe.unlink()
 
 
 def _from_file(path: Path, score: str) -> tuple[list[Any], Callable[..., float], int]:
@@ -138,9 +126,11 @@ def _probe(
     from sigmix.adapt.fitting import fit_probe
     from sigmix.adapt.probe import FILE
     from sigmix.evals.dispatch import requests
+    from sigmix.files import check_writable
 
     experts = open_bank(bank)
     path = out or experts.folder / FILE
+    check_writable(path)
     engine = open_engine(base, experts)
     with working("fitting the probe"):
         train = requests(experts, "train", per_label, seed=seed, data_dir=data_dir)

@@ -15,6 +15,7 @@ def strategies(
 ) -> None:  # fmt: skip
     """Accuracy of strategies on a task, on the same items as the base."""
     from sigmix.adapt import Example, FewShotSearch
+    from sigmix.adapt.labels import skills
     from sigmix.errors import UnknownNameError
     from sigmix.evals.run import save
     from sigmix.evals.strategies import EACH, NAMES, ORACLE, run_strategies
@@ -39,9 +40,11 @@ def strategies(
             with working("searching a mixture"):
                 search.fit()
             chosen[letter] = search
-    with Ticker("base", n) as ticker:
+    alone = bool({EACH, ORACLE} & set(letters))
+    runs = 1 + len(chosen) + (len(skills(engine.bank)) if alone else 0)
+    with Ticker("base", n * runs) as ticker:
         figures, results = run_strategies(
-            engine, task, chosen, each_expert=bool({EACH, ORACLE} & set(letters)), split=split, n=n, seed=seed,  # type: ignore[arg-type]
+            engine, task, chosen, each_expert=alone, split=split, n=n, seed=seed,  # type: ignore[arg-type]
             batch_size=batch, progress=lambda count, name: ticker.advance(count, name),
         )  # fmt: skip
     if "C" in chosen:
@@ -99,17 +102,8 @@ def dispatch(
         emit(figures, True, "")
         return
     for one in figures["strategies"]:
-        rows = [
-            [
-                row["label"],
-                row["n"],
-                f"{row['accuracy']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
-                *row["counts"],
-            ]
-            for row in one["rows"]
-        ]
-        low, high = one["interval"]
-        title = f"{one['strategy']}: {one['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {one['n']}, {split} split"
+        rows = [[row["label"], row["n"], accuracy(row), *row["counts"]] for row in one["rows"]]
+        title = f"{one['strategy']}: {accuracy(one)} of {one['n']}, {split} split"
         table(title, ["request is", "n", "right [95 %]", *one["labels"]], rows)
     if out is not None:
         note(f"matrices, items and summary: {out}")

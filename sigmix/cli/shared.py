@@ -115,15 +115,12 @@ def _decompose(model: Any) -> None:
 def check_output(folder: Path, marker: str) -> None:
     """Raise `OutputError` if ``folder`` cannot be written or holds ``marker`` already: before the work, not after."""
     from sigmix.errors import OutputError
-    from sigmix.files import atomic_file, writing
+    from sigmix.files import check_writable, writing
 
     with writing(folder):
         if (folder / marker).exists():
             raise OutputError(f"{folder} holds {marker} already", remedy="give another --out, or remove it first")
-        folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / ".probe"):
-        pass
-    (folder / ".probe").unlink(missing_ok=True)
+    check_writable(folder / marker)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

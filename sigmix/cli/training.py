@@ -93,17 +93,12 @@ def _check_place(out: Path, resume: bool) -> None:
     """Refuse a place where the expert could not be saved: before minutes of work, not after."""
     from sigmix.errors import OutputError
     from sigmix.experts.directory import check_place
-    from sigmix.files import atomic_file, writing
+    from sigmix.files import check_writable
 
     if (out / "adapter_config.json").exists() and not resume:
         raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
     check_place(out)
-    probe = out.parent / f".{out.name}.probe"
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(probe):
-            pass
-        probe.unlink()
+    check_writable(out)
 
 
 def _run(

@@ -1,7 +1,7 @@
 """A task under several mixes on the same items: accuracies with intervals, each mix paired with the base.
 
-figures, results = run(engine, get_task("addition"), [Mix.one("addition")], n=300)
-save("results/addition", figures, results)
+    figures, results = run(engine, get_task("addition"), [Mix.one("addition")], n=300)
+    save("results/addition", figures, results)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Pure algebra on gains: mixing, truncation, parameterisations. Tensors in, tensors out; nothing else.
 
-gain            g = z - 1                                 [r]       zero is the base
-mixture         z' = 1 + Σₖ αₖ (zₖ - 1)                             with Σα = 1 the paper's Σ αₖ zₖ (section 3.3)
-truncation      keep the k components with the largest |s·g|, replace the others' gains by their s²-weighted mean c;
-                squared weight error = Σ_dropped s²(g - c)², never more than Σ_dropped (s·g)² of leaving them out
+    gain            g = z - 1                                 [r]       zero is the base
+    mixture         z' = 1 + Σₖ αₖ (zₖ - 1)                             with Σα = 1 the paper's Σ αₖ zₖ (section 3.3)
+    truncation      keep the k components with the largest |s·g|, replace the others' gains by their s²-weighted mean c;
+                    squared weight error = Σ_dropped s²(g - c)², never more than Σ_dropped (s·g)² of leaving them out
 """
 
 from __future__ import annotations

@@ -150,7 +150,9 @@ class SVFModel(BaseTuner):
         if isinstance(beams, int) and beams > 1:
             adapter_names = [name for name in adapter_names for _ in range(beams)]
         hook = partial(_pass_adapter_names, adapter_names=adapter_names)
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in svf_layers(self.model).values()]
+        handles = [
+            layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in svf_layers(self.model).values()
+        ]
         try:
             yield
         finally:
