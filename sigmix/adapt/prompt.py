@@ -18,6 +18,7 @@ import torch
 
 from sigmix.adapt.decision import OTHER, Decision, decide_those_that_fit
 from sigmix.adapt.labels import DISPATCH, Label, check_bank, labels
+from sigmix.engine.choices import Choices
 from sigmix.engine.prompts import context_length
 from sigmix.engine.scoring import next_logits, stored_prefix
 from sigmix.errors import ConfigError, UnknownNameError
@@ -58,15 +59,8 @@ class PromptDispatch:
         self.labels = labels(self.bank)
         check_bank(engine, self.bank)
         self.mix = self._under()
-        self.tokens = [engine.tokenizer.encode(label.name, add_special_tokens=False) for label in self.labels]
-        end = engine.ends[:1]
-        self.tokens = [[*ids, *end] for ids in self.tokens]  # so that no label is the beginning of another
-        told_apart = len({tuple(ids) for ids in self.tokens}) == len(self.tokens)
-        if not told_apart or min(map(len, self.tokens)) <= len(end):
-            raise ConfigError(
-                f"the tokenizer cannot tell the labels {', '.join(label.name for label in self.labels)} apart",
-                remedy="rename the experts or their domains",
-            )
+        self.choices = Choices.of(engine.tokenizer, [label.name for label in self.labels], engine.ends)
+        self.tokens = self.choices.replies
         self.prefix = self._prefix()
         self.prior = torch.zeros(len(self.labels))
         if calibrate and len(self.labels) > 1:
@@ -94,15 +88,15 @@ class PromptDispatch:
         start = stored_prefix(self.engine, self.prefix, self.mix)
         own = [len(row) - (len(self.prefix) if start is not None else 0) for row in rows]
         cost = [0] * len(rows)
-        for stem in _branches(self.tokens):
-            options = sorted({ids[len(stem)] for ids in self.tokens if tuple(ids[: len(stem)]) == stem})
+        for stem in self.choices.branches():
+            options = self.choices.after(stem)
             cost = [count + fresh + len(stem) for count, fresh in zip(cost, own, strict=True)]
             logits = next_logits(
                 self.engine, [[*row, *stem] for row in rows], self.mix, start=start, batch_size=self.batch_size
             )
             shares = logits[:, options].log_softmax(-1)
             for number, ids in enumerate(self.tokens):
-                if tuple(ids[: len(stem)]) == stem:
+                if ids[: len(stem)] == stem:
                     found[:, number] += shares[:, options.index(ids[len(stem)])]
         return found, cost
 
@@ -183,12 +177,3 @@ class ClassifierDispatch(PromptDispatch):
 
     def _who(self) -> str:
         return f"the classification expert {self.expert}"
-
-
-def _branches(sequences: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Every common beginning after which several different tokens can follow, shortest first."""
-    following: dict[tuple[int, ...], set[int]] = {}
-    for ids in sequences:
-        for place in range(len(ids)):
-            following.setdefault(tuple(ids[:place]), set()).add(ids[place])
-    return sorted((stem for stem, options in following.items() if len(options) > 1), key=len)

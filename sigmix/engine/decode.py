@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from sigmix.engine.choices import Choices
 from sigmix.engine.prefix import Prefilled
 
 
@@ -42,6 +43,7 @@ def decode(
     ends: Sequence[int],
     stopped: Callable[[int, Row], bool] | None = None,
     on_drop: Callable[[list[int]], None] | None = None,
+    choices: Choices | None = None,
 ) -> Iterator[list[Row]]:
     """Decode answers, yielding all rows after every step (the same list, growing).
 
@@ -51,6 +53,8 @@ def decode(
         stopped: called with (row index, row) after each token of a row; True ends it.
         on_drop: called with the indices of the rows that stay whenever the batch shrinks, so that per-row state of the
             model (each row's own z) can follow.
+        choices: the only replies that may be given; tokens are chosen, and their log-probabilities taken, among those
+            that can still lead to one.
 
     The recorded log-probabilities are of the model's own distribution, whatever temperature and `top_p` chose with.
     """
@@ -63,6 +67,8 @@ def decode(
     logits, mask, lengths = state.logits, state.mask, state.lengths
     for step in range(sampling.max_new_tokens):
         scores = logits.float()
+        if choices is not None:
+            scores = choices.constrain(scores, [rows[index].ids for index in active])
         if draws is None:
             tokens = scores.argmax(-1)
         else:

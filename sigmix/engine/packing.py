@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sigmix.svf.layer import SVFLinear, scaled
+from sigmix.svf.layer import SVFLinear
+from sigmix.svf.scale import scaled
 
 BUDGET = 2 << 30
 """Bytes of packed copies that an engine makes by default."""
@@ -131,7 +132,9 @@ def _forward(module: nn.Linear, packed: Pack, x: torch.Tensor) -> torch.Tensor:
     return packed_linear(x, packed, module.bias)
 
 
-def _factored(layer: SVFLinear, first: Pack, second: Pack, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def _factored(
+    layer: SVFLinear, first: Pack, second: Pack, x: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None = None
+) -> torch.Tensor:
     if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
-        return SVFLinear._factored(layer, x, z)
-    return packed_linear(scaled(packed_linear(x, first, None), z), second, layer.get_base_layer().bias)
+        return SVFLinear._factored(layer, x, z, gain)
+    return packed_linear(scaled(packed_linear(x, first, None), z, gain), second, layer.get_base_layer().bias)

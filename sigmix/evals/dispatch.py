@@ -105,6 +105,7 @@ class DispatchTask(Task):
         if len(self.kinds) < 2:
             raise ConfigError("the bank has no expert to choose", remedy="train one first")
         self.names = [label.name for label in self.kinds]
+        self.choices = tuple(self.names)  # strategy B scores nothing else, so nothing else is sampled in training
         self.facts = {"labels": self.names}
         self.name = "dispatch"
         self.max_new_tokens = 2 + max(len(name) for name in self.names) // 2

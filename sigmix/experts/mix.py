@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from sigmix.errors import ConfigError, ExpertError, UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.layout import Flat, Layout, check_matrices
 from sigmix.experts.metadata import NAME, check_name
-from sigmix.svf.gains import mix_z
 
 Alpha: TypeAlias = "float | Sequence[float] | Mapping[str, float]"
 
@@ -168,18 +168,24 @@ class Mix:
             UnknownNameError: an expert that ``bank`` does not have. ConfigError: weights that name other matrices.
             ExpertError: an expert that adapts what is not in ``layers``, or with another size.
         """
-        experts: dict[str, Mapping[str, torch.Tensor]] = {}
+        layout = Layout(layers)
+        made = self.flat_z(layout, {name: layout.flat(name, self._z_of(name, bank)) for name in self.weights})
+        return {path: z.clone() for path, z in layout.split(made).items()}
+
+    def flat_z(self, layout: Layout, flats: Mapping[str, Flat]) -> torch.Tensor:
+        """`z` as one vector [R]; ``flats`` has all experts of the mix.
+
+        Raises:
+            ConfigError: weights that name other matrices or layers.
+        """
         for name, alpha in self.weights.items():
-            if name not in bank:
-                raise UnknownNameError("expert", name, bank, remedy="`sigmix experts list` shows what there is")
-            expert = bank[name]
-            experts[name] = getattr(expert, "z", expert)
-            _fits(name, alpha, experts[name], layers)
-        made = {}
-        for path, r in layers.items():
-            acting = [(z[path], self.alpha(name, path)) for name, z in experts.items() if path in z]
-            made[path] = mix_z([z for z, _ in acting], [alpha for _, alpha in acting]) if acting else torch.ones(r)
-        return made
+            check_matrices(name, alpha, layout.layers)
+        return layout.mix(self.weights, self.alpha, flats)
+
+    def _z_of(self, name: str, bank: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        if name not in bank:
+            raise UnknownNameError("expert", name, bank, remedy="`sigmix experts list` shows what there is")
+        return getattr(bank[name], "z", bank[name])
 
     def __eq__(self, other: object) -> bool:
         return self.to_json() == other.to_json() if isinstance(other, Mix) else NotImplemented
@@ -231,20 +237,3 @@ def _shown(name: str, alpha: Any) -> str:
         return f"{name}:{kind}~{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
     # "+" joins terms, so an exponent is written without it
     return name if alpha == 1 else f"{name}:{repr(alpha).removesuffix('.0').replace('e+', 'e')}"
-
-
-def _fits(name: str, alpha: Any, z: Mapping[str, torch.Tensor], layers: Mapping[str, int]) -> None:
-    for path, value in z.items():
-        if path not in layers:
-            raise ExpertError(
-                f"expert {name!r} adapts {path}, which this model has not adapted",
-                remedy="adapt all matrices of the bank's experts, or load the base that the expert was made on",
-            )
-        if len(value) != layers[path]:
-            raise ExpertError(
-                f"expert {name!r} has {len(value)} components for {path}, where this model has {layers[path]}",
-                remedy="load the base that the expert was made on",
-            )
-    if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layers]):
-        near = UnknownNameError("matrix", odd[0], layers).message
-        raise ConfigError(f"the weights of {name}: {near}", remedy="use the model's module paths")

@@ -25,57 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from sigmix.errors import ConfigError
 from sigmix.svf.decompose import cached_decompose
 from sigmix.svf.gains import mix_z, truncate
+from sigmix.svf.scale import Scale, SingularScale, scaled
 
 FORMS = ("merged", "factored", "gain", "truncated")
-
-
-class SingularScale(nn.Module):
-    """Holder of one z: `weight`, float32 [r]. A module, so that names end in ``.<adapter>.weight`` (PEFT, TRL)."""
-
-    def __init__(self, r: int, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(r, dtype=torch.float32, device=device))
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def, override]
-        # z stays float32 in model.bfloat16(): bfloat16 has no number between 1 and 1.0078
-        kept = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
-        super()._apply(fn, recurse)
-        for name, data in kept.items():
-            if self._parameters[name].dtype != data.dtype:
-                self._parameters[name].data = data.to(self._parameters[name].device)
-        return self
-
-
-class _Scale(torch.autograd.Function):
-    """h * z for h [..., r] of any dtype and float32 z [r], [B, r] or [B, 1, r]; z's gradient is summed in float32.
-
-    z itself is not rounded to h's dtype: the bfloat16 numbers next to 1 are 0.996 and 1.008. Rounded products keep
-    gains above 0.002 on average; smaller ones vanish in bfloat16 in every form.
-    """
-
-    @staticmethod
-    def forward(ctx, h, z):  # type: ignore[override]
-        ctx.save_for_backward(h, z)
-        return scaled(h, z)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        h, z = ctx.saved_tensors
-        if z.ndim == 1:
-            dz = (grad * h).reshape(-1, h.shape[-1]).sum(0, dtype=torch.float32)
-        elif h.ndim == 2:
-            dz = (grad * h).float()
-        else:
-            dz = (grad * h).sum(1, keepdim=True, dtype=torch.float32)
-        return scaled(grad, z) if ctx.needs_input_grad[0] else None, dz
-
-
-def scaled(h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """h [..., r] times z [..., r] (float32), in h's dtype."""
-    if h.dtype in (torch.bfloat16, torch.float16):
-        # h + h g in one pass: rounding g costs g times as much as rounding z would, and a float32 h is never made
-        return torch.addcmul(h, h, (z - 1).to(h.dtype))
-    return (h * z).to(h.dtype)
 
 
 class SVFLinear(nn.Module, BaseTunerLayer):
@@ -99,6 +51,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.svf_z = nn.ModuleDict({})
         self.form = "factored"
         self.row_z: torch.Tensor | None = None
+        self._row_gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self.k: int | None = None
         self._cache = cache
         self._kept: torch.Tensor | None = None
@@ -190,6 +143,10 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         scaled, short = self._long() * gain, self.svf_short
         return (scaled, short.T) if self.side == "in" else (short, scaled.T)
 
+    def set_rows(self, z: torch.Tensor, gain: torch.Tensor) -> None:
+        """Set ``row_z`` where z - 1 [B, r] in the weight's dtype is known too, so that no pass works it out again."""
+        self.row_z, self._row_gain = z, (z, gain)
+
     # ------------------------------------------------------------------ merging
 
     @torch.no_grad()
@@ -243,8 +200,12 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             if adapter_names is not None or self.row_z is not None:
                 raise ConfigError("rows cannot have their own z while a z is merged", remedy="unmerge it first")
             return self.base_layer(x, *args, **kwargs)
+        gain = None
         if self.row_z is not None:
-            z = self.row_z.unsqueeze(1) if x.ndim == 3 else self.row_z
+            z = self.row_z
+            gain = self._row_gain[1] if self._row_gain[0] is z else None
+            if x.ndim == 3:
+                z, gain = z.unsqueeze(1), None if gain is None else gain.unsqueeze(1)
         elif adapter_names is not None:
             z = self._z_of_rows(adapter_names, x)
         elif any(n in self.svf_z for n in self.active_adapters):
@@ -253,9 +214,9 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         self.ensure_factors()
         if self.form == "factored":
-            return self._factored(x, z)
+            return self._factored(x, z, gain)
         if self.form == "gain":
-            return self._gain(x, (z - 1).to(x.dtype), self.svf_short)
+            return self._gain(x, (z - 1).to(x.dtype) if gain is None else gain, self.svf_short)
         if self.form == "truncated":
             return self._truncated(x, z - 1)
         raise ConfigError(f"unknown form {self.form!r}; one of {', '.join(FORMS)}")
@@ -273,9 +234,10 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         long, short = self._long(), self.svf_short
         return (short.T, long) if self.side == "in" else (long.T, short)
 
-    def _factored(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def _factored(self, x: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
         first, second = self.factors()
-        hidden = _Scale.apply(F.linear(x.to(first.dtype), first), z)
+        hidden = F.linear(x.to(first.dtype), first)
+        hidden = Scale.apply(hidden, z) if torch.is_grad_enabled() else scaled(hidden, z, gain)
         return F.linear(hidden, second, self._bias(hidden.dtype)).to(x.dtype)
 
     def _gain(self, x: torch.Tensor, gain: torch.Tensor, short: torch.Tensor) -> torch.Tensor:

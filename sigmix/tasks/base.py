@@ -113,6 +113,7 @@ class Task(ABC):
         license: of the data, or None where unknown; the package's own generated tasks say so in words.
         notes: what a reader of a figure must know (dropped duplicates, how a split was made).
         costly: a scoring takes more than a few milliseconds (it runs a program), so callers should score sparingly.
+        choices: the only replies that there are, where a policy is to choose among them and say nothing else.
         facts: JSON values that an expert trained on the task must carry with it, such as the labels of a classifier.
     """
 
@@ -122,6 +123,7 @@ class Task(ABC):
     max_new_tokens: int = 16
     license: str | None = None
     costly: bool = False
+    choices: tuple[str, ...] = ()
     facts: Mapping[str, Any] = {}
 
     def __init__(self) -> None:

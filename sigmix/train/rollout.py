@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sigmix.engine.choices import Choices
 from sigmix.engine.complete import complete
 from sigmix.engine.decode import Sampling
 from sigmix.engine.prompts import check_context, encode
@@ -75,10 +76,15 @@ def _reward(score: Score, form_reward: float) -> float:
 
 
 class Actor:
-    """Answers and scores samples with a model in whatever state it is in."""
+    """Answers and scores samples with a model in whatever state it is in.
+
+    Attributes:
+        choices: the only replies there are, if the task has such: the policy is then over these alone.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, ends: list[int], pad_id: int) -> None:
         self.model, self.tokenizer, self.task, self.ends, self.pad_id = model, tokenizer, task, ends, pad_id
+        self.choices = Choices.of(tokenizer, task.choices, ends) if task.choices else None
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, sample: Sample) -> list[int]:
@@ -92,7 +98,7 @@ class Actor:
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
             check_context(self.model, ids, sampling.max_new_tokens, f"sample {sample.id} of {self.task.name}")
-        rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, group)
+        rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, group, self.choices)
         texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
         scores = [self.task.score(samples[i // group], text) for i, text in enumerate(texts)]
         rewards = torch.tensor([_reward(score, form_reward) for score in scores])
@@ -112,6 +118,8 @@ class Actor:
         texts: list[str] = []
         for start in range(0, len(samples), rows):
             part = [self.encode(sample) for sample in samples[start : start + rows]]
-            done = complete(self.model, part, Sampling(max_new_tokens), self.ends, self.pad_id)
+            done = complete(
+                self.model, part, Sampling(max_new_tokens), self.ends, self.pad_id, choices=self.choices
+            )
             texts += [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
         return texts

@@ -100,7 +100,9 @@ class Learner:
         ids, mask = ids.to(device), mask.to(device)
 
         def logits() -> torch.Tensor:
-            return answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
+            found = answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
+            choices = self.actor.choices
+            return found if choices is None else choices.constrain_answers(found, ids)
 
         reference = None
         with short_attention(model, _scores(model, prompts, ids)):
