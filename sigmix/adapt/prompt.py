@@ -20,7 +20,7 @@ from sigmix.adapt.decision import OTHER, Decision, decide_those_that_fit
 from sigmix.adapt.labels import DISPATCH, Label, check_bank, labels
 from sigmix.engine.choices import Choices
 from sigmix.engine.prompts import context_length
-from sigmix.engine.scoring import next_logits, stored_prefix
+from sigmix.engine.scoring import next_logits
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.mix import Mix
 
@@ -85,14 +85,14 @@ class PromptDispatch:
         found = torch.zeros(len(rows), len(self.tokens))
         if len(self.tokens) == 1:
             return found, [0] * len(rows)
-        start = stored_prefix(self.engine, self.prefix, self.mix)
-        own = [len(row) - (len(self.prefix) if start is not None else 0) for row in rows]
+        stored = len(self.prefix) if self.engine.prefixes.usable(self.prefix) else 0
+        own = [len(row) - stored for row in rows]
         cost = [0] * len(rows)
         for stem in self.choices.branches():
             options = self.choices.after(stem)
             cost = [count + fresh + len(stem) for count, fresh in zip(cost, own, strict=True)]
             logits = next_logits(
-                self.engine, [[*row, *stem] for row in rows], self.mix, start=start, batch_size=self.batch_size
+                self.engine, [[*row, *stem] for row in rows], self.mix, start=self.prefix, batch_size=self.batch_size
             )
             shares = logits[:, options].log_softmax(-1)
             for number, ids in enumerate(self.tokens):

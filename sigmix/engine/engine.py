@@ -18,14 +18,20 @@ from sigmix.engine.merged import BUDGET, MergedWeights
 from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
 from sigmix.engine.packing import BUDGET as PACKED
 from sigmix.engine.packing import Packing
-from sigmix.engine.prefix import StoredPrefix, prefill
+from sigmix.engine.prefix import Prefilled, common_prefix, prefill
+from sigmix.engine.prefixes import BUDGET as PREFIXES
+from sigmix.engine.prefixes import Prefixes
 from sigmix.engine.prompts import check_context, encode, end_ids
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
+from sigmix.experts.layout import Flat, Layout
 from sigmix.experts.mix import Mix
 from sigmix.svf.layer import FORMS
 
 Prompt = str | Sequence[int]
+
+WORTH = 16
+"""Tokens that a batch must share beyond the chat template's beginning for these to be kept too."""
 
 
 class Engine:
@@ -37,6 +43,7 @@ class Engine:
         bank: a `Bank`, or any mapping from names to experts; None: only the base.
         keep_merged: bytes of merged weights to keep for mixes that come back.
         keep_packed: bytes of packed copies, which make half precision on a CPU faster; 0 makes none.
+        keep_prefixes: bytes of keys and values to keep of what prompts begin with.
     """
 
     def __init__(
@@ -46,15 +53,18 @@ class Engine:
         bank: Bank | Mapping[str, Any] | None = None,
         keep_merged: int = BUDGET,
         keep_packed: int = PACKED,
+        keep_prefixes: int = PREFIXES,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.bank: Bank | Mapping[str, Any] = bank if bank is not None else {}
         self.layers = adapted_layers(model)
         self.packing = Packing(model, self.layers, keep_packed)
         self.merged = MergedWeights(self.layers, keep_merged, self.packing)
-        self._checked: dict[int, Any] = {}  # holds the experts, so that no other one can get their id
+        self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
+        self._flats: dict[str, tuple[Any, Flat]] = {}  # by name, with the expert that it is of
         self._turn = 0  # counts changes of the layers' state, so that a stream notices that it was overtaken
-        self.stored: dict[Any, StoredPrefix | None] = {}  # by the mix's `key` and token ids
+        self.prefixes = Prefixes(model, keep_prefixes)
+        self._template: list[int] | None = None
         self.ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
@@ -74,14 +84,21 @@ class Engine:
         """
         if mix == Mix.base():
             return {}
-        for name in mix.weights:
-            if name not in self.bank:
-                raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
-            expert = self.bank[name]
-            if id(expert) not in self._checked:
-                expert.check(self.model)
-                self._checked[id(expert)] = expert
-        return mix.z(self.bank, {path: layer.r for path, layer in self.layers.items()})
+        return self.layout.split(self._z(mix))
+
+    def _z(self, mix: Mix) -> torch.Tensor:
+        """float32 [R], over all layers in their order."""
+        return mix.flat_z(self.layout, {name: self._flat(name) for name in mix.weights})
+
+    def _flat(self, name: str) -> Flat:
+        if name not in self.bank:
+            raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
+        expert = self.bank[name]
+        known = self._flats.get(name)
+        if known is None or known[0] is not expert:
+            expert.check(self.model)
+            known = self._flats[name] = (expert, self.layout.flat(name, expert.z))
+        return known[1]
 
     def key(self, mix: Mix) -> tuple[str, ...]:
         """The mix's id and its experts' digests: equal keys mean equal weights, whatever the bank holds by now."""
@@ -103,9 +120,10 @@ class Engine:
             return
         if form == "merged":
             raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
-        unique = {mix: self.z(mix) for mix in set(mixes)}
+        unique = {mix: self._z(mix) for mix in set(mixes)}
         form = form or "factored"
-        with as_rows(self.layers, [unique[mix] for mix in mixes], form) as keep, self.packing.using(None, form):
+        table = torch.stack([unique[mix] for mix in mixes])
+        with as_rows(self.layers, table, form) as keep, self.packing.using(None, form):
             yield keep
 
     def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
@@ -236,8 +254,7 @@ class Engine:
             return any(mark in text for mark in stop)
 
         with self._turn_of(mixes, form) as (keep, turn):
-            # where every row has its own z, keep is there, and the prefix's one row would have none
-            state = prefill(self.model, rows, self.pad_id, share=keep is None)
+            state = self.read(rows, mixes, keep)
             for done in decode(self.model, state, sampling, self.ends, stopped if stop else None, keep):
                 yield done
                 if self._turn != turn and not all(row.finish for row in done):
@@ -245,6 +262,30 @@ class Engine:
                         "another call used this engine while a stream was under way, so its weights are gone",
                         remedy="finish the stream first, or give each stream its own engine and model",
                     )
+
+    def read(
+        self, rows: list[list[int]], mixes: list[Mix], keep: Any, start: Sequence[int] | None = None
+    ) -> Prefilled:
+        """Run prompts through the model, inside `under` for the same mixes; what they begin with is read once and kept.
+
+        Args:
+            rows: token ids. keep: what `under` yielded.
+            start: what to keep the keys and values of; None: the template's beginning, or what all rows share.
+        """
+        ids = self._shared(rows) if start is None else list(start)
+        stored = None
+        if all(len(row) > len(ids) and row[: len(ids)] == ids for row in rows):
+            stored = self.prefixes.rows(ids, [(self._weights, *self.key(mix)) for mix in mixes], keep)
+        return prefill(self.model, rows, self.pad_id, share=keep is None, start=stored)
+
+    def _shared(self, rows: list[list[int]]) -> list[int]:
+        if self._template is None:
+            two = [self.encode("a"), self.encode("7 b")]
+            self._template = two[0][: common_prefix(two)]
+        common = common_prefix(rows)
+        template = self._template if all(row[: len(self._template)] == self._template for row in rows) else []
+        # a prefix that is little longer than the template's would seldom be met again
+        return template if common < len(template) + WORTH else rows[0][:common]
 
     @contextmanager
     def under(self, mixes: list[Mix], form: str | None = None) -> Iterator[Any]:
@@ -261,6 +302,8 @@ class Engine:
     @contextmanager
     def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
         self._turn += 1
+        # weights that were cast, moved or edited in place are other weights
+        self._weights = tuple((p.data_ptr(), p.dtype, p._version) for p in self.model.parameters())
         try:
             with self._under(mixes, form) as keep:
                 yield keep, self._turn

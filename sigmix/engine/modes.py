@@ -63,25 +63,31 @@ def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tenso
 
 
 @contextmanager
-def as_rows(layers: Mapping[str, SVFLinear], rows: list[Mapping[str, torch.Tensor]], form: str) -> Iterator[Any]:
-    """Inside, row b of a batch is computed with rows[b]; yields a function that keeps only the rows with given indices.
+def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> Iterator[Any]:
+    """Inside, row b of a batch is computed under z = table[b].
 
-    A row's mapping may lack a layer: there it is the base.
+    Args:
+        table: float32 [B, R], z over all layers in their order.
+
+    Yields:
+        A function that keeps only the rows with given indices; None: all again.
     """
     with _restored(layers):
-        tables: dict[str, torch.Tensor] = {}
-        for path, layer in layers.items():
-            device = layer.matrix().device
-            one = torch.ones(layer.r)
-            tables[path] = torch.stack([row.get(path, one).float() for row in rows]).to(device)
+        first = next(iter(layers.values())).matrix()
+        gains = (table - 1).to(first.dtype)
+        for layer in layers.values():
             layer.unmerge()
             layer._disable_adapters = False
-            layer.form, layer.row_z = form, tables[path]
+            layer.form = form
 
-        def keep(indices: list[int]) -> None:
-            for path, layer in layers.items():
-                layer.row_z = tables[path][indices]
+        def keep(indices: list[int] | None) -> None:
+            z, gain = (table, gains) if indices is None else (table[indices], gains[indices])
+            sizes = [layer.r for layer in layers.values()]
+            for layer, own, shift in zip(layers.values(), z.split(sizes, 1), gain.split(sizes, 1), strict=True):
+                matrix = layer.matrix()
+                layer.set_rows(own.to(matrix.device), shift.to(matrix.device, matrix.dtype))
 
+        keep(None)
         yield keep
 
 

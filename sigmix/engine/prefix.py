@@ -9,7 +9,6 @@ alone; only the amount of work differs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,39 +63,25 @@ def left_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> 
     return ids, mask
 
 
-@dataclass(frozen=True)
+@dataclass
 class StoredPrefix:
-    """Token ids that many prompts begin with, and the keys and values [1, …] that one adapted state gave them."""
+    """Token ids that all N prompts of a batch begin with, and their keys and values under each prompt's weights."""
 
     ids: tuple[int, ...]
     cache: DynamicCache
 
-    @classmethod
-    def read(cls, model: Any, ids: Sequence[int]) -> StoredPrefix | None:
-        """Read a prefix; None if it is too short to be worth it, or the model cannot share one (sliding windows)."""
-        cache = DynamicCache(config=model.config)
-        if len(ids) < MIN_SHARED or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            return None
-        _read_prefix(model, ids, cache)
-        return cls(tuple(ids), cache)
-
-    def begins(self, row: Sequence[int]) -> bool:
-        """Whether a prompt goes on from it, by one token at least."""
-        return len(row) > len(self.ids) and tuple(row[: len(self.ids)]) == self.ids
-
-    def rows(self, count: int) -> DynamicCache:
-        """A cache of its own for that many rows."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(count)
-        return cache
+    def begins(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Whether every prompt goes on from it, by one token at least."""
+        return all(len(row) > len(self.ids) and tuple(row[: len(self.ids)]) == self.ids for row in rows)
 
 
-def _read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache) -> None:
+def read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache, rows: int = 1) -> None:
+    """Put the keys and values of a prefix into an empty cache, in every one of some rows."""
     device = model.get_input_embeddings().weight.device
     # only the cache is wanted: the head gets no position
     none = torch.empty(0, dtype=torch.long, device=device)
-    row = torch.tensor([list(ids)], device=device)
-    model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=none)
+    batch = torch.tensor([list(ids)] * rows, device=device)
+    model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=none)
 
 
 def prefill(
@@ -108,17 +93,17 @@ def prefill(
         model: a causal language model, in whatever adapted state it is; gradients flow if they are enabled.
         rows: N token-id lists, none empty.
         share: compute the common prefix once. It must be False when rows have different weights.
-        start: a prefix read before, in this very adapted state; used if all rows go on from it, and if ``share``.
+        start: a prefix read before, in this very adapted state, for all rows; it is used up, if all rows go on from it.
     """
     device = model.get_input_embeddings().weight.device
     cache = DynamicCache(config=model.config)
-    if share and start is not None and all(start.begins(row) for row in rows):
-        cache, shared = start.rows(len(rows)), len(start.ids)
+    if start is not None and start.begins(rows):
+        cache, shared = start.cache, len(start.ids)
     else:
         shared = common_prefix(rows) if share else 0
         shared = shared if shared >= MIN_SHARED and _can_share(cache, rows) else 0
         if shared:
-            _read_prefix(model, rows[0][:shared], cache)
+            read_prefix(model, rows[0][:shared], cache)
             cache.batch_repeat_interleave(len(rows))
     ids, mask = left_pad([row[shared:] for row in rows], pad_id, device)
     positions = (mask.long().cumsum(1) - 1).clamp_min(0) + shared

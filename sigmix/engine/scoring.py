@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sigmix.engine.engine import Engine, Prompt
-from sigmix.engine.prefix import StoredPrefix, answer_logits, left_pad, prefill
+from sigmix.engine.prefix import answer_logits, left_pad
 from sigmix.engine.prompts import check_context
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
@@ -21,36 +21,24 @@ from sigmix.experts.mix import Mix
 Mixes = Mix | str | Sequence[Mix | str] | None
 
 
-def stored_prefix(engine: Engine, ids: Sequence[int], mix: Mix) -> StoredPrefix | None:
-    """The prefix as read under a mix: from the engine's store, or read now and stored.
-
-    None where it cannot be shared (a model with sliding windows, or a prefix that is too short to be worth it).
-    """
-    key = (engine.key(mix), tuple(ids))
-    if key not in engine.stored:
-        with engine.under([mix]), torch.no_grad():
-            engine.stored[key] = StoredPrefix.read(engine.model, list(ids))
-    return engine.stored[key]
-
-
 def next_logits(
     engine: Engine,
     prompts: Sequence[Prompt],
     mix: Mixes = None,
     *,
-    start: StoredPrefix | None = None,
+    start: Sequence[int] | None = None,
     form: str | None = None,
     batch_size: int = 64,
 ) -> torch.Tensor:
     """float32 [N, V] on the CPU: logits of the token after each prompt.
 
     Args:
-        start: a stored prefix that every prompt begins with; it was read under this very mix.
+        start: token ids that every prompt begins with, to be read once and kept; None leaves that to the engine.
     """
     found = []
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
         with engine.under(mixes, form) as keep, torch.no_grad():
-            found.append(prefill(engine.model, rows, engine.pad_id, keep is None, start).logits.float().cpu())
+            found.append(engine.read(rows, mixes, keep, start).logits.float().cpu())
     return torch.cat(found) if found else torch.empty(0, 0)
 
 
@@ -83,7 +71,7 @@ def answer_logprobs(
         mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in part]).bool()
         device = engine.model.get_input_embeddings().weight.device
         with engine.under(mixes, form) as keep, torch.no_grad():
-            state = prefill(engine.model, rows, engine.pad_id, keep is None)
+            state = engine.read(rows, mixes, keep)
             logits = answer_logits(engine.model, state, ids.to(device), mask.to(device)).float()
         chosen = logits.gather(2, ids.to(device)[..., None])[..., 0] - logits.logsumexp(-1)
         found += [row[: len(answer)] for row, answer in zip(chosen.tolist(), part, strict=True)]

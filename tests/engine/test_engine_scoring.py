@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers_engine import TOLERANCE, alone, expert, rows
 
-from sigmix.engine import Engine
-from sigmix.engine.prefix import StoredPrefix
-from sigmix.engine.scoring import answer_logprobs, decoder_layers, hidden, next_logits, stored_prefix
+from sigmix.engine import Engine, prefixes
+from sigmix.engine.scoring import answer_logprobs, decoder_layers, hidden, next_logits
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.mix import Mix
 
@@ -47,22 +46,73 @@ def test_answer_logprobs_are_those_of_each_row_alone(made, mixes):
         assert one == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("mix", [Mix.base(), Mix.one("math")])
-def test_a_stored_prefix_changes_no_logits_and_is_read_once(made, mix, monkeypatch):
-    start = stored_prefix(made, PROMPTS[0][:10], mix)
-    plain = next_logits(made, PROMPTS, mix)
+@pytest.mark.parametrize("mix", [Mix.base(), Mix.one("math"), MIXES])
+def test_a_kept_prefix_changes_no_logits_and_is_read_once(made, mix, monkeypatch):
+    start = PROMPTS[0][:10]
+    plain = torch.stack([logits(made, row, one)[-1] for row, one in zip(PROMPTS, made.mixes(mix, 4), strict=True)])
+    made.prefixes.clear()
+    torch.testing.assert_close(next_logits(made, PROMPTS, mix, start=start), plain, **TOLERANCE)
+    if made.prefixes.usable(start):  # gemma3 has sliding windows
+        assert len(made.prefixes) == len(set(made.mixes(mix, 4)))
+        monkeypatch.setattr(prefixes, "read_prefix", None)
     for _ in range(2):  # its cache must not grow with use
         torch.testing.assert_close(next_logits(made, PROMPTS, mix, start=start), plain, **TOLERANCE)
-        torch.testing.assert_close(next_logits(made, PROMPTS[1:2], mix, start=start), plain[1:2], **TOLERANCE)
-    other = rows([14, 20], shared=3, seed=5)  # does not begin with it
-    torch.testing.assert_close(next_logits(made, other, mix, start=start), next_logits(made, other, mix), **TOLERANCE)
-    monkeypatch.setattr(StoredPrefix, "read", None)
-    assert stored_prefix(made, PROMPTS[0][:10], mix) is start
+        one = made.mixes(mix, 4)[1]
+        torch.testing.assert_close(next_logits(made, PROMPTS[1:2], one, start=start), plain[1:2], **TOLERANCE)
 
 
-def test_a_sliding_window_has_no_stored_prefix(tiny, tiny_tokenizer):
-    assert stored_prefix(Engine(tiny("gemma3"), tiny_tokenizer), PROMPTS[0][:10], Mix.base()) is None
-    assert stored_prefix(Engine(tiny("llama"), tiny_tokenizer), PROMPTS[0][:3], Mix.base()) is None
+def test_a_start_that_a_prompt_does_not_have_is_not_used(made):
+    other = rows([14, 20], shared=3, seed=5)
+    plain = next_logits(made, other)
+    torch.testing.assert_close(next_logits(made, other, start=PROMPTS[0][:10]), plain, **TOLERANCE)
+
+
+def test_a_prefix_is_read_once_for_each_distinct_mix(made, monkeypatch):
+    sizes = []
+    real = prefixes.read_prefix
+
+    def counted(model, ids, cache, count=1):
+        sizes.append(count)
+        real(model, ids, cache, count)
+
+    monkeypatch.setattr(prefixes, "read_prefix", counted)
+    made.prefixes.clear()
+    mixes = [Mix.one("math"), Mix.base(), Mix.one("math"), Mix.base()]
+    found = next_logits(made, PROMPTS, mixes, start=PROMPTS[0][:10])
+    assert sizes == ([2] if made.prefixes.usable(PROMPTS[0][:10]) else [])
+    for row, mix, logits_ in zip(PROMPTS, mixes, found, strict=True):
+        torch.testing.assert_close(logits_, logits(made, row, mix)[-1], **TOLERANCE)
+
+
+def test_weights_changed_in_place_have_other_prefixes(tiny, tiny_tokenizer):
+    engine = Engine(tiny("llama"), tiny_tokenizer)
+    before = next_logits(engine, PROMPTS, start=PROMPTS[0][:10])
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight.mul_(1.5)
+    after = next_logits(engine, PROMPTS, start=PROMPTS[0][:10])
+    assert not torch.allclose(before, after)
+    plain = torch.stack([logits(engine, row, Mix.base())[-1] for row in PROMPTS])
+    torch.testing.assert_close(after, plain, **TOLERANCE)
+
+
+def test_prefixes_stay_within_their_budget(tiny, tiny_tokenizer):
+    engine = Engine(tiny("llama"), tiny_tokenizer)
+    next_logits(engine, PROMPTS, start=PROMPTS[0][:10])
+    one = engine.prefixes.bytes
+    assert one > 0
+    engine = Engine(tiny("llama"), tiny_tokenizer, keep_prefixes=int(1.5 * one))
+    for length in (10, 9, 8):
+        next_logits(engine, PROMPTS, start=PROMPTS[0][:length])
+        assert 0 < engine.prefixes.bytes <= 1.5 * one
+    assert len(engine.prefixes) == 1
+    none = Engine(tiny("llama"), tiny_tokenizer, keep_prefixes=0)
+    next_logits(none, PROMPTS, start=PROMPTS[0][:10])
+    assert none.prefixes.bytes == len(none.prefixes) == 0
+
+
+def test_what_cannot_be_kept(tiny, tiny_tokenizer):
+    assert not Engine(tiny("gemma3"), tiny_tokenizer).prefixes.usable(PROMPTS[0][:10])  # sliding windows
+    assert not Engine(tiny("llama"), tiny_tokenizer).prefixes.usable(PROMPTS[0][:3])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
