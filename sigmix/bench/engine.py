@@ -1,8 +1,9 @@
 """``sigmix bench engine``: `Engine.generate` on the base against transformers' `generate`, in tokens per second.
 
-Both answer the same chat prompts greedily on the same loaded model, left-padded, with a key-value cache and without end
-tokens, so that the work is equal. In float32 both must give the same tokens, or the run fails; in a half type rounding
-decides near-ties, and the share of equal answers is reported. Rows: 1, 8 and 64.
+Both answer the same chat prompts greedily, with a key-value cache and without end tokens, so that the work is equal.
+The peer is a model of its own, as `from_pretrained` gives it: nothing of ours is in it, no packed weights either. In
+float32 both must give the same tokens, or the run fails; in a half type rounding decides near-ties, and the share of
+equal answers is reported. Rows: 1, 8 and 64.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sigmix.bench.requests import bundled_engine, prompts
 from sigmix.engine.prefix import left_pad
 from sigmix.errors import SigmixError
 from sigmix.fetch import DEFAULT
+from sigmix.models import load_base
 
 AIMS = {"vs_generate_1": Aim(">=", 1.0), "vs_generate_8": Aim(">=", 1.5), "vs_generate_64": Aim(">=", 1.5)}
 ROWS = (1, 8, 64)
@@ -34,7 +36,8 @@ def run(
     engine = bundled_engine(base, dtype, bank)
     where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     texts = prompts(engine, max(ROWS))
-    engine.model.generation_config.eos_token_id = None
+    peer, _ = load_base(base, dtype)
+    peer.generation_config.eos_token_id = None
     seconds, ratios, same = {}, {}, {}
     for count in ROWS:
         rows = [engine.encode(text) for text in texts[:count]]
@@ -42,7 +45,7 @@ def run(
         say(f"{count} rows")
         contestants = {
             "ours": _ours(engine, rows, new_tokens, found),
-            "theirs": _theirs(engine, rows, new_tokens, found),
+            "theirs": _theirs(peer, engine.pad_id, rows, new_tokens, found),
         }
         taken = interleaved(contestants, repeats or 5)
         same[count] = sum(a == b for a, b in zip(found["ours"], found["theirs"], strict=True)) / count
@@ -61,13 +64,15 @@ def _ours(engine: Any, rows: list[list[int]], new_tokens: int, found: dict[str, 
     return answer
 
 
-def _theirs(engine: Any, rows: list[list[int]], new_tokens: int, found: dict[str, Any]) -> Callable[[int], None]:
+def _theirs(
+    model: Any, pad_id: int, rows: list[list[int]], new_tokens: int, found: dict[str, Any]
+) -> Callable[[int], None]:
     def answer(_: int) -> None:
-        ids, mask = left_pad(rows, engine.pad_id, engine.model.device)
-        with torch.no_grad(), engine.under(engine.mixes(None, len(rows))):
-            made = engine.model.generate(
+        ids, mask = left_pad(rows, pad_id, model.device)
+        with torch.no_grad():
+            made = model.generate(
                 input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=new_tokens,
-                pad_token_id=engine.pad_id,
+                pad_token_id=pad_id,
             )  # fmt: skip
         found["theirs"] = made[:, ids.shape[1] :].tolist()
 

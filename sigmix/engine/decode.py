@@ -14,6 +14,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from sigmix.engine.choices import Choices
+from sigmix.engine.growing import growing
 from sigmix.engine.prefix import Prefilled
 
 
@@ -65,6 +66,7 @@ def decode(
     warpers += [TopPLogitsWarper(sampling.top_p)] if warpers and sampling.top_p < 1 else []
     active = list(range(count))
     logits, mask, lengths = state.logits, state.mask, state.lengths
+    growing(state.cache, sampling.max_new_tokens)
     for step in range(sampling.max_new_tokens):
         scores = logits.float()
         if choices is not None:
