@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sigmix.engine.modes import merged_weights
-from sigmix.engine.packing import Pack, Packing, pack
+from sigmix.engine.packing import Pack, Packing
 from sigmix.svf.layer import SVFLinear
 
 BUDGET = 1 << 30
@@ -19,14 +19,15 @@ BUDGET = 1 << 30
 
 @dataclass(frozen=True)
 class Merged:
-    """W'(z) of the layers that z moves, and packed copies of them where these are used."""
+    """W'(z) of the layers that z moves, and packed copies where these are used, see `Packing.merged`."""
 
     weights: Mapping[str, torch.Tensor]
     packs: Mapping[str, Pack] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(weight.nbytes * (2 if path in self.packs else 1) for path, weight in self.weights.items())
+        # a packed copy is as large as what it was made of, but does not say so
+        return sum(weight.nbytes * (2 if self.packs else 1) for weight in self.weights.values())
 
 
 class MergedWeights:
@@ -61,8 +62,7 @@ class MergedWeights:
             self._kept.move_to_end(key)
             return self._kept[key]
         weights = merged_weights(self.layers, z)
-        linear = [path for path in weights if not self.layers[path].transposed] if self.packing.on else []
-        made = Merged(weights, {path: pack(weights[path]) for path in linear})
+        made = Merged(weights, self.packing.merged(weights))
         if made.bytes <= self.budget:
             while self._kept and self.bytes + made.bytes > self.budget:
                 self._kept.popitem(last=False)

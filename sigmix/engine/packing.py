@@ -8,7 +8,7 @@ weights (the base has to stay as it is), so this is for models whose copies fit 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sigmix.engine.groups import Group, Patches, Shared, find_groups
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.scale import scaled
 
@@ -60,15 +61,17 @@ def available() -> bool:
 class Packing:
     """Packed copies of a model's weights, and the switch that makes its layers use them.
 
+    Layers with one input are one matmul, see `sigmix.engine.groups`.
+
     Args:
         model: any model. layers: its adapted layers. budget: bytes of copies; where they would not fit none are made.
 
     Attributes:
         on: whether copies are made: on the CPU, in bfloat16, within the budget, where torch can.
+        groups: the adapted layers by input; none while copies are not made.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SVFLinear], budget: int = BUDGET) -> None:
-        self.layers = layers
         own = {id(layer.get_base_layer()) for layer in layers.values()}
         linears = [module for module in model.modules() if type(module) is nn.Linear]
         self.others = [module for module in linears if id(module) not in own]
@@ -76,65 +79,98 @@ class Packing:
         size += sum(2 * layer.r * (layer.in_features + layer.out_features) for layer in layers.values())
         kinds = {(module.weight.device.type, module.weight.dtype) for module in linears}
         self.on = kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
-        self._known: dict[Any, tuple[torch.Tensor, int, Pack]] = {}
+        self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
+        self._known: dict[Any, tuple[Any, Pack]] = {}
 
-    def of(self, key: Any, weight: torch.Tensor, version: int = 0) -> Pack:
-        """The packed copy under a key, made anew if the weight is another tensor or was changed in place."""
+    def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]) -> Pack:
+        """The packed copy under a key, made anew if the weights are other tensors or were changed in place."""
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
         known = self._known.get(key)
-        if known is None or known[0].data_ptr() != weight.data_ptr() or known[1] != version:
-            # the weight is held, so that no other one can get its address
-            known = self._known[key] = (weight.detach(), version, pack(weight))
-        return known[2]
+        if known is None or known[0][0] != state:
+            # the weights are held, so that no other ones can get their addresses
+            known = self._known[key] = ((state, [weight.detach() for weight in weights]), pack(make()))
+        return known[1]
+
+    def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
+        """Packed copies for merged weights, by the first path of each group that has one."""
+        if not self.on:
+            return {}
+        return {
+            group.paths[0]: pack(group.weight(weights))
+            for group in self.groups
+            if any(path in weights for path in group.paths)
+        }
 
     @contextmanager
     def using(self, merged: Mapping[str, Pack] | None, form: str | None) -> Iterator[None]:
         """Inside, linear layers compute with packed weights.
 
         Args:
-            merged: packed W'(z) of the layers that hold one. form: of a mixed batch, or None where all rows are alike.
+            merged: packed W'(z) by the first path of each group that holds one.
+            form: of a mixed batch, or None where all rows are alike.
         """
-        changed: list[tuple[nn.Module, str]] = []
-
-        def put(module: nn.Module, name: str, function: Any) -> None:
-            object.__setattr__(module, name, function)
-            changed.append((module, name))
-
+        patches = Patches()
         try:
             if self.on:
                 for module in self.others:
-                    put(module, "forward", functools.partial(_forward, module, self._weight(module)))
-                for path, layer in self.layers.items():
-                    base = layer.get_base_layer()
-                    if type(base) is not nn.Linear:
-                        continue
+                    weight = self.of(id(module), [module.weight], lambda module=module: module.weight)
+                    patches.put(module, "forward", functools.partial(_forward, module, weight))
+                for group in self.groups:
                     if form == "factored":
-                        put(layer, "_factored", functools.partial(_factored, layer, *self._factors(path, layer)))
+                        self._factored(group, patches)
                     else:
-                        packed = (merged or {}).get(path)
-                        packed = self._weight(base) if packed is None else packed
-                        put(base, "forward", functools.partial(_forward, base, packed))
+                        packed = (merged or {}).get(group.paths[0])
+                        self._plain(group, self.base(group) if packed is None else packed, patches)
             yield
         finally:
-            for module, name in changed:
-                object.__delattr__(module, name)
+            patches.remove()
 
-    def _weight(self, module: nn.Linear) -> Pack:
-        return self.of(id(module), module.weight, module.weight._version)
+    def base(self, group: Group) -> Pack:
+        """A group's packed base weights."""
+        return self.of(group.paths[0], [layer.get_base_layer().weight for layer in group.layers], group.weight)
 
-    def _factors(self, path: str, layer: SVFLinear) -> tuple[Pack, Pack]:
-        first, second = layer.factors()
-        return self.of((path, 1), first), self.of((path, 2), second)
+    def _plain(self, group: Group, packed: Pack, patches: Patches) -> None:
+        bias, sizes = group.bias(), group.sizes
+        shared = Shared(lambda x: packed_linear(x, packed, bias).split(sizes, -1))
+        for number, layer in enumerate(group.layers):
+            base = layer.get_base_layer()
+            patches.put(base, "forward", functools.partial(_shared, base, shared, number))
+
+    def _factored(self, group: Group, patches: Patches) -> None:
+        factors = [layer.factors() for layer in group.layers]
+        key, firsts = group.paths[0], [first for first, _ in factors]
+        first = self.of((key, 1), firsts, lambda: firsts[0] if len(firsts) == 1 else torch.cat(firsts))
+        seconds = [
+            self.of((path, 2), [second], lambda second=second: second)
+            for path, (_, second) in zip(group.paths, factors, strict=True)
+        ]
+        ranks = group.ranks
+        shared = Shared(lambda x: packed_linear(x, first, None).split(ranks, -1))
+        for number, (layer, second) in enumerate(zip(group.layers, seconds, strict=True)):
+            patches.put(layer, "_factored", functools.partial(_factored, layer, shared, number, second))
+
+
+def _plain_pass(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() or x.dtype != torch.bfloat16
 
 
 def _forward(module: nn.Linear, packed: Pack, x: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
-        return F.linear(x, module.weight, module.bias)
-    return packed_linear(x, packed, module.bias)
+    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else packed_linear(x, packed, module.bias)
+
+
+def _shared(module: nn.Linear, shared: Shared, number: int, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else shared.take(number, x)
 
 
 def _factored(
-    layer: SVFLinear, first: Pack, second: Pack, x: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None = None
+    layer: SVFLinear,
+    shared: Shared,
+    number: int,
+    second: Pack,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
+    if _plain_pass(x):
         return SVFLinear._factored(layer, x, z, gain)
-    return packed_linear(scaled(packed_linear(x, first, None), z, gain), second, layer.get_base_layer().bias)
+    return packed_linear(scaled(shared.take(number, x), z, gain), second, layer.get_base_layer().bias)

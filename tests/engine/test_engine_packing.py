@@ -50,13 +50,15 @@ def test_packs_are_made_once_and_anew_when_a_weight_changes(tiny, tiny_tokenizer
     engine = engine_of(tiny, tiny_tokenizer)
     for mix in (None, "a", ["a", "b", None]) * 2:
         engine.generate(PROMPTS, mix, max_new_tokens=2)
-    linears = len(engine.packing.others) + len(engine.layers)
-    assert count[0] == linears + 2 * len(engine.layers)  # those of merged weights are counted elsewhere
+    inputs = len(engine.packing.groups)  # base, merged, and the first factors: one for all layers with one input
+    assert inputs < len(engine.layers)
+    made = len(engine.packing.others) + 3 * inputs + len(engine.layers)
+    assert count[0] == made
     layer = next(iter(engine.layers.values())).get_base_layer()
     with torch.no_grad():
         layer.weight.mul_(2)
     engine.generate(PROMPTS, max_new_tokens=2)
-    assert count[0] == linears + 2 * len(engine.layers) + 1
+    assert count[0] == made + 1
 
 
 def test_nothing_is_left_in_the_model(tiny, tiny_tokenizer):
