@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from sigmix.adapt.decision import Decision
 from sigmix.adapt.labels import skills
 from sigmix.adapt.search import SEARCHERS, Searcher
 from sigmix.adapt.spaces import AlphaSpace
-from sigmix.engine.scoring import answer_logprobs
+from sigmix.adapt.zspace import ZSpace
+from sigmix.engine.scoring import replies_and_logprobs
 from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 SETTINGS: dict[str, dict[str, int]] = {
@@ -49,7 +52,8 @@ class FewShotSearch:
     Args:
         engine: an `Engine`. examples: at least one. score: judges a reply.
         experts: names to mix; None: all skills of the engine's bank.
-        granularity, normalised, low, high: of the space, see `AlphaSpace`.
+        granularity, normalised, low, high: of the space, see `AlphaSpace`. Granularity "z" moves z itself (`ZSpace`,
+            by the swarm only): the result is a new expert, in ``expert`` after `fit`.
         method: "cem", "cma-es" or "swarm". settings: "full" or "light".
         population, iterations, patience: override the settings'; patience is rounds without a new best.
         max_new_tokens: of a reply. seed: of everything random. batch_size: rows per pass.
@@ -100,7 +104,15 @@ class FewShotSearch:
         names = tuple(skills(engine.bank) if experts is None else experts)
         for name in names:
             engine.z(Mix.one(name))
-        self.space = AlphaSpace(names, tuple(engine.layers), granularity, normalised, low, high)
+        self.space: AlphaSpace | ZSpace
+        self.expert: Expert | None = None
+        if granularity == "z":
+            if method != "swarm":
+                raise ConfigError(f"z itself is moved by the swarm, not by {method}", remedy="method='swarm'")
+            starts = {name: engine.states.z(Mix.one(name)) for name in names}
+            self.space = ZSpace(engine.states.layout, starts)
+        else:
+            self.space = AlphaSpace(names, tuple(engine.layers), granularity, normalised, low, high)
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         end = engine.ends[:1]
         self.answers = [[*engine.tokenizer.encode(one.gold, add_special_tokens=False), *end] for one in self.examples]
@@ -116,14 +128,13 @@ class FewShotSearch:
             count = len(self.examples)
             rows, answers = self.rows * len(fresh), self.answers * len(fresh)
             wide = [mix for mix in fresh for _ in range(count)]
-            replies = self.engine.generate(
-                rows, wide, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, seeds=[0] * len(rows)
+            replies, logprobs = replies_and_logprobs(
+                self.engine, rows, answers, wide, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
             )
-            logprobs = answer_logprobs(self.engine, rows, answers, wide, batch_size=self.batch_size)
             for place, mix in enumerate(fresh):
                 part = slice(place * count, (place + 1) * count)
                 scores = [
-                    float(self.score(example, reply.text))
+                    float(self.score(example, reply))
                     for example, reply in zip(self.examples, replies[part], strict=True)
                 ]
                 each = [sum(tokens) / len(tokens) for tokens in logprobs[part]]
@@ -133,18 +144,39 @@ class FewShotSearch:
         return [self.known[mix.id] for mix in mixes]
 
     def fit(self) -> Mix:
-        """The best mixture that the search found; how it went is in ``trace``."""
-        space, limits = self.space, self.limits
+        """The best mixture that the search found; how it went is in ``trace``.
+
+        With granularity "z" the mix names ``expert``, which is not in the engine's bank.
+        """
+        if isinstance(self.space, AlphaSpace):
+            return self._fit(self.space)
+        bank = self.engine.bank
+        try:
+            mix = self._fit(self.space)
+            self.expert = self.space.made.get(next(iter(mix.weights), ""))
+        finally:
+            self.engine.bank = bank
+        return mix
+
+    def _fit(self, space: AlphaSpace | ZSpace) -> Mix:
+        limits, bank = self.limits, self.engine.bank
+        # between experts noise would drown what the experts are
+        still = {"noise": 0.0} if isinstance(space, ZSpace) else {}
         searcher: Searcher = SEARCHERS[self.method](
             space.size, space.low, space.high, population=max(limits["population"], 2), start=space.corners(),
-            seed=self.seed,
+            seed=self.seed, **still,
         )  # fmt: skip
         started, idle = time.perf_counter(), 0
         for number in range(limits["iterations"]):
             candidates = searcher.ask()
             before = searcher.best_value
-            values = self.values([space.mix(vector) for vector in candidates])
+            mixes = [space.mix(vector) for vector in candidates]
+            if isinstance(space, ZSpace):
+                self.engine.bank = ChainMap(space.made, bank)
+            values = self.values(mixes)
             searcher.tell(candidates, values)
+            if isinstance(space, ZSpace):
+                space.forget(but=[space.mix(searcher.best)])
             idle = 0 if before is None or searcher.best_value > before else idle + 1
             entry = {
                 "round": number,
@@ -186,5 +218,7 @@ class FewShotSearch:
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """The mixture found, for every request of the task that the examples are of; searches on the first call."""
         mix = self.result if self.result is not None else self.fit()
+        if self.expert is not None and self.expert.name not in self.engine.bank:
+            raise ConfigError("the search made a new expert that the bank lacks", remedy="add search.expert to it")
         reason = f"the best of {len(self.known)} mixtures on {len(self.examples)} examples"
         return [Decision(mix, "few-shot", reason, self.evidence()) for _ in prompts]

@@ -170,17 +170,18 @@ class Swarm(Searcher):
 
     Args:
         inertia, cognitive, social, repel: the φ. step: first λ. shrink: its factor per round.
+        noise: added to drawn starting places, a standard deviation as a share of the bounds' distance.
     """
 
     def __init__(
         self, *args: Any, inertia: float = 0.2, cognitive: float = 0.3, social: float = 0.4, repel: float = 0.1,
-        step: float = 1.0, shrink: float = 0.97, **options: Any,
+        step: float = 1.0, shrink: float = 0.97, noise: float = 0.05, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **options)
         if min(inertia, cognitive, social, repel) < 0 or inertia + cognitive + social <= 0 or not step > 0:
             raise ConfigError("a swarm needs coefficients of 0 or more, not all of them 0, and a step above 0")
         self.force = np.array([inertia, cognitive, social, repel])
-        self.step, self.shrink = step, shrink
+        self.step, self.shrink, self.noise = step, shrink, noise
         self.place: np.ndarray | None = None
 
     def _draw(self, count: int) -> np.ndarray:
@@ -190,8 +191,7 @@ class Swarm(Searcher):
                 pairs = self.random.integers(0, len(starts), (2, count))
                 share = self.random.random((count, 1))
                 mixed = share * starts[pairs[0]] + (1 - share) * starts[pairs[1]]
-                noise = self.random.normal(0, 0.05 * (self.high - self.low), mixed.shape)
-                return mixed + noise
+                return mixed + self.random.normal(0, self.noise * (self.high - self.low), mixed.shape)
             return self.random.uniform(self.low, self.high, (count, self.size))
         return self.place
 

@@ -10,6 +10,7 @@ from sigmix.errors import UnknownNameError
 BENCHES = {
     "train-step": "one REINFORCE step against the dense way of the public reference, PEFT's LoRA and the matmul floor",
     "mixed": "32 rows under 32 mixtures against the base, swapped weights and PEFT's mixed-batch LoRA",
+    "truncation": "the truncated form under a series of error budgets: KL to the exact model, cost and speed",
     "engine": "Engine.generate on the base against transformers' generate, 1, 8 and 64 rows",
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "what strategies A, B and D cost, as a share of both passes",

@@ -4,12 +4,17 @@
 included. The contestants, on the same requests in the same dtype:
 
     exact      ours, all rows in one batch, factored form
+    new        the same under mixtures that no round had before: nothing is kept of what the prompts begin with
+    truncated  the truncated form, its plan fitted before on training prompts: the cheapest of those that
+               `sigmix bench truncation` lists whose KL to the exact model is under 0.01 on validation prompts
     base       the same batch on the base, the same engine
     swap       one request after the other: compose and load its weights, answer, put the base back
     lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters
 
 Before anything is timed, every row of ``exact`` is compared with the same request alone under merged weights, by the
-logits of its last prompt token. Ratios are in tokens per second, ours over theirs.
+logits of its last prompt token. What prompts begin with (the chat template's system turn) is read once for every mix
+and kept, in ``exact`` as on the base; ``new`` shows what a first meeting costs. Ratios are in tokens per second, ours
+over theirs; ``truncated_kl`` in ``raw`` is on the timed requests' own answers.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from sigmix.adapt.labels import skills
 from sigmix.bench.harness import Aim, device, interleaved, ratio, report, say
 from sigmix.bench.requests import bundled_engine, mixtures, prompts
+from sigmix.bench.truncation import Divergence, calibrate, within
 from sigmix.engine.prefix import left_pad
 from sigmix.engine.scoring import next_logits
 from sigmix.errors import SigmixError
@@ -30,21 +36,25 @@ from sigmix.fetch import DEFAULT
 from sigmix.models import load_base
 
 AIMS = {
-    "exact_vs_base": Aim(">=", 0.90), "vs_swap": Aim(">=", 8.0), "vs_peft_lora_8": Aim(">=", 2.5),
+    "exact_vs_base": Aim(">=", 0.90), "truncated_vs_base": Aim(">=", 0.95),
+    "vs_swap": Aim(">=", 8.0), "vs_peft_lora_8": Aim(">=", 2.5),
 }  # fmt: skip
 ADAPTERS = (8, 32)
+LIMIT = 0.01
+"""KL of the truncated form, nats per token."""
 LEAST_COSINE = {"bfloat16": 0.999, "float16": 0.9999, "float32": 0.999999, "float64": 0.999999}
 """Of the logits of a row in the mixed batch and alone."""
 
 
 def run(
     repeats: int | None = None, dtype: str | None = None, base: str = DEFAULT, rows: int = 32, new_tokens: int = 24,
-    bank: Any = None,
+    bank: Any = None, count: int = 96,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the benchmark; see `harness.report` for the result.
 
     Args:
         repeats: rounds that count, default 3. dtype, base, bank: what is run. rows, new_tokens: requests, answers.
+        count: prompts that the truncation is fitted on.
 
     Raises:
         SigmixError: a row of the mixed batch is not the same request alone.
@@ -61,12 +71,21 @@ def run(
     if not cosine >= LEAST_COSINE[kind]:
         raise SigmixError(f"a row of the mixed batch is not the same request alone (cosine {cosine:.6f})")
 
+    held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]
+    plan, kl = within(calibrate(engine, count), Divergence(engine, held_out, mixes, new_tokens), LIMIT)
+    own_kl = Divergence(engine, texts, mixes, new_tokens).of(mixes, "truncated")
+
+    def new(number: int) -> None:
+        engine.generate(texts, mixtures(skills(engine.bank), rows, seed=1000 + number), max_new_tokens=new_tokens)
+
     def swap(_: int) -> None:
         for text, mix in zip(texts, mixes, strict=True):
             engine.generate([text], mix, max_new_tokens=new_tokens)
 
     contestants: dict[str, Callable[[int], None]] = {
         "exact": lambda _: engine.generate(texts, mixes, max_new_tokens=new_tokens) and None,
+        "new": new,
+        "truncated": lambda _: engine.generate(texts, mixes, max_new_tokens=new_tokens, form="truncated") and None,
         "base": lambda _: engine.generate(texts, max_new_tokens=new_tokens) and None,
         "swap": swap,
     }
@@ -75,11 +94,14 @@ def run(
     seconds = interleaved(contestants, repeats or 3)
     ratios = {
         "exact_vs_base": ratio(seconds["base"], seconds["exact"]),
+        "new_vs_base": ratio(seconds["base"], seconds["new"]),
+        "truncated_vs_base": ratio(seconds["base"], seconds["truncated"]),
         "vs_swap": ratio(seconds["swap"], seconds["exact"]),
         **{f"vs_peft_lora_{count}": ratio(seconds[f"lora_{count}"], seconds["exact"]) for count in ADAPTERS},
     }
     raw = {
         "base": base, "rows": rows, "new_tokens": new_tokens, "seconds": seconds, "least_cosine": cosine,
+        "truncation": plan.describe(), "truncated_kl": own_kl, "truncated_kl_validation": kl,
         "tokens_per_second": {name: [rows * new_tokens / one for one in taken] for name, taken in seconds.items()},
         "mixes": [mix.id for mix in mixes],
     }  # fmt: skip

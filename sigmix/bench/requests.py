@@ -13,6 +13,7 @@ from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.fetch import DEFAULT
 from sigmix.models import load_base
+from sigmix.tasks.base import Split
 from sigmix.tasks.registry import get_task
 
 
@@ -24,11 +25,11 @@ def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = No
     return engine
 
 
-def prompts(engine: Engine, count: int, seed: int = 0) -> list[str]:
+def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:
     """User turns of the bank's tasks in turn, of different lengths."""
     specs = [spec for name in skills(engine.bank) if (spec := engine.bank[name].meta.get("task"))]
     each = -(-count // len(specs))
-    drawn = [get_task(spec).samples("train", each, seed=seed) for spec in specs]
+    drawn = [get_task(spec).samples(split, each, seed=seed) for spec in specs]
     return [drawn[number % len(drawn)][number // len(drawn)].prompt for number in range(count)]
 
 

@@ -25,11 +25,11 @@ def adapt(
     task: str = typer.Option(None, help="Take --shots training items of a task, with its verifier, as examples."),
     shots: int = typer.Option(10, min=1, help="Items of --task."),
     score: str = typer.Option("exact", help="How replies to --examples are judged: exact (text) or number."),
-    out: Path = typer.Option(None, help="File for the mix (JSON); every --mix takes it."),
+    out: Path = typer.Option(None, help="File for the mix (JSON), which every --mix takes; with z an expert's folder."),
     expert: list[str] = EXPERT,
     method: str = typer.Option("cem", help="cem, cma-es or swarm."),
     settings: str = typer.Option("full", help="full (up to 100 rounds of 32) or light (8 rounds of 16)."),
-    granularity: str = typer.Option("model", help="α per model, layer or matrix."),
+    granularity: str = typer.Option("model", help="α per model, layer or matrix; z: the swarm moves z itself."),
     normalised: bool = typer.Option(False, "--normalised", help="α of every layer or matrix sum to 1."),
     low: float = typer.Option(0.0, help="Least α."),
     high: float = typer.Option(1.0, help="Largest α."),
@@ -47,6 +47,7 @@ def adapt(
 ) -> None:
     """Search a mixture on labelled examples, or fit the probe that chooses experts."""
     from sigmix.errors import ConfigError, OutputError
+    from sigmix.experts.metadata import check_name
     from sigmix.files import check_writable, write_json
 
     if fit_probe == bool(examples or task):
@@ -57,7 +58,11 @@ def adapt(
         figures, text = _probe(base, bank, out, per_label, seed, data_dir)
         emit(figures, as_json, text)
         return
-    if out is None or out.suffix != ".json":
+    if granularity == "z":
+        if out is None or out.suffix == ".json":
+            raise ConfigError("--out must be a folder for the new expert", remedy="for example --out experts/mine")
+        check_name(out.name)
+    elif out is None or out.suffix != ".json":
         raise ConfigError("--out must be a .json file for the mix", remedy="for example --out mix.json")
     if out.exists():
         raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
@@ -85,12 +90,38 @@ def adapt(
         "name": out.stem, **mix.to_json(), "mix": mix.id, "base": base, "search": evidence, "trace": search.trace,
         "examples": [one.prompt for one in search.examples], **provenance(),
     }  # fmt: skip
-    write_json(out, figures)
-    text = f"{out}: {mix.id}\naccuracy on the {len(given)} examples {evidence['accuracy']:.2f}"
+    if granularity == "z":
+        what = _save_expert(search, out, task, figures)
+    else:
+        write_json(out, figures)
+        what = mix.id
+    text = f"{out}: {what}\naccuracy on the {len(given)} examples {evidence['accuracy']:.2f}"
     text += f", {evidence['candidates']} mixtures in {evidence['rounds']} rounds"
     if "warning" in evidence:
         text += f"\nnote: {evidence['warning']}"
     emit(figures, as_json, text)
+
+
+def _save_expert(search: Any, out: Path, task: str | None, figures: dict[str, Any]) -> str:
+    """Save what a search that moved z made, as an expert; says what it is."""
+    from sigmix.errors import ConfigError
+    from sigmix.experts.expert import Expert
+
+    if search.expert is None:
+        raise ConfigError(
+            f"no moved z was better on the examples than {search.result or figures['mix']}, so there is no new expert",
+            remedy="use that one, or search longer",
+        )
+    names = ", ".join(search.space.starts)
+    meta = {
+        "description": f"Found by a particle swarm between {names} on {len(search.examples)} examples.",
+        "objective": "few-shot swarm", "seed": search.seed, "license": "Apache-2.0",
+        "training": {"search": figures["search"], "started_from": list(search.space.starts)},
+    }  # fmt: skip
+    if task:
+        meta["task"] = task
+    Expert(out.name, search.expert.z).with_meta(**meta).sealed(search.engine.model).save(out)
+    return f"a new expert between {names}"
 
 
 def _from_file(path: Path, score: str) -> tuple[list[Any], Callable[..., float], int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from sigmix.cli.shared import JSON, emit
@@ -17,6 +19,7 @@ def bench(
     as_json: bool = JSON,
     repeats: int = typer.Option(None, min=1, help="Rounds that count. Default: 3 for train-step, 1 for decompose."),
     dtype: str = typer.Option(None, help="Of train-step, such as float32. Default: the faster one on this machine."),
+    plot: Path = typer.Option(None, help="PNG of what truncation found; no other benchmark draws one."),
     list_: bool = typer.Option(False, "--list", help="Name the benchmarks and stop."),
 ) -> None:
     """Compare sigmix with named peers on this machine; ratios, with the figures that they came from."""
@@ -31,5 +34,16 @@ def bench(
         raise ConfigError("no benchmark named", remedy=f"give one of {', '.join(BENCHES)}")
     from sigmix.bench.harness import text
 
+    if plot is not None:
+        from sigmix.errors import ConfigError
+        from sigmix.files import check_writable
+
+        if name != "truncation":
+            raise ConfigError(f"{name} draws no plot", remedy="leave out --plot, or run truncation")
+        check_writable(plot)
     result = run(name, repeats=repeats, dtype=dtype)
+    if plot is not None:
+        from sigmix.bench.truncation import plot as draw
+
+        draw(result, plot)
     emit(result, as_json, "" if as_json else text(result))

@@ -14,19 +14,17 @@ import torch
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
 from sigmix.engine.generation import Generation, check_options, held_back
-from sigmix.engine.merged import BUDGET, MergedWeights
-from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
+from sigmix.engine.merged import BUDGET
 from sigmix.engine.packing import BUDGET as PACKED
-from sigmix.engine.packing import Packing
 from sigmix.engine.prefix import Prefilled, common_prefix, prefill
 from sigmix.engine.prefixes import BUDGET as PREFIXES
 from sigmix.engine.prefixes import Prefixes
 from sigmix.engine.prompts import check_context, encode, end_ids
-from sigmix.errors import ConfigError, ContextError, UnknownNameError
+from sigmix.engine.states import States
+from sigmix.engine.truncation import Truncation
+from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.bank import Bank
-from sigmix.experts.layout import Flat, Layout
 from sigmix.experts.mix import Mix
-from sigmix.svf.layer import FORMS
 
 Prompt = str | Sequence[int]
 
@@ -56,12 +54,8 @@ class Engine:
         keep_prefixes: int = PREFIXES,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.bank: Bank | Mapping[str, Any] = bank if bank is not None else {}
-        self.layers = adapted_layers(model)
-        self.packing = Packing(model, self.layers, keep_packed)
-        self.merged = MergedWeights(self.layers, keep_merged, self.packing)
-        self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
-        self._flats: dict[str, tuple[Any, Flat]] = {}  # by name, with the expert that it is of
+        self.states = States(model, bank if bank is not None else {}, keep_merged, keep_packed)
+        self.layers, self.packing, self.merged = self.states.layers, self.states.packing, self.states.merged
         self._turn = 0  # counts changes of the layers' state, so that a stream notices that it was overtaken
         self.prefixes = Prefixes(model, keep_prefixes)
         self._template: list[int] | None = None
@@ -82,49 +76,11 @@ class Engine:
         Raises:
             UnknownNameError: no such expert. FingerprintError, ExpertError: an expert that does not fit this base.
         """
-        if mix == Mix.base():
-            return {}
-        return self.layout.split(self._z(mix))
-
-    def _z(self, mix: Mix) -> torch.Tensor:
-        """float32 [R], over all layers in their order."""
-        return mix.flat_z(self.layout, {name: self._flat(name) for name in mix.weights})
-
-    def _flat(self, name: str) -> Flat:
-        if name not in self.bank:
-            raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
-        expert = self.bank[name]
-        known = self._flats.get(name)
-        if known is None or known[0] is not expert:
-            expert.check(self.model)
-            known = self._flats[name] = (expert, self.layout.flat(name, expert.z))
-        return known[1]
+        return {} if mix == Mix.base() else self.states.layout.split(self.states.z(mix))
 
     def key(self, mix: Mix) -> tuple[str, ...]:
         """The mix's id and its experts' digests: equal keys mean equal weights, whatever the bank holds by now."""
-        return mix.id, *(self.bank[name].digest for name in mix.weights)
-
-    @contextmanager
-    def _under(self, mixes: list[Mix], form: str | None) -> Iterator[Any]:
-        if form is not None and form not in FORMS:
-            raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
-        if len(set(mixes)) == 1 and form in (None, "merged"):
-            z = self.z(mixes[0])
-            if not z:
-                with as_base(self.layers), self.packing.using(None, None):
-                    yield None
-                return
-            made = self.merged.get(self.key(mixes[0]), z)
-            with as_merged(self.layers, made.weights), self.packing.using(made.packs, None):
-                yield None
-            return
-        if form == "merged":
-            raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
-        unique = {mix: self._z(mix) for mix in set(mixes)}
-        form = form or "factored"
-        table = torch.stack([unique[mix] for mix in mixes])
-        with as_rows(self.layers, table, form) as keep, self.packing.using(None, form):
-            yield keep
+        return self.states.key(mix)
 
     def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
         """A `Mix` for each of ``count`` prompts, from one for all or one for each; None is the base."""
@@ -132,6 +88,24 @@ class Engine:
         if len(given) != count:
             raise ConfigError(f"{len(given)} mixes for {count} prompts", remedy="give one mix, or one for each prompt")
         return [Mix.base() if m is None else Mix.parse(m) if isinstance(m, str) else m for m in given]
+
+    @property
+    def bank(self) -> Bank | Mapping[str, Any]:
+        """{name: Expert} that mixes are of; another one may be set at any time."""
+        return self.states.bank
+
+    @bank.setter
+    def bank(self, bank: Bank | Mapping[str, Any]) -> None:
+        self.states.bank = bank
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What ``form="truncated"`` computes by (`sigmix.engine.truncation.fit`); None: all components, exactly."""
+        return self.states.truncation
+
+    @truncation.setter
+    def truncation(self, plan: Truncation | None) -> None:
+        self.states.truncation = plan
 
     # ------------------------------------------------------------------ work
 
@@ -305,7 +279,7 @@ class Engine:
         # weights that were cast, moved or edited in place are other weights
         self._weights = tuple((p.data_ptr(), p.dtype, p._version) for p in self.model.parameters())
         try:
-            with self._under(mixes, form) as keep:
+            with self.states.under(mixes, form) as keep:
                 yield keep, self._turn
         finally:
             self._turn += 1

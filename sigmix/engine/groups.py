@@ -55,8 +55,16 @@ class Group:
         return torch.cat(parts)
 
 
-def find_groups(model: nn.Module, layers: Mapping[str, SVFLinear]) -> list[Group]:
-    """All adapted `torch.nn.Linear` layers, those together that a pass of the base calls in turn with one tensor."""
+def find_groups(model: nn.Module, layers: Mapping[str, SVFLinear], every: bool = False) -> list[Group]:
+    """All adapted `torch.nn.Linear` layers, those together that a pass of the base calls in turn with one tensor.
+
+    Args:
+        every: GPT-2's `Conv1D` layers too.
+    """
+
+    def fits(path: str) -> bool:
+        return every or type(layers[path].get_base_layer()) is nn.Linear
+
     calls: list[tuple[str, torch.Tensor]] = []
     handles = [
         layer.register_forward_pre_hook(lambda _, args, path=path: calls.append((path, args[0])))
@@ -75,7 +83,7 @@ def find_groups(model: nn.Module, layers: Mapping[str, SVFLinear]) -> list[Group
     found: list[list[str]] = []
     last: torch.Tensor | None = None
     for path, x in calls:
-        if type(layers[path].get_base_layer()) is not nn.Linear or path not in once:
+        if not fits(path) or path not in once:
             last = None
             continue
         follows = found and names.index(path) == names.index(found[-1][-1]) + 1  # so that their z lie side by side
@@ -85,7 +93,7 @@ def find_groups(model: nn.Module, layers: Mapping[str, SVFLinear]) -> list[Group
             found.append([path])
         last = x
     seen = {path for group in found for path in group}
-    found += [[p] for p in names if p not in seen and type(layers[p].get_base_layer()) is nn.Linear]
+    found += [[path] for path in names if path not in seen and fits(path)]
     return [Group(tuple(group), tuple(layers[p] for p in group), offsets[group[0]]) for group in found]
 
 

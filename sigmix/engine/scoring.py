@@ -6,14 +6,16 @@ A prefix that many later requests begin with, a template, can be read once and s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from sigmix.engine.decode import Sampling, decode
 from sigmix.engine.engine import Engine, Prompt
-from sigmix.engine.prefix import answer_logits, left_pad
+from sigmix.engine.prefix import Prefilled, answer_logits, left_pad
 from sigmix.engine.prompts import check_context
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
@@ -59,23 +61,60 @@ def answer_logprobs(
     Raises:
         ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
     """
-    if len(answers) != len(prompts) or not all(answers):
-        raise ConfigError("every prompt needs one answer of at least one token")
+    _check_answers(prompts, answers)
     found: list[list[float]] = []
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
         part = answers[len(found) : len(found) + len(rows)]
         for row, answer in zip(rows, part, strict=True):
             check_context(engine.model, row, len(answer))
-        width = max(map(len, part))
-        ids = torch.tensor([[*answer, *[engine.pad_id] * (width - len(answer))] for answer in part])
-        mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in part]).bool()
-        device = engine.model.get_input_embeddings().weight.device
         with engine.under(mixes, form) as keep, torch.no_grad():
-            state = engine.read(rows, mixes, keep)
-            logits = answer_logits(engine.model, state, ids.to(device), mask.to(device)).float()
-        chosen = logits.gather(2, ids.to(device)[..., None])[..., 0] - logits.logsumexp(-1)
-        found += [row[: len(answer)] for row, answer in zip(chosen.tolist(), part, strict=True)]
+            found += _logprobs(engine, engine.read(rows, mixes, keep), part)
     return found
+
+
+def replies_and_logprobs(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[int]],
+    mix: Mixes = None,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> tuple[list[str], list[list[float]]]:
+    """Greedy replies, and `answer_logprobs` of given answers; the prompts are read once for both.
+
+    Raises:
+        ConfigError, ContextError: see `answer_logprobs`.
+    """
+    _check_answers(prompts, answers)
+    texts: list[str] = []
+    found: list[list[float]] = []
+    for rows, mixes in _batches(engine, prompts, mix, batch_size):
+        part = answers[len(found) : len(found) + len(rows)]
+        for row, answer in zip(rows, part, strict=True):
+            check_context(engine.model, row, max(len(answer), max_new_tokens))
+        with engine.under(mixes) as keep, torch.no_grad():
+            state = engine.read(rows, mixes, keep)
+            found += _logprobs(engine, copy.deepcopy(state), part)
+            *_, done = decode(engine.model, state, Sampling(max_new_tokens), engine.ends, on_drop=keep)
+        texts += [engine.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
+    return texts, found
+
+
+def _check_answers(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> None:
+    if len(answers) != len(prompts) or not all(answers):
+        raise ConfigError("every prompt needs one answer of at least one token")
+
+
+def _logprobs(engine: Engine, state: Prefilled, answers: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Of answers to prompts that were read; uses the state up."""
+    width = max(map(len, answers))
+    device = engine.model.get_input_embeddings().weight.device
+    ids = torch.tensor([[*one, *[engine.pad_id] * (width - len(one))] for one in answers], device=device)
+    mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in answers], device=device).bool()
+    logits = answer_logits(engine.model, state, ids, mask).float()
+    chosen = logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(-1)
+    return [row[: len(one)] for row, one in zip(chosen.tolist(), answers, strict=True)]
 
 
 def hidden(engine: Engine, prompts: Sequence[Prompt], depths: Sequence[int], batch_size: int = 64) -> torch.Tensor:

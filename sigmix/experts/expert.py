@@ -92,7 +92,7 @@ class Expert:
         if adapter not in known:
             raise UnknownNameError("adapter", adapter, known)
         z = {path: layer.effective_z([adapter]) for path, layer in layers.items() if adapter in layer.svf_z}
-        return cls(name, z, authors)._sealed(model)
+        return cls(name, z, authors).sealed(model)
 
     def with_meta(self, **changes: Any) -> Expert:
         """The same expert with other author metadata, such as ``metrics=[…]``; None removes a key.
@@ -170,8 +170,12 @@ class Expert:
         for path, stored in (self.meta.get("sketches") or {}).items() if sketches and self.verified else ():
             compare(self.name, path, Sketch.from_json(stored), self._sketch(path, layers[path]), tolerance)
 
-    def _sealed(self, base: nn.Module) -> Expert:
-        """This expert with the base's name and fingerprint, matrix sizes and sketches."""
+    def sealed(self, base: nn.Module) -> Expert:
+        """This expert with the base's name and fingerprint, matrix sizes and sketches: from now on it is held to it.
+
+        Raises:
+            ExpertError: it adapts what the base does not have, or with another size.
+        """
         layers = self._layers(base)
         made = {
             "base": {**describe(base), "fingerprint": fingerprint(base)},
@@ -241,7 +245,7 @@ def seal(
     if expert.verified:
         expert.check(base)
         return expert
-    expert = Expert(name or expert.name, expert.z, {**thaw(expert.meta), **check_authors(meta)})._sealed(base)
+    expert = Expert(name or expert.name, expert.z, {**thaw(expert.meta), **check_authors(meta)}).sealed(base)
     write_json(path / directory.META, directory.sigmix_json(expert.name, expert.z, thaw(expert.meta)))
     if not (path / directory.CARD).exists():
         numbers = sum(len(value) for value in expert.z.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from helpers_adapt import bank_of, engine_of
 
 from sigmix.adapt import Example, FewShotSearch
@@ -36,7 +37,7 @@ def test_a_candidate_is_worth_accuracy_and_likelihood_and_runs_once(tiny, tiny_t
         gold = [[*tiny_tokenizer.encode(gold, add_special_tokens=False), 2] for _, gold in EXAMPLES]
         logprobs = [answer_logprobs(engine, [p], [ids], mix)[0] for (p, _), ids in zip(EXAMPLES, gold, strict=True)]
         assert likelihood == pytest.approx(sum(sum(row) / len(row) for row in logprobs) / 3, abs=1e-4)
-    monkeypatch.setattr(engine, "generate", None)
+    monkeypatch.setattr("sigmix.adapt.fewshot.replies_and_logprobs", None)
     assert one.values(mixes) == values
 
 
@@ -79,6 +80,34 @@ def test_one_example_one_expert_normalised(tiny, tiny_tokenizer):
     assert mix in (Mix.base(), Mix.one("adder"))
 
 
+def test_a_swarm_can_move_z_itself_and_makes_a_new_expert(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer)
+    bank, before = engine.bank, {name: p.clone() for name, p in engine.model.named_parameters()}
+    # only the likelihood tells candidates apart, so moving between the experts must improve it
+    one = search(engine, lambda *_: 0.0, method="swarm", granularity="z", population=10, iterations=8, patience=8)
+    mix = one.fit()
+    assert engine.bank is bank
+    assert one.known[mix.id] == max(one.known.values())
+    starts = [one.known[corner.id] for corner in map(one.space.mix, one.space.corners()[:-1])]
+    assert one.known[mix.id] > max(starts), "no particle was better than the base and every expert"
+    assert list(mix.weights) == [one.expert.name]
+    assert not any(torch.equal(one.expert.z[path], bank[name].z[path]) for name in bank for path in one.expert.z)
+    with pytest.raises(ConfigError, match="add search.expert"):
+        one.decide(["a"])
+    engine.bank = {**bank, one.expert.name: one.expert}
+    assert one.decide(["a"])[0].mix == mix
+    assert one.evidence()["loglik"] == one.known[mix.id][1]
+    again = search(engine_of(tiny, tiny_tokenizer), lambda *_: 0.0, method="swarm", granularity="z", population=10,
+                   iterations=8, patience=8)  # fmt: skip
+    assert again.fit() == mix
+    assert all((p == before[name]).all() for name, p in engine.model.named_parameters())
+
+
+def test_z_is_moved_by_the_swarm_only(tiny, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="by the swarm, not by cem"):
+        search(engine_of(tiny, tiny_tokenizer), granularity="z")
+
+
 def test_patience_ends_a_search(tiny, tiny_tokenizer, monkeypatch):
     one = search(engine_of(tiny, tiny_tokenizer), iterations=50, patience=2)
     monkeypatch.setattr(
@@ -91,7 +120,8 @@ def test_patience_ends_a_search(tiny, tiny_tokenizer, monkeypatch):
 def test_a_mixture_that_breaks_the_model_loses(tiny, tiny_tokenizer, monkeypatch):
     import sigmix.adapt.fewshot as module
 
-    monkeypatch.setattr(module, "answer_logprobs", lambda *a, **k: [[math.nan]] * len(a[1]))
+    broken = lambda *a, **k: (["x"] * len(a[1]), [[math.nan]] * len(a[1]))  # noqa: E731
+    monkeypatch.setattr(module, "replies_and_logprobs", broken)
     one = search(engine_of(tiny, tiny_tokenizer))
     assert one.values([Mix.base()])[0][1] == -math.inf
 

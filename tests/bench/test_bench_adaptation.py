@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sigmix.bench import engine, mixed, pass1, search
+from sigmix.bench import engine, mixed, pass1, search, truncation
 from sigmix.errors import SigmixError
 
 pytest_plugins = ["helpers_cli"]
@@ -58,10 +58,26 @@ def test_pass1_leaves_out_what_the_bank_has_nothing_for(home, bank):
 
 
 def test_mixed(home, bank):
-    result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank)
-    assert set(result["ratios"]) == {"exact_vs_base", "vs_swap", "vs_peft_lora_8", "vs_peft_lora_32"}
+    result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank, count=6)
+    assert set(result["ratios"]) == {*mixed.AIMS, "new_vs_base", "vs_peft_lora_32"}
+    assert 0 <= result["raw"]["truncated_kl"] < 1
     assert len(set(result["raw"]["mixes"])) == 9
     assert result["raw"]["least_cosine"] >= mixed.LEAST_COSINE[result["device"]["dtype"]]
+
+
+def test_truncation(home, bank, tmp_path):
+    result = truncation.run(repeats=1, base=str(home.base), rows=6, new_tokens=3, bank=bank, count=6)
+    points = result["raw"]["points"]
+    base = points[0]["kl"]
+    assert base > 0
+    for kind in ("components", "subspaces"):
+        own = [one for one in points if one["kind"] == kind]
+        errors = [one["error"] for one in own]
+        assert errors == sorted(errors, reverse=True)
+        assert [one["cost"] for one in own] == sorted(one["cost"] for one in own)
+        assert own[-1]["kl"] < base / 3
+    truncation.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_mixed_fails_if_a_row_is_not_the_request_alone(home, bank, monkeypatch):

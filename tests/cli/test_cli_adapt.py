@@ -224,3 +224,20 @@ def test_eval_options_that_exclude_each_other(refused, home, bank):
     assert "--dispatch" in refused("eval", "--dispatch", "--task", "addition", *where)
     assert "--strategy" in refused("eval", "--task", "addition", "--strategy", "A", "--mix", "reading", *where)
     assert "'Z'" in refused("eval", "--task", "addition", "--strategy", "Z", *where)
+
+
+def test_a_swarm_that_moves_z_saves_an_expert_that_every_command_takes(run, home, bank, tmp_path):
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps({"prompt": "What is 1 + 1?", "answer": "two"}) + "\n")
+    common = ("--base", home.base, "--bank", bank)
+    options = ("--examples", examples, "--granularity", "z", "--population", 6, "--iterations", 6)
+    done = run("adapt", *options, "--method", "swarm", "--out", bank / "found", *common, "--json")
+    assert done.code == 0, done.err
+    assert run("experts", "verify", bank / "found", "--base", home.base).code == 0
+    used = run("generate", "hello", "--mix", "found", "--max-new-tokens", 2, *common, "--json")
+    assert used.json["answers"][0]["mix"] == "found"
+    assert run("adapt", *options, "--method", "swarm", "--out", bank / "found", *common).code == 2  # it is there
+    refused = run("adapt", *options, "--method", "cem", "--out", bank / "other", *common)
+    assert refused.code == 2
+    assert "by the swarm" in "".join(refused.err)
+    assert run("adapt", *options, "--method", "swarm", "--out", "x.json", *common).code == 2

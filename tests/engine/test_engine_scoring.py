@@ -7,7 +7,7 @@ import torch
 from helpers_engine import TOLERANCE, alone, expert, rows
 
 from sigmix.engine import Engine, prefixes
-from sigmix.engine.scoring import answer_logprobs, decoder_layers, hidden, next_logits
+from sigmix.engine.scoring import answer_logprobs, decoder_layers, hidden, next_logits, replies_and_logprobs
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.mix import Mix
 
@@ -44,6 +44,14 @@ def test_answer_logprobs_are_those_of_each_row_alone(made, mixes):
         whole = logits(made, row + answer, mix).log_softmax(-1)
         wanted = [float(whole[len(row) - 1 + place, token]) for place, token in enumerate(answer)]
         assert one == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("mixes", [[Mix.base()] * 4, MIXES])
+def test_replies_and_logprobs_are_what_both_give_apart(made, mixes):
+    texts, found = replies_and_logprobs(made, PROMPTS, ANSWERS, mixes, max_new_tokens=5, batch_size=3)
+    assert texts == [one.text for one in made.generate(PROMPTS, mixes, max_new_tokens=5)]
+    for one, other in zip(found, answer_logprobs(made, PROMPTS, ANSWERS, mixes), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("mix", [Mix.base(), Mix.one("math"), MIXES])

@@ -184,7 +184,7 @@ def test_the_default_base_in_both_dtypes(smollm):
     paths = [f"model.layers.{i}.{name}" for i in (0, 29) for name in ("self_attn.k_proj", "mlp.down_proj")]
     sizes = {path: min(model.get_submodule(path).weight.shape) for path in paths}
     z = {path: 1 + 0.1 * torch.rand(size, generator=torch.Generator().manual_seed(0)) for path, size in sizes.items()}
-    expert = Expert("real", z)._sealed(model)
+    expert = Expert("real", z).sealed(model)
     assert expert.meta["base"]["name"] == "smollm2-135m"
     for dtype in ("float32", "bfloat16"):
         # by folder: the cache is empty here, and the default would be fetched again

@@ -1,0 +1,116 @@
+"""The states that an engine puts its model in: the base, one merged mix, or a mix for each row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sigmix.engine.merged import MergedWeights
+from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
+from sigmix.engine.packing import Packing
+from sigmix.engine.truncation import Truncation
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.layout import Flat, Layout
+from sigmix.experts.mix import Mix
+from sigmix.svf.layer import FORMS
+
+FLATS = 128
+"""Experts whose vectors are kept; a search that moves z makes new ones all the time."""
+
+
+class States:
+    """A model's adapted layers under mixes of a bank's experts.
+
+    Args:
+        model: a base, or a PEFT model with SVF layers. bank: {name: Expert}.
+        keep_merged, keep_packed: memory budgets, see `Engine`.
+
+    Attributes:
+        truncation: what the truncated form computes by; None: all components of every matrix.
+    """
+
+    def __init__(self, model: Any, bank: Mapping[str, Any], keep_merged: int, keep_packed: int) -> None:
+        self.model, self.bank = model, bank
+        self.layers = adapted_layers(model)
+        self.packing = Packing(model, self.layers, keep_packed)
+        self.merged = MergedWeights(self.layers, keep_merged, self.packing)
+        self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
+        self.truncation: Truncation | None = None
+        self._flats: dict[str, tuple[Any, Flat]] = {}  # by name, with the expert that it is of
+
+    def z(self, mix: Mix) -> torch.Tensor:
+        """Effective z, float32 [R] over all layers in their order.
+
+        Raises:
+            UnknownNameError: no such expert. FingerprintError, ExpertError: an expert that does not fit this base.
+        """
+        return mix.flat_z(self.layout, {name: self._flat(name) for name in mix.weights})
+
+    def _flat(self, name: str) -> Flat:
+        if name not in self.bank:
+            raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
+        expert = self.bank[name]
+        known = self._flats.get(name)
+        if known is None or known[0] is not expert:
+            expert.check(self.model)
+            known = (expert, self.layout.flat(name, expert.z))
+            self._flats.pop(name, None)
+            while len(self._flats) >= FLATS:
+                self._flats.pop(next(iter(self._flats)))
+            self._flats[name] = known
+        return known[1]
+
+    def key(self, mix: Mix) -> tuple[str, ...]:
+        """The mix's id and its experts' digests."""
+        return mix.id, *(self.bank[name].digest for name in mix.weights)
+
+    @contextmanager
+    def under(self, mixes: list[Mix], form: str | None) -> Iterator[Any]:
+        """Inside, the model computes row b of a batch under ``mixes[b]``; see `Engine.under`.
+
+        One mix is merged, which costs nothing per token. Several are factored: rows of one mix could also be merged
+        and answered apart, but then every step reads all weights once for each mix, and a step of few rows takes
+        nearly as long as one of many.
+        """
+        if form is not None and form not in FORMS:
+            raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
+        if len(set(mixes)) == 1 and form in (None, "merged"):
+            if mixes[0] == Mix.base():
+                with as_base(self.layers), self.packing.using(None, None):
+                    yield None
+                return
+            z = self.layout.split(self.z(mixes[0]))  # first, because it checks the experts' names
+            made = self.merged.get(self.key(mixes[0]), z)
+            with as_merged(self.layers, made.weights), self.packing.using(made.packs, None):
+                yield None
+            return
+        if form == "merged":
+            raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
+        unique = {mix: self.z(mix) for mix in dict.fromkeys(mixes)}
+        form = form or "factored"
+        if form == "truncated" and self.truncation is not None:
+            self._check(unique)
+            places = [list(unique).index(mix) for mix in mixes]
+            table = torch.stack(list(unique.values()))
+            with (
+                as_base(self.layers),
+                self.packing.using(None, None),
+                self.truncation.using(self.packing, table, places) as keep,
+            ):
+                yield keep
+            return
+        table = torch.stack([unique[mix] for mix in mixes])
+        with as_rows(self.layers, table, form) as keep, self.packing.using(None, form):
+            yield keep
+
+    def _check(self, mixes: Iterable[Mix]) -> None:
+        known = self.truncation.experts  # type: ignore[union-attr]
+        for name in {name for mix in mixes for name in mix.weights}:
+            if known.get(name) != self.bank[name].digest:
+                raise ConfigError(
+                    f"the truncation was fitted for {', '.join(known)}, not for the expert {name} as it is now",
+                    remedy="fit it anew with all experts that are mixed",
+                )

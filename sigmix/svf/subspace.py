@@ -1,0 +1,131 @@
+"""What a few experts do to a layer's outputs, held in two small subspaces that all their mixtures share.
+
+A layer W [m, n] under gains g becomes W + D(g), D(g) = U diag(s ⊙ g) Vᵀ. Inputs do not fill the space: with their
+second moment C = E[x xᵀ] = L Lᵀ (Cholesky), x = L ε, and a replacement D̂ errs in the outputs by E‖(D - D̂)x‖² =
+‖(D - D̂)L‖². So the replacement is chosen for D L, over all experts at once:
+
+    D̂(g) = Q · core(g) · A,    core(g) = Qᵀ D(g) L R  [j, k],    A = Rᵀ L⁻¹  [k, n]
+
+R [n, k] spans the leading input directions of the stacked D(gₖ) L, and Q [m, j] the leading output directions of what
+is left of them; both have orthonormal columns, so the squared error is Σ‖D(gₖ)L‖² - Σ‖core(gₖ)‖², known before
+anything runs. The core is linear in g and made for any g: core(g) = (QᵀU) diag(s ⊙ g) (VᵀLR). At full size D̂ = D.
+
+Layers with one input are one group: their outputs lie below each other, each layer's in units of its own size of
+output, so that queries and values count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+RIDGE = 1e-4
+"""Of C's mean diagonal, added to it: inputs outside the calibration's span still count a little."""
+
+
+@dataclass
+class Subspace:
+    """The replacement of a group of layers; `cut` takes any smaller one from it.
+
+    Attributes:
+        inputs: A [k, n]. outputs: Q [Σ m, j], in the layers' own units again.
+        left, right: per layer [j, r] and [r, k]; core(g) is the sum over the layers of left diag(g) right.
+        captured: [j + 1, k + 1], Σ over experts ‖core‖² for every pair of sizes. total: Σ over experts ‖D L‖².
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    left: list[Tensor]
+    right: list[Tensor]
+    captured: Tensor
+    total: float
+
+    def lost(self, j: int, k: int) -> float:
+        """Share of Σ‖D L‖² that j output and k input directions do not hold."""
+        return max(1 - float(self.captured[j, k]) / self.total, 0.0) if self.total > 0 else 0.0
+
+    def cut(self, j: int, k: int, dtype: torch.dtype) -> Subspace:
+        """The first j output and k input directions only, in a dtype."""
+        return Subspace(
+            self.inputs[:k].to(dtype).contiguous(),
+            self.outputs[:, :j].to(dtype).contiguous(),
+            [left[:j].to(dtype).contiguous() for left in self.left],
+            [right[:, :k].to(dtype).contiguous() for right in self.right],
+            self.captured[: j + 1, : k + 1],
+            self.total,
+        )
+
+    def core(self, gains: Sequence[Tensor]) -> Tensor:
+        """[B, j, k] for gains [B, r] of each layer; exactly 0 where all gains are."""
+        parts = [(lt * gain[:, None, :]) @ rt for lt, rt, gain in zip(self.left, self.right, gains, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def subspace(
+    factors: Sequence[tuple[Tensor, Tensor]],
+    gains: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    second: Tensor,
+    j: int,
+    k: int,
+) -> Subspace:
+    """Find the subspaces of a group of layers.
+
+    Args:
+        factors: per layer (left [m, r], right [n, r]), D(g) = left diag(g) rightᵀ; one of both has orthogonal columns
+            and the other orthonormal ones.
+        gains: per layer [K, r], of the experts that mixtures will be of.
+        sizes: per layer the mean squared norm of its output, a scalar.
+        second: C [n, n] of the inputs; the identity if nothing is known about them.
+        j, k: output and input directions; capped by Σ m and n.
+    """
+    dtype, n = second.dtype, len(second)
+    ridge = RIDGE * second.diagonal().mean().clamp_min(torch.finfo(dtype).tiny)
+    chol = torch.linalg.cholesky(second + ridge * torch.eye(n, dtype=dtype))
+    # layers in units of their own output
+    lefts = [left.to(dtype) / size.clamp_min(1e-30).sqrt() for (left, _), size in zip(factors, sizes, strict=True)]
+    rights = [right.to(dtype).T @ chol for _, right in factors]  # [r, n]
+    gains = [gain.to(dtype) for gain in gains]
+    # leftᵀ left is diagonal, so Σ over experts of (D L)ᵀ (D L) is rightᵀ diag(…) right
+    strength = [left.norm(dim=0) * gain.norm(dim=0) for left, gain in zip(lefts, gains, strict=True)]
+    basis = _leading(torch.cat([r * s[:, None] for r, s in zip(rights, strength, strict=True)]), k)
+    within = [right @ basis for right in rights]
+    count = len(gains[0])
+    pushed = [
+        torch.cat([(left * gain[number]) @ inner for number in range(count)], dim=1)
+        for left, gain, inner in zip(lefts, gains, within, strict=True)
+    ]  # per layer [m, K k]
+    directions = _leading(torch.cat(pushed).T, j).split([len(left) for left in lefts])
+    made = Subspace(
+        inputs=torch.linalg.solve_triangular(chol.T, basis, upper=True).T,
+        outputs=torch.cat(
+            [part * size.clamp_min(1e-30).sqrt() for part, size in zip(directions, sizes, strict=True)]
+        ),
+        left=[part.T @ left for part, left in zip(directions, lefts, strict=True)],
+        right=within,
+        captured=torch.zeros(0, 0),
+        total=sum(
+            float(torch.einsum("kr,rs,ks->", gain, (left.T @ left) * (right @ right.T), gain))
+            for left, right, gain in zip(lefts, rights, gains, strict=True)
+        ),
+    )
+    squares = made.core(gains).square().sum(0)
+    made.captured = torch.zeros(len(squares) + 1, squares.shape[1] + 1, dtype=torch.float64)
+    made.captured[1:, 1:] = squares.double().cumsum(0).cumsum(1)
+    return made
+
+
+def _leading(matrix: Tensor, k: int) -> Tensor:
+    """The leading k right singular vectors [q, min(k, q)] of [p, q], by the smaller of its two Gram matrices."""
+    p, q = matrix.shape
+    k = min(k, q)
+    if q <= p:
+        return torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :k]
+    few = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, : min(k, p)]
+    found = matrix.T @ few
+    # beyond the rank nothing is left to lead, so any directions will do
+    fill = torch.eye(q, k - found.shape[1], dtype=matrix.dtype)
+    return torch.linalg.qr(torch.cat([found, fill], dim=1))[0]
