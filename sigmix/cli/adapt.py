@@ -1,4 +1,5 @@
-"""`sigmix adapt`: a mixture for a task from a few examples (strategy C), or the probe of a bank (strategy D)."""
+"""`sigmix adapt`: a mixture for a task from a few examples (strategy C), or what a bank has fitted to it: the probe of
+strategy D, the truncated form."""
 
 from __future__ import annotations
 
@@ -40,22 +41,32 @@ def adapt(
     seed: int = typer.Option(0, help="Of the search, and of drawing --task's items."),
     fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the bank's probe on its experts' training prompts."),
     per_label: int = typer.Option(200, min=4, help="Training prompts a label for --fit-probe."),
+    fit_truncation: bool = typer.Option(False, "--fit-truncation", help="Fit the truncated form of mixtures."),
+    error_budget: float = typer.Option(0.1, help="Share of what experts do that --fit-truncation may lose."),
+    prompts: int = typer.Option(96, min=1, help="Training prompts for --fit-truncation."),
     data_dir: Path = DATA,
     base: str = BASE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
-    """Search a mixture on labelled examples, or fit the probe that chooses experts."""
+    """Search a mixture on labelled examples, or fit the probe that chooses experts, or the truncated form."""
     from sigmix.errors import ConfigError, OutputError
     from sigmix.experts.metadata import check_name
     from sigmix.files import check_writable, write_json
 
-    if fit_probe == bool(examples or task):
-        raise ConfigError("give --examples, or --task, or --fit-probe", remedy="sigmix adapt --help shows examples")
+    if fit_probe + fit_truncation + bool(examples or task) != 1:
+        raise ConfigError(
+            "give --examples, or --task, or --fit-probe, or --fit-truncation",
+            remedy="sigmix adapt --help shows examples",
+        )
     if examples and task:
         raise ConfigError("--examples and --task exclude each other")
     if fit_probe:
         figures, text = _probe(base, bank, out, per_label, seed, data_dir)
+        emit(figures, as_json, text)
+        return
+    if fit_truncation:
+        figures, text = _truncation(base, bank, out, error_budget, prompts, seed, data_dir)
         emit(figures, as_json, text)
         return
     if granularity == "z":
@@ -174,3 +185,28 @@ def _probe(
     }  # fmt: skip
     text = f"{path}: layer {probe.depth}, threshold {probe.threshold:.2f}, validation accuracy "
     return figures, text + f"{probe.facts['validation_accuracy']:.3f} over {', '.join(probe.labels)}"
+
+
+def _truncation(
+    base: str, bank: Path | None, out: Path | None, budget: float, count: int, seed: int, data_dir: Path | None
+) -> tuple[dict[str, Any], str]:
+    from sigmix.adapt.labels import skills
+    from sigmix.engine.truncation import check_budget, fit
+    from sigmix.engine.truncation_file import FILE, save_truncation
+    from sigmix.evals.dispatch import prompts_of_experts
+    from sigmix.files import check_writable
+
+    check_budget(budget)
+    experts = open_bank(bank)
+    path = out or experts.folder / FILE
+    check_writable(path)
+    texts = prompts_of_experts(experts, count, seed=seed, data_dir=data_dir)
+    engine = open_engine(base, experts)
+    with working("fitting the truncated form"):
+        plan = fit(engine, texts, skills(experts)).plan(budget)
+    save_truncation(plan, engine, path)
+    figures = {
+        "truncation": str(path), "expected_error": plan.error, "extra_work": plan.cost, "experts": list(plan.experts),
+        **plan.facts,
+    }  # fmt: skip
+    return figures, f"{path}: {plan.describe()}"

@@ -34,6 +34,7 @@ def generate(
     stop: list[str] = STOP,
     system: str = typer.Option(None, help="System turn. Default: the chat template's own."),
     raw: bool = typer.Option(False, "--raw", help="Continue the bare text: no chat template."),
+    form: str = typer.Option(None, help="merged, factored, gain or truncated (fitted before). Default: the cheapest."),
     strategy: str = STRATEGY,
     explain: bool = typer.Option(False, "--explain", help="Say which experts auto chose, and why."),
     base: str = BASE,
@@ -46,6 +47,11 @@ def generate(
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     given, experts = open_mixes([text for text in mix if text != AUTO], bank, AUTO in mix)
     engine = open_engine(base, experts, given)
+    if form == "truncated":
+        from sigmix.engine.truncation_file import bank_truncation
+
+        engine.truncation = bank_truncation(engine)
+        note(engine.truncation.describe())
     rows = [engine.encode(text, system, False if raw else None) for text in prompts]
     asked = [number for number, text in enumerate(texts) if text == AUTO]
     decisions = {}
@@ -59,7 +65,7 @@ def generate(
         answers = engine.generate(
             rows, mixes, max_new_tokens=max_new_tokens, temperature=temperature,
             top_p=top_p, seeds=[seed + number for number in range(len(rows))], stop=[mark for mark in stop if mark],
-            keep_errors=True,
+            form=form, keep_errors=True,
         )  # fmt: skip
     figures = [
         {

@@ -153,8 +153,7 @@ class Calibration:
         Raises:
             ConfigError: the budget is no share.
         """
-        if not 0 <= budget <= 1:
-            raise ConfigError(f"an error budget is a share from 0 to 1, not {budget}")
+        check_budget(budget)
         whole = sum(part.total for part in self.full.values()) or 1.0
 
         def lost(sizes: Mapping[str, tuple[int, int]]) -> float:
@@ -189,6 +188,12 @@ class Calibration:
     @staticmethod
     def _cost(group: Group, j: int, k: int, call: int = CALL) -> int:
         return k * group.layers[0].in_features + j * sum(group.sizes) + j * k + call * (k > 0)
+
+
+def check_budget(budget: float) -> None:
+    """Raise `ConfigError` unless an error budget is a share."""
+    if not 0 <= budget <= 1:
+        raise ConfigError(f"an error budget is a share from 0 to 1, not {budget}")
 
 
 @torch.no_grad()

@@ -66,6 +66,22 @@ def requests(
     return found
 
 
+def prompts_of_experts(
+    bank: Mapping[str, Any], count: int, *, seed: int = 0, data_dir: Path | None = None
+) -> list[str]:
+    """Training prompts of the tasks that a bank's experts were trained on, in turn: what they are for.
+
+    Raises:
+        ConfigError: the bank has no expert. ExpertError: one that does not say which task it was trained on.
+    """
+    names = skills(bank)
+    if not names:
+        raise ConfigError("the bank has no expert", remedy="train one first")
+    each = -(-count // len(names))
+    drawn = [_task(bank, name, data_dir).samples("train", each, seed=seed) for name in names]
+    return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
+
+
 def _has(bank: Mapping[str, Any], task: str) -> bool:
     """Whether the bank has an expert for a task or for its domain."""
     domains = {bank[name].meta.get("domain") for name in skills(bank)}

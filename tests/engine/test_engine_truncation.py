@@ -8,7 +8,8 @@ from helpers_engine import TOLERANCE, expert, rows
 
 from sigmix.engine import Engine, packing
 from sigmix.engine.truncation import fit, keep_components
-from sigmix.errors import ConfigError
+from sigmix.engine.truncation_file import load_truncation, save_truncation
+from sigmix.errors import ConfigError, ExpertError, FingerprintError
 from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -145,3 +146,30 @@ def test_components_by_energy_keep_their_budget(tiny, tiny_tokenizer):
     ks = [layer.k / layer.r for layer in engine.layers.values()]
     assert min(ks) < max(ks), "one rank for all is no choice"
     assert not torch.allclose(logits(engine, "truncated"), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_saved_plan_computes_the_same(tiny, tiny_tokenizer, arch, tmp_path):
+    engine = engine_of(tiny, tiny_tokenizer, arch)
+    engine.truncation = calibrated(engine).plan(0.3)
+    save_truncation(engine.truncation, engine, tmp_path / "t.safetensors")
+    other = engine_of(tiny, tiny_tokenizer, arch)
+    other.truncation = load_truncation(other, tmp_path / "t.safetensors")
+    assert torch.equal(logits(other, "truncated"), logits(engine, "truncated"))
+    assert other.truncation.describe() == engine.truncation.describe()
+    assert other.truncation.facts["budget"] == 0.3
+
+
+def test_files_that_are_no_plan(tiny, tiny_tokenizer, tmp_path):
+    engine = engine_of(tiny, tiny_tokenizer)
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(ExpertError, match="no truncation"):
+        load_truncation(engine, path)
+    save_truncation(calibrated(engine).plan(0.3), engine, path)
+    with pytest.raises(FingerprintError, match="fitted on the base"):
+        load_truncation(engine_of(tiny, tiny_tokenizer, "qwen2"), path)
+    whole = path.read_bytes()
+    for broken in (whole[:100], whole[:-50], b"", whole.replace(b"truncation-1", b"truncation-9")):
+        path.write_bytes(broken)
+        with pytest.raises(ExpertError, match="cannot be read"):
+            load_truncation(engine, path)
