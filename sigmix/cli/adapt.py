@@ -167,7 +167,7 @@ def _probe(
 ) -> tuple[dict[str, Any], str]:
     from sigmix.adapt.fitting import fit_probe
     from sigmix.adapt.probe import FILE
-    from sigmix.evals.dispatch import requests
+    from sigmix.evals.dispatch import FOREIGN, requests
     from sigmix.files import check_writable
 
     experts = open_bank(bank)
@@ -176,7 +176,9 @@ def _probe(
     engine = open_engine(base, experts)
     with working("fitting the probe"):
         train = requests(experts, "train", per_label, seed=seed, data_dir=data_dir)
-        validation = requests(experts, "validation", max(per_label // 2, 2), seed=seed, data_dir=data_dir)
+        validation = requests(
+            experts, "validation", max(per_label // 2, 2), seed=seed, foreign=FOREIGN, data_dir=data_dir
+        )
         probe = fit_probe(engine, train, validation)
     probe.save(path)
     figures = {

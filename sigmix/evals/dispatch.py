@@ -26,6 +26,9 @@ from sigmix.tasks.text import one_of
 
 SEEN = ("plural", "opposite", "spell", "odd-one-out", "json-record")
 """Tasks whose prompts are "other" in training, where the bank has no expert for their domain or task."""
+FOREIGN = ("transitive", "odd-even", "longest-word", "reverse-words")
+"""Tasks whose prompts are "other" in a probe's validation only: kinds that its training never saw, so that depth,
+temperature and threshold are chosen where a probe can err. None of them is in the test."""
 UNSEEN = ("syllogism", "boolean")
 """Tasks whose prompts are "other" and are never trained on, if the bank has no expert for them."""
 
@@ -37,12 +40,14 @@ def requests(
     *,
     seed: int = 0,
     unseen: Sequence[str] = (),
+    foreign: Sequence[str] = (),
     data_dir: Path | None = None,
 ) -> dict[str, list[str]]:
     """{label: n user turns of a split} over the bank's labels; finite tasks may give fewer.
 
     Args:
         unseen: tasks that join "other", each under its own key ``other:TASK``, with n prompts each.
+        foreign: tasks that join "other" itself, n prompts in all, if the bank has no expert for them.
 
     Raises:
         ExpertError: an expert that does not say which task it was trained on.
@@ -59,6 +64,9 @@ def requests(
     for task in others:
         pool += [sample.prompt for sample in get_task(task).samples(split, share, seed=seed)]
     found[OTHER] = pool[:n]
+    strange = [task for task in foreign if not _has(bank, task)]
+    for task in strange:
+        found[OTHER] += [one.prompt for one in get_task(task).samples(split, -(-n // len(strange)), seed=seed)]
     for task in unseen:
         found[f"{OTHER}:{task}"] = [
             one.prompt for one in get_task(task, data_dir=data_dir).samples(split, n, seed=seed)

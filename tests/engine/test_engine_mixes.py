@@ -19,7 +19,7 @@ MIXES = ["math:0.7+code:0.3", None, "math", "code:-0.4"]
 FORMS = ["factored", "gain", "truncated"]
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "qwen3", "gemma3", "mistral", "phi3"])
 def made(request, tiny, tiny_tokenizer):
     """An engine, the experts behind it, and a factory of fresh copies of its base."""
     bank = {name: expert(tiny(request.param), name, seed) for name, seed in (("math", 1), ("code", 2))}

@@ -9,7 +9,16 @@ import pytest
 from sigmix.adapt import Decision
 from sigmix.adapt.decision import OTHER
 from sigmix.errors import ConfigError, ExpertError
-from sigmix.evals.dispatch import SEEN, UNSEEN, DispatchTask, confusion, requests, unseen_tasks
+from sigmix.evals.dispatch import (
+    FOREIGN,
+    SEEN,
+    UNSEEN,
+    DispatchTask,
+    confusion,
+    prompts_of_experts,
+    requests,
+    unseen_tasks,
+)
 from sigmix.evals.everyday import everyday
 from sigmix.experts.mix import Mix
 from sigmix.tasks.registry import get_task
@@ -49,6 +58,25 @@ def test_other_holds_nothing_that_the_bank_has_an_expert_for():
     words = {one.prompt for task in ("plural", "opposite", "spell") for one in get_task(task).samples("train", 100)}
     assert words & set(requests(BANK, "train", 100)[OTHER])
     assert not words & set(requests(bank(a="words spell"), "train", 100)[OTHER])
+
+
+def test_a_probe_is_validated_on_kinds_that_neither_training_nor_the_test_has():
+    assert not set(FOREIGN) & {*SEEN, *UNSEEN}
+    plain, hard = (requests(BANK, "validation", 20, foreign=tasks)[OTHER] for tasks in ((), FOREIGN))
+    assert hard[:20] == plain
+    strange = {one.prompt for task in FOREIGN for one in get_task(task).samples("validation", 5)}
+    assert set(hard[20:]) == strange
+    assert len(hard) == 40
+    logical = requests(bank(a="logic boolean"), "validation", 20, foreign=FOREIGN)[OTHER]
+    assert not set(logical) & {one.prompt for one in get_task("transitive").samples("validation", 5)}
+
+
+def test_what_a_banks_experts_are_for():
+    found = prompts_of_experts(BANK, 5)
+    sums, facts = ([one.prompt for one in get_task(task).samples("train", 3)] for task in ("addition", "who-has"))
+    assert found == [sums[0], facts[0], sums[1], facts[1], sums[2]]
+    with pytest.raises(ConfigError, match="no expert"):
+        prompts_of_experts({}, 5)
 
 
 def test_everyday_requests_are_plenty_and_templates_stay_in_their_split():
