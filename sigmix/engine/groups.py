@@ -24,11 +24,13 @@ class Group:
     Attributes:
         paths: their names, in the order of the model's adapted layers. layers: the layers.
         first: place of the first one's z in a vector over all layers, see `sigmix.experts.layout`.
+        place: of the first one among all adapted layers.
     """
 
     paths: tuple[str, ...]
     layers: tuple[SVFLinear, ...]
     first: int
+    place: int
 
     @property
     def sizes(self) -> list[int]:
@@ -94,7 +96,7 @@ def find_groups(model: nn.Module, layers: Mapping[str, SVFLinear], every: bool =
         last = x
     seen = {path for group in found for path in group}
     found += [[path] for path in names if path not in seen and fits(path)]
-    return [Group(tuple(group), tuple(layers[p] for p in group), offsets[group[0]]) for group in found]
+    return [Group(tuple(g), tuple(layers[p] for p in g), offsets[g[0]], names.index(g[0])) for g in found]
 
 
 class Shared:

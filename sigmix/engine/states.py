@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,16 +89,15 @@ class States:
             return
         if form == "merged":
             raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
-        unique = {mix: self.z(mix) for mix in dict.fromkeys(mixes)}
+        unique = {mix: self.z(mix) for mix in dict.fromkeys(mixes)}  # the truncated form needs the checks only
         form = form or "factored"
         if form == "truncated" and self.truncation is not None:
-            self._check(unique)
+            alphas = self._alphas(self.truncation, list(unique))
             places = [list(unique).index(mix) for mix in mixes]
-            table = torch.stack(list(unique.values()))
             with (
                 as_base(self.layers),
                 self.packing.using(None, None),
-                self.truncation.using(self.packing, table, places) as keep,
+                self.truncation.using(self.packing, alphas, places) as keep,
             ):
                 yield keep
             return
@@ -106,11 +105,16 @@ class States:
         with as_rows(self.layers, table, form) as keep, self.packing.using(None, form):
             yield keep
 
-    def _check(self, mixes: Iterable[Mix]) -> None:
-        known = self.truncation.experts  # type: ignore[union-attr]
-        for name in {name for mix in mixes for name in mix.weights}:
-            if known.get(name) != self.bank[name].digest:
-                raise ConfigError(
-                    f"the truncation was fitted for {', '.join(known)}, not for the expert {name} as it is now",
-                    remedy="fit it anew with all experts that are mixed",
-                )
+    def _alphas(self, plan: Truncation, mixes: list[Mix]) -> torch.Tensor:
+        """[D, K, M], weights of mixes over a plan's experts."""
+        names = list(plan.experts)
+        found = torch.zeros(len(mixes), len(names), len(self.layers), dtype=torch.float64)
+        for number, mix in enumerate(mixes):
+            for name, row in zip(mix.weights, self.layout.alphas(mix.weights, mix.alpha), strict=True):
+                if plan.experts.get(name) != self.bank[name].digest:
+                    raise ConfigError(
+                        f"the truncation was fitted for {', '.join(names)}, not for the expert {name} as it is now",
+                        remedy="fit it anew with all experts that are mixed",
+                    )
+                found[number, names.index(name)] = row
+        return found

@@ -23,13 +23,13 @@ from sigmix.engine.modes import as_base
 from sigmix.engine.packing import Packing, packed_linear
 from sigmix.engine.prefix import left_pad
 from sigmix.errors import ConfigError
-from sigmix.svf.subspace import Subspace, subspace
+from sigmix.svf.subspace import LowRank, Subspace, subspace
 
 INPUTS = (4, 8, 12, 16, 20, 24, 32, 48)
 OUTPUTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of directions that are tried, and the largest."""
-CALL = 150_000
-"""Multiply-adds per row that the extra calls of one group are worth (measured: about 30 µs at 32 rows)."""
+CALL = 300_000
+"""Multiply-adds per row that the extra calls of one group are worth (measured: about 50 µs at 32 rows)."""
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Truncation:
     """A plan for mixtures of given experts.
 
     Attributes:
-        groups: of the model. parts: a group's subspaces by its first path; groups without an entry are the base's.
+        groups: of the model. parts: a group's replacement by its first path; groups without one are the base's.
         error: expected share of what the experts do to the layers' outputs (squared, over the calibration's inputs,
             each layer in units of its own output) that is lost. cost: extra multiply-adds per token, as a share of
-            the base's. experts: {name: digest} that the error is about. facts: how it was fitted.
+            the base's. experts: {name: digest}, in the order of the parts' cores. facts: how it was fitted.
     """
 
     groups: list[Group]
-    parts: dict[str, Subspace]
+    parts: dict[str, LowRank]
     error: float
     cost: float
     experts: dict[str, str] = field(default_factory=dict)
@@ -60,12 +60,13 @@ class Truncation:
         )
 
     @contextmanager
-    def using(self, packing: Packing, table: torch.Tensor, places: list[int]) -> Iterator[Any]:
+    def using(self, packing: Packing, alphas: torch.Tensor, places: list[int]) -> Iterator[Any]:
         """Inside, adapted layers compute W x + Q core_b A x for row b.
 
         Args:
-            packing: of the model. table: float32 [D, R], distinct z over all layers.
-            places: row b of the batch is computed under table[places[b]].
+            packing: of the model.
+            alphas: [D, K, M], mixing weights of distinct mixes over the plan's experts, at every adapted matrix.
+            places: row b of the batch is computed under alphas[places[b]].
 
         Yields:
             A function that keeps only the rows with given indices; None: all again.
@@ -73,10 +74,9 @@ class Truncation:
         cores = {}
         for group in self.groups:
             if (part := self.parts.get(group.paths[0])) is not None:
-                z = table[:, group.first : group.first + sum(group.ranks)]
-                gains = (z - 1).to(part.inputs.device, part.inputs.dtype).split(group.ranks, 1)
+                own = alphas[:, :, group.place : group.place + len(group.paths)].to(part.cores.device)
                 # transposed, because rows multiply it from the left
-                cores[group.paths[0]] = part.core(gains)[places].transpose(1, 2).contiguous()
+                cores[group.paths[0]] = part.core(own)[places].transpose(1, 2).contiguous()
         now = dict(cores)
 
         def keep(indices: list[int] | None) -> None:
@@ -142,6 +142,7 @@ class Calibration:
 
     groups: list[Group]
     full: dict[str, Subspace]
+    gains: dict[str, list[torch.Tensor]]
     base_cost: int
     experts: dict[str, str]
     facts: dict[str, Any]
@@ -168,7 +169,7 @@ class Calibration:
                 low, sizes = middle, trial
             else:
                 high = middle
-        parts = {key: self.full[key].cut(*pair, self.dtype) for key, pair in sizes.items() if min(pair)}
+        parts = {k: self.full[k].cut(*pair, self.gains[k], self.dtype) for k, pair in sizes.items() if min(pair)}
         cost = sum(self._cost(group, *sizes[group.paths[0]], call=0) for group in self.groups) / self.base_cost
         return Truncation(self.groups, parts, lost(sizes), cost, self.experts, {**self.facts, "budget": budget})
 
@@ -225,10 +226,11 @@ def fit(
     groups = find_groups(engine.model, engine.layers, every=True)
     seconds = _second_moments(engine, groups, whole)
     table = torch.stack([engine.states.z(mix) for mix in engine.mixes(list(experts), len(experts))])
-    full = {}
+    full, every = {}, {}
     for group in groups:
         second = seconds.pop(group.paths[0])
-        gains = (table[:, group.first : group.first + sum(group.ranks)] - 1).split(group.ranks, 1)
+        gains = list((table[:, group.first : group.first + sum(group.ranks)] - 1).split(group.ranks, 1))
+        every[group.paths[0]] = gains
         factors, sizes = [], []
         for layer in group.layers:
             first, last = layer.factors()  # [r, in], [out, r]
@@ -240,7 +242,7 @@ def fit(
     base += sum(module.weight.numel() for module in engine.packing.others)
     digests = {name: engine.bank[name].digest for name in experts}
     facts = {"prompts": len(rows), "tokens": sum(map(len, whole))}
-    return Calibration(groups, full, base, digests, facts, next(iter(engine.layers.values())).matrix().dtype)
+    return Calibration(groups, full, every, base, digests, facts, next(iter(engine.layers.values())).matrix().dtype)
 
 
 def keep_components(engine: Any, experts: Sequence[str], budget: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.files import atomic_file
-from sigmix.svf.subspace import Subspace
+from sigmix.svf.subspace import LowRank
 
 FILE = "truncation.safetensors"
 FORMAT = "sigmix-truncation-1"
@@ -31,9 +31,7 @@ def save_truncation(plan: Truncation, engine: Any, path: str | os.PathLike[str])
     """
     tensors: dict[str, torch.Tensor] = {}
     for number, part in enumerate(plan.parts.values()):
-        tensors[f"{number}.inputs"], tensors[f"{number}.outputs"] = part.inputs, part.outputs
-        for place, (left, right) in enumerate(zip(part.left, part.right, strict=True)):
-            tensors[f"{number}.{place}.left"], tensors[f"{number}.{place}.right"] = left, right
+        tensors |= {f"{number}.inputs": part.inputs, f"{number}.outputs": part.outputs, f"{number}.cores": part.cores}
     about = {
         "format": FORMAT, "base": fingerprint(engine.model), "groups": list(plan.parts), "error": plan.error,
         "cost": plan.cost, "experts": plan.experts, "facts": plan.facts,
@@ -64,7 +62,8 @@ def load_truncation(engine: Any, path: str | os.PathLike[str]) -> Truncation:
                     f"{short(found)}",
                     remedy="fit it anew on this base: sigmix adapt --fit-truncation --bank FOLDER",
                 )
-            parts = {key: _part(file, number, groups[key]) for number, key in enumerate(about["groups"])}
+            count = len(about["experts"])
+            parts = {key: _part(file, number, groups[key], count) for number, key in enumerate(about["groups"])}
         return Truncation(
             list(groups.values()), parts, float(about["error"]), float(about["cost"]), dict(about["experts"]),
             dict(about["facts"]),
@@ -73,7 +72,7 @@ def load_truncation(engine: Any, path: str | os.PathLike[str]) -> Truncation:
         raise ExpertError(f"the truncation {path} cannot be read: {error!r}", remedy=REMEDY) from error
 
 
-def _part(file: Any, number: int, group: Any) -> Subspace:
+def _part(file: Any, number: int, group: Any, experts: int) -> LowRank:
     weight = group.layers[0].matrix()
 
     def read(name: str, *shape: int | None) -> torch.Tensor:
@@ -84,10 +83,8 @@ def _part(file: Any, number: int, group: Any) -> Subspace:
         return found.to(weight.device, weight.dtype)
 
     inputs, outputs = read("inputs", None, weight.shape[1]), read("outputs", sum(group.sizes), None)
-    j, k = outputs.shape[1], len(inputs)
-    left = [read(f"{place}.left", j, r) for place, r in enumerate(group.ranks)]
-    right = [read(f"{place}.right", r, k) for place, r in enumerate(group.ranks)]
-    return Subspace(inputs, outputs, left, right, torch.zeros(j + 1, k + 1), 0.0)
+    cores = read("cores", len(group.paths), experts, outputs.shape[1], len(inputs))
+    return LowRank(inputs, outputs, cores)
 
 
 def bank_truncation(engine: Any) -> Truncation:

@@ -70,13 +70,7 @@ class Layout:
         """
         if not weights:
             return torch.ones(sum(self.sizes))
-        alphas = torch.tensor(
-            [
-                [a] * len(self.sizes) if isinstance(a, float) else [alpha(name, path) for path in self.layers]
-                for name, a in weights.items()
-            ],
-            dtype=torch.float64,
-        )
+        alphas = self.alphas(weights, alpha)
         acting = (alphas != 0) & torch.stack([flats[name].adapted for name in weights])
         gain = torch.zeros(sum(self.sizes), dtype=torch.float64)
         for name, row, acts in zip(weights, alphas, acting, strict=True):
@@ -90,6 +84,14 @@ class Layout:
             if bool(row.any()):  # 1 + (z - 1) can round
                 made = torch.where(self._each(row), flats[name].z, made)
         return made
+
+    def alphas(self, weights: Mapping[str, Any], alpha: Callable[[str, str], float]) -> Tensor:
+        """float64 [K, M], α of every expert of a mixture at every matrix; see `mix`."""
+        rows = [
+            [a] * len(self.sizes) if isinstance(a, float) else [alpha(name, path) for path in self.layers]
+            for name, a in weights.items()
+        ]
+        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.sizes))
 
     def _each(self, values: Tensor) -> Tensor:
         """A value per matrix [M], for each of its components [R]."""

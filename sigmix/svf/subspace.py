@@ -28,7 +28,7 @@ RIDGE = 1e-4
 
 @dataclass
 class Subspace:
-    """The replacement of a group of layers; `cut` takes any smaller one from it.
+    """The replacement of a group of layers at its largest size; `cut` takes any smaller one from it.
 
     Attributes:
         inputs: A [k, n]. outputs: Q [Σ m, j], in the layers' own units again.
@@ -47,21 +47,37 @@ class Subspace:
         """Share of Σ‖D L‖² that j output and k input directions do not hold."""
         return max(1 - float(self.captured[j, k]) / self.total, 0.0) if self.total > 0 else 0.0
 
-    def cut(self, j: int, k: int, dtype: torch.dtype) -> Subspace:
-        """The first j output and k input directions only, in a dtype."""
-        return Subspace(
+    def cut(self, j: int, k: int, gains: Sequence[Tensor], dtype: torch.dtype) -> LowRank:
+        """The first j output and k input directions only, for experts of given gains [K, r] per layer, in a dtype."""
+        cores = [core[:, :j, :k] for core in self.cores(gains)]
+        return LowRank(
             self.inputs[:k].to(dtype).contiguous(),
             self.outputs[:, :j].to(dtype).contiguous(),
-            [left[:j].to(dtype).contiguous() for left in self.left],
-            [right[:, :k].to(dtype).contiguous() for right in self.right],
-            self.captured[: j + 1, : k + 1],
-            self.total,
+            torch.stack(cores).to(dtype).contiguous(),
         )
 
-    def core(self, gains: Sequence[Tensor]) -> Tensor:
-        """[B, j, k] for gains [B, r] of each layer; exactly 0 where all gains are."""
-        parts = [(lt * gain[:, None, :]) @ rt for lt, rt, gain in zip(self.left, self.right, gains, strict=True)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    def cores(self, gains: Sequence[Tensor]) -> list[Tensor]:
+        """Per layer [K, j, k] for gains [K, r]; exactly 0 where a gain is. The group's core is their sum."""
+        return [(lt * gain[:, None, :]) @ rt for lt, rt, gain in zip(self.left, self.right, gains, strict=True)]
+
+
+@dataclass
+class LowRank:
+    """What K experts do to a group of L layers, at some size.
+
+    Attributes:
+        inputs: A [k, n]. outputs: Q [Σ m, j]. cores: [L, K, j, k], in one dtype.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    cores: Tensor
+
+    def core(self, alphas: Tensor) -> Tensor:
+        """[B, j, k] of mixtures with weights float [B, K, L]; exactly 0 for those that are the base."""
+        j, k = self.cores.shape[2:]
+        flat = self.cores.transpose(0, 1).reshape(-1, j * k).float()  # expert by expert, layer by layer
+        return (alphas.float().flatten(1) @ flat).view(-1, j, k).to(self.cores.dtype)
 
 
 def subspace(
@@ -112,7 +128,7 @@ def subspace(
             for left, right, gain in zip(lefts, rights, gains, strict=True)
         ),
     )
-    squares = made.core(gains).square().sum(0)
+    squares = torch.stack(made.cores(gains)).sum(0).square().sum(0)
     made.captured = torch.zeros(len(squares) + 1, squares.shape[1] + 1, dtype=torch.float64)
     made.captured[1:, 1:] = squares.double().cumsum(0).cumsum(1)
     return made

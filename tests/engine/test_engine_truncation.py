@@ -7,6 +7,7 @@ import torch
 from helpers_engine import TOLERANCE, expert, rows
 
 from sigmix.engine import Engine, packing
+from sigmix.engine.scoring import next_logits
 from sigmix.engine.truncation import fit, keep_components
 from sigmix.engine.truncation_file import load_truncation, save_truncation
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
@@ -41,6 +42,10 @@ def test_without_a_budget_it_is_the_exact_model(tiny, tiny_tokenizer, arch):
     # subspaces are found in float32, through a Cholesky factor
     torch.testing.assert_close(logits(engine, "truncated"), exact, rtol=2e-3, atol=2e-3)
     assert (exact - logits(engine, None, None)).abs().max() > 0.1
+    fine = [Mix({"math": [1.0, -0.5]}), Mix({"code": {next(iter(engine.layers)): 1.0}}), Mix.base(), Mix.one("code")]
+    torch.testing.assert_close(
+        logits(engine, "truncated", fine), logits(engine, "factored", fine), rtol=2e-3, atol=2e-3
+    )
     ours = engine.generate(PROMPTS, MIXES, max_new_tokens=5, form="truncated")
     assert [one.ids for one in ours] == [one.ids for one in engine.generate(PROMPTS, MIXES, max_new_tokens=5)]
 
@@ -80,7 +85,7 @@ def test_a_budget_is_kept_and_a_larger_one_costs_less(tiny, tiny_tokenizer):
     assert plans[0].parts == {}
     assert plans[0].cost == 0
     assert [plan.cost for plan in plans] == sorted(plan.cost for plan in plans)
-    sizes = {tuple(part.captured.shape) for part in plans[2].parts.values()}
+    sizes = {tuple(part.cores.shape[2:]) for part in plans[2].parts.values()}
     assert len(sizes) > 1, "one size for all is no choice"
     exact = logits(engine)
     engine.truncation = plans[0]
@@ -116,6 +121,25 @@ def test_nothing_is_left_in_the_model(tiny, tiny_tokenizer):
     assert not any("forward" in vars(module) for module in engine.model.modules())
     assert all((p == before[name]).all() for name, p in engine.model.named_parameters())
     assert torch.equal(logits(engine), exact)
+
+
+def test_another_plan_does_not_go_on_from_what_one_has_read(tiny, tiny_tokenizer):
+    """Keys and values of a kept prefix belong to the plan that they were computed under."""
+    engine = engine_of(tiny, tiny_tokenizer)
+    found = calibrated(engine)
+    start = PROMPTS[0][:10]
+    for budget in (0.6, 0.1):
+        engine.truncation = found.plan(budget)
+        kept = next_logits(engine, PROMPTS, MIXES, start=start, form="truncated")
+        plain = torch.stack([logits_of(engine, row, mix) for row, mix in zip(PROMPTS, MIXES, strict=True)])
+        torch.testing.assert_close(kept, plain, **TOLERANCE)
+    exact = next_logits(engine, PROMPTS, MIXES, start=start)
+    fresh = engine_of(tiny, tiny_tokenizer)
+    torch.testing.assert_close(exact, next_logits(fresh, PROMPTS, MIXES, start=start), **TOLERANCE)
+
+
+def logits_of(engine, row, mix):
+    return engine.logits(torch.tensor([row]), mix=mix, form="truncated")[0, -1]
 
 
 def test_bad_input(tiny, tiny_tokenizer):
