@@ -17,8 +17,9 @@ import torch
 from sigmix.adapt.labels import skills
 from sigmix.bench.harness import device, interleaved, ratio, report, say
 from sigmix.bench.requests import bundled_engine, mixtures, prompts
+from sigmix.engine.calibration import Calibration, fit, keep_components
 from sigmix.engine.prefix import left_pad
-from sigmix.engine.truncation import Calibration, Truncation, fit, keep_components
+from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError
 from sigmix.fetch import DEFAULT
 from sigmix.files import atomic_file

@@ -193,7 +193,7 @@ def _truncation(
     base: str, bank: Path | None, out: Path | None, budget: float, count: int, seed: int, data_dir: Path | None
 ) -> tuple[dict[str, Any], str]:
     from sigmix.adapt.labels import skills
-    from sigmix.engine.truncation import check_budget, fit
+    from sigmix.engine.calibration import check_budget, fit
     from sigmix.engine.truncation_file import FILE, save_truncation
     from sigmix.evals.dispatch import prompts_of_experts
     from sigmix.files import check_writable

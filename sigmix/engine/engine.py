@@ -101,7 +101,7 @@ class Engine:
 
     @property
     def truncation(self) -> Truncation | None:
-        """What ``form="truncated"`` computes by (`sigmix.engine.truncation.fit`); None: all components, exactly."""
+        """What ``form="truncated"`` computes by (`sigmix.engine.calibration.fit`); None: all components, exactly."""
         return self.states.truncation
 
     @truncation.setter

@@ -7,8 +7,8 @@ import torch
 from helpers_engine import TOLERANCE, expert, rows
 
 from sigmix.engine import Engine, packing
+from sigmix.engine.calibration import fit, keep_components
 from sigmix.engine.scoring import next_logits
-from sigmix.engine.truncation import fit, keep_components
 from sigmix.engine.truncation_file import load_truncation, save_truncation
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
 from sigmix.experts.mix import Mix
