@@ -17,7 +17,7 @@ from sigmix.adapt.decision import OTHER, Strategy
 from sigmix.adapt.labels import DISPATCH, Label, labels, skills
 from sigmix.adapt.prompt import question
 from sigmix.errors import ConfigError, ExpertError, SigmixError
-from sigmix.evals.everyday import everyday
+from sigmix.evals.everyday import code_requests, everyday
 from sigmix.evals.stats import wilson
 from sigmix.files import atomic_file
 from sigmix.tasks.base import Sample, Score, Split, Task, check_request, shuffled
@@ -31,6 +31,8 @@ FOREIGN = ("transitive", "odd-even", "longest-word", "reverse-words")
 temperature and threshold are chosen where a probe can err. None of them is in the test."""
 UNSEEN = ("syllogism", "boolean")
 """Tasks whose prompts are "other" and are never trained on, if the bank has no expert for them."""
+CODE = "code"
+"""A whole domain that is never trained on nor validated on: requests for programs (`everyday.code_requests`)."""
 
 
 def requests(
@@ -68,6 +70,9 @@ def requests(
     for task in strange:
         found[OTHER] += [one.prompt for one in get_task(task).samples(split, -(-n // len(strange)), seed=seed)]
     for task in unseen:
+        if task == CODE:
+            found[f"{OTHER}:{CODE}"] = code_requests(n, seed)
+            continue
         found[f"{OTHER}:{task}"] = [
             one.prompt for one in get_task(task, data_dir=data_dir).samples(split, n, seed=seed)
         ]
@@ -97,8 +102,9 @@ def _has(bank: Mapping[str, Any], task: str) -> bool:
 
 
 def unseen_tasks(bank: Mapping[str, Any]) -> list[str]:
-    """Of `UNSEEN`, those that the bank has no expert for."""
-    return [task for task in UNSEEN if not _has(bank, task)]
+    """Of `UNSEEN`, those that the bank has no expert for; and `CODE` if none is of that domain."""
+    found = [task for task in UNSEEN if not _has(bank, task)]
+    return found + [CODE] * (CODE not in {bank[name].meta.get("domain") for name in skills(bank)})
 
 
 def _task(bank: Mapping[str, Any], name: str, data_dir: Path | None) -> Task:

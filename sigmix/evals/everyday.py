@@ -56,6 +56,28 @@ FILLERS: dict[str, list[str]] = {
 }
 
 
+CODE_TEMPLATES = (
+    "Write a {language} function that {does}.",
+    "How do I write a program in {language} that {does}?",
+    "Debug this {language} code, which should be one that {does}.",
+    "Show me a short {language} script that {does}, with comments.",
+)
+LANGUAGES = ("Python", "JavaScript", "Rust", "C", "Go", "Java", "SQL", "Bash")
+PROGRAMS = (
+    "reverses a linked list", "reads a CSV file", "counts the words of a text", "sorts a list of names",
+    "checks whether a string is a palindrome", "downloads a web page", "computes Fibonacci numbers",
+    "parses a date", "removes duplicates", "finds the shortest path in a graph", "merges two dictionaries",
+    "validates an email address",
+)  # fmt: skip
+
+
+def code_requests(n: int, seed: int = 0) -> list[str]:
+    """Up to n distinct requests for programs: a domain that neither training nor validation of any strategy has."""
+    every = [t.format(language=name, does=what) for t in CODE_TEMPLATES for name in LANGUAGES for what in PROGRAMS]
+    random.Random(f"code {seed}").shuffle(every)
+    return every[:n]
+
+
 def everyday(split: Split, n: int, seed: int = 0) -> list[str]:
     """Up to n distinct requests of a split, the same for the same arguments."""
     assert split in SPLITS

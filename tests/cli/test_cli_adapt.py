@@ -206,6 +206,7 @@ def test_dispatch_gives_matrices(run, home, probed, tmp_path):
             "other",
             "other:syllogism",
             "other:boolean",
+            "other:code",
         ]
         assert all(sum(row["counts"]) == row["n"] == 5 for row in one["rows"])
         items = [json.loads(line) for line in (tmp_path / f"out/dispatch-{letter}.jsonl").open()]

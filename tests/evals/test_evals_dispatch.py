@@ -52,8 +52,9 @@ def test_no_request_is_in_two_splits():
 
 
 def test_other_holds_nothing_that_the_bank_has_an_expert_for():
-    assert unseen_tasks(BANK) == list(UNSEEN)
-    assert unseen_tasks(bank(a="logic boolean")) == []  # both are of that domain
+    assert unseen_tasks(BANK) == [*UNSEEN, "code"]
+    assert unseen_tasks(bank(a="logic boolean")) == ["code"]  # both are of that domain
+    assert unseen_tasks(bank(a="code addition")) == list(UNSEEN)
     assert not set(SEEN) & set(UNSEEN)
     words = {one.prompt for task in ("plural", "opposite", "spell") for one in get_task(task).samples("train", 100)}
     assert words & set(requests(BANK, "train", 100)[OTHER])
@@ -69,6 +70,14 @@ def test_a_probe_is_validated_on_kinds_that_neither_training_nor_the_test_has():
     assert len(hard) == 40
     logical = requests(bank(a="logic boolean"), "validation", 20, foreign=FOREIGN)[OTHER]
     assert not set(logical) & {one.prompt for one in get_task("transitive").samples("validation", 5)}
+
+
+def test_a_whole_domain_is_in_the_test_only():
+    found = requests(BANK, "test", 100, unseen=unseen_tasks(BANK))
+    programs = found["other:code"]
+    assert len(set(programs)) == 100
+    others = [requests(BANK, split, 400, foreign=FOREIGN) for split in ("train", "validation", "test")]
+    assert not set(programs) & {text for some in others for texts in some.values() for text in texts}
 
 
 def test_what_a_banks_experts_are_for():
