@@ -127,7 +127,7 @@ def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[
     folder = Path(folder)
     entries = []
     for number, entry in enumerate(figures["results"]):
-        file = f"{number}-{re.sub(r'[^a-z0-9._+-]+', '-', entry['mix'])[:80]}.jsonl"
+        file = f"{number}-{re.sub(r'[^A-Za-z0-9._+-]+', '-', entry['mix'])[:80]}.jsonl"
         results[entry["mix"]].save(folder / file)
         entries.append({**entry, "file": file})
     write_json(folder / SUMMARY, {**figures, "results": entries, **provenance()})

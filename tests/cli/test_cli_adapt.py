@@ -210,7 +210,7 @@ def test_dispatch_gives_matrices(run, home, probed, tmp_path):
         ]
         assert all(sum(row["counts"]) == row["n"] == 5 for row in one["rows"])
         items = [json.loads(line) for line in (tmp_path / f"out/dispatch-{letter}.jsonl").open()]
-        assert len(items) == one["n"] == 25
+        assert len(items) == one["n"] == 30
         for row in one["rows"]:
             truth = row["label"].partition(":")[0]
             right = sum(item["label"] == truth for item in items if item["truth"] == row["label"])
