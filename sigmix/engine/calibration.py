@@ -38,7 +38,7 @@ class Calibration:
     base_cost: int
     experts: dict[str, str]
     facts: dict[str, Any]
-    dtype: torch.dtype
+    like: torch.Tensor
 
     def plan(self, budget: float) -> Truncation:
         """The cheapest sizes that lose at most ``budget`` (a share) of what the experts do.
@@ -61,7 +61,7 @@ class Calibration:
                 low, sizes = middle, trial
             else:
                 high = middle
-        parts = {k: self.full[k].cut(*pair, self.gains[k], self.dtype) for k, pair in sizes.items() if min(pair)}
+        parts = {k: self.full[k].cut(*pair, self.gains[k], self.like) for k, pair in sizes.items() if min(pair)}
         cost = sum(self._cost(group, *sizes[group.paths[0]], call=0) for group in self.groups) / self.base_cost
         return Truncation(self.groups, parts, lost(sizes), cost, self.experts, {**self.facts, "budget": budget})
 
@@ -126,15 +126,15 @@ def fit(
         factors, sizes = [], []
         for layer in group.layers:
             first, last = layer.factors()  # [r, in], [out, r]
-            factors.append((last.float(), first.float().T))
-            weight = layer.matrix().float()
+            factors.append((last.float().cpu(), first.float().cpu().T))
+            weight = layer.matrix().float().cpu()
             sizes.append(((weight @ second) * weight).sum())
         full[group.paths[0]] = subspace(factors, gains, sizes, second, outputs, inputs)
     base = sum(layer.in_features * layer.out_features for layer in engine.layers.values())
     base += sum(module.weight.numel() for module in engine.packing.others)
     digests = {name: engine.bank[name].digest for name in experts}
     facts = {"prompts": len(rows), "tokens": sum(map(len, whole))}
-    return Calibration(groups, full, every, base, digests, facts, next(iter(engine.layers.values())).matrix().dtype)
+    return Calibration(groups, full, every, base, digests, facts, next(iter(engine.layers.values())).matrix())
 
 
 def keep_components(engine: Any, experts: Sequence[str], budget: float) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def keep_components(engine: Any, experts: Sequence[str], budget: float) -> tuple
     for path, layer in engine.layers.items():
         layer.ensure_factors()
         gain = torch.stack([one[path] for one in gains])
-        energies.append((layer.svf_s * gain).square().sum(0))
+        energies.append((layer.svf_s.cpu() * gain).square().sum(0))
         costs.append(torch.full((layer.r,), 2.0 * layer.r))
     energy, cost = torch.cat(energies).double(), torch.cat(costs)
     order = (energy / cost).argsort(descending=True)

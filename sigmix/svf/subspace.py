@@ -47,14 +47,15 @@ class Subspace:
         """Share of Σ‖D L‖² that j output and k input directions do not hold."""
         return max(1 - float(self.captured[j, k]) / self.total, 0.0) if self.total > 0 else 0.0
 
-    def cut(self, j: int, k: int, gains: Sequence[Tensor], dtype: torch.dtype) -> LowRank:
-        """The first j output and k input directions only, for experts of given gains [K, r] per layer, in a dtype."""
-        cores = [core[:, :j, :k] for core in self.cores(gains)]
-        return LowRank(
-            self.inputs[:k].to(dtype).contiguous(),
-            self.outputs[:, :j].to(dtype).contiguous(),
-            torch.stack(cores).to(dtype).contiguous(),
-        )
+    def cut(self, j: int, k: int, gains: Sequence[Tensor], like: Tensor) -> LowRank:
+        """The first j output and k input directions only, for experts of given gains [K, r] per layer.
+
+        Args:
+            like: a tensor of the dtype and on the device that the result is to be.
+        """
+        cores = torch.stack([core[:, :j, :k] for core in self.cores(gains)])
+        parts = (self.inputs[:k], self.outputs[:, :j], cores)
+        return LowRank(*(part.to(like.device, like.dtype).contiguous() for part in parts))
 
     def cores(self, gains: Sequence[Tensor]) -> list[Tensor]:
         """Per layer [K, j, k] for gains [K, r]; exactly 0 where a gain is. The group's core is their sum."""

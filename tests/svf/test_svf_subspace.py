@@ -44,7 +44,7 @@ def problem(shape, experts=3, tokens=200, seed=0):
 def test_at_full_size_nothing_is_lost_for_any_mixture(shape):
     factors, gains, sizes, second, delta = problem(shape)
     made = subspace(factors, gains, sizes, second, 99, 99)
-    part = made.cut(99, 99, gains, torch.float64)
+    part = made.cut(99, 99, gains, second)
     alphas = torch.tensor([0.3, 0.0, -0.8])
     mixed = [0.3 * gain[0] - 0.8 * gain[2] for gain in gains]
     found = part.outputs @ part.core(alphas[None, :, None].expand(1, 3, len(shape)))[0] @ part.inputs
@@ -57,7 +57,7 @@ def test_at_full_size_nothing_is_lost_for_any_mixture(shape):
 def test_the_error_is_what_it_predicts(shape, j, k):
     factors, gains, sizes, second, delta = problem(shape)
     made = subspace(factors, gains, sizes, second, 8, 8)
-    part = made.cut(j, k, gains, torch.float64)
+    part = made.cut(j, k, gains, second)
     lost = whole = 0.0
     for number in range(3):
         own = [gain[number] for gain in gains]
@@ -95,7 +95,7 @@ def test_a_calibrated_choice_is_better_on_its_inputs_than_one_that_knows_nothing
 
 def test_layers_of_a_group_may_have_weights_of_their_own():
     factors, gains, sizes, second, delta = problem([(24, 16), (6, 16)])
-    part = subspace(factors, gains, sizes, second, 99, 99).cut(99, 99, gains, torch.float64)
+    part = subspace(factors, gains, sizes, second, 99, 99).cut(99, 99, gains, second)
     alphas = torch.tensor([[[0.5, 0.0], [0.0, 2.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
     cores = part.core(alphas)
     wanted = torch.cat(delta([0.5 * gains[0][0], 2 * gains[1][1]]))
