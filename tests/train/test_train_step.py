@@ -29,8 +29,11 @@ def dense(model, z):
     return found
 
 
-def oracle(model, z, rollouts, options):
-    """(loss, gradient by path): a sum over answers, each a forward pass of its own without cache or padding."""
+def oracle(model, z, rollouts, options, replies=None):
+    """(loss, gradient by path): a sum over answers, each a forward pass of its own without cache or padding.
+
+    With replies, token ids of the only ones there are, a token is chosen among those that can still lead to one.
+    """
     z = {path: value.double().requires_grad_() for path, value in z.items()}
     weights = dense(model, z)
     known = (~rollouts.rewards.isnan()).tolist()
@@ -46,8 +49,14 @@ def oracle(model, z, rollouts, options):
         policy = functional_call(model, weights, (ids,), {"use_cache": False}).logits[0, part]
         with torch.no_grad():
             base = model(ids, use_cache=False).logits[0, part]
-        logprob = Categorical(logits=policy).log_prob(torch.tensor(answer)).sum()
-        kl = kl_divergence(Categorical(logits=policy), Categorical(logits=base)).sum()
+        logprob = kl = 0.0
+        for place, token in enumerate(answer):
+            options_ = list(range(policy.shape[1]))
+            if replies is not None:
+                options_ = sorted({ids[place] for ids in replies if list(ids[:place]) == answer[:place]})
+            mine, theirs = (Categorical(logits=logits[place, options_]) for logits in (policy, base))
+            logprob = logprob + mine.log_prob(torch.tensor(options_.index(token)))
+            kl = kl + kl_divergence(mine, theirs)
         gain = logprob / len(answer) if options.objective == "sft" else advantage[i] * logprob
         total = total - (gain - options.kl_weight * kl) / sum(known)
     total.backward()
@@ -92,6 +101,33 @@ def test_gradient_equals_the_oracles(tiny, tiny_tokenizer, arch, options):
     assert figures["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
     scale = max(float(gradient.abs().max()) for gradient in slow.values())
     assert scale > 1e-3
+    for path, parameter in ours.parameters.items():
+        torch.testing.assert_close(parameter.grad.double(), slow[path], rtol=1e-3, atol=1e-4 * scale)
+
+
+class Chosen(AnyLetter):
+    """There are only four replies."""
+
+    choices = ("ab", "ac", "b", "-")
+
+
+def test_a_policy_over_given_replies_says_nothing_else_and_has_the_oracles_gradient(tiny, tiny_tokenizer):
+    task = Chosen()
+    ours = learner(tiny("llama").double(), tiny_tokenizer, task, batch=24, group=4, micro=8, kl_weight=0.3)
+    ours.max_new_tokens = 4
+    shake(ours.policy)
+    samples = task.samples("train", 6)
+    z = ours.policy.z()
+    with ours.policy.acting():
+        rollouts = ours._rollouts(0, samples)
+        assert set(ours.actor.answer(samples, 4)) <= set(task.choices)
+    assert set(rollouts.texts) <= set(task.choices)
+    assert len(set(rollouts.texts)) > 1
+    loss, slow = oracle(tiny("llama").double(), z, rollouts, ours.config, ours.actor.choices.replies)
+    figures = ours.step(0, samples)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in slow.values())
+    assert scale > 1e-4
     for path, parameter in ours.parameters.items():
         torch.testing.assert_close(parameter.grad.double(), slow[path], rtol=1e-3, atol=1e-4 * scale)
 
