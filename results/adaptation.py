@@ -59,7 +59,8 @@ def strategies(task: str) -> str:
         lines.append(f"| {' | '.join([*cells, chosen])} |")
     found = summary["few_shot"]
     lines.append(
-        f"\nC found {_short(found['mix'], 2)}: {found['accuracy']:.1f} of its {found['examples']} examples right, "
+        f"\nC found {_short(found['mix'], 2)}: {round(found['accuracy'] * found['examples'])} of its "
+        f"{found['examples']} examples right, "
         f"best of {found['candidates']} mixtures in {found['rounds']} rounds."
     )
     return "\n".join(lines)
