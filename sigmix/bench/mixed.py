@@ -12,9 +12,10 @@ included. The contestants, on the same requests in the same dtype:
     lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters
 
 Before anything is timed, every row of ``exact`` is compared with the same request alone under merged weights, by the
-logits of its last prompt token. What prompts begin with (the chat template's system turn) is read once for every mix
-and kept, in ``exact`` as on the base; ``new`` shows what a first meeting costs. Ratios are in tokens per second, ours
-over theirs; ``truncated_kl`` in ``raw`` is on the timed requests' own answers.
+logits of its last prompt token: in float32, where rounding hides nothing, and in the dtype that is timed. What prompts
+begin with (the chat template's system turn) is read once for every mix and kept, in ``exact`` as on the base; ``new``
+shows what a first meeting costs. Ratios are in tokens per second, ours over theirs; ``truncated_kl`` in ``raw`` is on
+the timed requests' own answers.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ AIMS = {
 ADAPTERS = (8, 32)
 LIMIT = 0.01
 """KL of the truncated form, nats per token."""
-LEAST_COSINE = {"bfloat16": 0.999, "float16": 0.9999, "float32": 0.999999, "float64": 0.999999}
-"""Of the logits of a row in the mixed batch and alone."""
+LEAST_COSINE = {"bfloat16": 0.997, "float16": 0.9999, "float32": 0.999999, "float64": 0.999999}
+"""Of the logits of a row in the mixed batch and alone. In bfloat16 either is 0.9993 from float32 at worst (measured on
+the default base), so their angles may add up to 0.997."""
 
 
 def run(
@@ -64,12 +66,9 @@ def run(
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     texts = [engine.encode(text) for text in prompts(engine, rows)]
     mixes = mixtures(skills(engine.bank), rows)
-    together = next_logits(engine, texts, mixes)
-    alone = torch.cat([next_logits(engine, [text], mix) for text, mix in zip(texts, mixes, strict=True)])
-    cosine = float(torch.cosine_similarity(together, alone, dim=1).min())
-    say(f"least cosine of a row's logits, mixed and alone: {cosine:.7f}")
-    if not cosine >= LEAST_COSINE[kind]:
-        raise SigmixError(f"a row of the mixed batch is not the same request alone (cosine {cosine:.6f})")
+    cosines = {kind: _agreement(engine, texts, mixes)}
+    if kind in ("bfloat16", "float16"):
+        cosines["float32"] = _agreement(bundled_engine(base, "float32", bank, keep_merged=0), texts, mixes)
 
     held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]
     plan, kl = within(calibrate(engine, count), Divergence(engine, held_out, mixes, new_tokens), LIMIT)
@@ -100,12 +99,24 @@ def run(
         **{f"vs_peft_lora_{count}": ratio(seconds[f"lora_{count}"], seconds["exact"]) for count in ADAPTERS},
     }
     raw = {
-        "base": base, "rows": rows, "new_tokens": new_tokens, "seconds": seconds, "least_cosine": cosine,
+        "base": base, "rows": rows, "new_tokens": new_tokens, "seconds": seconds, "least_cosine": cosines,
         "truncation": plan.describe(), "truncated_kl": own_kl, "truncated_kl_validation": kl,
         "tokens_per_second": {name: [rows * new_tokens / one for one in taken] for name, taken in seconds.items()},
         "mixes": [mix.id for mix in mixes],
     }  # fmt: skip
     return report("mixed", where, ratios, AIMS, raw)
+
+
+def _agreement(engine: Any, texts: list[list[int]], mixes: list[Any]) -> float:
+    """Least cosine of a row's logits in the mixed batch and alone."""
+    together = next_logits(engine, texts, mixes)
+    alone = torch.cat([next_logits(engine, [text], mix) for text, mix in zip(texts, mixes, strict=True)])
+    cosine = float(torch.cosine_similarity(together, alone, dim=1).min())
+    kind = str(engine.model.dtype).removeprefix("torch.")
+    say(f"least cosine of a row's logits, mixed and alone: {cosine:.7f} in {kind}")
+    if not cosine >= LEAST_COSINE[kind]:
+        raise SigmixError(f"a row of the mixed batch is not the same request alone (cosine {cosine:.6f} in {kind})")
+    return cosine
 
 
 def _lora(

@@ -3,7 +3,8 @@
 32 candidates on 10 examples of the bank's first task. Ours scores all 320 rows, each under its own mixture, in mixed
 batches (`FewShotSearch.values`); the swap composes and loads the weights of one candidate after the other, as the
 public reference does, and answers the 10 examples under each. Both find accuracy and log-likelihood of the same
-candidates, and the run fails if the log-likelihoods differ by more than the dtype explains.
+candidates, and the run fails if the log-likelihoods differ by more than the dtype explains. Answers end at the end
+token, as they do in a search; the other benchmarks let them run on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sigmix.adapt.fewshot import Example, FewShotSearch
 from sigmix.adapt.labels import skills
 from sigmix.bench.harness import Aim, device, interleaved, ratio, report
 from sigmix.bench.requests import bundled_engine, mixtures
+from sigmix.engine.prompts import end_ids
 from sigmix.errors import SigmixError
 from sigmix.fetch import DEFAULT
 from sigmix.tasks.registry import get_task
@@ -34,6 +36,7 @@ def run(
     """
     where = device()
     engine = bundled_engine(base, dtype, bank, keep_merged=0)
+    engine.ends = end_ids(engine.model, engine.tokenizer)
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     names = skills(engine.bank)
     task = get_task(engine.bank[names[0]].meta["task"])

@@ -24,7 +24,7 @@ from sigmix.errors import ConfigError
 from sigmix.fetch import DEFAULT
 from sigmix.files import atomic_file
 
-BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
+BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
 COMPONENTS = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 

@@ -24,6 +24,8 @@ from sigmix.svf.subspace import Subspace, subspace
 INPUTS = (4, 8, 12, 16, 20, 24, 32, 48)
 OUTPUTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of directions that are tried, and the largest."""
+EXACT = 1e-4
+"""Share lost to rounding in float32 that counts as nothing."""
 CALL = 300_000
 """Multiply-adds per row that the extra calls of one group are worth (measured: about 50 µs at 32 rows)."""
 
@@ -44,7 +46,7 @@ class Calibration:
         """The cheapest sizes that lose at most ``budget`` (a share) of what the experts do.
 
         Raises:
-            ConfigError: the budget is no share.
+            ConfigError: the budget is no share, or even all directions that were fitted lose more.
         """
         check_budget(budget)
         whole = sum(part.total for part in self.full.values()) or 1.0
@@ -54,6 +56,11 @@ class Calibration:
 
         low, high = -12.0, 3.0  # of the price's logarithm: from "everything" to "nothing"
         sizes = self._sizes(10**low)
+        if lost(sizes) > max(budget, EXACT):
+            raise ConfigError(
+                f"an error budget of {budget:.1%} is out of reach: all fitted directions lose {lost(sizes):.1%}",
+                remedy="allow more, fit with more directions, or use form='factored', which is exact",
+            )
         for _ in range(40):
             middle = (low + high) / 2
             trial = self._sizes(10**middle)

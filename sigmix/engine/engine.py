@@ -13,7 +13,7 @@ import torch
 
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
-from sigmix.engine.generation import Generation, check_options, held_back
+from sigmix.engine.generation import Generation, batches, check_options, held_back
 from sigmix.engine.merged import BUDGET
 from sigmix.engine.packing import BUDGET as PACKED
 from sigmix.engine.prefix import Prefilled, common_prefix, prefill
@@ -134,7 +134,7 @@ class Engine:
             mix: one for all, or one for each; None is the base.
             temperature: 0 is greedy. seeds: B integers, one random stream for each row; default: the row's index.
             stop: strings that end an answer (they are cut off its text).
-            form: None picks merged for one mix and factored for several.
+            form: None picks merged for one mix; for several factored, or merged mix by mix where each has many rows.
             chat: apply the chat template; None: if there is one.
             keep_errors: a prompt that cannot fit gets an answer with finish "error", and the others are answered.
 
@@ -165,8 +165,7 @@ class Engine:
             for number, error in failed.items()
         }
         good = [number for number in range(len(rows)) if number not in failed]
-        for start in range(0, len(good), batch_size):
-            part = good[start : start + batch_size]
+        for part in batches(good, mixes, batch_size, form):
             sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
             *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
             for n, row in zip(part, last, strict=True):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.mix import Mix
+
+ROWS_PER_MIX = 24
+"""Rows from which a mix is worth merged weights and a batch of its own. Measured on two cores, 64 rows, kept weights:
+two mixes take 0.77 of the factored form's time, three 0.94, six 1.23."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,19 @@ def held_back(text: str, stop: Sequence[str]) -> str:
         return "�"
     longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
     return text[len(text) - longest :] if longest else ""
+
+
+def batches(rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: str | None) -> Iterator[list[int]]:
+    """Numbers of the rows that share a batch: mixes with many rows get one of their own, unless a form is asked for.
+
+    Args:
+        rows: numbers. mixes: of all rows, by number.
+    """
+    for start in range(0, len(rows), batch_size):
+        part = list(rows[start : start + batch_size])
+        distinct = dict.fromkeys(mixes[number] for number in part)
+        if form is None and len(distinct) > 1 and len(part) >= ROWS_PER_MIX * len(distinct):
+            for mix in distinct:
+                yield [number for number in part if mixes[number] == mix]
+        else:
+            yield part

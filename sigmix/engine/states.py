@@ -71,9 +71,8 @@ class States:
     def under(self, mixes: list[Mix], form: str | None) -> Iterator[Any]:
         """Inside, the model computes row b of a batch under ``mixes[b]``; see `Engine.under`.
 
-        One mix is merged, which costs nothing per token. Several are factored: rows of one mix could also be merged
-        and answered apart, but then every step reads all weights once for each mix, and a step of few rows takes
-        nearly as long as one of many.
+        One mix is merged, which costs nothing per token. Several are factored: with few rows to a mix, a pass for each
+        mix costs more than the factored form's extra work (`Engine.generate` takes mixes with many rows apart).
         """
         if form is not None and form not in FORMS:
             raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")

@@ -62,7 +62,7 @@ def test_mixed(home, bank):
     assert set(result["ratios"]) == {*mixed.AIMS, "new_vs_base", "vs_peft_lora_32"}
     assert 0 <= result["raw"]["truncated_kl"] < 1
     assert len(set(result["raw"]["mixes"])) == 9
-    assert result["raw"]["least_cosine"] >= mixed.LEAST_COSINE[result["device"]["dtype"]]
+    assert result["raw"]["least_cosine"]["float32"] >= mixed.LEAST_COSINE["float32"]
 
 
 def test_truncation(home, bank, tmp_path):

@@ -187,3 +187,22 @@ def test_two_engines_on_one_model(made, tiny_tokenizer):
     mine = made.engine.logits(ids, mix="math")
     assert torch.equal(other.logits(ids, mix="math"), made.engine.logits(ids, mix="code"))
     assert torch.equal(made.engine.logits(ids, mix="math"), mine)
+
+
+def test_mixes_with_many_rows_are_answered_apart_and_keep_their_places(made, monkeypatch):
+    prompts = [PROMPTS[i % 4] for i in range(10)]
+    mixes = ["math" if i % 2 else None for i in range(10)]
+    together = made.engine.generate(prompts, mixes, max_new_tokens=6)
+    states, asked = made.engine.states, []
+    plain = states.under
+    monkeypatch.setattr(states, "under", lambda mixes, form: asked.append(len(set(mixes))) or plain(mixes, form))
+    monkeypatch.setattr("sigmix.engine.generation.ROWS_PER_MIX", 5)
+    apart = made.engine.generate(prompts, mixes, max_new_tokens=6)
+    assert asked == [1, 1]
+    assert tokens(apart) == tokens(together)
+    assert [one.mix for one in apart] == [one.mix for one in together]
+    for a, b in zip(apart, together, strict=True):
+        assert near(a.logprobs, b.logprobs)
+    asked.clear()
+    made.engine.generate(prompts, mixes, max_new_tokens=6, form="factored")  # told, it obeys
+    assert asked == [2]

@@ -150,6 +150,9 @@ def test_bad_input(tiny, tiny_tokenizer):
     for budget in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="a share from 0 to 1"):
             found.plan(budget)
+    small = calibrated(engine, outputs=2, inputs=2)
+    with pytest.raises(ConfigError, match="out of reach"):
+        small.plan(0.01)
     engine.truncation = found.plan(0.5)
     engine.bank = {**engine.bank, "third": expert(tiny("llama"), "third", 5)}
     with pytest.raises(ConfigError, match="not for the expert third"):
