@@ -8,6 +8,7 @@ the singular components with the most energy for their cost, over all matrices u
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,13 @@ def run(
         say(f"{plan.describe()}: KL {kl:.4f}")
     texts = [engine.encode(one) for one in prompts(engine, rows)]
 
-    def under(plan: Truncation | None, form: str | None, mix: Any) -> Callable[[int], None]:
-        def answer(_: int) -> None:
+    def under(plan: Truncation | None, form: str | None, mix: Any) -> Callable[[int], float]:
+        def answer(_: int) -> float:
             engine.truncation = plan
+            engine.generate(texts, mix, max_new_tokens=1, form=form)  # an engine packs one plan's weights at a time
+            started = time.perf_counter()
             engine.generate(texts, mix, max_new_tokens=new_tokens, form=form)
+            return time.perf_counter() - started
 
         return answer
 

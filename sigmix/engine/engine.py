@@ -56,7 +56,6 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.states = States(model, bank if bank is not None else {}, keep_merged, keep_packed)
         self.layers, self.packing, self.merged = self.states.layers, self.states.packing, self.states.merged
-        self._plans = 0  # counts truncations that were set
         self._turn = 0  # counts changes of the layers' state, so that a stream notices that it was overtaken
         self.prefixes = Prefixes(model, keep_prefixes)
         self._template: list[int] | None = None
@@ -107,7 +106,6 @@ class Engine:
     @truncation.setter
     def truncation(self, plan: Truncation | None) -> None:
         self.states.truncation = plan
-        self._plans += 1
 
     # ------------------------------------------------------------------ work
 
@@ -280,7 +278,8 @@ class Engine:
         # weights that were cast, moved or edited in place are other weights
         self._weights = tuple((p.data_ptr(), p.dtype, p._version) for p in self.model.parameters())
         # exact forms differ by rounding only; a truncation's keys and values are its own
-        self._weights += (self._plans if form == "truncated" else 0,)
+        plan = self.truncation if form == "truncated" else None
+        self._weights += (0 if plan is None else plan.serial,)
         try:
             with self.states.under(mixes, form) as keep:
                 yield keep, self._turn

@@ -5,6 +5,7 @@ error known before it runs. `sigmix.engine.calibration` finds the directions and
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Truncation:
         error: expected share of what the experts do to the layers' outputs (squared, over the calibration's inputs,
             each layer in units of its own output) that is lost. cost: extra multiply-adds per token, as a share of
             the base's. experts: {name: digest}, in the order of the parts' cores. facts: how it was fitted.
+        serial: of this object, to tell plans apart.
     """
 
     groups: list[Group]
@@ -36,6 +38,7 @@ class Truncation:
     cost: float
     experts: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    serial: int = field(default_factory=itertools.count(1).__next__)
 
     def describe(self) -> str:
         """One line, to be printed before use."""
