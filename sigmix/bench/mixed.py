@@ -30,6 +30,7 @@ from sigmix.adapt.labels import skills
 from sigmix.bench.harness import Aim, device, interleaved, ratio, report, say
 from sigmix.bench.requests import bundled_engine, mixtures, prompts
 from sigmix.bench.truncation import Divergence, calibrate, within
+from sigmix.engine import Engine
 from sigmix.engine.prefix import left_pad
 from sigmix.engine.scoring import next_logits
 from sigmix.errors import SigmixError
@@ -68,7 +69,9 @@ def run(
     mixes = mixtures(skills(engine.bank), rows)
     cosines = {kind: _agreement(engine, texts, mixes)}
     if kind in ("bfloat16", "float16"):
-        cosines["float32"] = _agreement(bundled_engine(base, "float32", bank, keep_merged=0), texts, mixes)
+        # the very weights that the experts were made on, in a type that holds them exactly
+        wide = Engine(load_base(base, dtype)[0].float(), engine.tokenizer, engine.bank, keep_merged=0)
+        cosines["float32"] = _agreement(wide, texts, mixes)
 
     held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]
     plan, kl = within(calibrate(engine, count), Divergence(engine, held_out, mixes, new_tokens), LIMIT)
