@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from sigmix.adapt.labels import skills
 from sigmix.engine import Engine
+from sigmix.evals.dispatch import prompts_of_experts
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.fetch import DEFAULT
 from sigmix.models import load_base
 from sigmix.tasks.base import Split
-from sigmix.tasks.registry import get_task
 
 
 def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = None, **options: Any) -> Engine:
@@ -27,10 +26,7 @@ def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = No
 
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:
     """User turns of the bank's tasks in turn, of different lengths."""
-    specs = [spec for name in skills(engine.bank) if (spec := engine.bank[name].meta.get("task"))]
-    each = -(-count // len(specs))
-    drawn = [get_task(spec).samples(split, each, seed=seed) for spec in specs]
-    return [drawn[number % len(drawn)][number // len(drawn)].prompt for number in range(count)]
+    return prompts_of_experts(engine.bank, count, split=split, seed=seed)
 
 
 def mixtures(names: Sequence[str], count: int, seed: int = 0) -> list[Mix]:

@@ -21,9 +21,8 @@ from sigmix.bench.requests import bundled_engine, mixtures, prompts
 from sigmix.engine.calibration import Calibration, fit, keep_components
 from sigmix.engine.prefix import left_pad
 from sigmix.engine.truncation import Truncation
-from sigmix.errors import ConfigError
+from sigmix.evals.plots import figure, save_png
 from sigmix.fetch import DEFAULT
-from sigmix.files import atomic_file
 
 BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
 COMPONENTS = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -131,12 +130,8 @@ def plot(result: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed. OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib", remedy='pip install "sigmix[train]"') from error
     points = result["raw"]["points"]
-    canvas = Figure(figsize=(7, 4.5), layout="constrained")
+    canvas = figure(7, 4.5)
     axes = canvas.add_subplot()
     for kind, mark in (("components", "s"), ("subspaces", "o")):
         chosen = [one for one in points if one["kind"] == kind]
@@ -149,5 +144,4 @@ def plot(result: Mapping[str, Any], path: str | Path) -> None:
     axes.set_ylabel("KL(exact ‖ truncated), nats per token")
     axes.set_title("The truncated form: what is saved, what is lost")
     axes.legend()
-    with atomic_file(path) as temporary:
-        canvas.savefig(temporary, format="png", dpi=120)
+    save_png(canvas, path)

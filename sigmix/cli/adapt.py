@@ -120,7 +120,7 @@ def _save_expert(search: Any, out: Path, task: str | None, figures: dict[str, An
 
     if search.expert is None:
         raise ConfigError(
-            f"no moved z was better on the examples than {search.result or figures['mix']}, so there is no new expert",
+            f"no moved z was better on the examples than {figures['mix']}, so there is no new expert",
             remedy="use that one, or search longer",
         )
     names = ", ".join(search.space.starts)

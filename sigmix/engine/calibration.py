@@ -137,11 +137,9 @@ def fit(
             weight = layer.matrix().float().cpu()
             sizes.append(((weight @ second) * weight).sum())
         full[group.paths[0]] = subspace(factors, gains, sizes, second, outputs, inputs)
-    base = sum(layer.in_features * layer.out_features for layer in engine.layers.values())
-    base += sum(module.weight.numel() for module in engine.packing.others)
     digests = {name: engine.bank[name].digest for name in experts}
     facts = {"prompts": len(rows), "tokens": sum(map(len, whole))}
-    return Calibration(groups, full, every, base, digests, facts, next(iter(engine.layers.values())).matrix())
+    return Calibration(groups, full, every, _work(engine), digests, facts, next(iter(engine.layers.values())).matrix())
 
 
 def keep_components(engine: Any, experts: Sequence[str], budget: float) -> tuple[float, float]:
@@ -170,9 +168,13 @@ def keep_components(engine: Any, experts: Sequence[str], budget: float) -> tuple
     kept[order[:count]] = True
     for path, part in zip(names, kept.split([engine.layers[path].r for path in names]), strict=True):
         engine.layers[path].k = int(part.sum())
-    work = sum(layer.in_features * layer.out_features for layer in engine.layers.values())
-    work += sum(module.weight.numel() for module in engine.packing.others)
-    return float(energy[~kept].sum()) / total, float(cost[kept].sum()) / work
+    return float(energy[~kept].sum()) / total, float(cost[kept].sum()) / _work(engine)
+
+
+def _work(engine: Any) -> int:
+    """Multiply-adds of the base's linear layers per token."""
+    adapted = sum(layer.in_features * layer.out_features for layer in engine.layers.values())
+    return adapted + sum(module.weight.numel() for module in engine.packing.others)
 
 
 def _second_moments(engine: Any, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class Packing:
     Layers with one input are one matmul, see `sigmix.engine.groups`.
 
     Args:
-        model: any model. layers: its adapted layers. budget: bytes of copies; where they would not fit none are made.
+        model: any model. layers: its adapted layers.
+        budget: bytes of copies of the base's weights and factors; where they would not fit none are made. Those of
+            merged weights are counted by `MergedWeights`; the truncated form adds one more copy of the base.
 
     Attributes:
         on: whether copies are made: on the CPU, in bfloat16, within the budget, where torch can.

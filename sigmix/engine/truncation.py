@@ -82,9 +82,7 @@ class Truncation:
 
     def _patch(self, group: Group, packing: Packing, now: dict[str, torch.Tensor], patches: Patches) -> None:
         key, part, sizes = group.paths[0], self.parts.get(group.paths[0]), group.sizes
-        if part is None:
-            for layer in group.layers:
-                patches.put(layer, "forward", layer.base_layer.forward if packing.on else layer.base_layer)
+        if part is None:  # the layers are switched to the base already
             return
         if packing.on:
             bases = [layer.get_base_layer().weight for layer in group.layers]

@@ -18,8 +18,8 @@ from sigmix.adapt.labels import DISPATCH, Label, labels, skills
 from sigmix.adapt.prompt import question
 from sigmix.errors import ConfigError, ExpertError, SigmixError
 from sigmix.evals.everyday import code_requests, everyday
+from sigmix.evals.plots import figure, save_png
 from sigmix.evals.stats import wilson
-from sigmix.files import atomic_file
 from sigmix.tasks.base import Sample, Score, Split, Task, check_request, shuffled
 from sigmix.tasks.registry import get_task
 from sigmix.tasks.text import one_of
@@ -80,9 +80,9 @@ def requests(
 
 
 def prompts_of_experts(
-    bank: Mapping[str, Any], count: int, *, seed: int = 0, data_dir: Path | None = None
+    bank: Mapping[str, Any], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
 ) -> list[str]:
-    """Training prompts of the tasks that a bank's experts were trained on, in turn: what they are for.
+    """Prompts of the tasks that a bank's experts were trained on, in turn: what they are for.
 
     Raises:
         ConfigError: the bank has no expert. ExpertError: one that does not say which task it was trained on.
@@ -91,7 +91,7 @@ def prompts_of_experts(
     if not names:
         raise ConfigError("the bank has no expert", remedy="train one first")
     each = -(-count // len(names))
-    drawn = [_task(bank, name, data_dir).samples("train", each, seed=seed) for name in names]
+    drawn = [_task(bank, name, data_dir).samples(split, each, seed=seed) for name in names]
     return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
 
 
@@ -211,12 +211,8 @@ def plot(figures: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed. OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib", remedy='pip install "sigmix[train]"') from error
     rows, names = figures["rows"], figures["labels"]
-    canvas = Figure(figsize=(2.5 + 0.8 * len(names), 2 + 0.5 * len(rows)), layout="constrained")
+    canvas = figure(2.5 + 0.8 * len(names), 2 + 0.5 * len(rows))
     axes = canvas.add_subplot()
     shares = [[count / row["n"] for count in row["counts"]] for row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -227,5 +223,4 @@ def plot(figures: Mapping[str, Any], path: str | Path) -> None:
     axes.set_yticks(range(len(rows)), [f"{row['label']} (n = {row['n']})" for row in rows])
     axes.set_xlabel("decided")
     axes.set_title(f"{figures['strategy']}: {figures['accuracy']:.3f} of {figures['n']}")
-    with atomic_file(path) as temporary:
-        canvas.savefig(temporary, format="png", dpi=120)
+    save_png(canvas, path)

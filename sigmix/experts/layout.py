@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
+from sigmix.svf.gains import mix_z
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class Flat:
-    """z of one expert: float32 [R], 1 where it adapts nothing, and which of the M matrices it adapts, bool [M]."""
+    """z of one expert: float32 [R], 1 where it adapts nothing, and which of the M matrices it adapts."""
 
     z: Tensor
-    adapted: Tensor
+    adapted: tuple[bool, ...]
 
 
 class Layout:
@@ -31,7 +32,6 @@ class Layout:
     def __init__(self, layers: Mapping[str, int]) -> None:
         self.layers = dict(layers)
         self.sizes = list(self.layers.values())
-        self._spread = torch.tensor(self.sizes)
 
     def flat(self, name: str, z: Mapping[str, Tensor]) -> Flat:
         """An expert's z as one vector.
@@ -51,7 +51,7 @@ class Layout:
                     remedy="load the base that the expert was made on",
                 )
         parts = [z[path].cpu() if path in z else torch.ones(r) for path, r in self.layers.items()]
-        return Flat(torch.cat(parts) if parts else torch.ones(0), torch.tensor([path in z for path in self.layers]))
+        return Flat(torch.cat(parts) if parts else torch.ones(0), tuple(path in z for path in self.layers))
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """{path: [..., r]} of a vector [..., R]; views."""
@@ -70,20 +70,15 @@ class Layout:
         """
         if not weights:
             return torch.ones(sum(self.sizes))
-        alphas = self.alphas(weights, alpha)
-        acting = (alphas != 0) & torch.stack([flats[name].adapted for name in weights])
-        gain = torch.zeros(sum(self.sizes), dtype=torch.float64)
-        for name, row, acts in zip(weights, alphas, acting, strict=True):
-            each = row[:1] if bool((row == row[0]).all()) else self._each(row)
-            change = each * (flats[name].z.double() - 1)
-            # no part at all where α is zero: 0 times a NaN would be one
-            gain += change if bool(acts.all()) else torch.where(self._each(acts), change, 0.0)
-        made = (1 + gain).to(next(flats[name].z.dtype for name in weights))
-        alone = acting & (alphas == 1) & (acting.sum(0) == 1)
-        for name, row in zip(weights, alone, strict=True):
-            if bool(row.any()):  # 1 + (z - 1) can round
-                made = torch.where(self._each(row), flats[name].z, made)
-        return made
+        if all(isinstance(a, float) for a in weights.values()) and all(all(flats[name].adapted) for name in weights):
+            return mix_z([flats[name].z for name in weights], list(weights.values()))
+        parts = {name: flats[name].z.split(self.sizes) for name in weights}
+        made = []
+        for place, (path, r) in enumerate(self.layers.items()):
+            acting = [name for name in weights if flats[name].adapted[place]]
+            zs = [parts[name][place] for name in acting]
+            made.append(mix_z(zs, [alpha(name, path) for name in acting]) if acting else torch.ones(r))
+        return torch.cat(made)
 
     def alphas(self, weights: Mapping[str, Any], alpha: Callable[[str, str], float]) -> Tensor:
         """float64 [K, M], α of every expert of a mixture at every matrix; see `mix`."""
@@ -92,10 +87,6 @@ class Layout:
             for name, a in weights.items()
         ]
         return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.sizes))
-
-    def _each(self, values: Tensor) -> Tensor:
-        """A value per matrix [M], for each of its components [R]."""
-        return values.repeat_interleave(self._spread)
 
 
 def check_matrices(name: str, alpha: Any, layers: Mapping[str, int]) -> None:

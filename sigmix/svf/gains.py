@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ def mix_z(zs: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
     """
     if len(zs) != len(alphas):
         raise ConfigError(f"{len(zs)} experts need {len(zs)} mixing weights, not {len(alphas)}")
-    if not all(torch.isfinite(torch.tensor(float(a))) for a in alphas):
+    if not all(math.isfinite(a) for a in alphas):
         raise ConfigError(f"mixing weights must be finite numbers, not {list(alphas)}")
     active = [(z, float(a)) for z, a in zip(zs, alphas, strict=True) if a != 0]
     if not active:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sigmix.files import atomic_file
+from sigmix.evals.plots import figure, save_png
 
 
 def curve(history: list[dict[str, Any]], path: str | Path, title: str) -> None:
     """Write a PNG with reward, validation accuracy (with its interval), KL and entropy over steps, atomically."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = [entry for entry in history if entry["kind"] == "step"]
     checks = [entry for entry in history if entry["kind"] == "validation"]
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    canvas = figure(7, 6)
+    top, bottom = canvas.subplots(2, 1, sharex=True)
     top.plot([e["step"] + 1 for e in steps], [e["right"] for e in steps], lw=1, alpha=0.6, label="rollouts right")
     if checks:
         x, y = [e["step"] for e in checks], [e["accuracy"] for e in checks]
@@ -30,6 +26,4 @@ def curve(history: list[dict[str, Any]], path: str | Path, title: str) -> None:
     bottom.plot([e["step"] + 1 for e in steps], [e["entropy"] for e in steps], label="entropy, nats per token")
     bottom.set(xlabel="step", ylabel="nats")
     bottom.legend()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
+    save_png(canvas, path)

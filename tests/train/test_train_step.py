@@ -63,6 +63,16 @@ def oracle(model, z, rollouts, options, replies=None):
     return float(total), {path: value.grad for path, value in z.items()}
 
 
+def same(figures, ours, loss, slow, least=1e-3):
+    """A step's loss and gradient are the oracle's, which is not all but zero."""
+    # the model is float64; z, the decomposition and token_stats are float32
+    assert figures["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in slow.values())
+    assert scale > least
+    for path, parameter in ours.parameters.items():
+        torch.testing.assert_close(parameter.grad.double(), slow[path], rtol=1e-3, atol=1e-4 * scale)
+
+
 class AnyLetter(Letter):
     """Right: begins with a letter or digit, which a third of the tiny models' answers do; a few cannot be judged."""
 
@@ -97,12 +107,7 @@ def test_gradient_equals_the_oracles(tiny, tiny_tokenizer, arch, options):
         rollouts = ours._rollouts(0, samples)
     loss, slow = oracle(tiny(arch).double(), z, rollouts, ours.config)
     figures = ours.step(0, samples)
-    # the model is float64; z, the decomposition and token_stats are float32
-    assert figures["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
-    scale = max(float(gradient.abs().max()) for gradient in slow.values())
-    assert scale > 1e-3
-    for path, parameter in ours.parameters.items():
-        torch.testing.assert_close(parameter.grad.double(), slow[path], rtol=1e-3, atol=1e-4 * scale)
+    same(figures, ours, loss, slow)
 
 
 class Chosen(AnyLetter):
@@ -125,11 +130,7 @@ def test_a_policy_over_given_replies_says_nothing_else_and_has_the_oracles_gradi
     assert len(set(rollouts.texts)) > 1
     loss, slow = oracle(tiny("llama").double(), z, rollouts, ours.config, ours.actor.choices.replies)
     figures = ours.step(0, samples)
-    assert figures["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
-    scale = max(float(gradient.abs().max()) for gradient in slow.values())
-    assert scale > 1e-4
-    for path, parameter in ours.parameters.items():
-        torch.testing.assert_close(parameter.grad.double(), slow[path], rtol=1e-3, atol=1e-4 * scale)
+    same(figures, ours, loss, slow, least=1e-4)
 
 
 def test_unscorable_answers_take_no_part(tiny, tiny_tokenizer):
