@@ -44,34 +44,6 @@ def next_logits(
     return torch.cat(found) if found else torch.empty(0, 0)
 
 
-def answer_logprobs(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[int]],
-    mix: Mixes = None,
-    *,
-    form: str | None = None,
-    batch_size: int = 64,
-) -> list[list[float]]:
-    """Natural log-probability of every token of a given answer to each prompt, as if the model had said it.
-
-    Args:
-        answers: token ids, none empty.
-
-    Raises:
-        ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
-    """
-    _check_answers(prompts, answers)
-    found: list[list[float]] = []
-    for rows, mixes in _batches(engine, prompts, mix, batch_size):
-        part = answers[len(found) : len(found) + len(rows)]
-        for row, answer in zip(rows, part, strict=True):
-            check_context(engine.model, row, len(answer))
-        with engine.under(mixes, form) as keep, torch.no_grad():
-            found += _logprobs(engine, engine.read(rows, mixes, keep), part)
-    return found
-
-
 def replies_and_logprobs(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -81,12 +53,18 @@ def replies_and_logprobs(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> tuple[list[str], list[list[float]]]:
-    """Greedy replies, and `answer_logprobs` of given answers; the prompts are read once for both.
+    """Greedy replies, and the natural log-probability of every token of given answers, as if the model had said them.
+
+    The prompts are read once for both.
+
+    Args:
+        answers: token ids, one answer to each prompt, none empty.
 
     Raises:
-        ConfigError, ContextError: see `answer_logprobs`.
+        ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
     """
-    _check_answers(prompts, answers)
+    if len(answers) != len(prompts) or not all(answers):
+        raise ConfigError("every prompt needs one answer of at least one token")
     texts: list[str] = []
     found: list[list[float]] = []
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
@@ -99,11 +77,6 @@ def replies_and_logprobs(
             *_, done = decode(engine.model, state, Sampling(max_new_tokens), engine.ends, on_drop=keep)
         texts += [engine.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
     return texts, found
-
-
-def _check_answers(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> None:
-    if len(answers) != len(prompts) or not all(answers):
-        raise ConfigError("every prompt needs one answer of at least one token")
 
 
 def _logprobs(engine: Engine, state: Prefilled, answers: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -9,7 +9,7 @@ import torch
 from helpers_adapt import bank_of, engine_of
 
 from sigmix.adapt import Example, FewShotSearch
-from sigmix.engine.scoring import answer_logprobs
+from sigmix.engine.scoring import replies_and_logprobs
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.mix import Mix
 
@@ -35,7 +35,10 @@ def test_a_candidate_is_worth_accuracy_and_likelihood_and_runs_once(tiny, tiny_t
         replies = [engine.generate([prompt], mix, max_new_tokens=3)[0].text for prompt, _ in EXAMPLES]
         assert accuracy == sum(letters(None, reply) for reply in replies) / 3
         gold = [[*tiny_tokenizer.encode(gold, add_special_tokens=False), 2] for _, gold in EXAMPLES]
-        logprobs = [answer_logprobs(engine, [p], [ids], mix)[0] for (p, _), ids in zip(EXAMPLES, gold, strict=True)]
+        logprobs = [
+            replies_and_logprobs(engine, [prompt], [ids], mix, max_new_tokens=1)[1][0]
+            for (prompt, _), ids in zip(EXAMPLES, gold, strict=True)
+        ]
         assert likelihood == pytest.approx(sum(sum(row) / len(row) for row in logprobs) / 3, abs=1e-4)
     monkeypatch.setattr("sigmix.adapt.fewshot.replies_and_logprobs", None)
     assert one.values(mixes) == values

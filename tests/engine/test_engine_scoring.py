@@ -7,7 +7,7 @@ import torch
 from helpers_engine import TOLERANCE, alone, expert, rows
 
 from sigmix.engine import Engine, prefixes
-from sigmix.engine.scoring import answer_logprobs, decoder_layers, hidden, next_logits, replies_and_logprobs
+from sigmix.engine.scoring import decoder_layers, hidden, next_logits, replies_and_logprobs
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.mix import Mix
 
@@ -38,20 +38,13 @@ def test_next_logits_are_those_of_each_row_alone(made, mixes):
 
 
 @pytest.mark.parametrize("mixes", [[Mix.base()] * 4, MIXES])
-def test_answer_logprobs_are_those_of_each_row_alone(made, mixes):
-    found = answer_logprobs(made, PROMPTS, ANSWERS, mixes, batch_size=3)
+def test_replies_and_answers_logprobs_are_those_of_each_row_alone(made, mixes):
+    texts, found = replies_and_logprobs(made, PROMPTS, ANSWERS, mixes, max_new_tokens=5, batch_size=3)
+    assert texts == [one.text for one in made.generate(PROMPTS, mixes, max_new_tokens=5)]
     for row, answer, mix, one in zip(PROMPTS, ANSWERS, mixes, found, strict=True):
         whole = logits(made, row + answer, mix).log_softmax(-1)
         wanted = [float(whole[len(row) - 1 + place, token]) for place, token in enumerate(answer)]
         assert one == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.parametrize("mixes", [[Mix.base()] * 4, MIXES])
-def test_replies_and_logprobs_are_what_both_give_apart(made, mixes):
-    texts, found = replies_and_logprobs(made, PROMPTS, ANSWERS, mixes, max_new_tokens=5, batch_size=3)
-    assert texts == [one.text for one in made.generate(PROMPTS, mixes, max_new_tokens=5)]
-    for one, other in zip(found, answer_logprobs(made, PROMPTS, ANSWERS, mixes), strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("mix", [Mix.base(), Mix.one("math"), MIXES])
@@ -143,10 +136,10 @@ def test_hidden_states_are_transformers_own_and_later_layers_do_not_run(tiny, ti
 def test_bad_scoring_input(tiny, tiny_tokenizer):
     engine = Engine(tiny("llama", max_position_embeddings=32), tiny_tokenizer)
     with pytest.raises(ConfigError, match="at least one token"):
-        answer_logprobs(engine, PROMPTS, [[5], [], [5], [5]])
+        replies_and_logprobs(engine, PROMPTS, [[5], [], [5], [5]], max_new_tokens=1)
     with pytest.raises(ConfigError, match="from 1 to 2"):
         hidden(engine, PROMPTS, [3])
     with pytest.raises(ContextError, match="prompt 1"):
         next_logits(engine, [[5, 6], list(range(4, 40))])
     with pytest.raises(ContextError):
-        answer_logprobs(engine, [[5] * 30], [[6] * 4])
+        replies_and_logprobs(engine, [[5] * 30], [[6] * 4], max_new_tokens=1)
