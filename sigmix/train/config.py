@@ -10,7 +10,7 @@ from sigmix.errors import ConfigError, UnknownNameError
 
 CHOICES = {
     "objective": ("reinforce", "sft"),
-    "policy": ("svf", "lora"),
+    "policy": ("svf", "lora", "ia3"),
     "baseline": ("none", "mean", "leave-one-out"),
     "kl": ("exact", "k3"),
     "parameterisation": ("direct", "reference"),
@@ -43,6 +43,8 @@ class TrainConfig:
         parameterisation: "direct" (z = 1 + p) or "reference" (sigmoid, see `svf.gains.reference_z`).
         kl_limit: mean KL in nats per token beyond which the run counts as collapsed; without effect at kl_weight 0,
             where the base is not run at all.
+        start: folder of a saved expert or adapter whose parameters the run starts from, as training one adapter on
+            several tasks in turn does; the KL is still to the base.
         lora_rank, lora_alpha, lora_dropout: of the LoRA policy.
     """
 
@@ -74,6 +76,7 @@ class TrainConfig:
     parameterisation: str = "direct"
     form_reward: float = 0.5
     kl_limit: float = 10.0
+    start: str | None = None
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
@@ -96,8 +99,14 @@ class TrainConfig:
             raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}")
         if self.batch % self.group:
             raise ConfigError(f"batch {self.batch} is not a multiple of group {self.group}")
-        if self.policy == "lora" and (self.layers is not None or self.parameterisation != "direct"):
-            raise ConfigError("layers and parameterisation belong to the svf policy; lora adapts all of its targets")
+        if self.policy != "svf" and (self.layers is not None or self.parameterisation != "direct"):
+            raise ConfigError(
+                f"layers and parameterisation belong to the svf policy; {self.policy} adapts all of its targets"
+            )
+        if self.policy == "ia3" and self.targets != "all-linear":
+            raise ConfigError("ia3 adapts the modules that PEFT's own table names; leave targets out")
+        if self.start is not None and self.parameterisation != "direct":
+            raise ConfigError("start goes with the direct parameterisation only")
         if self.baseline == "leave-one-out" and self.batch == 1:
             raise ConfigError("a leave-one-out baseline needs a batch of at least 2")
 

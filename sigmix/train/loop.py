@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class Trainer:
         ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         self.policy = make_policy(model, config)
+        if config.start is not None:
+            self.policy.start_from(Path(config.start))
         contiguous_head(self.policy.model)
         self.actor = Actor(self.policy.model, tokenizer, task, ends, pad)
         self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens)
@@ -81,7 +84,8 @@ class Trainer:
     # ------------------------------------------------------------------ running
 
     def fit(self, resume: bool = False) -> Expert | None:
-        """Train to the end and return the best expert by validation (None for a LoRA policy).
+        """Train to the end and return the best expert by validation (None for PEFT's own policies, whose best
+        adapter is in the run's ``best`` folder).
 
         A KeyboardInterrupt saves a checkpoint and is raised again.
 
@@ -136,6 +140,8 @@ class Trainer:
         self._emit({"kind": "validation", "step": self.step, "seconds": self.seconds, "best": better, **summary})
         if better and isinstance(self.policy, SVFPolicy):
             self.expert(result).save(self.run.best)
+        elif better:
+            self.policy.save(self.run.best)
 
     def expert(self, validation: Result | None = None) -> Expert:
         """The current z as an expert, with how it was made."""

@@ -4,22 +4,32 @@
     learning    gradients reach the parameters, never W
     reference   the base, exactly
 
-`SVFPolicy` is the paper's. `LoRAPolicy` is PEFT's own LoRA in the same loop, for comparison.
+`SVFPolicy` is the paper's. `PeftPolicy` is PEFT's own LoRA or IA3 in the same loop, for comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
 from sigmix.engine.modes import as_base, as_merged, merged_weights
+from sigmix.experts.expert import Expert
+from sigmix.files import atomic_dir
 from sigmix.svf.gains import reference_z
 from sigmix.svf.tuner import SVFConfig, svf_layers
 from sigmix.train.config import TrainConfig
@@ -36,6 +46,7 @@ class Policy(Protocol):
     def reference(self) -> AbstractContextManager[None]: ...
     def after_step(self) -> None: ...
     def z(self) -> dict[str, torch.Tensor]: ...
+    def start_from(self, folder: Path) -> None: ...
 
 
 class ReferenceZ(nn.Module):
@@ -89,6 +100,13 @@ class SVFPolicy:
             layer.form = "factored"
         yield
 
+    def start_from(self, folder: Path) -> None:
+        """Take the z of a saved expert."""
+        z = Expert.load(folder).z
+        with torch.no_grad():
+            for path, parameter in self.parameters().items():
+                parameter.copy_(z[path])
+
     def after_step(self) -> None:
         # a negative factor would turn a component round, which is not a volume; no file may hold one
         if self.direct:
@@ -97,19 +115,16 @@ class SVFPolicy:
                     parameter.clamp_(min=0.0)
 
 
-class LoRAPolicy:
-    """PEFT's LoRA in the same loop; acting merges into copies, so the base stays bit for bit."""
+class PeftPolicy:
+    """PEFT's own LoRA or IA3 in the same loop; acting merges into copies, so the base stays bit for bit.
+
+    LoRA adapts `TrainConfig.targets`; IA3 the modules that PEFT's own table names for the architecture.
+    """
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.targets,
-        )
-        self.model = get_peft_model(base, lora).eval()  # type: ignore[arg-type]
-        self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        self.model = get_peft_model(base, _peft_config(config)).eval()  # type: ignore[arg-type]
+        self._layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -119,16 +134,8 @@ class LoRAPolicy:
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        kept = [layer.get_base_layer().weight.data for layer in self._layers]
-        try:
-            for layer, weight in zip(self._layers, kept, strict=True):
-                layer.get_base_layer().weight.data = weight.clone()
-            self.model.merge_adapter()
+        with merged_adapter(self.model):
             yield
-        finally:
-            for layer, weight in zip(self._layers, kept, strict=True):
-                layer.merged_adapters.clear()
-                layer.get_base_layer().weight.data = weight
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -138,7 +145,7 @@ class LoRAPolicy:
     @contextmanager
     def learning(self) -> Iterator[None]:
         # LoRA's own dropout alone: GPT-2's and Phi's would make the policy another one than the one that acted
-        dropouts = [module for layer in self._layers for module in layer.lora_dropout.values()]
+        dropouts = [module for layer in self._layers for module in getattr(layer, "lora_dropout", {}).values()]
         for module in dropouts:
             module.train()
         try:
@@ -150,7 +157,45 @@ class LoRAPolicy:
     def after_step(self) -> None:
         pass
 
+    def save(self, folder: Path) -> None:
+        """Write a PEFT adapter folder, in place of what is there, atomically."""
+        with atomic_dir(folder) as temporary:
+            self.model.save_pretrained(str(temporary))
 
-def make_policy(base: Any, config: TrainConfig) -> SVFPolicy | LoRAPolicy:
+    def start_from(self, folder: Path) -> None:
+        """Take the parameters of a saved adapter of the same shape."""
+        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+
+
+@contextmanager
+def merged_adapter(model: Any) -> Iterator[None]:
+    """Inside, a PEFT model's active adapter is merged into copies of the weights; the base's own come back after."""
+    bases = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    kept = [(p, p.data) for base in bases for p in (base.weight, getattr(base, "bias", None)) if p is not None]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.clone()
+        model.merge_adapter()
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merged_adapters.clear()
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def _peft_config(config: TrainConfig) -> PeftConfig:
+    if config.policy == "ia3":
+        return IA3Config()
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.targets,
+    )
+
+
+def make_policy(base: Any, config: TrainConfig) -> SVFPolicy | PeftPolicy:
     """The policy that the configuration names, injected into the base."""
-    return SVFPolicy(base, config) if config.policy == "svf" else LoRAPolicy(base, config)
+    return SVFPolicy(base, config) if config.policy == "svf" else PeftPolicy(base, config)

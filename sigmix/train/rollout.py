@@ -12,7 +12,7 @@ import torch
 
 from sigmix.engine.choices import Choices
 from sigmix.engine.complete import complete
-from sigmix.engine.decode import Sampling
+from sigmix.engine.decode import Row, Sampling
 from sigmix.engine.prompts import check_context, encode
 from sigmix.tasks.base import Sample, Score, Task
 
@@ -99,7 +99,7 @@ class Actor:
         for sample, ids in zip(samples, prompts, strict=True):
             check_context(self.model, ids, sampling.max_new_tokens, f"sample {sample.id} of {self.task.name}")
         rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, group, self.choices)
-        texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
+        texts = self.texts(rows)
         scores = [self.task.score(samples[i // group], text) for i, text in enumerate(texts)]
         rewards = torch.tensor([_reward(score, form_reward) for score in scores])
         return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [s.answer for s in scores])
@@ -113,13 +113,20 @@ class Actor:
         texts = [sample.gold for sample in samples]
         return Rollouts([self.encode(s) for s in samples], answers, texts, torch.ones(len(texts)), list(texts))
 
-    def answer(self, samples: Sequence[Sample], max_new_tokens: int, rows: int = 64) -> list[str]:
-        """Greedy replies."""
-        texts: list[str] = []
-        for start in range(0, len(samples), rows):
-            part = [self.encode(sample) for sample in samples[start : start + rows]]
-            done = complete(
+    def rows(self, samples: Sequence[Sample], max_new_tokens: int, batch: int = 64) -> list[Row]:
+        """Greedy replies as token ids."""
+        found: list[Row] = []
+        for start in range(0, len(samples), batch):
+            part = [self.encode(sample) for sample in samples[start : start + batch]]
+            found += complete(
                 self.model, part, Sampling(max_new_tokens), self.ends, self.pad_id, choices=self.choices
             )
-            texts += [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
-        return texts
+        return found
+
+    def texts(self, rows: Sequence[Row]) -> list[str]:
+        """Replies as texts."""
+        return [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
+
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+        """Greedy replies."""
+        return self.texts(self.rows(samples, max_new_tokens))

@@ -15,7 +15,7 @@ from sigmix.engine.prefix import answer_logits, prefill
 from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
 from sigmix.train.losses import TokenStats, advantages, reinforce_loss, sft_loss, token_stats
-from sigmix.train.policy import LoRAPolicy, SVFPolicy
+from sigmix.train.policy import PeftPolicy, SVFPolicy
 from sigmix.train.rollout import Actor, Rollouts, row_seed
 
 
@@ -41,7 +41,7 @@ class Learner:
         max_new_tokens: answer budget.
     """
 
-    def __init__(self, policy: SVFPolicy | LoRAPolicy, actor: Actor, config: TrainConfig, max_new_tokens: int) -> None:
+    def __init__(self, policy: SVFPolicy | PeftPolicy, actor: Actor, config: TrainConfig, max_new_tokens: int) -> None:
         self.policy, self.actor, self.config, self.max_new_tokens = policy, actor, config, max_new_tokens
         self.parameters = policy.parameters()
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=0.0)

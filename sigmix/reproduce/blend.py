@@ -1,0 +1,107 @@
+"""A base and adapters of one kind, under any weighted sum of them: W' = W + Σₖ αₖ ΔWₖ.
+
+For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is PEFT's own
+``add_weighted_adapter(combination_type="cat")``, which is exact. Both are merged, so both cost the same to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from sigmix.engine.modes import as_base, as_merged, merged_weights
+from sigmix.experts.expert import Expert
+from sigmix.svf.gains import mix_z
+from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.train.policy import merged_adapter
+
+MIXED = "mixed"
+
+
+class Blend:
+    """Adapters of one kind on one base.
+
+    Args:
+        base: a model from `load_base`, wrapped in place. folders: {name: folder of a saved expert or PEFT adapter}.
+        policy: "svf", "lora" or "ia3" (which cannot be summed, only used alone).
+    """
+
+    def __init__(self, base: Any, folders: Mapping[str, Path], policy: str) -> None:
+        self.svf = policy == "svf"
+        self.names = list(folders)
+        if self.svf:
+            self.experts = {name: Expert.load(folder) for name, folder in folders.items()}
+            self.model: Any = get_peft_model(base, SVFConfig(target_modules="all-linear")).eval()
+            self.layers = svf_layers(self.model)
+        else:
+            (first, folder), *others = folders.items()
+            self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=first)
+            for name, other in others:
+                self.model.load_adapter(str(other), adapter_name=name)
+            self.model.eval()
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the base."""
+        return as_base(self.layers) if self.svf else self.model.disable_adapter()
+
+    @contextmanager
+    def under(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Inside, the model holds the weighted sum; an empty one is the base."""
+        weights = {name: alpha for name, alpha in weights.items() if alpha != 0}
+        if not weights:
+            with self.reference():
+                yield
+        elif self.svf:
+            with as_merged(self.layers, merged_weights(self.layers, self.z(weights))):
+                yield
+        else:
+            with self._lora(weights):
+                yield
+
+    def z(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """{path: z [r]} of a weighted sum of SVF experts."""
+        zs = [self.experts[name].z for name in weights]
+        return {path: mix_z([z[path] for z in zs], list(weights.values())) for path in zs[0]}
+
+    @contextmanager
+    def _lora(self, weights: Mapping[str, float]) -> Iterator[None]:
+        (first, alpha), *others = weights.items()
+        if alpha == 1 and not others:
+            self.model.set_adapter(first)
+            with merged_adapter(self.model):
+                yield
+            return
+        self.model.add_weighted_adapter(
+            list(weights), list(weights.values()), adapter_name=MIXED, combination_type="cat"
+        )
+        try:
+            self.model.set_adapter(MIXED)
+            with merged_adapter(self.model):
+                yield
+        finally:
+            self.model.set_adapter(self.names[0])
+            self.model.delete_adapter(MIXED)
+
+    def update(self, path: str, name: str) -> torch.Tensor:
+        """ΔW float32 [m, n] of one adapter in one matrix, before any rounding to the base's dtype."""
+        if self.svf:
+            layer, z = self.layers[path], self.experts[name].z
+            if path not in z:
+                return torch.zeros(layer.matrix().shape)
+            return layer.get_delta_weight("default", z[path]).float()
+        return self.places[path].get_delta_weight(name).float()  # type: ignore[operator]
+
+    @property
+    def places(self) -> dict[str, torch.nn.Module]:
+        """The adapted layers by their paths in the base."""
+        return {
+            name.removeprefix("base_model.model."): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }

@@ -1,0 +1,243 @@
+"""What every stage needs: bases, training runs, test cells. All of it is stored, so nothing is done twice."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sigmix.engine.cpu import contiguous_head
+from sigmix.engine.decode import Row
+from sigmix.engine.prefix import answer_logits, prefill
+from sigmix.engine.prompts import end_ids
+from sigmix.errors import DivergedError
+from sigmix.evals.evaluate import constant_baseline, evaluate
+from sigmix.evals.run import commit
+from sigmix.evals.stats import wilson
+from sigmix.models import load_base
+from sigmix.reproduce.blend import Blend
+from sigmix.reproduce.names import BASE, chosen_lr, mix_name, run_name
+from sigmix.reproduce.scale import Scale
+from sigmix.reproduce.store import Cell, Store
+from sigmix.tasks.base import Sample, Split, Task
+from sigmix.tasks.registry import get_task
+from sigmix.train.config import make_config
+from sigmix.train.loop import Trainer
+from sigmix.train.losses import token_stats
+from sigmix.train.rollout import Actor, Rollouts
+from sigmix.train.state import RunDir
+
+Under = Callable[[], AbstractContextManager[Any]]
+KL_ITEMS = 64
+"""Replies of a cell on which its KL to the base is measured."""
+
+
+class Lab:
+    """One reproduction under way.
+
+    Args:
+        scale: what and how large. store: where results go. work: folder for checkpoints and adapters, which are too
+            large for results. data_dir: local data sets. allow_code: let code tasks run programs. say: told what
+            happens, a line at a time.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        store: Store,
+        work: Path,
+        data_dir: Path | None = None,
+        allow_code: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.scale, self.store, self.work = scale, store, Path(work)
+        self.data_dir, self.allow_code, self.say = data_dir, allow_code, say
+        self._drawn: dict[tuple[str, str, int | None, int], list[Sample]] = {}
+
+    # ------------------------------------------------------------------ bases and tasks
+
+    def base(self, name: str | None = None) -> tuple[Any, Any]:
+        """A fresh model and its tokenizer."""
+        gc.collect()
+        model, tokenizer = load_base(name or self.scale.base, self.scale.dtype)
+        contiguous_head(model)
+        return model, tokenizer
+
+    def task(self, spec: str) -> Task:
+        """A task of the registry."""
+        return get_task(spec, data_dir=self.data_dir, allow_code=self.allow_code)
+
+    def samples(self, spec: str, split: Split, n: int | None, seed: int = 0) -> list[Sample]:
+        """Items of a task, drawn once."""
+        key = (spec, split, n, seed)
+        if key not in self._drawn:
+            self._drawn[key] = self.task(spec).samples(split, n, seed=seed)
+        return self._drawn[key]
+
+    def actor(self, model: Any, tokenizer: Any, task: Task) -> Actor:
+        """Answers a task with a model in whatever state it is in."""
+        ends = end_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        return Actor(model, tokenizer, task, ends, pad)
+
+    # ------------------------------------------------------------------ training
+
+    def trained(
+        self, kind: str, task: str, seed: int, lr: float | None = None, after: Sequence[str] = ()
+    ) -> tuple[str, Path]:
+        """Train an adapter unless that has been done; returns the run's name and the adapter's folder.
+
+        Args:
+            lr: default: what the kind's sweep chose. after: tasks that the adapter learns before, in turn; each of
+                these is a run of its own.
+
+        A run that diverges is a result: its record says so, and its best checkpoint by validation is what it gives.
+        """
+        rate = lr if lr is not None else chosen_lr(self.store, self.scale, kind)
+        if rate is None:
+            raise LookupError(f"the learning rate of {kind} is not known before its sweep")
+        name = run_name(kind, rate, task, seed, after)
+        folder = self.work / "runs" / name
+        if self.store.run(name) is not None and (folder / "best").exists():
+            return name, folder / "best"
+        start = self.trained(kind, after[-1], seed, rate, after[:-1])[1] if after else None
+        made = self.task(task)
+        options = {**self.scale.training, **self.scale.kinds[kind].options}
+        config = make_config(
+            self.scale.preset, **options, task=task, base=self.scale.base, lr=rate, seed=seed,
+            start=None if start is None else str(start),
+        )  # fmt: skip
+        model, tokenizer = self.base()
+        run = RunDir(folder)
+        trainer = Trainer(model, tokenizer, made, config, run, task)
+        outcome = "done"
+        try:
+            trainer.fit(resume=(folder / "config.json").exists())
+        except DivergedError as error:
+            outcome = str(error)
+        self.store.write_run(
+            name,
+            {
+                "name": name, "kind": kind, "task": task, "seed": seed, "lr": rate, "after": list(after),
+                "outcome": outcome, "best": trainer.best, "seconds": round(trainer.seconds, 1),
+                "parameters": sum(p.numel() for p in trainer.policy.parameters().values()),
+                "config": replace(trainer.config, start=None).to_dict(), "commit": commit(),
+                "history": [_short(entry) for entry in run.history()],
+            },
+        )  # fmt: skip
+        self.say(f"trained {name}: validation {trainer.best['accuracy']:.3f} ({trainer.seconds:.0f} s)")
+        return name, folder / "best"
+
+    # ------------------------------------------------------------------ cells
+
+    def cell(
+        self,
+        task: str,
+        who: str,
+        model: Any,
+        tokenizer: Any,
+        under: Under,
+        reference: Under | None = None,
+        items: str | None = None,
+        **facts: Any,
+    ) -> Cell:
+        """Greedy answers to a task's test items, stored; measured unless they are there.
+
+        Args:
+            under: puts the model into the state that is measured. reference: into the base's, for the KL per token on
+                the cell's own replies. facts: stored with it.
+        """
+        known = self.store.cell(task, who)
+        if known is not None:
+            return known
+        made = self.task(task)
+        samples = self.samples(task, "test", self.scale.n)
+        actor = self.actor(model, tokenizer, made)
+        started = time.perf_counter()
+        rows: list[Row] = []
+
+        def answer(wanted: Sequence[Sample]) -> list[str]:
+            with under():
+                rows.extend(actor.rows(wanted, made.max_new_tokens, self.scale.batch))
+            return actor.texts(rows)
+
+        result = evaluate(made, samples, answer)
+        if reference is not None:
+            facts["kl"] = divergence(model, actor, samples[:KL_ITEMS], rows[:KL_ITEMS], under, reference)
+        facts |= {"n": len(samples), "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
+        self.keep(task, samples, made)
+        self.store.write(replace(result, task=task), who, facts)
+        low, high = wilson(sum(result.right), len(result.right))
+        self.say(f"{task} under {who}: {100 * result.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        return self.store.cell(task, who)  # type: ignore[return-value]
+
+    def keep(self, task: str, samples: Sequence[Sample], made: Task) -> None:
+        """Store a task's items with their best constant answer, once."""
+        if not self.store.about(task):
+            facts = {"best_constant": constant_baseline(made, samples), "notes": list(made.notes), "seed": 0}
+            self.store.write_items(task, samples, facts)
+
+    def base_cells(self, tasks: Sequence[str]) -> None:
+        """The base on some tasks."""
+        missing = [task for task in tasks if not self.store.has(task, BASE)]
+        if missing:
+            model, tokenizer = self.base()
+            for task in missing:
+                self.cell(task, BASE, model, tokenizer, _as_it_is)
+
+    def single_cells(self, kind: str, task: str, seed: int, on: Sequence[str] | None = None, **how: Any) -> str:
+        """Train an adapter and measure it on its task, or on ``on``; returns its name."""
+        name, folder = self.trained(kind, task, seed, **how)
+        missing = [one for one in on or [task] if not self.store.has(one, name)]
+        if missing:
+            model, tokenizer = self.base()
+            blend = Blend(model, {"it": folder}, self.scale.kinds[kind].policy)
+            for one in missing:
+                self.cell(one, name, blend.model, tokenizer, lambda: blend.under({"it": 1.0}), blend.reference)
+        return name
+
+    def mixed_cells(
+        self, blend: Blend, tokenizer: Any, kind: str, seed: int, weights: Mapping[str, float], on: Sequence[str]
+    ) -> None:
+        """A weighted sum of one seed's adapters on some tasks."""
+        rate = chosen_lr(self.store, self.scale, kind)
+        who = mix_name(kind, rate or 0.0, weights, seed)
+        for task in on:
+            self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights), blend.reference)
+
+
+def divergence(
+    model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[Row], under: Under, reference: Under
+) -> float:
+    """Mean exact KL(π‖π₀) in nats per token of a state's own replies."""
+    prompts = [actor.encode(sample) for sample in samples]
+    answers = Rollouts(prompts, [row.ids for row in rows], [], torch.zeros(len(rows)), [])
+    ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in answers.padded(slice(None), actor.pad_id))
+
+    def logits() -> torch.Tensor:
+        return answer_logits(model, prefill(model, prompts, actor.pad_id), ids, mask)
+
+    with torch.no_grad():
+        with reference():
+            theirs = logits()
+        with under():
+            ours = logits()
+        stats = token_stats(ours, theirs, ids, mask)
+    return float(stats.kl.sum() / mask.sum())
+
+
+def _as_it_is() -> AbstractContextManager[None]:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def _short(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics without digits that nobody reads."""
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()}

@@ -1,0 +1,115 @@
+"""What is compared (kinds of adapters) and how large (scales). No figure of the results is in here.
+
+A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` takes two cores and the embedded model,
+`gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sigmix.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to make an adapter.
+
+    Attributes:
+        label: for tables. options: fields of `TrainConfig`. lrs: ascending learning rates that the sweep begins with;
+            it goes on beyond an end that wins. like: a kind whose learning rate is taken in place of a sweep.
+    """
+
+    label: str
+    options: Mapping[str, Any]
+    lrs: tuple[float, ...] = ()
+    like: str | None = None
+
+    @property
+    def policy(self) -> str:
+        """svf, lora or ia3."""
+        return str(self.options.get("policy", "svf"))
+
+
+QV = ["q_proj", "v_proj"]
+LORA = {"policy": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+GOLD = {"objective": "sft", "group": 1, "kl_weight": 0.0}
+SVF_LRS, LORA_LRS = (6e-4, 2e-3, 6e-3), (3e-4, 1e-3, 3e-3)
+
+KINDS: dict[str, Kind] = {
+    "svf-rl": Kind("SVF, policy gradient", {}, SVF_LRS),
+    "svf-sft": Kind("SVF, next token", GOLD, SVF_LRS),
+    "lora-rl": Kind("LoRA 16 on all, policy gradient", LORA, LORA_LRS),
+    "lora-sft": Kind("LoRA 16 on all, next token", {**LORA, **GOLD}, LORA_LRS),
+    "lora-qv-rl": Kind("LoRA 16 on q and v, policy gradient", {**LORA, "targets": QV}, LORA_LRS),
+    "lora-qv-sft": Kind("LoRA 16 on q and v, next token", {**LORA, **GOLD, "targets": QV}, LORA_LRS),
+    # as many numbers as SVF has on the default model: 115,200 against 97,920
+    "lora-small-rl": Kind(
+        "LoRA 2 on q and v, policy gradient", {**LORA, "lora_rank": 2, "lora_alpha": 4, "targets": QV}, (),
+        "lora-qv-rl",
+    ),
+    "svf-qv-rl": Kind("SVF on q and v, policy gradient", {"targets": QV}, (), "svf-rl"),
+    "svf-mlp-rl": Kind("SVF on the MLP, policy gradient", {"targets": "mlp"}, (), "svf-rl"),
+    "svf-none": Kind("no baseline", {"baseline": "none"}, (), "svf-rl"),
+    "svf-mean": Kind("mean of the batch", {"baseline": "mean"}, (), "svf-rl"),
+    "svf-k3": Kind("leave-one-out, k3", {"kl": "k3"}, (), "svf-rl"),
+    "svf-reference": Kind("reference's sigmoid", {"parameterisation": "reference"}, (1e-2, 3e-2, 1e-1)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is.
+
+    Attributes:
+        base: of `load_base`; dtype: None is the faster one on the machine.
+        tasks: those that experts are trained on with every seed. extra: more experts, of the first seed.
+        sweep: the task on which learning rates are chosen, by validation. unseen: tasks that nothing is trained on.
+        seeds: of training. n: test items a cell. validation: items that choose α.
+        training: fields of `TrainConfig` for every run. preset: its preset.
+        shots: of the few-shot tables. search: overrides of the few-shot searches, for the smoke test.
+        larger: `Scale` of the larger model, if there is one.
+    """
+
+    name: str
+    base: str
+    tasks: tuple[str, ...]
+    extra: tuple[str, ...]
+    sweep: str
+    unseen: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    dtype: str | None = None
+    n: int = 500
+    validation: int = 64
+    preset: str = "laptop"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=lambda: KINDS)
+    shots: tuple[int, ...] = (3, 5, 10, 20)
+    search: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 128
+
+
+SCALES: dict[str, Scale] = {
+    "laptop": Scale(
+        name="laptop",
+        base="smollm2-135m",
+        tasks=("addition", "larger", "where-is"),
+        extra=("date-iso", "smallest-of-three", "who-has"),
+        sweep="where-is",
+        unseen=("subtraction", "time-24h", "sort-numbers"),
+        training={"steps": 24, "eval_every": 12},
+    ),
+}
+
+
+def get_scale(name: str) -> Scale:
+    """A scale by its name.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    if name not in SCALES:
+        raise UnknownNameError("scale", name, SCALES)
+    return SCALES[name]
