@@ -19,6 +19,7 @@ from sigmix.evals.evaluate import Result, compare, constant_baseline, evaluate
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
 
+Decide = Callable[[Sequence[Sample]], list[Decision]]
 NAMES = ("base", "A", "B", "C", "D", "each-expert", "oracle")
 EACH, ORACLE = "each-expert", "oracle"
 
@@ -53,35 +54,14 @@ def run_strategies(
     results: dict[str, Result] = {}
     entries: list[dict[str, Any]] = []
 
-    def measure(name: str, decide: Callable[[Sequence[Sample]], list[Decision]]) -> None:
-        started = time.perf_counter()
-        decisions = decide(samples)
-        decided = time.perf_counter()
-
-        def answer(wanted: Sequence[Sample]) -> list[str]:
-            texts: list[str] = []
-            for start in range(0, len(wanted), batch_size):
-                part = wanted[start : start + batch_size]
-                mixes = [decision.mix for decision in decisions[start : start + batch_size]]
-                rows = [engine.encode(sample.prompt, sample.system) for sample in part]
-                done = engine.generate(rows, mixes, max_new_tokens=limit, batch_size=batch_size)
-                texts += [one.text for one in done]
-                if progress is not None:
-                    progress(len(part), name)
-            return texts
-
-        result = results[name] = evaluate(task, samples, answer)
-        entries.append(
-            {
-                "strategy": name,
-                **result.summary(),
-                "chosen": dict(Counter(decision.mix.id for decision in decisions).most_common()),
-                "pass1_seconds": round(decided - started, 3),
-                "pass1_tokens": sum(decision.tokens for decision in decisions),
-                "pass2_seconds": round(time.perf_counter() - decided, 3),
-                "paired": compare(result, results["base"], seed) if name != "base" else None,
-            }
+    def measure(name: str, decide: Decide) -> None:
+        told = None if progress is None else lambda count: progress(count, name)
+        result, facts = measure_strategy(
+            engine, task, samples, decide, max_new_tokens=limit, batch_size=batch_size, progress=told
         )
+        results[name] = result
+        paired = compare(result, results["base"], seed) if name != "base" else None
+        entries.append({"strategy": name, **result.summary(), **facts, "paired": paired})
 
     measure("base", _always(Mix.base()))
     for name, strategy in strategies.items():
@@ -109,7 +89,48 @@ def run_strategies(
     return figures, results
 
 
-def _always(mix: Mix) -> Callable[[Sequence[Sample]], list[Decision]]:
+def measure_strategy(
+    engine: Any,
+    task: Task,
+    samples: Sequence[Sample],
+    decide: Decide,
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Result, dict[str, Any]]:
+    """Decide for every sample, then answer each under its own mix.
+
+    Returns:
+        The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens, pass2_seconds.
+    """
+    limit = max_new_tokens or task.max_new_tokens
+    started = time.perf_counter()
+    decisions = decide(samples)
+    decided = time.perf_counter()
+
+    def answer(wanted: Sequence[Sample]) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(wanted), batch_size):
+            part = wanted[start : start + batch_size]
+            mixes = [decision.mix for decision in decisions[start : start + batch_size]]
+            rows = [engine.encode(sample.prompt, sample.system) for sample in part]
+            done = engine.generate(rows, mixes, max_new_tokens=limit, batch_size=batch_size)
+            texts += [one.text for one in done]
+            if progress is not None:
+                progress(len(part))
+        return texts
+
+    result = evaluate(task, samples, answer)
+    return result, {
+        "chosen": dict(Counter(decision.mix.id for decision in decisions).most_common()),
+        "pass1_seconds": round(decided - started, 3),
+        "pass1_tokens": sum(decision.tokens for decision in decisions),
+        "pass2_seconds": round(time.perf_counter() - decided, 3),
+    }
+
+
+def _always(mix: Mix) -> Decide:
     return lambda samples: [Decision(mix, mix.id, "fixed") for _ in samples]
 
 

@@ -20,6 +20,7 @@ from sigmix.errors import DivergedError
 from sigmix.evals.evaluate import constant_baseline, evaluate
 from sigmix.evals.run import commit
 from sigmix.evals.stats import wilson
+from sigmix.evals.strategies import measure_strategy
 from sigmix.models import load_base
 from sigmix.reproduce.blend import Blend
 from sigmix.reproduce.names import BASE, chosen_lr, mix_name, run_name
@@ -85,6 +86,12 @@ class Lab:
         ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         return Actor(model, tokenizer, task, ends, pad)
+
+    def timed(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What ``work`` returns, with the seconds that it took and the commit."""
+        started = time.perf_counter()
+        found = dict(work())
+        return {**found, "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
 
     # ------------------------------------------------------------------ training
 
@@ -175,6 +182,23 @@ class Lab:
         self.store.write(replace(result, task=task), who, facts)
         low, high = wilson(sum(result.right), len(result.right))
         self.say(f"{task} under {who}: {100 * result.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        return self.store.cell(task, who)  # type: ignore[return-value]
+
+    def strategy_cell(self, task: str, who: str, engine: Any, strategy: Any, **facts: Any) -> Cell:
+        """Test items answered under the mixes that a strategy decides on, row by row; stored like `cell`."""
+        known = self.store.cell(task, who)
+        if known is not None:
+            return known
+        made, samples = self.task(task), self.samples(task, "test", self.scale.n)
+        result, found = measure_strategy(
+            engine, made, samples, lambda wanted: strategy.decide([one.prompt for one in wanted])
+        )
+        seconds = round(found["pass1_seconds"] + found["pass2_seconds"], 2)
+        self.keep(task, samples, made)
+        self.store.write(
+            replace(result, task=task), who, {**facts, **found, "n": len(samples), "seconds": seconds, "commit": commit()}
+        )
+        self.say(f"{task} under {who}: {100 * result.accuracy:.1f}")
         return self.store.cell(task, who)  # type: ignore[return-value]
 
     def keep(self, task: str, samples: Sequence[Sample], made: Task) -> None:

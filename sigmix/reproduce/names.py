@@ -5,6 +5,7 @@ A name says all that decides an adapter: kind, learning rate, task, seed. So a c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from sigmix.reproduce.scale import Scale
@@ -36,13 +37,25 @@ def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
 def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
     """The learning rate with the best validation accuracy in the sweep, the lowest of equal ones; None before it ran.
 
-    A kind that is ``like`` another takes that one's.
+    A kind that is ``like`` another takes that one's, or the one that matches in KL (`Kind.match`).
     """
     own = scale.kinds[kind]
-    if own.like is not None:
-        return chosen_lr(store, scale, own.like)
-    tried = swept(store, scale, kind)
-    return max(tried, key=lambda lr: (tried[lr]["best"]["accuracy"], -lr)) if tried else None
+    tried = swept(store, scale, own.like or kind)
+    if not tried:
+        return chosen_lr(store, scale, own.like) if own.like else None
+    if own.match is None:
+        return max(tried, key=lambda lr: (tried[lr]["best"]["accuracy"], -lr))
+    model = chosen_lr(store, scale, own.match)
+    if model is None:
+        return None
+    goal = kl_of(swept(store, scale, own.match)[model])
+    return min(tried, key=lambda lr: abs(math.log((kl_of(tried[lr]) + 1e-6) / (goal + 1e-6))))
+
+
+def kl_of(run: Mapping) -> float:
+    """KL per token to the base on the rollouts of the step before the checkpoint that a run gave; 0 for the base."""
+    last = [entry["kl"] for entry in run["history"] if entry["kind"] == "step" and entry["step"] < run["best"]["step"]]
+    return float(last[-1]) if last else 0.0
 
 
 def single(store: Store, scale: Scale, kind: str, task: str, seed: int) -> str | None:

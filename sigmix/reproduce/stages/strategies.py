@@ -1,0 +1,224 @@
+"""Table 2: strategies A to D on tasks that nothing was trained on, best of LoRA; Table 3: what pass one costs; Fig. 6:
+how often the right expert is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sigmix.adapt.decision import Decision
+from sigmix.adapt.fewshot import Example, FewShotSearch
+from sigmix.adapt.fitting import fit_probe
+from sigmix.adapt.probe import ProbeDispatch
+from sigmix.adapt.prompt import ClassifierDispatch, PromptDispatch
+from sigmix.engine import Engine
+from sigmix.evals.dispatch import FOREIGN, confusion, plot, requests, unseen_tasks
+from sigmix.evals.stats import wilson
+from sigmix.experts.mix import Mix
+from sigmix.reproduce.banks import bank_of, with_classifier
+from sigmix.reproduce.blend import Blend
+from sigmix.reproduce.lab import Lab
+from sigmix.reproduce.names import BASE, single
+from sigmix.reproduce.report import NOT_RUN, Report, table
+
+LETTERS = ("A", "B", "C", "D")
+SHOTS = 10
+PER_LABEL = 150
+
+
+class Always:
+    """No strategy: one mix for all."""
+
+    def __init__(self, mix: Mix) -> None:
+        self.mix = mix
+
+    def decide(self, prompts: Any) -> list[Decision]:
+        """The same decision for every request."""
+        return [Decision(self.mix, self.mix.id, "fixed") for _ in prompts]
+
+
+def search_on(lab: Lab, engine: Engine, task: str, shots: int, **options: Any) -> FewShotSearch:
+    """Strategy C on training items of a task."""
+    made = lab.task(task)
+    given = [Example(one.prompt, one.gold, one) for one in lab.samples(task, "train", shots)]
+    return FewShotSearch(
+        engine, given, lambda example, reply: made.score(example.extra, reply).value or 0.0,
+        max_new_tokens=made.max_new_tokens, **{"settings": "light", **options, **lab.scale.search},
+    )  # fmt: skip
+
+
+def ready(lab: Lab) -> Engine:
+    """An engine on the reproduction's own bank: an expert for every task, and B's."""
+    scale = lab.scale
+    bank = bank_of(lab, "all", scale.tasks + scale.extra, scale.seeds[0])
+    with_classifier(lab, bank, scale.classifier_steps)
+    model, tokenizer = lab.base()
+    return Engine(model, tokenizer, bank=bank)
+
+
+def probe_of(lab: Lab, engine: Engine) -> ProbeDispatch:
+    """Strategy D, fitted on training prompts (kept in the work folder)."""
+    path = lab.work / "banks" / "all" / "probe.safetensors"
+    if not path.exists():
+        train = requests(engine.bank, "train", PER_LABEL, data_dir=lab.data_dir)
+        validation = requests(
+            engine.bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir
+        )
+        fit_probe(engine, train, validation).save(path)
+    return ProbeDispatch(engine)
+
+
+class Strategies:
+    """Tables 2 and 3."""
+
+    name, title = "table2", "Tables 2 and 3: strategies on unseen tasks, and what they cost"
+    needs = ("sweep",)
+
+    def run(self, lab: Lab) -> None:
+        """Strategies, every expert alone, and every LoRA alone, on the unseen tasks."""
+        scale = lab.scale
+        wanted = [BASE, *LETTERS, *(f"expert-{task}" for task in scale.tasks + scale.extra)]
+        missing = [task for task in scale.unseen if not all(lab.store.has(task, self.who(w)) for w in wanted)]
+        if missing:
+            engine = ready(lab)
+            made = {
+                "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine),
+                BASE: Always(Mix.base()),
+                **{f"expert-{task}": Always(Mix.one(task)) for task in scale.tasks + scale.extra},
+            }  # fmt: skip
+            for task in missing:
+                for name in wanted:
+                    if not lab.store.has(task, self.who(name)):
+                        strategy = search_on(lab, engine, task, SHOTS) if name == "C" else made[name]
+                        found = lab.strategy_cell(task, self.who(name), engine, strategy)
+                        if name == "C":
+                            lab.store.write_fact(f"search-{task}", {**strategy.evidence(), "mix": strategy.result.id})
+                        del found
+        for member in scale.tasks + scale.extra:
+            lab.single_cells("lora-rl", member, scale.seeds[0], on=scale.unseen)
+        for task in scale.unseen:
+            if lab.store.fact(f"best-lora-{task}") is None:
+                lab.store.write_fact(f"best-lora-{task}", lab.timed(lambda task=task: self._best_lora(lab, task)))
+
+    @staticmethod
+    def who(name: str) -> str:
+        """Cell of a strategy; the base's is the one that every stage shares."""
+        return BASE if name == BASE else f"strategy-{name}"
+
+    @staticmethod
+    def _best_lora(lab: Lab, task: str) -> dict[str, Any]:
+        """Which LoRA adapter is best on a task's validation items (more than any strategy may see)."""
+        scale, found = lab.scale, {}
+        made, samples = lab.task(task), lab.samples(task, "validation", lab.scale.validation)
+        for member in scale.tasks + scale.extra:
+            model, tokenizer = lab.base()
+            blend = Blend(model, {"it": lab.trained("lora-rl", member, scale.seeds[0])[1]}, "lora")
+            actor = lab.actor(blend.model, tokenizer, made)
+            with blend.under({"it": 1.0}):
+                texts = actor.texts(actor.rows(samples, made.max_new_tokens))
+            scores = [made.score(sample, text).value == 1.0 for sample, text in zip(samples, texts, strict=True)]
+            found[member] = sum(scores) / len(scores)
+        return {"validation": found, "best": max(found, key=lambda member: found[member])}
+
+    def tables(self, report: Report) -> str:
+        """Accuracies, differences to the base, choices; then seconds and tokens of the passes."""
+        scale, every = report.scale, report.scale.tasks + report.scale.extra
+        rows: list[list[Any]] = [["base", *(f"{report.base(task)}" for task in scale.unseen)]]
+        rows.append(["best constant answer", *(report.constant(task) for task in scale.unseen)])
+        for letter in LETTERS:
+            rows.append([f"strategy {letter}", *(self._cell(report, task, self.who(letter)) for task in scale.unseen)])
+        best = [(report.store.fact(f"best-lora-{task}") or {}).get("best") for task in scale.unseen]
+        cells = []
+        for task, member in zip(scale.unseen, best, strict=True):
+            who = single(report.store, scale, "lora-rl", member, scale.seeds[0]) if member else None
+            cells.append(self._cell(report, task, who) + (f" ({member})" if member else ""))
+        rows.append(["best LoRA by validation", *cells])
+        for member in every:
+            who = self.who(f"expert-{member}")
+            rows.append([f"expert {member} alone", *(self._cell(report, task, who) for task in scale.unseen)])
+        chosen = [[letter, *(self._chosen(report, task, letter) for task in scale.unseen)] for letter in LETTERS]
+        return "\n\n".join(
+            [
+                "Accuracy and, in brackets after it, the paired difference to the base.",
+                table(["", *scale.unseen], rows),
+                "What was chosen:",
+                table(["strategy", *scale.unseen], chosen),
+                "### Table 3: pass one and pass two",
+                table(["strategy", *scale.unseen], self._costs(report)),
+                "Seconds for all items of pass one / pass two, in per cent, and tokens that pass one read per item. C searches "
+                "once for a task; its pass one is the whole search.",
+            ]
+        )  # fmt: skip
+
+    @staticmethod
+    def _cell(report: Report, task: str, who: str | None) -> str:
+        text = report.accuracy(task, who)
+        return text if text == NOT_RUN else f"{text} ({report.against(task, who, BASE)})"
+
+    def _chosen(self, report: Report, task: str, letter: str) -> str:
+        cell = report.store.cell(task, self.who(letter))
+        if cell is None:
+            return NOT_RUN
+        return ", ".join(f"{mix} {count}" for mix, count in list(cell.facts["chosen"].items())[:4])
+
+    def _costs(self, report: Report) -> list[list[str]]:
+        rows = []
+        for letter in LETTERS:
+            cells = []
+            for task in report.scale.unseen:
+                cell = report.store.cell(task, self.who(letter))
+                if cell is None:
+                    cells.append(NOT_RUN)
+                    continue
+                one, two = cell.facts["pass1_seconds"], cell.facts["pass2_seconds"]
+                share = f"{100 * one / two:.0f} %"
+                cells.append(f"{one:.1f} / {two:.1f} = {share}, {cell.facts['pass1_tokens'] / cell.facts['n']:.0f} tokens")
+            rows.append([letter, *cells])
+        return rows
+
+
+class Dispatch:
+    """Figure 6."""
+
+    name, title = "dispatch", "Figure 6: is the right expert chosen?"
+    needs = ("sweep",)
+    letters = ("A", "B", "D")
+
+    def run(self, lab: Lab) -> None:
+        """Test requests of every kind, of foreign tasks and of a foreign domain."""
+        if all(lab.store.fact(f"dispatch-{letter}") for letter in self.letters):
+            return
+        engine = ready(lab)
+        made = {"A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine)}
+        found = requests(
+            engine.bank, "test", lab.scale.per_label, unseen=unseen_tasks(engine.bank), data_dir=lab.data_dir
+        )
+        for letter in self.letters:
+            if lab.store.fact(f"dispatch-{letter}") is None:
+                names = [label.name for label in made[letter].labels]
+                figures = lab.timed(lambda letter=letter, names=names: confusion(made[letter], found, names))
+                items = figures.pop("items")
+                short = [[one["truth"], one["label"]] for one in items]
+                lab.store.write_fact(f"dispatch-{letter}", {**figures, "items": short})
+                plot(figures, lab.store.folder / f"dispatch-{letter}.png")
+                lab.say(f"dispatch {letter}: {100 * figures['accuracy']:.1f}")
+
+    def tables(self, report: Report) -> str:
+        """Right choices by what a request is."""
+        found = {letter: report.store.fact(f"dispatch-{letter}") for letter in self.letters}
+        done = {letter: fact for letter, fact in found.items() if fact}
+        if not done:
+            return NOT_RUN
+        rows = []
+        truths = list(dict.fromkeys(truth for truth, _ in next(iter(done.values()))["items"]))
+        for truth in [*truths, None]:
+            cells = []
+            for letter in self.letters:
+                if letter not in done:
+                    cells.append(NOT_RUN)
+                    continue
+                own = [(t, label) for t, label in done[letter]["items"] if truth in (None, t)]
+                right = sum(label == t.partition(":")[0] for t, label in own)
+                low, high = wilson(right, len(own))
+                cells.append(f"{right} of {len(own)}: {100 * right / len(own):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+            rows.append([truth or "all", *cells])
+        return table(["a request is", *self.letters], rows)
