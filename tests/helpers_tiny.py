@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from sigmix.reproduce.tiny import letter_tokenizer as build_tokenizer
+
+__all__ = ["ARCHITECTURES", "build_tiny", "build_tokenizer"]
 VOCAB = 256
 SIZES = {
     "vocab_size": VOCAB,
@@ -52,31 +55,3 @@ def build_tiny(arch: str = "llama", seed: int = 0, **changes):
                 if parameter.dim() > 1 or name.endswith("bias"):
                     parameter.normal_(0.0, 0.15)
     return model.eval()
-
-
-def build_tokenizer():
-    """One token per byte of printable ASCII, made in memory: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2, ``<unk>`` 3, all
-    ids below 256. Text of printable ASCII and newlines comes back exactly. Chat template with the roles as tags."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    letters = ["\n", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(special + letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    template = (
-        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<eos>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=template,
-        padding_side="left",
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )

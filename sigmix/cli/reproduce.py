@@ -22,17 +22,33 @@ def reproduce(
     work: Path = typer.Option(None, help="Folder for checkpoints and adapters. Default: in the user's cache."),
     data_dir: Path = typer.Option(None, help="Local JSONL data instead of the hub."),
     allow_code: bool = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs."),
+    base: str = typer.Option(None, help="Another base than the scale's."),
+    larger: str = typer.Option(None, help="Base of the stage larger: a hub name, a folder or a .gguf file."),
+    report_only: bool = typer.Option(False, "--report", help="Only write the tables again, from what is stored."),
 ) -> None:
     """The paper's tables and our own experiments on a real model, resumable; what is stored is not measured again."""
-    from sigmix.files import cache_dir
+    from dataclasses import replace
+
+    from sigmix.files import cache_dir, check_writable, exclusive
     from sigmix.reproduce.lab import Lab
+    from sigmix.reproduce.page import write_page
     from sigmix.reproduce.scale import get_scale
-    from sigmix.reproduce.stages.sweep import Sweep
+    from sigmix.reproduce.stages import chosen
     from sigmix.reproduce.store import Store
 
-    chosen = get_scale(scale)
+    wanted = get_scale(scale)
+    todo = chosen(only)
+    changes = {"base": base, "larger": larger}
+    wanted = replace(wanted, **{key: value for key, value in changes.items() if value is not None})
+    store = Store(out or Path("results") / scale)
+    check_writable(store.folder / "README.md")
     work = work or cache_dir() / "reproduce" / scale
-    lab = Lab(chosen, Store(out or Path("results") / scale), work, data_dir, allow_code, typer.echo)
-    for stage in (Sweep(),):
-        if not only or stage.name in only:
-            stage.run(lab)
+    lock, remedy = work / "lock", "wait for it, or give another --work"
+    with exclusive(lock, f"another reproduction is writing to {work}", remedy):
+        if not report_only:
+            lab = Lab(wanted, store, work, data_dir, allow_code, typer.echo)
+            for stage in todo:
+                typer.echo(f"{stage.name}: {stage.title}")
+                stage.run(lab)
+        page = write_page(store, wanted)
+    typer.echo(f"tables: {page}")

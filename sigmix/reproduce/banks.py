@@ -40,8 +40,6 @@ def with_classifier(lab: Lab, bank: Bank, steps: int) -> Bank:
     expert = trainer.fit(resume=(run.path / "config.json").exists())
     assert expert is not None  # the policy is svf
     bank.add(replace(expert, name=DISPATCH))
-    lab.store.write_fact(
-        "classifier", {"best": trainer.best, "steps": steps, "seconds": round(trainer.seconds, 1)}
-    )
+    lab.store.write_fact("classifier", {"best": trainer.best, "steps": steps, "seconds": round(trainer.seconds, 1)})
     lab.say(f"classification expert: validation {trainer.best['accuracy']:.3f}")
     return bank

@@ -28,16 +28,19 @@ class Blend:
     """Adapters of one kind on one base.
 
     Args:
-        base: a model from `load_base`, wrapped in place. folders: {name: folder of a saved expert or PEFT adapter}.
+        base: a model from `load_base`, wrapped in place.
+        folders: {name: folder of a saved expert or PEFT adapter, or an `Expert`}.
         policy: "svf", "lora" or "ia3" (which cannot be summed, only used alone).
+        cache: keep the base's decomposition in the user's cache.
     """
 
-    def __init__(self, base: Any, folders: Mapping[str, Path], policy: str) -> None:
+    def __init__(self, base: Any, folders: Mapping[str, Path | Expert], policy: str, cache: bool = True) -> None:
         self.svf = policy == "svf"
         self.names = list(folders)
         if self.svf:
-            self.experts = {name: Expert.load(folder) for name, folder in folders.items()}
-            self.model: Any = get_peft_model(base, SVFConfig(target_modules="all-linear")).eval()
+            self.experts = {name: one if isinstance(one, Expert) else Expert.load(one) for name, one in folders.items()}
+            config = SVFConfig(target_modules="all-linear", cache=cache)
+            self.model: Any = get_peft_model(base, config).eval()  # type: ignore[arg-type]
             self.layers = svf_layers(self.model)
         else:
             (first, folder), *others = folders.items()

@@ -73,10 +73,10 @@ def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> di
     """How alike the updates of experts are, pair by pair.
 
     Returns:
-        norm: {task: ‖ΔW‖ / ‖W‖ over all matrices}; pairs: [{a, b, cosine, overlap, activation}]: the cosine of the
-        updates over all matrices; the share of a's energy in the top left directions of b's update, and the reverse,
-        averaged (`TOP` of them, mean over matrices); and the mean cosine of what the two do to the hidden states of
-        every layer at the last token of validation prompts of all tasks.
+        norm: {task: ‖ΔW‖ / ‖W‖ over all matrices}. pairs, of adapters that are not the base: [{a, b, cosine, overlap,
+        activation}]: the cosine of the updates over all matrices; the share of a's energy in the top left directions of
+        b's update, and the reverse, averaged (`TOP` of them, mean over matrices); and the mean cosine of what the two
+        do to the hidden states of every layer at the last token of validation prompts of all tasks.
     """
     dots = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     shares = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
@@ -98,6 +98,8 @@ def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> di
     norms = dots.diagonal().sqrt()
     pairs = []
     for i, j in combinations(range(len(tasks)), 2):
+        if not float(norms[i] * norms[j]) > 0:
+            continue  # an adapter that is the base has no direction
         cosine = torch.nn.functional.cosine_similarity(states[i], states[j], dim=-1)
         pairs.append(
             {

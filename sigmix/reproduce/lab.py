@@ -26,6 +26,7 @@ from sigmix.reproduce.blend import Blend
 from sigmix.reproduce.names import BASE, chosen_lr, mix_name, run_name
 from sigmix.reproduce.scale import Scale
 from sigmix.reproduce.store import Cell, Store
+from sigmix.reproduce.tiny import TINY, tiny_base
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.tasks.registry import get_task
 from sigmix.train.config import make_config
@@ -63,10 +64,12 @@ class Lab:
 
     # ------------------------------------------------------------------ bases and tasks
 
-    def base(self, name: str | None = None) -> tuple[Any, Any]:
-        """A fresh model and its tokenizer."""
+    def base(self, name: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+        """A fresh model and its tokenizer; the scale's base and dtype unless others are given."""
         gc.collect()
-        model, tokenizer = load_base(name or self.scale.base, self.scale.dtype)
+        name = name or self.scale.base
+        place = tiny_base(self.work / "models" / "tiny-llama") if name == TINY else name
+        model, tokenizer = load_base(place, dtype or self.scale.dtype)
         contiguous_head(model)
         return model, tokenizer
 
@@ -196,7 +199,9 @@ class Lab:
         seconds = round(found["pass1_seconds"] + found["pass2_seconds"], 2)
         self.keep(task, samples, made)
         self.store.write(
-            replace(result, task=task), who, {**facts, **found, "n": len(samples), "seconds": seconds, "commit": commit()}
+            replace(result, task=task),
+            who,
+            {**facts, **found, "n": len(samples), "seconds": seconds, "commit": commit()},
         )
         self.say(f"{task} under {who}: {100 * result.accuracy:.1f}")
         return self.store.cell(task, who)  # type: ignore[return-value]

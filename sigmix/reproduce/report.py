@@ -82,8 +82,9 @@ class Report:
 
     def over_against(self, task: str, ours: Sequence[str], theirs: Sequence[str]) -> str:
         """Difference between two kinds on the same items, over as many seeds as each has."""
-        a = [marks(one) for one in map(lambda n: self.result(task, n), ours) if one is not None]
-        b = [marks(one) for one in map(lambda n: self.result(task, n), theirs) if one is not None]
+        a, b = (
+            [marks(one) for name in names if (one := self.result(task, name)) is not None] for names in (ours, theirs)
+        )
         if not a or not b:
             return NOT_RUN
         mean, low, high = paired_seeds(a, b)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sigmix.errors import UnknownNameError
+from sigmix.reproduce.tiny import TINY
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class Scale:
         training: fields of `TrainConfig` for every run. preset: its preset.
         classifier_steps: of the training of strategy B's expert. per_label: test requests a kind for its confusion.
         shots: of the few-shot tables. search: overrides of the few-shot searches, for the smoke test.
-        larger: `Scale` of the larger model, if there is one.
+        few_shot: the unseen task of the few-shot tables. ia3_steps: of IA3's training on the same examples.
+        larger: base of the larger model, if there is one. larger_training: what its runs do otherwise.
+        batch: test items answered at once.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Scale:
     sweep: str
     unseen: tuple[str, ...]
     conflict: tuple[str, str]
+    few_shot: str
     seeds: tuple[int, ...] = (0, 1, 2)
     dtype: str | None = None
     n: int = 500
@@ -95,6 +99,9 @@ class Scale:
     per_label: int = 60
     shots: tuple[int, ...] = (3, 5, 10, 20)
     search: Mapping[str, Any] = field(default_factory=dict)
+    ia3_steps: int = 100
+    larger: str | None = None
+    larger_training: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 128
 
 
@@ -107,8 +114,45 @@ SCALES: dict[str, Scale] = {
         sweep="larger",
         unseen=("subtraction", "time-24h", "sort-numbers"),
         conflict=("larger", "smallest-of-three"),
-        # where-is finds its form first and its answers late; a cosine over so few steps ends before that
+        few_shot="time-24h",
+        # some tasks find their form first and their answers late; a cosine over so few steps ends before that
         training={"steps": 24, "eval_every": 8, "schedule": "constant"},
+        larger_training={"batch": 32},
+    ),
+    # the paper's tasks, its preset with λ and the number of steps scaled to a GPU's hours; any base by --base
+    "gpu": Scale(
+        name="gpu",
+        base="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        tasks=("gsm8k", "mbpp", "arc-easy"),
+        extra=("boolq", "openbookqa"),
+        sweep="arc-easy",
+        unseen=("humaneval", "arc-challenge", "svamp"),
+        conflict=("arc-easy", "boolq"),
+        few_shot="arc-challenge",
+        preset="paper",
+        training={"steps": 60, "eval_every": 20, "clip": 1.0, "group": 4, "baseline": "leave-one-out"},
+        n=2000,
+        validation=200,
+    ),
+    "smoke": Scale(
+        name="smoke",
+        base=TINY,
+        tasks=("addition", "larger"),
+        extra=("smallest-of-three",),
+        sweep="larger",
+        unseen=("subtraction", "sort-numbers"),
+        conflict=("larger", "smallest-of-three"),
+        few_shot="sort-numbers",
+        seeds=(0, 1),
+        n=6,
+        validation=3,
+        training={"steps": 1, "eval_every": 1, "batch": 4, "eval_n": 3, "max_new_tokens": 3},
+        shots=(3, 10),
+        search={"population": 4, "iterations": 1},
+        classifier_steps=1,
+        per_label=2,
+        ia3_steps=1,
+        larger=TINY,
     ),
 }
 

@@ -51,9 +51,7 @@ class Store:
 
     def write(self, result: Result, who: str, facts: Mapping[str, Any]) -> None:
         """Store a cell."""
-        rows = [
-            {"id": one.id, "reply": one.reply, "answer": one.answer, "score": one.score} for one in result.items
-        ]
+        rows = [{"id": one.id, "reply": one.reply, "answer": one.answer, "score": one.score} for one in result.items]
         _write(self._cell(result.task, who), {"task": result.task, "who": who, **facts}, rows)
 
     def cell(self, task: str, who: str) -> Cell | None:
@@ -67,9 +65,7 @@ class Store:
             return None
         facts, rows = _read(path)
         texts = self._items(facts.get("items", task))
-        items = [
-            Item(row["id"], *texts[row["id"]], row["reply"], row["answer"], row["score"], "") for row in rows
-        ]
+        items = [Item(row["id"], *texts[row["id"]], row["reply"], row["answer"], row["score"], "") for row in rows]
         return Cell(Result(task, items), facts)
 
     def cells(self, task: str) -> list[str]:

@@ -135,9 +135,7 @@ class Composition:
             if group not in groups(report.scale, seed):
                 continue
             if mode == "alone":
-                results = [
-                    report.result(task, single(report.store, report.scale, kind, task, seed)) for task in group
-                ]
+                results = [report.result(task, single(report.store, report.scale, kind, task, seed)) for task in group]
             elif mode == BASE:
                 results = [report.result(task, BASE) for task in group]
             else:
@@ -192,7 +190,11 @@ class Composition:
                         own = [n for n in names if n is not None and report.store.has(task, n)]
                         cells.append(report.over(task, own) if task in group else "")
                     weights = [self.weights(report, kind, seed, group, mode) for seed in seeds(scale, kind)]
-                    told = "; ".join(", ".join(f"{a:.2g}" for a in w.values()) for w in weights if w) if mode == "tuned" else ""
+                    told = (
+                        "; ".join(", ".join(f"{a:.2g}" for a in w.values()) for w in weights if w)
+                        if mode == "tuned"
+                        else ""
+                    )
                     rows.append([len(group), mode, scale.kinds[kind].label, told, *cells])
         return table(["experts", "mixture", "kind", "α by seed", *scale.tasks, *scale.extra], rows)
 
@@ -233,7 +235,9 @@ class Composition:
         rows = []
         for kind in kinds(report.store, report.scale):
             for point in self._points(report, kind, report.scale.tasks):
-                rows.append([report.scale.kinds[kind].label, f"{point[0]:g}", f"{100 * point[1]:.1f}", f"{point[2]:.2f}"])
+                rows.append(
+                    [report.scale.kinds[kind].label, f"{point[0]:g}", f"{100 * point[1]:.1f}", f"{point[2]:.2f}"]
+                )
         return table(["kind", "α", "mean accuracy", "KL per token"], rows) if rows else NOT_RUN
 
     def _points(self, report: Report, kind: str, group: Sequence[str]) -> list[tuple[float, float, float]]:
@@ -267,10 +271,12 @@ class Composition:
             right.plot([p[2] for p in points], [p[1] for p in points], "o-", label=report.scale.kinds[kind].label)
         left.set(xlabel="experts mixed", ylabel="share of the gain that is left")
         left.legend(fontsize=5)
-        right.set(xlabel="KL to the base per token", ylabel=f"mean accuracy, {len(report.scale.tasks)} mixed (validation)")
+        right.set(
+            xlabel="KL to the base per token", ylabel=f"mean accuracy, {len(report.scale.tasks)} mixed (validation)"
+        )
         right.legend(fontsize=6)
         save_png(canvas, report.store.folder / "composition.png")
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+    return f"{mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})" if values else "none"

@@ -78,4 +78,6 @@ class Continual:
         if way not in IN_TURN:
             return dispatched(count)
         rate, tasks = chosen_lr(report.store, report.scale, way), report.scale.tasks
-        return None if rate is None else run_name(way, rate, tasks[count - 1], report.scale.seeds[0], tasks[: count - 1])
+        return (
+            None if rate is None else run_name(way, rate, tasks[count - 1], report.scale.seeds[0], tasks[: count - 1])
+        )

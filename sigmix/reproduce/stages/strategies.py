@@ -60,9 +60,7 @@ def probe_of(lab: Lab, engine: Engine) -> ProbeDispatch:
     path = lab.work / "banks" / "all" / "probe.safetensors"
     if not path.exists():
         train = requests(engine.bank, "train", PER_LABEL, data_dir=lab.data_dir)
-        validation = requests(
-            engine.bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir
-        )
+        validation = requests(engine.bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir)
         fit_probe(engine, train, validation).save(path)
     return ProbeDispatch(engine)
 
@@ -136,6 +134,10 @@ class Strategies:
             who = self.who(f"expert-{member}")
             rows.append([f"expert {member} alone", *(self._cell(report, task, who) for task in scale.unseen)])
         chosen = [[letter, *(self._chosen(report, task, letter) for task in scale.unseen)] for letter in LETTERS]
+        costs = (
+            "Seconds for all items of pass one / pass two, in per cent, and tokens that pass one read per item. C "
+            "searches once for a task; its pass one is the whole search."
+        )
         return "\n\n".join(
             [
                 "Accuracy and, in brackets after it, the paired difference to the base.",
@@ -144,8 +146,7 @@ class Strategies:
                 table(["strategy", *scale.unseen], chosen),
                 "### Table 3: pass one and pass two",
                 table(["strategy", *scale.unseen], self._costs(report)),
-                "Seconds for all items of pass one / pass two, in per cent, and tokens that pass one read per item. C searches "
-                "once for a task; its pass one is the whole search.",
+                costs,
             ]
         )  # fmt: skip
 
@@ -171,7 +172,9 @@ class Strategies:
                     continue
                 one, two = cell.facts["pass1_seconds"], cell.facts["pass2_seconds"]
                 share = f"{100 * one / two:.0f} %"
-                cells.append(f"{one:.1f} / {two:.1f} = {share}, {cell.facts['pass1_tokens'] / cell.facts['n']:.0f} tokens")
+                cells.append(
+                    f"{one:.1f} / {two:.1f} = {share}, {cell.facts['pass1_tokens'] / cell.facts['n']:.0f} tokens"
+                )
             rows.append([letter, *cells])
         return rows
 

@@ -79,7 +79,7 @@ class Table4:
             rows.append(
                 [
                     scale.kinds[kind].label, f"{run['parameters']:,}" if run else "",
-                    *(report.accuracy(task, names[0] if names else None) for task, names in zip(tasks, own, strict=True)),
+                    *(report.accuracy(task, names[0] if names else None) for task, names in zip(tasks, own)),
                     report.accuracy(unseen, own[0][0] if own[0] else None),
                     report.against(unseen, own[0][0], BASE) if own[0] else "",
                 ]

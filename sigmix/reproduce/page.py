@@ -1,0 +1,40 @@
+"""The page of a reproduction: every stage's tables, from stored items alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sigmix.files import write_text
+from sigmix.reproduce.report import Report
+from sigmix.reproduce.scale import Scale
+from sigmix.reproduce.stages import stages
+from sigmix.reproduce.store import Store
+
+FILE = "tables.md"
+
+
+def page(store: Store, scale: Scale) -> str:
+    """All tables in Markdown."""
+    report = Report(store, scale)
+    hours = store.seconds() / 3600
+    about = (
+        f"Written by `sigmix reproduce --scale {scale.name} --report` from the items in this folder, not by hand. Base "
+        f"{scale.base}; accuracy in per cent, greedy answers, up to {scale.n} test items a cell, 95 % interval in "
+        "square brackets (Wilson for one seed; bootstrap over seeds and items for several, whose own accuracies follow "
+        "in round brackets). Differences are paired on the same items (bootstrap interval; exact McNemar p). "
+        f"Everything stored took {hours:.1f} hours of computing."
+    )
+    parts = [f"# Tables of `sigmix reproduce --scale {scale.name}`", about]
+    for stage in stages().values():
+        parts += [f"## {stage.title}", f"Stage `{stage.name}`.", stage.tables(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_page(store: Store, scale: Scale) -> Path:
+    """Write the tables and plots; returns the page."""
+    report = Report(store, scale)
+    write_text(store.folder / FILE, page(store, scale))
+    for stage in stages().values():
+        if hasattr(stage, "plots"):
+            stage.plots(report)
+    return store.folder / FILE
