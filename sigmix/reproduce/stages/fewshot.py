@@ -126,7 +126,7 @@ class FewShot:
     def plots(self, report: Report) -> None:
         """α by layer and expert."""
         about = report.store.fact("few-layer-10")
-        if about is None:
+        if about is None or not about["weights"]:  # a search may find the base
             return
         canvas = figure(8, 2.4)
         axes = canvas.subplots()
