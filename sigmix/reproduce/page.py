@@ -30,10 +30,24 @@ def page(store: Store, scale: Scale) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def fill(text: str, store: Store, scale: Scale) -> str:
+    """Put each stage's tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->``, where a text has these."""
+    report = Report(store, scale)
+    for name, stage in stages().items():
+        begin, end = f"<!-- {scale.name}:{name} -->", f"<!-- /{scale.name}:{name} -->"
+        before, found, rest = text.partition(begin)
+        if found and end in rest:
+            text = f"{before}{begin}\n{stage.tables(report)}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
 def write_page(store: Store, scale: Scale) -> Path:
-    """Write the tables and plots; returns the page."""
+    """Write the tables and plots, and fill the blocks of a README beside the scale's folder; returns the page."""
     report = Report(store, scale)
     write_text(store.folder / FILE, page(store, scale))
+    beside = store.folder.parent / "README.md"
+    if beside.exists() and (filled := fill(text := beside.read_text(encoding="utf-8"), store, scale)) != text:
+        write_text(beside, filled)
     for stage in stages().values():
         if hasattr(stage, "plots"):
             stage.plots(report)

@@ -12,6 +12,7 @@ the same content gives the same bytes.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,9 @@ from typing import Any
 from sigmix.errors import ConfigError
 from sigmix.evals.evaluate import Item, Result
 from sigmix.files import atomic_file, write_json
+
+LONGEST = 180
+"""Characters of a file's name, without its ending."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,11 @@ class Store:
 
 
 def safe(name: str) -> str:
-    """A name that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._+@=,-]+", "-", name)[:180]
+    """A name that every file system takes; other names give other ones."""
+    plain = re.sub(r"[^A-Za-z0-9._+@=,-]+", "-", name)
+    if plain == name and len(name) <= LONGEST:
+        return name
+    return f"{plain[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _write(path: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
