@@ -31,7 +31,7 @@ def page(store: Store, scale: Scale) -> str:
 
 
 def fill(text: str, store: Store, scale: Scale) -> str:
-    """Put each stage's tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->``, where a text has these."""
+    """Put each stage's tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->`` where a text has these."""
     report = Report(store, scale)
     for name, stage in stages().items():
         begin, end = f"<!-- {scale.name}:{name} -->", f"<!-- /{scale.name}:{name} -->"

@@ -73,7 +73,8 @@ def test_a_sum_is_the_sum_of_the_updates(tmp_path, kind, weights):
         assert torch.equal(logits(blend.model), plain)
     with blend.reference():
         assert torch.equal(logits(blend.model), plain)
-    left = {n.removeprefix("base_model.model.").replace(".base_layer", ""): t for n, t in blend.model.state_dict().items()}
+    state = blend.model.state_dict().items()
+    left = {name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor for name, tensor in state}
     assert all(torch.equal(left[name], tensor) for name, tensor in before.items())
 
 

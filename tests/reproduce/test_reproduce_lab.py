@@ -97,7 +97,9 @@ def test_a_cell_is_measured_once_with_its_kl(home):
         if isinstance(m, torch.nn.Linear) and path != "lm_head"
     }
     blend = Blend(model, {"it": Expert("it", z)}, "svf")
-    cell = home.cell("larger", "moved", blend.model, tokenizer, lambda: blend.under({"it": 1.0}), blend.reference, note=3)
+    cell = home.cell(
+        "larger", "moved", blend.model, tokenizer, lambda: blend.under({"it": 1.0}), blend.reference, note=3
+    )
     assert cell.facts["kl"] > 0.01
     assert (cell.facts["n"], cell.facts["note"]) == (home.scale.n, 3)
     still = home.cell("larger", "unmoved", blend.model, tokenizer, blend.reference, blend.reference)
