@@ -7,7 +7,7 @@ A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sigmix.errors import UnknownNameError
@@ -153,6 +153,7 @@ SCALES: dict[str, Scale] = {
         per_label=2,
         ia3_steps=1,
         larger=TINY,
+        kinds={name: replace(kind, lrs=kind.lrs[1:2]) for name, kind in KINDS.items()},
     ),
 }
 

@@ -15,7 +15,8 @@ from sigmix.train.policy import make_policy
 
 pytestmark = pytest.mark.usefixtures("cache")
 IDS = torch.arange(4, 40).reshape(2, 18)
-KINDS = [{}, {"parameterisation": "reference"}, {"policy": "lora"}, {"kl": "k3", "layers": [1], "targets": "mlp"}]
+KINDS = [{}, {"parameterisation": "reference"}, {"policy": "lora"}, {"policy": "ia3"},
+         {"kl": "k3", "layers": [1], "targets": "mlp"}]  # fmt: skip
 
 
 class Even(Letter):
@@ -144,7 +145,43 @@ def test_the_stored_expert_gives_the_logits_of_training(tiny, tmp_path, kind):
     assert torch.equal(logits(plain), acting)
 
 
-def test_lora_takes_no_options_of_svf():
-    for options in ({"layers": "half"}, {"parameterisation": "reference"}):
-        with pytest.raises(ConfigError, match="lora"):
-            config(policy="lora", **options)
+def test_pefts_own_take_no_options_of_svf():
+    for policy in ("lora", "ia3"):
+        for options in ({"layers": "half"}, {"parameterisation": "reference"}):
+            with pytest.raises(ConfigError, match=policy):
+                config(policy=policy, **options)
+    with pytest.raises(ConfigError, match="ia3"):
+        config(policy="ia3", targets="mlp")
+    with pytest.raises(ConfigError, match="start"):
+        config(parameterisation="reference", start="somewhere")
+
+
+@pytest.mark.parametrize("kind", [{}, {"policy": "lora"}, {"policy": "ia3"}])
+def test_a_policy_starts_from_a_saved_one(tiny, tmp_path, kind):
+    first = make_policy(tiny(), config(**kind))
+    shake(first)
+    if kind:
+        first.save(tmp_path / "saved")
+    else:
+        Expert.from_model(first.model, name="saved").save(tmp_path / "saved")
+    second = make_policy(tiny(), config(**kind))
+    with first.acting():
+        wanted = logits(first.model)
+    with second.acting():
+        assert not torch.equal(logits(second.model), wanted)
+    second.start_from(tmp_path / "saved")
+    assert all(torch.equal(mine, second.z()[name]) for name, mine in first.z().items())
+    with second.acting():
+        assert torch.equal(logits(second.model), wanted)
+
+
+def test_biases_come_back_after_ia3_acted(tiny):
+    model = tiny("qwen2")  # q, k and v have biases, which IA3 scales when it is merged
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    policy = make_policy(model, config(policy="ia3"))
+    shake(policy)
+    with policy.acting():
+        pass
+    state = policy.model.state_dict().items()
+    after = {name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor for name, tensor in state}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

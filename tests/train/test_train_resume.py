@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers_train import Letter, trainer, without_seconds
+from safetensors.torch import load_file
 
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 PLACES = [("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("step", 5),
           ("validation", 6)]  # fmt: skip
 OPTIONS = [{}, {"parameterisation": "reference"}, {"policy": "lora", "lr": 0.01, "lora_dropout": 0.2},
+           {"policy": "ia3", "lr": 0.01},
            {"objective": "sft", "schedule": "constant"}]  # fmt: skip
 
 
@@ -41,7 +43,10 @@ def at(place, error):
 
 
 def outcome(run):
-    best = dict(Expert.load(run.run.best).z) if run.run.best.exists() else {}
+    best: dict = {}
+    if run.run.best.exists():
+        adapter = load_file(run.run.best / "adapter_model.safetensors")
+        best = adapter if run.config.policy != "svf" else dict(Expert.load(run.run.best).z)
     moments = {name: t for name, t in run.run.tensors().items() if name.startswith("optimizer")}
     return without_seconds(run.run.history()), run.best, run.bad, run.policy.z(), best, moments
 

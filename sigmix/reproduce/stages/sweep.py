@@ -23,7 +23,7 @@ class Sweep:
             for lr in kind.lrs:
                 self._one(lab, name, lr)
             # counted from the stored runs, so that a sweep that is run again does not go on
-            while kind.lrs and len(tried := list(swept(lab.store, scale, name))) < len(kind.lrs) + BEYOND:
+            while len(kind.lrs) > 1 and len(tried := list(swept(lab.store, scale, name))) < len(kind.lrs) + BEYOND:
                 best, ratio = chosen_lr(lab.store, scale, name), kind.lrs[1] / kind.lrs[0]
                 if best not in (tried[0], tried[-1]):
                     break
