@@ -83,7 +83,7 @@ def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> di
     size, counted = 0.0, 0
     for path, place in blend.places.items():
         updates = [blend.update(path, task) for task in tasks]
-        flat = torch.stack([one.flatten() for one in updates]).double()
+        flat = torch.stack([one.flatten() for one in updates]).double().cpu()
         dots += flat @ flat.T
         size += float(place.get_base_layer().weight.detach().float().square().sum())  # type: ignore[operator]
         if not bool((flat.abs().sum(1) > 0).all()):

@@ -34,6 +34,41 @@ def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
     return dict(sorted(found.items()))
 
 
+BEYOND = 2
+"""How many rates a sweep may add beyond the ends that it began with."""
+
+
+def next_rate(tried: Mapping[float, float], begun: Sequence[float]) -> float | None:
+    """The rate that a sweep tries next, or None when it is done.
+
+    Args:
+        tried: {rate: validation accuracy} so far. begun: rates that every sweep begins with, ascending by one factor.
+
+    It begins with all of ``begun`` and, while the best rate (the lowest of equal ones) is at an end, goes on beyond it,
+    `BEYOND` times at most.
+    """
+    for lr in begun:
+        if lr not in tried:
+            return lr
+    if len(begun) < 2 or len(tried) >= len(begun) + BEYOND:
+        return None
+    best, ratio = best_rate(tried), begun[1] / begun[0]
+    if best not in (min(tried), max(tried)):
+        return None
+    # two digits, so that the rate reads well and names stay stable
+    return float(f"{best * ratio if best == max(tried) else best / ratio:.2g}")
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate with the best accuracy, the lowest of equal ones."""
+    return max(tried, key=lambda lr: (tried[lr], -lr))
+
+
+def accuracies(runs: Mapping[float, Mapping]) -> dict[float, float]:
+    """{rate: best validation accuracy} of a sweep's records."""
+    return {lr: run["best"]["accuracy"] for lr, run in runs.items()}
+
+
 def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
     """The learning rate with the best validation accuracy in the sweep, the lowest of equal ones; None before it ran.
 
@@ -44,7 +79,7 @@ def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
     if not tried:
         return chosen_lr(store, scale, own.like) if own.like else None
     if own.match is None:
-        return max(tried, key=lambda lr: (tried[lr]["best"]["accuracy"], -lr))
+        return best_rate(accuracies(tried))
     model = chosen_lr(store, scale, own.match)
     if model is None:
         return None

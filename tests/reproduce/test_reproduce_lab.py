@@ -13,10 +13,11 @@ from sigmix.errors import FingerprintError
 from sigmix.experts.expert import Expert
 from sigmix.reproduce.banks import bank_of
 from sigmix.reproduce.blend import Blend
-from sigmix.reproduce.scale import SCALES
+from sigmix.reproduce.names import BEYOND
+from sigmix.reproduce.scale import KINDS, SCALES
 from sigmix.reproduce.stages import chosen, stages
 from sigmix.reproduce.stages.composition import groups, kinds
-from sigmix.reproduce.stages.sweep import BEYOND, Sweep
+from sigmix.reproduce.stages.sweep import Sweep
 from sigmix.reproduce.stages.transfer import moved, requantise
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -127,7 +128,7 @@ def test_a_sweep_goes_on_beyond_an_end_that_wins_and_then_stops(home, monkeypatc
         home.store.write_run(f"{kind}@{lr:g}.{task}.s{seed}", record)
 
     monkeypatch.setattr(home, "trained", trained)
-    home.scale = replace(home.scale, kinds={"svf-rl": home.scale.kinds["svf-rl"]})
+    home.scale = replace(home.scale, kinds={"svf-rl": KINDS["svf-rl"]})
     Sweep().run(home)
     assert made == [6e-4, 2e-3, 6e-3, 0.02, 0.067]
     Sweep().run(home)

@@ -8,7 +8,7 @@ import pytest
 from helpers_reproduce import put, result, samples, swept
 
 from sigmix.errors import ConfigError
-from sigmix.reproduce.names import chosen_lr, kl_of, mix_name, run_name, single
+from sigmix.reproduce.names import BEYOND, chosen_lr, kl_of, mix_name, next_rate, run_name, single
 from sigmix.reproduce.page import FILE, fill, page, write_page
 from sigmix.reproduce.report import Report
 from sigmix.reproduce.scale import SCALES
@@ -78,6 +78,17 @@ def test_validation_chooses_the_learning_rate(store):
     assert chosen_lr(store, LAPTOP, "svf-rl") == 2e-3  # the lowest of equal ones, and only of the sweep
     assert chosen_lr(store, LAPTOP, "svf-mlp-rl") == 2e-3
     assert single(store, LAPTOP, "svf-rl", "addition", 1) == "svf-rl@0.002.addition.s1"
+
+
+def test_a_sweep_is_bounded():
+    begun, tried = (1.0, 3.0, 9.0), {}
+    while (rate := next_rate(tried, begun)) is not None:
+        tried[rate] = rate  # always better
+    assert list(tried) == [1.0, 3.0, 9.0, 27.0, 81.0]
+    assert len(tried) == len(begun) + BEYOND
+    assert next_rate({1.0: 0.5, 3.0: 0.9, 9.0: 0.5}, begun) is None
+    assert next_rate({1.0: 0.5, 3.0: 0.5, 9.0: 0.5}, begun) == 0.33  # the lowest of equal ones is at an end
+    assert next_rate({3.0: 0.5}, (3.0,)) is None
 
 
 def test_the_rate_at_equal_kl(store):

@@ -8,7 +8,7 @@ from sigmix.engine import Engine
 from sigmix.evals.plots import figure, save_png
 from sigmix.reproduce.banks import bank_of
 from sigmix.reproduce.lab import Lab
-from sigmix.reproduce.names import BASE
+from sigmix.reproduce.names import BASE, best_rate, next_rate
 from sigmix.reproduce.report import NOT_RUN, Report, table
 from sigmix.reproduce.stages.strategies import search_on
 from sigmix.train.config import make_config
@@ -60,12 +60,11 @@ class FewShot:
                 self._tuned(lab, task, shots, rate, test=True)
 
     def _sweep(self, lab: Lab, task: str) -> dict[str, Any]:
-        """Learning rate by validation items, which the other rows never see: in IA3's favour."""
-        found = {lr: self._tuned(lab, task, 10, lr, test=False) for lr in IA3_LRS}
-        return {
-            "validation": {f"{lr:g}": value for lr, value in found.items()},
-            "best": max(found, key=lambda r: found[r]),
-        }
+        """Learning rate by validation items, which the searches never see: in IA3's favour."""
+        found: dict[float, float] = {}
+        while (lr := next_rate(found, IA3_LRS)) is not None:
+            found[lr] = self._tuned(lab, task, 10, lr, test=False)
+        return {"validation": {f"{lr:g}": value for lr, value in found.items()}, "best": best_rate(found)}
 
     def _tuned(self, lab: Lab, task: str, shots: int, lr: float, test: bool) -> float:
         """Train PEFT's IA3 on the gold answers of some examples; its accuracy on validation, or a test cell."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from sigmix.reproduce.lab import Lab
-from sigmix.reproduce.names import chosen_lr, kl_of, run_name, swept
+from sigmix.reproduce.names import accuracies, chosen_lr, kl_of, next_rate, swept
 from sigmix.reproduce.report import NOT_RUN, Report, table
-
-BEYOND = 2
-"""How many rates a sweep may add beyond the ends that it began with."""
 
 
 class Sweep:
@@ -20,21 +17,10 @@ class Sweep:
         """Train every kind at every rate on the scale's sweep task with its first seed."""
         scale = lab.scale
         for name, kind in scale.kinds.items():
-            for lr in kind.lrs:
-                self._one(lab, name, lr)
-            # counted from the stored runs, so that a sweep that is run again does not go on
-            while len(kind.lrs) > 1 and len(tried := list(swept(lab.store, scale, name))) < len(kind.lrs) + BEYOND:
-                best, ratio = chosen_lr(lab.store, scale, name), kind.lrs[1] / kind.lrs[0]
-                if best not in (tried[0], tried[-1]):
-                    break
-                # two digits, so that the rate reads well and its name is stable
-                self._one(lab, name, float(f"{best * ratio if best == tried[-1] else best / ratio:.2g}"))
-
-    def _one(self, lab: Lab, kind: str, lr: float) -> None:
-        scale = lab.scale
-        # a record is enough: an adapter that nobody needs is not trained again on another machine
-        if lab.store.run(run_name(kind, lr, scale.sweep, scale.seeds[0])) is None:
-            lab.trained(kind, scale.sweep, scale.seeds[0], lr)
+            tried = accuracies(swept(lab.store, scale, name))
+            while (lr := next_rate(tried, kind.lrs)) is not None:
+                lab.trained(name, scale.sweep, scale.seeds[0], lr)
+                tried = accuracies(swept(lab.store, scale, name))
 
     def tables(self, report: Report) -> str:
         """Best validation accuracy by kind and rate, with the KL of that checkpoint; the chosen one in bold."""
