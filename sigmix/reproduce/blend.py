@@ -1,7 +1,8 @@
 """A base and adapters of one kind, under any weighted sum of them: W' = W + Σₖ αₖ ΔWₖ.
 
-For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is PEFT's own
-``add_weighted_adapter(combination_type="cat")``, which is exact. Both are merged, so both cost the same to run.
+For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is that of PEFT's ``get_delta_weight`` (PEFT's
+``add_weighted_adapter`` would round the factors to the base's dtype). Both are added in float32 and rounded once, and
+both are merged, so both cost the same to run.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from sigmix.svf.gains import mix_z
 from sigmix.svf.tuner import SVFConfig, svf_layers
 from sigmix.train.policy import merged_adapter
 
-MIXED = "mixed"
-
 
 class Blend:
     """Adapters of one kind on one base.
@@ -35,8 +34,7 @@ class Blend:
     """
 
     def __init__(self, base: Any, folders: Mapping[str, Path | Expert], policy: str, cache: bool = True) -> None:
-        self.svf = policy == "svf"
-        self.names = list(folders)
+        self.policy, self.svf = policy, policy == "svf"
         if self.svf:
             self.experts = {name: one if isinstance(one, Expert) else Expert.load(one) for name, one in folders.items()}
             config = SVFConfig(target_modules="all-linear", cache=cache)
@@ -48,6 +46,11 @@ class Blend:
             for name, other in others:
                 self.model.load_adapter(str(other), adapter_name=name)
             self.model.eval()
+        self.places: dict[str, Any] = {
+            name.removeprefix("base_model.model."): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
 
     def reference(self) -> AbstractContextManager[Any]:
         """Inside, the model is the base."""
@@ -63,8 +66,13 @@ class Blend:
         elif self.svf:
             with as_merged(self.layers, merged_weights(self.layers, self.z(weights))):
                 yield
+        elif self.policy == "lora":
+            with self._summed(weights):
+                yield
         else:
-            with self._lora(weights):
+            (name,) = weights
+            self.model.set_adapter(name)
+            with merged_adapter(self.model):
                 yield
 
     def z(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
@@ -73,23 +81,18 @@ class Blend:
         return {path: mix_z([z[path] for z in zs], list(weights.values())) for path in zs[0]}
 
     @contextmanager
-    def _lora(self, weights: Mapping[str, float]) -> Iterator[None]:
-        (first, alpha), *others = weights.items()
-        if alpha == 1 and not others:
-            self.model.set_adapter(first)
-            with merged_adapter(self.model):
-                yield
-            return
-        self.model.add_weighted_adapter(
-            list(weights), list(weights.values()), adapter_name=MIXED, combination_type="cat"
-        )
+    def _summed(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """W + Σ α ΔW in float32, rounded once to the base's dtype, as SVF's merge is."""
+        kept = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in self.places.values()]
         try:
-            self.model.set_adapter(MIXED)
-            with merged_adapter(self.model):
+            for path, (parameter, data) in zip(self.places, kept, strict=True):
+                total = sum(alpha * self.update(path, name) for name, alpha in weights.items())
+                parameter.data = (data.float() + total).to(data.dtype)
+            with self.model.disable_adapter():
                 yield
         finally:
-            self.model.set_adapter(self.names[0])
-            self.model.delete_adapter(MIXED)
+            for parameter, data in kept:
+                parameter.data = data
 
     def update(self, path: str, name: str) -> torch.Tensor:
         """ΔW float32 [m, n] of one adapter in one matrix, before any rounding to the base's dtype."""
@@ -98,13 +101,4 @@ class Blend:
             if path not in z:
                 return torch.zeros(layer.matrix().shape)
             return layer.get_delta_weight("default", z[path]).float()
-        return self.places[path].get_delta_weight(name).float()  # type: ignore[operator]
-
-    @property
-    def places(self) -> dict[str, torch.nn.Module]:
-        """The adapted layers by their paths in the base."""
-        return {
-            name.removeprefix("base_model.model."): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, BaseTunerLayer)
-        }
+        return self.places[path].get_delta_weight(name).float()

@@ -87,10 +87,9 @@ class Strategies:
                 for name in wanted:
                     if not lab.store.has(task, self.who(name)):
                         strategy = search_on(lab, engine, task, SHOTS) if name == "C" else made[name]
-                        found = lab.strategy_cell(task, self.who(name), engine, strategy)
+                        lab.strategy_cell(task, self.who(name), engine, strategy)
                         if name == "C":
                             lab.store.write_fact(f"search-{task}", {**strategy.evidence(), "mix": strategy.result.id})
-                        del found
         for member in scale.tasks + scale.extra:
             lab.single_cells("lora-rl", member, scale.seeds[0], on=scale.unseen)
         for task in scale.unseen:

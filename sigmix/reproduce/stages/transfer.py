@@ -18,7 +18,6 @@ from sigmix.reproduce.blend import Blend
 from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import BASE, single
 from sigmix.reproduce.report import Report, table
-from sigmix.train.policy import merged_adapter
 
 BASES = ("requantised", "tuned", "same")
 ORDERS = {
@@ -109,8 +108,8 @@ class Transfer:
         elif base == "tuned":
             _, folder = lab.trained("lora-sft", lab.scale.tasks[-1], lab.scale.seeds[0])
             blend = Blend(model, {"it": folder}, "lora")
-            with merged_adapter(blend.model):
-                weights = {path: p.get_base_layer().weight.clone() for path, p in blend.places.items()}  # type: ignore[operator]
+            with blend.under({"it": 1.0}):
+                weights = {path: place.get_base_layer().weight.clone() for path, place in blend.places.items()}
             model, tokenizer = lab.base()
             for path, weight in weights.items():
                 model.get_submodule(path).weight.data = weight
