@@ -1,8 +1,8 @@
 """A base and adapters of one kind, under any weighted sum of them: W' = W + Σₖ αₖ ΔWₖ.
 
-For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is that of PEFT's ``get_delta_weight`` (PEFT's
-``add_weighted_adapter`` would round the factors to the base's dtype). Both are added in float32 and rounded once, and
-both are merged, so both cost the same to run.
+For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is that of PEFT's ``get_delta_weight``
+(PEFT's ``add_weighted_adapter`` would round the factors to the base's dtype). Both are added in float32 and rounded
+once, and both are merged, so both cost the same to run.
 """
 
 from __future__ import annotations
