@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sigmix.evals.plots import figure, save_png
 from sigmix.reproduce.lab import Lab
-from sigmix.reproduce.names import BASE
+from sigmix.reproduce.names import BASE, single
 from sigmix.reproduce.report import Report, table
 
 SEEDED = ("svf-rl", "lora-rl", "lora-qv-sft")
@@ -50,7 +51,27 @@ class Table1:
             table(["kind", "numbers", "lr", *scale.tasks], rows)
             + "\n\nSVF by policy gradient less each other kind, on the same items:\n\n"
             + table(["less", *scale.tasks], differences)
+            + "\n\n![Validation accuracy by step](learning.png)"
         )
+
+
+    def plots(self, report: Report) -> None:
+        """Validation accuracy by step, every kind at its own rate, first seed: what the paper's Figures 4 and 9 show."""
+        scale = report.scale
+        canvas = figure(3.2 * len(scale.tasks), 3)
+        panels = canvas.subplots(1, len(scale.tasks), squeeze=False)[0]
+        for panel, task in zip(panels, scale.tasks, strict=True):
+            for number, kind in enumerate((*SEEDED, *ONCE)):
+                name = single(report.store, scale, kind, task, scale.seeds[0])
+                run = None if name is None else report.store.run(name)
+                if run is not None:
+                    points = [(e["step"], e["accuracy"]) for e in run["history"] if e["kind"] == "validation"]
+                    label = scale.kinds[kind].label
+                    panel.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=label)
+            panel.set(title=task, xlabel="step", ylim=(0, 1))
+        panels[0].set_ylabel("validation accuracy")
+        panels[0].legend(fontsize=5)
+        save_png(canvas, report.store.folder / "learning.png")
 
 
 class Table4:
