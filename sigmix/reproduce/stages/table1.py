@@ -70,7 +70,8 @@ class Table1:
                     panel.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=label)
             panel.set(title=task, xlabel="step", ylim=(0, 1))
         panels[0].set_ylabel("validation accuracy")
-        panels[0].legend(fontsize=5)
+        if panels[0].lines:
+            panels[0].legend(fontsize=5)
         save_png(canvas, report.store.folder / "learning.png")
 
 
