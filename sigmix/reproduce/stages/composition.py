@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from sigmix.evals.plots import figure, save_png
 from sigmix.reproduce.blend import Blend
@@ -85,15 +85,16 @@ class Composition:
 
     def tables(self, report: Report) -> str:
         """All of it in Markdown."""
-        parts = [
-            "### Experts alone", self._alone(report),
-            "### Mixed: mean accuracy over the members' tasks", self._mixed(report),
-            "### Task by task", self._tasks(report),
-            "### What each expert does to the other tasks", self._crossed(report),
-            "### How alike the updates are", self._geometry(report),
-            "### Common α on validation: accuracy and KL", self._curves(report),
-        ]  # fmt: skip
-        return "\n\n".join(part for part in parts if part)
+        heads = {
+            "alone": "Experts alone",
+            "mixed": "Mixed: mean accuracy over the members' tasks",
+            "tasks": "Task by task",
+            "crossed": "What each expert does to the other tasks",
+            "geometry": "How alike the updates are",
+            "curves": "Common α on validation: accuracy and KL",
+        }
+        parts = [f"### {head}\n\n{self.parts[name](self, report)}" for name, head in heads.items()]
+        return "\n\n".join([*parts, "![Composition](composition.png)"])
 
     def _alone(self, report: Report) -> str:
         scale = report.scale
@@ -276,6 +277,10 @@ class Composition:
         )
         right.legend(fontsize=6)
         save_png(canvas, report.store.folder / "composition.png")
+
+    parts: ClassVar[dict[str, Callable[..., str]]] = {
+        "alone": _alone, "mixed": _mixed, "tasks": _tasks, "crossed": _crossed, "geometry": _geometry, "curves": _curves,
+    }  # fmt: skip
 
 
 def _spread(values: Sequence[float]) -> str:
