@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from sigmix.errors import ConfigError
 from sigmix.files import write_text
 from sigmix.reproduce.report import Report
 from sigmix.reproduce.scale import Scale
@@ -31,14 +33,27 @@ def page(store: Store, scale: Scale) -> str:
 
 
 def fill(text: str, store: Store, scale: Scale) -> str:
-    """Put each stage's tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->`` where a text has these."""
+    """Put tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->``, where a text has these.
+
+    ``SCALE:STAGE.PART`` stands for one table of a stage that has ``parts``.
+
+    Raises:
+        ConfigError: a block that names no stage or part.
+    """
     report = Report(store, scale)
-    for name, stage in stages().items():
-        begin, end = f"<!-- {scale.name}:{name} -->", f"<!-- /{scale.name}:{name} -->"
-        before, found, rest = text.partition(begin)
-        if found and end in rest:
-            text = f"{before}{begin}\n{stage.tables(report)}\n{end}{rest.partition(end)[2]}"
-    return text
+
+    def block(match: re.Match[str]) -> str:
+        name, _, part = match["name"].partition(".")
+        stage = stages().get(name)
+        if stage is None or (part and part not in getattr(stage, "parts", {})):
+            raise ConfigError(f"there is no table {match['name']!r} to fill in")
+        made = stage.parts[part](stage, report) if part else stage.tables(report)
+        made = re.sub(r"(!\[[^]]*\]\()", rf"\g<1>{scale.name}/", made)  # pictures lie in the scale's folder
+        return f"<!-- {scale.name}:{match['name']} -->\n{made}\n<!-- /{scale.name}:{match['name']} -->"
+
+    name = re.escape(scale.name)
+    blocks = rf"<!-- {name}:(?P<name>[\w.]+) -->\n.*?<!-- /{name}:(?P=name) -->"
+    return re.sub(blocks, block, text, flags=re.DOTALL)
 
 
 def write_page(store: Store, scale: Scale) -> Path:

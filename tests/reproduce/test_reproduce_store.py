@@ -148,6 +148,11 @@ def test_the_page_is_written_and_blocks_of_a_text_are_filled(store):
     assert "old" not in filled
     assert "best constant answer" in filled
     assert fill(filled, store, LAPTOP) == filled
+    part = fill("<!-- laptop:composition.alone -->\nold\n<!-- /laptop:composition.alone -->", store, LAPTOP)
+    assert "KL per token" in part
+    assert "Mixed" not in part
+    with pytest.raises(ConfigError, match=r"no table 'composition\.none'"):
+        fill("<!-- laptop:composition.none -->\n<!-- /laptop:composition.none -->", store, LAPTOP)
     assert fill("<!-- gpu:table1 -->\nold\n<!-- /gpu:table1 -->", store, LAPTOP).count("old") == 1
 
 

@@ -37,7 +37,7 @@ def test_the_papers_tables_follow_from_the_items():
 
 def prose(text: str) -> str:
     """A text without its filled tables, code and addresses."""
-    text = re.sub(r"<!-- (\w+:\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!-- ([\w.]+:[\w.]+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     return re.sub(r"\(http[^)]*\)|arXiv [\d.]+", "", text)
 

@@ -279,8 +279,13 @@ class Composition:
         save_png(canvas, report.store.folder / "composition.png")
 
     parts: ClassVar[dict[str, Callable[..., str]]] = {
-        "alone": _alone, "mixed": _mixed, "tasks": _tasks, "crossed": _crossed, "geometry": _geometry, "curves": _curves,
-    }  # fmt: skip
+        "alone": _alone,
+        "mixed": _mixed,
+        "tasks": _tasks,
+        "crossed": _crossed,
+        "geometry": _geometry,
+        "curves": _curves,
+    }
 
 
 def _spread(values: Sequence[float]) -> str:
