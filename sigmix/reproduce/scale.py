@@ -49,8 +49,9 @@ KINDS: dict[str, Kind] = {
     "lora-qv-sft": Kind("LoRA 16 on q and v, next token", {**LORA, **GOLD, "targets": QV}, LORA_LRS),
     # as many numbers as SVF has on the default model: 115,200 against 97,920
     "lora-small-rl": Kind(
-        "LoRA 2 on q and v, policy gradient", {**LORA, "lora_rank": 2, "lora_alpha": 4, "targets": QV}, (),
-        "lora-qv-rl",
+        "LoRA 2 on q and v, policy gradient",
+        {**LORA, "lora_rank": 2, "lora_alpha": 4, "targets": QV},
+        (1e-3, 3e-3, 1e-2),
     ),
     "lora-kl-rl": Kind("LoRA 16 on all, at SVF's KL", LORA, (), "lora-rl", "svf-rl"),
     "svf-qv-rl": Kind("SVF on q and v, policy gradient", {"targets": QV}, (), "svf-rl"),
