@@ -44,11 +44,11 @@ def reproduce(
     check_writable(store.folder / "README.md")
     work = work or cache_dir() / "reproduce" / scale
     lock, remedy = work / "lock", "wait for it, or give another --work"
-    with exclusive(lock, f"another reproduction is writing to {work}", remedy):
-        if not report_only:
+    if not report_only:
+        with exclusive(lock, f"another reproduction is writing to {work}", remedy):
             lab = Lab(wanted, store, work, data_dir, allow_code, typer.echo)
             for stage in todo:
                 typer.echo(f"{stage.name}: {stage.title}")
                 stage.run(lab)
-        page = write_page(store, wanted)
+    page = write_page(store, wanted)
     typer.echo(f"tables: {page}")
