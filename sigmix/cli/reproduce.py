@@ -47,6 +47,7 @@ def reproduce(
     if not report_only:
         with exclusive(lock, f"another reproduction is writing to {work}", remedy):
             lab = Lab(wanted, store, work, data_dir, allow_code, typer.echo)
+            lab.begin()
             for stage in todo:
                 typer.echo(f"{stage.name}: {stage.title}")
                 stage.run(lab)

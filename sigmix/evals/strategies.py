@@ -63,12 +63,12 @@ def run_strategies(
         paired = compare(result, results["base"], seed) if name != "base" else None
         entries.append({"strategy": name, **result.summary(), **facts, "paired": paired})
 
-    measure("base", _always(Mix.base()))
+    measure("base", always(Mix.base()))
     for name, strategy in strategies.items():
-        measure(name, lambda wanted, chooser=strategy: chooser.decide([sample.prompt for sample in wanted]))  # type: ignore[misc]
+        measure(name, by_prompt(strategy))
     if each_expert:
         for expert in skills(engine.bank):
-            measure(expert, _always(Mix.one(expert)))
+            measure(expert, always(Mix.one(expert)))
         alone = [results["base"], *(results[name] for name in skills(engine.bank))]
         results[ORACLE] = _oracle(alone)
         entries.append(
@@ -98,8 +98,9 @@ def measure_strategy(
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    form: str | None = None,
 ) -> tuple[Result, dict[str, Any]]:
-    """Decide for every sample, then answer each under its own mix.
+    """Decide for every sample, then answer each under its own mix, in the engine's form (see `Engine.generate`).
 
     Returns:
         The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens, pass2_seconds.
@@ -115,7 +116,7 @@ def measure_strategy(
             part = wanted[start : start + batch_size]
             mixes = [decision.mix for decision in decisions[start : start + batch_size]]
             rows = [engine.encode(sample.prompt, sample.system) for sample in part]
-            done = engine.generate(rows, mixes, max_new_tokens=limit, batch_size=batch_size)
+            done = engine.generate(rows, mixes, max_new_tokens=limit, batch_size=batch_size, form=form)
             texts += [one.text for one in done]
             if progress is not None:
                 progress(len(part))
@@ -130,8 +131,14 @@ def measure_strategy(
     }
 
 
-def _always(mix: Mix) -> Decide:
+def always(mix: Mix) -> Decide:
+    """The same mix for every sample."""
     return lambda samples: [Decision(mix, mix.id, "fixed") for _ in samples]
+
+
+def by_prompt(strategy: Strategy) -> Decide:
+    """What a strategy decides on the samples' prompts."""
+    return lambda samples: strategy.decide([sample.prompt for sample in samples])
 
 
 def _oracle(alone: Sequence[Result]) -> Result:

@@ -10,6 +10,7 @@ from sigmix.evals.dispatch import DispatchTask
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.reproduce.lab import Lab
+from sigmix.reproduce.names import chosen_lr
 from sigmix.train.config import make_config
 from sigmix.train.loop import Trainer
 from sigmix.train.state import RunDir
@@ -19,7 +20,8 @@ DISPATCH = "dispatch"
 
 def bank_of(lab: Lab, name: str, tasks: Sequence[str], seed: int) -> Bank:
     """A folder with the SVF experts of some tasks, each named after its task; trained if they are not there."""
-    bank = Bank(lab.work / "banks" / name, create=True)
+    rate = chosen_lr(lab.store, lab.scale, "svf-rl")
+    bank = Bank(lab.work / "banks" / f"{name}@{rate or 0:g}.s{seed}", create=True)  # another rate makes other experts
     for task in tasks:
         if task not in bank:
             expert = Expert.load(lab.trained("svf-rl", task, seed)[1])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sigmix.engine.prefix import left_pad
-from sigmix.evals.evaluate import evaluate
+from sigmix.engine.prompts import encode
 from sigmix.reproduce.blend import Blend
-from sigmix.reproduce.lab import KL_ITEMS, Lab, divergence
+from sigmix.reproduce.lab import Lab
 
 UNIFORM = (0.25, 0.4, 0.6, 0.8, 1.0)
 STEPS = (0.7, 1.4)
@@ -42,18 +42,12 @@ def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict
     def value(weights: Mapping[str, float], with_kl: bool) -> float:
         entry: dict[str, Any] = {"weights": dict(weights), "accuracy": {}, "kl": {}}
         for task in members:
-            made = lab.task(task)
-            actor = lab.actor(blend.model, tokenizer, made)
             samples = lab.samples(task, "validation", lab.scale.validation)
-            with blend.under(weights):
-                rows = actor.rows(samples, made.max_new_tokens, lab.scale.batch)
-            texts = actor.texts(rows)
-            entry["accuracy"][task] = evaluate(made, samples, lambda _, texts=texts: texts).accuracy
+            reference = blend.reference if with_kl else None
+            result, found = lab.measured(task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference)
+            entry["accuracy"][task] = result.accuracy
             if with_kl:
-                entry["kl"][task] = divergence(
-                    blend.model, actor, samples[:KL_ITEMS], rows[:KL_ITEMS], lambda: blend.under(weights),
-                    blend.reference,
-                )  # fmt: skip
+                entry["kl"][task] = found["kl"]
         tried.append(entry)
         return sum(entry["accuracy"].values()) / len(members)
 
@@ -116,9 +110,8 @@ def _states(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str], each: 
     """What each expert adds to the hidden states [N, layers, d] of the last token of N prompts."""
     rows = []
     for task in tasks:
-        actor = lab.actor(blend.model, tokenizer, lab.task(task))
-        rows += [actor.encode(sample) for sample in lab.samples(task, "validation", each)]
-    ids, mask = left_pad(rows, actor.pad_id, blend.model.get_input_embeddings().weight.device)
+        rows += [encode(tokenizer, one.prompt, one.system) for one in lab.samples(task, "validation", each)]
+    ids, mask = left_pad(rows, tokenizer.pad_token_id, blend.model.get_input_embeddings().weight.device)
     places = (mask.long().cumsum(1) - 1).clamp_min(0)
 
     def read() -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row
 from sigmix.engine.prefix import answer_logits, prefill
 from sigmix.engine.prompts import end_ids
-from sigmix.errors import DivergedError
-from sigmix.evals.evaluate import constant_baseline, evaluate
+from sigmix.errors import ConfigError, DivergedError
+from sigmix.evals.evaluate import Result, constant_baseline, evaluate
 from sigmix.evals.run import commit
 from sigmix.evals.stats import wilson
-from sigmix.evals.strategies import measure_strategy
+from sigmix.evals.strategies import Decide, measure_strategy
 from sigmix.models import load_base
 from sigmix.reproduce.blend import Blend
 from sigmix.reproduce.names import BASE, chosen_lr, mix_name, run_name
@@ -62,6 +62,27 @@ class Lab:
         self.data_dir, self.allow_code, self.say = data_dir, allow_code, say
         self._drawn: dict[tuple[str, str, int | None, int], list[Sample]] = {}
 
+    def begin(self) -> None:
+        """Hold the store to this scale: what was measured under other settings must not stand beside it.
+
+        Raises:
+            ConfigError: the store was begun with another base, number of items or training.
+        """
+        scale = self.scale
+        own = {
+            "base": scale.base, "dtype": scale.dtype, "n": scale.n, "validation": scale.validation,
+            "sweep": scale.sweep, "preset": scale.preset, "training": dict(scale.training),
+        }  # fmt: skip
+        known = self.store.fact("scale")
+        if known is None:
+            self.store.write_fact("scale", own)
+        elif differing := sorted(key for key in own if own[key] != known.get(key)):
+            raise ConfigError(
+                f"{self.store.folder} was begun with another {' and '.join(differing)}: {differing[0]} was "
+                f"{known.get(differing[0])!r}, not {own[differing[0]]!r}",
+                remedy="give another --out and --work",
+            )
+
     # ------------------------------------------------------------------ bases and tasks
 
     def base(self, name: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
@@ -83,12 +104,6 @@ class Lab:
         if key not in self._drawn:
             self._drawn[key] = self.task(spec).samples(split, n, seed=seed)
         return self._drawn[key]
-
-    def actor(self, model: Any, tokenizer: Any, task: Task) -> Actor:
-        """Answers a task with a model in whatever state it is in."""
-        ends = end_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        return Actor(model, tokenizer, task, ends, pad)
 
     def timed(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """What ``work`` returns, with the seconds that it took and the commit."""
@@ -146,6 +161,30 @@ class Lab:
 
     # ------------------------------------------------------------------ cells
 
+    def measured(
+        self,
+        task: str,
+        samples: Sequence[Sample],
+        model: Any,
+        tokenizer: Any,
+        under: Under,
+        reference: Under | None = None,
+    ) -> tuple[Result, dict[str, Any]]:
+        """Greedy answers to samples, scored; and ``kl``, the mean exact KL(π‖π₀) in nats per token of the first ones.
+
+        Args:
+            under: puts the model into the state that is measured. reference: into the base's; None: no KL.
+        """
+        made = self.task(task)
+        actor = Actor(model, tokenizer, made, end_ids(model, tokenizer), tokenizer.pad_token_id)
+        with under():
+            rows = actor.rows(samples, made.max_new_tokens, self.scale.batch)
+        result = replace(evaluate(made, samples, lambda _: actor.texts(rows)), task=task)
+        if reference is None:
+            return result, {}
+        kl = _divergence(model, actor, samples[:KL_ITEMS], rows[:KL_ITEMS], under, reference)
+        return result, {"kl": kl}
+
     def cell(
         self,
         task: str,
@@ -154,61 +193,40 @@ class Lab:
         tokenizer: Any,
         under: Under,
         reference: Under | None = None,
-        items: str | None = None,
         **facts: Any,
     ) -> Cell:
-        """Greedy answers to a task's test items, stored; measured unless they are there.
+        """`measured` on a task's test items and stored, unless it is there; ``facts`` are stored with it."""
+        return self._stored(
+            task, who, facts, lambda samples: self.measured(task, samples, model, tokenizer, under, reference)
+        )
 
-        Args:
-            under: puts the model into the state that is measured. reference: into the base's, for the KL per token on
-                the cell's own replies. facts: stored with it.
-        """
-        known = self.store.cell(task, who)
-        if known is not None:
-            return known
+    def strategy_cell(self, task: str, who: str, engine: Any, decide: Decide, form: str | None = None) -> Cell:
+        """Test items answered under the mixes that are decided on, row by row; stored like `cell`."""
         made = self.task(task)
-        samples = self.samples(task, "test", self.scale.n)
-        actor = self.actor(model, tokenizer, made)
-        started = time.perf_counter()
-        rows: list[Row] = []
+        return self._stored(task, who, {}, lambda samples: measure_strategy(engine, made, samples, decide, form=form))
 
-        def answer(wanted: Sequence[Sample]) -> list[str]:
-            with under():
-                rows.extend(actor.rows(wanted, made.max_new_tokens, self.scale.batch))
-            return actor.texts(rows)
-
-        result = evaluate(made, samples, answer)
-        if reference is not None:
-            facts["kl"] = divergence(model, actor, samples[:KL_ITEMS], rows[:KL_ITEMS], under, reference)
-        facts |= {"n": len(samples), "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
-        self.keep(task, samples, made)
-        self.store.write(replace(result, task=task), who, facts)
-        low, high = wilson(sum(result.right), len(result.right))
-        self.say(f"{task} under {who}: {100 * result.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    def _stored(
+        self,
+        task: str,
+        who: str,
+        facts: Mapping[str, Any],
+        measure: Callable[[Sequence[Sample]], tuple[Result, Mapping[str, Any]]],
+    ) -> Cell:
+        if not self.store.has(task, who):
+            samples = self.samples(task, "test", self.scale.n)
+            started = time.perf_counter()
+            result, found = measure(samples)
+            about = {"n": len(samples), "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
+            self._keep(task, samples)
+            self.store.write(replace(result, task=task), who, {**facts, **found, **about})
+            low, high = wilson(sum(result.right), len(result.right))
+            self.say(f"{task} under {who}: {100 * result.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         return self.store.cell(task, who)  # type: ignore[return-value]
 
-    def strategy_cell(self, task: str, who: str, engine: Any, strategy: Any, **facts: Any) -> Cell:
-        """Test items answered under the mixes that a strategy decides on, row by row; stored like `cell`."""
-        known = self.store.cell(task, who)
-        if known is not None:
-            return known
-        made, samples = self.task(task), self.samples(task, "test", self.scale.n)
-        result, found = measure_strategy(
-            engine, made, samples, lambda wanted: strategy.decide([one.prompt for one in wanted])
-        )
-        seconds = round(found["pass1_seconds"] + found["pass2_seconds"], 2)
-        self.keep(task, samples, made)
-        self.store.write(
-            replace(result, task=task),
-            who,
-            {**facts, **found, "n": len(samples), "seconds": seconds, "commit": commit()},
-        )
-        self.say(f"{task} under {who}: {100 * result.accuracy:.1f}")
-        return self.store.cell(task, who)  # type: ignore[return-value]
-
-    def keep(self, task: str, samples: Sequence[Sample], made: Task) -> None:
+    def _keep(self, task: str, samples: Sequence[Sample]) -> None:
         """Store a task's items with their best constant answer, once."""
         if not self.store.about(task):
+            made = self.task(task)
             facts = {"best_constant": constant_baseline(made, samples), "notes": list(made.notes), "seed": 0}
             self.store.write_items(task, samples, facts)
 
@@ -218,7 +236,7 @@ class Lab:
         if missing:
             model, tokenizer = self.base()
             for task in missing:
-                self.cell(task, BASE, model, tokenizer, _as_it_is)
+                self.cell(task, BASE, model, tokenizer, nullcontext)
 
     def single_cells(self, kind: str, task: str, seed: int, on: Sequence[str] | None = None, **how: Any) -> str:
         """Train an adapter and measure it on its task, or on ``on``; returns its name."""
@@ -241,10 +259,9 @@ class Lab:
             self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights), blend.reference)
 
 
-def divergence(
+def _divergence(
     model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[Row], under: Under, reference: Under
 ) -> float:
-    """Mean exact KL(π‖π₀) in nats per token of a state's own replies."""
     prompts = [actor.encode(sample) for sample in samples]
     answers = Rollouts(prompts, [row.ids for row in rows], [], torch.zeros(len(rows)), [])
     ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in answers.padded(slice(None), actor.pad_id))
@@ -259,12 +276,6 @@ def divergence(
             ours = logits()
         stats = token_stats(ours, theirs, ids, mask)
     return float(stats.kl.sum() / mask.sum())
-
-
-def _as_it_is() -> AbstractContextManager[None]:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def _short(entry: Mapping[str, Any]) -> dict[str, Any]:

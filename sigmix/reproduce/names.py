@@ -1,6 +1,6 @@
 """Names of runs and of what is measured, and the learning rate that a sweep chose; from stored records alone.
 
-A name says all that decides an adapter: kind, learning rate, task, seed. So a cell can never stand for another one.
+A run's name says what decides it beside the scale (to which `Lab.begin` holds a store): kind, rate, task, seed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
     own = scale.kinds[kind]
     tried = swept(store, scale, own.like or kind)
     if not tried:
-        return chosen_lr(store, scale, own.like) if own.like else None
+        return None
     if own.match is None:
         return best_rate(accuracies(tried))
     model = chosen_lr(store, scale, own.match)

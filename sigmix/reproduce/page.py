@@ -19,9 +19,10 @@ def page(store: Store, scale: Scale) -> str:
     """All tables in Markdown."""
     report = Report(store, scale)
     hours = store.seconds() / 3600
+    base = (store.fact("scale") or {}).get("base", scale.base)
     about = (
         f"Written by `sigmix reproduce --scale {scale.name} --report` from the items in this folder, not by hand. Base "
-        f"{scale.base}; accuracy in per cent, greedy answers, up to {scale.n} test items a cell, 95 % interval in "
+        f"{base}; accuracy in per cent, greedy answers, up to {scale.n} test items a cell, 95 % interval in "
         "square brackets (Wilson for one seed; bootstrap over seeds and items for several, whose own accuracies follow "
         "in round brackets). Differences are paired on the same items (bootstrap interval; exact McNemar p). "
         f"Everything stored took {hours:.1f} hours of computing."
@@ -35,10 +36,11 @@ def page(store: Store, scale: Scale) -> str:
 def fill(text: str, store: Store, scale: Scale) -> str:
     """Put tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->``, where a text has these.
 
-    ``SCALE:STAGE.PART`` stands for one table of a stage that has ``parts``.
+    ``SCALE:STAGE.PART`` stands for one table of a stage that has ``parts``. A figure in a sentence stands between
+    ``<!-- SCALE=TASK/WHO -->`` and ``<!-- = -->``, where WHO is base or a kind, with or without ``/SEED``: an accuracy.
 
     Raises:
-        ConfigError: a block that names no stage or part.
+        ConfigError: a block that names no stage or part, or a figure that was not measured.
     """
     report = Report(store, scale)
 
@@ -53,16 +55,19 @@ def fill(text: str, store: Store, scale: Scale) -> str:
 
     name = re.escape(scale.name)
     blocks = rf"<!-- {name}:(?P<name>[\w.]+) -->\n.*?<!-- /{name}:(?P=name) -->"
-    return re.sub(blocks, block, text, flags=re.DOTALL)
+    text = re.sub(blocks, block, text, flags=re.DOTALL)
+    figures = rf"(?P<mark><!-- {name}=(?P<key>\S+) -->)[^<]*(?P<end><!-- = -->)"
+    return re.sub(figures, lambda found: f"{found['mark']}{report.figure(found['key'])}{found['end']}", text)
 
 
 def write_page(store: Store, scale: Scale) -> Path:
-    """Write the tables and plots, and fill the blocks of a README beside the scale's folder; returns the page."""
+    """Write the tables and plots, and fill what READMEs above the scale's folder mark; returns the page."""
     report = Report(store, scale)
     write_text(store.folder / FILE, page(store, scale))
-    beside = store.folder.parent / "README.md"
-    if beside.exists() and (filled := fill(text := beside.read_text(encoding="utf-8"), store, scale)) != text:
-        write_text(beside, filled)
+    # results/README.md, and the project's own; a README without such marks stays as it is
+    for beside in (store.folder.parent / "README.md", store.folder.parent.parent / "README.md"):
+        if beside.exists() and (filled := fill(text := beside.read_text(encoding="utf-8"), store, scale)) != text:
+            write_text(beside, filled)
     for stage in stages().values():
         if hasattr(stage, "plots"):
             stage.plots(report)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sigmix.errors import ConfigError
 from sigmix.evals.evaluate import Result, compare
 from sigmix.evals.stats import paired_seeds, seeds_interval, wilson
 from sigmix.reproduce.names import BASE, chosen_lr, single
@@ -89,6 +90,20 @@ class Report:
             return NOT_RUN
         mean, low, high = paired_seeds(a, b)
         return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+    def figure(self, key: str) -> str:
+        """Accuracy of ``TASK/base``, ``TASK/KIND/SEED`` or ``TASK/KIND`` (mean over the seeds), such as 62.0.
+
+        Raises:
+            ConfigError: it was not measured.
+        """
+        task, kind, *seed = key.split("/")
+        seeds = [int(one) for one in seed] or None
+        names = [BASE] if kind == BASE else self.names(kind, task, seeds) if kind in self.scale.kinds else []
+        found = [one for name in names if (one := self.result(task, name)) is not None]
+        if not found:
+            raise ConfigError(f"a text asks for the figure {key!r}, which was not measured")
+        return f"{100 * mean([one.accuracy for one in found]):.1f}"
 
     def base(self, task: str) -> str:
         """The base's accuracy."""

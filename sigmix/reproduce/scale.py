@@ -20,7 +20,8 @@ class Kind:
 
     Attributes:
         label: for tables. options: fields of `TrainConfig`. lrs: ascending learning rates that the sweep begins with;
-            it goes on beyond an end that wins. like: a kind whose learning rate is taken in place of a sweep.
+            it goes on beyond an end that wins. like: a kind whose sweep stands for this one's: its best rate is taken,
+            or, with match, the one whose KL to the base is nearest to what the kind ``match`` has at its best.
     """
 
     label: str
@@ -70,7 +71,7 @@ class Scale:
     Attributes:
         base: of `load_base`; dtype: None is the faster one on the machine.
         tasks: those that experts are trained on with every seed. extra: more experts, of the first seed.
-        conflict: two of the tasks that ask nearly the same for opposite answers.
+        conflict: two of the tasks that ask nearly the same for opposite answers, if there are such.
         sweep: the task on which learning rates are chosen, by validation. unseen: tasks that nothing is trained on.
         seeds: of training. n: test items a cell. validation: items that choose α.
         training: fields of `TrainConfig` for every run. preset: its preset.
@@ -87,7 +88,7 @@ class Scale:
     extra: tuple[str, ...]
     sweep: str
     unseen: tuple[str, ...]
-    conflict: tuple[str, str]
+    conflict: tuple[str, str] | None
     few_shot: str
     seeds: tuple[int, ...] = (0, 1, 2)
     dtype: str | None = None
@@ -120,7 +121,7 @@ SCALES: dict[str, Scale] = {
         training={"steps": 24, "eval_every": 8, "schedule": "constant"},
         larger_training={"batch": 32},
     ),
-    # the paper's tasks, its preset with λ and the number of steps scaled to a GPU's hours; any base by --base
+    # the paper's tasks; of its preset, steps, clip and baseline are ours, to fit a GPU's hours; any base by --base
     "gpu": Scale(
         name="gpu",
         base="Qwen/Qwen2.5-Coder-0.5B-Instruct",
@@ -128,7 +129,7 @@ SCALES: dict[str, Scale] = {
         extra=("boolq", "openbookqa"),
         sweep="arc-easy",
         unseen=("humaneval", "arc-challenge", "svamp"),
-        conflict=("arc-easy", "boolq"),
+        conflict=None,
         few_shot="arc-challenge",
         preset="paper",
         training={"steps": 60, "eval_every": 20, "clip": 1.0, "group": 4, "baseline": "leave-one-out"},

@@ -46,6 +46,7 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._runs: dict[str, dict[str, Any]] | None = None
 
     # ------------------------------------------------------------------ cells
 
@@ -68,7 +69,7 @@ class Store:
         if not path.exists():
             return None
         facts, rows = _read(path)
-        texts = self._items(facts.get("items", task))
+        texts = self._items(task)
         items = [Item(row["id"], *texts[row["id"]], row["reply"], row["answer"], row["score"], "") for row in rows]
         return Cell(Result(task, items), facts)
 
@@ -99,6 +100,7 @@ class Store:
     def write_run(self, name: str, run: Mapping[str, Any]) -> None:
         """Store the record of a training run."""
         write_json(self.folder / "runs" / f"{safe(name)}.json", dict(run))
+        self._runs = None
 
     def run(self, name: str) -> dict[str, Any] | None:
         """The record of a training run, or None."""
@@ -106,7 +108,9 @@ class Store:
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """All records, by the names of their files."""
-        return {path.stem: _json(path) or {} for path in sorted((self.folder / "runs").glob("*.json"))}
+        if self._runs is None:  # every choice of a learning rate asks for all of them
+            self._runs = {path.stem: _json(path) or {} for path in sorted((self.folder / "runs").glob("*.json"))}
+        return self._runs
 
     def write_fact(self, name: str, fact: Mapping[str, Any]) -> None:
         """Store figures of a stage."""

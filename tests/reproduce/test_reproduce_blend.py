@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers_reproduce import lab
@@ -138,26 +140,25 @@ def test_tuning_takes_the_best_on_validation(tmp_path, monkeypatch):
     home = lab(tmp_path)
     model, tokenizer = home.base()
     blend = Blend(model, {"addition": expert("a", 0), "larger": expert("b", 1)}, "svf")
-    asked: list[dict] = []
-
-    class Right:
-        """Accuracy that peaks where α is 0.6 for one and 0.84 for the other."""
-
-        def __init__(self, task, items):
-            weights = asked[-1]
-            wrong = abs(weights["addition"] - 0.6) + abs(weights["larger"] - 0.84)
-            self.accuracy = 1 - wrong
-
+    measured, asked = home.measured, []
     under = blend.under
 
     def noted(weights):
         asked.append(dict(weights))
         return under(weights)
 
+    def peaked(task, samples, *rest):
+        """Accuracy that is best where α is 0.6 for one and 0.84 for the other."""
+        assert samples == home.samples(task, "validation", home.scale.validation)
+        result, found = measured(task, samples, *rest)
+        off = abs(asked[-1]["addition"] - 0.6) + abs(asked[-1]["larger"] - 0.84)
+        return SimpleNamespace(accuracy=1 - off, items=result.items), found
+
     monkeypatch.setattr(blend, "under", noted)
-    monkeypatch.setattr("sigmix.reproduce.compose.evaluate", lambda task, samples, answer: Right(task, samples))
+    monkeypatch.setattr(home, "measured", peaked)
     found = tune(home, blend, tokenizer, ["addition", "larger"])
     assert found["weights"] == {"addition": 0.6, "larger": 0.84}
     assert [entry["weights"]["addition"] for entry in found["tried"][: len(UNIFORM)]] == list(UNIFORM)
     assert all(entry["kl"]["addition"] > 0 for entry in found["tried"][: len(UNIFORM)])
+    assert all(not entry["kl"] for entry in found["tried"][len(UNIFORM) :])
     assert found["accuracy"] == pytest.approx(1.0)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers_reproduce import lab
+from helpers_reproduce import lab, swept
 
-from sigmix.errors import FingerprintError
+from sigmix.errors import ConfigError, FingerprintError
 from sigmix.experts.expert import Expert
 from sigmix.reproduce.banks import bank_of
 from sigmix.reproduce.blend import Blend
+from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import BEYOND
 from sigmix.reproduce.scale import KINDS, SCALES
 from sigmix.reproduce.stages import chosen, stages
@@ -162,12 +162,24 @@ def test_a_requantised_base_is_another_base(home):
 
 
 def test_a_bank_of_ones_own(home):
-    home.store.write_run("x", {"kind": "svf-rl", "task": home.scale.sweep, "seed": 0, "lr": 0.01, "after": [],
-                               "best": {"accuracy": 0.0, "step": 1}, "history": []})  # fmt: skip
+    swept(home.store, home.scale, "svf-rl", {0.01: (0.1, 1.0)})
     bank = bank_of(home, "two", ["addition", "larger"], 0)
     assert bank.names() == ["addition", "larger"]
     assert bank["addition"].meta["task"] == "addition"
     assert bank_of(home, "two", ["addition", "larger"], 0).names() == bank.names()
+    swept(home.store, home.scale, "svf-rl", {0.02: (0.5, 1.0)})
+    assert bank_of(home, "two", ["addition"], 0).folder != bank.folder  # other experts
+
+
+def test_a_store_takes_one_scale_only(home):
+    home.begin()
+    home.begin()
+    other = Lab(replace(home.scale, base="another"), home.store, home.work)
+    with pytest.raises(ConfigError, match=r"another base: base was 'tiny', not 'another'.*--out"):
+        other.begin()
+    longer = Lab(replace(home.scale, training={"steps": 2}, n=7), home.store, home.work)
+    with pytest.raises(ConfigError, match="another n and training"):
+        longer.begin()
 
 
 def test_stages_that_are_needed_run_first():
@@ -179,11 +191,8 @@ def test_stages_that_are_needed_run_first():
 
 
 def test_equal_kl_is_an_arm_of_its_own_only_if_it_is_another_rate(home):
-    from helpers_reproduce import swept
-
     swept(home.store, home.scale, "svf-rl", {2e-3: (0.8, 1.0)})
     swept(home.store, home.scale, "lora-rl", {3e-4: (0.7, 0.2), 1e-3: (0.9, 1.1)})
     assert "lora-kl-rl" not in kinds(home.store, home.scale)
     swept(home.store, home.scale, "lora-rl", {3e-4: (0.95, 0.2)})
     assert "lora-kl-rl" in kinds(home.store, home.scale)
-    json.dumps(home.store.runs())

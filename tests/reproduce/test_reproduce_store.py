@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 
 import pytest
 from helpers_reproduce import put, result, samples, swept
@@ -154,6 +155,20 @@ def test_the_page_is_written_and_blocks_of_a_text_are_filled(store):
     with pytest.raises(ConfigError, match=r"no table 'composition\.none'"):
         fill("<!-- laptop:composition.none -->\n<!-- /laptop:composition.none -->", store, LAPTOP)
     assert fill("<!-- gpu:table1 -->\nold\n<!-- /gpu:table1 -->", store, LAPTOP).count("old") == 1
+
+
+def test_figures_in_sentences_are_filled(store):
+    swept(store, LAPTOP, "svf-rl", {2e-3: (0.8, 1.0)})
+    for seed, right in enumerate((7, 5)):
+        put(store, "addition", f"svf-rl@0.002.addition.s{seed}", [n < right for n in range(10)])
+    put(store, "addition", "base", [False] * 10)
+    text = "from <!-- laptop=addition/base -->9<!-- = --> to <!-- laptop=addition/svf-rl -->1<!-- = -->"
+    text += " (<!-- laptop=addition/svf-rl/1 --><!-- = -->), <!-- gpu=gsm8k/base -->3<!-- = -->"
+    numbers = re.sub("<!--.*?-->", "", fill(text, store, LAPTOP))
+    assert numbers == "from 0.0 to 60.0 (50.0), 3"
+    for key in ("addition/svf-rl/2", "larger/base", "addition/nothing"):
+        with pytest.raises(ConfigError, match="not measured"):
+            fill(f"<!-- laptop={key} -->1<!-- = -->", store, LAPTOP)
 
 
 def test_items_are_kept_once(store):

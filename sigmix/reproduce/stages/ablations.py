@@ -10,8 +10,7 @@ from sigmix.adapt.labels import skills
 from sigmix.engine import Engine
 from sigmix.engine.calibration import fit
 from sigmix.evals.dispatch import prompts_of_experts
-from sigmix.evals.evaluate import evaluate
-from sigmix.evals.run import commit
+from sigmix.evals.strategies import always
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.experts.sketch import TOLERANCE, Sketch, deviation
@@ -57,23 +56,7 @@ class Ablations:
             engine.truncation = plan = calibration.plan(budget)
             lab.store.write_fact(self.who(budget), {"work": plan.cost, "error": plan.error, "told": plan.describe()})
             for task in tasks:
-                if lab.store.has(task, self.who(budget)):
-                    continue
-                made, samples = lab.task(task), lab.samples(task, "test", lab.scale.n)
-
-                def answer(wanted: Any, task: str = task, made: Any = made) -> list[str]:
-                    rows = [engine.encode(one.prompt, one.system) for one in wanted]
-                    done = engine.generate(
-                        rows, Mix.one(task), max_new_tokens=made.max_new_tokens, form="truncated", batch_size=64
-                    )
-                    return [one.text for one in done]
-
-                found: dict[str, Any] = {}
-                timed = lab.timed(lambda answer=answer, made=made, samples=samples, found=found: found.update(
-                    result=evaluate(made, samples, answer)) or {})  # fmt: skip
-                lab.keep(task, samples, made)
-                lab.store.write(found["result"], self.who(budget), {**timed, "n": len(samples), "commit": commit()})
-                lab.say(f"{task} under {self.who(budget)}: {100 * found['result'].accuracy:.1f}")
+                lab.strategy_cell(task, self.who(budget), engine, always(Mix.one(task)), form="truncated")
 
     @staticmethod
     def _sketches(lab: Lab) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def groups(scale: Scale, seed: int) -> list[tuple[str, ...]]:
     if seed == scale.seeds[0]:
         every = scale.tasks + scale.extra
         found += [every[:count] for count in range(len(scale.tasks) + 1, len(every)) if count % 2 == 0]
-        found += [every, scale.conflict]
+        found += [every, *([scale.conflict] if scale.conflict else [])]
     return list(dict.fromkeys(found))
 
 

@@ -12,6 +12,7 @@ from sigmix.adapt.fitting import fit_probe
 from sigmix.adapt.probe import ProbeDispatch
 from sigmix.engine import Engine
 from sigmix.evals.dispatch import FOREIGN, requests
+from sigmix.evals.strategies import by_prompt
 from sigmix.reproduce.banks import bank_of
 from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import chosen_lr, run_name
@@ -52,7 +53,7 @@ class Continual:
         validation = requests(bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir)
         probe = ProbeDispatch(engine, probe=fit_probe(engine, train, validation))
         for task in tasks:
-            lab.strategy_cell(task, dispatched(count), engine, probe)
+            lab.strategy_cell(task, dispatched(count), engine, by_prompt(probe))
 
     def tables(self, report: Report) -> str:
         """A row for each task and way, a column for each stage."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from sigmix.engine import Engine
+from sigmix.engine.prompts import end_ids
 from sigmix.evals.plots import figure, save_png
 from sigmix.reproduce.banks import bank_of
 from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import BASE, best_rate, next_rate
 from sigmix.reproduce.report import NOT_RUN, Report, table
-from sigmix.reproduce.stages.strategies import search_on
+from sigmix.reproduce.stages.strategies import search_on, searched_cell
 from sigmix.train.config import make_config
 from sigmix.train.policy import make_policy
+from sigmix.train.rollout import Actor
 from sigmix.train.step import Learner
 
 IA3_LRS = (3e-3, 1e-2, 3e-2)
@@ -40,10 +42,7 @@ class FewShot:
                     continue
                 options = {"granularity": "layer"} if settings == "layer" else {"settings": settings}
                 search = search_on(lab, engine, task, shots, **options)
-                lab.strategy_cell(task, self.who(settings, shots), engine, search)
-                assert search.result is not None
-                about = {**search.evidence(), "weights": search.result.to_json()["weights"]}
-                lab.store.write_fact(f"few-{settings}-{shots}", about)
+                searched_cell(lab, engine, task, self.who(settings, shots), search)
         self._ia3(lab, task)
 
     @staticmethod
@@ -76,7 +75,7 @@ class FewShot:
         )  # fmt: skip
         model, tokenizer = lab.base()
         policy = make_policy(model, config)
-        actor = lab.actor(policy.model, tokenizer, made)
+        actor = Actor(policy.model, tokenizer, made, end_ids(model, tokenizer), tokenizer.pad_token_id)
         learner = Learner(policy, actor, config, made.max_new_tokens)
         examples = lab.samples(task, "train", shots)
         for step in range(steps):
@@ -85,9 +84,7 @@ class FewShot:
             lab.cell(task, self.who("ia3", shots), policy.model, tokenizer, policy.acting, policy.reference, lr=lr)
             return 0.0
         samples = lab.samples(task, "validation", scale.validation)
-        with policy.acting():
-            texts = actor.texts(actor.rows(samples, made.max_new_tokens))
-        return sum(made.score(s, text).value == 1.0 for s, text in zip(samples, texts, strict=True)) / len(samples)
+        return lab.measured(task, samples, policy.model, tokenizer, policy.acting)[0].accuracy
 
     def tables(self, report: Report) -> str:
         """By shots, then the layers."""
@@ -100,7 +97,7 @@ class FewShot:
                 who = self.who(settings, shots)
                 known = report.store.has(task, who)
                 text = f"{report.accuracy(task, who)} ({report.against(task, who, BASE)})" if known else NOT_RUN
-                about = report.store.fact(f"few-{settings}-{shots}")
+                about = report.store.fact(f"{who}-{task}")
                 cells.append(text + (f", {about['candidates']} mixtures" if about else ""))
             rows.append([label, *cells])
         rates = (report.store.fact("few-ia3-lr") or {}).get("validation")
@@ -113,7 +110,8 @@ class FewShot:
         )
 
     def _layers(self, report: Report) -> str:
-        about, task = report.store.fact("few-layer-10"), report.scale.few_shot
+        task = report.scale.few_shot
+        about = report.store.fact(f"{self.who('layer', 10)}-{task}")
         if about is None:
             return f"α per layer (Figure 7): {NOT_RUN}"
         means = {name: sum(alphas) / len(alphas) for name, alphas in about["weights"].items()}
@@ -124,7 +122,7 @@ class FewShot:
 
     def plots(self, report: Report) -> None:
         """α by layer and expert."""
-        about = report.store.fact("few-layer-10")
+        about = report.store.fact(f"{self.who('layer', 10)}-{report.scale.few_shot}")
         if about is None or not about["weights"]:  # a search may find the base
             return
         canvas = figure(8, 2.4)

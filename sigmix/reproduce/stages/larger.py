@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import BASE, single
@@ -30,6 +31,7 @@ class Larger:
             lab.say("no larger model was named (--larger): its rows stay as they are")
             return
         own = Lab(inner(lab.scale), lab.store, lab.work, lab.data_dir, lab.allow_code, lab.say)
+        lab.store.write_fact("larger", {"base": Path(lab.scale.larger).name, **own.scale.larger_training})
         own.base_cells([TASK, *UNSEEN])
         for kind in KINDS:
             own.single_cells(kind, TASK, lab.scale.seeds[0], on=[TASK, *UNSEEN])
@@ -48,4 +50,4 @@ class Larger:
                 cells.append(text if text == NOT_RUN else f"{text} ({report.against(task, name, BASE)})")
             rows.append([report.scale.kinds[kind].label, report.lr(kind), *cells])
         head = ["", "lr (of the small model's sweep)", TASK, *(f"{task}, unseen" for task in UNSEEN)]
-        return table(head, rows) + "\n\nOne seed."
+        return table(head, rows) + f"\n\nBase: {(report.store.fact('larger') or {}).get('base', NOT_RUN)}. One seed."

@@ -47,6 +47,6 @@ class Speed:
             if found is None:
                 rows.append([bench, NOT_RUN, "", ""])
                 continue
-            for name, ratio in found.get("ratios", {}).items():
-                rows.append([bench, found.get("machine", {}).get("gpu"), name, json.dumps(ratio)])
+            for name, ratio in found["ratios"].items():
+                rows.append([bench, json.dumps(found["device"]), name, json.dumps(ratio)])
         return table(["bench", "device", "ratio", "value"], rows)

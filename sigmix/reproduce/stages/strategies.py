@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sigmix.adapt.decision import Decision
 from sigmix.adapt.fewshot import Example, FewShotSearch
 from sigmix.adapt.fitting import fit_probe
-from sigmix.adapt.probe import ProbeDispatch
+from sigmix.adapt.probe import FILE, ProbeDispatch
 from sigmix.adapt.prompt import ClassifierDispatch, PromptDispatch
 from sigmix.engine import Engine
 from sigmix.evals.dispatch import FOREIGN, confusion, plot, requests, unseen_tasks
 from sigmix.evals.stats import wilson
+from sigmix.evals.strategies import always, by_prompt
 from sigmix.experts.mix import Mix
 from sigmix.reproduce.banks import bank_of, with_classifier
 from sigmix.reproduce.blend import Blend
@@ -25,17 +25,6 @@ SHOTS = 10
 PER_LABEL = 150
 
 
-class Always:
-    """No strategy: one mix for all."""
-
-    def __init__(self, mix: Mix) -> None:
-        self.mix = mix
-
-    def decide(self, prompts: Any) -> list[Decision]:
-        """The same decision for every request."""
-        return [Decision(self.mix, self.mix.id, "fixed") for _ in prompts]
-
-
 def search_on(lab: Lab, engine: Engine, task: str, shots: int, **options: Any) -> FewShotSearch:
     """Strategy C on training items of a task."""
     made = lab.task(task)
@@ -44,6 +33,14 @@ def search_on(lab: Lab, engine: Engine, task: str, shots: int, **options: Any) -
         engine, given, lambda example, reply: made.score(example.extra, reply).value or 0.0,
         max_new_tokens=made.max_new_tokens, **{"settings": "light", **options, **lab.scale.search},
     )  # fmt: skip
+
+
+def searched_cell(lab: Lab, engine: Engine, task: str, who: str, search: FewShotSearch) -> None:
+    """A cell under what a search finds, and what it found."""
+    lab.strategy_cell(task, who, engine, by_prompt(search))
+    assert search.result is not None  # deciding searched
+    about = {**search.evidence(), "mix": search.result.id, "weights": search.result.to_json()["weights"]}
+    lab.store.write_fact(f"{who}-{task}", about)
 
 
 def ready(lab: Lab) -> Engine:
@@ -57,7 +54,7 @@ def ready(lab: Lab) -> Engine:
 
 def probe_of(lab: Lab, engine: Engine) -> ProbeDispatch:
     """Strategy D, fitted on training prompts (kept in the work folder)."""
-    path = lab.work / "banks" / "all" / "probe.safetensors"
+    path = engine.bank.folder / FILE
     if not path.exists():
         train = requests(engine.bank, "train", PER_LABEL, data_dir=lab.data_dir)
         validation = requests(engine.bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir)
@@ -79,17 +76,18 @@ class Strategies:
         if missing:
             engine = ready(lab)
             made = {
-                "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine),
-                BASE: Always(Mix.base()),
-                **{f"expert-{task}": Always(Mix.one(task)) for task in scale.tasks + scale.extra},
+                "A": by_prompt(PromptDispatch(engine)), "B": by_prompt(ClassifierDispatch(engine)),
+                "D": by_prompt(probe_of(lab, engine)), BASE: always(Mix.base()),
+                **{f"expert-{task}": always(Mix.one(task)) for task in scale.tasks + scale.extra},
             }  # fmt: skip
             for task in missing:
                 for name in wanted:
-                    if not lab.store.has(task, self.who(name)):
-                        strategy = search_on(lab, engine, task, SHOTS) if name == "C" else made[name]
-                        lab.strategy_cell(task, self.who(name), engine, strategy)
-                        if name == "C":
-                            lab.store.write_fact(f"search-{task}", {**strategy.evidence(), "mix": strategy.result.id})
+                    if lab.store.has(task, self.who(name)):
+                        continue
+                    if name == "C":
+                        searched_cell(lab, engine, task, self.who(name), search_on(lab, engine, task, SHOTS))
+                    else:
+                        lab.strategy_cell(task, self.who(name), engine, made[name])
         for member in scale.tasks + scale.extra:
             lab.single_cells("lora-rl", member, scale.seeds[0], on=scale.unseen)
         for task in scale.unseen:
@@ -104,16 +102,16 @@ class Strategies:
     @staticmethod
     def _best_lora(lab: Lab, task: str) -> dict[str, Any]:
         """Which LoRA adapter is best on a task's validation items (more than any strategy may see)."""
-        scale, found = lab.scale, {}
-        made, samples = lab.task(task), lab.samples(task, "validation", lab.scale.validation)
-        for member in scale.tasks + scale.extra:
-            model, tokenizer = lab.base()
-            blend = Blend(model, {"it": lab.trained("lora-rl", member, scale.seeds[0])[1]}, "lora")
-            actor = lab.actor(blend.model, tokenizer, made)
-            with blend.under({"it": 1.0}):
-                texts = actor.texts(actor.rows(samples, made.max_new_tokens))
-            scores = [made.score(sample, text).value == 1.0 for sample, text in zip(samples, texts, strict=True)]
-            found[member] = sum(scores) / len(scores)
+        scale, every = lab.scale, lab.scale.tasks + lab.scale.extra
+        samples = lab.samples(task, "validation", scale.validation)
+        model, tokenizer = lab.base()
+        blend = Blend(model, {one: lab.trained("lora-rl", one, scale.seeds[0])[1] for one in every}, "lora")
+
+        def value(one: str) -> float:
+            result, _ = lab.measured(task, samples, blend.model, tokenizer, lambda: blend.under({one: 1.0}))
+            return result.accuracy
+
+        found = {one: value(one) for one in every}
         return {"validation": found, "best": max(found, key=lambda member: found[member])}
 
     def tables(self, report: Report) -> str:
