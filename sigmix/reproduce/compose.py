@@ -17,6 +17,8 @@ UNIFORM = (0.25, 0.4, 0.6, 0.8, 1.0)
 STEPS = (0.7, 1.4)
 REFINED = 3
 """Up to so many experts, every α is also tried a little lower and higher than the best common one."""
+KL_ITEMS = 24
+"""Validation replies on which the KL of a common α is measured."""
 TOP = 16
 """Directions of an update that count as its subspace; as many as the rank of the LoRA adapters."""
 
@@ -44,7 +46,9 @@ def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict
         for task in members:
             samples = lab.samples(task, "validation", lab.scale.validation)
             reference = blend.reference if with_kl else None
-            result, found = lab.measured(task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference)
+            result, found = lab.measured(
+                task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference, KL_ITEMS
+            )
             entry["accuracy"][task] = result.accuracy
             if with_kl:
                 entry["kl"][task] = found["kl"]

@@ -37,7 +37,7 @@ from sigmix.train.state import RunDir
 
 Under = Callable[[], AbstractContextManager[Any]]
 KL_ITEMS = 64
-"""Replies of a cell on which its KL to the base is measured."""
+"""Replies of an adapter's test cell on which its KL to the base is measured."""
 
 
 class Lab:
@@ -169,11 +169,13 @@ class Lab:
         tokenizer: Any,
         under: Under,
         reference: Under | None = None,
+        kl_items: int = KL_ITEMS,
     ) -> tuple[Result, dict[str, Any]]:
         """Greedy answers to samples, scored; and ``kl``, the mean exact KL(π‖π₀) in nats per token of the first ones.
 
         Args:
             under: puts the model into the state that is measured. reference: into the base's; None: no KL.
+            kl_items: how many replies KL is measured on; it costs two more passes over each.
         """
         made = self.task(task)
         actor = Actor(model, tokenizer, made, end_ids(model, tokenizer), tokenizer.pad_token_id)
@@ -182,7 +184,7 @@ class Lab:
         result = replace(evaluate(made, samples, lambda _: actor.texts(rows)), task=task)
         if reference is None:
             return result, {}
-        kl = _divergence(model, actor, samples[:KL_ITEMS], rows[:KL_ITEMS], under, reference)
+        kl = _divergence(model, actor, samples[:kl_items], rows[:kl_items], under, reference)
         return result, {"kl": kl}
 
     def cell(
@@ -256,7 +258,7 @@ class Lab:
         rate = chosen_lr(self.store, self.scale, kind)
         who = mix_name(kind, rate or 0.0, weights, seed)
         for task in on:
-            self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights), blend.reference)
+            self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights))
 
 
 def _divergence(

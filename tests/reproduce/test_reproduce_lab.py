@@ -186,8 +186,9 @@ def test_stages_that_are_needed_run_first():
     assert [stage.name for stage in chosen(["ablations"])] == ["sweep", "table1", "ablations"]
     assert [stage.name for stage in chosen([])] == list(stages())
     laptop = SCALES["laptop"]
-    assert [len(group) for group in groups(laptop, 0)] == [2, 3, 4, 6, 2]
-    assert [len(group) for group in groups(laptop, 1)] == [2, 3]
+    assert [len(group) for group in groups(laptop, "lora-rl", 0)] == [2, 3, 6, 2]
+    assert [len(group) for group in groups(laptop, "lora-small-rl", 0)] == [2, 3, 6]
+    assert [len(group) for group in groups(laptop, "lora-rl", 1)] == [2, 3]
 
 
 def test_equal_kl_is_an_arm_of_its_own_only_if_it_is_another_rate(home):

@@ -29,14 +29,20 @@ def seeds(scale: Scale, kind: str) -> tuple[int, ...]:
     return scale.seeds if kind in EVERY_SEED else scale.seeds[:1]
 
 
-def groups(scale: Scale, seed: int) -> list[tuple[str, ...]]:
-    """Which experts are mixed: two, three (all seeds), more, and the pair in conflict (first seed)."""
+def groups(scale: Scale, kind: str, seed: int) -> list[tuple[str, ...]]:
+    """Which experts are mixed: two, three (all seeds), all (first seed); and the pair in conflict (first seed, of the
+    two kinds that are compared most)."""
     found = [scale.tasks[:count] for count in range(2, len(scale.tasks) + 1)]
     if seed == scale.seeds[0]:
-        every = scale.tasks + scale.extra
-        found += [every[:count] for count in range(len(scale.tasks) + 1, len(every)) if count % 2 == 0]
-        found += [every, *([scale.conflict] if scale.conflict else [])]
+        found.append(scale.tasks + scale.extra)
+        if scale.conflict and kind in EVERY_SEED:
+            found.append(scale.conflict)
     return list(dict.fromkeys(found))
+
+
+def crossed(scale: Scale) -> tuple[str, ...]:
+    """Experts that are also measured on each other's tasks: those of every seed, and the pair in conflict."""
+    return tuple(dict.fromkeys(scale.tasks + (scale.conflict or ())))
 
 
 def fact(kind: str, seed: int, members: Sequence[str]) -> str:
@@ -65,15 +71,15 @@ class Composition:
         trained = {task: lab.trained(kind, task, seed) for task in members}
         model, tokenizer = lab.base()
         blend = Blend(model, {task: folder for task, (_, folder) in trained.items()}, scale.kinds[kind].policy)
-        crossed = seed == first and kind in EVERY_SEED
+        main = seed == first and kind in EVERY_SEED
         for task, (name, _) in trained.items():
-            for other in members if crossed else [task]:
-                lab.cell(
-                    other, name, blend.model, tokenizer, lambda task=task: blend.under({task: 1.0}), blend.reference
-                )
-        if crossed and lab.store.fact(f"geometry-{kind}") is None:
+            others = crossed(scale) if main and task in crossed(scale) else ()
+            for other in dict.fromkeys([task, *others]):
+                reference = blend.reference if other == task else None
+                lab.cell(other, name, blend.model, tokenizer, lambda task=task: blend.under({task: 1.0}), reference)
+        if main and lab.store.fact(f"geometry-{kind}") is None:
             lab.store.write_fact(f"geometry-{kind}", geometry(lab, blend, tokenizer, members))
-        for group in groups(scale, seed):
+        for group in groups(scale, kind, seed):
             found = lab.store.fact(fact(kind, seed, group))
             if found is None:
                 found = lab.timed(lambda group=group: tune(lab, blend, tokenizer, group))
@@ -133,7 +139,7 @@ class Composition:
         """{seed: marks on all members' items in turn} of complete mixtures."""
         found = {}
         for seed in seeds(report.scale, kind):
-            if group not in groups(report.scale, seed):
+            if group not in groups(report.scale, kind, seed):
                 continue
             if mode == "alone":
                 results = [report.result(task, single(report.store, report.scale, kind, task, seed)) for task in group]
@@ -159,7 +165,7 @@ class Composition:
         from sigmix.evals.stats import paired_seeds, seeds_interval
 
         scale, rows = report.scale, []
-        for group in groups(scale, scale.seeds[0]):
+        for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
             for mode in ("alone", *MODES):
                 cells = []
                 found = {kind: self._rows(report, kind, group, mode) for kind in kinds(report.store, scale)}
@@ -182,9 +188,11 @@ class Composition:
 
     def _tasks(self, report: Report) -> str:
         scale, rows = report.scale, []
-        for group in groups(scale, scale.seeds[0]):
+        for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
             for mode in MODES:
                 for kind in kinds(report.store, scale):
+                    if group not in groups(scale, kind, scale.seeds[0]):
+                        continue
                     cells = []
                     for task in scale.tasks + scale.extra:
                         names = [self.who(report, kind, seed, group, mode) for seed in seeds(scale, kind)]
@@ -200,7 +208,7 @@ class Composition:
         return table(["experts", "mixture", "kind", "α by seed", *scale.tasks, *scale.extra], rows)
 
     def _crossed(self, report: Report) -> str:
-        parts, every = [], report.scale.tasks + report.scale.extra
+        parts, every = [], crossed(report.scale)
         for kind in EVERY_SEED:
             rows = []
             for expert in every:
@@ -262,7 +270,7 @@ class Composition:
             for mode, style in (("average", "--"), ("sum", ":"), ("tuned", "-")):
                 sizes = {
                     len(group): mean(kept)
-                    for group in groups(report.scale, report.scale.seeds[0])
+                    for group in groups(report.scale, kind, report.scale.seeds[0])
                     if group != report.scale.conflict and (kept := self.retention(report, kind, group, mode))
                 }
                 color = f"C{(*EVERY_SEED, *FIRST_SEED).index(kind)}"

@@ -10,7 +10,7 @@ from sigmix.reproduce.names import BASE, single
 from sigmix.reproduce.report import NOT_RUN, Report, table
 from sigmix.reproduce.scale import Scale
 
-KINDS = ("svf-rl", "lora-rl", "lora-sft")
+KINDS = ("svf-rl", "lora-rl")
 TASK, UNSEEN = "arc-easy", ("arc-challenge", "openbookqa")
 
 

@@ -69,7 +69,7 @@ class Strategies:
     needs = ("sweep",)
 
     def run(self, lab: Lab) -> None:
-        """Strategies, every expert alone, and every LoRA alone, on the unseen tasks."""
+        """Strategies, every expert alone, and the LoRA that is best by validation, on the unseen tasks."""
         scale = lab.scale
         wanted = [BASE, *LETTERS, *(f"expert-{task}" for task in scale.tasks + scale.extra)]
         missing = [task for task in scale.unseen if not all(lab.store.has(task, self.who(w)) for w in wanted)]
@@ -88,11 +88,11 @@ class Strategies:
                         searched_cell(lab, engine, task, self.who(name), search_on(lab, engine, task, SHOTS))
                     else:
                         lab.strategy_cell(task, self.who(name), engine, made[name])
-        for member in scale.tasks + scale.extra:
-            lab.single_cells("lora-rl", member, scale.seeds[0], on=scale.unseen)
         for task in scale.unseen:
             if lab.store.fact(f"best-lora-{task}") is None:
                 lab.store.write_fact(f"best-lora-{task}", lab.timed(lambda task=task: self._best_lora(lab, task)))
+            best = (lab.store.fact(f"best-lora-{task}") or {})["best"]
+            lab.single_cells("lora-rl", best, scale.seeds[0], on=[task])
 
     @staticmethod
     def who(name: str) -> str:

@@ -54,7 +54,6 @@ class Table1:
             + "\n\n![Validation accuracy by step](learning.png)"
         )
 
-
     def plots(self, report: Report) -> None:
         """Validation accuracy by step, every kind at its own rate, first seed (the paper's Figures 4 and 9)."""
         scale = report.scale
