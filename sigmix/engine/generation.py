@@ -44,7 +44,7 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float, stop: S
 def held_back(text: str, stop: Sequence[str]) -> str:
     """The end of a growing text that may still change: half a character, or the beginning of a stop string."""
     if text.endswith("�"):
-        return "�"
+        return text[len(text.rstrip("�")) :]
     longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
     return text[len(text) - longest :] if longest else ""
 
