@@ -15,10 +15,7 @@ STATE = typer.Option(None, help="The server's state folder. Default: its setting
 
 def add(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command(
-        epilog='Example: sigmix serve, then: curl localhost:8000/v1/chat/completions -H "content-type: application/json" '
-        '-d \'{"model": "auto", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}\''
-    )(serve)
+    app.command(epilog="Example: sigmix serve --port 8000, then open http://localhost:8000")(serve)
     app.add_typer(keys_app, name="keys", epilog="Example: sigmix keys add alice --per-minute 60")
 
 

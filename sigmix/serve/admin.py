@@ -70,7 +70,7 @@ async def unload(name: str, service: Parts) -> dict[str, Any]:
 async def save(asked: SaveMix, service: Parts) -> dict[str, Any]:
     """Give a mix a name, under which it can be asked for."""
     try:
-        mix = mix_of(asked.mix, service)
+        mix = await run_in_threadpool(mix_of, asked.mix, service)
         await run_in_threadpool(service.catalogue.save_mix, asked.name, mix, {"made_by": "hand"})
     except SigmixError as error:
         raise from_sigmix(error, "mix") from error

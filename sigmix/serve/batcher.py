@@ -165,6 +165,8 @@ class Batcher:
                 chosen = self._next()
                 dropped = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
                 calls = [self._calls.popleft() for _ in range(len(self._calls))]
+            if calls:
+                self.running.rest()  # so that they can have the engine
             for future, work in calls:
                 try:
                     future.set_result(work())

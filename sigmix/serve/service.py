@@ -210,7 +210,7 @@ class Service:
         expert = self.catalogue.read(given)
 
         def take_in() -> None:
-            expert.check(self.engine.model)
+            self.engine.check(expert)
             self.catalogue.add(expert)
 
         self.batcher.call(take_in).result(timeout=120)

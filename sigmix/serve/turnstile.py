@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from sigmix.engine import Engine
+from sigmix.engine.prefix import StoredPrefix
+from sigmix.engine.prefixes import Entry
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 
@@ -45,12 +50,32 @@ class Turnstile:
 class SharedEngine(Engine):
     """An `Engine` for several threads: between entering and leaving `under` it belongs to one of them.
 
-    A thread must not enter it twice.
+    A thread must not enter it twice, nor call what takes the turnstile while it has entered.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.turnstile = Turnstile()
         super().__init__(*args, **kwargs)
+
+    def z(self, mix: Mix) -> dict[str, torch.Tensor]:
+        """See `Engine.z`; an expert is checked against the base's own weights, which no other thread may have moved."""
+        with self.turnstile:
+            return super().z(mix)
+
+    def check(self, expert: Expert) -> None:
+        """Check an expert that is in no bank yet; see `Expert.check`."""
+        with self.turnstile:
+            expert.check(self.model)
+
+    def known_beginning(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
+        """See `Engine.known_beginning`."""
+        with self.turnstile:
+            return super().known_beginning(ids, mix, form)
+
+    def keep_beginning(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
+        """See `Engine.keep_beginning`."""
+        with self.turnstile:
+            super().keep_beginning(ids, mix, entry, form)
 
     @contextmanager
     def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
