@@ -187,7 +187,8 @@ class Service:
             )
         if wanted is not None:
             return min(wanted, self.settings.max_new_tokens)
-        return min(self.settings.default_new_tokens, room or self.settings.default_new_tokens)
+        most = min(self.settings.default_new_tokens, self.settings.max_new_tokens)
+        return most if room is None else min(most, room)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""

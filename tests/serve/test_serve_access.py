@@ -51,7 +51,7 @@ def test_keys_and_roles(tmp_path):
         assert server.call("GET", "/health")[0] == 200
         assert server.call("GET", "/")[0] == 200
         for method, path, body in (
-            ("GET", "/v1/experts", None), ("POST", "/v1/experts", {"path": "x"}), ("DELETE", "/v1/experts/math", None),
+            ("GET", "/v1/experts", None), ("POST", "/v1/experts", {"path": "x"}), ("DELETE", "/v1/experts/word", None),
             ("POST", "/v1/mixes", {"name": "x", "mix": "math"}), ("DELETE", "/v1/mixes/x", None),
             ("GET", "/metrics", None),
         ):  # fmt: skip
