@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,10 @@ def serve(
     host_, port_ = socket.getsockname()[:2]
     shown = f"[{host_}]" if ":" in host_ else host_
     note(f"sigmix serves {settings.base} with {len(experts)} experts at http://{shown}:{port_} (Ctrl-C stops it)")
-    server.run(sockets=[socket])
+    # uvicorn sends itself the signal again when all has ended; that is no failure
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[socket])
 
 
 def _judges() -> dict[str, Any]:

@@ -15,11 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sigmix.errors import OutputError, SigmixError
-from sigmix.serve.batcher import Closing
 from sigmix.serve.deciding import arm_and_context
 from sigmix.serve.errors import ApiError, busy, from_sigmix
 from sigmix.serve.fair import QueueFull
-from sigmix.serve.jobs import Event, Failed, Finished, Job, Started, Token
+from sigmix.serve.jobs import Closing, Event, Failed, Finished, Job, Started, Token
 from sigmix.serve.keys import Key
 from sigmix.serve.replies import ChatForm, Choice, PlainForm, about, usage
 from sigmix.serve.schema import Generate

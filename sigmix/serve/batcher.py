@@ -8,54 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sigmix.adapt import OTHER, Decision
 from sigmix.engine.running import Member, Running
 from sigmix.errors import SigmixError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair import FairQueue
-from sigmix.serve.jobs import Failed, Finished, Job, Started, Token
+from sigmix.serve.jobs import Closing, Decides, Failed, Finished, Job, Limits, Started, Token, Watch
 from sigmix.serve.pieces import Pieces
 from sigmix.serve.turnstile import SharedEngine
 
 log = logging.getLogger("sigmix.serve")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a batch.
-
-    Attributes:
-        rows: answers that decode together. tokens: rows times the tokens that the longest may come to; a job that is
-            larger runs alone. reading: prompt tokens that are admitted between two steps.
-        waiting, each: jobs that wait at most, in all and of one client.
-    """
-
-    rows: int = 32
-    tokens: int = 65536
-    reading: int = 1024
-    waiting: int = 256
-    each: int = 64
-
-
-class Decides(Protocol):
-    """Pass one: a decision for each job, in order; called in the batcher's thread."""
-
-    def __call__(self, jobs: Sequence[Job]) -> list[Decision]: ...
-
-
-class Watch(Protocol):
-    """Told what happens, for metrics."""
-
-    def stepped(self, rows: int, tokens: int, waiting: int, mixes: int) -> None: ...
-
-    def started(self, job: Job, waited: float) -> None: ...
-
-
-class Closing(Exception):
-    """The server is going down and takes no more jobs."""
 
 
 class Batcher:
@@ -71,13 +35,14 @@ class Batcher:
         self,
         engine: SharedEngine,
         decide: Decides,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         form: str = "factored",
         watch: Watch | None = None,
         merge: Callable[[Mix], bool] = lambda _: True,
     ) -> None:
-        self.engine, self.decide, self.limits, self.watch = engine, decide, limits, watch
-        self.queue: FairQueue[Job] = FairQueue(limits.waiting, limits.each)
+        self.engine, self.decide, self.watch = engine, decide, watch
+        self.limits = limits or Limits()
+        self.queue: FairQueue[Job] = FairQueue(self.limits.waiting, self.limits.each)
         self._fresh = lambda: Running(engine, form, merge)
         self.running: Running = self._fresh()
         self.jobs: set[Job] = set()  # under way

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from sigmix.adapt import Decision
 from sigmix.engine.running import Member
@@ -93,3 +93,38 @@ class Job:
     def width(self) -> int:
         """Tokens that a row of it can come to."""
         return len(self.ids) + self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a batch.
+
+    Attributes:
+        rows: answers that decode together. tokens: rows times the tokens that the longest may come to; a job that is
+            larger runs alone. reading: prompt tokens that are admitted between two steps.
+        waiting, each: jobs that wait at most, in all and of one client.
+    """
+
+    rows: int = 32
+    tokens: int = 65536
+    reading: int = 1024
+    waiting: int = 256
+    each: int = 64
+
+
+class Decides(Protocol):
+    """Pass one: a decision for each job, in order; called in the batcher's thread."""
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Decision]: ...
+
+
+class Watch(Protocol):
+    """Told what happens, for metrics."""
+
+    def stepped(self, rows: int, tokens: int, waiting: int, mixes: int) -> None: ...
+
+    def started(self, job: Job, waited: float) -> None: ...
+
+
+class Closing(Exception):
+    """The server is going down and takes no more jobs."""

@@ -20,9 +20,10 @@ from sigmix.errors import ConfigError, ContextError, ExpertError
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.mix import Mix
 from sigmix.serve.adaptations import Adaptations, Judge
-from sigmix.serve.batcher import Batcher, Limits
+from sigmix.serve.batcher import Batcher
 from sigmix.serve.catalogue import Catalogue
 from sigmix.serve.deciding import BANDIT, Bandit, Decider
+from sigmix.serve.jobs import Limits
 from sigmix.serve.keys import Keyring
 from sigmix.serve.metrics import Metrics
 from sigmix.serve.settings import Settings

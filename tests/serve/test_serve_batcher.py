@@ -14,9 +14,9 @@ from helpers_tiny import build_tiny, build_tokenizer
 from sigmix.adapt import OTHER, Decision
 from sigmix.engine import Engine
 from sigmix.experts.mix import Mix
-from sigmix.serve.batcher import Batcher, Closing, Limits
+from sigmix.serve.batcher import Batcher
 from sigmix.serve.fair import QueueFull
-from sigmix.serve.jobs import Failed, Finished, Job, Started, Token
+from sigmix.serve.jobs import Closing, Failed, Finished, Job, Limits, Started, Token
 from sigmix.serve.turnstile import SharedEngine
 
 pytestmark = pytest.mark.usefixtures("cache")
