@@ -26,6 +26,7 @@ from sigmix.reproduce.stages.groups import (
 
 
 def alone(report: Report) -> str:
+    """Every expert on its own task, its size, and its KL to the base."""
     scale = report.scale
     rows = [["base", "", "", "", *(report.base(task) for task in scale.tasks + scale.extra)]]
     for kind in kinds(report.store, scale):
@@ -46,6 +47,7 @@ def alone(report: Report) -> str:
 
 
 def mixed(report: Report) -> str:
+    """Mean accuracy over the members' tasks, and the share of the gain that is kept."""
     scale, rows = report.scale, []
     for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
         for mode in ("alone", *MODES):
@@ -70,6 +72,7 @@ def mixed(report: Report) -> str:
 
 
 def by_task(report: Report) -> str:
+    """Every mixture on every member, with the tuned α."""
     scale, rows = report.scale, []
     for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
         for mode in MODES:
@@ -92,6 +95,7 @@ def by_task(report: Report) -> str:
 
 
 def crossed_matrix(report: Report) -> str:
+    """What an expert does to the other tasks."""
     parts, every = [], crossed(report.scale)
     for kind in EVERY_SEED:
         rows = []
@@ -104,11 +108,13 @@ def crossed_matrix(report: Report) -> str:
 
 
 def change(report: Report, task: str, name: str | None) -> str:
+    """Accuracy less the base's."""
     ours, base = report.result(task, name), report.result(task, BASE)
     return NOT_RUN if ours is None or base is None else f"{100 * (ours.accuracy - base.accuracy):+.1f}"
 
 
 def geometry_table(report: Report) -> str:
+    """How large and how alike the updates are."""
     rows = []
     for kind in EVERY_SEED:
         found = report.store.fact(f"geometry-{kind}")
@@ -127,6 +133,7 @@ def geometry_table(report: Report) -> str:
 
 
 def curves(report: Report) -> str:
+    """Common α on validation."""
     rows = []
     for kind in kinds(report.store, report.scale):
         for point in points(report, kind, report.scale.tasks):
