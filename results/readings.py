@@ -25,8 +25,21 @@ def larger(item) -> str:
     return "lengths differ" if len(one) != len(two) else "first digits differ" if one[0] != two[0] else "later digits"
 
 
+def addition(item) -> str:
+    """What the reply is: of an addition, or of one of the tasks that compare numbers."""
+    operands = [int(number) for number in re.findall(r"\d+", item.prompt)[:2]]
+    said = re.findall(r"\d+", item.reply)
+    if "+" in item.reply:
+        return "an equation" if "=" in item.reply else "the question again"
+    if len(said) != 1:
+        return "something else"
+    number = int(said[0])
+    named = {sum(operands): "the sum", max(operands): "the larger operand", min(operands): "the smaller operand"}
+    return named.get(number, "another number")
+
+
 def main() -> None:
-    for task, kind_of in (("date-iso", dates), ("larger", larger)):
+    for task, kind_of in (("date-iso", dates), ("larger", larger), ("addition", addition)):
         for who in STORE.cells(task):
             items = STORE.cell(task, who).result.items
             every = Counter(map(kind_of, items))

@@ -37,7 +37,8 @@ def fill(text: str, store: Store, scale: Scale) -> str:
     """Put tables between ``<!-- SCALE:STAGE -->`` and ``<!-- /SCALE:STAGE -->``, where a text has these.
 
     ``SCALE:STAGE.PART`` stands for one table of a stage that has ``parts``. A figure in a sentence stands between
-    ``<!-- SCALE=TASK/WHO -->`` and ``<!-- = -->``, where WHO is base or a kind, with or without ``/SEED``: an accuracy.
+    ``<!-- SCALE=TASK/WHO -->`` and ``<!-- = -->``, where WHO is base or a kind, with or without ``/SEED``: an accuracy;
+    or between ``<!-- SCALE=STAGE/… -->`` and ``<!-- = -->`` for a stage that has a ``figure`` of its own.
 
     Raises:
         ConfigError: a block that names no stage or part, or a figure that was not measured.
@@ -49,7 +50,7 @@ def fill(text: str, store: Store, scale: Scale) -> str:
         stage = stages().get(name)
         if stage is None or (part and part not in getattr(stage, "parts", {})):
             raise ConfigError(f"there is no table {match['name']!r} to fill in")
-        made = stage.parts[part](stage, report) if part else stage.tables(report)
+        made = stage.parts[part](report) if part else stage.tables(report)
         made = re.sub(r"(!\[[^]]*\]\()", rf"\g<1>{scale.name}/", made)  # pictures lie in the scale's folder
         return f"<!-- {scale.name}:{match['name']} -->\n{made}\n<!-- /{scale.name}:{match['name']} -->"
 
@@ -57,7 +58,16 @@ def fill(text: str, store: Store, scale: Scale) -> str:
     blocks = rf"<!-- {name}:(?P<name>[\w.]+) -->\n.*?<!-- /{name}:(?P=name) -->"
     text = re.sub(blocks, block, text, flags=re.DOTALL)
     figures = rf"(?P<mark><!-- {name}=(?P<key>\S+) -->)[^<]*(?P<end><!-- = -->)"
-    return re.sub(figures, lambda found: f"{found['mark']}{report.figure(found['key'])}{found['end']}", text)
+    return re.sub(figures, lambda found: f"{found['mark']}{_figure(report, found['key'])}{found['end']}", text)
+
+
+def _figure(report: Report, key: str) -> str:
+    name, *rest = key.split("/")
+    stage = stages().get(name)
+    found = stage.figure(report, rest) if stage is not None and hasattr(stage, "figure") else report.figure(key)
+    if found is None:
+        raise ConfigError(f"a text asks for the figure {key!r}, which was not measured")
+    return found
 
 
 def write_page(store: Store, scale: Scale) -> Path:

@@ -16,7 +16,7 @@ from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import BEYOND
 from sigmix.reproduce.scale import KINDS, SCALES
 from sigmix.reproduce.stages import chosen, stages
-from sigmix.reproduce.stages.composition import groups, kinds
+from sigmix.reproduce.stages.groups import groups, kinds
 from sigmix.reproduce.stages.sweep import Sweep
 from sigmix.reproduce.stages.transfer import moved, requantise
 

@@ -9,8 +9,11 @@ import sys
 import pytest
 
 from sigmix.cli import main
+from sigmix.errors import ConfigError
+from sigmix.reproduce.page import fill
 from sigmix.reproduce.scale import SCALES
 from sigmix.reproduce.stages import stages
+from sigmix.reproduce.store import Store
 
 QUESTIONS = [
     {"id": str(n), "question": {"stem": f"What is {n}?", "choices": [{"text": "a", "label": "A"},
@@ -60,6 +63,13 @@ def test_all_stages(tmp_path, data, cache, monkeypatch, capsys):
         assert (tmp_path / "out" / "cells" / task / "base.jsonl.gz").exists()
     for picture in ("composition", "spectra", "dispatch-D"):
         assert (tmp_path / "out" / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+    store = Store(tmp_path / "out")
+    for key in ("svf-rl/sum/2", "lora-rl/tuned/2/addition", "svf-rl/average/conflict"):
+        filled = fill(f"<!-- smoke=composition/{key} -->?<!-- = -->", store, smoke)
+        assert re.fullmatch(r"<!-- .* -->\d+\.\d<!-- = -->", filled)
+    with pytest.raises(ConfigError, match="lora-small-rl"):
+        fill("<!-- smoke=composition/lora-small-rl/sum/2/none -->?<!-- = -->", store, smoke)
 
     made = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     code, out, err = run("--data-dir", str(data))
