@@ -13,7 +13,7 @@ import torch
 
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
-from sigmix.engine.generation import Generation, batches, check_options, held_back
+from sigmix.engine.generation import Generation, batches, check_options, decoded, held_back
 from sigmix.engine.merged import BUDGET
 from sigmix.engine.packing import BUDGET as PACKED
 from sigmix.engine.prefix import Prefilled, StoredPrefix, common_prefix, prefill
@@ -171,7 +171,7 @@ class Engine:
             sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
             *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
             for n, row in zip(part, last, strict=True):
-                text = self._text(row.ids, stop)
+                text = decoded(self.tokenizer, row.ids, stop)
                 done[n] = Generation(text, row.ids, row.logprobs, mixes[n], len(rows[n]), row.finish)
         return [done[number] for number in range(len(rows))]
 
@@ -195,7 +195,7 @@ class Engine:
         sampling = Sampling(max_new_tokens, temperature, top_p, [seed])
         told = ""
         for rows in self._decode([row], self.mixes(mix, 1), sampling, stop, None):
-            text = self._text(rows[0].ids, stop)
+            text = decoded(self.tokenizer, rows[0].ids, stop)
             # an unfinished multi-byte character decodes to U+FFFD, and a stop string may be under way: hold those back
             held = "" if rows[0].finish else held_back(text, stop)
             shown = text[: len(text) - len(held)]
@@ -301,8 +301,3 @@ class Engine:
         """Keep keys and values of what was read under a mix, for prompts that go on from it.
         `under` must not be entered."""
         self.prefixes.put((self._weights_now(form), *self.key(mix)), ids, entry)
-
-    def _text(self, ids: list[int], stop: Sequence[str]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
-        return text[: min(cuts)] if cuts else text

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
@@ -42,6 +43,7 @@ class Gate:
         given = {settings.host, *settings.hosts}
         self.hosts = given | ({"localhost", "127.0.0.1", "[::1]", "::1"} if settings.loopback else set())
         self.any_host = not settings.loopback and not settings.hosts
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -65,6 +67,7 @@ class Gate:
             await send(message)
 
         key: Key | None = None
+        self._under_way += 1
         try:
             key = self._admit(scope, headers)
             scope.setdefault("state", {})["key"] = key or LOCAL
@@ -76,6 +79,7 @@ class Gate:
             if not status:
                 await _reply(answer, error.error)
         finally:
+            self._under_way -= 1
             if key is not None and key is not LOCAL:
                 self.keyring.leave(key)
             seconds = time.perf_counter() - started
@@ -100,6 +104,9 @@ class Gate:
             ApiError: it may not go on.
         """
         self._check_host(headers)
+        self._check_origin(scope["method"], headers)
+        if self._under_way > self.settings.connections:
+            raise ApiError(503, "too many requests at once", "server_error", "overloaded", retry=1)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise too_large(self.settings.max_body)
@@ -125,6 +132,14 @@ class Gate:
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
         if not self.any_host and name not in self.hosts:
             raise ApiError(421, f"this server does not answer as {name!r}; start it with --allow-host", code="bad_host")
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        """A page on another site must not have a browser send what changes something, which it may without asking."""
+        origin = headers.get("origin")
+        if origin is None or method in ("GET", "HEAD", "OPTIONS") or origin in self.settings.origins:
+            return
+        if urlsplit(origin).netloc != headers.get("host"):
+            raise ApiError(403, f"pages of {origin!r} may not use this server", "permission_error", "bad_origin")
 
     def _limited(self, headers: Headers, receive: Receive) -> Receive:
         """A body that is neither too long nor too slow."""

@@ -20,7 +20,8 @@ from sigmix.serve.turnstile import SharedEngine
 log = logging.getLogger("sigmix.serve")
 Judge = Callable[[str, str], float]
 """(reply, right answer) -> how right the reply is, in [0, 1]."""
-WAITING, REMEMBERED = 8, 256
+WAITING, EACH, REMEMBERED = 8, 2, 256
+"""Searches that wait in all, and of one client; searches that are remembered."""
 BATCH = 32
 """Rows of a search's pass: the answers under way wait for one at most."""
 
@@ -35,7 +36,7 @@ class Adaptation:
     """
 
     id: str
-    client: str
+    client: str | None
     name: str
     examples: Sequence[Example]
     judge: Judge
@@ -89,9 +90,9 @@ class Adaptations:
         self._thread.join()
 
     def submit(
-        self, id: str, client: str, name: str, pairs: Sequence[tuple[str, str]], score: str, **options: Any
+        self, id: str, client: str | None, name: str, pairs: Sequence[tuple[str, str]], score: str, **options: Any
     ) -> Adaptation:
-        """Queue a search; ``options`` are those of `FewShotSearch`.
+        """Queue a search for a client (None: an administrator); ``options`` are those of `FewShotSearch`.
 
         Raises:
             UnknownNameError: no such way to judge. QueueFull: too many wait. ConfigError, ExpertError: the name.
@@ -100,11 +101,13 @@ class Adaptations:
             raise UnknownNameError("way to judge replies", score, self.judges)
         if not len(self.catalogue):
             raise ConfigError("there are no experts to mix", remedy="load some first")
-        self.catalogue.check_free(name)
+        self.catalogue.check_free(name, client)
         made = Adaptation(id, client, name, [Example(*pair) for pair in pairs], self.judges[score], options)
         with self._lock:
-            if sum(one.state == "waiting" for one in self._known.values()) >= WAITING:
-                raise QueueFull(own=False)
+            waiting = [one for one in self._known.values() if one.state == "waiting"]
+            own = client is not None and sum(one.client == client for one in waiting) >= EACH
+            if own or len(waiting) >= WAITING:
+                raise QueueFull(own)
             self._known[id] = made
             for old in [key for key, one in self._known.items() if one.state not in ("waiting", "running")]:
                 if len(self._known) <= REMEMBERED:
@@ -157,6 +160,6 @@ class Adaptations:
         mix = search.fit()
         evidence = search.evidence()
         about = {"made_by": "adapt", "examples": len(job.examples), "accuracy": evidence["accuracy"]}
-        self.catalogue.save_mix(job.name, mix, about)
+        self.catalogue.save_mix(job.name, mix, about, job.client)
         job.mix, job.evidence = {"id": mix.id, **mix.to_json()}, evidence
         job.state = "done"

@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 
 from sigmix.serve import admin, routes
 from sigmix.serve.access import Gate
+from sigmix.serve.connections import patient
 from sigmix.serve.errors import ApiError
 from sigmix.serve.service import Service
 
@@ -55,12 +56,14 @@ def create_app(service: Service) -> Any:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _failed)
-    if service.settings.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.settings.origins, allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-        )  # fmt: skip
-    return Gate(app, service.settings, service.keyring, service.metrics)
+    gate = Gate(app, service.settings, service.keyring, service.metrics)
+    if not service.settings.origins:
+        return gate
+    # outside of the gate: a browser asks first without a key, and is to be able to read why it was refused
+    return CORSMiddleware(
+        gate, allow_origins=service.settings.origins, allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id", "retry-after"],
+    )  # fmt: skip
 
 
 async def _api(_: Request, error: Any) -> Response:
@@ -99,9 +102,9 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service), host=settings.host, port=settings.port, log_config=None, access_log=False,
-                server_header=False, limit_concurrency=settings.connections, timeout_keep_alive=20,
+                server_header=False, limit_concurrency=2 * settings.connections, timeout_keep_alive=20,
                 timeout_graceful_shutdown=int(settings.grace_seconds) + 10, h11_max_incomplete_event_size=64 << 10,
-                http="h11", proxy_headers=False,
+                http=patient(settings.body_seconds), proxy_headers=False,
             )
         )  # fmt: skip
 

@@ -14,6 +14,8 @@ from sigmix.experts.mix import Mix
 from sigmix.serve.state import State
 
 AUTO, BASE = "auto", "base"
+EACH = 100
+"""Saved mixes of one client."""
 
 
 class Catalogue(Mapping[str, Expert]):
@@ -101,21 +103,28 @@ class Catalogue(Mapping[str, Expert]):
         """Saved mixes: {name: (mix, what is known about it)}."""
         return dict(self._mixes)
 
-    def check_free(self, name: str) -> None:
-        """Raise `ConfigError` or `ExpertError` if a mix cannot be called so."""
+    def check_free(self, name: str, client: str | None = None) -> None:
+        """Raise `ConfigError` or `ExpertError` if a client (None: an administrator) cannot call a mix so."""
         if check_name(name) in self._experts or name in (AUTO, BASE):
             raise ConfigError(f"the name {name!r} is an expert's or has a meaning of its own", remedy="give another")
+        if client is None:
+            return
+        if name in self._mixes and self._mixes[name][1].get("client") != client:
+            raise ConfigError(f"the name {name!r} is taken by a mix of somebody else", remedy="give another")
+        if sum(about.get("client") == client for _, about in self._mixes.values()) >= EACH:
+            raise ConfigError(f"{client} has {EACH} saved mixes already", remedy="have an administrator remove some")
 
-    def save_mix(self, name: str, mix: Mix, about: Mapping[str, Any]) -> None:
-        """Save a mix under a name, replacing an older one.
+    def save_mix(self, name: str, mix: Mix, about: Mapping[str, Any], client: str | None = None) -> None:
+        """Save a mix under a name, replacing an older one of the same client (None: an administrator, any).
 
         Raises:
             ConfigError, ExpertError: see `check_free`. OutputError: it cannot be written.
         """
         with self._lock:
-            self.check_free(name)
-            self.state.save_mix(name, mix, dict(about))
-            self._mixes = {**self._mixes, name: (mix, dict(about))}
+            self.check_free(name, client)
+            about = {**about, "client": client} if client is not None else dict(about)
+            self.state.save_mix(name, mix, about)
+            self._mixes = {**self._mixes, name: (mix, about)}
 
     def drop_mix(self, name: str) -> None:
         """Forget a saved mix.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sigmix.adapt import OTHER, Decision, ProbeDispatch, Strategy
+from sigmix.adapt.labels import skills
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.mix import Mix
 from sigmix.serve.bandit import EXPLORE, LinUCB
@@ -59,7 +60,7 @@ class Bandit:
         started = time.perf_counter()
         x = np.array([chances[label] for label in self.model.labels])
         with self._lock:
-            arms = [arm for arm in [*self.own, *self.catalogue] if arm == BASE or arm in self.catalogue]
+            arms = [arm for arm in [*self.own, *skills(self.catalogue)] if arm == BASE or arm in self.catalogue]
             arms = list(dict.fromkeys(arms))
             for arm in arms:
                 self.model.add(arm, self.own.get(arm))

@@ -116,7 +116,8 @@ def _models(service: Service) -> list[dict[str, Any]]:
         about = {key: expert.meta.get(key) for key in ("domain", "task", "description")}
         found.append(_model(service, name, "expert", **about))
     for name, (mix, about) in catalogue.mixes().items():
-        found.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **about))
+        told = {key: value for key, value in about.items() if key != "client"}
+        found.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **told))
     return found
 
 
@@ -139,14 +140,14 @@ async def adapt(asked: Adapt, service: Parts, key: Client) -> dict[str, Any]:
             ids = await run_in_threadpool(service.encode_chat, [{"role": "user", "content": example.prompt}])
             service.check_length(ids, asked.max_tokens)
         made = service.adaptations.submit(
-            id, key.name, asked.name or f"adapted-{id[-8:]}", [(one.prompt, one.answer) for one in asked.examples],
-            asked.score, method=asked.method, settings=asked.settings, granularity=asked.granularity,
+            id, None if key.admin else key.name, asked.name or f"adapted-{id[-8:]}",
+            [(one.prompt, one.answer) for one in asked.examples], asked.score, method=asked.method, settings=asked.settings, granularity=asked.granularity,
             max_new_tokens=asked.max_tokens, seed=asked.seed,
         )  # fmt: skip
     except SigmixError as error:
         raise from_sigmix(error, "examples") from error
     except QueueFull as error:
-        raise busy("too many adaptations are waiting", 30) from error
+        raise busy("too many adaptations are waiting, of this client or in all", 30) from error
     return made.to_json()
 
 

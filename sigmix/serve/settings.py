@@ -47,13 +47,13 @@ class Settings(BaseSettings):
     max_choices: int = Field(8, ge=1, description="Answers to one prompt (n), and prompts of one request.")
     max_examples: int = Field(32, ge=1, description="Examples of one adaptation.")
     request_seconds: float = Field(300, gt=0, description="A request's time, waiting included.")
-    body_seconds: float = Field(30, gt=0, description="Time for a client to send its body.")
+    body_seconds: float = Field(30, gt=0, description="Time for a client to send its body, or to read on.")
     grace_seconds: float = Field(30, ge=0, description="Time for answers to end when the server is told to stop.")
-    connections: int = Field(512, ge=1, description="Connections at once; more get 503.")
+    connections: int = Field(512, ge=1, description="Requests at once, waiting ones included; more get 503.")
     rows: int = Field(32, ge=1, description="Answers that decode together.")
     batch_tokens: int = Field(65536, ge=64, description="Rows times the tokens of the longest, at most.")
-    waiting: int = Field(256, ge=0, description="Requests that wait; more get 429.")
-    waiting_each: int = Field(64, ge=0, description="Requests of one client that wait; more get 429.")
+    waiting: int = Field(256, ge=1, description="Requests that wait; more get 429.")
+    waiting_each: int = Field(64, ge=1, description="Requests of one client that wait; more get 429.")
     threads: int | None = Field(None, ge=1, description="Threads of the model; default: all cores.")
 
     # saying

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -134,6 +135,84 @@ def test_hosts_and_origins(tmp_path):
         )
 
 
+def test_pages_of_other_sites_change_nothing(tmp_path):
+    add_key(tmp_path / "keyed" / "state" / "keys.json", "alice")
+    with live(tmp_path) as server:
+        mix = {"name": "mine", "mix": "math"}
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"https://localhost.evil:{server.port}"):
+            status, found, _ = server.call("POST", "/v1/mixes", mix, origin=origin)
+            assert (status, found["error"]["code"]) == (403, "bad_origin")
+            assert server.call("DELETE", "/v1/experts/math", origin=origin)[0] == 403
+        assert server.call("POST", "/v1/mixes", mix, origin=server.url)[0] == 201  # the server's own page
+    with live(tmp_path / "keyed", origins=["https://good.example"]) as server:
+        good = {"origin": "https://good.example"}
+        # a browser asks first, without a key, and may read why it was refused
+        status, _, found = server.call("OPTIONS", "/v1/models", **good, access_control_request_method="GET",
+                                       access_control_request_headers="authorization")  # fmt: skip
+        assert (status, found["access-control-allow-origin"]) == (200, "https://good.example")
+        status, _, found = server.call("POST", "/v1/chat/completions", ASK, **good)
+        assert (status, found["access-control-allow-origin"]) == (401, "https://good.example")
+        status, _, found = server.call("OPTIONS", "/v1/models", origin="https://evil.example",
+                                       access_control_request_method="GET")  # fmt: skip
+        assert (status, "access-control-allow-origin" in found) == (400, False)
+
+
+def test_a_mix_of_somebody_else_is_not_replaced(tmp_path):
+    keys = tmp_path / "state" / "keys.json"
+    alice, bob, root = add_key(keys, "alice"), add_key(keys, "bob"), add_key(keys, "root", admin=True)
+    with live(tmp_path) as server:
+        asked = {"examples": [{"prompt": "one", "answer": "two"}], "name": "shared"}
+
+        def adapt(key: str, **more) -> int:
+            status, found, _ = server.call("POST", "/v1/adapt", {**asked, **more}, **bearer(key))
+            until = time.monotonic() + 60
+            while status == 202 and found["status"] in ("waiting", "running") and time.monotonic() < until:
+                found = server.call("GET", f"/v1/adapt/{found['id']}", **bearer(key))[1]
+                assert server.call("GET", f"/v1/adapt/{found['id']}", **bearer(bob))[0] == (200 if key == bob else 404)
+            return status
+
+        assert server.call("POST", "/v1/mixes", {"name": "house", "mix": "math"}, **bearer(root))[0] == 201
+        assert adapt(alice, name="house") == 400
+        assert adapt(alice) == 202
+        assert adapt(bob) == 400
+        assert adapt(alice) == 202
+        assert server.call("POST", "/v1/mixes", {"name": "shared", "mix": "code"}, **bearer(root))[0] == 201
+        assert adapt(alice) == 400  # it is the administrator's now
+        assert "alice" not in json.dumps(server.call("GET", "/v1/models", **bearer(bob))[1])
+
+
+def test_searches_of_one_client_leave_room_for_others(tmp_path):
+    keys = tmp_path / "state" / "keys.json"
+    alice, bob = add_key(keys, "alice"), add_key(keys, "bob")
+    with live(tmp_path) as server:
+        hold = threading.Event()
+        server.service.batcher.call(lambda: hold.wait(20))
+        asked = {"examples": [{"prompt": "one", "answer": "two"}], "settings": "full"}
+        got = [server.call("POST", "/v1/adapt", asked, **bearer(alice))[0] for _ in range(6)]
+        assert got[:2] == [202, 202]
+        assert got[-2:] == [429, 429]
+        assert server.call("POST", "/v1/adapt", asked, **bearer(bob))[0] == 202
+        hold.set()
+
+
+def test_more_requests_at_once_than_allowed(tmp_path):
+    with live(tmp_path, connections=1) as server:
+        hold = threading.Event()
+        server.service.batcher.call(lambda: hold.wait(20))
+        got = []
+        thread = threading.Thread(target=lambda: got.append(server.chat()[0]))
+        thread.start()
+        until = time.monotonic() + 10
+        while not len(server.service.batcher.queue) and time.monotonic() < until:
+            time.sleep(0.01)
+        status, found, headers = server.call("GET", "/v1/models")
+        assert (status, found["error"]["code"], "retry-after" in headers) == (503, "overloaded", True)
+        hold.set()
+        thread.join(20)
+        assert got == [200]
+        assert server.call("GET", "/v1/models")[0] == 200
+
+
 def test_bodies_too_large_or_too_slow(tmp_path):
     with live(tmp_path, max_body=20_000, body_seconds=1.0) as server:
         large = {"messages": [{"role": "user", "content": "x" * 30_000}]}
@@ -148,6 +227,11 @@ def test_bodies_too_large_or_too_slow(tmp_path):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
             link.sendall(head + b'content-length: 100\r\n\r\n{"mess')
             assert b" 408 " in link.recv(4096)
+        for begun in (b"", b"POST /v1/chat", head):  # and a head that never ends
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+                link.sendall(begun)
+                with contextlib.suppress(ConnectionResetError):
+                    assert link.recv(4096) == b""
         assert server.chat()[0] == 200
 
 
@@ -164,6 +248,21 @@ def test_a_slow_reader_keeps_nobody_waiting(tmp_path):
             found = b""
             while b"[DONE]" not in found:
                 found += link.recv(4096)
+
+
+def test_a_client_that_does_not_read_is_given_up(tmp_path):
+    with live(tmp_path, body_seconds=0.5, max_body=8 << 20) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+            # requests whose answers nobody reads, until the server cannot write any more
+            link.settimeout(1)
+            with contextlib.suppress(OSError):
+                for _ in range(4000):
+                    link.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            until = time.monotonic() + 20
+            while server.server.server_state.connections and time.monotonic() < until:
+                time.sleep(0.05)
+            assert not server.server.server_state.connections
+        assert server.chat()[0] == 200
 
 
 def test_logs_hold_no_secrets(tmp_path):

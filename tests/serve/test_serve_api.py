@@ -202,6 +202,12 @@ def test_parts_of_a_message_and_a_system_turn(server, alone):
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "", None),
         (b"[" * 100_000, 400, "", None),
         (b"null", 400, "", None),
+        (b'{"\\ud800": 1}', 400, "", None),
+        (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', 400, "", None),
+        (b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400, "", None),
+        (b'{"top_p": Infinity, "messages": [{"role": "user", "content": "x"}]}', 400, "", None),
+        (b'{"seed": 1' + b"0" * 5000 + b', "messages": [{"role": "user", "content": "x"}]}', 400, "", None),
+        (b'{"max_tokens": 1e400, "messages": [{"role": "user", "content": "x"}]}', 400, "", None),
     ],
 )  # fmt: skip
 def test_bad_requests(server, body, status, word, param):
