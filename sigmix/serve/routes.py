@@ -141,7 +141,8 @@ async def adapt(asked: Adapt, service: Parts, key: Client) -> dict[str, Any]:
             service.check_length(ids, asked.max_tokens)
         made = service.adaptations.submit(
             id, None if key.admin else key.name, asked.name or f"adapted-{id[-8:]}",
-            [(one.prompt, one.answer) for one in asked.examples], asked.score, method=asked.method, settings=asked.settings, granularity=asked.granularity,
+            [(one.prompt, one.answer) for one in asked.examples], asked.score, method=asked.method,
+            settings=asked.settings, granularity=asked.granularity,
             max_new_tokens=asked.max_tokens, seed=asked.seed,
         )  # fmt: skip
     except SigmixError as error:
