@@ -3,6 +3,7 @@ how often the right expert is chosen."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sigmix.adapt.fewshot import Example, FewShotSearch
@@ -156,7 +157,8 @@ class Strategies:
         cell = report.store.cell(task, self.who(letter))
         if cell is None:
             return NOT_RUN
-        return ", ".join(f"{mix} {count}" for mix, count in list(cell.facts["chosen"].items())[:4])
+        short = {re.sub(r"\d+\.\d+", lambda α: f"{float(α[0]):.2f}", mix): n for mix, n in cell.facts["chosen"].items()}
+        return ", ".join(f"{mix} {count}" for mix, count in list(short.items())[:4])
 
     def _costs(self, report: Report) -> list[list[str]]:
         rows = []
@@ -221,4 +223,5 @@ class Dispatch:
                 low, high = wilson(right, len(own))
                 cells.append(f"{right} of {len(own)}: {100 * right / len(own):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
             rows.append([truth or "all", *cells])
-        return table(["a request is", *self.letters], rows)
+        pictures = "\n".join(f"![Confusion of strategy {letter}](dispatch-{letter}.png)" for letter in done)
+        return table(["a request is", *self.letters], rows) + "\n\n" + pictures
