@@ -123,11 +123,14 @@ class Strategies:
         for letter in LETTERS:
             rows.append([f"strategy {letter}", *(self._cell(report, task, self.who(letter)) for task in scale.unseen)])
         best = [(report.store.fact(f"best-lora-{task}") or {}).get("best") for task in scale.unseen]
-        cells = []
-        for task, member in zip(scale.unseen, best, strict=True):
-            who = single(report.store, scale, "lora-rl", member, scale.seeds[0]) if member else None
-            cells.append(self._cell(report, task, who) + (f" ({member})" if member else ""))
+        loras = [single(report.store, scale, "lora-rl", one, scale.seeds[0]) if one else None for one in best]
+        cells = [
+            self._cell(report, task, who) + (f" ({member})" if member else "")
+            for task, who, member in zip(scale.unseen, loras, best, strict=True)
+        ]
         rows.append(["best LoRA by validation", *cells])
+        less = [report.against(task, self.who("C"), who) for task, who in zip(scale.unseen, loras, strict=True)]
+        rows.append(["strategy C less the best LoRA", *less])
         for member in every:
             who = self.who(f"expert-{member}")
             rows.append([f"expert {member} alone", *(self._cell(report, task, who) for task in scale.unseen)])
