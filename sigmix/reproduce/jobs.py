@@ -1,7 +1,7 @@
 """Stages of a reproduction in several processes at once.
 
-The models are small: one thread trains nearly as fast as two, so on two cores two stages side by side take little more
-than half the time. What they share (adapters, banks) is made under a lock; a stage that needs another waits for it.
+The models are small: a second thread helps little, so stages side by side, with a thread each, take less time than one
+after the other. What they share (adapters, banks) is made under a lock; a stage that needs another waits for it.
 """
 
 from __future__ import annotations
