@@ -1,17 +1,23 @@
-"""Count what replies are, beside being right: the figures under "What the replies are" in README.md.
+"""Count what replies are, beside being right: the counts in README.md's sentences.
 
-    python results/readings.py
+    python results/readings.py             # all counts
+    python results/readings.py --fill      # put them where README.md marks them
+
+A mark is ``<!-- read=TASK|WHO|KIND -->R of N<!-- = -->``, or with ``|right`` or ``|all`` behind it for R or N alone.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 from sigmix.reproduce.store import Store
 
-STORE = Store(Path(__file__).parent / "laptop")
+HERE = Path(__file__).parent
+STORE = Store(HERE / "laptop")
+MARK = re.compile(r"(<!-- read=(.+?) -->)[^<]*(<!-- = -->)")
 
 
 def dates(item) -> str:
@@ -38,12 +44,49 @@ def addition(item) -> str:
     return named.get(number, "another number")
 
 
+def sorting(item) -> str:
+    """By whether the numbers stand in order already, and whether the reply only repeats them."""
+    given = re.findall(r"\d+", item.prompt)
+    copied = "copied" if re.findall(r"\d+", item.reply) == given else "not copied"
+    return f"{'in order already' if sorted(given, key=int) == given else 'out of order'}, {copied}"
+
+
+def clock(item) -> str:
+    """By the half of the day, and whether the hour needs a nought."""
+    hour = re.search(r"(\d+):", item.prompt)[1]
+    return f"{'PM' if ' PM' in item.prompt else 'AM'}, {len(hour)}-digit hour"
+
+
+READERS = {"date-iso": dates, "larger": larger, "addition": addition, "sort-numbers": sorting, "time-24h": clock}
+
+
+def counts(task: str, who: str) -> tuple[Counter[str], Counter[str]]:
+    """How many replies there are of each kind, and how many of them are right."""
+    items = STORE.cell(task, who).result.items
+    kind_of = READERS[task]
+    return Counter(map(kind_of, items)), Counter(kind_of(item) for item in items if item.score == 1.0)
+
+
+def fill(text: str) -> str:
+    """Put counts where a text marks them."""
+
+    def count(mark: re.Match[str]) -> str:
+        task, who, kind, *only = mark[2].split("|")
+        every, right = counts(task, who)
+        told = {"right": f"{right[kind]}", "all": f"{every[kind]}"}
+        return f"{mark[1]}{told[only[0]] if only else f'{right[kind]} of {every[kind]}'}{mark[3]}"
+
+    return MARK.sub(count, text)
+
+
 def main() -> None:
-    for task, kind_of in (("date-iso", dates), ("larger", larger), ("addition", addition)):
+    if "--fill" in sys.argv:
+        page = HERE / "README.md"
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for task in READERS:
         for who in STORE.cells(task):
-            items = STORE.cell(task, who).result.items
-            every = Counter(map(kind_of, items))
-            right = Counter(kind_of(item) for item in items if item.score == 1.0)
+            every, right = counts(task, who)
             told = "; ".join(f"{kind}: {right[kind]} of {count} right" for kind, count in every.most_common(4))
             print(f"{task} under {who}: {told}")
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,27 @@ def exclusive(lock: str | os.PathLike[str], message: str, remedy: str) -> Iterat
             held.acquire(timeout=0)
         except Timeout:
             raise OutputError(message, remedy=remedy) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def waiting(lock: str | os.PathLike[str], told: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file ``lock`` for this process; ``told`` is called once if another process holds it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    held = FileLock(lock)
+    with writing(lock):
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            told()
+            held.acquire()
     try:
         yield
     finally:

@@ -24,12 +24,15 @@ def reproduce(
     allow_code: bool = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs."),
     base: str = typer.Option(None, help="Another base than the scale's."),
     larger: str = typer.Option(None, help="Base of the stage larger: a hub name, a folder or a .gguf file."),
+    jobs: int = typer.Option(1, min=1, help="Stages at once, each with its share of the cores."),
+    tables: bool = typer.Option(True, help="Write the tables at the end."),
     report_only: bool = typer.Option(False, "--report", help="Only write the tables again, from what is stored."),
 ) -> None:
     """The paper's tables and our own experiments on a real model, resumable; what is stored is not measured again."""
     from dataclasses import replace
 
-    from sigmix.files import cache_dir, check_writable, exclusive
+    from sigmix.files import cache_dir, check_writable
+    from sigmix.reproduce.jobs import run_jobs, stage_command
     from sigmix.reproduce.lab import Lab
     from sigmix.reproduce.page import write_page
     from sigmix.reproduce.scale import get_scale
@@ -43,13 +46,19 @@ def reproduce(
     store = Store(out or Path("results") / scale)
     check_writable(store.folder / "README.md")
     work = work or cache_dir() / "reproduce" / scale
-    lock, remedy = work / "lock", "wait for it, or give another --work"
     if not report_only:
-        with exclusive(lock, f"another reproduction is writing to {work}", remedy):
-            lab = Lab(wanted, store, work, data_dir, allow_code, typer.echo)
-            lab.begin()
+        lab = Lab(wanted, store, work, data_dir, allow_code, typer.echo)
+        lab.begin()
+        if jobs > 1:
+            given = {"--scale": scale, "--out": store.folder, "--work": work, "--data-dir": data_dir, "--base": base,
+                     "--larger": larger}  # fmt: skip
+            flags = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+            command = stage_command([*flags, *(["--allow-code"] if allow_code else [])])
+            run_jobs([(stage.name, stage.needs) for stage in todo], command, jobs)
+        else:
             for stage in todo:
                 typer.echo(f"{stage.name}: {stage.title}")
-                stage.run(lab)
-    page = write_page(store, wanted)
-    typer.echo(f"tables: {page}")
+                with lab.held(f"stage-{stage.name}"):
+                    stage.run(lab)
+    if tables:
+        typer.echo(f"tables: {write_page(Store(store.folder), wanted)}")

@@ -21,18 +21,26 @@ DISPATCH = "dispatch"
 def bank_of(lab: Lab, name: str, tasks: Sequence[str], seed: int) -> Bank:
     """A folder with the SVF experts of some tasks, each named after its task; trained if they are not there."""
     rate = chosen_lr(lab.store, lab.scale, "svf-rl")
-    bank = Bank(lab.work / "banks" / f"{name}@{rate or 0:g}.s{seed}", create=True)  # another rate makes other experts
-    for task in tasks:
-        if task not in bank:
-            expert = Expert.load(lab.trained("svf-rl", task, seed)[1])
-            bank.add(replace(expert, name=task))
-    return bank
+    folder = lab.work / "banks" / f"{name}@{rate or 0:g}.s{seed}"  # another rate makes other experts
+    with lab.held(f"bank-{folder.name}"):
+        bank = Bank(folder, create=True)
+        for task in tasks:
+            if task not in bank:
+                expert = Expert.load(lab.trained("svf-rl", task, seed)[1])
+                bank.add(replace(expert, name=task))
+        return bank
 
 
 def with_classifier(lab: Lab, bank: Bank, steps: int) -> Bank:
     """The bank with a classification expert (strategy B), trained on its experts' training prompts."""
-    if DISPATCH in bank:
+    with lab.held(f"classifier-{bank.folder.name}"):
+        bank.refresh()
+        if DISPATCH not in bank:
+            _train_classifier(lab, bank, steps)
         return bank
+
+
+def _train_classifier(lab: Lab, bank: Bank, steps: int) -> None:
     task = DispatchTask(bank, data_dir=lab.data_dir)
     settings: dict[str, Any] = {**lab.scale.training, "steps": steps, "eval_every": steps}
     config = make_config(lab.scale.preset, **settings, task=DISPATCH, base=lab.scale.base, seed=lab.scale.seeds[0])
@@ -44,4 +52,3 @@ def with_classifier(lab: Lab, bank: Bank, steps: int) -> Bank:
     bank.add(replace(expert, name=DISPATCH))
     lab.store.write_fact("classifier", {"best": trainer.best, "steps": steps, "seconds": round(trainer.seconds, 1)})
     lab.say(f"classification expert: validation {trainer.best['accuracy']:.3f}")
-    return bank

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sigmix.engine.cpu import contiguous_head
-from sigmix.engine.decode import Row
-from sigmix.engine.prefix import answer_logits, prefill
 from sigmix.engine.prompts import end_ids
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.evaluate import Result, constant_baseline, evaluate
 from sigmix.evals.run import commit
 from sigmix.evals.stats import wilson
 from sigmix.evals.strategies import Decide, measure_strategy
+from sigmix.files import waiting
 from sigmix.models import load_base
 from sigmix.reproduce.blend import Blend
+from sigmix.reproduce.divergence import Under, divergence
 from sigmix.reproduce.names import BASE, chosen_lr, mix_name, run_name
 from sigmix.reproduce.scale import Scale
-from sigmix.reproduce.store import Cell, Store
+from sigmix.reproduce.store import Cell, Store, safe
 from sigmix.reproduce.tiny import TINY, tiny_base
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.tasks.registry import get_task
 from sigmix.train.config import make_config
 from sigmix.train.loop import Trainer
-from sigmix.train.losses import token_stats
-from sigmix.train.rollout import Actor, Rollouts
+from sigmix.train.rollout import Actor
 from sigmix.train.state import RunDir
 
-Under = Callable[[], AbstractContextManager[Any]]
 KL_ITEMS = 64
 """Replies of an adapter's test cell on which its KL to the base is measured."""
 
@@ -111,6 +107,12 @@ class Lab:
         found = dict(work())
         return {**found, "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
 
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Hold what several processes may want to make, and wait for the one that is making it."""
+        with waiting(self.work / "locks" / f"{safe(name)}.lock", lambda: self.say(f"waiting for {name}")):
+            yield
+
     # ------------------------------------------------------------------ training
 
     def trained(
@@ -129,8 +131,17 @@ class Lab:
             raise LookupError(f"the learning rate of {kind} is not known before its sweep")
         name = run_name(kind, rate, task, seed, after)
         folder = self.work / "runs" / name
-        if self.store.run(name) is not None and (folder / "best").exists():
-            return name, folder / "best"
+        if not self._has_run(name):
+            with self.held(name):
+                if not self._has_run(name):
+                    self._train(name, kind, task, seed, rate, after)
+        return name, folder / "best"
+
+    def _has_run(self, name: str) -> bool:
+        return self.store.run(name) is not None and (self.work / "runs" / name / "best").exists()
+
+    def _train(self, name: str, kind: str, task: str, seed: int, rate: float, after: Sequence[str]) -> None:
+        folder = self.work / "runs" / name
         start = self.trained(kind, after[-1], seed, rate, after[:-1])[1] if after else None
         made = self.task(task)
         options = {**self.scale.training, **self.scale.kinds[kind].options}
@@ -157,7 +168,6 @@ class Lab:
             },
         )  # fmt: skip
         self.say(f"trained {name}: validation {trainer.best['accuracy']:.3f} ({trainer.seconds:.0f} s)")
-        return name, folder / "best"
 
     # ------------------------------------------------------------------ cells
 
@@ -184,7 +194,7 @@ class Lab:
         result = replace(evaluate(made, samples, lambda _: actor.texts(rows)), task=task)
         if reference is None:
             return result, {}
-        kl = _divergence(model, actor, samples[:kl_items], rows[:kl_items], under, reference)
+        kl = divergence(model, actor, samples[:kl_items], rows[:kl_items], under, reference)
         return result, {"kl": kl}
 
     def cell(
@@ -259,25 +269,6 @@ class Lab:
         who = mix_name(kind, rate or 0.0, weights, seed)
         for task in on:
             self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights))
-
-
-def _divergence(
-    model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[Row], under: Under, reference: Under
-) -> float:
-    prompts = [actor.encode(sample) for sample in samples]
-    answers = Rollouts(prompts, [row.ids for row in rows], [], torch.zeros(len(rows)), [])
-    ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in answers.padded(slice(None), actor.pad_id))
-
-    def logits() -> torch.Tensor:
-        return answer_logits(model, prefill(model, prompts, actor.pad_id), ids, mask)
-
-    with torch.no_grad():
-        with reference():
-            theirs = logits()
-        with under():
-            ours = logits()
-        stats = token_stats(ours, theirs, ids, mask)
-    return float(stats.kl.sum() / mask.sum())
 
 
 def _short(entry: Mapping[str, Any]) -> dict[str, Any]:

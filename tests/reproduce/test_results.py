@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -32,13 +33,22 @@ def evidence(file: Path) -> str:
     return found
 
 
+def readings():
+    """The script that counts replies."""
+    spec = importlib.util.spec_from_file_location("readings", RESULTS / "readings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("file", [PAPER, ROOT / "README.md"], ids=["results", "project"])
 def test_figures_and_tables_in_texts_follow_from_the_items(file):
     text = evidence(file)
     assert "<!-- laptop=" in text
     for name in SCALE_NAMES:
         assert fill(text, Store(RESULTS / name), SCALES[name]) == text
+    assert readings().fill(text) == text
     rest = re.sub(r"<!-- (\w+:[\w.]+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
-    rest = re.sub(r"<!-- \w+=\S+ -->[^<]*<!-- = -->", "", rest)
+    rest = re.sub(r"<!-- \w+=.+? -->[^<]*<!-- = -->", "", rest)
     rest = re.sub(r"```.*?```|`[^`]*`|\(http[^)]*\)|arXiv [\d.]+", "", rest, flags=re.DOTALL)
     assert re.findall(r"\d+\.\d+", rest) == []  # every figure is a marked one, so it was filled in

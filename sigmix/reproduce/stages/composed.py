@@ -60,7 +60,12 @@ def mixed(report: Report) -> str:
                 value, low, high = seeds_interval(list(own.values()))
                 text = f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
                 kept = [] if mode == "alone" else retention(report, kind, group, mode)
-                cells.append(text + (f", keeps {100 * mean(kept):.0f} %" if kept else "") + f" ({len(own)})")
+                each = ", ".join(f"{100 * share:.0f}" for share in kept)
+                cells.append(
+                    f"{text} ({len(own)} seed{'s' * (len(own) > 1)})"
+                    + (f", keeps {100 * mean(kept):.0f} %" if kept else "")
+                    + (f" ({each})" if len(kept) > 1 else "")
+                )
             ours, theirs = found["svf-rl"], found["lora-rl"]
             difference = NOT_RUN
             if ours and theirs:
@@ -68,7 +73,7 @@ def mixed(report: Report) -> str:
                 difference = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             rows.append([" + ".join(group) if mode == "alone" else "", mode, *cells, difference])
     labels = [scale.kinds[kind].label for kind in kinds(report.store, scale)]
-    return table(["experts", "mixture", *(f"{label} (seeds)" for label in labels), "SVF - LoRA 16"], rows)
+    return table(["experts", "mixture", *labels, "SVF - LoRA 16"], rows)
 
 
 def by_task(report: Report) -> str:

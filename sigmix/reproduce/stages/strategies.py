@@ -3,6 +3,7 @@ how often the right expert is chosen."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sigmix.adapt.fewshot import Example, FewShotSearch
@@ -122,11 +123,14 @@ class Strategies:
         for letter in LETTERS:
             rows.append([f"strategy {letter}", *(self._cell(report, task, self.who(letter)) for task in scale.unseen)])
         best = [(report.store.fact(f"best-lora-{task}") or {}).get("best") for task in scale.unseen]
-        cells = []
-        for task, member in zip(scale.unseen, best, strict=True):
-            who = single(report.store, scale, "lora-rl", member, scale.seeds[0]) if member else None
-            cells.append(self._cell(report, task, who) + (f" ({member})" if member else ""))
+        loras = [single(report.store, scale, "lora-rl", one, scale.seeds[0]) if one else None for one in best]
+        cells = [
+            self._cell(report, task, who) + (f" ({member})" if member else "")
+            for task, who, member in zip(scale.unseen, loras, best, strict=True)
+        ]
         rows.append(["best LoRA by validation", *cells])
+        less = [report.against(task, self.who("C"), who) for task, who in zip(scale.unseen, loras, strict=True)]
+        rows.append(["strategy C less the best LoRA", *less])
         for member in every:
             who = self.who(f"expert-{member}")
             rows.append([f"expert {member} alone", *(self._cell(report, task, who) for task in scale.unseen)])
@@ -156,7 +160,8 @@ class Strategies:
         cell = report.store.cell(task, self.who(letter))
         if cell is None:
             return NOT_RUN
-        return ", ".join(f"{mix} {count}" for mix, count in list(cell.facts["chosen"].items())[:4])
+        short = {re.sub(r"\d+\.\d+", lambda α: f"{float(α[0]):.2f}", mix): n for mix, n in cell.facts["chosen"].items()}
+        return ", ".join(f"{mix} {count}" for mix, count in list(short.items())[:4])
 
     def _costs(self, report: Report) -> list[list[str]]:
         rows = []
@@ -221,4 +226,5 @@ class Dispatch:
                 low, high = wilson(right, len(own))
                 cells.append(f"{right} of {len(own)}: {100 * right / len(own):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
             rows.append([truth or "all", *cells])
-        return table(["a request is", *self.letters], rows)
+        pictures = "\n".join(f"![Confusion of strategy {letter}](dispatch-{letter}.png)" for letter in done)
+        return table(["a request is", *self.letters], rows) + "\n\n" + pictures

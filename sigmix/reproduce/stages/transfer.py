@@ -17,7 +17,7 @@ from sigmix.experts.expert import Expert
 from sigmix.reproduce.blend import Blend
 from sigmix.reproduce.lab import Lab
 from sigmix.reproduce.names import BASE, single
-from sigmix.reproduce.report import Report, table
+from sigmix.reproduce.report import NOT_RUN, Report, table
 
 BASES = ("requantised", "tuned", "same")
 ORDERS = {
@@ -148,4 +148,5 @@ class Transfer:
 
     @staticmethod
     def _cell(report: Report, task: str, name: str | None, base: str) -> str:
-        return f"{report.accuracy(task, name)} ({report.against(task, name, base)})"
+        text = report.accuracy(task, name)
+        return text if text == NOT_RUN else f"{text} ({report.against(task, name, base)})"
