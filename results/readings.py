@@ -1,7 +1,7 @@
-"""Count what replies are, beside being right: the counts in README.md's sentences.
+"""Count what replies are, beside being right: the counts in sentences of README.md, here and above.
 
     python results/readings.py             # all counts
-    python results/readings.py --fill      # put them where README.md marks them
+    python results/readings.py --fill      # put them where the two mark them
 
 A mark is ``<!-- read=TASK|WHO|KIND -->R of N<!-- = -->``, or with ``|right`` or ``|all`` behind it for R or N alone.
 """
@@ -81,8 +81,8 @@ def fill(text: str) -> str:
 
 def main() -> None:
     if "--fill" in sys.argv:
-        page = HERE / "README.md"
-        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in (HERE / "README.md", HERE.parent / "README.md"):
+            page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
         return
     for task in READERS:
         for who in STORE.cells(task):

@@ -128,6 +128,7 @@ def fit(
     full, every = {}, {}
     for group in groups:
         second = seconds.pop(group.paths[0])
+        single = second.float()
         gains = list((table[:, group.first : group.first + sum(group.ranks)] - 1).split(group.ranks, 1))
         every[group.paths[0]] = gains
         factors, sizes = [], []
@@ -135,7 +136,7 @@ def fit(
             first, last = layer.factors()  # [r, in], [out, r]
             factors.append((last.float().cpu(), first.float().cpu().T))
             weight = layer.matrix().float().cpu()
-            sizes.append(((weight @ second) * weight).sum())
+            sizes.append(((weight @ single) * weight).sum())
         full[group.paths[0]] = subspace(factors, gains, sizes, second, outputs, inputs)
     digests = {name: engine.bank[name].digest for name in experts}
     facts = {"prompts": len(rows), "tokens": sum(map(len, whole))}
@@ -178,13 +179,15 @@ def _work(engine: Any) -> int:
 
 
 def _second_moments(engine: Any, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:
-    """Mean x xᵀ [in, in] float32 of each group's inputs over all real tokens, by the group's first path."""
-    found = {group.paths[0]: torch.zeros(group.layers[0].in_features, group.layers[0].in_features) for group in groups}
+    """Mean x xᵀ [in, in] float64 of each group's inputs over all real tokens, by the group's first path."""
+    found = {
+        group.paths[0]: torch.zeros(*[group.layers[0].in_features] * 2, dtype=torch.float64) for group in groups
+    }
     mask = torch.empty(0)
 
     def watch(key: str) -> Any:
         def hook(_: Any, args: Any) -> None:
-            x = args[0].flatten(0, -2)[mask.flatten()].float().cpu()
+            x = args[0].flatten(0, -2)[mask.flatten()].cpu().double()
             found[key] += x.T @ x
 
         return hook

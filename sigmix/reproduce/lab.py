@@ -85,7 +85,10 @@ class Lab:
         """A fresh model and its tokenizer; the scale's base and dtype unless others are given."""
         gc.collect()
         name = name or self.scale.base
-        place = tiny_base(self.work / "models" / "tiny-llama") if name == TINY else name
+        place: Any = name
+        if name == TINY:
+            with self.held(TINY):  # two stages may begin at once
+                place = tiny_base(self.work / "models" / "tiny-llama")
         model, tokenizer = load_base(place, dtype or self.scale.dtype)
         contiguous_head(model)
         return model, tokenizer

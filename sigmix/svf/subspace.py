@@ -96,12 +96,14 @@ def subspace(
             and the other orthonormal ones.
         gains: per layer [K, r], of the experts that mixtures will be of.
         sizes: per layer the mean squared norm of its output, a scalar.
-        second: C [n, n] of the inputs; the identity if nothing is known about them.
+        second: C [n, n] of the inputs, best in float64; the identity if nothing is known about them.
         j, k: output and input directions; capped by Σ m and n.
     """
-    dtype, n = second.dtype, len(second)
-    ridge = RIDGE * second.diagonal().mean().clamp_min(torch.finfo(dtype).tiny)
-    chol = torch.linalg.cholesky(second + ridge * torch.eye(n, dtype=dtype))
+    dtype, n = factors[0][0].dtype, len(second)
+    # a few inputs can be thousands of times larger than the rest, and then float32 loses the small eigenvalues
+    second = second.double()
+    ridge = RIDGE * second.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    chol = torch.linalg.cholesky(second + ridge * torch.eye(n, dtype=second.dtype)).to(dtype)
     # layers in units of their own output
     lefts = [left.to(dtype) / size.clamp_min(1e-30).sqrt() for (left, _), size in zip(factors, sizes, strict=True)]
     rights = [right.to(dtype).T @ chol for _, right in factors]  # [r, n]

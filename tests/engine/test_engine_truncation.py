@@ -200,3 +200,18 @@ def test_files_that_are_no_plan(tiny, tiny_tokenizer, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ExpertError, match="cannot be read"):
             load_truncation(engine, path)
+
+
+def test_inputs_that_are_far_larger_in_one_direction(tiny, tiny_tokenizer):
+    """Real models have such; their second moment in float32 is not even positive then."""
+    model = tiny("llama", intermediate_size=2048)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[:, 0] += 100.0  # the first hidden unit opens all gates
+            layer.mlp.up_proj.weight[:, 0] += 1e4 * torch.randn(2048, generator=torch.Generator().manual_seed(0))
+    bank = {name: expert(model, name, seed) for name, seed in (("math", 1), ("code", 2))}
+    engine = Engine(model, tiny_tokenizer, bank)
+    plan = fit(engine, rows([9, 8], seed=3), ["math", "code"], max_new_tokens=2).plan(0.3)
+    assert 0 <= plan.error <= 0.3
+    engine.truncation = plan
+    assert logits(engine, "truncated").isfinite().all()

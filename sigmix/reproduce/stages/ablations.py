@@ -9,6 +9,7 @@ import torch
 from sigmix.adapt.labels import skills
 from sigmix.engine import Engine
 from sigmix.engine.calibration import fit
+from sigmix.errors import ConfigError
 from sigmix.evals.dispatch import prompts_of_experts
 from sigmix.evals.strategies import always
 from sigmix.experts.expert import Expert
@@ -46,14 +47,19 @@ class Ablations:
         return f"truncated-{budget:g}"
 
     def _truncated(self, lab: Lab, tasks: tuple[str, ...]) -> None:
-        if all(lab.store.has(task, self.who(budget)) for task in tasks for budget in BUDGETS):
+        reached = [budget for budget in BUDGETS if not (lab.store.fact(self.who(budget)) or {}).get("out_of_reach")]
+        if all(lab.store.has(task, self.who(budget)) for task in tasks for budget in reached):
             return
         bank = bank_of(lab, "all", lab.scale.tasks + lab.scale.extra, lab.scale.seeds[0])
         model, tokenizer = lab.base()
         engine = Engine(model, tokenizer, bank=bank)
         calibration = fit(engine, prompts_of_experts(bank, PROMPTS, data_dir=lab.data_dir), skills(bank))
         for budget in BUDGETS:
-            engine.truncation = plan = calibration.plan(budget)
+            try:
+                engine.truncation = plan = calibration.plan(budget)
+            except ConfigError as error:  # a finding about this bank, not a fault of the reproduction
+                lab.store.write_fact(self.who(budget), {"out_of_reach": error.message})
+                continue
             lab.store.write_fact(self.who(budget), {"work": plan.cost, "error": plan.error, "told": plan.describe()})
             for task in tasks:
                 lab.strategy_cell(task, self.who(budget), engine, always(Mix.one(task)), form="truncated")
@@ -100,6 +106,11 @@ class Ablations:
         ]
         for budget in BUDGETS:
             about = report.store.fact(self.who(budget))
+            if about and "out_of_reach" in about:
+                cut.append(
+                    [f"{budget:g}", "out of reach", about["out_of_reach"].partition(": ")[2], *[""] * len(tasks)]
+                )
+                continue
             work = [f"{100 * about['work']:.0f} %", f"{100 * about['error']:.1f} %"] if about else [NOT_RUN] * 2
             cut.append([f"{budget:g}", *work, *(report.accuracy(task, self.who(budget)) for task in tasks)])
         found = report.store.fact("sketches")

@@ -102,7 +102,9 @@ class FewShot:
             rows.append([label, *cells])
         rates = (report.store.fact("few-ia3-lr") or {}).get("validation")
         told = f"Task {task}; base {report.base(task)}, best constant {report.constant(task)}. One seed."
-        told += f" IA3's validation accuracy by learning rate: {rates}." if rates else ""
+        if rates:
+            found = "; ".join(f"{lr}: {100 * rates[lr]:.1f}" for lr in sorted(rates, key=float))
+            told += f" IA3's validation accuracy by learning rate: {found}."
         return (
             table(["", *(f"{shots} examples" for shots in scale.shots)], rows)
             + f"\n\n{told}\n\n"
