@@ -116,17 +116,12 @@ def exclusive(lock: str | os.PathLike[str], message: str, remedy: str) -> Iterat
     Raises:
         OutputError: with ``message``, if another process holds it; or the file cannot be written.
     """
-    held = FileLock(lock)
-    with writing(lock):
-        Path(lock).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(message, remedy=remedy) from None
-    try:
+
+    def refuse(_: FileLock) -> None:
+        raise OutputError(message, remedy=remedy)
+
+    with _holding(lock, refuse):
         yield
-    finally:
-        held.release()
 
 
 @contextlib.contextmanager
@@ -136,14 +131,24 @@ def waiting(lock: str | os.PathLike[str], told: Callable[[], None]) -> Iterator[
     Raises:
         OutputError: the file cannot be written.
     """
+
+    def wait(held: FileLock) -> None:
+        told()
+        held.acquire()
+
+    with _holding(lock, wait):
+        yield
+
+
+@contextlib.contextmanager
+def _holding(lock: str | os.PathLike[str], busy: Callable[[FileLock], None]) -> Iterator[None]:
     held = FileLock(lock)
     with writing(lock):
         Path(lock).parent.mkdir(parents=True, exist_ok=True)
         try:
             held.acquire(timeout=0)
         except Timeout:
-            told()
-            held.acquire()
+            busy(held)
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
-"""Stages of a reproduction in several processes at once.
+"""Stages of a reproduction in several processes at once, each with its share of the cores.
 
-The models are small: a second thread helps little, so stages side by side, with a thread each, take less time than one
-after the other. What they share (adapters, banks) is made under a lock; a stage that needs another waits for it.
+What they share (adapters, banks) is made under a lock; a stage that needs another waits for it.
 """
 
 from __future__ import annotations
