@@ -102,7 +102,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service), host=settings.host, port=settings.port, log_config=None, access_log=False,
-                server_header=False, limit_concurrency=2 * settings.connections, timeout_keep_alive=20,
+                server_header=False, limit_concurrency=2 * settings.connections + 16, timeout_keep_alive=20,
                 timeout_graceful_shutdown=int(settings.grace_seconds) + 10, h11_max_incomplete_event_size=64 << 10,
                 http=patient(settings.body_seconds), proxy_headers=False,
             )

@@ -221,8 +221,9 @@ def test_bodies_too_large_or_too_slow(tmp_path):
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
             link.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
-            for _ in range(30):
-                link.sendall(b"400\r\n" + b"y" * 1024 + b"\r\n")
+            with contextlib.suppress(ConnectionError):  # it answers before it has all, and closes
+                for _ in range(30):
+                    link.sendall(b"400\r\n" + b"y" * 1024 + b"\r\n")
             assert b" 413 " in link.recv(4096)
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
             link.sendall(head + b'content-length: 100\r\n\r\n{"mess')
