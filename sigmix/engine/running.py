@@ -61,7 +61,7 @@ class Running:
         engine: an `Engine`; while a step is under way nothing else may use it, and `rest` lets others use it.
         form: how several mixes are computed: "factored" or "gain" (exact), or "truncated", see `States.under`.
         merge: whether a batch under one mix may be merged although its weights are not kept yet (which takes a moment);
-            called with the mix.
+            called with the mix, as often as it comes up.
     """
 
     def __init__(self, engine: Engine, form: str = "factored", merge: Callable[[Mix], bool] = lambda _: True) -> None:

@@ -27,8 +27,10 @@ log = logging.getLogger("sigmix.serve.access")
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOCAL = Key("local", "", admin=True)
 """Who calls a server that only this machine can reach and that has no keys."""
-OPEN = ("/", "/health", "/static/")
-"""What needs no key: the page itself, and whether the server is up."""
+LINGER = 16 << 20
+"""Bytes of a refused body that are read past before the connection is closed."""
+OPEN = ("/", "/health")
+"""What needs no key, with the page's files: the page itself, and whether the server is up."""
 
 
 class Gate:
@@ -74,6 +76,7 @@ class Gate:
             await self.app(scope, self._limited(headers, receive), answer)
         except ApiError as error:
             if not status:
+                await self._let_end(headers, receive)
                 await _reply(answer, error)
         except TooMuch as error:
             if not status:
@@ -111,7 +114,7 @@ class Gate:
         if length.isdigit() and int(length) > self.settings.max_body:
             raise too_large(self.settings.max_body)
         path = scope["path"]
-        if path == "/" or path == "/health" or path.startswith("/static/"):
+        if path in OPEN or path.startswith("/static/"):
             return None
         keys = self.keyring.keys()
         if not keys and self.settings.loopback:
@@ -141,6 +144,20 @@ class Gate:
         if urlsplit(origin).netloc != headers.get("host"):
             raise ApiError(403, f"pages of {origin!r} may not use this server", "permission_error", "bad_origin")
 
+    async def _let_end(self, headers: Headers, receive: Receive) -> None:
+        """Read past a body that is not wanted: most clients look for an answer only when they have sent everything."""
+        if headers.get("expect", "").lower() == "100-continue":  # this one waits for our word
+            return
+        left, until = LINGER, time.monotonic() + self.settings.body_seconds
+        while left > 0 and (seconds := until - time.monotonic()) > 0:
+            try:
+                message = await asyncio.wait_for(receive(), seconds)
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                return
+
     def _limited(self, headers: Headers, receive: Receive) -> Receive:
         """A body that is neither too long nor too slow."""
         read, until = 0, time.monotonic() + self.settings.body_seconds
@@ -155,9 +172,11 @@ class Gate:
             except asyncio.TimeoutError:
                 raise TooMuch(ApiError(408, "the request's body did not come in time", code="timeout")) from None
             read += len(message.get("body", b""))
-            if read > self.settings.max_body:
-                raise TooMuch(too_large(self.settings.max_body))
             whole = message["type"] != "http.request" or not message.get("more_body", False)
+            if read > self.settings.max_body:
+                if not whole:
+                    await self._let_end(headers, receive)
+                raise TooMuch(too_large(self.settings.max_body))
             return message
 
         return limited

@@ -15,7 +15,7 @@ from sigmix.engine.running import Member, Running
 from sigmix.errors import SigmixError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair import FairQueue
-from sigmix.serve.jobs import Closing, Decides, Failed, Finished, Job, Limits, Started, Token, Watch
+from sigmix.serve.jobs import Closing, Decides, Failed, Familiar, Finished, Job, Limits, Started, Token, Watch
 from sigmix.serve.pieces import Pieces
 from sigmix.serve.turnstile import SharedEngine
 
@@ -28,7 +28,7 @@ class Batcher:
     Args:
         engine: its model is used by this thread alone, but for what goes through the engine's turnstile.
         decide: pass one. limits: of the batch. form: see `Running`. watch: metrics.
-        merge: whether a batch under one mix may be merged, see `Running`.
+        familiar: mixes whose weights are merged where a batch has one mix only.
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class Batcher:
         limits: Limits | None = None,
         form: str = "factored",
         watch: Watch | None = None,
-        merge: Callable[[Mix], bool] = lambda _: True,
+        familiar: Familiar | None = None,
     ) -> None:
         self.engine, self.decide, self.watch = engine, decide, watch
         self.limits = limits or Limits()
         self.queue: FairQueue[Job] = FairQueue(self.limits.waiting, self.limits.each)
-        self._fresh = lambda: Running(engine, form, merge)
+        self.familiar = familiar or Familiar()
+        self._fresh = lambda: Running(engine, form, self.familiar)
         self.running: Running = self._fresh()
         self.jobs: set[Job] = set()  # under way
         self._cancelled: deque[Job] = deque()
@@ -186,6 +187,7 @@ class Batcher:
                 assert job.mix is not None
                 decision = Decision(job.mix, "", "the request asked for it")
             job.mix = decision.mix
+            self.familiar.count(job.mix)
             try:
                 self.engine.z(job.mix)
             except SigmixError as error:  # an expert that was unloaded while the job waited
@@ -226,10 +228,10 @@ class Batcher:
 
     def _step(self) -> None:
         members = list(self.running.members)
+        everyone = [member for job in self.jobs for member in job.members]  # a prompt's last part may be all it takes
         before = self._written
         self.running.step()
-        joined = [member for member in self.running.members if member not in members]
-        self._ended([*members, *joined])
+        self._ended(everyone)
         for job in {member.context[0] for member in members}:
             self.queue.charge(job.client, written=sum(member.context[0] is job for member in members))
         if self.watch is not None:

@@ -6,7 +6,6 @@ import copy
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +30,6 @@ from sigmix.serve.state import State
 from sigmix.serve.turnstile import SharedEngine
 
 log = logging.getLogger("sigmix.serve")
-SEEN = 2
-"""Requests under a mix from which merging its weights is worth the moment that it takes."""
 PREFIXES = 512 << 20
 """Bytes of keys and values kept of templates and conversations."""
 
@@ -69,9 +66,8 @@ class Service:
             self.engine.truncation = bank_truncation(self.engine)
             self.form = "truncated"
         self.decider = Decider(*self._strategies(), self.catalogue)
-        self._seen: Counter[Mix] = Counter()
         limits = Limits(settings.rows, settings.batch_tokens, waiting=settings.waiting, each=settings.waiting_each)
-        self.batcher = Batcher(self.engine, self.decider, limits, self.form, merge=self._worth_merging)
+        self.batcher = Batcher(self.engine, self.decider, limits, self.form)
         self.metrics = Metrics(self.batcher.load)
         self.batcher.watch = self.metrics
         self.adaptations = Adaptations(self.engine, self.catalogue, judges)
@@ -102,12 +98,6 @@ class Service:
         """What learns from feedback, if the bank has a probe."""
         found = self.decider.strategies.get(BANDIT)
         return found if isinstance(found, Bandit) else None
-
-    def _worth_merging(self, mix: Mix) -> bool:
-        self._seen[mix] += 1
-        if len(self._seen) > 10_000:
-            self._seen.clear()
-        return self._seen[mix] >= SEEN
 
     # ------------------------------------------------------------------ life
 

@@ -91,6 +91,32 @@ def random_mix(draw) -> str:
     return "+".join(f"{name}:{draw.choice([-0.5, 0.3, 0.7, 1])}" for name in draw.sample(NAMES, draw.randrange(1, 4)))
 
 
+def test_a_mix_is_merged_when_a_second_request_asks_for_it(started, shared):
+    batcher = started()
+    mix = Mix.parse("math:0.3+code:0.4")
+    for known in (False, True):
+        one, box = job([5, 6, 7], mix.id, max_new_tokens=8)
+        batcher.submit(one)
+        assert len(box.wait()) > 3
+        assert batcher.call(lambda: shared.is_merged(mix)).result(20) == known
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_short_answer_to_a_prompt_whose_beginning_is_known(started, alone, length):
+    batcher = started()
+    ids = random_ids(random.Random(3), 30)
+    first, box = job(ids, "math", max_new_tokens=4)
+    batcher.submit(first)
+    box.wait()
+    longer = ids + box.ids() + [5, 6, 7]
+    second, box = job(longer, "math", max_new_tokens=length)
+    assert batcher.call(lambda: batcher.engine.known_beginning(longer, second.mix, None) is not None).result(20)
+    batcher.submit(second)
+    box.wait(timeout=20)
+    assert box.ids() == alone.generate([longer], "math", max_new_tokens=length)[0].ids
+    assert not batcher.jobs
+
+
 def test_two_hundred_at_once_under_fifty_mixtures(started, alone):
     draw = random.Random(0)
     mixes = [random_mix(draw) for _ in range(49)] + ["base"]

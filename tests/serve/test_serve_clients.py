@@ -119,3 +119,12 @@ def test_curl(server, expected):
         "math"
     )
     assert converse(streamed) == expected("math")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("header", ["Expect:", "Expect: 100-continue", "Transfer-Encoding: chunked"])
+def test_curl_is_told_that_its_body_is_too_large(server, header):
+    words = ["curl", "-sS", f"{server.url}/v1/chat/completions", "-d", "@-", "-H", header]
+    words += ["-H", f"Authorization: Bearer {server.key}"]
+    done = subprocess.run(words, input="x" * (3 << 20), capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["error"]["code"] == "too_large", done.stderr

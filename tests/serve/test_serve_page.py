@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 
 import pytest
 from helpers_engine import expert
@@ -15,6 +16,7 @@ from helpers_serve import NAMES, bank, live
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
+from sigmix.engine.running import Running
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -195,7 +197,14 @@ def test_feedback(page):
     page.get_by_role("alert").wait_for()
 
 
-def test_stop(page, server):
+def test_stop(page, server, monkeypatch):
+    step = Running.step
+
+    def slow(running):  # a tiny model has answered before a click arrives
+        time.sleep(0.05)
+        return step(running)
+
+    monkeypatch.setattr(Running, "step", slow)
     page.get_by_label("Longest answer").fill("200")
     page.get_by_label("Your message").fill("one")
     page.get_by_label("Your message").press("Enter")
@@ -203,6 +212,7 @@ def test_stop(page, server):
     page.get_by_role("button", name="Stop").click()
     idle(page)
     assert page.locator("#error").is_hidden()
+    page.get_by_text("(stopped)").wait_for()
     page.wait_for_timeout(300)
     assert not server.service.batcher.jobs
 
