@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -22,6 +23,10 @@ def patient(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            found = transport.get_extra_info("socket")
+            if found is not None and found.family in (socket.AF_INET, socket.AF_INET6):
+                # asyncio does so only where a socket names its protocol; else an answer's body waits 40 ms for an ACK
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._tick = self.loop.call_later(seconds, self._look)
 
         def connection_lost(self, exc: Exception | None) -> None:

@@ -236,6 +236,15 @@ def test_bodies_too_large_or_too_slow(tmp_path):
         assert server.chat()[0] == 200
 
 
+def test_small_writes_leave_at_once(tmp_path):
+    with live(tmp_path) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
+        link.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert b" 200 " in link.recv(4096)
+        (found,) = server.server.server_state.connections
+        asked = found.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert asked  # else a token waits for the acknowledgement of the one before
+
+
 def test_a_slow_reader_keeps_nobody_waiting(tmp_path):
     with live(tmp_path, max_new_tokens=150) as server:
         sent = raw({**ASK, "max_tokens": 150, "stream": True})
