@@ -78,6 +78,13 @@ class Live:
         return status, found
 
 
+def raw(body: dict) -> bytes:
+    """A request as it goes over the wire."""
+    sent = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(sent)}\r\n"
+    return head.encode() + b"content-type: application/json\r\n\r\n" + sent
+
+
 @contextmanager
 def live(folder, experts=None, **settings: Any) -> Iterator[Live]:
     """A running server, stopped at the end."""

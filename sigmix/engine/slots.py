@@ -75,9 +75,14 @@ class Slots:
         """Columns in use: those of the longest row."""
         return self.window.end - self.window.start
 
+    @property
+    def _layers(self) -> list[Any]:
+        """The cache's layers, which have `buffers` once there are rows."""
+        return self.cache.layers
+
     def bytes(self) -> int:
         """Of all buffers."""
-        return sum(buffer.nbytes for layer in self.cache.layers for buffer in layer.buffers)  # type: ignore[attr-defined]
+        return sum(buffer.nbytes for layer in self._layers for buffer in layer.buffers)
 
     def join(self, state: Prefilled) -> None:
         """Add rows that `prefill` has read, behind those that are there; its cache may be any, and is not changed."""
@@ -88,8 +93,9 @@ class Slots:
         self._reserve(state, window.rows + count, columns)
         new = slice(window.rows, window.rows + count)
         span = slice(window.end - columns, window.end)
-        for layer, given in zip(self.cache.layers, state.cache.layers, strict=True):
-            for buffer, states in zip(layer.buffers, (given.keys, given.values), strict=True):  # type: ignore[attr-defined]
+        read: list[Any] = state.cache.layers
+        for layer, given in zip(self._layers, read, strict=True):
+            for buffer, states in zip(layer.buffers, (given.keys, given.values), strict=True):
                 # a sliding layer has kept its last tokens only; the others are out of every later token's sight
                 buffer[new, :, window.end - states.shape[2] : window.end] = states
         self.mask[new] = False
@@ -127,7 +133,7 @@ class Slots:
         """
         order = list(range(self.window.rows))
         span = slice(self.window.start, self.window.end)
-        buffers = [buffer for layer in self.cache.layers for buffer in layer.buffers]  # type: ignore[attr-defined]
+        buffers = [buffer for layer in self._layers for buffer in layer.buffers]
         for place in sorted(set(places), reverse=True):
             last = len(order) - 1
             for buffer in buffers if wipe else ():
@@ -147,22 +153,19 @@ class Slots:
         """Copies of a row's keys and values [1, heads, tokens, d] of every layer, gaps left out."""
         used = self.mask[place, : self.window.end].nonzero()[:, 0]
         return [
-            tuple(buffer[place : place + 1].index_select(2, used) for buffer in layer.buffers)  # type: ignore[attr-defined, misc]
-            for layer in self.cache.layers
+            tuple(buffer[place : place + 1].index_select(2, used) for buffer in layer.buffers) for layer in self._layers
         ]
 
     # ------------------------------------------------------------------ room
 
     def _reserve(self, state: Prefilled, rows: int, columns: int) -> None:
         """Buffers with so many rows, and so many columns up to the present one."""
-        first = state.cache.layers[0].keys
-        assert first is not None
-        if not self.cache.layers:
+        read: list[Any] = state.cache.layers
+        first = read[0].keys
+        if not self._layers:
             self.mask = torch.zeros(rows, columns + ROOM, dtype=torch.bool, device=first.device)
             self.lengths = torch.zeros(rows, dtype=torch.long, device=first.device)
-            for layer in state.cache.layers:
-                assert layer.keys is not None
-                self.cache.layers.append(SlotLayer(self.window, layer.keys, rows, columns + ROOM))
+            self._layers.extend(SlotLayer(self.window, layer.keys, rows, columns + ROOM) for layer in read)
         capacity, width = self.mask.shape
         if not self.window.rows and columns <= width:
             self.window.start = self.window.end = columns
@@ -182,12 +185,12 @@ class Slots:
         mask[rows, new] = self.mask[rows, old]
         lengths = self.lengths.new_zeros(capacity)
         lengths[rows] = self.lengths[rows]
-        for layer in self.cache.layers:
+        for layer in self._layers:
             made = []
-            for buffer in layer.buffers:  # type: ignore[attr-defined]
+            for buffer in layer.buffers:
                 larger = buffer.new_zeros(capacity, buffer.shape[1], width, buffer.shape[3])
                 larger[rows, :, new] = buffer[rows, :, old]
                 made.append(larger)
-            layer.buffers = made  # type: ignore[attr-defined]
+            layer.buffers = made
         self.mask, self.lengths = mask, lengths
         window.start, window.end = new.start, new.stop

@@ -23,7 +23,9 @@ class Pieces:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.text, self.stopped = "", None
+        self.text = ""
+        self.stopped: str | None = None
+        self._place = 0
         self._ids: list[int] = []
         self._settled = ""  # text of the tokens before _from
         self._from = 0

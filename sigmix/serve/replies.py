@@ -45,7 +45,7 @@ class Form:
     prefix = object = chunk = ""
 
     def __init__(self, id: str, model: str, created: int, fingerprint: str, text_of: Any) -> None:
-        self.head = {"id": id, "created": created, "model": model, "system_fingerprint": fingerprint}
+        self.head: dict[str, Any] = {"id": id, "created": created, "model": model, "system_fingerprint": fingerprint}
         self.text_of = text_of
 
     def whole(self, choices: Sequence[dict[str, Any]], counts: dict[str, int], sigmix: Any) -> dict[str, Any]:

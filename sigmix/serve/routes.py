@@ -64,7 +64,7 @@ async def completions(asked: Completion, request: Request, service: Parts, key: 
     """Go on from bare text, without a chat template."""
     given = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
     if given and isinstance(given[0], int):
-        given = [given]  # type: ignore[list-item]
+        given = [given]
     if len(given) > service.settings.max_choices:
         raise ApiError(400, f"at most {service.settings.max_choices} prompts in a request", param="prompt")
     if not given:
