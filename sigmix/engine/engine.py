@@ -63,6 +63,8 @@ class Engine:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
         contiguous_head(model)
+        # walking through the modules for every request takes longer than looking at the weights
+        self._held = [(module._parameters, name) for module in model.modules() for name in module._parameters]
 
     # ------------------------------------------------------------------ prompts and mixes
 
@@ -286,7 +288,8 @@ class Engine:
 
     def _weights_now(self, form: str | None) -> tuple[Any, ...]:
         # weights that were cast, moved or edited in place are other weights
-        weights: tuple[Any, ...] = tuple((p.data_ptr(), p.dtype, p._version) for p in self.model.parameters())
+        found = (held[name] for held, name in self._held)
+        weights = tuple((p.data_ptr(), p.dtype, p._version) for p in found if p is not None)
         # exact forms differ by rounding only; a truncation's keys and values are its own
         plan = self.truncation if form == "truncated" else None
         return (*weights, 0 if plan is None else plan.serial)

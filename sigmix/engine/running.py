@@ -6,6 +6,7 @@ answers does not depend on the others in its batch, up to the rounding of batche
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,11 +18,19 @@ from transformers import DynamicCache
 from sigmix.engine.decode import choose, uniforms
 from sigmix.engine.engine import Engine
 from sigmix.engine.prefix import Prefilled, StoredPrefix, prefill
+from sigmix.engine.prefixes import Entry
 from sigmix.engine.slots import Slots
 from sigmix.experts.mix import Mix
 
 CHUNK = 512
 """Prompt tokens that are read between two decoding steps; a longer prompt takes several turns."""
+
+MERGE_AFTER = 32
+"""Steps under one mix after which its weights are merged: about as many as the factored form needs to lose the time
+that merging takes (half a second on two cores, at eight rows of the default base). So a mix that soon goes never pays
+for it, and one that stays pays little more than twice what it would have had to."""
+MIXES = 1000
+"""How many mixes such steps are counted of."""
 
 Take = Callable[[int, float, list[tuple[int, float]]], bool]
 """(token id, its natural log-probability, the most probable tokens with theirs) -> whether the answer ends here."""
@@ -59,13 +68,12 @@ class Running:
 
     Args:
         engine: an `Engine`; while a step is under way nothing else may use it, and `rest` lets others use it.
-        form: how several mixes are computed: "factored" or "gain" (exact), or "truncated", see `States.under`.
-        merge: whether a batch under one mix may be merged although its weights are not kept yet (which takes a moment);
-            called with the mix, as often as it comes up.
+        form: how several mixes are computed: "factored" or "gain" (exact), or "truncated", see `States.under`; steps
+            with an expert that the truncation was not fitted for are factored.
     """
 
-    def __init__(self, engine: Engine, form: str = "factored", merge: Callable[[Mix], bool] = lambda _: True) -> None:
-        self.engine, self.form, self.merge = engine, form, merge
+    def __init__(self, engine: Engine, form: str = "factored") -> None:
+        self.engine, self.form = engine, form
         self.members: list[Member] = []
         self.slots = Slots()
         self._reading: list[tuple[Member, DynamicCache, int]] = []
@@ -73,6 +81,9 @@ class Running:
         self._stack = ExitStack()
         self._keep: Any = None
         self._order: list[int] | None = None  # rows of the state that is entered; None: none is
+        self._kept: list[tuple[Mix, list[int], Entry]] = []  # what was read of answers that ended, until the next rest
+        self._only: Mix | None = None  # the one mix of the state that is entered, if its weights are not merged
+        self._paid: Counter[Mix] = Counter()  # steps under one mix since its weights were merged
 
     def __len__(self) -> int:
         return len(self.members) + len(self._reading)
@@ -180,29 +191,46 @@ class Running:
     def _remember(self, place: int) -> None:
         member = self.members[place]
         if member.remember and member.finish in ("stop", "length"):
-            self.rest()
             read = (member.ids + member.answer)[: int(self.slots.lengths[place])]  # the last token was chosen, not read
-            self.engine.keep_beginning(read, member.mix, self.slots.row(place), self._form([member.mix]))
+            self._kept.append((member.mix, read, self.slots.row(place)))
 
     def rest(self) -> None:
         """Give the engine back its own state, so that others can use it; the next step goes on."""
         self._stack.close()
-        self._keep = self._order = None
+        self._keep = self._order = self._only = None
+        for mix, read, row in self._kept:
+            self.engine.keep_beginning(read, mix, row, self._form([mix]))
+        self._kept.clear()
 
     def _enter(self) -> None:
-        if self._order is not None and len(self._order) == len(self.members):
+        if self._order is not None and len(self._order) == len(self.members) and not self._worth_merging():
             return
         self.rest()
         mixes = [member.mix for member in self.members]
-        self._keep = self._stack.enter_context(self.engine.under(mixes, self._form(mixes)))
+        only = mixes[0] if len(set(mixes)) == 1 else None
+        merge = only is not None and self._paid[only] >= MERGE_AFTER
+        if merge:
+            del self._paid[only]
+        form = None if merge else self._form(mixes)
+        self._keep = self._stack.enter_context(self.engine.under(mixes, form))
         self._order = list(range(len(mixes)))
+        self._only = only if form is not None else None
+
+    def _worth_merging(self) -> bool:
+        """Counts a step under one mix that is not merged; whether there have been as many as merging it costs."""
+        if self._only is None:
+            return False
+        if len(self._paid) > MIXES:
+            self._paid.clear()
+        self._paid[self._only] += 1
+        return self._paid[self._only] >= MERGE_AFTER
 
     def _form(self, mixes: Sequence[Mix]) -> str | None:
-        """None (merged) for the base, and for one mix that is worth it; else the form of mixed batches."""
-        if len(set(mixes)) > 1:
-            return self.form
-        one = mixes[0]
-        return None if one == Mix.base() or self.engine.is_merged(one) or self.merge(one) else self.form
+        """None (merged) for the base, and for one mix whose weights are at hand; else the form of mixed batches."""
+        one = mixes[0] if len(set(mixes)) == 1 else None
+        if one is not None and (one == Mix.base() or self.engine.is_merged(one)):
+            return None
+        return self.form if self.form != "truncated" or all(map(self.engine.states.truncates, mixes)) else "factored"
 
     def _choose(self, members: Sequence[Member], logits: torch.Tensor) -> list[int]:
         """The next token of every member, which is told; sets ``finish`` of those that end."""

@@ -15,7 +15,7 @@ from sigmix.engine.running import Member, Running
 from sigmix.errors import SigmixError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair import FairQueue
-from sigmix.serve.jobs import Closing, Decides, Failed, Familiar, Finished, Job, Limits, Started, Token, Watch
+from sigmix.serve.jobs import Closing, Decides, Failed, Finished, Job, Limits, Started, Token, Watch
 from sigmix.serve.pieces import Pieces
 from sigmix.serve.turnstile import SharedEngine
 
@@ -28,7 +28,6 @@ class Batcher:
     Args:
         engine: its model is used by this thread alone, but for what goes through the engine's turnstile.
         decide: pass one. limits: of the batch. form: see `Running`. watch: metrics.
-        familiar: mixes whose weights are merged where a batch has one mix only.
     """
 
     def __init__(
@@ -38,13 +37,11 @@ class Batcher:
         limits: Limits | None = None,
         form: str = "factored",
         watch: Watch | None = None,
-        familiar: Familiar | None = None,
     ) -> None:
         self.engine, self.decide, self.watch = engine, decide, watch
         self.limits = limits or Limits()
         self.queue: FairQueue[Job] = FairQueue(self.limits.waiting, self.limits.each)
-        self.familiar = familiar or Familiar()
-        self._fresh = lambda: Running(engine, form, self.familiar)
+        self._fresh = lambda: Running(engine, form)
         self.running: Running = self._fresh()
         self.jobs: set[Job] = set()  # under way
         self._cancelled: deque[Job] = deque()
@@ -187,7 +184,6 @@ class Batcher:
                 assert job.mix is not None
                 decision = Decision(job.mix, "", "the request asked for it")
             job.mix = decision.mix
-            self.familiar.count(job.mix)
             try:
                 self.engine.z(job.mix)
             except SigmixError as error:  # an expert that was unloaded while the job waited

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -111,27 +110,6 @@ class Limits:
     reading: int = 1024
     waiting: int = 256
     each: int = 64
-
-
-class Familiar:
-    """Mixes that several requests asked for: merging their weights is worth the moment that it takes.
-
-    Args:
-        after: requests from which a mix counts. most: mixes that are remembered.
-    """
-
-    def __init__(self, after: int = 2, most: int = 10_000) -> None:
-        self.after, self.most = after, most
-        self._seen: Counter[Mix] = Counter()
-
-    def count(self, mix: Mix) -> None:
-        """A request begins under a mix."""
-        if len(self._seen) >= self.most and mix not in self._seen:
-            self._seen.clear()
-        self._seen[mix] += 1
-
-    def __call__(self, mix: Mix) -> bool:
-        return self._seen[mix] >= self.after
 
 
 class Decides(Protocol):

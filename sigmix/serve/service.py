@@ -105,7 +105,8 @@ class Service:
         """Warm up and take work."""
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
-        mixes: list[Mix] = [Mix.base(), *(Mix.one(name) for name in self.catalogue)]
+        every = [Mix.base(), *(Mix.one(name) for name in self.catalogue)]
+        mixes = [mix for mix in every if self.form != "truncated" or self.engine.states.truncates(mix)]
         self.engine.generate(["Hello"], "base", max_new_tokens=2)
         self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2, form=self.form)
         self.decider.strategies[self.decider.default].decide(["Hello"])

@@ -13,6 +13,7 @@ from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.adapt import OTHER, Decision
 from sigmix.engine import Engine
+from sigmix.engine.running import MERGE_AFTER
 from sigmix.experts.mix import Mix
 from sigmix.serve.batcher import Batcher
 from sigmix.serve.fair import QueueFull
@@ -87,18 +88,44 @@ def random_ids(draw, length) -> list[int]:
     return [draw.randrange(4, 250) for _ in range(length)]
 
 
+def endless(engine, mix) -> list[int]:
+    """A prompt whose answer under a mix goes on for long."""
+    draw = random.Random(1)
+    while True:
+        ids = random_ids(draw, 6)
+        if len(engine.generate([ids], mix, max_new_tokens=2 * MERGE_AFTER)[0].ids) == 2 * MERGE_AFTER:
+            return ids
+
+
 def random_mix(draw) -> str:
     return "+".join(f"{name}:{draw.choice([-0.5, 0.3, 0.7, 1])}" for name in draw.sample(NAMES, draw.randrange(1, 4)))
 
 
-def test_a_mix_is_merged_when_a_second_request_asks_for_it(started, shared):
+def test_a_mix_is_merged_when_it_has_answered_alone_for_some_time(started, shared, alone):
     batcher = started()
     mix = Mix.parse("math:0.3+code:0.4")
+    ids = endless(alone, mix.id)
     for known in (False, True):
-        one, box = job([5, 6, 7], mix.id, max_new_tokens=8)
+        one, box = job(ids, mix.id, max_new_tokens=MERGE_AFTER - 10)
         batcher.submit(one)
-        assert len(box.wait()) > 3
+        box.wait()
+        assert box.ids() == alone.generate([ids], mix.id, max_new_tokens=MERGE_AFTER - 10)[0].ids
         assert batcher.call(lambda: shared.is_merged(mix)).result(20) == known
+
+
+def test_mixes_that_share_steps_are_not_merged(started, shared, alone):
+    batcher = started()
+    boxes = []
+    hold = threading.Event()
+    batcher.call(lambda: hold.wait(20))
+    for mix in ("math:0.3", "code:0.4"):
+        one, box = job(endless(alone, mix), mix, max_new_tokens=2 * MERGE_AFTER)
+        batcher.submit(one)
+        boxes.append(box)
+    hold.set()
+    for box in boxes:
+        assert len([e for e in box.wait() if isinstance(e, Token)]) == 2 * MERGE_AFTER
+    assert not any(batcher.call(lambda: [shared.is_merged(Mix.parse(m)) for m in ("math:0.3", "code:0.4")]).result(20))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
