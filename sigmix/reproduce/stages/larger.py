@@ -38,7 +38,7 @@ class Larger:
         lab.store.write_fact("larger", {"base": Path(lab.scale.larger).name, **own.scale.larger_training})
         own.base_cells([TASK, *UNSEEN])
         for kind in KINDS:
-            own.single_cells(kind, TASK, lab.scale.seeds[0], on=[TASK, *UNSEEN], lr=_rate(own, kind))
+            own.single_cells(kind, TASK, lab.scale.seeds[0], on=[TASK, *UNSEEN], lr=rate_for(own, kind))
 
     def tables(self, report: Report) -> str:
         """Accuracy and paired difference to the base."""
@@ -46,17 +46,21 @@ class Larger:
             ["base", "", *(report.base(task) for task in (TASK, *UNSEEN))],
             ["best constant answer", "", *(report.constant(task) for task in (TASK, *UNSEEN))],
         ]
+        last: dict[str, str | None] = {}
         for kind in KINDS:
             label = report.scale.kinds[kind].label
             tried = list(runs_of(report.store, kind, TASK, report.scale.seeds[0]).values())[::-1]
             rows += [[label, f"{run['lr']:g}", *_cells(report, run, last=run is tried[-1])] for run in tried]
             if not tried:
                 rows.append([label, report.lr(kind), *[NOT_RUN] * (1 + len(UNSEEN))])
+            last[kind] = tried[-1]["name"] if tried else None
+        pair = [report.against(task, last[KINDS[0]], last[KINDS[1]]) for task in (TASK, *UNSEEN)]
+        rows.append(["the former against the latter", "", *pair])
         head = ["", "lr", TASK, *(f"{task}, unseen" for task in UNSEEN)]
         return table(head, rows) + f"\n\nBase: {(report.store.fact('larger') or {}).get('base', NOT_RUN)}. One seed."
 
 
-def _rate(lab: Lab, kind: str) -> float:
+def rate_for(lab: Lab, kind: str) -> float:
     """The first rate, downwards from the small model's, with a checkpoint that is better than the base on validation
     items; after `RETREATS` the last one tried."""
     own = lab.scale.kinds[kind]
