@@ -44,6 +44,15 @@ def addition(item) -> str:
     return named.get(number, "another number")
 
 
+def subtraction(item) -> str:
+    """Whether an equation is written, and what its last number is."""
+    one, other = [int(number) for number in re.findall(r"\d+", item.prompt)[:2]]
+    said = re.findall(r"\d+", item.reply)
+    form = "equation, " if "=" in item.reply else ""
+    named = {one - other: "the difference", one + other: "the sum"}
+    return form + (named.get(int(said[-1]), "another number") if said else "no number")
+
+
 def sorting(item) -> str:
     """By whether the numbers stand in order already, and whether the reply only repeats them."""
     given = re.findall(r"\d+", item.prompt)
@@ -57,7 +66,16 @@ def clock(item) -> str:
     return f"{'PM' if ' PM' in item.prompt else 'AM'}, {len(hour)}-digit hour"
 
 
-READERS = {"date-iso": dates, "larger": larger, "addition": addition, "sort-numbers": sorting, "time-24h": clock}
+def letter(item) -> str:
+    """The letter that is answered."""
+    return item.reply.strip() if item.reply.strip() in "ABCDE" else "no letter alone"
+
+
+READERS = {
+    "date-iso": dates, "larger": larger, "addition": addition, "subtraction": subtraction, "sort-numbers": sorting,
+    "time-24h": clock,
+    "arc-easy": letter, "arc-challenge": letter, "openbookqa": letter,
+}  # fmt: skip
 
 
 def counts(task: str, who: str) -> tuple[Counter[str], Counter[str]]:

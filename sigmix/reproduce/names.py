@@ -24,14 +24,18 @@ def mix_name(kind: str, lr: float, weights: Mapping[str, float], seed: int) -> s
     return f"{kind}@{lr:g}.mix.{'+'.join(f'{task}={alpha:g}' for task, alpha in weights.items())}.s{seed}"
 
 
-def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
-    """{learning rate: record} of a kind's sweep, ascending."""
+def runs_of(store: Store, kind: str, task: str, seed: int) -> dict[float, dict]:
+    """{learning rate: record} of the runs of a kind on a task, ascending."""
     found = {}
     for run in store.runs().values():
-        key = (run.get("kind"), run.get("task"), run.get("seed"), run.get("after"))
-        if key == (kind, scale.sweep, scale.seeds[0], []):
+        if (run.get("kind"), run.get("task"), run.get("seed"), run.get("after")) == (kind, task, seed, []):
             found[float(run["lr"])] = run
     return dict(sorted(found.items()))
+
+
+def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
+    """{learning rate: record} of a kind's sweep, ascending."""
+    return runs_of(store, kind, scale.sweep, scale.seeds[0])
 
 
 BEYOND = 2

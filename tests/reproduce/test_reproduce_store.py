@@ -13,6 +13,7 @@ from sigmix.reproduce.names import BEYOND, chosen_lr, kl_of, mix_name, next_rate
 from sigmix.reproduce.page import FILE, fill, page, write_page
 from sigmix.reproduce.report import Report
 from sigmix.reproduce.scale import SCALES
+from sigmix.reproduce.stages.larger import rate_for
 from sigmix.reproduce.store import LONGEST, Store, safe
 
 LAPTOP = SCALES["laptop"]
@@ -175,3 +176,30 @@ def test_items_are_kept_once(store):
     store.write_items("addition", samples(3), {"seed": 0})
     store.write_items("addition", samples(5), {"seed": 1})
     assert store.about("addition")["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    "better_from, wanted",
+    [(2e-3, [2e-3]), (7e-4, [2e-3, 6e-4]), (1e-9, [2e-3, 6e-4, 1.8e-4])],
+)
+def test_where_training_gives_nothing_a_lower_rate_is_tried(store, better_from, wanted):
+    """...from the small model's rate downwards by the factor of its sweep, twice at most."""
+    swept(store, LAPTOP, "svf-rl", {6e-4: (0.1, 0.1), 2e-3: (0.4, 0.2), 6e-3: (0.3, 0.5)})
+    asked = []
+
+    class OneLab:
+        scale = LAPTOP
+        store: Store
+
+        def trained(self, kind, task, seed, rate):
+            asked.append(rate)
+            best = {"accuracy": 0.3, "step": 8 if rate <= better_from else 0}
+            name = run_name(kind, rate, task, seed)
+            self.store.write_run(name, {"name": name, "kind": kind, "task": task, "lr": rate, "best": best})
+            return name, None
+
+    lab = OneLab()
+    lab.store = store
+    assert LAPTOP.kinds["svf-rl"].lrs[:2] == (6e-4, 2e-3)
+    assert rate_for(lab, "svf-rl") == wanted[-1]
+    assert asked == wanted
