@@ -12,6 +12,7 @@ BENCHES = {
     "mixed": "32 rows under 32 mixtures against the base, swapped weights and PEFT's mixed-batch LoRA",
     "truncation": "the truncated form under a series of error budgets: KL to the exact model, cost and speed",
     "engine": "Engine.generate on the base against transformers' generate, 1, 8 and 64 rows",
+    "serve": "our server against `transformers serve`: 1, 8 and 32 clients; one expert, different mixtures, auto",
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "what strategies A, B and D cost, as a share of both passes",
     "decompose": "the base's matrices, cold and from the cache; a 4096×14336 matrix against torch.linalg.svd",

@@ -61,9 +61,8 @@ def decode(
     """
     device, count = state.logits.device, len(state.logits)
     rows = [Row() for _ in range(count)]
-    draws = _uniforms(sampling, count).to(device) if sampling.temperature > 0 else None
-    warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature > 0 else []
-    warpers += [TopPLogitsWarper(sampling.top_p)] if warpers and sampling.top_p < 1 else []
+    seeds = list(sampling.seeds) if sampling.seeds is not None else list(range(count))
+    draws = uniforms(seeds, sampling.max_new_tokens).to(device) if sampling.temperature > 0 else None
     active = list(range(count))
     logits, mask, lengths = state.logits, state.mask, state.lengths
     growing(state.cache, sampling.max_new_tokens)
@@ -74,7 +73,7 @@ def decode(
         if draws is None:
             tokens = scores.argmax(-1)
         else:
-            tokens = _sample(scores, warpers, draws[active, step])
+            tokens = _sample(scores, sampling.temperature, sampling.top_p, draws[active, step])
         chosen = (scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)).tolist()
         stay = []
         for place, (index, token, logprob) in enumerate(zip(active, tokens.tolist(), chosen, strict=True)):
@@ -108,15 +107,32 @@ def decode(
         lengths = lengths + 1
 
 
-def _uniforms(sampling: Sampling, count: int) -> torch.Tensor:
-    seeds = list(sampling.seeds) if sampling.seeds is not None else list(range(count))
+def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """float64 [N, count] in [0, 1): a row's random stream, which only its seed decides."""
     streams = [torch.Generator().manual_seed(int(seed) % 2**63) for seed in seeds]
-    return torch.stack([torch.rand(sampling.max_new_tokens, generator=g, dtype=torch.float64) for g in streams])
+    return torch.stack([torch.rand(count, generator=stream, dtype=torch.float64) for stream in streams])
 
 
-def _sample(scores: torch.Tensor, warpers: list, draw: torch.Tensor) -> torch.Tensor:
-    for warper in warpers:
-        scores = warper(None, scores)
+def choose(
+    scores: torch.Tensor, temperature: Sequence[float], top_p: Sequence[float], draws: Sequence[float]
+) -> torch.Tensor:
+    """Tokens int64 [N] of logits float32 [N, V], where every row has options of its own; temperature 0 is greedy.
+
+    A row gets the token that `decode` would choose for it with the same draw.
+    """
+    tokens = scores.argmax(-1)
+    options = list(zip(temperature, top_p, strict=True))
+    for warm, share in dict.fromkeys(option for option in options if option[0] > 0):
+        rows = [number for number, option in enumerate(options) if option == (warm, share)]
+        drawn = torch.tensor([draws[number] for number in rows], dtype=torch.float64, device=scores.device)
+        tokens[rows] = _sample(scores[rows], warm, share, drawn)
+    return tokens
+
+
+def _sample(scores: torch.Tensor, temperature: float, top_p: float, draw: torch.Tensor) -> torch.Tensor:
+    scores = TemperatureLogitsWarper(temperature)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
     steps = scores.softmax(-1).cumsum(-1)  # on the CPU torch accumulates in double
     # scaled by the last step so that rounding can never leave the draw beyond every token
     return torch.searchsorted(steps, (draw.to(steps.dtype) * steps[:, -1])[:, None], right=True)[:, 0].clamp_max(

@@ -13,12 +13,12 @@ import torch
 
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
-from sigmix.engine.generation import Generation, batches, check_options, held_back
+from sigmix.engine.generation import Generation, batches, check_options, decoded, held_back
 from sigmix.engine.merged import BUDGET
 from sigmix.engine.packing import BUDGET as PACKED
-from sigmix.engine.prefix import Prefilled, common_prefix, prefill
+from sigmix.engine.prefix import Prefilled, StoredPrefix, common_prefix, prefill
 from sigmix.engine.prefixes import BUDGET as PREFIXES
-from sigmix.engine.prefixes import Prefixes
+from sigmix.engine.prefixes import Entry, Prefixes
 from sigmix.engine.prompts import check_context, encode, end_ids
 from sigmix.engine.states import States
 from sigmix.engine.truncation import Truncation
@@ -63,6 +63,8 @@ class Engine:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.ends[0] if self.ends else 0)
         contiguous_head(model)
+        # walking through the modules for every request takes longer than looking at the weights
+        self._held = [(module._parameters, name) for module in model.modules() for name in module._parameters]
 
     # ------------------------------------------------------------------ prompts and mixes
 
@@ -81,6 +83,10 @@ class Engine:
     def key(self, mix: Mix) -> tuple[str, ...]:
         """The mix's id and its experts' digests: equal keys mean equal weights, whatever the bank holds by now."""
         return self.states.key(mix)
+
+    def is_merged(self, mix: Mix) -> bool:
+        """Whether a mix's merged weights are kept, so that a batch under it alone starts at once."""
+        return self.merged.has(self.key(mix))
 
     def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
         """A `Mix` for each of ``count`` prompts, from one for all or one for each; None is the base."""
@@ -167,7 +173,7 @@ class Engine:
             sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
             *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
             for n, row in zip(part, last, strict=True):
-                text = self._text(row.ids, stop)
+                text = decoded(self.tokenizer, row.ids, stop)
                 done[n] = Generation(text, row.ids, row.logprobs, mixes[n], len(rows[n]), row.finish)
         return [done[number] for number in range(len(rows))]
 
@@ -191,7 +197,7 @@ class Engine:
         sampling = Sampling(max_new_tokens, temperature, top_p, [seed])
         told = ""
         for rows in self._decode([row], self.mixes(mix, 1), sampling, stop, None):
-            text = self._text(rows[0].ids, stop)
+            text = decoded(self.tokenizer, rows[0].ids, stop)
             # an unfinished multi-byte character decodes to U+FFFD, and a stop string may be under way: hold those back
             held = "" if rows[0].finish else held_back(text, stop)
             shown = text[: len(text) - len(held)]
@@ -236,9 +242,7 @@ class Engine:
                         remedy="finish the stream first, or give each stream its own engine and model",
                     )
 
-    def read(
-        self, rows: list[list[int]], mixes: list[Mix], keep: Any, start: Sequence[int] | None = None
-    ) -> Prefilled:
+    def read(self, rows: list[list[int]], mixes: list[Mix], keep: Any, start: Sequence[int] | None = None) -> Prefilled:
         """Run prompts through the model, inside `under` for the same mixes; what they begin with is read once and kept.
 
         Args:
@@ -275,18 +279,28 @@ class Engine:
     @contextmanager
     def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
         self._turn += 1
-        # weights that were cast, moved or edited in place are other weights
-        self._weights = tuple((p.data_ptr(), p.dtype, p._version) for p in self.model.parameters())
-        # exact forms differ by rounding only; a truncation's keys and values are its own
-        plan = self.truncation if form == "truncated" else None
-        self._weights += (0 if plan is None else plan.serial,)
+        self._weights = self._weights_now(form)
         try:
             with self.states.under(mixes, form) as keep:
                 yield keep, self._turn
         finally:
             self._turn += 1
 
-    def _text(self, ids: list[int], stop: Sequence[str]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
-        return text[: min(cuts)] if cuts else text
+    def _weights_now(self, form: str | None) -> tuple[Any, ...]:
+        # weights that were cast, moved or edited in place are other weights
+        found = (held[name] for held, name in self._held)
+        weights = tuple((p.data_ptr(), p.dtype, p._version) for p in found if p is not None)
+        # exact forms differ by rounding only; a truncation's keys and values are its own
+        plan = self.truncation if form == "truncated" else None
+        return (*weights, 0 if plan is None else plan.serial)
+
+    def known_beginning(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
+        """The longest beginning of a prompt that is kept for a mix (an earlier turn of a conversation), one row of it;
+        None where that is no more than what all prompts begin with. `under` must not be entered."""
+        found = self.prefixes.longest((self._weights_now(form), *self.key(mix)), ids)
+        return found if found is not None and len(found.ids) >= len(self._shared([list(ids)])) + WORTH else None
+
+    def keep_beginning(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
+        """Keep keys and values of what was read under a mix, for prompts that go on from it.
+        `under` must not be entered."""
+        self.prefixes.put((self._weights_now(form), *self.key(mix)), ids, entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.mix import Mix
@@ -41,10 +42,17 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float, stop: S
         raise ConfigError(f"stop must be a list of strings that are not empty, not {stop!r}", remedy="stop=['END']")
 
 
+def decoded(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str:
+    """Text of an answer's token ids, up to the first stop string."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
+    return text[: min(cuts)] if cuts else text
+
+
 def held_back(text: str, stop: Sequence[str]) -> str:
     """The end of a growing text that may still change: half a character, or the beginning of a stop string."""
     if text.endswith("�"):
-        return "�"
+        return text[len(text.rstrip("�")) :]
     longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
     return text[len(text) - longest :] if longest else ""
 

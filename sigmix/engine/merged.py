@@ -55,9 +55,7 @@ class MergedWeights:
         Args:
             key: names the mix and the experts' values; equal keys mean equal z.
         """
-        bases = [(layer.matrix(), layer.get_base_layer().weight._version) for layer in self.layers.values()]
-        # a model that was cast, moved or edited in place has other weights
-        key = (key, tuple((matrix.data_ptr(), matrix.dtype, version) for matrix, version in bases))
+        key = self._full(key)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -68,6 +66,15 @@ class MergedWeights:
                 self._kept.popitem(last=False)
             self._kept[key] = made
         return made
+
+    def has(self, key: Any) -> bool:
+        """Whether `get` has it at hand."""
+        return self._full(key) in self._kept
+
+    def _full(self, key: Any) -> Any:
+        # a model that was cast, moved or edited in place has other weights
+        bases = [(layer.matrix(), layer.get_base_layer().weight._version) for layer in self.layers.values()]
+        return key, tuple((matrix.data_ptr(), matrix.dtype, version) for matrix, version in bases)
 
     def clear(self) -> None:
         """Forget all."""

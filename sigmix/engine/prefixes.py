@@ -34,6 +34,7 @@ class Prefixes:
         self.model, self.budget = model, budget
         self.bytes = 0
         self._kept: OrderedDict[Any, Entry] = OrderedDict()
+        self._put: set[Any] = set()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -75,6 +76,33 @@ class Prefixes:
             cache.update(*pair, number)
         return StoredPrefix(tuple(ids), cache)
 
+    def longest(self, key: Any, ids: Sequence[int]) -> StoredPrefix | None:
+        """The longest stored beginning of a prompt under some weights, with a cache of one row; None if there is none.
+
+        Args:
+            key: of the weights. ids: the prompt; a beginning leaves at least one token of it.
+        """
+        found = [name for name in self._kept if name[0] == key and len(name[1]) < len(ids) and _begins(ids, name[1])]
+        if not found:
+            return None
+        name = max(found, key=lambda name: len(name[1]))
+        self._kept.move_to_end(name)
+        cache = DynamicCache(config=self.model.config)
+        for number, (keys, values) in enumerate(self._kept[name]):
+            cache.update(keys, values, number)
+        return StoredPrefix(name[1], cache)
+
+    def put(self, key: Any, ids: Sequence[int], entry: Entry) -> None:
+        """Store what was read of some tokens; shorter beginnings of them that were put here before are dropped."""
+        if not self.usable(ids):
+            return
+        name = (key, tuple(ids))
+        for other in [o for o in self._kept if o in self._put and o[0] == key and _begins(ids, o[1])]:
+            self.bytes -= _bytes(self._kept.pop(other))
+            self._put.discard(other)
+        self._store(name, entry)
+        self._put.add(name)
+
     def _read(self, ids: Sequence[int], rows: list[int], keep: Callable[..., None] | None) -> list[Entry]:
         cache = DynamicCache(config=self.model.config)
         if keep is not None:
@@ -94,14 +122,21 @@ class Prefixes:
         if size > self.budget:
             return
         while self._kept and self.bytes + size > self.budget:
-            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+            gone, old = self._kept.popitem(last=False)
+            self._put.discard(gone)
+            self.bytes -= _bytes(old)
         self._kept[name] = entry
         self.bytes += size
 
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
+        self._put.clear()
         self.bytes = 0
+
+
+def _begins(ids: Sequence[int], start: tuple[int, ...]) -> bool:
+    return tuple(ids[: len(start)]) == start
 
 
 def _bytes(entry: Entry) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from sigmix.svf.layer import FORMS
 
 FLATS = 128
 """Experts whose vectors are kept; a search that moves z makes new ones all the time."""
+
+MIXED = 64
+"""Mixes whose z is kept, float32 [R] each: a batch is put together anew whenever a request joins it."""
 
 
 class States:
@@ -39,6 +43,7 @@ class States:
         self.merged = MergedWeights(self.layers, keep_merged, self.packing)
         self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
         self.truncation: Truncation | None = None
+        self._mixed: OrderedDict[Mix, tuple[dict[str, Flat], torch.Tensor]] = OrderedDict()
         self._flats: dict[str, tuple[Any, Flat]] = {}  # by name, with the expert that it is of
 
     def z(self, mix: Mix) -> torch.Tensor:
@@ -47,7 +52,16 @@ class States:
         Raises:
             UnknownNameError: no such expert. FingerprintError, ExpertError: an expert that does not fit this base.
         """
-        return mix.flat_z(self.layout, {name: self._flat(name) for name in mix.weights})
+        flats = {name: self._flat(name) for name in mix.weights}
+        known = self._mixed.get(mix)
+        if known is not None and all(known[0][name] is flat for name, flat in flats.items()):
+            self._mixed.move_to_end(mix)
+            return known[1]
+        made = mix.flat_z(self.layout, flats)
+        self._mixed[mix] = flats, made
+        if len(self._mixed) > MIXED:
+            self._mixed.popitem(last=False)
+        return made
 
     def _flat(self, name: str) -> Flat:
         if name not in self.bank:
@@ -62,6 +76,11 @@ class States:
                 self._flats.pop(next(iter(self._flats)))
             self._flats[name] = known
         return known[1]
+
+    def truncates(self, mix: Mix) -> bool:
+        """Whether the truncated form can compute a mix: its plan was fitted for these experts as they are."""
+        plan = self.truncation
+        return plan is None or all(plan.experts.get(name) == self.bank[name].digest for name in mix.weights)
 
     def key(self, mix: Mix) -> tuple[str, ...]:
         """The mix's id and its experts' digests."""

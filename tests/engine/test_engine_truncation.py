@@ -8,6 +8,7 @@ from helpers_engine import TOLERANCE, expert, rows
 
 from sigmix.engine import Engine, packing
 from sigmix.engine.calibration import fit, keep_components
+from sigmix.engine.running import Member, Running
 from sigmix.engine.scoring import next_logits
 from sigmix.engine.truncation_file import load_truncation, save_truncation
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
@@ -215,3 +216,21 @@ def test_inputs_that_are_far_larger_in_one_direction(tiny, tiny_tokenizer):
     assert 0 <= plan.error <= 0.3
     engine.truncation = plan
     assert logits(engine, "truncated").isfinite().all()
+
+
+def test_a_running_batch_computes_exactly_what_the_plan_was_not_fitted_for(tiny, tiny_tokenizer):
+    """An expert that was loaded later must not stop the requests that it shares steps with."""
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.truncation = calibrated(engine).plan(0.3)
+    engine.bank["late"] = expert(tiny(), "late", 9)
+    batch = Running(engine, "truncated")
+    members = [
+        Member(PROMPTS[0], Mix.one("late"), lambda *_: False, 6),
+        Member(PROMPTS[1], Mix.one("math"), lambda *_: False, 6),
+    ]
+    batch.join(members)
+    while len(batch):
+        batch.step()
+    alone = Engine(tiny(), tiny_tokenizer, dict(engine.bank))
+    assert members[0].answer == alone.generate([PROMPTS[0]], "late", max_new_tokens=6)[0].ids
+    assert len(members[1].answer) == 6

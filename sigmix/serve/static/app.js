@@ -1,0 +1,256 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const BY_HAND = "by hand";
+let turns = [];
+let models = [];
+let running = null; // AbortController of the answer under way
+let last = null; // id of the last reply
+
+function made(tag, text, attributes = {}) {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+function fail(error) {
+  $("error").textContent = error.message;
+  $("error").hidden = false;
+}
+
+function clearError() {
+  $("error").hidden = true;
+  $("error").textContent = "";
+}
+
+// ------------------------------------------------------------------ the bank
+
+async function refresh() {
+  try {
+    models = (await api.call("GET", "/v1/models")).data;
+    $("status").textContent = `ready: ${kind("expert").length} experts, ${kind("mix").length} saved mixes`;
+  } catch (error) {
+    $("status").textContent = "not connected";
+    fail(error);
+    return;
+  }
+  const chosen = $("model").value || "auto";
+  $("model").replaceChildren(...["auto", "base", ...names(), BY_HAND].map((name) => made("option", name, { value: name })));
+  $("model").value = [...$("model").options].some((option) => option.value === chosen) ? chosen : "auto";
+  sliders();
+  cards();
+}
+
+const kind = (wanted) => models.filter((model) => model.sigmix.kind === wanted);
+const names = () => [...kind("expert"), ...kind("mix")].map((model) => model.id);
+
+function sliders() {
+  const before = weights();
+  $("sliders").replaceChildren(...kind("expert").map(({ id }) => {
+    const row = made("div", undefined, { class: "bar" });
+    const slider = made("input", undefined, {
+      type: "range", min: "0", max: "1.5", step: "0.05", value: String(before[id] ?? 0), id: `alpha-${id}`, "data-expert": id,
+    });
+    const shown = made("output", Number(slider.value).toFixed(2), { for: slider.id });
+    slider.addEventListener("input", () => {
+      shown.textContent = Number(slider.value).toFixed(2);
+      $("by-hand").textContent = byHand();
+      $("model").value = BY_HAND;
+    });
+    row.append(made("label", id, { for: slider.id }), slider, shown);
+    return row;
+  }));
+  $("by-hand").textContent = byHand();
+}
+
+function weights() {
+  const found = {};
+  for (const slider of document.querySelectorAll("#sliders input")) found[slider.dataset.expert] = Number(slider.value);
+  return found;
+}
+
+function byHand() {
+  const parts = Object.entries(weights()).filter(([, alpha]) => alpha > 0);
+  return parts.map(([name, alpha]) => `${name}:${Number(alpha.toFixed(2))}`).join("+") || "base";
+}
+
+function cards() {
+  $("bank").replaceChildren(...[...kind("expert"), ...kind("mix")].map((model) => {
+    const item = made("li");
+    item.append(made("strong", model.id));
+    const about = model.sigmix;
+    item.append(made("p", about.kind === "mix" ? `a saved mix: ${about.mix}` : about.description || about.domain || ""));
+    const button = made("button", about.kind === "mix" ? "Forget" : "Unload", { type: "button" });
+    button.setAttribute("aria-label", `${button.textContent} ${model.id}`);
+    button.addEventListener("click", () => change("DELETE", `/v1/${about.kind === "mix" ? "mixes" : "experts"}/${model.id}`));
+    if (about.kind === "mix" && Object.values(about.weights).some(Array.isArray)) {
+      const show = made("button", "α by layer", { type: "button" });
+      show.addEventListener("click", () => layers(about.weights));
+      item.append(show);
+    }
+    item.append(button);
+    return item;
+  }));
+}
+
+async function change(method, path, body) {
+  clearError();
+  try {
+    await api.call(method, path, body);
+    await refresh();
+    return true;
+  } catch (error) {
+    fail(error);
+    return false;
+  }
+}
+
+// ------------------------------------------------------------------ what was decided
+
+function decided(about) {
+  $("reason").textContent = `${about.mix}: ${about.reason}.`;
+  const shares = Object.fromEntries(kind("expert").map(({ id }) => [id, 0]));
+  for (const [name, alpha] of Object.entries(about.weights)) {
+    const values = Array.isArray(alpha) ? alpha : typeof alpha === "object" ? Object.values(alpha) : [alpha];
+    shares[name] = values.reduce((sum, value) => sum + value, 0) / values.length;
+  }
+  $("bars").replaceChildren(...Object.entries(shares).map(([name, alpha]) => {
+    const row = made("div", undefined, { class: "bar", "data-expert": name, "data-alpha": String(alpha) });
+    const meter = made("meter", undefined, { min: "0", max: String(Math.max(1, alpha)), value: String(alpha) });
+    meter.setAttribute("aria-label", `α of ${name}`);
+    row.append(made("span", name), meter, made("span", alpha.toFixed(2)));
+    return row;
+  }));
+  layers(about.weights);
+}
+
+function layers(given) {
+  const lists = Object.entries(given).filter(([, alpha]) => Array.isArray(alpha));
+  $("layers").hidden = !lists.length;
+  $("layer-rows").replaceChildren(...lists.map(([name, alphas]) => {
+    const most = Math.max(1, ...alphas);
+    const row = made("div", undefined, { class: "layer", role: "img" });
+    row.setAttribute("aria-label", `${name}: ${alphas.map((alpha) => alpha.toFixed(2)).join(", ")}`);
+    for (const alpha of alphas) {
+      const bar = made("i", undefined, { title: alpha.toFixed(2) });
+      bar.style.height = `${Math.max(0, 100 * alpha / most)}%`;
+      row.append(bar);
+    }
+    const whole = made("div");
+    whole.append(made("span", name), row);
+    return whole;
+  }));
+}
+
+// ------------------------------------------------------------------ the conversation
+
+async function ask(question) {
+  clearError();
+  const chosen = $("model").value;
+  const model = chosen === BY_HAND ? byHand() : chosen;
+  const item = $("turn").content.cloneNode(true).querySelector("li");
+  item.querySelector("h3").textContent = question;
+  $("log").append(item);
+  const columns = $("compare").checked && model !== "base" ? ["base", model] : [model];
+  const cells = columns.map((name) => {
+    const cell = made("div", undefined, { class: "answer", "data-model": name });
+    const head = made("h4", name);
+    const text = made("span", "");
+    cell.append(head, text);
+    item.querySelector(".answers").append(cell);
+    return { name, head, text };
+  });
+  item.scrollIntoView({ block: "end" });
+  running = new AbortController();
+  busy(true);
+  const messages = [...turns, { role: "user", content: question }];
+  const body = { messages, max_tokens: Number($("tokens").value) || 64 };
+  try {
+    await Promise.all(cells.map((cell) => stream(cell, { ...body, model: cell.name }, cell.name === model)));
+    turns = [...messages, { role: "assistant", content: cells.at(-1).text.textContent }];
+    $("feedback").hidden = false;
+    $("feedback-done").textContent = "";
+  } catch (error) {
+    running.abort();
+    if (error.name === "AbortError") cells.at(-1).head.textContent += " (stopped)";
+    else fail(error);
+  } finally {
+    running = null;
+    busy(false);
+    $("question").focus();
+  }
+}
+
+async function stream(cell, body, main) {
+  await api.chat(body, (chunk) => {
+    if (chunk.sigmix) {
+      cell.head.textContent = chunk.sigmix.mix === cell.name ? cell.name : `${cell.name} → ${chunk.sigmix.mix}`;
+      if (main) {
+        decided(chunk.sigmix);
+        last = chunk.id;
+      }
+    }
+    cell.text.textContent += chunk.choices[0]?.delta?.content ?? "";
+  }, running.signal);
+}
+
+function busy(yes) {
+  $("send").disabled = yes;
+  $("stop").disabled = !yes;
+  $("log").setAttribute("aria-busy", String(yes));
+}
+
+// ------------------------------------------------------------------ events
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = $("question").value.trim();
+  if (!question || running) return;
+  $("question").value = "";
+  ask(question);
+});
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("new").addEventListener("click", () => {
+  running?.abort();
+  turns = [];
+  $("log").replaceChildren();
+  $("feedback").hidden = true;
+  clearError();
+  $("question").focus();
+});
+$("save").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (await change("POST", "/v1/mixes", { name: $("mix-name").value, mix: byHand() })) {
+    $("model").value = $("mix-name").value;
+    $("mix-name").value = "";
+  }
+});
+$("load").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (await change("POST", "/v1/experts", { path: $("path").value })) $("path").value = "";
+});
+for (const button of document.querySelectorAll("#feedback button")) {
+  button.addEventListener("click", async () => {
+    clearError();
+    try {
+      const found = await api.call("POST", "/v1/feedback", { id: last, reward: Number(button.dataset.reward) });
+      $("feedback-done").textContent = found.learned ? "Noted; the bandit policy has learned from it." : "Noted.";
+    } catch (error) {
+      fail(error);
+    }
+  });
+}
+$("key").addEventListener("change", () => {
+  api.key = $("key").value.trim();
+  clearError();
+  refresh();
+});
+refresh();
+$("question").focus();
