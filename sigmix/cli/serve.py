@@ -89,7 +89,7 @@ def _keys_file(state: Path | None) -> Path:
     return load_settings(None, state=state).keys_file
 
 
-@keys_app.command("add")
+@keys_app.command("add", epilog="Example: sigmix keys add alice --per-minute 60 --at-once 4")
 def add_key(
     name: str = typer.Argument(help="Who it is for: lower-case letters, digits, - and _."),
     admin: bool = typer.Option(False, "--admin", help="May load experts, save mixes and read metrics."),
@@ -105,7 +105,7 @@ def add_key(
     typer.echo(made(_keys_file(state), name, **allowed))
 
 
-@keys_app.command("list")
+@keys_app.command("list", epilog="Example: sigmix keys list")
 def list_keys(state: Path = STATE, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """Who has a key, and what it allows."""
     from sigmix.serve.keys import read_keys
@@ -119,7 +119,7 @@ def list_keys(state: Path = STATE, as_json: bool = typer.Option(False, "--json",
         typer.echo("no keys")
 
 
-@keys_app.command("remove")
+@keys_app.command("remove", epilog="Example: sigmix keys remove alice")
 def remove(name: str = typer.Argument(help="Whose."), state: Path = STATE) -> None:
     """Take a key away; a server that runs notices within seconds."""
     from sigmix.serve.keys import remove_key
