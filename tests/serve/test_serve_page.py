@@ -96,6 +96,19 @@ def shares(page) -> dict[str, float]:
     }
 
 
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """A tiny model has answered before a click arrives, or before a browser looks."""
+    step = Running.step
+
+    def slow(running):
+        time.sleep(0.05)
+        return step(running)
+
+    monkeypatch.setattr(Running, "step", slow)
+
+
+@pytest.mark.usefixtures("slow_steps")
 def test_type_stream_and_see_the_mix(page, alone):
     page.get_by_label("Answer with").select_option("math")
     page.evaluate("""() => {
@@ -197,14 +210,8 @@ def test_feedback(page):
     page.get_by_role("alert").wait_for()
 
 
-def test_stop(page, server, monkeypatch):
-    step = Running.step
-
-    def slow(running):  # a tiny model has answered before a click arrives
-        time.sleep(0.05)
-        return step(running)
-
-    monkeypatch.setattr(Running, "step", slow)
+@pytest.mark.usefixtures("slow_steps")
+def test_stop(page, server):
     page.get_by_label("Longest answer").fill("200")
     page.get_by_label("Your message").fill("one")
     page.get_by_label("Your message").press("Enter")
