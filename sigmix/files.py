@@ -52,8 +52,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed.
+
+    Args:
+        mode: permissions; default: what the umask leaves of reading and writing for all.
 
     Raises:
         OutputError: the folder cannot be written or the disk is full.
@@ -66,7 +69,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import contextlib
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sigmix.bench.harness import Aim, device, interleaved, ratio, report, say
 from sigmix.bench.requests import mixtures
@@ -86,8 +89,6 @@ def server(words: Sequence[str], port: int, log: Path) -> Iterator[int]:
 
 def free_port() -> int:
     """A port that nobody listens on."""
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -245,10 +246,10 @@ def _rates(
 def _latency(found: Seen) -> dict[str, float]:
     """Percentiles in seconds."""
 
-    def at(values: list[float], share: float) -> float:
-        return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else float("nan")
-
+    first, between = (
+        np.quantile(values or [np.nan], (0.5, 0.99), method="higher") for values in (found.first, found.between)
+    )
     return {
-        "first_p50": at(found.first, 0.5), "first_p99": at(found.first, 0.99),
-        "between_p50": at(found.between, 0.5), "between_p99": at(found.between, 0.99),
+        "first_p50": float(first[0]), "first_p99": float(first[1]),
+        "between_p50": float(between[0]), "between_p99": float(between[1]),
     }  # fmt: skip

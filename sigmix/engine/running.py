@@ -198,9 +198,9 @@ class Running:
         """Give the engine back its own state, so that others can use it; the next step goes on."""
         self._stack.close()
         self._keep = self._order = self._only = None
-        for mix, read, row in self._kept:
+        kept, self._kept = self._kept, []
+        for mix, read, row in kept:
             self.engine.keep_beginning(read, mix, row, self._form([mix]))
-        self._kept.clear()
 
     def _enter(self) -> None:
         if self._order is not None and len(self._order) == len(self.members) and not self._worth_merging():

@@ -128,10 +128,9 @@ class Batcher:
                 chosen = self._next()
                 dropped = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
                 calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            if calls:
-                self.running.rest()  # so that they can have the engine
             for future, work in calls:
                 try:
+                    self.running.rest()  # so that it can have the engine
                     future.set_result(work())
                 except Exception as error:
                     future.set_exception(error)

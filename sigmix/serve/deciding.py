@@ -76,8 +76,8 @@ class Bandit:
             found, mix=mix, label=self.own.get(best, best), reason=reason, evidence=evidence, seconds=seconds
         )
 
-    def learn(self, reply: str, arm: str, context: Mapping[str, float], reward: float) -> None:
-        """Count a reply's reward, and save it.
+    def learn(self, reply: str, arm: str, context: Mapping[str, float], reward: float) -> bool:
+        """Count a reply's reward, and save it; False for a reply that has one.
 
         Raises:
             OutputError: it cannot be saved; then nothing is learned either.
@@ -87,8 +87,10 @@ class Bandit:
             fresh = LinUCB.from_json(self.model.to_json())
             fresh.add(arm, self.own.get(arm))
             fresh.learn(arm, x, reward)
-            self.state.learn(reply, reward, self.key, fresh.to_json())
-            self.model = fresh
+            first = self.state.learn(reply, reward, self.key, fresh.to_json())
+            if first:
+                self.model = fresh
+            return first
 
 
 class Decider:

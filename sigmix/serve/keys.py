@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import time
 from dataclasses import asdict, dataclass, field
@@ -61,9 +60,8 @@ def read_keys(path: Path) -> list[Key]:
 
 def _write(path: Path, keys: list[Key]) -> None:
     text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=2) + "\n"
-    with atomic_file(path) as temporary:
+    with atomic_file(path, mode=0o600) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    os.chmod(path, 0o600)
 
 
 def add_key(path: Path, name: str, **allowed: Any) -> str:

@@ -181,16 +181,16 @@ async def feedback(asked: Feedback, service: Parts, key: Client) -> dict[str, An
         found = await run_in_threadpool(service.state.reply, asked.id)
         if found is None or (not key.admin and found["client"] != key.name):
             raise ApiError(404, f"there is no reply {asked.id!r} that could get feedback", code="not_found", param="id")
-        if found["reward"] is not None:
-            raise ApiError(409, f"the reply {asked.id!r} has its feedback", code="conflict", param="id")
         learned = bandit is not None and found["arm"] is not None and found["context"] is not None
         if learned:
             assert bandit is not None
-            await run_in_threadpool(bandit.learn, asked.id, found["arm"], found["context"], asked.reward)
+            first = await run_in_threadpool(bandit.learn, asked.id, found["arm"], found["context"], asked.reward)
         else:
-            await run_in_threadpool(service.state.learn, asked.id, asked.reward, "", None)
+            first = await run_in_threadpool(service.state.learn, asked.id, asked.reward, "", None)
     except SigmixError as error:
         raise from_sigmix(error) from error
+    if not first:
+        raise ApiError(409, f"the reply {asked.id!r} has its feedback", code="conflict", param="id")
     service.metrics.feedback.labels("good" if asked.reward > 0 else "bad" if asked.reward < 0 else "even").inc()
     why = None if learned else "the reply's mix was asked for, or is of several experts, or the bank has no probe"
     return {"id": asked.id, "object": "sigmix.feedback", "learned": learned, "reason": why}

@@ -110,12 +110,14 @@ class State:
         client, arm, context, reward = row
         return {"client": client, "arm": arm, "context": json.loads(context) if context else None, "reward": reward}
 
-    def learn(self, reply: str, reward: float, name: str, value: Any) -> None:
-        """A reply's reward, and what it makes of what is learned, both or neither."""
+    def learn(self, reply: str, reward: float, name: str, value: Any) -> bool:
+        """A reply's reward, and what it makes of what is learned, both or neither; False, and nothing is changed, for a
+        reply that has a reward."""
         with self._change() as base:
-            base.execute("UPDATE replies SET reward = ? WHERE id = ?", (reward, reply))
-            if value is not None:
+            found = base.execute("UPDATE replies SET reward = ? WHERE id = ? AND reward IS NULL", (reward, reply))
+            if found.rowcount and value is not None:
                 base.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", (name, json.dumps(value)))
+            return found.rowcount > 0
 
     def learned(self, name: str) -> Any:
         """What `learn` saved last under a name; None if nothing."""

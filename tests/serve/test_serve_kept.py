@@ -92,16 +92,28 @@ def test_state_comes_back(tmp_path):
     assert not again.drop_mix("mine")
 
 
+def test_a_reply_gets_one_reward(tmp_path):
+    state = State(tmp_path)
+    state.note_reply("r", "a", "math", {"x": 1.0})
+    assert state.learn("r", 1.0, "bandit", [1])
+    assert not state.learn("r", -1.0, "bandit", [2])
+    assert not state.learn("unknown", 1.0, "bandit", [3])
+    assert (state.reply("r")["reward"], state.learned("bandit")) == (1.0, [1])
+
+
 def test_a_full_disk_loses_nothing(tmp_path):
     state = State(tmp_path)
     state.save_mix("small", Mix.one("a"), {})
+    for reply in "rs":
+        state.note_reply(reply, "me", "a", {"a": 1.0})
     state.learn("r", 1.0, "bandit", [1])
     pages = state._base.execute("PRAGMA page_count").fetchone()[0]
     state._base.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(OutputError, match=r"full.*--state"):
         state.save_mix("large", Mix.one("a"), {"x": "y" * 100_000})
     with pytest.raises(OutputError):
-        state.learn("r", -1.0, "bandit", ["z" * 100_000])
+        state.learn("s", -1.0, "bandit", ["z" * 100_000])
+    assert state.reply("s")["reward"] is None
     assert list(state.mixes()) == ["small"]
     assert state.learned("bandit") == [1]
     state.drop_mix("small")
