@@ -20,9 +20,9 @@ def add(app: typer.Typer) -> None:
         epilog="Example: sigmix experts list",
     )  # fmt: skip
     group.command("list", epilog="Example: sigmix experts list --bank experts")(listed)
-    group.command("show", epilog="Example: sigmix experts show arithmetic")(shown)
+    group.command("show", epilog="Example: sigmix experts show addition")(shown)
     group.command("verify", epilog="Example: sigmix experts verify my-adapter --base smollm2-135m --seal")(verified)
-    group.command("diff", epilog="Example: sigmix experts diff arithmetic comparing")(compared)
+    group.command("diff", epilog="Example: sigmix experts diff addition larger")(compared)
     app.add_typer(group, name="experts")
 
 

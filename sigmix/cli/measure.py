@@ -32,7 +32,7 @@ OUT = typer.Option(None, help="Folder for items (JSONL, one file a mix) and summ
 
 def add(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command("eval", epilog="Example: sigmix eval --task addition --expert arithmetic --n 300")(evaluate)
+    app.command("eval", epilog="Example: sigmix eval --task addition --expert addition --n 300")(evaluate)
     app.command(epilog="Example: sigmix tasks addition --validate")(tasks)
 
 

@@ -19,8 +19,8 @@ STOP = typer.Option([], help="Text that ends an answer; may be repeated.")
 
 def add(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command(epilog='Example: sigmix generate "What is 17 + 25?" --mix arithmetic:0.7+reading:0.3')(generate)
-    app.command(epilog="Example: sigmix chat --mix arithmetic")(chat)
+    app.command(epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3')(generate)
+    app.command(epilog="Example: sigmix chat --mix addition")(chat)
 
 
 def generate(

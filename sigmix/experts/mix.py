@@ -1,6 +1,6 @@
 """`Mix`: which experts, in what shares. z' = 1 + Σₖ αₖ (zₖ - 1), so the empty mix is the base.
 
-    Mix.parse("arithmetic:0.7 + reading:0.3")    Mix.parse("arithmetic")    Mix.parse("base")
+    Mix.parse("addition:0.7 + larger:0.3")    Mix.parse("addition")    Mix.parse("base")
     Mix({"arithmetic": [0.7, 0.2, …]})           α per layer;  {"arithmetic": {path: 0.7, …}} per matrix
 
 Equal mixes have equal ids, whatever the order or spelling they were written in, so the id is a key for caches.
@@ -30,7 +30,7 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 # a weight that is no number matches too, so that the message can be about it
 TERM = re.compile(rf"\s*(?P<name>{NAME.pattern})\s*(?::\s*(?P<alpha>{NUMBER}|[^\s:+]*))?\s*(?P<end>\+|$)")
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-EXAMPLE = "for example 'arithmetic:0.7+reading:0.3', 'arithmetic' or 'base'"
+EXAMPLE = "for example 'addition:0.7+larger:0.3', 'addition' or 'base'"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ import typer
 
 from sigmix.cli import app as application
 from sigmix.errors import DivergedError
+from sigmix.experts.bank import Bank
+from sigmix.experts.mix import Mix
 
 pytest_plugins = ["helpers_cli"]
 
@@ -31,6 +34,19 @@ def test_help_of_every_command_has_an_example(run):
         assert done.code == 0, path
         assert "Example: sigmix " in done.out, path
         assert not done.err, path
+
+
+def test_experts_in_examples_are_there(run):
+    """What the help shows can be typed as it stands."""
+    application._commands()
+    named = set()
+    for path in every_command(typer.main.get_command(application.app)):
+        example = run(*path, "--help").out.partition("Example: ")[2].replace("\n", " ")
+        for mix in re.findall(r"--(?:mix|expert) (\S+)", example):
+            named |= set() if mix.endswith(".json") else set(Mix.parse(mix).weights)
+        named |= {name for found in re.findall(r"experts (?:show|diff) ([a-z -]+)", example) for name in found.split()}
+    assert len(named) >= 2
+    assert named <= set(Bank.bundled())
 
 
 def test_help_needs_no_torch(run, monkeypatch):
