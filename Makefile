@@ -34,17 +34,18 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## see self-adaptation at work on a small model, on the CPU
 	$(BIN)/sigmix demo
 
-test: lint  ## lint, import rules and all tests, those with the real model too
+test: lint  ## lint, import rules, types and all tests, those with the real model too
 	$(BIN)/python -m pytest $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that need no real model
 	$(BIN)/python -m pytest -m "not real" $(TESTS)
 
-lint: $(STAMP)  ## ruff and the import rules
+lint: $(STAMP)  ## ruff, the import rules and mypy
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy sigmix
 
-types: $(STAMP)  ## mypy, for information
+types: $(STAMP)  ## mypy alone
 	$(BIN)/mypy sigmix
 
 bench: $(STAMP)  ## figures against named peers

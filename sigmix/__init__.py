@@ -23,14 +23,15 @@ _HOMES = {
 
 __all__ = ["__version__", *_HOMES]
 
-if TYPE_CHECKING:
-    from sigmix.engine import Engine
-    from sigmix.errors import SigmixError
-    from sigmix.experts.bank import Bank
-    from sigmix.experts.expert import Expert
-    from sigmix.experts.mix import Mix
-    from sigmix.models import load_base
-    from sigmix.svf.tuner import SVFConfig, SVFModel
+if TYPE_CHECKING:  # `as`, so that strict checkers see a public name
+    from sigmix.engine import Engine as Engine
+    from sigmix.errors import SigmixError as SigmixError
+    from sigmix.experts.bank import Bank as Bank
+    from sigmix.experts.expert import Expert as Expert
+    from sigmix.experts.mix import Mix as Mix
+    from sigmix.models import load_base as load_base
+    from sigmix.svf.tuner import SVFConfig as SVFConfig
+    from sigmix.svf.tuner import SVFModel as SVFModel
 
 
 def __getattr__(name: str) -> Any:

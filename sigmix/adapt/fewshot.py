@@ -176,6 +176,7 @@ class FewShotSearch:
             values = self.values(mixes)
             searcher.tell(candidates, values)
             if isinstance(space, ZSpace):
+                assert searcher.best is not None  # it was told
                 space.forget(but=[space.mix(searcher.best)])
             idle = 0 if before is None or searcher.best_value > before else idle + 1
             entry = {

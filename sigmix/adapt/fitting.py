@@ -60,7 +60,7 @@ def fit_probe(
         (n for n, entry in enumerate(tried) if entry["accuracy"] >= best - SLACK),
         key=lambda n: (tried[n]["depth"], -tried[n]["accuracy"]),
     )
-    depth, (scaler, model) = tried[chosen]["depth"], models[chosen]
+    depth, (scaler, model) = int(tried[chosen]["depth"]), models[chosen]
     # (h - mean) / scale folded into the weights; a two-class model has one row of logits
     weight = model.coef_ / scaler.scale_
     bias = model.intercept_ - weight @ scaler.mean_

@@ -104,7 +104,8 @@ def adapted(model: Any) -> dict[str, torch.Tensor]:
 
 def base_seconds(weights: list[torch.Tensor], repeats: int) -> tuple[list[float], list[float]]:
     """Seconds for all weights: cold, once per repeat with a fresh cache; warm, `WARM_READS` times per repeat."""
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     for _ in range(repeats):
         with _empty_cache():
             for times in (cold, *[warm] * WARM_READS):

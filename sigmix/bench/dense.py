@@ -15,7 +15,7 @@ reward is the reference's ±1.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,7 +66,7 @@ class Dense:
             do_sample=config.temperature > 0, temperature=config.temperature or None, top_k=0, top_p=1.0,
             max_new_tokens=new_tokens, pad_token_id=self.pad,
         )  # fmt: skip
-        self.phases: Counter[str] = Counter()
+        self.phases: defaultdict[str, float] = defaultdict(float)
 
     def compose(self, name: str) -> torch.Tensor:
         """W'(z) [out, in] in the weight's dtype, with a gradient for z."""
@@ -75,7 +75,7 @@ class Dense:
 
     def step(self, number: int, samples: Sequence[Sample], rollouts: Rollouts | None = None) -> dict[str, float]:
         """One step, on given rollouts or on its own; z's gradient stays in ``z[...].grad``."""
-        self.phases = Counter()
+        self.phases = defaultdict(float)
         self._load(composed=True)
         with self._timed("rollout"):
             prompts, answers, rewards = self._roll(number, samples) if rollouts is None else self._given(rollouts)
@@ -104,8 +104,8 @@ class Dense:
                 self.compose(name).backward(module.weight.grad)
                 module.weight.grad = None
         norm = nn.utils.clip_grad_norm_(self.z.values(), self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, number)
+        for options in self.optimizer.param_groups:
+            options["lr"] = learning_rate(self.config, number)
         self.optimizer.step()
         return {"loss": total, "grad_norm": float(norm), "answer_tokens": float(width)}
 

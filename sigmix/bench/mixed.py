@@ -34,6 +34,7 @@ from sigmix.engine import Engine
 from sigmix.engine.prefix import left_pad
 from sigmix.engine.scoring import next_logits
 from sigmix.errors import SigmixError
+from sigmix.experts.mix import Mix
 from sigmix.fetch import DEFAULT
 from sigmix.models import load_base
 
@@ -84,11 +85,17 @@ def run(
         for text, mix in zip(texts, mixes, strict=True):
             engine.generate([text], mix, max_new_tokens=new_tokens)
 
+    def asked(mix: list[Mix] | None = None, form: str | None = None) -> Callable[[int], None]:
+        def ask(_: int) -> None:
+            engine.generate(texts, mix, max_new_tokens=new_tokens, form=form)
+
+        return ask
+
     contestants: dict[str, Callable[[int], None]] = {
-        "exact": lambda _: engine.generate(texts, mixes, max_new_tokens=new_tokens) and None,
+        "exact": asked(mixes),
         "new": new,
-        "truncated": lambda _: engine.generate(texts, mixes, max_new_tokens=new_tokens, form="truncated") and None,
-        "base": lambda _: engine.generate(texts, max_new_tokens=new_tokens) and None,
+        "truncated": asked(mixes, "truncated"),
+        "base": asked(),
         "swap": swap,
     }
     for count in ADAPTERS:

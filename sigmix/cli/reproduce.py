@@ -41,8 +41,8 @@ def reproduce(
 
     wanted = get_scale(scale)
     todo = chosen(only)
-    changes = {"base": base, "larger": larger}
-    wanted = replace(wanted, **{key: value for key, value in changes.items() if value is not None})
+    wanted = replace(wanted, base=wanted.base if base is None else base)
+    wanted = replace(wanted, larger=wanted.larger if larger is None else larger)
     store = Store(out or Path("results") / scale)
     check_writable(store.folder / "README.md")
     work = work or cache_dir() / "reproduce" / scale

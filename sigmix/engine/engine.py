@@ -172,9 +172,9 @@ class Engine:
         for part in batches(good, mixes, batch_size, form):
             sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
             *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
-            for n, row in zip(part, last, strict=True):
-                text = decoded(self.tokenizer, row.ids, stop)
-                done[n] = Generation(text, row.ids, row.logprobs, mixes[n], len(rows[n]), row.finish)
+            for n, end in zip(part, last, strict=True):
+                text = decoded(self.tokenizer, end.ids, stop)
+                done[n] = Generation(text, end.ids, end.logprobs, mixes[n], len(rows[n]), end.finish)
         return [done[number] for number in range(len(rows))]
 
     @torch.no_grad()

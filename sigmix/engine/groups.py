@@ -57,11 +57,11 @@ class Group:
         return torch.cat(parts)
 
 
-def find_groups(model: nn.Module, layers: Mapping[str, SVFLinear], every: bool = False) -> list[Group]:
+def find_groups(model: Any, layers: Mapping[str, SVFLinear], every: bool = False) -> list[Group]:
     """All adapted `torch.nn.Linear` layers, those together that a pass of the base calls in turn with one tensor.
 
     Args:
-        every: GPT-2's `Conv1D` layers too.
+        model: a causal language model, wrapped by PEFT or not. every: GPT-2's `Conv1D` layers too.
     """
 
     def fits(path: str) -> bool:

@@ -9,6 +9,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
+def filled(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [N, heads, P, d] of a `DynamicLayer` that has some."""
+    assert isinstance(layer, DynamicLayer)
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` in buffers [N, heads, P + room, d]; ``keys`` and ``values`` are views of what is filled.
 
@@ -19,11 +27,14 @@ class GrowingLayer(DynamicLayer):
         layer: a filled layer, which is taken over. room: tokens that fit without new buffers.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, layer: DynamicLayer, room: int) -> None:
         super().__init__()
         self.room = room
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.keys, self.values = layer.keys, layer.values
+        self.keys, self.values = filled(layer)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -49,5 +60,5 @@ class GrowingLayer(DynamicLayer):
 def growing(cache: DynamicCache, room: int) -> None:
     """Give a cache's plain layers room for some tokens, in place; sliding and other layers stay as they are."""
     for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.is_initialized and not layer.keys.requires_grad:
+        if type(layer) is DynamicLayer and layer.is_initialized and not filled(layer)[0].requires_grad:
             cache.layers[number] = GrowingLayer(layer, room)

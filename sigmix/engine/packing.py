@@ -84,13 +84,18 @@ class Packing:
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
         self._known: dict[Any, tuple[Any, Pack]] = {}
 
-    def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]) -> Pack:
-        """The packed copy under a key, made anew if the weights are other tensors or were changed in place."""
+    def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor] | None = None) -> Pack:
+        """The packed copy under a key, made anew if the weights are other tensors or were changed in place.
+
+        Args:
+            key: any. weights: what it is made from. make: how; None: it is the one weight itself.
+        """
         state = [(weight.data_ptr(), weight._version) for weight in weights]
         known = self._known.get(key)
         if known is None or known[0][0] != state:
             # the weights are held, so that no other ones can get their addresses
-            known = self._known[key] = ((state, [weight.detach() for weight in weights]), pack(make()))
+            held = [weight.detach() for weight in weights]
+            known = self._known[key] = ((state, held), pack(weights[0] if make is None else make()))
         return known[1]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
@@ -115,7 +120,7 @@ class Packing:
         try:
             if self.on:
                 for module in self.others:
-                    weight = self.of(id(module), [module.weight], lambda module=module: module.weight)
+                    weight = self.of(id(module), [module.weight])
                     patches.put(module, "forward", functools.partial(_forward, module, weight))
                 for group in self.groups:
                     if form == "factored":
@@ -136,16 +141,14 @@ class Packing:
         shared = Shared(lambda x: packed_linear(x, packed, bias).split(sizes, -1))
         for number, layer in enumerate(group.layers):
             base = layer.get_base_layer()
+            assert isinstance(base, nn.Linear)  # `find_groups` leaves the others out
             patches.put(base, "forward", functools.partial(_shared, base, shared, number))
 
     def _factored(self, group: Group, patches: Patches) -> None:
         factors = [layer.factors() for layer in group.layers]
         key, firsts = group.paths[0], [first for first, _ in factors]
         first = self.of((key, 1), firsts, lambda: firsts[0] if len(firsts) == 1 else torch.cat(firsts))
-        seconds = [
-            self.of((path, 2), [second], lambda second=second: second)
-            for path, (_, second) in zip(group.paths, factors, strict=True)
-        ]
+        seconds = [self.of((path, 2), [second]) for path, (_, second) in zip(group.paths, factors, strict=True)]
         ranks = group.ranks
         shared = Shared(lambda x: packed_linear(x, first, None).split(ranks, -1))
         for number, (layer, second) in enumerate(zip(group.layers, seconds, strict=True)):

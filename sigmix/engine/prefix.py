@@ -50,7 +50,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Length of the prefix that all rows share, leaving every row at least one token of its own."""
     if len(rows) < 2:
         return 0
-    first, last = min(rows), max(rows)
+    first, last = min(rows, key=list), max(rows, key=list)
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return max(min(shared, min(map(len, rows)) - 1), 0)
 

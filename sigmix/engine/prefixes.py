@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from sigmix.engine.growing import filled
 from sigmix.engine.prefix import MIN_SHARED, StoredPrefix, read_prefix
 
 BUDGET = 128 << 20
@@ -72,8 +73,8 @@ class Prefixes:
         places = torch.tensor([distinct.index(name) for name in names])
         cache = DynamicCache(config=self.model.config)
         for number in range(len(found[distinct[0]])):
-            pair = (torch.cat([found[name][number][part] for name in distinct])[places] for part in (0, 1))
-            cache.update(*pair, number)
+            first, second = (torch.cat([found[name][number][part] for name in distinct])[places] for part in (0, 1))
+            cache.update(first, second, number)
         return StoredPrefix(tuple(ids), cache)
 
     def longest(self, key: Any, ids: Sequence[int]) -> StoredPrefix | None:
@@ -113,7 +114,7 @@ class Prefixes:
             if keep is not None:
                 keep(None)
         return [
-            [(layer.keys[row : row + 1].clone(), layer.values[row : row + 1].clone()) for layer in cache.layers]
+            [(keys[row : row + 1].clone(), values[row : row + 1].clone()) for keys, values in map(filled, cache.layers)]
             for row in range(len(rows))
         ]
 

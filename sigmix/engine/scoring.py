@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from sigmix.engine.prefix import Prefilled, answer_logits, left_pad
 from sigmix.engine.prompts import check_context
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 Mixes = Mix | str | Sequence[Mix | str] | None
 
@@ -133,7 +137,7 @@ def hidden(engine: Engine, prompts: Sequence[Prompt], depths: Sequence[int], bat
     return torch.cat(found)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The model's layers, in order.
 
     Raises:

@@ -173,7 +173,8 @@ def confusion(strategy: Strategy, found: Mapping[str, Sequence[str]], names: Seq
         strategy, labels (columns), rows: [{label, n, counts, right, accuracy, interval}], accuracy over all with its
         Wilson interval, the mean of the rows' accuracies ("balanced"), tokens and seconds per request, and items.
     """
-    rows, items = [], []
+    rows: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
     started = time.perf_counter()
     for label, texts in found.items():
         decisions = strategy.decide(list(texts))

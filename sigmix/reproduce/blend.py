@@ -38,7 +38,7 @@ class Blend:
         if self.svf:
             self.experts = {name: one if isinstance(one, Expert) else Expert.load(one) for name, one in folders.items()}
             config = SVFConfig(target_modules="all-linear", cache=cache)
-            self.model: Any = get_peft_model(base, config).eval()  # type: ignore[arg-type]
+            self.model: Any = get_peft_model(base, config).eval()
             self.layers = svf_layers(self.model)
         else:
             (first, folder), *others = folders.items()

@@ -83,7 +83,7 @@ def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> di
         updates = [blend.update(path, task) for task in tasks]
         flat = torch.stack([one.flatten() for one in updates]).double().cpu()
         dots += flat @ flat.T
-        size += float(place.get_base_layer().weight.detach().float().square().sum())  # type: ignore[operator]
+        size += float(place.get_base_layer().weight.detach().float().square().sum())
         if not bool((flat.abs().sum(1) > 0).all()):
             continue
         counted += 1

@@ -16,6 +16,9 @@ What it does not do: quantised base layers work in the gain and truncated forms 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -25,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from sigmix.errors import ConfigError
 from sigmix.svf.decompose import cached_decompose
 from sigmix.svf.gains import mix_z, truncate
-from sigmix.svf.scale import Scale, SingularScale, scaled
+from sigmix.svf.scale import Scale, Scales, SingularScale, scaled
 
 FORMS = ("merged", "factored", "gain", "truncated")
 
@@ -40,6 +43,14 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("svf_z",)
+    # buffers; the first two are None until `ensure_factors`
+    svf_short: torch.Tensor
+    svf_s: torch.Tensor
+    svf_long: torch.Tensor | None
+
+    if TYPE_CHECKING:  # PEFT says any module; __init__ takes no other
+
+        def get_base_layer(self) -> nn.Linear | Conv1D: ...
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, inference_mode: bool = False, cache: bool = True):
         super().__init__()
@@ -48,7 +59,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = self.matrix().shape
-        self.svf_z = nn.ModuleDict({})
+        self.svf_z = Scales({})
         self.form = "factored"
         self.row_z: torch.Tensor | None = None
         self._row_gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -70,7 +81,8 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     def matrix(self) -> torch.Tensor:
         """The base weight as [out, in] (a view), never a merged one."""
-        weight = self._kept if getattr(self, "_kept", None) is not None else self.get_base_layer().weight
+        kept: torch.Tensor | None = getattr(self, "_kept", None)
+        weight = self.get_base_layer().weight if kept is None else kept
         return weight.data.T if self.transposed else weight.data
 
     def ensure_factors(self) -> None:
@@ -93,7 +105,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             self.svf_long = self.svf_long.contiguous()
         return self.svf_long
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def, override]
+    def _apply(self, fn, recurse=True):
         before = self.svf_short
         super()._apply(fn, recurse)
         if self._kept is not None:
@@ -189,9 +201,10 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object
+    ) -> torch.Tensor:
         """x [..., in] -> [..., out], in x's dtype."""
-        adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self._kept is not None:
                 self.unmerge()
@@ -221,7 +234,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             return self._truncated(x, z - 1)
         raise ConfigError(f"unknown form {self.form!r}; one of {', '.join(FORMS)}")
 
-    def _z_of_rows(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
+    def _z_of_rows(self, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         one = torch.ones(self.r, device=x.device)
         z = torch.stack([self.svf_z[n].weight if n in self.svf_z else one for n in names])
         if len(z) != len(x):

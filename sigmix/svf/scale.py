@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ class SingularScale(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(r, dtype=torch.float32, device=device))
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def, override]
+    def _apply(self, fn, recurse=True):
         # z stays float32 in model.bfloat16(): bfloat16 has no number between 1 and 1.0078
         kept = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
         super()._apply(fn, recurse)
@@ -21,6 +23,17 @@ class SingularScale(nn.Module):
             if self._parameters[name].dtype != data.dtype:
                 self._parameters[name].data = data.to(self._parameters[name].device)
         return self
+
+
+if TYPE_CHECKING:
+
+    class Scales(nn.ModuleDict):
+        """`SingularScale`s by adapter."""
+
+        def __getitem__(self, key: str) -> SingularScale: ...
+
+else:
+    Scales = nn.ModuleDict
 
 
 class Scale(torch.autograd.Function):
@@ -31,12 +44,12 @@ class Scale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, z):  # type: ignore[override]
+    def forward(ctx, h, z):
         ctx.save_for_backward(h, z)
         return scaled(h, z)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         h, z = ctx.saved_tensors
         if z.ndim == 1:
             dz = (grad * h).reshape(-1, h.shape[-1]).sum(0, dtype=torch.float32)

@@ -80,9 +80,10 @@ class SVFModel(BaseTuner):
 
     prefix = "svf_"
     tuner_layer_cls = SVFLinear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT's have no ClassVar
 
-    def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> SVFConfig:
+        assert isinstance(peft_config, SVFConfig)
         # PEFT's own shorthand "all-linear" is resolved later by PEFT; ours and the layer selection, which PEFT allows
         # only with a list, are resolved here to full module names
         if peft_config.target_modules is None:
@@ -109,7 +110,7 @@ class SVFModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SVFConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -117,6 +118,7 @@ class SVFModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, SVFConfig)
         if parameter_name is not None:
             raise ConfigError(f"SVF adapts linear layers, not the bare parameter {parameter_name}")
         embedding = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
@@ -176,6 +178,7 @@ class SVFModel(BaseTuner):
             zs = [layer.svf_z[name].weight.detach() if name in layer.svf_z else one for name in adapters]
             mixed[path] = mix_z(zs, weights)
         config = copy.copy(self.peft_config[adapters[0]])
+        assert isinstance(config, SVFConfig)
         config.target_modules, config.layers_to_transform = sorted(layers), None
         self.peft_config[adapter_name] = config
         for path, layer in layers.items():
@@ -272,9 +275,10 @@ def _layer_count(model_config: dict) -> int:
 
 def register() -> None:
     """Enter SVF in PEFT's mappings; safe to call more than once."""
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[SigmixPeftType.SVF] = SVFConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[SigmixPeftType.SVF] = SVFModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[SigmixPeftType.SVF] = SVFModel.prefix
+    # PEFT's enum cannot be extended
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[SigmixPeftType.SVF] = SVFConfig  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[SigmixPeftType.SVF] = SVFModel  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[SigmixPeftType.SVF] = SVFModel.prefix  # type: ignore[index]
 
 
 register()

@@ -12,6 +12,7 @@ from sigmix.evals.evaluate import compare, constant_baseline, evaluate
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
 from sigmix.train.loop import Trainer
+from sigmix.train.policy import SVFPolicy
 
 
 def held_out(trainer: Trainer, expert: Expert, n: int) -> tuple[Expert, dict[str, Any]]:
@@ -24,6 +25,7 @@ def held_out(trainer: Trainer, expert: Expert, n: int) -> tuple[Expert, dict[str
         The expert with the figures in its metrics, and {"test", "base", "paired", "best_constant"}. The items of both
         are written to the run's folder as test-base.jsonl and test-expert.jsonl.
     """
+    assert isinstance(trainer.policy, SVFPolicy)
     task, actor, layers, tokens = trainer.task, trainer.actor, trainer.policy.layers, trainer.max_new_tokens
     samples = task.samples("test", n, seed=0)
     with as_base(layers):

@@ -140,7 +140,7 @@ class Trainer:
         self._emit({"kind": "validation", "step": self.step, "seconds": self.seconds, "best": better, **summary})
         if better and isinstance(self.policy, SVFPolicy):
             self.expert(result).save(self.run.best)
-        elif better:
+        elif better and not isinstance(self.policy, SVFPolicy):
             self.policy.save(self.run.best)
 
     def expert(self, validation: Result | None = None) -> Expert:

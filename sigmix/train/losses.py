@@ -72,7 +72,7 @@ class _PerToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, base, ids, exact):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, logits, base, ids, exact):
         ctx.save_for_backward(logits, base, ids)
         ctx.exact = exact
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -93,7 +93,7 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, of_chosen, of_kl, _):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, of_chosen, of_kl, _):
         logits, base, ids = ctx.saved_tensors
         grad = torch.empty_like(logits)
         chunks = _Chunks(logits, base)

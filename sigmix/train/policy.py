@@ -52,6 +52,8 @@ class Policy(Protocol):
 class ReferenceZ(nn.Module):
     """z from the raw parameter p as in the public implementation; p starts at 0.1 + 0.01·N(0, 1)."""
 
+    s: torch.Tensor
+
     def __init__(self, s: torch.Tensor, generator: torch.Generator) -> None:
         super().__init__()
         self.register_buffer("s", s, persistent=False)
@@ -69,7 +71,7 @@ class SVFPolicy:
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
         targets = SVFConfig(target_modules=config.targets, layers_to_transform=config.layers)
-        self.model = get_peft_model(base, targets).eval()  # type: ignore[arg-type]
+        self.model = get_peft_model(base, targets).eval()
         self.layers = svf_layers(self.model)
         self.direct = config.parameterisation == "direct"
         if not self.direct:
@@ -82,7 +84,8 @@ class SVFPolicy:
         """{path: float32 [r]}: z itself, or p under the reference parameterisation."""
         if self.direct:
             return {path: layer.svf_z["default"].weight for path, layer in self.layers.items()}
-        return {p: layer.svf_z["default"].parametrizations.weight.original for p, layer in self.layers.items()}
+        raw = "parametrizations.weight.original"
+        return {path: layer.svf_z["default"].get_parameter(raw) for path, layer in self.layers.items()}
 
     def z(self) -> dict[str, torch.Tensor]:
         """Effective z by path, float32 [r] on the CPU, detached."""
@@ -123,7 +126,7 @@ class PeftPolicy:
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
-        self.model = get_peft_model(base, _peft_config(config)).eval()  # type: ignore[arg-type]
+        self.model = get_peft_model(base, _peft_config(config)).eval()
         self._layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -170,7 +173,7 @@ class PeftPolicy:
 @contextmanager
 def merged_adapter(model: Any) -> Iterator[None]:
     """Inside, a PEFT model's active adapter is merged into copies of the weights; the base's own come back after."""
-    bases = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    bases: list[Any] = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
     kept = [(p, p.data) for base in bases for p in (base.weight, getattr(base, "bias", None)) if p is not None]
     try:
         for parameter, data in kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +54,7 @@ class Learner:
         group = len(rollouts.answers) // len(rollouts.prompts)
         advantage = advantages(rollouts.rewards, group, config.baseline)
         known = int((~rollouts.rewards.isnan()).sum())
-        totals = Counter[str]()
+        totals = defaultdict[str, float](float)
         self.optimizer.zero_grad(set_to_none=True)
         if config.policy == "lora" and config.lora_dropout:
             torch.manual_seed(row_seed(config.seed, number, -1))  # so that a resumed run drops the same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 from sigmix.reproduce.blend import Blend
@@ -39,13 +40,13 @@ class Composition:
             others = crossed(scale) if main and task in crossed(scale) else ()
             for other in dict.fromkeys([task, *others]):
                 reference = blend.reference if other == task else None
-                lab.cell(other, name, blend.model, tokenizer, lambda task=task: blend.under({task: 1.0}), reference)
+                lab.cell(other, name, blend.model, tokenizer, partial(blend.under, {task: 1.0}), reference)
         if main and lab.store.fact(f"geometry-{kind}") is None:
             lab.store.write_fact(f"geometry-{kind}", geometry(lab, blend, tokenizer, members))
         for group in groups(scale, kind, seed):
             found = lab.store.fact(fact(kind, seed, group))
             if found is None:
-                found = lab.timed(lambda group=group: tune(lab, blend, tokenizer, group))
+                found = lab.timed(partial(tune, lab, blend, tokenizer, group))
                 lab.store.write_fact(fact(kind, seed, group), found)
             for weights in (average(group), total(group), found["weights"]):
                 lab.mixed_cells(blend, tokenizer, kind, seed, weights, group)

@@ -74,6 +74,7 @@ def rate_for(lab: Lab, kind: str) -> float:
         if run["best"]["step"] > 0 or len(begun) < 2 or not left:
             break
         rate = float(f"{rate * begun[0] / begun[1]:.2g}")
+    assert rate is not None  # the loop set it
     return rate
 
 

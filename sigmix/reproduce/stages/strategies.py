@@ -4,6 +4,7 @@ how often the right expert is chosen."""
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from sigmix.adapt.fewshot import Example, FewShotSearch
@@ -14,6 +15,7 @@ from sigmix.engine import Engine
 from sigmix.evals.dispatch import FOREIGN, confusion, plot, requests, unseen_tasks
 from sigmix.evals.stats import wilson
 from sigmix.evals.strategies import always, by_prompt
+from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.reproduce.banks import bank_of, with_classifier
 from sigmix.reproduce.blend import Blend
@@ -55,6 +57,7 @@ def ready(lab: Lab) -> Engine:
 
 def probe_of(lab: Lab, engine: Engine) -> ProbeDispatch:
     """Strategy D, fitted on training prompts (kept in the work folder)."""
+    assert isinstance(engine.bank, Bank)  # of `ready`
     path = engine.bank.folder / FILE
     if not path.exists():
         train = requests(engine.bank, "train", PER_LABEL, data_dir=lab.data_dir)
@@ -91,7 +94,7 @@ class Strategies:
                         lab.strategy_cell(task, self.who(name), engine, made[name])
         for task in scale.unseen:
             if lab.store.fact(f"best-lora-{task}") is None:
-                lab.store.write_fact(f"best-lora-{task}", lab.timed(lambda task=task: self._best_lora(lab, task)))
+                lab.store.write_fact(f"best-lora-{task}", lab.timed(partial(self._best_lora, lab, task)))
             best = (lab.store.fact(f"best-lora-{task}") or {})["best"]
             lab.single_cells("lora-rl", best, scale.seeds[0], on=[task])
 
@@ -193,14 +196,16 @@ class Dispatch:
         if all(lab.store.fact(f"dispatch-{letter}") for letter in self.letters):
             return
         engine = ready(lab)
-        made = {"A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine)}
+        made: dict[str, PromptDispatch | ClassifierDispatch | ProbeDispatch] = {
+            "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine),
+        }  # fmt: skip
         found = requests(
             engine.bank, "test", lab.scale.per_label, unseen=unseen_tasks(engine.bank), data_dir=lab.data_dir
         )
         for letter in self.letters:
             if lab.store.fact(f"dispatch-{letter}") is None:
                 names = [label.name for label in made[letter].labels]
-                figures = lab.timed(lambda letter=letter, names=names: confusion(made[letter], found, names))
+                figures = lab.timed(partial(confusion, made[letter], found, names))
                 items = figures.pop("items")
                 short = [[one["truth"], one["label"]] for one in items]
                 lab.store.write_fact(f"dispatch-{letter}", {**figures, "items": short})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Transfer:
             for task, order in wanted:
                 lab.cell(
                     task, who(base, order, task), blend.model, tokenizer,
-                    lambda blend=blend, key=f"{task}-{order}": blend.under({key: 1.0}), blend.reference,
+                    partial(blend.under, {f"{task}-{order}": 1.0}), blend.reference,
                 )  # fmt: skip
             for task, _ in alone:
                 lab.cell(task, who(base, BASE, task), blend.model, tokenizer, blend.reference)
