@@ -62,13 +62,9 @@ class Expert:
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        base: nn.Module | None = None,
-        *,
-        revision: str | None = None,
+        cls, path: str | os.PathLike[str], base: nn.Module | None = None, *, revision: str | None = None,
         token: str | None = None,
-    ) -> Expert:
+    ) -> Expert:  # fmt: skip
         """Read an expert's directory, ours or one that PEFT or TRL saved, or one on the hub.
 
         Args:
@@ -173,14 +169,9 @@ class Expert:
         return path
 
     def push_to_hub(
-        self,
-        repo: str,
-        *,
-        token: str | None = None,
-        private: bool = False,
-        revision: str | None = None,
+        self, repo: str, *, token: str | None = None, private: bool = False, revision: str | None = None,
         message: str | None = None,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """Commit it to the hub's model ``repo``, "user/name", which is made if need be; returns that page's address.
 
         Paths on this machine, such as a base's folder, are cut to their last part (`sigmix.experts.publish`).
@@ -193,8 +184,10 @@ class Expert:
             ConfigError: no "user/name". OutputError: the model holds other things, or is public against ``private``.
             HubError: the hub refuses or cannot be reached.
         """
-        given = {"token": token, "private": private, "revision": revision, "message": message}
-        return push(self.name, self.z, self.meta, repo, **given).url  # type: ignore[arg-type]
+        made = push(
+            self.name, self.z, self.meta, repo, token=token, private=private, revision=revision, message=message
+        )
+        return made.url
 
     def check(self, base: nn.Module, *, sketches: bool = True, tolerance: float = TOLERANCE) -> None:
         """Raise unless this expert means on ``base`` what it meant where it was made.
