@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sigmix.experts.metadata import thaw
@@ -68,7 +67,7 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str
         repo: its name on the hub, if it is made for that; the lines of code then load it from there.
     """
     base = dict(meta.get("base") or {})
-    shown = _shown(base.get("name"))
+    shown = without_path(str(base.get("name") or "an unknown base"))
     metrics = [dict(metric) for metric in meta.get("metrics") or ()]
     facts = {
         "Task": meta.get("task"), "Domain": meta.get("domain"), "Objective": meta.get("objective"),
@@ -150,7 +149,7 @@ def _results(name: str, meta: Mapping[str, Any], metrics: list[dict]) -> list[An
 
 
 def _on_hub(base: Any) -> str | None:
-    """The base's name on the hub; None where it was a folder or a file, whose path is nobody's business."""
+    """The base's name on the hub; None where it was a folder or a file."""
     text = str(base or "")
     if text == DEFAULT:
         return DEFAULT_ON_HUB
@@ -187,7 +186,7 @@ def _line(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def _shown(base: Any) -> str:
-    # a base that is a folder is known by its path, which means nothing on another machine and is nobody's business
-    text = str(base or "an unknown base")
-    return Path(text).name if text.startswith(("/", "~", ".")) or "\\" in text else text
+def without_path(base: str) -> str:
+    """A base's name; of a folder or file the last part: its path means nothing elsewhere and is nobody's business."""
+    is_path = base.startswith(("/", "~", ".")) or "\\" in base or base[1:3] == ":/"
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if is_path else base

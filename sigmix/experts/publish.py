@@ -13,6 +13,7 @@ import torch
 from sigmix.errors import HubError, OutputError
 from sigmix.experts import directory
 from sigmix.experts.asking import asking, check_repo
+from sigmix.experts.card import without_path
 from sigmix.experts.metadata import COMPUTED, thaw
 from sigmix.experts.remote import FILES
 from sigmix.fetch import offline
@@ -82,9 +83,8 @@ def published(meta: Mapping[str, Any]) -> dict[str, Any]:
 
     plain = thaw(meta)
     made = {key: value if key in COMPUTED else cut(value) for key, value in plain.items()}
-    base = plain.get("base") or {}
-    if base.get("name") and (base["name"].startswith(("/", "~", ".")) or "\\" in base["name"]):
-        made["base"] = {**base, "name": re.split(r"[/\\]", base["name"].rstrip("/\\"))[-1]}
+    if (plain.get("base") or {}).get("name"):
+        made["base"] = {**plain["base"], "name": without_path(plain["base"]["name"])}
     return made
 
 
