@@ -101,6 +101,7 @@ class FakeHub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: two wait for each other
     hub: FakeHub
 
     # ------------------------------------------------------------------ HTTP

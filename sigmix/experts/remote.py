@@ -21,7 +21,7 @@ from sigmix.experts import directory
 from sigmix.experts.asking import asking, check_repo
 from sigmix.experts.card import REPO
 from sigmix.fetch import offline
-from sigmix.files import atomic_dir, cache_dir, write_json, writing
+from sigmix.files import atomic_dir, cache_dir, waiting, write_json, writing
 from sigmix.hub import status_of
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
@@ -147,8 +147,9 @@ def gather(source: str | Sequence[str], token: str | None = None) -> Path:
         )
     key = hashlib.sha256("\n".join(sorted(f"{one.repo}@{one.revision}" for one in found)).encode()).hexdigest()[:16]
     folder = last.parent / f"{_safe(label)}-{key}"
-    if not folder.is_dir():
-        _copy(found, folder, label)
+    with waiting(last.parent / f".{folder.name}.lock", lambda: None):
+        if not folder.is_dir():
+            _copy(found, folder, label)
     if isinstance(source, str):
         write_json(last, {"source": source, "folder": folder.name})
     return folder
