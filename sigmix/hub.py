@@ -64,6 +64,11 @@ def explain(
             f"the disk is full: {name!r} does not fit into {constants.HF_HUB_CACHE}",
             "free some space, or set HF_HOME to another disk",
         )
+    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return (
+            f"{name!r} cannot be written to the hub's cache {constants.HF_HUB_CACHE}: {error.strerror}",
+            "set HF_HOME to a folder that you can write to",
+        )
     # httpx, under whatever name this release of huggingface_hub has it, is not among the operating system's errors
     if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
         return None

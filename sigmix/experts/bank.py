@@ -132,7 +132,7 @@ class Bank(Mapping[str, Expert]):
         path = self.path(name)
         if name not in self._loaded:
             expert = Expert.load(path)
-            if name in self._hub.get("experts", {}):
+            if self._hub:
                 expert = replace_(expert, origin="{repo}@{revision}".format(**self._hub["experts"][name]))
             self._loaded[name] = expert
         return self._loaded[name]
@@ -167,7 +167,7 @@ class Bank(Mapping[str, Expert]):
         """
         if self._hub:
             raise OutputError(
-                f"{self.where} is on the hub, so {expert.name!r} cannot be added to it here",
+                f"{self.where} is on the hub, so {expert.name!r} cannot be added here",
                 remedy="push it there, or copy the experts to a folder first: sigmix experts pull",
             )
         path = self._paths.get(expert.name, self.folder / expert.name)

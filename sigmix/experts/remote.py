@@ -28,7 +28,7 @@ COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 """A collection's slug: "user/title-" and 24 hexadecimal digits."""
 FILES = (directory.CONFIG, directory.WEIGHTS, directory.META, directory.CARD)
 SMALL = (directory.CONFIG, directory.META, directory.CARD)
-NOTE = "hub.json"
+NOTE = ".sigmix-hub.json"
 """In a folder that `gather` made: {"source", "experts": {name: {"repo", "revision"}}}."""
 
 
@@ -121,19 +121,21 @@ def gather(source: str | Sequence[str], token: str | None = None) -> Path:
     Raises:
         HubError, ExpertError: see `fetch`. ExpertError: there are no experts, or two have the same name.
     """
-    label = source if isinstance(source, str) else "experts on the hub"
-    last = cache_dir() / "banks" / f"{_safe(label)}.json"
+    short = re.sub(r"[^\w.-]+", "--", source) if isinstance(source, str) else "experts"
+    last = cache_dir() / "banks" / f"{short}.json"
     found: list[Fetched] = []
     if isinstance(source, str):
-        repos = _listed(source, token)
-        if repos is None:
+        label, listed = source, _listed(source, token)
+        if listed is None:
             return _last(source, last)
+        repos = listed
     else:
         repos = list(dict.fromkeys(source))
         if not repos:
             raise ConfigError("no repositories of experts were named", remedy="for example ['user/addition']")
         for repo in repos:
             check_repo(repo)
+        label = ", ".join(repos)
     for repo in repos:
         try:
             found.append(fetch(repo, token=token))
@@ -146,7 +148,7 @@ def gather(source: str | Sequence[str], token: str | None = None) -> Path:
             remedy=f"push one and add it: hf collections add-item {label} user/name model",
         )
     key = hashlib.sha256("\n".join(sorted(f"{one.repo}@{one.revision}" for one in found)).encode()).hexdigest()[:16]
-    folder = last.parent / f"{_safe(label)}-{key}"
+    folder = last.parent / f"{short}-{key}"
     with waiting(last.parent / f".{folder.name}.lock", lambda: None):
         if not folder.is_dir():
             _copy(found, folder, label)
@@ -184,11 +186,8 @@ def pull(source: str, out: Path, revision: str | None = None, token: str | None 
 
 
 def note(folder: Path) -> dict[str, Any]:
-    """What `gather` noted in a folder; an empty object in any other."""
-    try:
-        return directory.read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
-    except ExpertError:
-        return {}
+    """What `gather` noted in a folder; an empty object for any other."""
+    return directory.read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
 
 
 def _listed(slug: str, token: str | None) -> list[str] | None:
@@ -247,7 +246,3 @@ def _copy_files(found: Fetched, folder: Path) -> None:
         if (found.folder / file).is_file():
             with writing(folder / file):
                 shutil.copyfile(found.folder / file, folder / file)
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "--", text).strip(".")

@@ -272,6 +272,8 @@ def test_a_bank_stays_what_it_was_and_a_new_one_is_what_the_collection_is_now(hu
 def test_a_bank_of_models_by_name(hub, collection, monkeypatch):
     bank = Bank.from_hub(["bob/reading-v2", "alice/sums", "bob/reading-v2"])
     assert bank.names() == ["reading", "sums"]
+    with pytest.raises(OutputError, match="bob/reading-v2, alice/sums is on the hub"):
+        bank.add(made("new"))
     monkeypatch.setenv("SIGMIX_OFFLINE", "1")
     assert Bank.from_hub(["alice/sums", "bob/reading-v2"]).names() == ["reading", "sums"]
     monkeypatch.delenv("SIGMIX_OFFLINE")
@@ -315,6 +317,6 @@ def test_collections_that_cannot_be_a_bank(hub, collection, tmp_path):
 
 def test_a_bank_notes_where_its_experts_are_from(hub, collection):
     bank = Bank(collection)
-    noted = json.loads((bank.folder / "hub.json").read_text())
+    noted = json.loads((bank.folder / ".sigmix-hub.json").read_text())
     assert noted["source"] == collection
     assert noted["experts"]["reading"]["repo"] == "bob/reading-v2"
