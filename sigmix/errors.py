@@ -62,6 +62,10 @@ class FingerprintError(ExpertError):
     """An expert that was made on another base than the one it is loaded on."""
 
 
+class HubError(InputError):
+    """A hub that refuses, cannot be reached, or has not what was asked for."""
+
+
 class TaskError(InputError):
     """A task that cannot be built, or whose splits or verifier are not sound."""
 

@@ -18,9 +18,7 @@ HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "
 def hub_folder(name: str, revision: str | None) -> Path:
     """Download a hub model into the hub's own cache, or find it there, and return its folder."""
     import huggingface_hub
-    from huggingface_hub import errors
 
-    url = f"https://huggingface.co/{name}"
     typo = difflib.get_close_matches(name.split("/")[-1].lower(), [DEFAULT], n=1, cutoff=0.6)
     hint = f"; did you mean {DEFAULT!r}?" if typo else near_paths(Path(name))
     try:
@@ -29,37 +27,79 @@ def hub_folder(name: str, revision: str | None) -> Path:
                 name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline()
             )
         )
-    except errors.GatedRepoError as error:
-        raise BaseModelError(
+    except Exception as error:
+        found = explain(error, name, revision=revision, hint=hint, instead=base_names())
+        if found is None:
+            raise
+        raise BaseModelError(found[0], remedy=found[1]) from error
+
+
+def explain(
+    error: Exception, name: str, *, revision: str | None = None, hint: str = "", instead: str = "give a folder"
+) -> tuple[str, str] | None:
+    """What a failed request to the hub says to a person, and the remedy; None for an error that is not the hub's.
+
+    Args:
+        name: what was asked for. hint: appended where the name may be wrong. instead: what else can be given.
+    """
+    from huggingface_hub import constants, errors
+
+    url = f"{constants.ENDPOINT}/{name}"
+    if isinstance(error, errors.GatedRepoError):
+        return (
             f"the hub model {name!r} is gated: its owner wants you to accept its terms first",
-            remedy=f"accept them at {url}, then run: hf auth login",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise BaseModelError(
+            f"accept them at {url}, then run: hf auth login",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
             f"there is no folder and no public hub model {name!r}{hint}",
-            remedy=f"check the name; if the model is private, run: hf auth login; or {base_names()}",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise BaseModelError(
-            f"the hub model {name!r} has no revision {revision!r}", remedy=f"see {url}/commits for those it has"
-        ) from error
-    except errors.HFValidationError as error:
-        raise BaseModelError(f"{name!r} cannot be a hub name: {error}", remedy=base_names()) from error
-    except (errors.HfHubHTTPError, OSError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise BaseModelError(
-                f"the disk is full: {name!r} does not fit into {huggingface_hub.constants.HF_HUB_CACHE}",
-                remedy="free some space, or set HF_HOME to another disk",
-            ) from error
-        if offline():
-            raise BaseModelError(
-                f"{name!r} is no local folder and not in the hub's cache, and offline mode is set{hint}",
-                remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE to download it, or give a folder",
-            ) from error
-        raise BaseModelError(
-            f"cannot reach the hub for {name!r} ({type(error).__name__}), and it is not in the hub's cache{hint}",
-            remedy=f"check the network and run it again, or {base_names()}",
-        ) from error
+            f"check the name; if the model is private, run: hf auth login; or {instead}",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub model {name!r} has no revision {revision!r}", f"see {url}/commits for those it has"
+    if isinstance(error, errors.HFValidationError):
+        return f"{name!r} cannot be a hub name: {error}", instead
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return (
+            f"the disk is full: {name!r} does not fit into {constants.HF_HUB_CACHE}",
+            "free some space, or set HF_HOME to another disk",
+        )
+    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return (
+            f"{name!r} cannot be written to the hub's cache {constants.HF_HUB_CACHE}: {error.strerror}",
+            "set HF_HOME to a folder that you can write to",
+        )
+    # httpx, under whatever name this release of huggingface_hub has it, is not among the operating system's errors
+    if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+        return None
+    if offline():
+        return (
+            f"{name!r} is no local folder and not in the hub's cache, and offline mode is set{hint}",
+            "unset SIGMIX_OFFLINE and HF_HUB_OFFLINE to download it, or give a folder",
+        )
+    # a hub that cannot be reached lets the download look into the cache, and only that finds nothing
+    status = status_of(error) or status_of(error.__cause__)
+    if status == 401:
+        return f"the hub wants a valid token for {name!r}", "run: hf auth login, or set HF_TOKEN"
+    if status == 403:
+        return (
+            f"the hub refuses {name!r} to your token (403)",
+            f"look at {constants.ENDPOINT}/settings/tokens for what it may do, or run: hf auth login",
+        )
+    if status == 429:
+        return f"the hub refuses {name!r} for now: too many requests (429)", "run it again in a few minutes"
+    if status is not None:
+        return f"the hub failed on {name!r} with status {status}", f"run it again later, or {instead}"
+    return (
+        f"cannot reach the hub for {name!r} ({type(error).__name__}), and it is not in the hub's cache{hint}",
+        f"check the network and run it again, or {instead}",
+    )
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status of an answer that became an exception, or None."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def base_names() -> str:

@@ -74,6 +74,12 @@ def test_a_full_disk_under_the_hubs_cache_is_named(monkeypatch):
         load_base("org/model")
 
 
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    hub_answers(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(BaseModelError, match="cannot be written to the hub's cache .*Permission denied.*HF_HOME"):
+        load_base("org/model")
+
+
 def test_a_hub_model_loads_from_its_snapshot(monkeypatch, model_folder):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
     model, _ = load_base("org/model")

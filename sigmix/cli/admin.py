@@ -23,7 +23,7 @@ def add(app: typer.Typer) -> None:
     app.command(epilog="Example: sigmix doctor --base Qwen/Qwen3-0.6B --plan")(doctor)
 
 
-KIND = typer.Option("all", help="models, svd (decompositions), downloads, or all.")
+KIND = typer.Option("all", help="models, svd (decompositions), downloads, banks (from the hub), or all.")
 
 
 def listed(
@@ -31,7 +31,7 @@ def listed(
     damaged: bool = typer.Option(False, "--damaged", help="Only what is damaged, with the reason (reads everything)."),
     as_json: bool = JSON,
 ) -> None:
-    """Converted models, decompositions and unfinished downloads with their sizes."""
+    """Converted models, decompositions, unfinished downloads and banks from the hub with their sizes."""
     from sigmix.caching import damage, entries
     from sigmix.files import cache_dir
 

@@ -1,4 +1,4 @@
-"""`sigmix experts list | show | verify | diff`."""
+"""`sigmix experts list | show | verify | diff`; `push` and `pull` are in `sigmix.cli.hub`."""
 
 from __future__ import annotations
 
@@ -7,34 +7,40 @@ from typing import Any
 
 import typer
 
+from sigmix.cli import hub
 from sigmix.cli.shared import BANK, JSON, emit, open_bank, size, table, working
 
-NAME = typer.Argument(..., help="A name in the bank, or an expert's folder.")
+NAME = typer.Argument(..., help="A name in the bank, an expert's folder, or user/name on the hub.")
 AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm2-135m, a hub name, a folder.")
 
 
 def add(app: typer.Typer) -> None:
     """Register the commands."""
     group = typer.Typer(
-        help="List, show, verify and compare experts.", no_args_is_help=True, rich_markup_mode=None,
+        help="List, show, verify and compare experts; push them to the hub and pull them.",
+        no_args_is_help=True, rich_markup_mode=None,
         epilog="Example: sigmix experts list",
     )  # fmt: skip
     group.command("list", epilog="Example: sigmix experts list --bank experts")(listed)
     group.command("show", epilog="Example: sigmix experts show addition")(shown)
     group.command("verify", epilog="Example: sigmix experts verify my-adapter --base smollm2-135m --seal")(verified)
     group.command("diff", epilog="Example: sigmix experts diff addition larger")(compared)
+    hub.add(group)
     app.add_typer(group, name="experts")
 
 
-def folder_of(name: str, bank: Path | None) -> Path:
-    """An expert's folder: a path if it is one, else a name in the bank.
+def folder_of(name: str, bank: Path | None) -> Path | str:
+    """What `Expert.load` takes for it: an expert's folder if it is a path, a model on the hub, or a name in the bank.
 
     Raises:
         UnknownNameError: neither. ExpertError: a folder without an expert.
     """
     from sigmix.errors import ExpertError
+    from sigmix.experts.remote import names_repo
 
     path = Path(name).expanduser()
+    if names_repo(name):
+        return name
     if (path / "adapter_config.json").is_file():
         return path
     if path.is_absolute() or len(path.parts) > 1 or name.startswith("."):
@@ -50,16 +56,16 @@ def listed(bank: Path = BANK, as_json: bool = JSON) -> None:
     opened = open_bank(bank)
     rows = listing(opened)
     if as_json:
-        emit({"bank": str(opened.folder), "experts": rows}, True, "")
+        emit({"bank": opened.where, "experts": rows}, True, "")
         return
     if not rows:
-        typer.echo(f"{opened.folder} has no experts; sigmix train --help shows how to make one")
+        typer.echo(f"{opened.where} has no experts; sigmix train --help shows how to make one")
         return
     cells = [
         [row["name"], row.get("domain"), _metric(row.get("metrics")), (row.get("base") or {}).get("name"), _state(row)]
         for row in rows
     ]
-    table(f"experts in {opened.folder}", ["name", "domain", "accuracy", "base", "state"], cells)
+    table(f"experts in {opened.where}", ["name", "domain", "accuracy", "base", "state"], cells)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -100,6 +106,7 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
         "verified": "yes" if found["verified"] else "no: sigmix experts verify DIR --base BASE --seal",
         "size": f"{found['numbers']} numbers in {found['matrices']} matrices, {size(found['bytes'])}",
         "digest": found["digest"][:16],
+        "from the hub": found["origin"],
     }  # fmt: skip
     lines += [f"{key}: {value}" for key, value in facts.items() if value is not None]
     lines += [f"measured: {_metric([metric])}" for metric in found["metrics"]]
@@ -113,7 +120,7 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
 
 
 def verified(
-    folder: str = typer.Argument(..., metavar="DIR", help="An expert's folder, or a name in the bank."),
+    folder: str = typer.Argument(..., metavar="DIR", help="An expert's folder, a name in the bank, or user/name."),
     base: str = AGAINST,
     seal: bool = typer.Option(
         False, "--seal", help="Bind a folder that PEFT or TRL saved to --base: adds sigmix.json and a card."
@@ -128,6 +135,8 @@ def verified(
     if seal and base is None:
         raise ConfigError("--seal needs --base: the model that the adapter was trained on")
     path = folder_of(folder, bank)
+    if seal and isinstance(path, str):
+        raise ConfigError(f"{path} is on the hub, where nothing can be sealed", remedy=f"sigmix experts pull {path}")
     report = verify(path)
     sealed = False
     if report["ok"] and base is not None:

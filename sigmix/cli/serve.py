@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import emit, note, open_bank, table, working
+from sigmix.cli.shared import BANK, emit, note, open_bank, table, working
 
 keys_app = typer.Typer(help="API keys of `sigmix serve`.", no_args_is_help=True)
 STATE = typer.Option(None, help="The server's state folder. Default: its setting.")
@@ -25,7 +25,7 @@ def add(app: typer.Typer) -> None:
 def serve(
     config: Path = typer.Option(None, help="TOML file of settings, see docs/serving.md."),
     base: str = typer.Option(None, help="Base: smollm2-135m, a hub name, a folder or a .gguf file."),
-    bank: Path = typer.Option(None, help="Folder of experts. Default: the bundled bank."),
+    bank: Path = BANK,
     host: str = typer.Option(None, help="Address to listen on. Default 127.0.0.1; any other needs API keys."),
     port: int = typer.Option(None, help="Port. Default 8000; 0 takes a free one."),
     policy: str = typer.Option(None, help="What the model `auto` decides by: A, B, D, bandit, or auto."),

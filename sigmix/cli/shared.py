@@ -14,7 +14,7 @@ import typer
 
 BASE = typer.Option("smollm2-135m", help="Base: smollm2-135m, a hub name, a folder or a .gguf file.")
 JSON = typer.Option(False, "--json", help="Print one JSON object.")
-BANK = typer.Option(None, help="Folder of experts. Default: the bundled bank.")
+BANK = typer.Option(None, help="Folder of experts, or a collection on the hub (its slug). Default: the bundled bank.")
 
 
 def emit(figures: Any, as_json: bool, text: str) -> None:
@@ -44,10 +44,12 @@ def paired(found: dict[str, Any] | None) -> list[str]:
 
 
 def open_bank(folder: Path | None) -> Any:
-    """The bank in a folder, or the bundled one."""
+    """The bank in a folder or of a collection on the hub, or the bundled one."""
     from sigmix.experts.bank import Bank
 
-    return Bank(folder) if folder is not None else Bank.bundled()
+    with working("opening the experts"):
+        # as text, which can name a collection where there is no such folder
+        return Bank(folder.as_posix()) if folder is not None else Bank.bundled()
 
 
 def read_mix(text: str, bank: Any = None) -> Any:

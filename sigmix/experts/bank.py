@@ -1,20 +1,20 @@
 """`Bank`: a folder of experts, each in a folder of its own. A mapping {name: Expert} that loads on first use.
 
     bank = Bank("experts");  bank.names();  bank["arithmetic"];  "reading" in bank;  bank.add(expert)
-
-Collections on the hub are not read; download them to a folder.
+    bank = Bank.from_hub("user/skills-0123456789abcdef01234567")      # a collection on the hub
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace as replace_
 from pathlib import Path
 
 from torch import nn
 
 from sigmix.errors import ExpertError, OutputError, UnknownNameError
-from sigmix.experts import directory
+from sigmix.experts import directory, remote
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
 
@@ -23,14 +23,22 @@ class Bank(Mapping[str, Expert]):
     """Experts by name. Only subfolders with an ``adapter_config.json`` count; none at all is fine.
 
     Args:
-        folder: where they are.
+        folder: where they are. Text that is no folder but reads as the slug of a collection on the hub, or as an
+            expert "user/name" there, is opened as `from_hub` does.
         create: make the folder if it does not exist, to `add` to it.
 
+    Attributes:
+        folder: where the experts' folders lie; of experts on the hub: copies in our cache.
+        where: what people know it as: the folder or the collection.
+
     Raises:
-        ExpertError: no such folder, or two experts in it have the same name.
+        ExpertError: no such folder, or two experts in it have the same name. HubError: see `from_hub`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], create: bool = False) -> None:
+        if not create and remote.names_repo(folder):
+            named = os.fspath(folder)
+            folder = remote.gather(named if remote.names_collection(named) else [named])
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir() and (self.folder.exists() or not create):
             what = "is a file, not a folder" if self.folder.exists() else "does not exist"
@@ -60,6 +68,23 @@ class Bank(Mapping[str, Expert]):
             remedy="install it from a release or a full checkout, or give a folder of experts",
         )
 
+    @classmethod
+    def from_hub(cls, source: str | Sequence[str], token: str | None = None) -> Bank:
+        """The experts of a collection on the hub, or of several models there, as they are now; nothing can be added.
+
+        They are copied into a folder of our cache that is never changed: `refresh` does not ask the hub, a new bank
+        does. Offline, or if the hub cannot be reached, a collection is what it was last.
+
+        Args:
+            source: a collection's slug, "user/title-" and an id (the end of its address); or a list of "user/name".
+            token: default: whoever is logged in.
+
+        Raises:
+            HubError: the hub has it not, refuses, or cannot be reached. ExpertError: there are no experts, one is
+            damaged, or two have the same name.
+        """
+        return cls(remote.gather(source, token))
+
     def refresh(self) -> None:
         """Look at the folder again; what was loaded before is read anew.
 
@@ -80,6 +105,8 @@ class Bank(Mapping[str, Expert]):
                 )
             found[name] = path
         self._paths = {name: found[name] for name in sorted(found)}
+        self._hub = remote.note(self.folder)
+        self.where = str(self._hub.get("source") or self.folder)
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -92,7 +119,7 @@ class Bank(Mapping[str, Expert]):
             UnknownNameError: no such expert; lists the nearest names.
         """
         if name not in self._paths:
-            where = f"there are none in {self.folder}" if not self._paths else f"they are in {self.folder}"
+            where = f"there are none in {self.where}" if not self._paths else f"they are in {self.where}"
             raise UnknownNameError("expert", name, self._paths, remedy=f"`sigmix experts list` shows them; {where}")
         return self._paths[name]
 
@@ -104,7 +131,10 @@ class Bank(Mapping[str, Expert]):
         """
         path = self.path(name)
         if name not in self._loaded:
-            self._loaded[name] = Expert.load(path)
+            expert = Expert.load(path)
+            if self._hub:
+                expert = replace_(expert, origin="{repo}@{revision}".format(**self._hub["experts"][name]))
+            self._loaded[name] = expert
         return self._loaded[name]
 
     def get(self, name: str, default: Expert | None = None) -> Expert | None:  # type: ignore[override]
@@ -126,14 +156,20 @@ class Bank(Mapping[str, Expert]):
         return len(self._paths)
 
     def __repr__(self) -> str:
-        return f"Bank({str(self.folder)!r}: {', '.join(self._paths) or 'empty'})"
+        return f"Bank({self.where!r}: {', '.join(self._paths) or 'empty'})"
 
     def add(self, expert: Expert, replace: bool = False) -> Path:
         """Save an expert in the folder under its name; returns where.
 
         Raises:
-            OutputError: the name is taken and ``replace`` is False, or the folder cannot be written.
+            OutputError: the name is taken and ``replace`` is False, the folder cannot be written, or the experts are
+            on the hub.
         """
+        if self._hub:
+            raise OutputError(
+                f"{self.where} is on the hub, so {expert.name!r} cannot be added here",
+                remedy="push it there, or copy the experts to a folder first: sigmix experts pull",
+            )
         path = self._paths.get(expert.name, self.folder / expert.name)
         if (expert.name in self._paths or path.exists()) and not replace:
             raise OutputError(

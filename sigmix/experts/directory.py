@@ -53,8 +53,11 @@ class Contents(NamedTuple):
     meta: dict[str, Any]
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, name: str | None = None) -> Contents:
     """Read and check an expert's directory.
+
+    Args:
+        name: what an adapter without ``sigmix.json`` is called; default: as its folder.
 
     Raises:
         ExpertError: whatever is wrong with it; one message for each case.
@@ -64,10 +67,10 @@ def read(path: Path) -> Contents:
     found = path / META
     if not found.is_file():
         base = config.get("base_model_name_or_path")
-        return Contents(name_from_folder(path.resolve().name), z, {"base": {"name": base}} if base else {})
+        return Contents(name_from_folder(name or path.resolve().name), z, {"base": {"name": base}} if base else {})
     meta = read_json(found)
     check_schema(meta, str(found))
-    name, digest = check_name(meta["name"]), meta["z_sha256"]
+    called, digest = check_name(meta["name"]), meta["z_sha256"]
     meta = {key: value for key, value in meta.items() if key not in ("schema", "name", "z_sha256")}
     check_meta(meta, z, str(path))
     if digest != digest_of(z):
@@ -75,7 +78,7 @@ def read(path: Path) -> Contents:
             f"{path / WEIGHTS} was changed after it was saved: its checksum is not the one in {META}",
             remedy=f"restore the file; if the change is meant, delete {META} and seal the expert again",
         )
-    return Contents(name, z, meta)
+    return Contents(called, z, meta)
 
 
 def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -85,17 +88,24 @@ def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[st
         OutputError: ``path`` holds anything else, or cannot be written.
     """
     check_place(path)
+    with atomic_dir(path) as temporary:
+        for file, content in contents(name, z, meta).items():
+            (temporary / file).write_bytes(content)
+
+
+def contents(
+    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo: str | None = None
+) -> dict[str, bytes]:
+    """{file name: bytes} of an expert's directory; ``repo``: its name on the hub, for the card."""
     plain = thaw(meta)
     texts = {
         CONFIG: dump(peft_config(z, (plain.get("base") or {}).get("name"))),
         META: dump(sigmix_json(name, z, plain)),
-        CARD: card(name, plain, len(z), sum(len(value) for value in z.values())),
+        CARD: card(name, plain, len(z), sum(len(value) for value in z.values()), repo),
     }
-    with atomic_dir(path) as temporary:
-        # bytes and not save_file: that writes through a memory map, where a full disk kills the process
-        (temporary / WEIGHTS).write_bytes(save({key_of(p): z[p] for p in sorted(z)}, metadata={"format": "pt"}))
-        for file, text in texts.items():
-            (temporary / file).write_text(text, encoding="utf-8")
+    # not save_file: that writes through a memory map, where a full disk kills the process
+    weights = save({key_of(path): z[path] for path in sorted(z)}, metadata={"format": "pt"})
+    return {WEIGHTS: weights, **{file: text.encode() for file, text in texts.items()}}
 
 
 def check_place(path: Path) -> None:
@@ -161,7 +171,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         what = f"{path} is a file, but an expert is a folder" if path.exists() else f"there is no expert at {path}"
-        raise ExpertError(f"{what} with {CONFIG} and {WEIGHTS}{_near(path)}", remedy="give the expert's folder")
+        remedy = "give the expert's folder, or its name on the hub as 'user/name'"
+        raise ExpertError(f"{what} with {CONFIG} and {WEIGHTS}{_near(path)}", remedy=remedy)
     if not (path / CONFIG).is_file():
         raise ExpertError(
             f"{path} is no expert: {CONFIG} is missing; {_holds(path)}", remedy="give the expert's folder"

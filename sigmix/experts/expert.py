@@ -3,6 +3,7 @@
     expert = Expert.from_model(peft_model, name="arithmetic", meta={"domain": "arithmetic"})
     expert.save("experts/arithmetic")
     expert = Expert.load("experts/arithmetic", base=model)      # raises unless it was made on this very base
+    expert.push_to_hub("user/arithmetic");  Expert.load("user/arithmetic")
 
 What it does not do: apply itself. `sigmix.engine` and PEFT do that.
 """
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sigmix.errors import ExpertError, FingerprintError, UnknownNameError
-from sigmix.experts import directory
+from sigmix.errors import ConfigError, ExpertError, FingerprintError, UnknownNameError
+from sigmix.experts import directory, remote
 from sigmix.experts.base import describe, factors_of, linears, matrix_of
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
+from sigmix.experts.publish import push
 from sigmix.experts.sketch import TOLERANCE, Sketch, compare, sketch
 from sigmix.files import write_json, write_text
 from sigmix.svf.tuner import svf_layers
@@ -38,6 +40,7 @@ class Expert:
         name: lower-case letters, digits, ``.``, ``_``, ``-``.
         z: {module path in the base: float32 [r] on the CPU}, r = min(out, in); copies, to be read only.
         meta: read-only; keys as in `sigmix.experts.metadata`.
+        origin: "user/name@commit" if it was loaded from the hub, else None; no part of what it is.
 
     Raises:
         ExpertError: the name, a z (NaN, infinite, negative, no float vector) or the metadata cannot be.
@@ -46,6 +49,7 @@ class Expert:
     name: str
     z: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         owner = f"expert {check_name(self.name)!r}"
@@ -57,16 +61,31 @@ class Expert:
     # ------------------------------------------------------------------ making
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], base: nn.Module | None = None) -> Expert:
-        """Read an expert's directory, ours or one that PEFT or TRL saved.
+    def load(
+        cls, path: str | os.PathLike[str], base: nn.Module | None = None, *, revision: str | None = None,
+        token: str | None = None,
+    ) -> Expert:  # fmt: skip
+        """Read an expert's directory, ours or one that PEFT or TRL saved, or one on the hub.
 
         Args:
+            path: a folder, or text of the form "user/name" where there is no such folder: a model on the hub, which is
+                fetched into the hub's own cache (offline: found there).
             base: check it against this model at once (`check`).
+            revision, token: of the hub; default: the main branch, and whoever is logged in.
 
         Raises:
             ExpertError: damaged, incomplete, or no SVF adapter. FingerprintError: made on another base.
+            HubError: the hub has it not, refuses, or cannot be reached. ConfigError: a revision of a folder.
         """
-        expert = cls(*directory.read(Path(path).expanduser()))
+        if remote.names_repo(path):
+            found = remote.fetch(os.fspath(path), revision, token)
+            expert = cls(*remote.read(found), origin=f"{found.repo}@{found.revision}")
+        elif revision is not None:
+            raise ConfigError(
+                f"{os.fspath(path)!r} is no hub model, so it has no revision {revision!r}", remedy="give 'user/name'"
+            )
+        else:
+            expert = cls(*directory.read(Path(path).expanduser()))
         if base is not None:
             expert.check(base)
         return expert
@@ -101,7 +120,7 @@ class Expert:
             UnknownNameError: a key that authors cannot set.
         """
         meta = {**thaw(self.meta), **check_authors(changes)}
-        return replace(self, meta={key: value for key, value in meta.items() if value is not None})
+        return replace(self, meta={key: value for key, value in meta.items() if value is not None}, origin=None)
 
     # ------------------------------------------------------------------ reading
 
@@ -149,6 +168,27 @@ class Expert:
         directory.write(path, self.name, self.z, self.meta)
         return path
 
+    def push_to_hub(
+        self, repo: str, *, token: str | None = None, private: bool = False, revision: str | None = None,
+        message: str | None = None,
+    ) -> str:  # fmt: skip
+        """Commit it to the hub's model ``repo``, "user/name", which is made if need be; returns that page's address.
+
+        Paths on this machine, such as a base's folder, are cut to their last part (`sigmix.experts.publish`).
+
+        Args:
+            token: default: whoever is logged in (``hf auth login``, ``HF_TOKEN``). private: if it is made now.
+            revision: a branch, made if need be. message: of the commit.
+
+        Raises:
+            ConfigError: no "user/name". OutputError: the model holds other things, or is public against ``private``.
+            HubError: the hub refuses or cannot be reached.
+        """
+        made = push(
+            self.name, self.z, self.meta, repo, token=token, private=private, revision=revision, message=message
+        )
+        return made.url
+
     def check(self, base: nn.Module, *, sketches: bool = True, tolerance: float = TOLERANCE) -> None:
         """Raise unless this expert means on ``base`` what it meant where it was made.
 
@@ -182,7 +222,7 @@ class Expert:
             "matrices": {path: list(matrix_of(layers[path]).shape) for path in self.z},
             "sketches": {path: self._sketch(path, layers[path]).to_json() for path in self.z},
         }
-        return replace(self, meta={**thaw(self.meta), **made})
+        return replace(self, meta={**thaw(self.meta), **made}, origin=None)
 
     def _sketch(self, path: str, module: nn.Module) -> Sketch:
         return sketch(path, matrix_of(module), factors_of(module), self.z[path])

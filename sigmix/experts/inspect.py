@@ -58,6 +58,7 @@ def show(expert: Expert, top: int = 5) -> dict[str, Any]:
         **{name: thaw(expert.meta.get(name)) for name in known},
         "bytes": 4 * every.numel(),
         "digest": expert.digest,
+        "origin": expert.origin,
         "gain": _statistics(every),
         "top": [{"path": path, key: layers[path][key]} for path in moved],
         "layers": layers,

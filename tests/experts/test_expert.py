@@ -221,7 +221,8 @@ def test_the_card_has_a_header_that_the_hub_reads(tiny_llama, tmp_path):
     expert = made(tiny_llama, **{**META, "domain": 'odd: "domain"\n---\n# not a header'})
     text = (expert.save(tmp_path / "a") / "README.md").read_text()
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
-    assert header["base_model"] == "smollm2-135m"
+    assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert header["base_model_relation"] == "adapter"
     assert header["license"] == "apache-2.0"
     assert header["metrics"] == ["accuracy"]
     assert header["tags"][:2] == ["sigmix", "svf"]

@@ -1,0 +1,248 @@
+"""Experts on the Hugging Face hub: fetching one, and a collection of them as a folder.
+
+An expert there is a model repository with the files of `sigmix.experts.directory`. Only those four are ever fetched, so
+no pickle and no code. Where the hub is (``HF_ENDPOINT``), its cache (``HF_HOME``) and who asks (``hf auth login`` or
+``HF_TOKEN``) is the business of `huggingface_hub`.
+
+What it does not do: make or change collections; ``hf collections`` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
+from sigmix.experts import directory
+from sigmix.experts.asking import asking, check_repo
+from sigmix.experts.card import REPO
+from sigmix.fetch import offline
+from sigmix.files import atomic_dir, cache_dir, waiting, write_json, writing
+from sigmix.hub import status_of
+
+COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
+"""A collection's slug: "user/title-" and 24 hexadecimal digits."""
+FILES = (directory.CONFIG, directory.WEIGHTS, directory.META, directory.CARD)
+SMALL = (directory.CONFIG, directory.META, directory.CARD)
+NOTE = ".sigmix-hub.json"
+"""In a folder that `gather` made: {"source", "experts": {name: {"repo", "revision"}}}."""
+
+
+class Fetched(NamedTuple):
+    """A snapshot in the hub's cache: its folder, the repository, and the commit's hash."""
+
+    folder: Path
+    repo: str
+    revision: str
+
+
+class NoExpertError(ExpertError):
+    """A hub model that holds no expert."""
+
+
+def names_repo(path: object) -> bool:
+    """Whether it reads as "user/name" and is no path that exists: what exists wins."""
+    return isinstance(path, str) and bool(REPO.fullmatch(path)) and not Path(path).expanduser().exists()
+
+
+def names_collection(path: object) -> bool:
+    """Whether it reads as a collection's slug and is no path that exists."""
+    return names_repo(path) and bool(COLLECTION.fullmatch(str(path)))
+
+
+def fetch(repo: str, revision: str | None = None, token: str | None = None) -> Fetched:
+    """Download an expert into the hub's own cache, or find it there.
+
+    Args:
+        revision: a branch, a tag or a commit's hash; default: the main branch as it is now (offline: as it was last).
+
+    Raises:
+        HubError: the hub has it not, refuses, or cannot be reached and the cache has it not.
+        NoExpertError: it holds something else. ExpertError: it is incomplete.
+    """
+    import huggingface_hub
+
+    def snapshot(files: Sequence[str], at: str | None) -> Path:
+        with asking(repo, token, revision) as key:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, revision=at, allow_patterns=list(files), local_files_only=offline(), token=key
+                )
+            )
+
+    # first what is small: a model that is no expert may have weights of many gigabytes
+    folder = snapshot(SMALL, revision)
+    config = folder / directory.CONFIG
+    if not config.is_file():
+        raise NoExpertError(
+            f"the hub model {repo!r} is no expert: it has no {directory.CONFIG}", remedy="give an expert's repository"
+        )
+    kind = directory.read_json(config).get("peft_type")
+    if kind != "SVF":
+        raise NoExpertError(
+            f"the hub model {repo!r} holds a {kind or 'PEFT'} adapter, not SVF, so it has no z",
+            remedy="load it with PEFT; sigmix experts are trained with SVFConfig",
+        )
+    folder = snapshot(FILES, folder.name)
+    if not (folder / directory.WEIGHTS).is_file():
+        raise ExpertError(
+            f"the hub model {repo!r} is no complete expert: it has no {directory.WEIGHTS}; weights of another kind, "
+            "such as pickled ones, are not fetched",
+            remedy="have its author save it with safetensors",
+        )
+    return Fetched(folder, repo, folder.name)
+
+
+def read(found: Fetched) -> directory.Contents:
+    """What a snapshot holds, checked like any expert's directory.
+
+    Raises:
+        ExpertError: names the repository and what is wrong with it.
+    """
+    try:
+        return directory.read(found.folder, found.repo.split("/")[-1])
+    except ExpertError as error:
+        raise ExpertError(f"the hub's expert {found.repo!r}: {error.message}", remedy=error.remedy) from error
+
+
+def gather(source: str | Sequence[str], token: str | None = None) -> Path:
+    """A folder in our cache with the experts of a collection, or of several repositories, as they are on the hub now.
+
+    Models of a collection that are no experts, such as their base, are left out. The folder is made once for the same
+    commits and never changed; without the hub, it is the one that was made last.
+
+    Args:
+        source: a collection's slug, or experts' repositories.
+
+    Raises:
+        HubError, ExpertError: see `fetch`. ExpertError: there are no experts, or two have the same name.
+    """
+    short = re.sub(r"[^\w.-]+", "--", source) if isinstance(source, str) else "experts"
+    last = cache_dir() / "banks" / f"{short}.json"
+    found: list[Fetched] = []
+    if isinstance(source, str):
+        label, listed = source, _listed(source, token)
+        if listed is None:
+            return _last(source, last)
+        repos = listed
+    else:
+        repos = list(dict.fromkeys(source))
+        if not repos:
+            raise ConfigError("no repositories of experts were named", remedy="for example ['user/addition']")
+        for repo in repos:
+            check_repo(repo)
+        label = ", ".join(repos)
+    for repo in repos:
+        try:
+            found.append(fetch(repo, token=token))
+        except NoExpertError:
+            if not isinstance(source, str):
+                raise
+    if not found:
+        raise ExpertError(
+            f"the collection {label!r} holds no experts",
+            remedy=f"push one and add it: hf collections add-item {label} user/name model",
+        )
+    key = hashlib.sha256("\n".join(sorted(f"{one.repo}@{one.revision}" for one in found)).encode()).hexdigest()[:16]
+    folder = last.parent / f"{short}-{key}"
+    with waiting(last.parent / f".{folder.name}.lock", lambda: None):
+        if not folder.is_dir():
+            _copy(found, folder, label)
+    if isinstance(source, str):
+        write_json(last, {"source": source, "folder": folder.name})
+    return folder
+
+
+def pull(source: str, out: Path, revision: str | None = None, token: str | None = None) -> list[dict[str, str]]:
+    """Copy an expert, or the experts of a collection each into a folder of its own, to the new folder ``out``.
+
+    Returns:
+        One row per expert: name, repo, revision, path.
+
+    Raises:
+        OutputError: there is something at ``out``. ConfigError: a collection with a revision. Else as `gather`.
+    """
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"there is something at {out} already", remedy="give another --out, or remove it first")
+    if COLLECTION.fullmatch(source):
+        if revision is not None:
+            raise ConfigError(f"{source!r} is a collection, which has no revisions", remedy="leave out --revision")
+        made = gather(source, token)
+        rows = [{"name": name, **one, "path": str(out / name)} for name, one in note(made)["experts"].items()]
+        with atomic_dir(out) as temporary:
+            for row in rows:
+                shutil.copytree(made / row["name"], temporary / row["name"])
+        return rows
+    check_repo(source)
+    one = fetch(source, revision, token)
+    name = read(one).name
+    with atomic_dir(out) as temporary:
+        _copy_files(one, temporary)
+    return [{"name": name, "repo": one.repo, "revision": one.revision, "path": str(out)}]
+
+
+def note(folder: Path) -> dict[str, Any]:
+    """What `gather` noted in a folder; an empty object for any other."""
+    return directory.read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+
+
+def _listed(slug: str, token: str | None) -> list[str] | None:
+    """The models of a collection; None if the hub cannot be asked."""
+    import huggingface_hub
+
+    if not REPO.fullmatch(slug):
+        raise ConfigError(f"{slug!r} is no collection's slug", remedy="it is the end of its address: user/title-<id>")
+    if offline():
+        return None
+    try:
+        with asking(slug, token, what="collection") as key:
+            items = huggingface_hub.HfApi(token=key).get_collection(slug).items
+    except HubError as error:
+        status = status_of(error.__cause__)
+        if error.__cause__ is not None and (status is None or status >= 500):
+            return None
+        raise
+    return [item.item_id for item in items if item.item_type == "model"]
+
+
+def _last(slug: str, noted: Path) -> Path:
+    """The folder that was made of a collection last."""
+    found = directory.read_json(noted).get("folder") if noted.is_file() else None
+    folder = noted.parent / str(found)
+    if found is None or not folder.is_dir():
+        why = "offline mode is set" if offline() else "the hub cannot be reached"
+        raise HubError(
+            f"the collection {slug!r} is not in the cache, and {why}",
+            remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE to download it, or check the network",
+        )
+    return folder
+
+
+def _copy(found: Sequence[Fetched], folder: Path, label: str) -> None:
+    """Copies and not links: the hub's cache may be cleared while a bank is in use."""
+    names: dict[str, Fetched] = {}
+    for one in found:
+        name = read(one).name
+        if name in names:
+            raise ExpertError(
+                f"two experts of {label} are called {name!r}: {names[name].repo} and {one.repo}",
+                remedy='remove one, or open a list without it: Bank.from_hub(["user/name", …])',
+            )
+        names[name] = one
+    with atomic_dir(folder) as temporary:
+        for name, one in names.items():
+            (temporary / name).mkdir()
+            _copy_files(one, temporary / name)
+        experts = {name: {"repo": names[name].repo, "revision": names[name].revision} for name in sorted(names)}
+        write_json(temporary / NOTE, {"source": label, "experts": experts})
+
+
+def _copy_files(found: Fetched, folder: Path) -> None:
+    for file in FILES:
+        if (found.folder / file).is_file():
+            with writing(folder / file):
+                shutil.copyfile(found.folder / file, folder / file)
