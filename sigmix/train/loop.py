@@ -188,7 +188,7 @@ class Trainer:
             with self.policy.acting(z):
                 return evaluate(self.task, mine, lambda part: self.actor.answer(part, self.max_new_tokens))
 
-        parts = self.processes.gather(work)
+        parts = self.processes.gather(work, self.policy.sharded)
         return Result(self.task.name, [item for part in parts for item in part.items])
 
     def _keep(self, result: Result) -> None:
@@ -204,7 +204,10 @@ class Trainer:
             "name": "validation accuracy", "value": summary.get("accuracy"), "n": summary.get("n"),
             "interval": summary.get("interval"), "note": "chose the checkpoint",
         }  # fmt: skip
+        assert isinstance(self.policy, SVFPolicy)
         settings = {k: v for k, v in self.config.to_dict().items() if k not in ("task", "base", "dtype", "seed")}
+        if self.processes.count > 1:
+            settings["processes"] = self.processes.count
         meta = {
             "task": self.task.name,
             "domain": self.task.domain,
@@ -216,8 +219,6 @@ class Trainer:
             "metrics": [metric] if summary else [],
             "training": {**settings, **self.task.facts, "step": self.step, "seconds": round(self.seconds, 1)},
         }
-        if self.processes.count > 1:
-            meta["training"] |= {"processes": self.processes.count}
         return self.policy.expert(self.name, meta)
 
     # ------------------------------------------------------------------ trouble

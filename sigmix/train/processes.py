@@ -1,6 +1,6 @@
 """The processes of one run: which share of the work is this one's, and what all of them must agree on.
 
-    accelerate launch --multi_gpu --num_processes 8 -m sigmix train …        (or torchrun --nproc_per_node 8 -m sigmix …)
+    accelerate launch --num_processes 8 -m sigmix train …      (or torchrun --nproc_per_node 8 -m sigmix train …)
 
 starts as many equal processes; accelerate's `PartialState` makes them a group (NCCL on GPUs, gloo on CPUs) and gives
 each its device. Here is only what a training run does with that: take a share, gather what was found, add up gradients.
@@ -44,10 +44,8 @@ class Processes:
     """This process among those of a run.
 
     Attributes:
-        rank: of this one, from 0. count: how many there are. main: whether this is the one that writes files and speaks.
+        rank: of this one, from 0. count: how many there are. main: whether this one writes the files and speaks.
         device: where this process computes; None with one process, where the base's own place decides.
-        apart: set where processes meet inside the work itself (a sharded base): then a failure cannot be carried to
-            the others, which are waiting elsewhere; this process ends and takes them with it.
     """
 
     def __init__(self, state: Any = None) -> None:
@@ -55,7 +53,6 @@ class Processes:
         self.rank: int = state.process_index if state else 0
         self.count: int = state.num_processes if state else 1
         self.device: torch.device | None = state.device if state else None
-        self.apart = False
 
     @classmethod
     def launched(cls) -> Processes:
@@ -86,8 +83,12 @@ class Processes:
         """Which of `number` things in a row are this process's: contiguous, in the order of ranks, sizes within 1."""
         return slice(number * self.rank // self.count, number * (self.rank + 1) // self.count)
 
-    def gather(self, work: Callable[[], T]) -> list[T]:
+    def gather(self, work: Callable[[], T], meeting: bool = False) -> list[T]:
         """Do some work on every process; returns all results, by rank. Results travel by pickle.
+
+        Args:
+            meeting: processes wait for each other inside the work (a sharded base). Then a failure cannot be carried to
+                the others: this process ends, and they find it gone.
 
         Raises:
             ProcessError: the work failed on another process. ProcessLostError: another process is gone. Whatever the
@@ -98,7 +99,8 @@ class Processes:
         try:
             result = work()
         except Exception as error:
-            if self.apart or isinstance(error, ProcessLostError):
+            if meeting or isinstance(error, ProcessLostError):
+                _shared(error, self.rank)
                 raise
             self._exchange(None, error)
             raise
@@ -173,8 +175,7 @@ class Processes:
             raise
         except Exception as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is something to say first
-            lost = isinstance(error, ProcessLostError)
-            if not (lost or self.apart or hasattr(error, "sigmix_speaker")):
+            if not hasattr(error, "sigmix_speaker") and not isinstance(error, ProcessLostError):
                 with contextlib.suppress(ProcessError):
                     self._exchange(None, error)
             if getattr(error, "sigmix_speaker", self.rank) != self.rank:
@@ -224,6 +225,6 @@ class Processes:
 
 
 def _shared(error: Any, speaker: int) -> Any:
-    """Mark an error that is raised on all processes; `speaker` is to print it."""
+    """Mark an error that the others need not be told of (any more); `speaker` is to print it."""
     error.sigmix_speaker = speaker
     return error

@@ -88,19 +88,19 @@ class ShardedPolicy(SVFPolicy):
         super().__init__(base, config)
         for layer in self.layers.values():
             layer.form = "gain"
-        processes.apart = True
 
     def _wrapped(self, base: nn.Module, targets: SVFConfig) -> nn.Module:
         device = self.processes.device or torch.device("cpu")
         empty = skeleton(base)
-        model = get_peft_model(empty, targets).eval()  # type: ignore[arg-type]
+        model: Any = get_peft_model(empty, targets).eval()  # type: ignore[arg-type]
         values = dict(base.named_parameters(remove_duplicate=False))
         # every parameter of the skeleton knows which of the base's it stands for; tied ones are one
         meaning = {id(p): values[name] for name, p in _base_names(empty)}
-        layers = svf_layers(model)
-        for layer in layers.values():
-            layer.svf_z["default"].weight = nn.Parameter(torch.ones(layer.r, device=device))
-        learnt = {layer.svf_z["default"].weight for layer in layers.values()}
+        learnt = set()
+        for layer in svf_layers(model).values():
+            z = nn.Parameter(torch.ones(layer.r, device=device))
+            layer.svf_z["default"].weight = z
+            learnt.add(z)
         mesh = init_device_mesh(device.type, (self.processes.count,))
         for block in _blocks(empty):
             _fill(block, meaning)

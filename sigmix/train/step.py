@@ -62,10 +62,11 @@ class Learner:
         are of all; figures and update are the same everywhere.
         """
         config = self.config
-        rollouts = Rollouts.joined(self.processes.gather(lambda: self._rollouts(number, samples)))
+        meeting = self.policy.sharded
+        rollouts = Rollouts.joined(self.processes.gather(lambda: self._rollouts(number, samples), meeting))
         self.optimizer.zero_grad(set_to_none=True)
         totals = Counter[str]()
-        for found in self.processes.gather(lambda: self._gradients(number, rollouts)):
+        for found in self.processes.gather(lambda: self._gradients(number, rollouts), meeting):
             totals.update(found)
         self.processes.add_up(list(self.parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
