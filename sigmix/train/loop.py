@@ -115,6 +115,7 @@ class Trainer:
             try:
                 self._run()
             except (KeyboardInterrupt, ProcessLostError):
+                self.processes.ending()
                 if self.processes.main:
                     self.run.save(*self._stable)  # a step or validation under way is taken again
                 raise

@@ -170,11 +170,12 @@ class Processes:
             yield
             self._state.destroy_process_group()
         except KeyboardInterrupt:
+            self.ending()
             if not self.main:
                 sys.exit(130)
             raise
         except Exception as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is something to say first
+            self.ending()
             if not hasattr(error, "sigmix_speaker") and not isinstance(error, ProcessLostError):
                 with contextlib.suppress(ProcessError):
                     self._exchange(None, error)
@@ -182,10 +183,15 @@ class Processes:
                 sys.exit(getattr(error, "exit_code", 1))
             raise
         finally:
-            if signal.getsignal(signal.SIGTERM) == self._terminated:
-                signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before)
+
+    def ending(self) -> None:
+        """This process is ending by itself, and the launcher's SIGTERM need not stop it from saving and saying why."""
+        if signal.getsignal(signal.SIGTERM) == self._terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _terminated(self, *_: object) -> None:
+        self.ending()
         raise ProcessLostError(
             f"process {self.rank} of {self.count} was told to end (SIGTERM), as launchers do when another one is gone",
             remedy="go on from the last checkpoint with --resume",
@@ -218,9 +224,9 @@ class Processes:
             yield
         except RuntimeError as error:  # gloo's own, and torch's DistBackendError
             raise ProcessLostError(
-                f"process {self.rank} of {self.count}: another process of this run is gone "
-                f"({str(error).splitlines()[0][:200]})",
-                remedy="the launcher's report names it; go on from the last checkpoint with --resume",
+                f"process {self.rank} of {self.count}: another process of this run is gone",
+                remedy="see above or in the launcher's report which and why; go on from the last checkpoint with "
+                "--resume",
             ) from error
 
 

@@ -102,11 +102,9 @@ class ShardedPolicy(SVFPolicy):
             layer.svf_z["default"].weight = z
             learnt.add(z)
         mesh = init_device_mesh(device.type, (self.processes.count,))
-        for block in _blocks(empty):
-            _fill(block, meaning)
-            fully_shard(block, mesh=mesh, ignored_params=learnt)
-        _fill(model, meaning)
-        fully_shard(model, mesh=mesh, ignored_params=learnt)
+        for part in [*_blocks(empty), model]:
+            _fill(part, meaning)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=learnt)
         # before FSDP's own hook, which gathers weights
         model.register_forward_pre_hook(self._announce, prepend=True)
         return model
@@ -176,10 +174,14 @@ def _fill(module: nn.Module, meaning: Mapping[int, torch.Tensor]) -> None:
 
     Values are of the base's own storage: whoever moves them makes the copy.
     """
+    made: dict[int, nn.Parameter] = {}  # a tied one must stay one
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if id(parameter) in meaning and parameter.is_meta:
-                part.register_parameter(name, nn.Parameter(meaning[id(parameter)].data, requires_grad=False))
+            if parameter.is_meta:
+                value = meaning[id(parameter)].data
+                part.register_parameter(
+                    name, made.setdefault(id(parameter), nn.Parameter(value, requires_grad=False))
+                )
     for layer in svf_layers(module).values():
         if layer.svf_short is None:
             layer.ensure_factors()

@@ -61,9 +61,13 @@ class Learner:
         Every process gets all samples, answers its share, and learns from its share under advantages and a mean that
         are of all; figures and update are the same everywhere.
         """
-        config = self.config
-        meeting = self.policy.sharded
-        rollouts = Rollouts.joined(self.processes.gather(lambda: self._rollouts(number, samples), meeting))
+        config, meeting = self.config, self.policy.sharded
+
+        def act() -> Rollouts:
+            with self.policy.acting():
+                return self._rollouts(number, samples)
+
+        rollouts = Rollouts.joined(self.processes.gather(act, meeting))
         self.optimizer.zero_grad(set_to_none=True)
         totals = Counter[str]()
         for found in self.processes.gather(lambda: self._gradients(number, rollouts), meeting):
@@ -118,8 +122,7 @@ class Learner:
         rows = range(mine.start * config.group, mine.stop * config.group)
         seeds = [row_seed(config.seed, number, row) for row in rows]
         sampling = Sampling(self.max_new_tokens, config.temperature, 1.0, seeds)
-        with self.policy.acting():
-            return self.actor.roll(samples[mine], sampling, config.group, config.form_reward)
+        return self.actor.roll(samples[mine], sampling, config.group, config.form_reward)
 
     def _stats(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor, group: int) -> TokenStats:
         model, pad = self.policy.model, self.actor.pad_id

@@ -26,7 +26,7 @@ def in_processes(count: int, work: Callable, *args: object, folder: Path) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
                    "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1",
-                   "SIGMIX_CACHE": os.environ["SIGMIX_CACHE"], "HF_HUB_OFFLINE": "1"}  # fmt: skip
+                   **{name: os.environ[name] for name in ("SIGMIX_CACHE", "PLAN") if name in os.environ}}  # fmt: skip
     started = []
     for rank in range(count):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
