@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -151,7 +152,7 @@ class Trainer:
             figures = self.learner.step(self.step, self.stream.step(self.step))
             self.seconds += time.perf_counter() - started
             self._emit({"kind": "step", "step": self.step, "seconds": self.seconds, **figures})
-            self.processes.from_main(lambda found=figures: self._check(found))
+            self.processes.from_main(functools.partial(self._check, figures))
             self.step += 1
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 started = time.perf_counter()

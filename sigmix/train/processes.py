@@ -1,6 +1,6 @@
 """The processes of one run: which share of the work is this one's, and what all of them must agree on.
 
-    accelerate launch --num_processes 8 -m sigmix train …      (or torchrun --nproc_per_node 8 -m sigmix train …)
+    accelerate launch --num_processes 8 -m sigmix train …      (or torchrun --nproc_per_node 8 -m -- sigmix …)
 
 starts as many equal processes; accelerate's `PartialState` makes them a group (NCCL on GPUs, gloo on CPUs) and gives
 each its device. Here is only what a training run does with that: take a share, gather what was found, add up gradients.

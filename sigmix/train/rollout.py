@@ -38,9 +38,13 @@ class Rollouts:
         """The rollouts of several processes as those of one."""
         if len(parts) == 1:
             return parts[0]
-        lists = ([item for part in parts for item in getattr(part, name)] for name in ("prompts", "answers", "texts"))
-        extracted = [answer for part in parts for answer in part.extracted]
-        return cls(*lists, torch.cat([part.rewards for part in parts]), extracted)  # type: ignore[misc]
+        return cls(
+            [ids for part in parts for ids in part.prompts],
+            [ids for part in parts for ids in part.answers],
+            [text for part in parts for text in part.texts],
+            torch.cat([part.rewards for part in parts]),
+            [answer for part in parts for answer in part.extracted],
+        )
 
     @property
     def width(self) -> int:

@@ -58,7 +58,7 @@ def shared_policy(base: Any, config: TrainConfig, processes: Processes, shard: b
 def skeleton(base: nn.Module) -> nn.Module:
     """A copy of a model whose parameters are on the meta device, without values; buffers are copied."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in base.parameters()}
-    return copy.deepcopy(base, empty)  # type: ignore[arg-type]
+    return copy.deepcopy(base, empty)
 
 
 def _targets(config: TrainConfig) -> SVFConfig:
@@ -67,7 +67,7 @@ def _targets(config: TrainConfig) -> SVFConfig:
 
 def _decompose_share(base: nn.Module, config: TrainConfig, processes: Processes) -> None:
     """Put this process's share of the decompositions into the cache, so that each is computed once."""
-    layers = svf_layers(get_peft_model(skeleton(base), _targets(config)))  # type: ignore[arg-type]
+    layers = svf_layers(get_peft_model(skeleton(base), _targets(config)))
     modules = linears(base)
     for path in sorted(layers, key=lambda path: (-layers[path].r, path))[processes.rank :: processes.count]:
         cached_decompose(matrix_of(modules[path]))
@@ -92,7 +92,7 @@ class ShardedPolicy(SVFPolicy):
     def _wrapped(self, base: nn.Module, targets: SVFConfig) -> nn.Module:
         device = self.processes.device or torch.device("cpu")
         empty = skeleton(base)
-        model: Any = get_peft_model(empty, targets).eval()  # type: ignore[arg-type]
+        model: Any = get_peft_model(empty, targets).eval()
         values = dict(base.named_parameters(remove_duplicate=False))
         # every parameter of the skeleton knows which of the base's it stands for; tied ones are one
         meaning = {id(p): values[name] for name, p in _base_names(empty)}
