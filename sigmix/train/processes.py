@@ -46,6 +46,7 @@ class Processes:
     Attributes:
         rank: of this one, from 0. count: how many there are. main: whether this one writes the files and speaks.
         device: where this process computes; None with one process, where the base's own place decides.
+        meets: set where the base is sharded, so that processes wait for each other inside of passes too.
     """
 
     def __init__(self, state: Any = None) -> None:
@@ -53,6 +54,7 @@ class Processes:
         self.rank: int = state.process_index if state else 0
         self.count: int = state.num_processes if state else 1
         self.device: torch.device | None = state.device if state else None
+        self.meets = False
 
     @classmethod
     def launched(cls) -> Processes:
@@ -67,6 +69,8 @@ class Processes:
 
         gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if 0 < gpus < local:
+            if int(os.environ.get("LOCAL_RANK", "0")):
+                sys.exit(ConfigError.exit_code)  # there is no group yet, and one message is enough
             raise ConfigError(
                 f"{local} processes were started on a machine with {gpus} GPUs",
                 remedy=f"start {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
@@ -99,10 +103,13 @@ class Processes:
         try:
             result = work()
         except Exception as error:
-            if meeting or isinstance(error, ProcessLostError):
+            if meeting:
+                if _gone(error):
+                    raise self._lost() from error
                 _shared(error, self.rank)
-                raise
-            self._exchange(None, error)
+            elif not isinstance(error, ProcessLostError):
+                with contextlib.suppress(ProcessLostError):
+                    self._exchange(None, error)
             raise
         return self._exchange(result)
 
@@ -176,14 +183,15 @@ class Processes:
             raise
         except Exception as error:
             self.ending()
-            if not hasattr(error, "sigmix_speaker") and not isinstance(error, ProcessLostError):
-                with contextlib.suppress(ProcessError):
+            if not (hasattr(error, "sigmix_speaker") or isinstance(error, ProcessLostError) or self.meets):
+                with contextlib.suppress(ProcessError, ProcessLostError):
                     self._exchange(None, error)
             if getattr(error, "sigmix_speaker", self.rank) != self.rank:
                 sys.exit(getattr(error, "exit_code", 1))
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if signal.getsignal(signal.SIGTERM) == self._terminated:  # else there is still something to say
+                signal.signal(signal.SIGTERM, before)
 
     def ending(self) -> None:
         """This process is ending by itself, and the launcher's SIGTERM need not stop it from saving and saying why."""
@@ -223,11 +231,19 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # gloo's own, and torch's DistBackendError
-            raise ProcessLostError(
-                f"process {self.rank} of {self.count}: another process of this run is gone",
-                remedy="see above or in the launcher's report which and why; go on from the last checkpoint with "
-                "--resume",
-            ) from error
+            raise self._lost() from error
+
+    def _lost(self) -> ProcessLostError:
+        return ProcessLostError(
+            f"process {self.rank} of {self.count}: another process of this run is gone",
+            remedy="see above or in the launcher's report which and why; go on from the last checkpoint with --resume",
+        )
+
+
+def _gone(error: Exception) -> bool:
+    """Whether an error of some work is that of a broken connection; out of memory is a RuntimeError too."""
+    broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, RuntimeError) and broken
 
 
 def _shared(error: Any, speaker: int) -> Any:

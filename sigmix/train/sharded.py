@@ -85,6 +85,7 @@ class ShardedPolicy(SVFPolicy):
     def __init__(self, base: nn.Module, config: TrainConfig, processes: Processes) -> None:
         self.base, self.processes = base, processes
         self._answering = False
+        processes.meets = True
         super().__init__(base, config)
         for layer in self.layers.values():
             layer.form = "gain"
