@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +52,50 @@ def train(
     data_dir: Path = typer.Option(None, help="Local JSONL data instead of the hub."),
     allow_code: bool = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs."),
     bank: Path = typer.Option(None, help="For --task dispatch: whose experts to choose among. Default: the bundled."),
+    shard: bool = typer.Option(False, "--shard", help="Spread the base over the processes; see docs/scaling.md."),
     tensorboard: Path = typer.Option(None, help="Also write TensorBoard events to this folder."),
     as_json: bool = JSON,
 ) -> None:
-    """Train an expert by reinforcement learning on a task's correctness reward."""
+    """Train an expert by reinforcement learning on a task's correctness reward.
+
+    Several processes that accelerate launch or torchrun start share the work (docs/scaling.md).
+    """
     from sigmix.errors import ConfigError
     from sigmix.experts.metadata import check_name
     from sigmix.files import claimed
     from sigmix.tasks.registry import get_task
     from sigmix.train.config import make_config
+    from sigmix.train.processes import Processes
 
-    name = check_name(out.name)
-    made = _dispatch(bank, data_dir) if task == "dispatch" else get_task(task, data_dir=data_dir, allow_code=allow_code)
-    modules = targets.split(",") if targets and "," in targets else targets
-    try:
-        chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
-    except ValueError:
-        raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {layers!r}") from None
-    config = make_config(
-        preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, steps=steps, batch=batch,
-        group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
-        temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
-        patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
-        parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit,
-    )  # fmt: skip
-    run = run or Path("runs") / name
-    with claimed(out):  # until the expert is saved there
-        _check_place(out, resume)
-        figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard)
-    emit(figures, as_json, text)
+    processes = Processes.launched()
+    with processes.one_voice(), contextlib.ExitStack() as held:
+        name = check_name(out.name)
+        if task == "dispatch":
+            made = _dispatch(bank, data_dir)
+        else:
+            made = get_task(task, data_dir=data_dir, allow_code=allow_code)
+        modules = targets.split(",") if targets and "," in targets else targets
+        try:
+            chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
+        except ValueError:
+            raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {layers!r}") from None
+        config = make_config(
+            preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, steps=steps, batch=batch,
+            group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
+            temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
+            patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
+            parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit,
+        )  # fmt: skip
+        run = run or Path("runs") / name
+
+        def claim() -> None:  # until the expert is saved there
+            held.enter_context(claimed(out))
+            _check_place(out, resume)
+
+        processes.from_main(claim)
+        figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard, processes, shard)
+        if processes.main:
+            emit(figures, as_json, text)
 
 
 def _dispatch(bank: Path | None, data_dir: Path | None) -> Any:
@@ -111,19 +127,25 @@ def _run(
     resume: bool,
     test_n: int,
     tensorboard: Path | None,
+    processes: Any,
+    shard: bool,
 ) -> tuple[dict[str, Any], str]:
     """Train, measure, save; returns the figures and the line for people."""
     from sigmix.experts.directory import CURVE
-    from sigmix.models import load_base
+    from sigmix.models import default_dtype, load_base
     from sigmix.train.final import held_out
     from sigmix.train.loop import Trainer
     from sigmix.train.report import curve
     from sigmix.train.state import RunDir
 
     folder = RunDir(run)
-    model, tokenizer = load_base(config.base, dtype)
-    with Progress(config.steps, f"training {name}", tensorboard) as progress:
-        trainer = Trainer(model, tokenizer, task, config, folder, name, progress.on_entry)
+    if dtype is None and processes.count > 1:  # measured, so that processes could differ
+        dtype = processes.from_main(lambda: str(default_dtype(processes.device)).removeprefix("torch."))
+    model, tokenizer = load_base(config.base, dtype, "cpu" if shard else processes.device)
+    with contextlib.ExitStack() as shown:
+        progress = processes.main and shown.enter_context(Progress(config.steps, f"training {name}", tensorboard))
+        listener = progress.on_entry if progress else None
+        trainer = Trainer(model, tokenizer, task, config, folder, name, listener, processes, shard)
         expert = trainer.fit(resume)
     figures = {"name": name, "task": task.name, "run": str(folder.path), "best": trainer.best}
     figures["seconds"] = round(trainer.seconds, 1)
@@ -132,8 +154,12 @@ def _run(
     if test_n:
         expert, measured = held_out(trainer, expert, test_n)
         figures |= measured
-    expert.save(out)
-    curve(folder.history(), out / CURVE, f"{name}: {task.name}")
+
+    def save() -> None:
+        expert.save(out)
+        curve(folder.history(), out / CURVE, f"{name}: {task.name}")
+
+    processes.from_main(save)
     text = f"{out}: validation {trainer.best['accuracy']:.3f} at step {trainer.best['step']}"
     if "test" in figures:
         constant = figures["best_constant"].get("accuracy", float("nan"))

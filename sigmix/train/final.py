@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sigmix.engine.modes import as_base, as_merged, merged_weights
-from sigmix.evals.evaluate import compare, constant_baseline, evaluate
+import torch
+
+from sigmix.evals.evaluate import compare, constant_baseline
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
 from sigmix.train.loop import Trainer
-from sigmix.train.policy import SVFPolicy
 
 
 def held_out(trainer: Trainer, expert: Expert, n: int) -> tuple[Expert, dict[str, Any]]:
@@ -25,15 +25,16 @@ def held_out(trainer: Trainer, expert: Expert, n: int) -> tuple[Expert, dict[str
         The expert with the figures in its metrics, and {"test", "base", "paired", "best_constant"}. The items of both
         are written to the run's folder as test-base.jsonl and test-expert.jsonl.
     """
-    assert isinstance(trainer.policy, SVFPolicy)
-    task, actor, layers, tokens = trainer.task, trainer.actor, trainer.policy.layers, trainer.max_new_tokens
+    task = trainer.task
     samples = task.samples("test", n, seed=0)
-    with as_base(layers):
-        before = evaluate(task, samples, lambda part: actor.answer(part, tokens))
-    with as_merged(layers, merged_weights(layers, expert.z)):
-        after = evaluate(task, samples, lambda part: actor.answer(part, tokens))
-    before.save(trainer.run.path / "test-base.jsonl")
-    after.save(trainer.run.path / "test-expert.jsonl")
+    before = trainer.evaluate(samples, {path: torch.ones_like(z) for path, z in expert.z.items()})
+    after = trainer.evaluate(samples, dict(expert.z))
+
+    def write() -> None:
+        before.save(trainer.run.path / "test-base.jsonl")
+        after.save(trainer.run.path / "test-expert.jsonl")
+
+    trainer.processes.from_main(write)
     constant, paired = constant_baseline(task, samples), compare(after, before)
     test, base = after.summary(), before.summary()
     metric = {

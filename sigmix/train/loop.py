@@ -3,14 +3,19 @@
 Resuming gives the same z as never having stopped, bit for bit on the CPU: what a step does depends only on the
 configuration, its number, the parameters and the optimiser's moments, and all of these are in the checkpoint.
 Only validation items choose which parameters are kept; test items are not touched here.
+
+Of several processes (`sigmix.train.processes`) each runs this same loop. They answer and learn from their shares of a
+step and hold the same parameters at its end; all that is written or shown comes from the main one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +28,19 @@ from sigmix.evals.evaluate import Result, evaluate
 from sigmix.evals.run import commit
 from sigmix.experts.base import describe
 from sigmix.experts.expert import Expert
-from sigmix.tasks.base import Task
+from sigmix.tasks.base import Sample, Task
 from sigmix.train.config import TrainConfig
-from sigmix.train.policy import SVFPolicy, make_policy
+from sigmix.train.policy import SVFPolicy
+from sigmix.train.processes import Processes, ProcessLostError
 from sigmix.train.report import curve
 from sigmix.train.rollout import Actor, PromptStream
+from sigmix.train.sharded import shared_policy
 from sigmix.train.state import RunDir, optimizer_tensors, restore_optimizer
 from sigmix.train.step import Learner
 
 Listener = Callable[[dict[str, Any]], None]
+SAVE_SECONDS = 60.0
+"""A checkpoint is written at every validation, and after a step when the last one is older than this."""
 
 
 class Trainer:
@@ -40,10 +49,12 @@ class Trainer:
     Args:
         model, tokenizer: a base from `load_base`; the model is wrapped by PEFT.
         task: what to learn. config: how. run: where state is kept. name: of the expert.
-        listener: called with every metrics entry (kind "step" or "validation").
+        listener: called with every metrics entry (kind "step" or "validation"), in the main process.
+        processes: that share the work; default: those that a launcher started, or this one alone.
+        shard: spread the base over the processes (`sigmix.train.sharded`).
 
     Raises:
-        ConfigError: the configuration names another dtype than the model's.
+        ConfigError: the configuration names another dtype than the model's, or its batch cannot be shared evenly.
     """
 
     def __init__(
@@ -55,7 +66,11 @@ class Trainer:
         run: RunDir,
         name: str,
         listener: Listener | None = None,
+        processes: Processes | None = None,
+        shard: bool = False,
     ) -> None:
+        self.processes = processes or Processes.launched()
+        check_batch(config, self.processes.count)
         dtype = describe(model)["dtype"]
         if config.dtype not in (None, dtype):
             raise ConfigError(f"the configuration says dtype {config.dtype}, but the base is in {dtype}")
@@ -69,12 +84,12 @@ class Trainer:
         self.validation = task.samples("validation", config.eval_n, seed=0)
         ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        self.policy = make_policy(model, config)
+        self.policy = shared_policy(model, config, self.processes, shard)
         if config.start is not None:
             self.policy.start_from(Path(config.start))
         contiguous_head(self.policy.model)
         self.actor = Actor(self.policy.model, tokenizer, task, ends, pad)
-        self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens)
+        self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens, self.processes)
         self.stream = PromptStream(self.train, prompts, config.seed)
         self.names = list(self.learner.parameters)
         self.step, self.seconds = 0, 0.0
@@ -87,28 +102,48 @@ class Trainer:
         """Train to the end and return the best expert by validation (None for PEFT's own policies, whose best
         adapter is in the run's ``best`` folder).
 
-        A KeyboardInterrupt saves a checkpoint and is raised again.
+        A KeyboardInterrupt saves a checkpoint and is raised again. So does the end of another process. Processes other
+        than the main one return the expert's name and z without its metadata.
 
         Raises:
             DivergedError: NaN or collapse; the last good expert stays in the run's ``best`` folder.
-            OutputError, ConfigError: see `RunDir`.
+            OutputError, ConfigError: see `RunDir`. ProcessError, ProcessLostError: see `Processes`.
         """
-        with self.run.locked():
-            state = self.run.begin(self.config, resume)
-            if state is not None:
-                self._restore(state)
+        with contextlib.ExitStack() as held:
+            stored = self.processes.from_main(lambda: self._begin(held, resume))
+            if stored is not None:
+                self._restore(*stored)
             try:
                 self._run()
-            except KeyboardInterrupt:
-                self.run.save(*self._stable)  # a step or validation under way is taken again
+            except (KeyboardInterrupt, ProcessLostError):
+                self.processes.ending()
+                if self.processes.main:
+                    self.run.save(*self._stable)  # a step or validation under way is taken again
                 raise
             self._save()
-            curve(self.run.history(), self.run.path / "curve.png", f"{self.name}: {self.task.name}")
-        return Expert.load(self.run.best) if isinstance(self.policy, SVFPolicy) else None
+            self.processes.from_main(
+                lambda: curve(self.run.history(), self.run.path / "curve.png", f"{self.name}: {self.task.name}")
+            )
+        if not isinstance(self.policy, SVFPolicy):
+            return None
+        if self.processes.count == 1:
+            return Expert.load(self.run.best)
+        z = self.processes.from_main(lambda: dict(Expert.load(self.run.best).z))
+        return Expert.load(self.run.best) if self.processes.main else Expert(self.name, z)
+
+    def _begin(self, held: contextlib.ExitStack, resume: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        held.enter_context(self.run.locked())
+        state = self.run.begin(self.config, resume)
+        if state is None:
+            return None
+        tensors = self.run.tensors()
+        # a checkpoint of before the first validation has no best one yet
+        self.run.forget_after(state["step"] if state["best"]["accuracy"] >= 0 else -1)
+        return state, tensors
 
     def _run(self) -> None:
         config = self.config
-        self._stable = self._state()
+        self._stable, self._saved = self._state(), time.monotonic()
         if self.best["accuracy"] < 0:
             self._validate()
             self._stable = self._state()
@@ -117,7 +152,7 @@ class Trainer:
             figures = self.learner.step(self.step, self.stream.step(self.step))
             self.seconds += time.perf_counter() - started
             self._emit({"kind": "step", "step": self.step, "seconds": self.seconds, **figures})
-            self._check(figures)
+            self.processes.from_main(functools.partial(self._check, figures))
             self.step += 1
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 started = time.perf_counter()
@@ -125,22 +160,43 @@ class Trainer:
                 self.seconds += time.perf_counter() - started
                 self._save()
             self._stable = self._state()
+            if self.processes.main and time.monotonic() - self._saved > SAVE_SECONDS:
+                self.run.save(*self._stable)
+                self._saved = time.monotonic()
 
     def _patience_spent(self) -> bool:
         return bool(self.config.patience) and self.bad >= self.config.patience
 
     def _validate(self) -> None:
-        with self.policy.acting():
-            result = evaluate(self.task, self.validation, lambda s: self.actor.answer(s, self.max_new_tokens))
+        result = self.evaluate(self.validation)
         summary = result.summary()
         better = summary["accuracy"] > self.best["accuracy"]
         if better:
             self.best = {"accuracy": summary["accuracy"], "step": self.step}
         self.bad = 0 if better else self.bad + 1
         self._emit({"kind": "validation", "step": self.step, "seconds": self.seconds, "best": better, **summary})
-        if better and isinstance(self.policy, SVFPolicy):
+        if better:
+            self.processes.from_main(lambda: self._keep(result))
+
+    def evaluate(self, samples: Sequence[Sample], z: dict[str, torch.Tensor] | None = None) -> Result:
+        """Greedy answers to samples, scored, each process taking its share; the same result on all of them.
+
+        Args:
+            z: to act under, by path, in place of the policy's own.
+        """
+
+        def work() -> Result:
+            mine = samples[self.processes.share(len(samples))]
+            with self.policy.acting(z):
+                return evaluate(self.task, mine, lambda part: self.actor.answer(part, self.max_new_tokens))
+
+        parts = self.processes.gather(work, self.policy.sharded)
+        return Result(self.task.name, [item for part in parts for item in part.items])
+
+    def _keep(self, result: Result) -> None:
+        if isinstance(self.policy, SVFPolicy):
             self.expert(result).save(self.run.best)
-        elif better and not isinstance(self.policy, SVFPolicy):
+        else:
             self.policy.save(self.run.best)
 
     def expert(self, validation: Result | None = None) -> Expert:
@@ -150,7 +206,10 @@ class Trainer:
             "name": "validation accuracy", "value": summary.get("accuracy"), "n": summary.get("n"),
             "interval": summary.get("interval"), "note": "chose the checkpoint",
         }  # fmt: skip
+        assert isinstance(self.policy, SVFPolicy)
         settings = {k: v for k, v in self.config.to_dict().items() if k not in ("task", "base", "dtype", "seed")}
+        if self.processes.count > 1:
+            settings["processes"] = self.processes.count
         meta = {
             "task": self.task.name,
             "domain": self.task.domain,
@@ -162,7 +221,7 @@ class Trainer:
             "metrics": [metric] if summary else [],
             "training": {**settings, **self.task.facts, "step": self.step, "seconds": round(self.seconds, 1)},
         }
-        return Expert.from_model(self.policy.model, name=self.name, meta=meta)
+        return self.policy.expert(self.name, meta)
 
     # ------------------------------------------------------------------ trouble
 
@@ -192,11 +251,14 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def _emit(self, entry: dict[str, Any]) -> None:
-        self.run.log(entry)
-        self.listener(entry)
+        if self.processes.main:
+            self.run.log(entry)
+            self.listener(entry)
 
     def _save(self) -> None:
-        self.run.save(*self._state())
+        self.processes.check_equal(self.policy.z(), f"step {self.step}")
+        self.processes.from_main(lambda: self.run.save(*self._state()))
+        self._saved = time.monotonic()
 
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = {f"parameter.{name}": p.detach().cpu().clone() for name, p in self.learner.parameters.items()}
@@ -205,13 +267,22 @@ class Trainer:
         state = {"step": self.step, "seconds": self.seconds, "best": self.best, "bad": self.bad, "constant": constant}
         return state, tensors
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        tensors = self.run.tensors()
+    def _restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.learner.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
         restore_optimizer(self.learner.optimizer, self.names, tensors)
         self.step, self.seconds = state["step"], state["seconds"]
         self.best, self.bad, self.constant = state["best"], state["bad"], state["constant"]
-        # a checkpoint of before the first validation has no best one yet
-        self.run.forget_after(self.step if self.best["accuracy"] >= 0 else -1)
+
+
+def check_batch(config: TrainConfig, count: int) -> None:
+    """Raise `ConfigError` unless `count` processes get equally many prompts of each step."""
+    prompts = config.batch // config.group
+    if prompts % count:
+        fitting = [n for n in range(1, count) if prompts % n == 0]
+        raise ConfigError(
+            f"batch {config.batch} in groups of {config.group} is {prompts} prompts a step, which {count} processes "
+            "cannot share evenly",
+            remedy=f"give a --batch that is a multiple of {config.group * count}, or start {fitting[-1]} of them",
+        )

@@ -1,6 +1,6 @@
 """What is trained: a policy knows its parameters and puts the model into three states.
 
-    acting      rollouts and validation: merged weights, no cost per token
+    acting      rollouts and validation, under its own or another z: merged weights, no cost per token
     learning    gradients reach the parameters, never W
     reference   the base, exactly
 
@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sigmix.engine.modes import as_base, as_merged, merged_weights
+from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.files import atomic_dir
 from sigmix.svf.gains import reference_z
@@ -39,9 +40,10 @@ class Policy(Protocol):
     """The interface of the loop."""
 
     model: nn.Module
+    sharded: bool
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
-    def acting(self) -> AbstractContextManager[None]: ...
+    def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> AbstractContextManager[None]: ...
     def learning(self) -> AbstractContextManager[None]: ...
     def reference(self) -> AbstractContextManager[None]: ...
     def after_step(self) -> None: ...
@@ -67,11 +69,17 @@ class ReferenceZ(nn.Module):
 
 
 class SVFPolicy:
-    """z on the singular values (section 3.1 of the paper), through PEFT."""
+    """z on the singular values (section 3.1 of the paper), through PEFT.
+
+    Attributes:
+        sharded: whether every pass is a meeting of several processes, see `sigmix.train.sharded`.
+    """
+
+    sharded = False
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
         targets = SVFConfig(target_modules=config.targets, layers_to_transform=config.layers)
-        self.model = get_peft_model(base, targets).eval()
+        self.model = self._wrapped(base, targets)
         self.layers = svf_layers(self.model)
         self.direct = config.parameterisation == "direct"
         if not self.direct:
@@ -79,6 +87,13 @@ class SVFPolicy:
             for layer in self.layers.values():
                 holder = layer.svf_z["default"]
                 parametrize.register_parametrization(holder, "weight", ReferenceZ(layer.svf_s, random))
+
+    def _wrapped(self, base: nn.Module, targets: SVFConfig) -> Any:
+        return get_peft_model(base, targets).eval()
+
+    def expert(self, name: str, meta: Mapping[str, Any]) -> Expert:
+        """The current z as an expert, sealed for the base."""
+        return Expert.from_model(self.model, name=name, meta=meta)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """{path: float32 [r]}: z itself, or p under the reference parameterisation."""
@@ -91,8 +106,8 @@ class SVFPolicy:
         """Effective z by path, float32 [r] on the CPU, detached."""
         return {path: layer.svf_z["default"].weight.detach().cpu().clone() for path, layer in self.layers.items()}
 
-    def acting(self) -> AbstractContextManager[None]:
-        return as_merged(self.layers, merged_weights(self.layers, self.z()))
+    def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> AbstractContextManager[None]:
+        return as_merged(self.layers, merged_weights(self.layers, self.z() if z is None else z))
 
     def reference(self) -> AbstractContextManager[None]:
         return as_base(self.layers)
@@ -124,6 +139,8 @@ class PeftPolicy:
     LoRA adapts `TrainConfig.targets`; IA3 the modules that PEFT's own table names for the architecture.
     """
 
+    sharded = False
+
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
         self.model = get_peft_model(base, _peft_config(config)).eval()
@@ -136,7 +153,9 @@ class PeftPolicy:
         return {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
+    def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+        if z is not None:
+            raise ConfigError("PEFT's own policies act under their own parameters only")
         with merged_adapter(self.model):
             yield
 

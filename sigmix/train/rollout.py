@@ -33,10 +33,28 @@ class Rollouts:
     rewards: torch.Tensor
     extracted: list[str | None]
 
-    def padded(self, rows: slice, fill: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids int64 [n, C] and mask bool [n, C] of some answers, right-padded."""
+    @classmethod
+    def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """The rollouts of several processes as those of one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            [ids for part in parts for ids in part.prompts],
+            [ids for part in parts for ids in part.answers],
+            [text for part in parts for text in part.texts],
+            torch.cat([part.rewards for part in parts]),
+            [answer for part in parts for answer in part.extracted],
+        )
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest answer."""
+        return max(map(len, self.answers))
+
+    def padded(self, rows: slice, fill: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids int64 [n, C] and mask bool [n, C] of some answers, right-padded; to `width` if it is given."""
         part = self.answers[rows]
-        width = max(map(len, part))
+        width = width or max(map(len, part))
         ids = torch.tensor([row + [fill] * (width - len(row)) for row in part])
         mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in part])
         return ids, mask

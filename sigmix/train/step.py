@@ -16,6 +16,7 @@ from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
 from sigmix.train.losses import TokenStats, advantages, reinforce_loss, sft_loss, token_stats
 from sigmix.train.policy import PeftPolicy, SVFPolicy
+from sigmix.train.processes import Processes
 from sigmix.train.rollout import Actor, Rollouts, row_seed
 
 
@@ -38,31 +39,68 @@ class Learner:
 
     Args:
         policy: what is trained. actor: how it answers and is scored. config: the run.
-        max_new_tokens: answer budget.
+        max_new_tokens: answer budget. processes: that share a step's prompts; default: this one alone.
     """
 
-    def __init__(self, policy: SVFPolicy | PeftPolicy, actor: Actor, config: TrainConfig, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: SVFPolicy | PeftPolicy,
+        actor: Actor,
+        config: TrainConfig,
+        max_new_tokens: int,
+        processes: Processes | None = None,
+    ) -> None:
         self.policy, self.actor, self.config, self.max_new_tokens = policy, actor, config, max_new_tokens
+        self.processes = processes or Processes()
         self.parameters = policy.parameters()
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=0.0)
 
     def step(self, number: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """Take step `number` on some samples; returns figures of the step (before the update)."""
+        """Take step `number` on some samples; returns figures of the step (before the update).
+
+        Every process gets all samples, answers its share, and learns from its share under advantages and a mean that
+        are of all; figures and update are the same everywhere.
+        """
+        config, meeting = self.config, self.policy.sharded
+
+        def act() -> Rollouts:
+            with self.policy.acting():
+                return self._rollouts(number, samples)
+
+        rollouts = Rollouts.joined(self.processes.gather(act, meeting))
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = defaultdict[str, float](float)
+        for found in self.processes.gather(lambda: self._gradients(number, rollouts), meeting):
+            for name, value in found.items():
+                totals[name] += value
+        self.processes.add_up(list(self.parameters.values()))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
+        rate = learning_rate(config, number)
+        figures = self._figures(rollouts, totals, float(norm), rate)
+        if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
+            for group_ in self.optimizer.param_groups:
+                group_["lr"] = rate
+            self.optimizer.step()
+            self.policy.after_step()
+        return figures
+
+    def _gradients(self, number: int, rollouts: Rollouts) -> dict[str, float]:
+        """Backward passes over this process's share of all rollouts; returns its part of the figures' sums."""
         config = self.config
-        with self.policy.acting():
-            rollouts = self._rollouts(number, samples)
         group = len(rollouts.answers) // len(rollouts.prompts)
         advantage = advantages(rollouts.rewards, group, config.baseline)
         known = int((~rollouts.rewards.isnan()).sum())
         totals = defaultdict[str, float](float)
-        self.optimizer.zero_grad(set_to_none=True)
         if config.policy == "lora" and config.lora_dropout:
-            torch.manual_seed(row_seed(config.seed, number, -1))  # so that a resumed run drops the same
+            # so that a resumed run drops the same
+            torch.manual_seed(row_seed(config.seed, number, -1 - self.processes.rank))
         prompts_at_once = max(config.micro // group, 1)
-        for start in range(0, len(rollouts.prompts), prompts_at_once):
-            part = slice(start * group, (start + prompts_at_once) * group)
-            prompts = rollouts.prompts[start : start + prompts_at_once]
-            ids, mask = rollouts.padded(part, self.actor.pad_id)
+        mine = self.processes.share(len(rollouts.prompts))
+        for start in range(mine.start, mine.stop, prompts_at_once):
+            stop = min(start + prompts_at_once, mine.stop)
+            part = slice(start * group, stop * group)
+            prompts = rollouts.prompts[start:stop]
+            ids, mask = rollouts.padded(part, self.actor.pad_id, rollouts.width if self.policy.sharded else None)
             stats = self._stats(prompts, ids, mask, group)
             usable = ~rollouts.rewards[part].isnan()
             if config.objective == "sft":
@@ -75,24 +113,17 @@ class Learner:
             totals["kl"] += float(stats.kl.detach().sum())
             totals["entropy"] += float(stats.entropy.sum())
             totals["tokens"] += int(mask.sum())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
-        rate = learning_rate(config, number)
-        figures = self._figures(rollouts, totals, float(norm), rate)
-        if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
-            for group_ in self.optimizer.param_groups:
-                group_["lr"] = rate
-            self.optimizer.step()
-            self.policy.after_step()
-        return figures
+        return totals
 
     def _rollouts(self, number: int, samples: Sequence[Sample]) -> Rollouts:
-        config = self.config
+        """Answers to this process's share; a row's random stream is of its place among all."""
+        config, mine = self.config, self.processes.share(len(samples))
         if config.objective == "sft":
-            return self.actor.gold(samples)
-        count = len(samples) * config.group
-        seeds = [row_seed(config.seed, number, row) for row in range(count)]
+            return self.actor.gold(samples[mine])
+        rows = range(mine.start * config.group, mine.stop * config.group)
+        seeds = [row_seed(config.seed, number, row) for row in rows]
         sampling = Sampling(self.max_new_tokens, config.temperature, 1.0, seeds)
-        return self.actor.roll(samples, sampling, config.group, config.form_reward)
+        return self.actor.roll(samples[mine], sampling, config.group, config.form_reward)
 
     def _stats(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor, group: int) -> TokenStats:
         model, pad = self.policy.model, self.actor.pad_id
@@ -100,7 +131,8 @@ class Learner:
         ids, mask = ids.to(device), mask.to(device)
 
         def logits() -> torch.Tensor:
-            found = answer_logits(model, prefill(model, prompts, pad).repeat(group), ids, mask)
+            read = prefill(model, prompts, pad, share=not self.policy.sharded)
+            found = answer_logits(model, read.repeat(group), ids, mask)
             choices = self.actor.choices
             return found if choices is None else choices.constrain_answers(found, ids)
 
