@@ -1,7 +1,7 @@
 """Train an expert with TRL's GRPOTrainer on a sigmix task, seal it, and measure it against its base.
 
     python examples/trl_grpo.py --task larger --steps 30 --out my-experts/larger-grpo
-    sigmix generate "Which number is larger, 29 or 895? Answer with the number only." --bank my-experts --mix larger-grpo
+    sigmix chat --bank my-experts --mix larger-grpo
 
 Needs `pip install "sigmix[trl,tasks]"`. GRPO compares the replies to one prompt with each other.
 """

@@ -1,7 +1,7 @@
 """Train an expert with TRL's RLOOTrainer on a sigmix task, seal it, and measure it against its base.
 
     python examples/trl_rloo.py --task larger --steps 30 --out my-experts/larger-rloo
-    sigmix generate "Which number is larger, 29 or 895? Answer with the number only." --bank my-experts --mix larger-rloo
+    sigmix chat --bank my-experts --mix larger-rloo
 
 Needs `pip install "sigmix[trl,tasks]"`. RLOO's baseline for a reply is the mean reward of the others to its prompt.
 """

@@ -1,7 +1,7 @@
 """Train an expert with TRL's SFTTrainer on a sigmix task's gold replies, seal it, and measure it against its base.
 
     python examples/trl_sft.py --task larger --steps 30 --out my-experts/larger-sft
-    sigmix generate "Which number is larger, 29 or 895? Answer with the number only." --bank my-experts --mix larger-sft
+    sigmix chat --bank my-experts --mix larger-sft
 
 Needs `pip install "sigmix[trl,tasks]"`. The loss is on the reply and the token that ends it.
 """

@@ -82,14 +82,12 @@ def _check(words: Sequence[str]) -> None:
     from sigmix.errors import ConfigError
 
     if words and not words[0].startswith("-"):
-        raise ConfigError(
-            f"unexpected {words[0]!r}: this command runs tasks only", remedy="for example: sigmix lm-eval --tasks arc_easy"
-        )
+        raise ConfigError(f"unexpected {words[0]!r}: this command runs tasks only", remedy="give --tasks")
     other = _value(words, "--model", "-M")
     if other not in (None, "sigmix"):
         raise ConfigError(f"the model is sigmix here, not {other!r}", remedy="run lm-eval itself for its other models")
     if not any(word.split("=")[0] in ("--tasks", "-t", "--config", "-C") for word in words):
-        raise ConfigError("no --tasks", remedy="for example: sigmix lm-eval --tasks arc_easy; lm-eval ls tasks lists them")
+        raise ConfigError("no --tasks", remedy="lm-eval ls tasks lists them; a YAML file of your own will do too")
 
 
 def _value(words: Sequence[str], *names: str) -> str | None:

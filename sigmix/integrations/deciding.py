@@ -46,7 +46,8 @@ class Requests:
         ``mixes`` counts every request of the harness (each choice of a question is one); ``contexts`` and ``labels``
         count what was decided, once for each distinct request. ``tokens`` and ``seconds`` are pass one's, in sum.
         """
-        told: dict[str, Any] = {"mix": AUTO if self.mix is None else self.mix.id, "mixes": dict(self.count.most_common())}
+        mix = AUTO if self.mix is None else self.mix.id
+        told: dict[str, Any] = {"mix": mix, "mixes": dict(self.count.most_common())}
         if self.strategy is not None:
             made = list(self.decisions.values())
             told |= {

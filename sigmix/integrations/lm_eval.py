@@ -38,6 +38,7 @@ from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
 from sigmix.experts.mixfile import read_mix
+from sigmix.files import check_writable
 from sigmix.integrations.deciding import Requests
 from sigmix.models import DEFAULT, load_base
 
@@ -68,8 +69,8 @@ class SigmixLM(HFLM):
         options: those of the harness's ``hf`` model that `PASSED` names.
 
     Raises:
-        ConfigError, UnknownNameError: an option that is not there or cannot work. Others: see `load_base`, `Engine.z`
-        and the strategies.
+        ConfigError, UnknownNameError, OutputError: an option that is not there or cannot work. Others: see
+        `load_base`, `Engine.z` and the strategies.
     """
 
     made = 0
@@ -99,14 +100,16 @@ class SigmixLM(HFLM):
             raise ConfigError(f"form must be factored or gain, not {form!r}")
         letter_of(strategy or AUTO)
         self.rows = _rows(batch_size)
+        if decisions is not None:
+            check_writable(decisions)
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
         chosen = None if mix == AUTO else read_mix(mix, experts)
         model, tokenizer = load_base(base, None if dtype == "auto" else dtype, _device(device))
         super().__init__(
             model, backend="causal", tokenizer=tokenizer, batch_size=self.rows or max_batch_size,
             max_batch_size=max_batch_size, enable_thinking=False, **options,
-        )  # type: ignore[arg-type]  # fmt: skip
-        self.form = form
+        )  # fmt: skip
+        self.form, self._size = form, model.num_parameters()  # before the engine adds its z
         self.engine = Engine(model, tokenizer, experts)
         if chosen is not None:
             self.engine.z(chosen)  # an expert of another base is refused before the work
@@ -137,18 +140,20 @@ class SigmixLM(HFLM):
         mixes = self._mixes([context for (context, _), _, _ in requests])
         rows = [(mix, context, answer) for mix, (_, context, answer) in zip(mixes, requests, strict=True)]
         found = self._score(rows, disable_tqdm)
-        for (texts, _, _), answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        for (texts, _, _), told in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, told)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Natural log-likelihood of whole texts, in windows of the context length that do not overlap."""
         texts = [request.args[0] for request in requests]
         every = [self.tok_encode(text) for text in texts]
-        mixes = self.requests.mixes([self.tok_decode(ids[: max(self.max_length // 2, 1)]) for ids in every])
-        rows, owners = [], []
-        for number, (ids, mix) in enumerate(zip(every, mixes, strict=True)):
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+        beginning = max(self.max_length // 2, 1)
+        mixes = self.requests.mixes([self.tok_decode(tokens[:beginning]) for tokens in every])
+        rows: list[tuple[Mix, list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, (tokens, mix) in enumerate(zip(every, mixes, strict=True)):
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
             for context, answer in map(make_disjoint_window, windows):
                 rows.append((mix, context, answer))
                 owners.append(number)
@@ -178,10 +183,10 @@ class SigmixLM(HFLM):
             logits = self.engine.logits(ids, mask, [mix for mix, _ in part], self.form)
             for place, one in enumerate(part):
                 for number in wanted[one]:
-                    answer = torch.tensor(rows[number][2], device=logits.device)
-                    own = logits[place, -len(answer) :].float().log_softmax(-1)
-                    logprob = float(own.gather(1, answer[:, None]).sum())
-                    found[number] = (logprob, bool((own.argmax(-1) == answer).all()))
+                    right = torch.tensor(rows[number][2], device=logits.device)
+                    own = logits[place, -len(right) :].float().log_softmax(-1)
+                    logprob = float(own.gather(1, right[:, None]).sum())
+                    found[number] = (logprob, bool(torch.equal(own.argmax(-1), right)))
         return found
 
     # ------------------------------------------------------------------ answers
@@ -201,13 +206,14 @@ class SigmixLM(HFLM):
                     f"{options['max_new_tokens']} tokens to answer leave no room in the context of {self.max_length}",
                     remedy="give a smaller --gen_kwargs max_gen_toks=N",
                 )
-            ids = {number: self.tok_encode(requests[number].args[0]) or [self.prefix_token_id] for number in numbers}
+            ids = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
             self.truncated += sum(len(row) > room for row in ids.values())
             ids = {number: row[-room:] for number, row in ids.items()}
-            order = sorted(numbers, key=lambda number: -len(ids[number]))
+            sizes = {number: len(row) + options["max_new_tokens"] for number, row in ids.items()}
+            order = sorted(numbers, key=sizes.__getitem__, reverse=True)
             ends, self.engine.ends = self.engine.ends, [*self.engine.ends, *special]
             try:
-                for part in self._batches(order, lambda n: len(ids[n]) + options["max_new_tokens"], disable_tqdm):
+                for part in self._batches(order, sizes.__getitem__, disable_tqdm):
                     seeds = [torch.initial_seed() + number for number in part]
                     answers = self.engine.generate(
                         [ids[number] for number in part], [mixes[number] for number in part], stop=stop, seeds=seeds,
@@ -256,7 +262,7 @@ class SigmixLM(HFLM):
         base = self.model.sigmix_base
         told = {"base": base["name"], "fingerprint": fingerprint(self.model), **self.requests.summary()}
         return {
-            "model_num_parameters": self.model.num_parameters(),
+            "model_num_parameters": self._size,
             "model_dtype": str(self.model.dtype),
             "model_source": base["name"],
             "sigmix": {**told, "truncated": self.truncated},

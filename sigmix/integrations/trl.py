@@ -1,4 +1,4 @@
-"""SVF in TRL's trainers: a task's prompts and verifier in the form that TRL takes, z kept an expert's, the result sealed.
+"""SVF in TRL's trainers: a task's prompts and verifier as TRL takes them, z kept an expert's, the result sealed.
 
     task = get_task("addition")
     samples = task.samples("train", 512)
@@ -45,7 +45,7 @@ def prompt_dataset(samples: Sequence[Sample], tokenizer: Any) -> Dataset:
         samples: of a task. tokenizer: messages where it has a chat template (give the config `CHAT`), else text.
 
     Returns:
-        A `datasets.Dataset` with the columns ``prompt`` and ``sample`` (the sample's id, which `reward_function` reads).
+        A `datasets.Dataset` with the columns ``prompt`` and ``sample``, the id by which `reward_function` finds it.
 
     Raises:
         DataError: no samples.
@@ -67,7 +67,7 @@ def gold_dataset(samples: Sequence[Sample], model: Any, tokenizer: Any) -> Datas
         model: whose end token closes a reply.
 
     Returns:
-        A `datasets.Dataset` with the columns ``input_ids`` and ``labels`` (-100 for the prompt), N rows of their length.
+        A `datasets.Dataset` with the columns ``input_ids`` and ``labels`` (-100 for the prompt), unpadded.
 
     Raises:
         DataError: no samples.
@@ -99,7 +99,7 @@ def reward_function(task: Task, samples: Sequence[Sample]) -> Reward:
 
     def reward(completions: Sequence[Any], sample: Sequence[str] | None = None, **_: Any) -> list[float | None]:
         if sample is None or not known.keys() >= set(sample):
-            lost = "has no column 'sample'" if sample is None else "holds samples that the reward function was not given"
+            lost = "has no column 'sample'" if sample is None else "has samples that the reward function was not given"
             raise ConfigError(
                 f"the data set {lost}", remedy="make both of the same samples: prompt_dataset(samples, tokenizer)"
             )
@@ -192,7 +192,8 @@ def _text(completion: Any) -> str:
 
 
 def _trained(model: Any) -> list[torch.nn.Parameter]:
-    return [z.weight for layer in svf_layers(model).values() for z in layer.svf_z.values() if z.weight.requires_grad]
+    every = [z.weight for layer in svf_layers(model).values() for z in layer.svf_z.values()]
+    return [z for z in every if isinstance(z, torch.nn.Parameter) and z.requires_grad]
 
 
 def _not_empty(samples: Sequence[Sample]) -> None:

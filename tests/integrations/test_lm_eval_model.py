@@ -11,6 +11,9 @@ import pytest
 import torch
 from helpers_engine import dense, expert
 from helpers_tiny import build_tiny, build_tokenizer
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from sigmix import Bank, Engine, Mix, load_base
 from sigmix.adapt import Probe, ProbeDispatch
@@ -18,15 +21,9 @@ from sigmix.adapt.labels import labels
 from sigmix.engine.scoring import hidden
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.fingerprint import fingerprint
-
-pytest_plugins = ["helpers_cli"]
-pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-
 from sigmix.integrations.lm_eval import SigmixLM
 
+pytest_plugins = ["helpers_cli"]
 # float32, two layers: batched, padded and single matmuls round differently by a few 1e-6 a token
 TOLERANCE = {"rel": 1e-4, "abs": 1e-3}
 MIX = "one:.7+two:.3"
@@ -53,11 +50,11 @@ def place(tmp_path_factory):
         probe = Probe(names, 1, weight, -weight.square().sum(1) / 2, 0.1, 0.0, fingerprint(engine.model))
         probe.save(made.bank / "probe.safetensors")
     made.tasks.mkdir()
-    rows = [{"question": word, "choices": ["yes", "no", f"{word[:3]}s"], "gold": i % 3} for i, word in enumerate(WORDS)]
-    (made.tasks / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = (
-        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {made.tasks / 'items.jsonl'}\ntest_split: test\n"
-    )
+    choices = [["yes", "no", f"{word[:3]}s"] for word in WORDS]
+    rows = [{"question": word, "choices": choices[i], "gold": i % 3} for i, word in enumerate(WORDS)]
+    file = made.tasks / "items.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
     (made.tasks / "choice.yaml").write_text(
         f'task: tiny_choice\n{common}output_type: multiple_choice\ndoc_to_text: "{{{{question}}}}?"\n'
         'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n'
@@ -68,8 +65,8 @@ def place(tmp_path_factory):
         "metric_list:\n  - metric: exact_match\n"
     )
     (made.tasks / "text.yaml").write_text(
-        f'task: tiny_text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{{{question}}}}."\n'
-        "metric_list:\n  - metric: word_perplexity\n"
+        f'task: tiny_text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ""\n'
+        'doc_to_target: "{{question}}."\nmetric_list:\n  - metric: word_perplexity\n'
     )
     return made
 
@@ -129,7 +126,8 @@ def check(place, folder: Path, mixes: dict[str, list[Mix]]) -> None:
                 (expected,) = known[mix].generate_until(instances("generate_until", tuple(asked[0])), True)
                 assert row["resps"] == [[expected]]
             else:
-                (expected,) = known[mix].loglikelihood_rolling(instances("loglikelihood_rolling", tuple(asked[0])), True)
+                text = instances("loglikelihood_rolling", tuple(asked[0]))
+                (expected,) = known[mix].loglikelihood_rolling(text, True)
                 assert float(row["resps"][0][0]) == pytest.approx(expected, **TOLERANCE)
 
 
@@ -143,6 +141,7 @@ def test_every_kind_of_request_equals_the_harnesss_own_model(mix, harness, place
     check(place, tmp_path, dict.fromkeys(ALL.split(","), [parsed] * len(WORDS)))
     config = done.json["config"]["sigmix"]
     assert config["mixes"] == {parsed.id: 3 * len(WORDS) + 2 * len(WORDS)}
+    assert done.json["config"]["model_num_parameters"] == build_tiny().num_parameters()
     assert config["truncated"] == 3 + 1  # the last word's choices and reply; a text is read in windows
     accuracy = sum(row["acc"] for row in logged(tmp_path, "tiny_choice")) / len(WORDS)
     assert done.json["results"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy)

@@ -1,4 +1,4 @@
-"""`SVFConfig` in TRL's trainers, on a tiny model: what is trained, what the KL is of, and that the result is an expert."""
+"""`SVFConfig` in TRL's trainers, on a tiny model: what is trained, what the KL is of, and that it makes an expert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from helpers_engine import alone, dense
 from helpers_tiny import build_tiny, build_tokenizer
 from peft import PeftModel, get_peft_model
@@ -24,7 +25,6 @@ from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.registry import get_task
 
 pytest_plugins = ["helpers_cli"]
-trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
 STEPS, GROUP, BATCH = 3, 4, 8
 COMMON = {
@@ -161,6 +161,9 @@ def test_training_on_from_an_adapter_takes_it_as_the_reference(kind, tmp_path):
     reference = dense(build_tiny(), first)
     assert kls[-1] == pytest.approx(true_kl(kind, watch.steps[-1], reference), rel=1e-3, abs=1e-5)
     assert abs(true_kl(kind, watch.steps[-1], build_tiny()) - kls[-1]) > 1e-2, "the base would be another reference"
+    trainer.save_model(tmp_path / "on")
+    saved = Expert.load(tmp_path / "on").z
+    assert all(torch.equal(z, layers[path].svf_z["default"].weight) for path, z in saved.items())
 
 
 def sft(model, tokenizer, samples, folder, **options):
@@ -185,15 +188,17 @@ def test_sft_begins_at_the_bases_loss_with_and_without_checkpointing(tmp_path, t
     made = {}
     for on in (True, False):
         trainer = sft(build_tiny(), tiny_tokenizer, samples, tmp_path, gradient_checkpointing=on)
-        assert all(torch.equal(others(trainer.model)[f"base_model.model.{n}"], p) for n, p in others(build_tiny()).items())
+        found = others(trainer.model)
+        assert all(torch.equal(found[f"base_model.model.{n}"], value) for n, value in others(build_tiny()).items())
         made[on] = zs(trainer)
     assert all(torch.equal(z, made[False][path]) for path, z in made[True].items())
     assert all(not torch.equal(z, torch.ones_like(z)) for z in made[True].values())
 
     base = build_tiny()
     with torch.no_grad():
+        end = tiny_tokenizer.eos_token_id
         each = [
-            logprobs(base, encode(tiny_tokenizer, one.prompt), [*tiny_tokenizer.encode(one.gold), tiny_tokenizer.eos_token_id])
+            logprobs(base, encode(tiny_tokenizer, one.prompt), [*tiny_tokenizer.encode(one.gold), end])
             for one in samples
         ]
     losses = logged(trainer, "loss")
@@ -212,7 +217,7 @@ def test_a_bfloat16_base_keeps_z_in_float32_and_trains_it(tmp_path, tiny_tokeniz
 
 
 def test_z_stays_what_an_expert_may_hold(tmp_path, tiny_tokenizer):
-    """A rate so high that the first step would take factors below 0, after z was cast as TRL does on quantised bases."""
+    """z cast as TRL does on quantised bases; then a rate so high that a step would take factors below 0."""
     samples = get_task("addition?digits=1").samples("train", BATCH)
     model = get_peft_model(build_tiny(), SVFConfig())
     for layer in svf_layers(model).values():
