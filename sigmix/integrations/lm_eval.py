@@ -135,7 +135,7 @@ class SigmixLM(HFLM):
     # ------------------------------------------------------------------ likelihoods
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **__: Any
     ) -> list[tuple[float, bool]]:
         mixes = self._mixes([context for (context, _), _, _ in requests])
         rows = [(mix, context, answer) for mix, (_, context, answer) in zip(mixes, requests, strict=True)]
