@@ -58,21 +58,9 @@ def read_mix(text: str, bank: Any = None) -> Any:
     Raises:
         ConfigError: neither. UnknownNameError: an expert that the bank does not have.
     """
-    from sigmix.errors import ConfigError
-    from sigmix.experts.mix import Mix
+    from sigmix.experts.mixfile import read_mix as read
 
-    path = Path(text).expanduser()
-    if path.suffix == ".json":
-        try:
-            mix = Mix.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ConfigError(f"cannot read the mix {path}: {why}", remedy="give a file, or a:0.7+b:0.3") from error
-    else:
-        mix = Mix.parse(text)
-    for name in mix.weights if bank is not None else ():
-        bank.path(name)
-    return mix
+    return read(text, bank)
 
 
 def open_mixes(texts: Sequence[str], folder: Path | None, wanted: bool = False) -> tuple[list[Any], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -21,21 +20,9 @@ def open_strategy(engine: Any, choice: str = AUTO) -> Any:
     Raises:
         UnknownNameError: no such strategy. Others: see the strategies.
     """
-    from sigmix.adapt import ClassifierDispatch, ProbeDispatch, PromptDispatch
-    from sigmix.adapt.labels import DISPATCH
-    from sigmix.adapt.probe import FILE
-    from sigmix.errors import UnknownNameError
+    from sigmix.adapt.opening import open_strategy as opened
 
-    bank = engine.bank
-    names = {**{letter.lower(): letter for letter in LETTERS}, **{name: letter for letter, name in LETTERS.items()}}
-    letter = names.get(choice.lower())
-    if choice.lower() == AUTO:
-        folder = getattr(bank, "folder", None)
-        experts = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
-        letter = "D" if folder is not None and (Path(folder) / FILE).is_file() else "B" if len(experts) == 1 else "A"
-    if letter is None:
-        raise UnknownNameError("strategy", choice, [*LETTERS, *LETTERS.values(), AUTO])
-    return {"A": PromptDispatch, "B": ClassifierDispatch, "D": ProbeDispatch}[letter](engine)
+    return opened(engine, choice)
 
 
 def explained(decision: Any) -> str:

@@ -1,0 +1,1 @@
+"""sigmix inside other projects' programs: TRL's trainers (`trl`) and EleutherAI's evaluation harness (`lm_eval`)."""
