@@ -39,10 +39,10 @@ def _root(
 
 
 def _commands() -> None:
-    from sigmix.cli import adapt, admin, bench, demo, experts, measure, reproduce, serve, training, use
+    from sigmix.cli import adapt, admin, bench, demo, experts, export, measure, reproduce, serve, training, use
 
     if not app.registered_commands:  # main may run more than once in a process
-        for module in (demo, use, training, adapt, serve, measure, experts, bench, reproduce, admin):
+        for module in (demo, use, training, adapt, serve, measure, experts, export, bench, reproduce, admin):
             module.add(app)
 
 

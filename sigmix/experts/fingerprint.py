@@ -45,7 +45,7 @@ def fingerprint(model: nn.Module, fresh: bool = False) -> str:
 
 
 def combined(parts: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
-    """The fingerprint of a base from (path, shape, `weight_digest`) of its parameters, sorted by path, tied ones once."""
+    """The fingerprint of a base from (path, shape, `weight_digest`) of its parameters, by path, tied ones once."""
     total = hashlib.sha256(b"sigmix-base-v1\n")
     for name, shape, digest in parts:
         total.update(f"{name} {shape} {digest}\n".encode())

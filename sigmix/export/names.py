@@ -1,7 +1,7 @@
 """What a checkpoint calls the parameters of the model that transformers makes of it.
 
 Mostly the same. Checkpoints of a bare model lack its prefix (GPT-2), and transformers renames what some older or fused
-architectures stored; its own rules are asked. A tensor that it converts (splits, stacks, transposes) has no counterpart.
+architectures stored; its own rules are asked. A tensor that it splits, stacks or transposes has no counterpart.
 """
 
 from __future__ import annotations
