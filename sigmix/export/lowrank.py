@@ -27,6 +27,21 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank`` (``MaxLoRARanks`` in ``vllm/config/lora.py``, read in November 2026)."""
 
 
+def vllm_rank(rank: int) -> int:
+    """The smallest rank that vLLM takes, at least ``rank``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for one in VLLM_RANKS:
+        if one >= rank:
+            return one
+    raise ConfigError(
+        f"vLLM takes LoRA ranks up to {VLLM_RANKS[-1]}, not {rank}",
+        remedy=f"ask for {VLLM_RANKS[-1]}, or export a merged checkpoint, which loses nothing",
+    )
+
+
 @dataclass
 class LowRank:
     """A mix on a base, with the ranks that were chosen.
@@ -109,17 +124,14 @@ class LowRank:
             self.pad, self.ranks = 0, self._at_most(rank)
 
     def _choose_for_vllm(self, rank: int | None, error: float | None) -> None:
-        if rank is not None and rank > VLLM_RANKS[-1]:
-            raise ConfigError(
-                f"vLLM takes LoRA ranks up to {VLLM_RANKS[-1]}, not {rank}",
-                remedy=f"give --rank {VLLM_RANKS[-1]}, or export a merged checkpoint, which loses nothing",
-            )
-        needed = max(self.exact.values()) if rank is None else rank
+        if error is None:
+            needed = min(max(self.exact.values()), VLLM_RANKS[-1]) if rank is None else rank
+            self.pad = vllm_rank(needed)
+            self.ranks = self._at_most(self.pad)
+            return
         for one in VLLM_RANKS:
             self.ranks = self._at_most(one)
-            if error is None and one >= min(needed, VLLM_RANKS[-1]):
-                break
-            if error is not None and self.error <= error:
+            if self.error <= error:
                 break
         else:
             raise ConfigError(

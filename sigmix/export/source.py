@@ -29,6 +29,7 @@ from sigmix.svf.decompose import Factors, weight_digest
 from sigmix.svf.layer import SVFLinear
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+HALF = ("bfloat16", "float16")
 ON_DISK = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 OLD = "save it anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new folder)"
 
@@ -68,6 +69,18 @@ class Source:
         self._names: dict[int, set[str]] = {}
         for name, parameter in self._parameters.items():
             self._names.setdefault(id(parameter), set()).add(name)
+
+    def adopt(self, experts: Iterable[Expert]) -> str | None:
+        """Read the weights in the dtype in which these experts' base was, where they are stored in a wider one: then
+        their base is the rounded one. Returns that dtype, or None where nothing changes."""
+        made = {(expert.meta.get("base") or {}).get("dtype") for expert in experts if expert.verified}
+        if self.cast is None and len(made) == 1:
+            (name,) = made
+            if name in HALF and self.dtype not in HALF:
+                self.cast = DTYPES[name]
+                self._fingerprint = None
+                return str(name)
+        return None
 
     # ------------------------------------------------------------------ reading
 

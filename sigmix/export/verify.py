@@ -21,7 +21,7 @@ from sigmix.engine import Engine
 from sigmix.errors import SigmixError
 from sigmix.experts.mix import Mix
 from sigmix.export.llamacpp import LlamaCpp
-from sigmix.export.source import Source
+from sigmix.export.source import HALF, Source
 from sigmix.gguf import quiet
 from sigmix.models import load_base
 
@@ -36,16 +36,27 @@ class Ours:
     """Our engine's logits on the prompts, under the mix and under the base.
 
     Args:
-        source, mix, bank: what was exported. dtype: to compute in. prompts: texts; None: `PROMPTS`.
+        source, mix, bank: what was exported.
+        wide: compute in float32 on the weights as they are, so that a difference is the export's and not bfloat16's;
+            False: in the base's dtype.
+        prompts: texts; None: `PROMPTS`.
 
     Attributes:
         rows: token ids. mixed, base: float32 [T, V] for each of them.
     """
 
     def __init__(
-        self, source: Source, mix: Mix, bank: Mapping[str, Any], dtype: str, prompts: Sequence[str] | None = None
+        self,
+        source: Source,
+        mix: Mix,
+        bank: Mapping[str, Any],
+        wide: bool = False,
+        prompts: Sequence[str] | None = None,
     ) -> None:
-        model, tokenizer = load_base(source.asked, dtype, "cpu")
+        loaded: Any = load_base(source.asked, source.dtype, "cpu")
+        model, tokenizer = loaded
+        if wide and source.dtype in HALF:
+            model.float()
         # packed copies round otherwise than plain ones, and only plain ones are what others compute with
         engine = Engine(model, tokenizer, {name: bank[name] for name in mix.weights}, keep_packed=0)
         self.rows = [engine.encode(text) for text in prompts or PROMPTS]
@@ -53,7 +64,7 @@ class Ours:
         self.rows = [row[:limit] for row in self.rows]
         self.mixed = [_logits(engine, row, mix) for row in self.rows]
         self.base = [_logits(engine, row, Mix.base()) for row in self.rows]
-        del engine, model
+        del engine, model, loaded
         gc.collect()
 
     def against(self, theirs: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -98,8 +109,8 @@ def verify_merged(folder: Path, ours: Ours) -> dict[str, Any]:
     return {"tool": "transformers", **ours.against(_plain(model, ours.rows))}
 
 
-def verify_lora(folder: Path, source: Source, ours: Ours, dtype: str) -> dict[str, Any]:
-    """A LoRA folder in plain PEFT on the plain base, in ``dtype``.
+def verify_lora(folder: Path, source: Source, ours: Ours) -> dict[str, Any]:
+    """A LoRA folder in plain PEFT on the plain base, in float32; ``ours`` is wide.
 
     Raises:
         SigmixError: PEFT cannot load it.
@@ -108,7 +119,9 @@ def verify_lora(folder: Path, source: Source, ours: Ours, dtype: str) -> dict[st
     from transformers import AutoModelForCausalLM
 
     with _loading("peft", folder), quiet():
-        base: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=getattr(torch, dtype))
+        base: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=getattr(torch, source.dtype))
+        if source.dtype in HALF:
+            base.float()
         model: Any = PeftModel.from_pretrained(base, str(folder))
     return {"tool": "peft", **ours.against(_plain(model, ours.rows))}
 
@@ -123,7 +136,7 @@ def verify_gguf(adapters: Mapping[Path, float], base: Path, ours: Ours) -> dict[
     Raises:
         SigmixError: llama.cpp cannot load the base or an adapter.
     """
-    with LlamaCpp(base, max(map(len, ours.rows))) as llama:
+    with LlamaCpp(base, max(map(len, ours.rows)), torch.get_num_threads()) as llama:
         plain = [llama.logits(row) for row in ours.rows]
         llama.apply(adapters)
         mixed = [llama.logits(row) for row in ours.rows]

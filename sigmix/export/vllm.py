@@ -113,6 +113,7 @@ class Adapters:
         if base not in self._sources:
             self._sources[base] = Source(base)
         source = self._sources[base]
+        source.adopt(bank[name] for name in mix.weights)
         facts = {
             "base": source.fingerprint(), "rank": self.settings.rank, "weights": mix.to_json()["weights"],
             "experts": {name: bank[name].digest for name in mix.weights},

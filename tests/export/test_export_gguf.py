@@ -79,12 +79,19 @@ def test_a_matrix_that_llama_cpp_does_not_have(tmp_path, cache, monkeypatch):
         export_gguf(low, tmp_path / "x.gguf")
 
 
-@pytest.fixture(params=["llama", "qwen2"])
-def both(request, tmp_path, cache):
-    """(base as a GGUF file, experts on it, one adapter file each)."""
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def both(request, tmp_path_factory):
+    """(base as a GGUF file, experts on it, one adapter file each); tests leave them as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        tmp_path = tmp_path_factory.mktemp(request.param)
+        patch.setenv("SIGMIX_CACHE", str(tmp_path / "cache"))
+        yield _both(request.param, tmp_path)
+
+
+def _both(arch, tmp_path):
     # bfloat16 values, so that the converted base is the file's
-    model = build_tiny(request.param, vocab_size=260).bfloat16().float()
-    base = write_gguf(tmp_path / "base.gguf", model, request.param)
+    model = build_tiny(arch, vocab_size=260).bfloat16().float()
+    base = write_gguf(tmp_path / "base.gguf", model, arch)
     bank = {name: expert(load_base(base, "float32")[0], name, seed) for seed, name in enumerate(("math", "word"))}
     files = {}
     for name in bank:
@@ -103,7 +110,7 @@ def test_adapters_mixed_per_request_are_our_mix(both, tmp_path):
         mix: engine.logits(torch.tensor([row]), mix=mix)[0]
         for mix in ("base", "math", "word", "math:0.7+word:0.5", "math:-0.5+word:1.5")
     }
-    with LlamaCpp(base, 32) as llama:
+    with LlamaCpp(base, 32, threads=1) as llama:
         for mix, expected in ours.items():  # one context, other scales for every request
             llama.apply({files[name]: alpha for name, alpha in Mix.parse(mix).weights.items()})
             torch.testing.assert_close(llama.logits(row), expected, rtol=0, atol=0.02)
@@ -116,7 +123,7 @@ def test_one_file_of_a_mix_is_verified_as_well_as_the_base(both, tmp_path):
     base, bank, files = both
     source = Source(base)
     export_gguf(LowRank.of(source, MIX, bank), tmp_path / "mix.gguf")
-    ours = Ours(source, MIX, bank, "float32")
+    ours = Ours(source, MIX, bank, wide=True)
     whole = verify_gguf({tmp_path / "mix.gguf": 1.0}, base, ours)
     apart = verify_gguf({files["math"]: 0.7, files["word"]: 0.5}, base, ours)
     for found in (whole, apart):
@@ -134,7 +141,7 @@ def test_one_file_of_a_mix_is_verified_as_well_as_the_base(both, tmp_path):
 def test_greedy_is_the_argmax_of_its_own_logits(both):
     base, _, files = both
     row = [1, 5, 9, 30]
-    with LlamaCpp(base, 32) as llama:
+    with LlamaCpp(base, 32, threads=1) as llama:
         llama.apply({files["math"]: 1.0})
         made = llama.greedy(row, 4)
         logits = llama.logits([*row, *made])

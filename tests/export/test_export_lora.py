@@ -118,7 +118,7 @@ def test_ranks_of_vllm(made, tmp_path):
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (16, 16, {}, {})
     for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
         assert tensor.shape[0 if "lora_A" in name else 1] == 16
-    assert verify_lora(tmp_path / "out", made.source, Ours(made.source, MIX, experts(), "float32"), "float32")["kl"] > 0
+    assert verify_lora(tmp_path / "out", made.source, Ours(made.source, MIX, experts(), wide=True))["kl"] > 0
     made.choose(vllm=True, error=0.3)
     assert made.pad in lowrank.VLLM_RANKS
     assert made.error <= 0.3
@@ -147,7 +147,12 @@ def test_what_vllm_cannot_take(made, monkeypatch):
 
 @pytest.mark.parametrize(
     "asked, message",
-    [({"rank": 0}, "1 or more"), ({"error": 1.0}, "share"), ({"error": -0.1}, "share"), ({"rank": 4, "error": 0.1}, "both")],
+    [
+        ({"rank": 0}, "1 or more"),
+        ({"error": 1.0}, "share"),
+        ({"error": -0.1}, "share"),
+        ({"rank": 4, "error": 0.1}, "both"),
+    ],
 )
 def test_ranks_that_cannot_be(made, asked, message):
     with pytest.raises(ConfigError, match=message):
@@ -185,9 +190,9 @@ def test_refused(made, tmp_path, cache):
     with pytest.raises(OutputError, match="exists already"):
         export_lora(made, tmp_path / "out")
     (tmp_path / "damaged").mkdir()
-    ours = Ours(made.source, MIX, bank, "float32")
+    ours = Ours(made.source, MIX, bank, wide=True)
     with pytest.raises(SigmixError, match="peft cannot load"):
-        verify_lora(tmp_path / "damaged", made.source, ours, "float32")
+        verify_lora(tmp_path / "damaged", made.source, ours)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -104,7 +104,10 @@ def test_another_dtype_is_what_loading_in_it_gives(tmp_path, cache):
         export_merged(Source(folder), MIX, bank, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
     out = tmp_path / "out"
-    source = Source(folder, "bfloat16")
+    source = Source(folder)
+    assert source.adopt(bank.values()) == "bfloat16"
+    assert source.adopt(bank.values()) is None
+    assert source.fingerprint() == Source(folder, "bfloat16").fingerprint() != Source(folder).fingerprint()
     export_merged(source, MIX, bank, out)
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     assert loaded.dtype == torch.bfloat16
@@ -112,6 +115,15 @@ def test_another_dtype_is_what_loading_in_it_gives(tmp_path, cache):
     with torch.no_grad():
         theirs = loaded(input_ids=row, use_cache=False).logits
     assert torch.equal(theirs, engine_of(folder, bank, "bfloat16").logits(row, mix=MIX, form="merged"))
+
+
+def test_what_is_stored_in_half_precision_is_read_so(tmp_path, cache):
+    folder = base_folder(tmp_path / "base", dtype=torch.bfloat16)
+    bank = {"math": expert(load_base(folder, "float32")[0], "math", 1)}  # made on the exact upcast
+    source = Source(folder)
+    assert source.adopt(bank.values()) is None
+    export_merged(source, Mix.one("math"), bank, tmp_path / "out")
+    assert {Shards(tmp_path / "out").entry(name).dtype for name in Shards(tmp_path / "out")} == {"BF16"}
 
 
 def test_the_fingerprint_is_the_loaded_models(tmp_path, cache):
@@ -129,7 +141,7 @@ def test_a_checkpoint_without_the_models_prefix(tmp_path, cache):
     out = tmp_path / "out"
     export_merged(Source(folder), MIX, bank, out)
     assert sorted(Shards(out)) == sorted(bare)
-    ours = Ours(Source(folder), MIX, bank, "float32")
+    ours = Ours(Source(folder), MIX, bank)
     assert verify_merged(out, ours)["max"] == 0
     assert verify_merged(out, ours)["effect_kl"] > 1e-3
 
