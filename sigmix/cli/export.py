@@ -124,6 +124,7 @@ def gguf(
     from sigmix.export.llamacpp import base_gguf
     from sigmix.export.merged import check_new
     from sigmix.export.verify import Ours, verify_gguf
+    from sigmix.files import atomic_dir
 
     if number not in TYPES:
         raise UnknownNameError("number type", number, TYPES)
@@ -134,14 +135,16 @@ def gguf(
     source, parsed, experts = _open(base, dtype, mix, bank)
     weights = _floats(parsed) if each else {}
     jobs = [(Mix.one(name), out / f"{name}.gguf", alpha) for name, alpha in weights.items()] or [(parsed, out, 1.0)]
-    files, scales = [], {}
-    for one, file, alpha in jobs:
-        low = _low(source, one, experts)
-        low.choose(count, error)
-        note(_lost(low.describe()))
-        with _ticking(f"writing {file.name}", len(low.paths)) as tick:
-            files.append({"file": str(file), "scale": alpha, **export_gguf(low, file, number, tick)})
-        scales[file] = alpha
+    files, scales = [], {file: alpha for _, file, alpha in jobs}
+    place: Any = atomic_dir(out) if each else contextlib.nullcontext(out.parent)
+    with place as folder:
+        for one, file, alpha in jobs:
+            low = _low(source, one, experts)
+            low.choose(count, error)
+            note(_lost(low.describe()))
+            with _ticking(f"writing {file.name}", len(low.paths)) as tick:
+                made = export_gguf(low, folder / file.name, number, tick)
+            files.append({"file": str(file), "scale": alpha, **made})
     figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
     if verify:
         found = base_gguf(source, gguf_base)
