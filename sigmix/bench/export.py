@@ -63,6 +63,7 @@ def run(
     where = device()
     bank = Bank.bundled() if bank is None else bank
     source = Source(base)
+    source.adopt(bank[name] for name in Mix.parse(mix).weights)
     ratios, memory = _memory(source, Mix.parse(mix), bank, times)
     raw: dict[str, Any] = {"base": base, "mix": mix, "memory_bytes": memory, "times": times, "new_tokens": new_tokens}
     file = base_gguf(source, gguf)
@@ -142,12 +143,14 @@ def _main(given: str) -> None:
     from transformers import AutoModelForCausalLM
 
     asked = json.loads(given)
-    folder = Source(asked["base"]).folder  # both know where the base lies, and have what that imports
+    source = Source(asked["base"])  # both know where the base lies, and have what that imports
     imported = high_water()
     if asked["way"] == "stream":
-        export_merged(Source(asked["base"]), Mix.parse(asked["mix"]), Bank(asked["bank"]), Path(asked["out"]))
+        mix, bank = Mix.parse(asked["mix"]), Bank(asked["bank"])
+        source.adopt(bank[name] for name in mix.weights)
+        export_merged(source, mix, bank, Path(asked["out"]))
     else:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
         model.save_pretrained(asked["out"])
     print(json.dumps({"peak": high_water(), "imported": imported}))
 

@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA",
     "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "phi3": "PHI3", "gpt2": "GPT2",
 }  # fmt: skip
-"""transformers' model_type: llama.cpp's architecture. Others need a look at llama.cpp's converter before they are added:
+"""transformers' model_type: llama.cpp's architecture. Others need a look at llama.cpp's converter before they come in:
 what it does to a matrix (it reorders the rows of some) must be done to B, and no error would tell."""
 PERMUTED = ("LLAMA",)
 """Architectures whose q and k have other rows in llama.cpp."""

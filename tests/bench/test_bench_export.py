@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from helpers_cli import add_expert
+from helpers_engine import expert
 from helpers_gguf import write_gguf
 from helpers_tiny import build_tiny
 
@@ -13,6 +15,7 @@ from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.export import llamacpp
 from sigmix.export.source import Source
+from sigmix.models import load_base
 
 pytest_plugins = ["helpers_cli"]
 MIX = "arithmetic:0.7+reading:0.3"
@@ -28,11 +31,20 @@ def peaks(way, base, mix, bank, out):
     return {"peak": 100 if way == "stream" else 400, "imported": 50}
 
 
-def test_memory_is_of_processes_of_their_own(home, bank, monkeypatch):
+def test_both_ways_write_a_checkpoint_and_tell_their_memory(home, bank, tmp_path, capsys):
+    for way in ("stream", "whole"):
+        given = {"way": way, "base": str(home.base), "mix": MIX, "bank": str(home.bank), "out": str(tmp_path / way)}
+        bench._main(json.dumps(given))
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["peak"] >= found["imported"] > 50e6
+        assert (tmp_path / way / "model.safetensors").is_file()
+    stream, whole = Source(tmp_path / "stream"), Source(tmp_path / "whole")
+    assert sorted(stream.shards) == sorted(whole.shards)
+    assert stream.fingerprint() != whole.fingerprint() == Source(home.base).fingerprint()
+
+
+def test_memory_ratios(home, bank, monkeypatch):
     monkeypatch.setattr(bench, "base_gguf", lambda source, given: "no file")
-    found = bench._child("whole", str(home.base), Mix.parse(MIX), str(home.bank), str(home.base.parent / "whole"))
-    assert found["peak"] >= found["imported"] > 50e6
-    assert (home.base.parent / "whole" / "model.safetensors").is_file()
     monkeypatch.setattr(bench, "_child", peaks)
     result = bench.run(base=str(home.base), bank=bank, mix=MIX, times=3)
     assert result["ratios"]["memory_1"]["median"] == 0.25
@@ -62,9 +74,9 @@ def test_speed_compares_the_same_work(cache, tmp_path, monkeypatch):
     base = write_gguf(tmp_path / "base.gguf", build_tiny(vocab_size=260).bfloat16().float())
     made = Bank(tmp_path / "bank", create=True)
     for seed, name in enumerate(("arithmetic", "reading")):
-        add_expert(made, base, name, seed, task="addition?digits=1")
+        made.add(expert(load_base(base, "float32")[0], name, seed).with_meta(task="addition?digits=1"))
     monkeypatch.setattr(bench, "_child", peaks)
-    result = bench.run(repeats=2, base=str(base), bank=made, mix=MIX, new_tokens=5, times=2)
+    result = bench.run(repeats=2, dtype="float32", base=str(base), bank=made, mix=MIX, new_tokens=5, times=2)
     assert {"vs_llamacpp_exact", "vs_llamacpp_rank_64", "vs_llamacpp_base"} <= set(result["ratios"])
     raw = result["raw"]
     assert {len(taken) for taken in raw["seconds"].values()} == {2}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers_engine import TOLERANCE
 from helpers_export import base_folder, delta, experts, ids
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +18,6 @@ from sigmix.experts.mix import Mix
 from sigmix.export import lowrank
 from sigmix.export.lora import export_lora
 from sigmix.export.lowrank import LowRank
-from sigmix.export.merged import export_merged
 from sigmix.export.source import Source
 from sigmix.export.verify import Ours, compared, verify_lora
 from sigmix.models import load_base
@@ -220,23 +217,12 @@ def test_compared_is_what_it_says():
         compared([one], [other * float("nan")])
 
 
-ALONE = """
-import sys, torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
-row = torch.tensor([[5, 9, 33, 70]])
-merged = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-lora = AutoPeftModelForCausalLM.from_pretrained(sys.argv[2])
-with torch.no_grad():
-    torch.testing.assert_close(merged(row).logits, lora(row).logits, rtol=1e-3, atol=1e-3)
-assert not [name for name in sys.modules if name.split(".")[0] == "sigmix"]
-"""
-
-
-def test_neither_export_needs_sigmix(made, tmp_path):
-    export_merged(made.source, MIX, experts(), tmp_path / "merged")
-    export_lora(made, tmp_path / "lora")
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(tmp_path / "merged"), str(tmp_path / "lora")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_what_it_holds_is_peft_s_own(made, tmp_path):
+    export_lora(made, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    read = LoraConfig.from_pretrained(str(tmp_path / "out")).to_dict()
+    assert all(read[key] == value or set(read[key]) == set(value) for key, value in config.items() if key in read)
+    assert set(config) <= set(read)
+    names = set(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    assert names == {f"base_model.model.{path}.lora_{side}.weight" for path in made.paths for side in "AB"}
