@@ -2,7 +2,8 @@
 
 What is different from typing: training and searches are made short by options put at the end of the command
 (`SHORTER`), a server gets a free port and is stopped at the end of the page, ``make`` and ``pip`` lines are checked but
-not run. A block below a line ``<!-- not run: WHY -->`` is left out; WHY must begin with one of `REASONS`.
+not run. A block below a line ``<!-- not run: WHY -->`` is left out; WHY must begin with one of `REASONS` (a test's path
+means that this test runs it).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REASONS = (
     "needs a GPU", "needs the hub", "needs a download", "needs vLLM", "needs SGLang", "needs llama.cpp", "takes hours",
-    "needs a domain of your own", "needs another program",
+    "needs a domain of your own", "needs GPUs", "tests/",
 )  # fmt: skip
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<why>[^\n]*?) -->\n+)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL

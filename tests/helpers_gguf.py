@@ -28,7 +28,7 @@ def gguf_permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(path: Path, model, architecture: str = "llama") -> Path:
-    """Write ``model`` (a tied LlamaForCausalLM with vocabulary 260) to ``path`` in float32."""
+    """Write ``model`` (a tied Llama or Qwen2 with vocabulary 260) to ``path`` in float32."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -55,9 +55,9 @@ def write_gguf(path: Path, model, architecture: str = "llama") -> Path:
     for name, value in model.state_dict().items():
         if name == "lm_head.weight":
             continue  # tied
-        if "q_proj" in name:
+        if "q_proj" in name and architecture == "llama":
             value = gguf_permute(value, config.num_attention_heads)
-        if "k_proj" in name:
+        if "k_proj" in name and architecture == "llama":
             value = gguf_permute(value, config.num_key_value_heads)
         writer.add_tensor(gguf_name(name), value.contiguous().numpy())
     writer.write_header_to_file()
@@ -74,4 +74,5 @@ def gguf_name(name: str) -> str:
     if name == "model.norm.weight":
         return "output_norm.weight"
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    part, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"

@@ -15,6 +15,7 @@ BENCHES = {
     "serve": "our server against `transformers serve`: 1, 8 and 32 clients; one expert, different mixtures, auto",
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "what strategies A, B and D cost, as a share of both passes",
+    "export": "a merged export's peak memory against loading the model; llama.cpp with our adapter against our engine",
     "decompose": "the base's matrices, cold and from the cache; a 4096×14336 matrix against torch.linalg.svd",
 }
 

@@ -39,10 +39,11 @@ def _root(
 
 
 def _commands() -> None:
-    from sigmix.cli import adapt, admin, bench, demo, experts, harness, measure, reproduce, serve, training, use
+    from sigmix.cli import adapt, admin, bench, demo, experts, export, harness, measure, reproduce, serve, training, use
 
+    modules = (demo, use, training, adapt, serve, measure, harness, experts, export, bench, reproduce, admin)
     if not app.registered_commands:  # main may run more than once in a process
-        for module in (demo, use, training, adapt, serve, measure, harness, experts, bench, reproduce, admin):
+        for module in modules:
             module.add(app)
 
 

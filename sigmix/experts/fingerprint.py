@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -39,9 +40,15 @@ def fingerprint(model: nn.Module, fresh: bool = False) -> str:
     found = parameters(model)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         digests = pool.map(lambda parameter: _digest(parameter, fresh), found.values())
-        total = hashlib.sha256(b"sigmix-base-v1\n")
-        for (name, parameter), digest in zip(found.items(), digests, strict=True):
-            total.update(f"{name} {tuple(parameter.shape)} {digest}\n".encode())
+        shapes = [tuple(parameter.shape) for parameter in found.values()]
+        return combined(zip(found, shapes, digests, strict=True))
+
+
+def combined(parts: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
+    """The fingerprint of a base from (path, shape, `weight_digest`) of its parameters, by path, tied ones once."""
+    total = hashlib.sha256(b"sigmix-base-v1\n")
+    for name, shape, digest in parts:
+        total.update(f"{name} {shape} {digest}\n".encode())
     return total.hexdigest()
 
 

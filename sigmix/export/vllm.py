@@ -1,0 +1,190 @@
+"""A vLLM plugin: a mix asked for by name becomes a LoRA adapter, made when it is first asked for.
+
+A request with ``"model": "addition:0.7+larger:0.3"`` names a LoRA that vLLM does not know, so it asks its resolvers
+(``vllm.lora.resolver``); this one writes the mix as an adapter of a rank that vLLM takes and hands over its folder.
+vLLM finds `register` through the entry point group ``vllm.general_plugins``; it does nothing unless
+``SIGMIX_VLLM_EXPERTS`` is set, and vLLM asks resolvers only under ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``.
+
+    SIGMIX_VLLM_EXPERTS   folder of experts, or ``bundled``
+    SIGMIX_VLLM_BASE      their base as sigmix names it; default: the model that vLLM serves
+    SIGMIX_VLLM_RANK      of the adapters, at most vLLM's --max-lora-rank; default 16, which is vLLM's own default
+    SIGMIX_VLLM_ERROR     refuse a mix that loses more than this share of its change at that rank; default: only say it
+    SIGMIX_VLLM_KEEP      adapters on disk, at most; default 64. Whoever may send requests may name mixes, so the
+                          number is bounded; none is ever removed, because vLLM may load one again at any time
+    SIGMIX_VLLM_CACHE     where they lie; default: ``vllm`` in sigmix's cache folder
+
+Every mix is an adapter of its own there: vLLM computes one LoRA per request and cannot add several up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sigmix.errors import ConfigError, SigmixError
+from sigmix.files import cache_dir, waiting
+
+log = logging.getLogger(__name__)
+NAME = "sigmix"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says; see the module."""
+
+    experts: str
+    base: str | None = None
+    rank: int = 16
+    error: float | None = None
+    keep: int = 64
+    cache: Path | None = None
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings | None:
+        """None where no folder of experts is named.
+
+        Raises:
+            ConfigError: a value that cannot be.
+        """
+        given = {key: value for key in _KEYS if (value := environment.get(f"SIGMIX_VLLM_{key.upper()}"))}
+        if "experts" not in given:
+            return None
+        made: dict[str, Any] = {}
+        for key, text in given.items():
+            try:
+                made[key] = _KEYS[key](text)
+            except ValueError as error:
+                name = f"SIGMIX_VLLM_{key.upper()}"
+                raise ConfigError(f"{name} cannot be {text!r}", remedy="see docs/exports.md") from error
+        if made.get("keep", 1) < 1 or made.get("rank", 1) < 1 or not 0 <= made.get("error", 0.0) < 1:
+            raise ConfigError("SIGMIX_VLLM_KEEP and _RANK are 1 or more, and _ERROR is a share from 0 to 1")
+        return cls(**made)
+
+
+_KEYS: dict[str, Any] = {"experts": str, "base": str, "rank": int, "error": float, "keep": int, "cache": Path}
+
+
+class Adapters:
+    """Adapters of mixes in a folder, made when they are first asked for. Knows nothing of vLLM.
+
+    Args:
+        settings: see there.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.cache or cache_dir() / "vllm"
+        self._sources: dict[str, Any] = {}
+        self._one = threading.Lock()  # two at once would only wait for each other's memory
+
+    def path(self, base: str, name: str) -> Path | None:
+        """The folder of the adapter that ``name`` stands for on ``base``, or None where it is no mix of this bank.
+
+        Raises:
+            SigmixError: it is one, but cannot be made: another base, too much lost at the rank, no room.
+        """
+        from sigmix.experts.bank import Bank
+        from sigmix.experts.mix import Mix
+
+        try:
+            mix = Mix.parse(name)
+        except SigmixError:
+            return None
+        bank = Bank.bundled() if self.settings.experts == "bundled" else Bank(self.settings.experts)
+        if not mix.weights or not all(one in bank for one in mix.weights):
+            return None
+        with self._one:
+            return self._made(self.settings.base or base, mix, bank)
+
+    def _made(self, base: str, mix: Any, bank: Any) -> Path:
+        from sigmix.export.lora import export_lora
+        from sigmix.export.lowrank import LowRank
+        from sigmix.export.source import Source
+
+        if base not in self._sources:
+            self._sources[base] = Source(base)
+        source = self._sources[base]
+        source.adopt(bank[name] for name in mix.weights)
+        facts = {
+            "base": source.fingerprint(), "rank": self.settings.rank, "weights": mix.to_json()["weights"],
+            "experts": {name: bank[name].digest for name in mix.weights},
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        target = self.folder / f"{re.sub('[^a-z0-9.]+', '-', mix.id)[:60].strip('-')}-{digest}"
+        with waiting(self.folder / ".making.lock", lambda: log.info("another process makes an adapter; waiting")):
+            if not target.is_dir():
+                self._room(mix)
+                low = LowRank.of(source, mix, bank)
+                low.choose(self.settings.rank, vllm=True)
+                self._loss(mix, low)
+                export_lora(low, target, source.dtype if source.dtype in ("bfloat16", "float16") else "float32")
+        return target
+
+    def _room(self, mix: Any) -> None:
+        there = sum(1 for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if there >= self.settings.keep:
+            raise ConfigError(
+                f"no adapter is made for {mix.id}: {self.folder} holds {there} already",
+                remedy="raise SIGMIX_VLLM_KEEP, or remove some while vLLM is stopped",
+            )
+
+    def _loss(self, mix: Any, low: Any) -> None:
+        limit, error = self.settings.error, low.error
+        if limit is not None and error > limit:
+            raise ConfigError(
+                f"at rank {low.pad} the adapter of {mix.id} would lose {error:.1%} of its change, more than "
+                f"SIGMIX_VLLM_ERROR allows ({limit:.1%})",
+                remedy="raise SIGMIX_VLLM_RANK and vLLM's --max-lora-rank, or serve a merged checkpoint",
+            )
+        if error:
+            log.warning("the adapter of %s has rank %d and loses %.1f %% of its change", mix.id, low.pad, 100 * error)
+
+
+def register() -> None:
+    """vLLM's general plugin: enter the resolver, if `Settings.of` the environment finds experts.
+
+    Raises:
+        ConfigError: a setting that cannot be. ImportError: no vLLM.
+    """
+    settings = Settings.of(os.environ)
+    if settings is None:
+        return
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    LoRAResolverRegistry.register_resolver(NAME, resolver(settings))
+
+
+def resolver(settings: Settings) -> Any:
+    """A ``vllm.lora.resolver.LoRAResolver`` over `Adapters`. Raises ImportError without vLLM."""
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver
+
+    adapters = Adapters(settings)
+
+    class SigmixResolver(LoRAResolver):
+        """Mixes of sigmix experts by name."""
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            """The adapter, or None: vLLM then asks the next resolver and answers 404 in the end."""
+            try:
+                # in a thread: vLLM answers other requests meanwhile
+                path = await asyncio.to_thread(adapters.path, base_model_name, lora_name)
+            except SigmixError as error:
+                log.error("no adapter for %r: %s", lora_name, error)
+                return None
+            if path is None:
+                return None
+            # vLLM gives it a number of its own; this one is positive, as its constructor wants, and the same every time
+            number = 1 + int(hashlib.sha256(str(path).encode()).hexdigest()[:7], 16)
+            return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
+
+    return SigmixResolver()
