@@ -172,7 +172,7 @@ class SVFModel(BaseTuner):
         layers = {p: m for p, m in svf_layers(self.model).items() if any(name in m.svf_z for name in adapters)}
         mixed = {}
         for path, layer in layers.items():
-            one = torch.ones(layer.r, device=layer.matrix().device)
+            one = torch.ones(layer.r, device=layer.device)
             zs = [layer.svf_z[name].weight.detach() if name in layer.svf_z else one for name in adapters]
             mixed[path] = mix_z(zs, weights)
         config = copy.copy(self.peft_config[adapters[0]])
@@ -218,9 +218,9 @@ def coverage(model: nn.Module) -> dict[str, Any]:
             skipped[path] = "embedding or output head"
         else:
             skipped[path] = "not targeted"
-    adapted = sum(layer.matrix().numel() for layer in layers.values())
+    adapted = sum(layer.out_features * layer.in_features for layer in layers.values())
     return {
-        "adapted": {path: list(layer.matrix().shape) for path, layer in layers.items()},
+        "adapted": {path: [layer.out_features, layer.in_features] for path, layer in layers.items()},
         "numbers": sum(layer.r for layer in layers.values()),
         "not_adapted": skipped,
         "share": adapted / max(total, 1),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sigmix.engine.modes import as_base, as_merged, merged_weights
+from sigmix.engine.modes import as_base, as_expert
 from sigmix.evals.evaluate import compare, constant_baseline, evaluate
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
@@ -28,7 +28,7 @@ def held_out(trainer: Trainer, expert: Expert, n: int) -> tuple[Expert, dict[str
     samples = task.samples("test", n, seed=0)
     with as_base(layers):
         before = evaluate(task, samples, lambda part: actor.answer(part, tokens))
-    with as_merged(layers, merged_weights(layers, expert.z)):
+    with as_expert(layers, expert.z):
         after = evaluate(task, samples, lambda part: actor.answer(part, tokens))
     before.save(trainer.run.path / "test-base.jsonl")
     after.save(trainer.run.path / "test-expert.jsonl")

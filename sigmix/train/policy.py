@@ -1,6 +1,6 @@
 """What is trained: a policy knows its parameters and puts the model into three states.
 
-    acting      rollouts and validation: merged weights, no cost per token
+    acting      rollouts and validation: merged weights, no cost per token (the gain form on a quantised base)
     learning    gradients reach the parameters, never W
     reference   the base, exactly
 
@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sigmix.engine.modes import as_base, as_merged, merged_weights
+from sigmix.engine.modes import as_base, as_expert, gain_only
 from sigmix.experts.expert import Expert
 from sigmix.files import atomic_dir
 from sigmix.svf.gains import reference_z
@@ -89,15 +89,16 @@ class SVFPolicy:
         return {path: layer.svf_z["default"].weight.detach().cpu().clone() for path, layer in self.layers.items()}
 
     def acting(self) -> AbstractContextManager[None]:
-        return as_merged(self.layers, merged_weights(self.layers, self.z()))
+        return as_expert(self.layers, self.z())
 
     def reference(self) -> AbstractContextManager[None]:
         return as_base(self.layers)
 
     @contextmanager
     def learning(self) -> Iterator[None]:
+        form = "gain" if gain_only(self.layers) else "factored"
         for layer in self.layers.values():
-            layer.form = "factored"
+            layer.form = form
         yield
 
     def start_from(self, folder: Path) -> None:
