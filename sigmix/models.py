@@ -58,8 +58,8 @@ def load_base(
     Returns:
         The model, in eval mode, with ``requires_grad`` off everywhere, and with an attribute ``sigmix_base``, a dict of
         strings: ``name`` (as experts record it), ``source`` (the folder that it was read from), ``kind`` (default,
-        gguf, folder, hub) and, for a quantised one, ``quantization`` and ``dtype`` (what it was quantised from). The tokenizer pads on the left and always has a pad token (the end token where the model
-        names none).
+        gguf, folder, hub) and, for a quantised one, ``quantization`` and ``dtype`` (what it was quantised from). The
+        tokenizer pads on the left and always has a pad token (the end token where the model names none).
 
     Raises:
         BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable; a package

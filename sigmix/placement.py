@@ -131,10 +131,9 @@ def _hushed() -> Iterator[None]:
 
 def _torchao(name: str, device: torch.device) -> Any:
     import torch
-    from transformers import TorchAoConfig
-
     from torchao import quantization as ao
     from torchao.quantization.granularity import PerGroup
+    from transformers import TorchAoConfig
 
     if name == "int8":
         return TorchAoConfig(ao.Int8WeightOnlyConfig())

@@ -10,10 +10,10 @@ W_q, and its fingerprint says so. Two definitions are possible, and which one ho
                      bit; with g ≠ 0 the change is W_q V diag(g) Vᵀ in place of W V diag(g) Vᵀ, off by (W_q - W) V
                      diag(g) Vᵀ, so relative to the expert's change by about as much as quantising moved the weights.
 
-`use_original_basis` makes the second choice for a model. The original checkpoint is streamed once, tensor by tensor: its
-fingerprint is worked out, so that an expert made on it is accepted and no other, its decompositions are put into the
-cache if they are not there, and eight probes of every weight are kept, so that an expert's sketches are still compared
-with the basis that it was trained in. How far answers deviate is measured in docs/large-models.md.
+`use_original_basis` makes the second choice for a model. The original checkpoint is streamed once, tensor by tensor:
+its fingerprint is worked out, so that an expert made on it is accepted and no other, its decompositions are put into
+the cache if they are not there, and eight probes of every weight are kept, so that an expert's sketches are still
+compared with the basis that it was trained in. How far answers deviate is measured in docs/large-models.md.
 """
 
 from __future__ import annotations

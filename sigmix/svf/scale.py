@@ -42,7 +42,7 @@ class Scale(torch.autograd.Function):
 
 
 class Gain(torch.autograd.Function):
-    """h * g for h [..., r] of any dtype and float32 g = z - 1, shaped as z in `Scale`; g's gradient is summed in float32.
+    """h * g for h [..., r] of any dtype and g = z - 1, shaped as z in `Scale`; g's gradient is summed in float32.
 
     The gain form adds this to what the base computes, so g alone is rounded to h's dtype, not z.
     """

@@ -3,9 +3,9 @@
     stream = Stream.open("meta-llama/Meta-Llama-3-70B-Instruct")     # headers and config only, nothing is loaded
     stream.decompose(device="cuda")                                  # resumable; fills the cache of `svf.decompose`
 
-The model is built on the meta device from its config, so that `SVFConfig` chooses the matrices exactly as it will on the
-loaded model. Each is then read, cast as `load_base` will cast it, hashed, and decomposed into the cache unless it is
-there. `get_peft_model(load_base(...))` finds every decomposition afterwards and computes none.
+The model is built on the meta device from its config, so that `SVFConfig` chooses the matrices exactly as it will on
+the loaded model. Each is then read, cast as `load_base` will cast it, hashed, and decomposed into the cache unless it
+is there. `get_peft_model(load_base(...))` finds every decomposition afterwards and computes none.
 
 Resuming: a cache entry appears whole or not at all, and a ledger in the cache keeps the digest of every tensor that was
 read, so that what is done is not read again. The ledger is keyed by the files' names, sizes and times of change; it
@@ -45,7 +45,7 @@ WHOLE = "load it whole instead: get_peft_model(load_base(…)) decomposes what i
 
 @dataclass(frozen=True)
 class Matrix:
-    """An adapted matrix: its module's path, its tensor's name in the checkpoint, [out, in], stored transposed or not."""
+    """An adapted matrix: its module's path, its tensor in the checkpoint, (out, in), whether stored transposed."""
 
     path: str
     tensor: str
@@ -94,7 +94,7 @@ class Stream:
         self.folder, self.label, self.dtype = folder, label, dtype
         self.shards = Shards(folder)
         self.model = empty_model(_config(folder, label))
-        names = {name: parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        names = dict(self.model.named_parameters(remove_duplicate=False))
         self._tensors, self._converted = _checkpoint_names(self.model, self.shards)
         # sorted, tied ones once, under the first name: as a fingerprint counts them
         self.parameters: dict[str, str] = {}
