@@ -39,7 +39,7 @@ def expert_on(model, name="mine", seed=0):
 
 @torch.no_grad()
 def defined(folder, quantised, expert):
-    """Logits in float64 by the definition: W_q (1 + V diag(g) Vᵀ) or (1 + U diag(g) Uᵀ) W_q, V and U of the original."""
+    """float64 logits by the definition: W_q (1 + V diag(g) Vᵀ) or (1 + U diag(g) Uᵀ) W_q, V and U of the original."""
     model = load_base(folder, "float64")[0]
     held = linears(quantised)
     for path, layer in linears(model).items():
