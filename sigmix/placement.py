@@ -139,7 +139,8 @@ def _torchao(name: str, device: torch.device) -> Any:
         return TorchAoConfig(ao.Int8WeightOnlyConfig())
     if device.type == "cuda":
         return TorchAoConfig(ao.Int4WeightOnlyConfig(group_size=GROUP))
-    return TorchAoConfig(ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+    four: Any = torch.int4  # type: ignore[attr-defined]  # it is there, and torch's own stubs lack it
+    return TorchAoConfig(ao.IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(GROUP)))
 
 
 def _keep_packing(model: Any) -> None:

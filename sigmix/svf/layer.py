@@ -18,6 +18,8 @@ forms only, with the factors of its dequantised weight, and `merged` and `factor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -43,6 +45,9 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("svf_z",)
+    svf_short: Any  # Tensor or None, as long as there are no factors
+    svf_s: Any
+    svf_long: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, inference_mode: bool = False, cache: bool = True):
         super().__init__()

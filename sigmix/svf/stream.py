@@ -108,7 +108,7 @@ class Stream:
                 self.parameters[name] = next((a for a in aliases[id(names[name])] if a in self._tensors), name)
         chosen = list(layers) if layers is not None and not isinstance(layers, str) else layers
         config = SVFConfig(target_modules=targets, layers_to_transform=chosen)
-        inject_adapter_in_model(config, self.model, "default")  # type: ignore[arg-type]
+        inject_adapter_in_model(config, self.model, "default")
         self.matrices = [self._matrix(path, layer) for path, layer in svf_layers(self.model).items()]
         self._file = cache_dir() / "svd" / "ledgers" / f"{self._key()}.json"
         self._ledger = _read_ledger(self._file)

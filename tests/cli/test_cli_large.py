@@ -55,7 +55,8 @@ def test_a_quantised_base_with_experts_of_the_plain_one(run, refused, home):
 
 def test_eval_on_a_quantised_base(run, refused, home):
     pytest.importorskip("torchao")
-    asked = ["eval", "--task", "addition?digits=1", "--base", home.base, "--bank", home.bank, "--n", "4", "--quantization", "int8"]  # fmt: skip
+    asked = ["eval", "--task", "addition?digits=1", "--base", home.base, "--bank", home.bank, "--n", "4"]
+    asked += ["--quantization", "int8"]
     figures = run(*asked, "--expert", "arithmetic", "--basis", "original", "--max-new-tokens", "3", "--json").json
     assert figures
     assert "--quantization goes with" in refused(*asked, "--strategy", "A")
@@ -64,15 +65,16 @@ def test_eval_on_a_quantised_base(run, refused, home):
 def test_training_on_a_quantised_base_makes_an_expert_of_it(run, refused, home, tmp_path):
     pytest.importorskip("torchao")
     out = tmp_path / "bank" / "small"
-    asked = ["train", "--task", "addition?digits=1", "--base", home.base, "--steps", "2", "--batch", "4", "--eval-n", "4",
-             "--max-new-tokens", "2", "--test-n", "4", "--run", tmp_path / "run", "--out", out, "--quantization", "int8"]  # fmt: skip
-    assert run(*asked, "--json").code == 0
+    asked = ["train", "--task", "addition?digits=1", "--base", home.base, "--steps", "2", "--batch", "4"]
+    asked += ["--eval-n", "4", "--max-new-tokens", "2", "--test-n", "4", "--run", tmp_path / "run"]
+    asked += ["--quantization", "int8"]
+    assert run(*asked, "--out", out, "--json").code == 0
     meta = json.loads((out / "sigmix.json").read_text())
     assert meta["base"]["dtype"].endswith(" in int8")
     use = ["generate", "1+1", "--mix", "small", "--bank", out.parent, "--base", home.base, "--max-new-tokens", "2"]
     assert run(*use, "--quantization", "int8").code == 0
     assert "was made on" in refused(*use)
-    assert "svf policy" in refused(*asked[:-4], "--out", tmp_path / "other", "--quantization", "int8", "--policy", "lora")
+    assert "svf policy" in refused(*asked, "--out", tmp_path / "other", "--policy", "lora")
 
 
 # ---------------------------------------------------------------------- doctor
