@@ -7,7 +7,7 @@ Each contestant is a process of its own with an empty cache of decompositions:
 
 Bases: the default one, and two random Llamas of bfloat16 matrices that differ in depth alone (512 wide, 2048 inside; 6
 and 24 layers: 51 and 202 MB), because a stream's peak must not depend on depth. Peaks are the kernel's high-water mark
-(VmHWM) beyond what the process had when its libraries were imported.
+(VmHWM) beyond what the process had with its libraries loaded, those that load on first use too.
 
 The plan of `sigmix.budget` is compared with the streams: memory, disk, and for the default base time, from rates that
 are measured between the contestants.
@@ -33,7 +33,8 @@ from sigmix.errors import SigmixError
 from sigmix.files import write_json
 from sigmix.models import dtype_of, locate
 from sigmix.placement import load_weights
-from sigmix.svf.decompose import cached_decompose
+from sigmix.plan import empty_model
+from sigmix.svf.decompose import cached_decompose, decompose
 from sigmix.svf.stream import Stream
 
 AIMS = {
@@ -167,11 +168,12 @@ def _config(folder: Path) -> Any:
 
 
 def _main(given: str) -> None:
-    from transformers import AutoModelForCausalLM  # noqa: F401  what both need is imported before the work
-
     asked = json.loads(given)
     torch.set_num_threads(asked["threads"])
     folder, kind = Path(asked["folder"]), getattr(torch, asked["dtype"])
+    # the model's code and LAPACK are loaded on first use, by both
+    empty_model(_config(folder))
+    decompose(torch.randn(64, 96))
     imported, begun = high_water(), time.perf_counter()
     if asked["how"] == "stream":
         Stream(folder, str(folder), kind).decompose("cpu")
