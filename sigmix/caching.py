@@ -79,6 +79,8 @@ def clear(kind: str | None = None) -> list[Entry]:
     removed = entries(kind)
     for entry in removed:
         _remove(entry.path)
+    if "svd" in _kinds(kind) and (ledgers := cache_dir() / "svd" / "ledgers").is_dir():
+        _remove(ledgers)  # of what streamed decompositions had done
     _sweep(_kinds(kind))
     return removed
 

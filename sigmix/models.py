@@ -13,14 +13,16 @@ import os
 import platform
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigmix.errors import BaseModelError, OutputError
+from sigmix.errors import BaseModelError, ConfigError, OutputError
 from sigmix.fetch import DEFAULT, SMOLLM2, fetch_member
 from sigmix.files import cache_dir, sha256_file, write_json
 from sigmix.gguf import MANIFEST, dequantised, lock, models_dir, quiet, verify
 from sigmix.hub import base_names, hub_folder, near_paths
+from sigmix.placement import load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,9 @@ def load_base(
     device: str | torch.device | None = None,
     *,
     revision: str | None = None,
+    quantization: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base and its tokenizer.
 
@@ -45,30 +50,40 @@ def load_base(
         dtype: of the weights: ``"bfloat16"``, ``"float32"``, ``"float16"`` or a torch dtype; default: `default_dtype`.
         device: default ``cuda`` if there is one, else ``cpu``.
         revision: branch, tag or commit of a hub model.
+        quantization: keep linear layers but the output head in 8 or 4 bits: ``int8``, ``int4`` or ``nf4``, see
+            `sigmix.placement`. Such a base has a basis of its own; `sigmix.experts.original` gives it another.
+        device_map: in place of ``device``, where each part goes: "auto", or {module: device}, as transformers has it.
+            "disk" leaves a part in the checkpoint, or in ``offload_folder``, and reads it in every pass.
 
     Returns:
         The model, in eval mode, with ``requires_grad`` off everywhere, and with an attribute ``sigmix_base``, a dict of
-        strings: ``name`` (as experts record it), ``source`` (the folder that it was read from) and ``kind`` (default,
-        gguf, folder, hub). The tokenizer pads on the left and always has a pad token (the end token where the model
-        names none).
+        strings: ``name`` (as experts record it), ``source`` (the folder that it was read from), ``kind`` (default,
+        gguf, folder, hub) and, for a quantised one, ``quantization`` and ``dtype`` (what it was quantised from). The
+        tokenizer pads on the left and always has a pad token (the end token where the model names none).
 
     Raises:
-        BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable.
+        BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable; a package
+            that the quantisation needs is missing.
+        UnknownNameError: no such quantisation. ConfigError: both a device and a device map.
         CacheError: a cached conversion is damaged.
         OutputError: the cache cannot be written or the disk is full.
     """
     import torch
 
+    if device is not None and device_map is not None:
+        raise ConfigError("both a device and a device map given", remedy="give one of them")
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    kind_of_number = _dtype(dtype, where)
+    kind_of_number = dtype_of(dtype, where)
     label, folder, kind = locate(name, revision=revision)
     _check_folder(folder, label)
-    model: Any = _load_model(folder, label, kind_of_number)
-    model.to(where)
+    places = {"device_map": device_map, "offload_folder": offload_folder}
+    model: Any = load_weights(folder, label, kind_of_number, where, quantization=quantization, **places)  # type: ignore[arg-type]
     tokenizer = _load_tokenizer(folder, label)
     _agree(model, tokenizer)
     model.eval().requires_grad_(False)
     model.sigmix_base = {"name": label, "source": str(folder), "kind": kind}
+    if quantization is not None:
+        model.sigmix_base |= {"quantization": quantization, "dtype": str(kind_of_number).removeprefix("torch.")}
     return model, tokenizer
 
 
@@ -149,7 +164,12 @@ def _cpu_name() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def _dtype(given: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def dtype_of(given: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that `load_base` loads in, from what it is given.
+
+    Raises:
+        BaseModelError: not a dtype of weights.
+    """
     import torch
 
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
@@ -223,29 +243,6 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BaseModelError(f"{file} holds no JSON object", remedy="download the model again")
     return value
-
-
-def _load_model(folder: Path, label: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-            model, report = loaded
-    except Exception as error:  # transformers, safetensors and missing kernels all have their own classes
-        raise BaseModelError(
-            f"the weights of {label} cannot be loaded: {type(error).__name__}: {error}",
-            remedy="download the model again; a quantised checkpoint needs its original safetensors weights",
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        # transformers would fill them with random numbers and go on
-        raise BaseModelError(
-            f"the weights of {label} are incomplete: {len(missing)} tensors are missing, such as {missing[0]}",
-            remedy="download the model again",
-        )
-    return model
 
 
 def _load_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:

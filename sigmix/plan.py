@@ -4,7 +4,7 @@ For an adapted matrix W (m×n, r = min(m, n)) the decomposition cache holds the 
 and s (r) in float32; the factored form needs both sides in memory, U (m×r), s and V (n×r). An expert holds z (r) in
 float32. Adapted are all linear layers but the output head, as PEFT's ``all-linear`` means it.
 
-Not counted: activations, the KV cache, optimiser state (two more numbers per z), the sketches inside expert files.
+Counts only; what decomposing, training and serving take at their peak, and for how long, is in `sigmix.budget`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sigmix.errors import BaseModelError
 FLOAT32 = 4
 BF16 = 2
 HEADER_PER_TENSOR = 110  # bytes of JSON that a safetensors file spends on one tensor, beside its name
+ENTRY_HEADER = 250  # of one decomposition's file: lengths, names, method and checksum; up to 20 more or less
 
 
 def model_plan(config: Any) -> dict[str, Any]:
@@ -26,32 +27,22 @@ def model_plan(config: Any) -> dict[str, Any]:
 
     Returns:
         A dict for JSON, sizes in bytes: ``model_type``, ``parameters``, ``weights_bf16_bytes``, ``matrices`` (number
-        adapted), ``z_parameters``, ``expert_bytes`` (the numbers of one expert on disk), ``cache_bytes`` (the
-        decomposition on disk, and in memory for the gain form), ``factored_bytes`` (in memory for the factored form,
-        beside the weights), ``by_shape`` (list of
+        adapted), ``z_parameters``, ``expert_bytes`` (the numbers of one expert on disk), ``cache_bytes`` (the numbers
+        of the decomposition, on disk, and in memory for the gain form), ``disk_bytes`` (the same with the files'
+        headers), ``factored_bytes`` (in memory for the factored form, beside the weights), ``by_shape`` (list of
         ``out``, ``in``, ``count``), ``not_adapted`` (list of ``name``, ``shape``, ``parameters``, ``why``).
 
     Raises:
         BaseModelError: the config is of no causal language model, or has values that no model can be built from.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from sigmix.gguf import quiet
-
     kind = getattr(config, "model_type", type(config).__name__)
-    try:
-        with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise BaseModelError(
-            f"no causal language model can be built from this config (model_type {kind!r}): {error}",
-            remedy="choose a decoder-only text model that transformers knows",
-        ) from error
+    model = empty_model(config)
     head = model.get_output_embeddings()
     shapes: dict[tuple[int, int], int] = {}
-    z_count = factored = cached = header = 0
+    z_count = factored = cached = header = disk = 0
     for name, module in model.named_modules():
         if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
@@ -61,6 +52,7 @@ def model_plan(config: Any) -> dict[str, Any]:
         z_count += r
         factored += FLOAT32 * r * (m + n + 1)
         cached += FLOAT32 * r * (r + 1)
+        disk += entry_bytes(r)
         header += HEADER_PER_TENSOR + len(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # a tied one counts once
     return {
@@ -71,10 +63,38 @@ def model_plan(config: Any) -> dict[str, Any]:
         "z_parameters": z_count,
         "expert_bytes": FLOAT32 * z_count + header,
         "cache_bytes": cached,
+        "disk_bytes": disk,
         "factored_bytes": factored,
         "by_shape": [{"out": m, "in": n, "count": count} for (m, n), count in sorted(shapes.items())],
         "not_adapted": _not_adapted(model),
     }
+
+
+def entry_bytes(r: int) -> int:
+    """Size of one decomposition in the cache, within some 20 bytes."""
+    return FLOAT32 * r * (r + 1) + ENTRY_HEADER
+
+
+def empty_model(config: Any) -> Any:
+    """The causal language model that a config describes, on the meta device.
+
+    Raises:
+        BaseModelError: the config is of no causal language model, or has values that no model can be built from.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sigmix.gguf import quiet
+
+    kind = getattr(config, "model_type", type(config).__name__)
+    try:
+        with torch.device("meta"), quiet():
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise BaseModelError(
+            f"no causal language model can be built from this config (model_type {kind!r}): {error}",
+            remedy="choose a decoder-only text model that transformers knows",
+        ) from error
 
 
 def _not_adapted(model: Any) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from sigmix.errors import UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError
 
 BENCHES = {
     "train-step": "one REINFORCE step against the dense way of the public reference, PEFT's LoRA and the matmul floor",
@@ -16,7 +16,10 @@ BENCHES = {
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "what strategies A, B and D cost, as a share of both passes",
     "export": "a merged export's peak memory against loading the model; llama.cpp with our adapter against our engine",
-    "decompose": "the base's matrices, cold and from the cache; a 4096×14336 matrix against torch.linalg.svd",
+    "decompose": "the base's matrices, cold and from the cache; a 4096×14336 matrix against torch.linalg.svd; with "
+    "--stream peak memory of streaming a checkpoint against loading the whole model",
+    "quantised": "experts of the plain base on its 8-bit and 4-bit forms: KL, accuracy, size and speed",
+    "plan": "what `sigmix doctor --plan` says of training and serving the base against what is measured",
 }
 
 
@@ -28,4 +31,8 @@ def run(name: str, **options: Any) -> dict[str, Any]:
     """
     if name not in BENCHES:
         raise UnknownNameError("bench", name, BENCHES, remedy="sigmix bench --list")
+    if options.pop("stream", False):
+        if name != "decompose":
+            raise ConfigError(f"{name} streams nothing", remedy="leave out --stream, or run decompose")
+        name = "stream"
     return import_module(f"sigmix.bench.{name.replace('-', '_')}").run(**options)

@@ -20,7 +20,7 @@ def add(app: typer.Typer) -> None:
     group.command("list", epilog="Example: sigmix cache list --kind svd")(listed)
     group.command("clear", epilog="Example: sigmix cache clear --kind models --yes")(cleared)
     app.add_typer(group, name="cache")
-    app.command(epilog="Example: sigmix doctor --base Qwen/Qwen3-0.6B --plan")(doctor)
+    app.command(epilog="Example: sigmix doctor --base meta-llama/Meta-Llama-3-70B-Instruct --plan --gpus 8")(doctor)
 
 
 KIND = typer.Option("all", help="models, svd (decompositions), downloads, banks (from the hub), or all.")
@@ -113,13 +113,28 @@ def _date(seconds: float) -> str:
 
 
 def doctor(
-    base: str = typer.Option(None, help="What this base would need: smollm2-135m, a hub name, a folder, a .gguf file."),
-    plan: bool = typer.Option(False, "--plan", help="The matrices too, from the base's config alone."),
+    base: str = typer.Option(
+        None, help="What this base would need: smollm2-135m, a hub name, a folder, a .gguf file, a config.json."
+    ),
+    plan: bool = typer.Option(
+        False, "--plan", help="Its matrices; memory, disk and time to decompose, train and serve it."
+    ),
+    dtype: str = typer.Option(None, help="With --plan: of the weights. Default: as the base would be loaded here."),
+    quantization: str = typer.Option(None, help="With --plan: linear layers in int8, int4 or nf4."),
+    gpus: int = typer.Option(1, min=1, help="With --plan: devices that the layers are spread over."),
+    gpu_memory: float = typer.Option(None, min=0.1, help="With --plan: GB of each device. Default: of the GPU here."),
+    batch: int = typer.Option(64, min=1, help="With --plan: answers of a training step."),
+    prompt: int = typer.Option(64, min=1, help="With --plan: tokens of a training prompt."),
+    answer: int = typer.Option(16, min=1, help="With --plan: tokens of a training answer."),
+    requests: int = typer.Option(32, min=1, help="With --plan: requests that are served together."),
+    context: int = typer.Option(1000, min=1, help="With --plan: tokens of each request."),
     as_json: bool = JSON,
 ) -> None:
     """What is installed and missing, what this machine has, and what a base would need of it; downloads no weights."""
-    from sigmix.cli import diagnose
+    from sigmix.budget import Load
+    from sigmix.cli import diagnose, planning
     from sigmix.errors import SigmixError
+    from sigmix.fetch import DEFAULT
 
     figures: dict[str, Any] = {
         "packages": diagnose.packages(),
@@ -130,11 +145,19 @@ def doctor(
     failed: SigmixError | None = None
     try:
         with working("reading the base's config"):
-            figures["base"] = diagnose.needs(base, figures["machine"])
+            read = planning.read_config(base or DEFAULT)
+            figures["base"] = planning.needs(base or DEFAULT, read, figures["machine"])
+        if plan:
+            load = Load(batch, min(4, batch), prompt, answer, requests, context)
+            with working("measuring this machine"):
+                figures["base"]["budget"] = planning.budget_of(
+                    read[0], figures["machine"], dtype, gpus, gpu_memory, load, quantization
+                )
     except SigmixError as error:
         failed = error
         figures["base"] = {"name": base, "problem": str(error)}
-    figures["problems"] = diagnose.problems(figures)
+    # a plan is of a machine to come: that it does not fit this one is its answer, not a problem
+    figures["problems"] = diagnose.problems(figures | ({"base": {}} if plan else {}))
     emit(figures, as_json, diagnose.text(figures, plan))
     if failed is not None:
         raise failed

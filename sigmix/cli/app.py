@@ -39,9 +39,25 @@ def _root(
 
 
 def _commands() -> None:
-    from sigmix.cli import adapt, admin, bench, demo, experts, export, harness, measure, reproduce, serve, training, use
+    from sigmix.cli import (
+        adapt,
+        admin,
+        bench,
+        decompose,
+        demo,
+        experts,
+        export,
+        harness,
+        measure,
+        reproduce,
+        serve,
+        training,
+        use,
+    )  # fmt: skip
 
-    modules = (demo, use, training, adapt, serve, measure, harness, experts, export, bench, reproduce, admin)
+    modules = (
+        demo, use, training, adapt, serve, measure, harness, experts, export, bench, reproduce, decompose, admin,
+    )  # fmt: skip
     if not app.registered_commands:  # main may run more than once in a process
         for module in modules:
             module.add(app)
@@ -54,6 +70,7 @@ def main() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch|peft")
+    _hush()
     _commands()
     try:
         code = app(prog_name="sigmix", standalone_mode=False)
@@ -77,6 +94,14 @@ def main() -> None:
         if os.environ.get("SIGMIX_TRACEBACK"):
             raise
         _fail(f"{type(error).__name__}: {error} -> set SIGMIX_TRACEBACK=1 to see where", 1)
+
+
+def _hush() -> None:
+    """Keep what torchao and bitsandbytes log about kernels for other machines off stderr; peft imports both."""
+    import logging
+
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _nearest(error: Any) -> str:

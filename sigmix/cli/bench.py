@@ -20,6 +20,7 @@ def bench(
     repeats: int = typer.Option(None, min=1, help="Rounds that count. Default: 3 for train-step, 1 for decompose."),
     dtype: str = typer.Option(None, help="Of train-step, such as float32. Default: the faster one on this machine."),
     plot: Path = typer.Option(None, help="PNG of what truncation found; no other benchmark draws one."),
+    stream: bool = typer.Option(False, "--stream", help="decompose: streamed against loading the whole model."),
     list_: bool = typer.Option(False, "--list", help="Name the benchmarks and stop."),
 ) -> None:
     """Compare sigmix with named peers on this machine; ratios, with the figures that they came from."""
@@ -41,7 +42,7 @@ def bench(
         if name != "truncation":
             raise ConfigError(f"{name} draws no plot", remedy="leave out --plot, or run truncation")
         check_writable(plot)
-    result = run(name, repeats=repeats, dtype=dtype)
+    result = run(name, repeats=repeats, dtype=dtype, **({"stream": True} if stream else {}))
     if plot is not None:
         from sigmix.bench.truncation import plot as draw
 

@@ -11,15 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sigmix.cli import planning
 from sigmix.cli.shared import size
 
 CORE = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "rich", "typer")
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?(?P<pin>[^;)]*)\)?\s*(?:;(?P<marker>.*))?")
-SMOLLM2_CONFIG: dict[str, Any] = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
-"""The embedded default's sizes, for when it has not been fetched."""
 
 
 def packages() -> dict[str, Any]:
@@ -148,63 +144,6 @@ def dtype() -> dict[str, Any]:
     return {"chosen": chosen, "device": device, "why": why}
 
 
-def needs(name: str | None, has: dict[str, Any]) -> dict[str, Any]:
-    """`sigmix.plan.model_plan` of a base, from its config alone, and whether this machine has that much.
-
-    Raises:
-        BaseModelError: there is no such base, its config cannot be had, or it is of no causal language model.
-    """
-    from sigmix.fetch import DEFAULT
-    from sigmix.plan import model_plan
-
-    name = name or DEFAULT
-    found = model_plan(_config(name))
-    weights, factored = found["weights_bf16_bytes"], found["factored_bytes"]
-    memory, disk = has["memory_available_bytes"], has["disk_free_bytes"]
-    forms = {"merged": weights * 2 + found["cache_bytes"], "gain": weights + found["cache_bytes"]}
-    forms["factored"] = weights + factored
-    return {
-        "name": name,
-        "plan": found,
-        "memory_bytes": forms,
-        "fits_memory": {form: None if memory is None else wanted < memory for form, wanted in forms.items()},
-        "disk_bytes": weights + found["cache_bytes"],
-        "fits_disk": weights + found["cache_bytes"] < disk,
-    }
-
-
-def _config(name: str) -> Any:
-    from transformers import AutoConfig, LlamaConfig
-
-    from sigmix.errors import BaseModelError
-    from sigmix.fetch import DEFAULT, SMOLLM2, offline
-    from sigmix.gguf import models_dir, quiet
-    from sigmix.hub import base_names, near_paths
-    from sigmix.models import HUB_NAME
-
-    path = Path(name).expanduser()
-    options: dict[str, Any] = {}
-    where: Any = name
-    if name.lower() == DEFAULT:
-        where = models_dir() / SMOLLM2.member_sha256
-        if not (where / "config.json").is_file():
-            return LlamaConfig(**SMOLLM2_CONFIG)
-    elif path.is_dir():
-        where = path
-        if not (path / "config.json").is_file():
-            raise BaseModelError(f"{name} is no model folder: config.json is missing", remedy=base_names())
-    elif path.is_file() and path.suffix.lower() == ".gguf":
-        where, options = path.parent, {"gguf_file": path.name}
-    elif path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
-        raise BaseModelError(f"there is no base at {name!r}{near_paths(path)}", remedy=base_names())
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
-    except Exception as error:  # the hub's, transformers' and the system's errors
-        why = str(error).split("\n")[0][:200]
-        raise BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names()) from error
-
-
 def problems(figures: dict[str, Any]) -> list[str]:
     """What keeps sigmix from working here, each with the command that mends it. Missing extras are no problem."""
     found = []
@@ -245,24 +184,6 @@ def text(figures: dict[str, Any], plan: bool) -> str:
     lines.append(f"cache: {stored['folder']}: {held}")
     lines += [f"  {model['name']} {size(model['bytes'])}" for model in stored["models"]]
     lines.append(f"dtype: {figures['dtype']['chosen']}, because {figures['dtype']['why']}")
-    base = figures["base"]
-    if "plan" in base:
-        found = base["plan"]
-        forms = ", ".join(f"{form} {size(count)}" for form, count in base["memory_bytes"].items())
-        expert = f"{found['z_parameters']:,} numbers in an expert ({size(found['expert_bytes'])})"
-        lines += [
-            f"base {base['name']}: {found['parameters']:,} parameters, {found['matrices']} matrices adapted, {expert}",
-            f"  memory by form, without activations: {forms}",
-            f"  disk: {size(found['weights_bf16_bytes'])} of weights, {size(found['cache_bytes'])} of decompositions",
-        ]
-        short = [form for form, fits in base["fits_memory"].items() if fits is False]
-        if short:
-            lines.append(f"  more than is available now: {', '.join(short)}")
-        if plan:
-            lines += [f"  {one['count']:>4} × [{one['out']}, {one['in']}]" for one in found["by_shape"]]
-            lines += [f"  not adapted: {one['count']} × {one['name']} {one['shape']}: {one['why']}"
-                      for one in found["not_adapted"]]  # fmt: skip
-    else:
-        lines.append(f"base: {base['problem']}")
+    lines += planning.text(figures["base"], plan)
     lines += [f"PROBLEM: {problem}" for problem in figures["problems"]]
     return "\n".join(lines if figures["problems"] else [*lines, "everything that sigmix needs is here"])

@@ -10,7 +10,9 @@ import typer
 from sigmix.cli.shared import (
     BANK,
     BASE,
+    BASIS,
     JSON,
+    QUANTIZATION,
     Ticker,
     accuracy,
     check_output,
@@ -56,6 +58,8 @@ def evaluate(
     data_dir: Path = DATA,
     allow_code: bool = CODE,
     base: str = BASE,
+    quantization: str = QUANTIZATION,
+    basis: str = BASIS,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
@@ -68,6 +72,8 @@ def evaluate(
         raise ConfigError("give --task, or --dispatch", remedy="sigmix tasks lists the tasks")
     if (dispatch or strategy) and (mix or expert):
         raise ConfigError("--mix and --expert do not go with --strategy or --dispatch")
+    if (dispatch or strategy) and quantization is not None:
+        raise ConfigError("--quantization goes with --mix and --expert, not with --strategy or --dispatch")
     if dispatch:
         adapted.dispatch(strategy or ["A", "D"], n, seed, split, out, base, bank, data_dir, as_json)
         return
@@ -81,7 +87,7 @@ def evaluate(
     made.score(first[0], "")  # what a task refuses, such as running programs, it refuses before the work
     if out is not None:
         check_output(out, "summary.json")
-    engine = open_engine(base, experts, mixes)
+    engine = open_engine(base, experts, mixes, quantization, basis)
 
     from sigmix.evals.run import run, save
 

@@ -15,6 +15,8 @@ import typer
 BASE = typer.Option("smollm2-135m", help="Base: smollm2-135m, a hub name, a folder or a .gguf file.")
 JSON = typer.Option(False, "--json", help="Print one JSON object.")
 BANK = typer.Option(None, help="Folder of experts, or a collection on the hub (its slug). Default: the bundled bank.")
+QUANTIZATION = typer.Option(None, help="Keep the base's linear layers in fewer bits: int8, int4 or nf4.")
+BASIS = typer.Option("own", help="Of a quantised base: own, or original for experts made on the base unquantised.")
 
 
 def emit(figures: Any, as_json: bool, text: str) -> None:
@@ -73,15 +75,40 @@ def open_mixes(texts: Sequence[str], folder: Path | None, wanted: bool = False) 
     return mixes, bank
 
 
-def open_engine(base: str, bank: Any, mixes: Sequence[Any] = ()) -> Any:
-    """An `Engine` on a base, shown as work on stderr; experts in ``mixes`` are checked against the base at once."""
+def open_base(base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own") -> Any:
+    """(model, tokenizer) of a base, quantised or not, in the basis asked for; shown as work on stderr.
+
+    Raises:
+        ConfigError: a basis that there is not, or "original" for a base that is not quantised. Others: see `load_base`.
+    """
+    from sigmix.errors import ConfigError
+
+    if basis not in ("own", "original"):
+        raise ConfigError(f"--basis is own or original, not {basis!r}")
+    if basis == "original" and quantization is None:
+        raise ConfigError("--basis original is for a quantised base", remedy="add --quantization int8, or leave it out")
     with working(f"loading {base}"):
-        from sigmix.engine import Engine
         from sigmix.models import load_base
 
-        model, tokenizer = load_base(base)
-    _decompose(model)
+        model, tokenizer = load_base(base, dtype, quantization=quantization)
+    if basis == "original":
+        from sigmix.experts.original import use_original_basis
+
+        with Ticker("reading the original weights", 0) as ticker:
+            use_original_basis(model, lambda *_: ticker.advance())
+    else:
+        _decompose(model)
+    return model, tokenizer
+
+
+def open_engine(
+    base: str, bank: Any, mixes: Sequence[Any] = (), quantization: str | None = None, basis: str = "own"
+) -> Any:
+    """An `Engine` on a base, see `open_base`; experts in ``mixes`` are checked against the base at once."""
+    model, tokenizer = open_base(base, None, quantization, basis)
     with working("checking the experts"):
+        from sigmix.engine import Engine
+
         engine = Engine(model, tokenizer, bank)
         for mix in mixes:
             engine.z(mix)
@@ -156,7 +183,7 @@ def working(text: str) -> Iterator[None]:
 
 
 class Ticker:
-    """Progress of counted work on stderr: a bar on a terminal, else a line at most every ten seconds."""
+    """Progress of counted work (0: of unknown length) on stderr: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, title: str, total: int) -> None:
         from rich.console import Console
@@ -164,7 +191,7 @@ class Ticker:
 
         self.title, self.total, self.done, self.told = title, total, 0, time.monotonic()
         self.bar = Bar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-        self.task = self.bar.add_task(title, total=total)
+        self.task = self.bar.add_task(title, total=total or None)
 
     def __enter__(self) -> Ticker:
         self.bar.start()
@@ -180,7 +207,7 @@ class Ticker:
         self.bar.update(self.task, advance=count, description=self.title)
         if not sys.stderr.isatty() and time.monotonic() - self.told >= 10:
             self.told = time.monotonic()
-            note(f"{self.title}: {self.done}/{self.total}")
+            note(f"{self.title}: {self.done}" + (f"/{self.total}" if self.total else ""))
 
 
 class Progress:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BASE, JSON, Progress, emit, interval
+from sigmix.cli.shared import BASE, JSON, QUANTIZATION, Progress, emit, interval
 
 
 def add(app: typer.Typer) -> None:
@@ -21,6 +21,7 @@ def train(
     out: Path = typer.Option(..., help="Folder for the expert; its name is the expert's."),
     base: str = BASE,
     dtype: str = typer.Option(None, help="Of the base's weights, such as float32. Default: the faster one here."),
+    quantization: str = QUANTIZATION,
     preset: str = typer.Option("laptop", help="laptop (ours, two cores) or paper (Table 6)."),
     run: Path = typer.Option(None, help="Folder for checkpoints and metrics. Default: runs/NAME."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the run's checkpoint."),
@@ -84,7 +85,7 @@ def train(
             group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
             temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
             patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
-            parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit,
+            parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit, quantization=quantization,
         )  # fmt: skip
         run = run or Path("runs") / name
 
@@ -141,7 +142,8 @@ def _run(
     folder = RunDir(run)
     if dtype is None and processes.count > 1:  # measured, so that processes could differ
         dtype = processes.from_main(lambda: str(default_dtype(processes.device)).removeprefix("torch."))
-    model, tokenizer = load_base(config.base, dtype, "cpu" if shard else processes.device)
+    place = "cpu" if shard else processes.device
+    model, tokenizer = load_base(config.base, dtype, place, quantization=config.quantization)
     with contextlib.ExitStack() as shown:
         progress = processes.main and shown.enter_context(Progress(config.steps, f"training {name}", tensorboard))
         listener = progress.on_entry if progress else None

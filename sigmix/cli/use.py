@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from sigmix.cli.chat import chat
-from sigmix.cli.shared import BANK, BASE, JSON, emit, note, open_engine, open_mixes, working
+from sigmix.cli.shared import BANK, BASE, BASIS, JSON, QUANTIZATION, emit, note, open_engine, open_mixes, working
 from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")
@@ -38,6 +38,8 @@ def generate(
     strategy: str = STRATEGY,
     explain: bool = typer.Option(False, "--explain", help="Say which experts auto chose, and why."),
     base: str = BASE,
+    quantization: str = QUANTIZATION,
+    basis: str = BASIS,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
@@ -46,7 +48,7 @@ def generate(
     _counts(len(mix), len(prompts))
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     given, experts = open_mixes([text for text in mix if text != AUTO], bank, AUTO in mix)
-    engine = open_engine(base, experts, given)
+    engine = open_engine(base, experts, given, quantization, basis)
     if form == "truncated":
         from sigmix.engine.truncation_file import bank_truncation
 

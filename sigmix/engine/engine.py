@@ -138,7 +138,8 @@ class Engine:
             mix: one for all, or one for each; None is the base.
             temperature: 0 is greedy. seeds: B integers, one random stream for each row; default: the row's index.
             stop: strings that end an answer (they are cut off its text).
-            form: None picks merged for one mix; for several factored, or merged mix by mix where each has many rows.
+            form: None picks merged for one mix; for several factored, or merged mix by mix where each has many rows; on
+                a quantised or offloaded base gain.
             chat: apply the chat template; None: if there is one.
             keep_errors: a prompt that cannot fit gets an answer with finish "error", and the others are answered.
 
@@ -169,7 +170,7 @@ class Engine:
             for number, error in failed.items()
         }
         good = [number for number in range(len(rows)) if number not in failed]
-        for part in batches(good, mixes, batch_size, form):
+        for part in batches(good, mixes, batch_size, form if self.states.mixed == "factored" else "gain"):
             sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
             *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
             for n, end in zip(part, last, strict=True):

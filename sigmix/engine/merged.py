@@ -69,7 +69,7 @@ class MergedWeights:
 
     def has(self, key: Any) -> bool:
         """Whether `get` has it at hand."""
-        return self._full(key) in self._kept
+        return bool(self._kept) and self._full(key) in self._kept
 
     def _full(self, key: Any) -> Any:
         # a model that was cast, moved or edited in place has other weights

@@ -41,7 +41,7 @@ def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
 def merged_weights(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """W'(z) by path, for the layers that z [r] moves at all."""
     return {
-        path: layer.merged_weight(z[path].detach().to(layer.matrix().device))
+        path: layer.merged_weight(z[path].detach().to(layer.device))
         for path, layer in layers.items()
         if path in z and not bool((z[path] == 1).all())
     }
@@ -62,6 +62,23 @@ def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tenso
         yield
 
 
+def gain_only(layers: Mapping[str, SVFLinear]) -> bool:
+    """Whether any layer is quantised or offloaded, so that nothing can be merged or factored."""
+    return any(layer.gain_only for layer in layers.values())
+
+
+@contextmanager
+def as_expert(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, all rows are computed under z [r] by path: merged, or in the gain form where nothing can be merged."""
+    if not gain_only(layers):
+        with as_merged(layers, merged_weights(layers, z)):
+            yield
+        return
+    one = [z[path].detach().cpu() if path in z else torch.ones(layer.r) for path, layer in layers.items()]
+    with as_rows(layers, torch.cat(one)[None], "gain"):
+        yield
+
+
 @contextmanager
 def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> Iterator[Any]:
     """Inside, row b of a batch is computed under z = table[b].
@@ -73,8 +90,7 @@ def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> 
         A function that keeps only the rows with given indices; None: all again.
     """
     with _restored(layers):
-        first = next(iter(layers.values())).matrix()
-        gains = (table - 1).to(first.dtype)
+        gains = (table - 1).to(next(iter(layers.values())).dtype)
         for layer in layers.values():
             layer.unmerge()
             layer._disable_adapters = False
@@ -84,8 +100,7 @@ def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> 
             z, gain = (table, gains) if indices is None else (table[indices], gains[indices])
             sizes = [layer.r for layer in layers.values()]
             for layer, own, shift in zip(layers.values(), z.split(sizes, 1), gain.split(sizes, 1), strict=True):
-                matrix = layer.matrix()
-                layer.set_rows(own.to(matrix.device), shift.to(matrix.device, matrix.dtype))
+                layer.set_rows(own.to(layer.device), shift.to(layer.device, layer.dtype))
 
         keep(None)
         yield keep

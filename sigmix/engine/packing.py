@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sigmix.engine.groups import Group, Patches, Shared, find_groups
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.scale import scaled
+from sigmix.svf.weights import is_quantised
 
 BUDGET = 2 << 30
 """Bytes of packed copies that an engine makes by default."""
@@ -80,7 +81,8 @@ class Packing:
         size = sum(module.weight.nbytes for module in linears)
         size += sum(2 * layer.r * (layer.in_features + layer.out_features) for layer in layers.values())
         kinds = {(module.weight.device.type, module.weight.dtype) for module in linears}
-        self.on = kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
+        plain = not any(is_quantised(module.weight) for module in linears)
+        self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
         self._known: dict[Any, tuple[Any, Pack]] = {}
 

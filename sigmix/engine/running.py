@@ -73,7 +73,7 @@ class Running:
     """
 
     def __init__(self, engine: Engine, form: str = "factored") -> None:
-        self.engine, self.form = engine, form
+        self.engine, self.form = engine, engine.states.mixed if form == "factored" else form
         self.members: list[Member] = []
         self.slots = Slots()
         self._reading: list[tuple[Member, DynamicCache, int]] = []
@@ -230,7 +230,8 @@ class Running:
         one = mixes[0] if len(set(mixes)) == 1 else None
         if one is not None and (one == Mix.base() or self.engine.is_merged(one)):
             return None
-        return self.form if self.form != "truncated" or all(map(self.engine.states.truncates, mixes)) else "factored"
+        states = self.engine.states
+        return self.form if self.form != "truncated" or all(map(states.truncates, mixes)) else states.mixed
 
     def _choose(self, members: Sequence[Member], logits: torch.Tensor) -> list[int]:
         """The next token of every member, which is told; sets ``finish`` of those that end."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sigmix.engine.merged import MergedWeights
-from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows
+from sigmix.engine.modes import adapted_layers, as_base, as_merged, as_rows, gain_only
 from sigmix.engine.packing import Packing
 from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, UnknownNameError
@@ -34,11 +34,14 @@ class States:
 
     Attributes:
         truncation: what the truncated form computes by; None: all components of every matrix.
+        mixed: the exact form of mixed batches, "factored", or "gain" where the base is quantised or offloaded; then
+            nothing is merged either.
     """
 
     def __init__(self, model: Any, bank: Mapping[str, Any], keep_merged: int, keep_packed: int) -> None:
         self.model, self.bank = model, bank
         self.layers = adapted_layers(model)
+        self.mixed = "gain" if gain_only(self.layers) else "factored"
         self.packing = Packing(model, self.layers, keep_packed)
         self.merged = MergedWeights(self.layers, keep_merged, self.packing)
         self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
@@ -95,6 +98,8 @@ class States:
         """
         if form is not None and form not in FORMS:
             raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
+        if form is None and self.mixed == "gain" and set(mixes) != {Mix.base()}:
+            form = "gain"
         if len(set(mixes)) == 1 and form in (None, "merged"):
             if mixes[0] == Mix.base():
                 with as_base(self.layers), self.packing.using(None, None):
@@ -108,7 +113,7 @@ class States:
         if form == "merged":
             raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
         unique = {mix: self.z(mix) for mix in dict.fromkeys(mixes)}  # the truncated form needs the checks only
-        form = form or "factored"
+        form = form or self.mixed
         if form == "truncated" and self.truncation is not None:
             alphas = self._alphas(self.truncation, list(unique))
             places = [list(unique).index(mix) for mix in mixes]

@@ -6,7 +6,8 @@ and give the same answers here, because names are normalised and a merged layer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ExpertError
-from sigmix.svf.decompose import Factors, cached_decompose
+from sigmix.svf import weights
+from sigmix.svf.decompose import Factors, cached_decompose, read_factors
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.tuner import base_path
 
@@ -46,11 +48,18 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matrix_of(module: nn.Module) -> torch.Tensor:
-    """The base weight of one of `linears`, [out, in], never a merged one."""
+    """The base weight of one of `linears`, [out, in], never a merged one; dequantised where it is quantised."""
     if isinstance(module, SVFLinear):
         return module.matrix()
-    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
+    weight = weights.value(module)
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of one of `linears`."""
+    if isinstance(module, SVFLinear):
+        return module.out_features, module.in_features
+    return weights.shape(module)
 
 
 def factors_of(module: nn.Module) -> Factors:
@@ -62,6 +71,9 @@ def factors_of(module: nn.Module) -> Factors:
     Raises:
         CacheError, OutputError: see `sigmix.svf.decompose.cached_decompose`.
     """
+    layer = module.get_base_layer() if isinstance(module, SVFLinear) else module
+    if (named := getattr(layer, "sigmix_basis", None)) is not None:
+        return read_factors(named, shape_of(module))
     if not isinstance(module, SVFLinear):
         return cached_decompose(matrix_of(module))
     module.ensure_factors()
@@ -74,7 +86,7 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """The base's own parameters by path, sorted; adapters' are left out and tied ones appear once.
 
     Raises:
-        ExpertError: weights are on the meta device, so there are no values.
+        ExpertError: weights are on the meta device and not offloaded, so there are no values.
     """
     model = bare(model)
     adapters: set[int] = set()
@@ -84,10 +96,11 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             for attribute in module.adapter_layer_names:
                 adapters.update(_ids(getattr(module, attribute, None)))
-        if isinstance(module, SVFLinear):
+        if isinstance(module, SVFLinear) and module._kept is not None:
             matrix = module.matrix()
             originals[id(module.get_base_layer().weight)] = matrix.T if module.transposed else matrix
     found: dict[str, torch.Tensor] = {}
+    elsewhere = readers(model)
     seen: set[int] = set()
     every = [
         (base_path(name).replace(".original_module.", "."), parameter)
@@ -101,19 +114,41 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         # the parameter itself where nothing is merged: it lives as long as the model, so its digest can be remembered
         same = kept is None or kept.data_ptr() == parameter.data_ptr()
         found[name] = parameter if same else kept  # type: ignore[assignment]
-        if found[name].is_meta:
+        if found[name].is_meta and id(parameter) not in elsewhere:
             raise ExpertError(f"the base's weight {name} has no values yet (meta device)", remedy="load the base fully")
     return found
 
 
+def readers(model: nn.Module) -> dict[int, Callable[[], torch.Tensor]]:
+    """By the id of a parameter, what gives the values of those that are quantised or offloaded."""
+    found: dict[int, Callable[[], torch.Tensor]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and isinstance(module, LINEAR) and weights.kind(module) == weights.QUANTISED:
+                found[id(parameter)] = partial(weights.value, module)
+            elif parameter.is_meta and weights.offloaded(module, name) is not None:
+                found[id(parameter)] = partial(_read, module, name)
+    return found
+
+
+def _read(module: nn.Module, name: str) -> torch.Tensor:
+    if name == "weight" and isinstance(module, LINEAR):
+        return weights.value(module)  # it may be quantised too
+    return weights.offloaded(module, name)  # type: ignore[return-value]
+
+
 def describe(model: nn.Module) -> dict[str, str]:
-    """The base's name and dtype: ``sigmix_base["name"]`` if `load_base` made it, else transformers' name of it."""
+    """The base's name and dtype: ``sigmix_base["name"]`` if `load_base` made it, else transformers' name of it.
+
+    A quantised base's dtype is "bfloat16 in int8", say.
+    """
     model = bare(model)
     own = getattr(model, "sigmix_base", None) or {}
     config = getattr(model, "config", None)
     name = own.get("name") or getattr(config, "_name_or_path", None) or type(model).__name__
-    dtypes = [p.dtype for p in parameters(model).values() if p.ndim > 1] or [torch.float32]
-    return {"name": str(name), "dtype": str(dtypes[0]).removeprefix("torch.")}
+    dtypes = [p.dtype for p in parameters(model).values() if p.ndim > 1 and p.is_floating_point()] or [torch.float32]
+    dtype = str(dtypes[0]).removeprefix("torch.")
+    return {"name": str(name), "dtype": f"{dtype} in {own['quantization']}" if "quantization" in own else dtype}
 
 
 def _ids(container: Any) -> Iterable[int]:

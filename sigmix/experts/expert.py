@@ -23,11 +23,12 @@ from torch import nn
 
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, UnknownNameError
 from sigmix.experts import directory, remote
-from sigmix.experts.base import describe, factors_of, linears, matrix_of
+from sigmix.experts.base import describe, factors_of, linears, matrix_of, shape_of
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
+from sigmix.experts.original import Original, original_of
 from sigmix.experts.publish import push
-from sigmix.experts.sketch import TOLERANCE, Sketch, compare, sketch
+from sigmix.experts.sketch import TOLERANCE, Sketch, compare, sketch, sketch_of
 from sigmix.files import write_json, write_text
 from sigmix.svf.tuner import svf_layers
 
@@ -193,7 +194,8 @@ class Expert:
         """Raise unless this expert means on ``base`` what it meant where it was made.
 
         The fingerprint is compared, every matrix must be there with the right size, and the sketches must come out as
-        stored. An expert that is not `verified` has only its matrices checked.
+        stored. An expert that is not `verified` has only its matrices checked. On a quantised base that was given its
+        original's basis (`sigmix.experts.original`) an expert made on the original is held to the original.
 
         Args:
             base: a model in any state that `fingerprint` understands.
@@ -204,11 +206,15 @@ class Expert:
             FingerprintError: made on another base. ExpertError: a matrix is missing or differs in size or basis.
         """
         mine = self.meta.get("base") or {}
-        if mine.get("fingerprint") and (found := fingerprint(base)) != mine["fingerprint"]:
+        original = original_of(base)
+        if original is not None and original.fingerprint != mine.get("fingerprint"):
+            original = None
+        if mine.get("fingerprint") and original is None and (found := fingerprint(base)) != mine["fingerprint"]:
             raise self._foreign(mine, {**describe(base), "fingerprint": found})
         layers = self._layers(base)
         for path, stored in (self.meta.get("sketches") or {}).items() if sketches and self.verified else ():
-            compare(self.name, path, Sketch.from_json(stored), self._sketch(path, layers[path]), tolerance)
+            found_sketch = self._sketch(path, layers[path], original)
+            compare(self.name, path, Sketch.from_json(stored), found_sketch, tolerance)
 
     def sealed(self, base: nn.Module) -> Expert:
         """This expert with the base's name and fingerprint, matrix sizes and sketches: from now on it is held to it.
@@ -219,12 +225,14 @@ class Expert:
         layers = self._layers(base)
         made = {
             "base": {**describe(base), "fingerprint": fingerprint(base)},
-            "matrices": {path: list(matrix_of(layers[path]).shape) for path in self.z},
+            "matrices": {path: list(shape_of(layers[path])) for path in self.z},
             "sketches": {path: self._sketch(path, layers[path]).to_json() for path in self.z},
         }
         return replace(self, meta={**thaw(self.meta), **made}, origin=None)
 
-    def _sketch(self, path: str, module: nn.Module) -> Sketch:
+    def _sketch(self, path: str, module: nn.Module, original: Original | None = None) -> Sketch:
+        if original is not None and path in original.left:
+            return sketch_of(path, original.left[path], shape_of(module), factors_of(module), self.z[path])
         return sketch(path, matrix_of(module), factors_of(module), self.z[path])
 
     def _layers(self, base: nn.Module) -> dict[str, nn.Module]:
@@ -240,7 +248,7 @@ class Expert:
                 remedy=remedy,
             )
         for path, module in layers.items():
-            rows, columns = matrix_of(module).shape
+            rows, columns = shape_of(module)
             if len(self.z[path]) != min(rows, columns):
                 raise ExpertError(
                     f"expert {self.name!r} does not fit this base: z of {path} has {len(self.z[path])} components, but "
@@ -257,7 +265,12 @@ class Expert:
         remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
         if mine.get("name") == found["name"]:
             remedy = "the name is the same, but the weights are not: "
-            if mine.get("dtype") not in (None, found["dtype"]):
+            if " in " in found["dtype"]:
+                remedy += (
+                    "this one is quantised; to use the expert in its own basis here, call "
+                    "sigmix.experts.original.use_original_basis(model), or on the command line add --basis original"
+                )
+            elif mine.get("dtype") not in (None, found["dtype"]):
                 remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
             else:
                 remedy += "another revision, or weights changed after loading; load the base afresh"

@@ -1,7 +1,9 @@
 """The fingerprint of a base: SHA-256 over the path, shape and values of every parameter.
 
 It answers one question: is this the base that the expert was made on? Values are hashed as float32, so an exact upcast
-(bfloat16 loaded as float32) is the same base, and a rounding (float32 loaded as bfloat16) is another one.
+(bfloat16 loaded as float32) is the same base, and a rounding (float32 loaded as bfloat16) is another one. A quantised
+weight counts as its dequantised values, so a quantised base is another base than the one that it was made of, and an
+offloaded weight as what lies on the disk.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
-from sigmix.experts.base import parameters
+from sigmix.experts.base import parameters, readers
 from sigmix.svf.decompose import weight_digest
+from sigmix.svf.weights import is_quantised
 
 SAMPLES = 64
 
@@ -37,15 +40,15 @@ def fingerprint(model: nn.Module, fresh: bool = False) -> str:
     Raises:
         ExpertError: weights on the meta device.
     """
-    found = parameters(model)
+    found, elsewhere = parameters(model), readers(model)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        digests = pool.map(lambda parameter: _digest(parameter, fresh), found.values())
-        shapes = [tuple(parameter.shape) for parameter in found.values()]
-        return combined(zip(found, shapes, digests, strict=True))
+        digests = pool.map(lambda one: _digest(one, fresh, elsewhere.get(id(one))), found.values())
+        pairs = zip(found.items(), digests, strict=True)
+        return combined((name, tuple(parameter.shape), digest) for (name, parameter), digest in pairs)
 
 
 def combined(parts: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
-    """The fingerprint of a base from (path, shape, `weight_digest`) of its parameters, by path, tied ones once."""
+    """The fingerprint of (name, shape, digest) of every parameter, sorted by name, tied ones once."""
     total = hashlib.sha256(b"sigmix-base-v1\n")
     for name, shape, digest in parts:
         total.update(f"{name} {shape} {digest}\n".encode())
@@ -57,18 +60,23 @@ def short(full: str | None) -> str:
     return full[:12] if full else "unknown"
 
 
-def _digest(parameter: torch.Tensor, fresh: bool) -> str:
+def _digest(parameter: torch.Tensor, fresh: bool, read: Callable[[], torch.Tensor] | None) -> str:
     state = _state(parameter)
     known = _KNOWN.get(id(parameter))
     if not fresh and known is not None and known[0]() is parameter and known[1] == state:
         return known[2]
-    digest = weight_digest(parameter)
+    digest = weight_digest(parameter if read is None else read())
     key = id(parameter)
     _KNOWN[key] = (weakref.ref(parameter, lambda _: _KNOWN.pop(key, None)), state, digest)
     return digest
 
 
 def _state(parameter: torch.Tensor) -> tuple:
+    about = parameter._version, parameter.dtype, tuple(parameter.shape)
+    if parameter.is_meta:
+        return about
+    if is_quantised(parameter) and parameter.is_floating_point():  # torchao's: the numbers lie in tensors inside
+        return *about, *(getattr(parameter, name).data_ptr() for name in parameter.__tensor_flatten__()[0])  # type: ignore[attr-defined]
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     sample = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].float().cpu().numpy().tobytes()
-    return parameter.data_ptr(), parameter._version, parameter.dtype, tuple(parameter.shape), sample
+    return *about, parameter.data_ptr(), sample

@@ -78,14 +78,24 @@ def sketch(path: str, weight: torch.Tensor, factors: Factors, z: torch.Tensor) -
     Only one side is square, so U diag(s) is W V (or V diag(s) is Wᵀ U), and the probes meet W before anything else:
     the cost is 16 products of W with a vector and no product of matrices.
     """
-    rows, columns = weight.shape
-    left, right = probes(path, rows, columns)
+    return sketch_of(path, left_probes(path, weight, factors), (weight.shape[0], weight.shape[1]), factors, z)
+
+
+def left_probes(path: str, weight: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """qᵀ W V [8, r] where the short side is V, pᵀ Wᵀ U [8, r] where it is U: all that a sketch needs of W; float64."""
+    left, right = probes(path, weight.shape[0], weight.shape[1])
     wide, basis = weight.detach().double().cpu(), factors.short.double().cpu()
+    return ((left @ wide) if factors.side == "in" else (right @ wide.T)) @ basis
+
+
+def sketch_of(
+    path: str, first: torch.Tensor, shape: tuple[int, int], factors: Factors, z: torch.Tensor
+) -> Sketch:
+    """Sketch of z [r] from the `left_probes` of a weight of this shape, without the weight."""
+    left, right = probes(path, *shape)
+    basis = factors.short.double().cpu()
+    second = (right if factors.side == "in" else left) @ basis
     gain = z.detach().double().cpu() - 1
-    if factors.side == "in":
-        first, second = (left @ wide) @ basis, right @ basis
-    else:
-        first, second = left @ basis, (right @ wide.T) @ basis
     values = (first * gain * second).sum(1)
     norm = float((factors.s.double().cpu() * gain).norm())
     return Sketch(norm, tuple(values.tolist()))

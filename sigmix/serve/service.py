@@ -61,7 +61,7 @@ class Service:
         self._encoder = copy.deepcopy(tokenizer)  # the batcher's thread decodes with the other one
         self._encoding = threading.Lock()
         self.context = context_length(model)
-        self.form = "factored"
+        self.form = self.engine.states.mixed
         if settings.form == "truncated":
             self.engine.truncation = bank_truncation(self.engine)
             self.form = "truncated"

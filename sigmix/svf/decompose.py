@@ -171,17 +171,31 @@ def cached_decompose(weight: torch.Tensor, digest: str | None = None, cache: boo
     """
     if not cache:
         return decompose(weight)
-    path = cache_path(digest or weight_digest(weight))
-    side = "in" if weight.shape[0] >= weight.shape[1] else "out"
+    digest = digest or weight_digest(weight)
+    path = cache_path(digest)
     if path.exists():
-        short, s = _read(path, min(weight.shape))
-        return Factors(short.to(weight.device), s.to(weight.device), side)
+        found = read_factors(digest, (weight.shape[0], weight.shape[1]))
+        return Factors(found.short.to(weight.device), found.s.to(weight.device), found.side)
     factors = decompose(weight)
     tensors = {"short": factors.short.cpu(), "s": factors.s.cpu()}
     with atomic_file(path) as temporary:
         # not save_file, which reports a full disk as an error of its own class that `atomic_file` cannot name
         temporary.write_bytes(save(tensors, metadata={"method": METHOD, "check": _checksum(tensors)}))
     return factors
+
+
+def read_factors(digest: str, shape: tuple[int, int]) -> Factors:
+    """The factors of the weight [m, n] with this digest, from the cache alone.
+
+    Raises:
+        CacheError: they are not there, or damaged.
+    """
+    path = cache_path(digest)
+    if not path.exists():
+        raise CacheError(
+            f"the decomposition {path} is not in the cache", remedy="run `sigmix decompose --base …` of the original"
+        )
+    return Factors(*_read(path, min(shape)), "in" if shape[0] >= shape[1] else "out")
 
 
 def _read(path: Path, r: int) -> tuple[torch.Tensor, torch.Tensor]:

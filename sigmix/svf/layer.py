@@ -4,14 +4,16 @@ Four forms compute the same y = W'x (g = z - 1; V, U the square side of the deco
 
     merged      W' x, with W' = W + W V diag(g) Vᵀ (m >= n) or W + U diag(g) Uᵀ W (m < n), written into the base layer
                 while the original tensor is kept aside; unmerging puts that very tensor back
-    factored    (U diag(s)) (z ⊙ Vᵀx); the only form with a gradient for z
-    gain        W (x + V (g ⊙ Vᵀx)) if m >= n, y + U (g ⊙ Uᵀy) with y = Wx if m < n; z = 1 gives W x bit for bit
+    factored    (U diag(s)) (z ⊙ Vᵀx), with a gradient for z
+    gain        W (x + V (g ⊙ Vᵀx)) if m >= n, y + U (g ⊙ Uᵀy) with y = Wx if m < n; z = 1 gives W x bit for bit; with a
+                gradient for z too, and W is only ever used through its own layer
     truncated   the gain form on k components, the others sharing their s²-weighted mean gain
 
 Shapes: x [B, T, n], z [r] for the whole batch or [B, r], a row per request. The base weight is never trained and never
 changed by an update; U, s and V are buffers outside the state dict, so a checkpoint holds only z.
 
-What it does not do: quantised base layers work in the gain and truncated forms only (issue of the export work).
+A base layer that is quantised, or offloaded by accelerate, stays as it is: the layer computes in the gain and truncated
+forms only, with the factors of its dequantised weight, and `merged` and `factored` are refused.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ConfigError
-from sigmix.svf.decompose import cached_decompose
+from sigmix.svf import weights
+from sigmix.svf.decompose import cached_decompose, read_factors
 from sigmix.svf.gains import mix_z, truncate
-from sigmix.svf.scale import Scale, Scales, SingularScale, scaled
+from sigmix.svf.scale import Gain, Scale, Scales, SingularScale, scaled
 
 FORMS = ("merged", "factored", "gain", "truncated")
 
@@ -37,7 +40,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     """A `torch.nn.Linear` or GPT-2 `Conv1D` with one z [r] per adapter, r = min(out_features, in_features).
 
     Attributes:
-        form: "factored" (default), "gain" or "truncated": how an unmerged layer computes.
+        form: how an unmerged layer computes: "factored" (default), "gain" (default where `gain_only`) or "truncated".
         row_z: None, or float32 [B, r]: z per row of the batch, in place of the active adapters'.
         k: components kept by the truncated form.
     """
@@ -58,9 +61,9 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             raise ConfigError(f"SVF adapts torch.nn.Linear and Conv1D, not {type(base_layer).__name__}")
         self.base_layer = base_layer
         self.transposed = isinstance(base_layer, Conv1D)
-        self.out_features, self.in_features = self.matrix().shape
+        self.out_features, self.in_features = weights.shape(base_layer)
         self.svf_z = Scales({})
-        self.form = "factored"
+        self.form = "gain" if self.gain_only else "factored"
         self.row_z: torch.Tensor | None = None
         self._row_gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self.k: int | None = None
@@ -79,31 +82,63 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         """Number of singular values, min(out_features, in_features)."""
         return min(self.out_features, self.in_features)
 
+    @property
+    def gain_only(self) -> bool:
+        """Whether the base layer is quantised or offloaded, so that its weight is not at hand."""
+        return weights.kind(self.get_base_layer()) in (weights.QUANTISED, weights.OFFLOADED)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes; its factors and z are there too."""
+        return weights.device(self.get_base_layer())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in."""
+        return weights.dtype(self.get_base_layer())
+
     def matrix(self) -> torch.Tensor:
-        """The base weight as [out, in] (a view), never a merged one."""
+        """The base weight as [out, in], never a merged one: a view, or a copy where `gain_only`."""
         kept: torch.Tensor | None = getattr(self, "_kept", None)
-        weight = self.get_base_layer().weight if kept is None else kept
-        return weight.data.T if self.transposed else weight.data
+        weight = weights.value(self.get_base_layer()) if kept is None else kept.data
+        return weight.T if self.transposed else weight
 
     def ensure_factors(self) -> None:
         """Decompose the base weight (or read the cache) if that has not been done yet; idempotent."""
         if self.svf_short is not None and not self.svf_short.is_meta:
             return
-        weight = self.matrix()
-        if weight.is_meta:
+        base = self.get_base_layer()
+        if weights.kind(base) == weights.META:
             return  # PEFT's low_cpu_mem_usage: factors come with the first use
-        factors = cached_decompose(weight, cache=self._cache)
-        dtype = weight.dtype if weight.dtype in (torch.float64, torch.float16, torch.bfloat16) else torch.float32
-        self.svf_short = factors.short.to(device=weight.device, dtype=dtype).contiguous()
-        self.svf_s = factors.s.to(weight.device)
+        if (named := getattr(base, "sigmix_basis", None)) is not None:  # of another weight, see experts.original
+            factors = read_factors(named, (self.out_features, self.in_features))
+        else:
+            factors = cached_decompose(self.matrix(), cache=self._cache)
+        dtype = self.dtype if self.dtype in (torch.float64, torch.float16, torch.bfloat16) else torch.float32
+        self.svf_short = factors.short.to(device=self.device, dtype=dtype).contiguous()
+        self.svf_s = factors.s.to(self.device)
 
     def _long(self) -> torch.Tensor:
         # U diag(s) [m, r] or V diag(s) [n, r]; only the factored form needs it
         if self.svf_long is None:
+            self._refuse("factored")
             weight, short = self.matrix().float(), self.svf_short.float()
             self.svf_long = (weight @ short if self.side == "in" else weight.T @ short).to(self.svf_short.dtype)
             self.svf_long = self.svf_long.contiguous()
         return self.svf_long
+
+    def forget_factors(self) -> None:
+        """Have the factors read or computed anew on the next use."""
+        self.svf_short = self.svf_s = None  # type: ignore[assignment]  # until `ensure_factors`
+        self.svf_long = None
+
+    def _refuse(self, form: str) -> None:
+        if self.gain_only:
+            kept = "quantised" if weights.kind(self.get_base_layer()) == weights.QUANTISED else "offloaded"
+            raise ConfigError(
+                f"the {form} form needs the weight itself, but this base is {kept}",
+                remedy="use form='gain', or load the base whole, without quantization or offloading",
+            )
 
     def _apply(self, fn, recurse=True):
         before = self.svf_short
@@ -112,7 +147,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             self._kept = fn(self._kept)
         if before is not None and self.svf_short.dtype != before.dtype:
             # after a cast the weight is another one, and the factors are its own
-            self.svf_short = self.svf_s = self.svf_long = None
+            self.forget_factors()
             self.ensure_factors()
         return self
 
@@ -126,7 +161,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         """Add z = 1 under a name, without activating it."""
         if "." in adapter_name or (hasattr(self.svf_z, adapter_name) and adapter_name not in self.svf_z):
             raise ConfigError(f"an adapter cannot be named {adapter_name!r}: torch cannot use it as a module's name")
-        self.svf_z[adapter_name] = SingularScale(self.r, self.matrix().device)
+        self.svf_z[adapter_name] = SingularScale(self.r, self.device)
         return self.svf_z[adapter_name]
 
     def _has_active(self) -> bool:
@@ -164,6 +199,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merged_weight(self, z: torch.Tensor) -> torch.Tensor:
         """W'(z) for z [r], in the layout and dtype of the base layer's weight."""
+        self._refuse("merged")
         left, right = self._delta_factors(z)
         weight = self.get_base_layer().weight.data if self._kept is None else self._kept
         # one rounding: the product is added to W in float32 inside the matmul
@@ -171,6 +207,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     def place(self, weight: torch.Tensor) -> None:
         """Put a merged weight into the base layer; the original tensor is kept and comes back with `unmerge`."""
+        self._refuse("merged")
         base = self.get_base_layer()
         if self._kept is None:
             self._kept = base.weight.data
@@ -229,7 +266,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         if self.form == "factored":
             return self._factored(x, z, gain)
         if self.form == "gain":
-            return self._gain(x, (z - 1).to(x.dtype) if gain is None else gain, self.svf_short)
+            return self._gain(x, (z - 1) if gain is None else gain)
         if self.form == "truncated":
             return self._truncated(x, z - 1)
         raise ConfigError(f"unknown form {self.form!r}; one of {', '.join(FORMS)}")
@@ -253,13 +290,19 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         hidden = Scale.apply(hidden, z) if torch.is_grad_enabled() else scaled(hidden, z, gain)
         return F.linear(hidden, second, self._bias(hidden.dtype)).to(x.dtype)
 
-    def _gain(self, x: torch.Tensor, gain: torch.Tensor, short: torch.Tensor) -> torch.Tensor:
+    def _gain(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         if self.side == "in":
-            return self.base_layer(x + F.linear(F.linear(x, short.T) * gain, short))
+            return self.base_layer(x + self._turned(x, gain))
         y = self.base_layer(x)
         bias = self._bias(y.dtype)
-        inner = y if bias is None else y - bias
-        return y + F.linear(F.linear(inner, short.T) * gain, short)
+        return y + self._turned(y if bias is None else y - bias, gain)
+
+    def _turned(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """V (g ⊙ Vᵀx)."""
+        short = self.svf_short
+        hidden = F.linear(x, short.T)
+        learns = torch.is_grad_enabled() and gain.requires_grad
+        return F.linear(Gain.apply(hidden, gain) if learns else hidden * gain.to(hidden.dtype), short)
 
     def _truncated(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         index, common, _ = truncate(gain, self.svf_s, self.r if self.k is None else self.k)
@@ -273,7 +316,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         return y + common * inner + F.linear(F.linear(inner, short.T) * rest, short)
 
     def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        bias = self.get_base_layer().bias
+        bias = weights.bias(self.get_base_layer())
         return None if bias is None else bias.to(dtype)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""z as a module's parameter, and h ⊙ z with a gradient for z."""
+"""z as a module's parameter, h ⊙ z with a gradient for z, and h ⊙ g with one for g."""
 
 from __future__ import annotations
 
@@ -51,13 +51,31 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, z = ctx.saved_tensors
-        if z.ndim == 1:
-            dz = (grad * h).reshape(-1, h.shape[-1]).sum(0, dtype=torch.float32)
-        elif h.ndim == 2:
-            dz = (grad * h).float()
-        else:
-            dz = (grad * h).sum(1, keepdim=True, dtype=torch.float32)
-        return scaled(grad, z) if ctx.needs_input_grad[0] else None, dz
+        return scaled(grad, z) if ctx.needs_input_grad[0] else None, _summed(grad * h, z)
+
+
+class Gain(torch.autograd.Function):
+    """h * g for h [..., r] of any dtype and g = z - 1, shaped as z in `Scale`; g's gradient is summed in float32.
+
+    The gain form adds this to what the base computes, so g alone is rounded to h's dtype, not z.
+    """
+
+    @staticmethod
+    def forward(ctx, h, gain):
+        ctx.save_for_backward(h, gain)
+        return h * gain.to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, gain = ctx.saved_tensors
+        return grad * gain.to(grad.dtype) if ctx.needs_input_grad[0] else None, _summed(grad * h, gain)
+
+
+def _summed(product: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The gradient of z [r], [B, r] or [B, 1, r] from products [..., r], in float32."""
+    if z.ndim == 1:
+        return product.reshape(-1, product.shape[-1]).sum(0, dtype=torch.float32)
+    return product.float() if product.ndim == 2 else product.sum(1, keepdim=True, dtype=torch.float32)
 
 
 def scaled(h: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:

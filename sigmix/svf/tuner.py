@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ConfigError
 from sigmix.svf.layer import SVFLinear
+from sigmix.svf.weights import OFFLOADED, kind
 
 ATTENTION = re.compile(r"(^|[._])(self_attn|attn|attention|self_attention|crossattention)([._]|$)")
 MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn|block_sparse_moe|shared_expert|experts)([._]|$)")
@@ -131,7 +132,10 @@ class SVFModel(BaseTuner):
             target.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
         else:
             new = SVFLinear(target, adapter_name, inference_mode=peft_config.inference_mode, cache=peft_config.cache)
-            self._replace_module(parent, target_name, new, target)
+            if kind(target) == OFFLOADED:
+                setattr(parent, target_name, new)  # PEFT would send z after the weight, to the meta device
+            else:
+                self._replace_module(parent, target_name, new, target)
             target = new
         if adapter_name not in self.active_adapters:
             target.svf_z[adapter_name].requires_grad_(False)
@@ -174,7 +178,7 @@ class SVFModel(BaseTuner):
         layers = {p: m for p, m in svf_layers(self.model).items() if any(name in m.svf_z for name in adapters)}
         mixed = {}
         for path, layer in layers.items():
-            one = torch.ones(layer.r, device=layer.matrix().device)
+            one = torch.ones(layer.r, device=layer.device)
             zs = [layer.svf_z[name].weight.detach() if name in layer.svf_z else one for name in adapters]
             mixed[path] = mix_z(zs, weights)
         config = copy.copy(self.peft_config[adapters[0]])
@@ -207,12 +211,14 @@ def coverage(model: nn.Module) -> dict[str, Any]:
     layers = svf_layers(model)
     inside = {id(layer.get_base_layer().weight) for layer in layers.values()}
     skipped: dict[str, str] = {}
-    total = 0
+    total = adapted = sum(layer.out_features * layer.in_features for layer in layers.values())
     for name, parameter in model.named_parameters():
         if ".svf_z." in name:
             continue
+        if id(parameter) in inside:
+            continue
         total += parameter.numel()
-        if parameter.ndim < 2 or id(parameter) in inside:
+        if parameter.ndim < 2:
             continue
         path = base_path(name.removesuffix(".weight"))
         if parameter.ndim == 3:
@@ -221,9 +227,8 @@ def coverage(model: nn.Module) -> dict[str, Any]:
             skipped[path] = "embedding or output head"
         else:
             skipped[path] = "not targeted"
-    adapted = sum(layer.matrix().numel() for layer in layers.values())
     return {
-        "adapted": {path: list(layer.matrix().shape) for path, layer in layers.items()},
+        "adapted": {path: [layer.out_features, layer.in_features] for path, layer in layers.items()},
         "numbers": sum(layer.r for layer in layers.values()),
         "not_adapted": skipped,
         "share": adapted / max(total, 1),

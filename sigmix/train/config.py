@@ -27,6 +27,7 @@ class TrainConfig:
     Attributes:
         task: spec of the task. base: name of the base. seed: of everything random.
         dtype: of the base's weights, such as "float32"; None: as the base is loaded, which the trainer records.
+        quantization: of the base, see `load_base`; z then learns in the gain form.
         steps: optimiser steps. batch: answers per step. group: answers per prompt; batch / group prompts a step.
         lr: peak learning rate (AdamW, no weight decay). schedule: cosine to zero over `steps`, or constant.
         clip: largest norm of the gradient. kl_weight: λ. kl: "exact" (sum over the vocabulary) or "k3" (sampled).
@@ -51,6 +52,7 @@ class TrainConfig:
     task: str
     base: str = "smollm2-135m"
     dtype: str | None = None
+    quantization: str | None = None
     preset: str = "laptop"
     seed: int = 0
     objective: str = "reinforce"
@@ -103,6 +105,8 @@ class TrainConfig:
             raise ConfigError(
                 f"layers and parameterisation belong to the svf policy; {self.policy} adapts all of its targets"
             )
+        if self.policy != "svf" and self.quantization is not None:
+            raise ConfigError(f"a quantised base is for the svf policy, not {self.policy}")
         if self.policy == "ia3" and self.targets != "all-linear":
             raise ConfigError("ia3 adapts the modules that PEFT's own table names; leave targets out")
         if self.start is not None and self.parameterisation != "direct":

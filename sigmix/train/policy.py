@@ -1,6 +1,7 @@
 """What is trained: a policy knows its parameters and puts the model into three states.
 
-    acting      rollouts and validation, under its own or another z: merged weights, no cost per token
+    acting      rollouts and validation, under its own or another z: merged weights, no cost per token (the gain form
+                on a quantised base)
     learning    gradients reach the parameters, never W
     reference   the base, exactly
 
@@ -27,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sigmix.engine.modes import as_base, as_merged, merged_weights
+from sigmix.engine.modes import as_base, as_expert, gain_only
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.files import atomic_dir
@@ -107,15 +108,16 @@ class SVFPolicy:
         return {path: layer.svf_z["default"].weight.detach().cpu().clone() for path, layer in self.layers.items()}
 
     def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> AbstractContextManager[None]:
-        return as_merged(self.layers, merged_weights(self.layers, self.z() if z is None else z))
+        return as_expert(self.layers, self.z() if z is None else z)
 
     def reference(self) -> AbstractContextManager[None]:
         return as_base(self.layers)
 
     @contextmanager
     def learning(self) -> Iterator[None]:
+        form = "gain" if gain_only(self.layers) else "factored"
         for layer in self.layers.values():
-            layer.form = "factored"
+            layer.form = form
         yield
 
     def start_from(self, folder: Path) -> None:
