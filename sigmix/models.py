@@ -1,4 +1,4 @@
-"""Bases: one call that turns a name into a frozen causal language model and its tokenizer.
+"""Bases: one call that turns a name into a frozen causal language model, or vision-language model, and its tokenizer.
 
 A name is, in this order: the embedded default ``smollm2-135m``, a local folder, a local ``.gguf`` file, or a model on
 the Hugging Face hub. Every way ends at a folder of safetensors that transformers loads, so what follows never has to
@@ -21,6 +21,7 @@ from sigmix.fetch import DEFAULT, SMOLLM2, fetch_member
 from sigmix.files import cache_dir, sha256_file, write_json
 from sigmix.gguf import MANIFEST, dequantised, lock, models_dir, quiet, verify
 from sigmix.hub import base_names, hub_folder, near_paths
+from sigmix.vision import auto_class, is_vision, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +51,10 @@ def load_base(
         The model, in eval mode, with ``requires_grad`` off everywhere, and with an attribute ``sigmix_base``, a dict of
         strings: ``name`` (as experts record it), ``source`` (the folder that it was read from) and ``kind`` (default,
         gguf, folder, hub). The tokenizer pads on the left and always has a pad token (the end token where the model
-        names none).
+        names none); that of a vision-language model knows its processor (`sigmix.vision.processor_of`).
 
     Raises:
-        BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable.
+        BaseModelError: not found, no network, gated, not a model that answers in text, incomplete or unreadable.
         CacheError: a cached conversion is damaged.
         OutputError: the cache cannot be written or the disk is full.
     """
@@ -201,17 +202,18 @@ def _check_folder(folder: Path, label: str) -> None:
 
 
 def _check_causal(file: Path, label: str) -> None:
-    """Raise unless the architectures in ``config.json`` name a causal language model that transformers knows."""
+    """Raise unless ``config.json`` names a causal language model, or vision-language model, that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     config = _json(file)
     kind, built = config.get("model_type"), config.get("architectures") or []
     fits = any(name in CAUSAL.values() for name in built) if built else kind in CAUSAL
-    if not fits or config.get("is_encoder_decoder"):
+    if not (fits or is_vision(config)) or config.get("is_encoder_decoder"):
         raise BaseModelError(
             f"{label} is not a causal language model that transformers knows: model_type {kind!r}, "
             f"architecture {', '.join(built) or 'not given'}",
-            remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct'",
+            remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a vision-language "
+            "model of the LLaVA kind",
         )
 
 
@@ -226,11 +228,9 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _load_model(folder: Path, label: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(_json(folder / "config.json")).from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
             model, report = loaded
@@ -251,6 +251,8 @@ def _load_model(folder: Path, label: str, dtype: torch.dtype) -> PreTrainedModel
 def _load_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if is_vision(_json(folder / "config.json")):
+        return load_tokenizer(folder, label)
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
