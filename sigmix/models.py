@@ -212,8 +212,8 @@ def _check_causal(file: Path, label: str) -> None:
         raise BaseModelError(
             f"{label} is not a causal language model that transformers knows: model_type {kind!r}, "
             f"architecture {', '.join(built) or 'not given'}",
-            remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a vision-language "
-            "model of the LLaVA kind",
+            remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a "
+            "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
 
 

@@ -1,4 +1,4 @@
-"""`sigmix experts list | show | verify | diff`."""
+"""`sigmix experts list | show | verify | diff`; `carry` has a module of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from sigmix.cli.carry import carry
 from sigmix.cli.shared import BANK, JSON, emit, open_bank, size, table, working
 
 NAME = typer.Argument(..., help="A name in the bank, or an expert's folder.")
@@ -16,13 +17,16 @@ AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm
 def add(app: typer.Typer) -> None:
     """Register the commands."""
     group = typer.Typer(
-        help="List, show, verify and compare experts.", no_args_is_help=True, rich_markup_mode=None,
+        help="List, show, verify, compare and carry experts.", no_args_is_help=True, rich_markup_mode=None,
         epilog="Example: sigmix experts list",
     )  # fmt: skip
     group.command("list", epilog="Example: sigmix experts list --bank experts")(listed)
     group.command("show", epilog="Example: sigmix experts show addition")(shown)
     group.command("verify", epilog="Example: sigmix experts verify my-adapter --base smollm2-135m --seal")(verified)
     group.command("diff", epilog="Example: sigmix experts diff addition larger")(compared)
+    group.command("carry", epilog="Example: sigmix experts carry addition --to llava-hf/llava-1.5-7b-hf --out carried")(
+        carry
+    )
     app.add_typer(group, name="experts")
 
 
@@ -100,6 +104,7 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
         "verified": "yes" if found["verified"] else "no: sigmix experts verify DIR --base BASE --seal",
         "size": f"{found['numbers']} numbers in {found['matrices']} matrices, {size(found['bytes'])}",
         "digest": found["digest"][:16],
+        "carried from": _origin(found["carried_from"]),
     }  # fmt: skip
     lines += [f"{key}: {value}" for key, value in facts.items() if value is not None]
     lines += [f"measured: {_metric([metric])}" for metric in found["metrics"]]
@@ -110,6 +115,13 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
     lines.append("changes most:")
     lines += [f"  {' '.join(f'{v:.3f}' if isinstance(v, float) else v for v in one.values())}" for one in found["top"]]
     emit(found, as_json, "\n".join(lines))
+
+
+def _origin(carried: dict[str, Any] | None) -> str | None:
+    if carried is None:
+        return None
+    basis = {"same": "the same weights", "differs": "OTHER WEIGHTS"}[carried["basis"]]
+    return f"{carried['base']} ({basis} in the matrices that it acts on)"
 
 
 def verified(

@@ -84,8 +84,8 @@ def with_images(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> lis
     runs = _runs(places) if len(pictures) != 1 else [places]
     if len(runs) != len(pictures) or not all(runs):
         raise ConfigError(
-            f"the prompt has {len(runs)} places for images, but {len(pictures)} images are given",
-            remedy=f"leave {processor.image_token} out of the text: each image gets its place before it",
+            f"this model's template keeps {len(runs)} places apart for {len(pictures)} images",
+            remedy="give one image to a prompt",
         )
     if not pictures:
         return ids

@@ -57,6 +57,7 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Seq
             list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
         )
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    _no_marks(processor, *(turn["content"] for turn in turns))
     # templates of vision-language models leave out a text that is not in a list of parts
     parts: list[dict[str, Any]] = [
         {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
@@ -70,6 +71,8 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Seq
 
 def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
     processor = processor_of(tokenizer)
+    if processor is not None:
+        _no_marks(processor, text)
     if processor is None or not shown:
         _no_images(shown)
         return list(tokenizer(text)["input_ids"])
@@ -78,10 +81,18 @@ def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
     return with_images(processor, inputs, shown)
 
 
+def _no_marks(processor: Any, *texts: str) -> None:
+    if any(processor.image_token in text for text in texts):
+        raise ConfigError(
+            f"the text holds {processor.image_token}, which stands for an image",
+            remedy=f"leave {processor.image_token} out of the text: each image gets its place before it",
+        )
+
+
 def _no_images(shown: Sequence[Any]) -> None:
     if shown:
         raise ConfigError(
-            f"{len(shown)} images for a model that reads text only",
+            "there are images, but the model reads text only",
             remedy="choose a vision-language base, such as llava-hf/llava-1.5-7b-hf",
         )
 

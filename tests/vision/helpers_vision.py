@@ -21,8 +21,8 @@ IMAGE = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|
 def tokenizer(kind: str):
     """The letter tokenizer with the kind's special tokens from 100 on; no chat template of its own."""
     made = build_tokenizer()
-    special = ["<image>"] if kind == "llava" else ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    made.add_special_tokens({"additional_special_tokens": special})
+    own = {"llava": "<image>", "qwen": "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"}[kind]
+    made.add_special_tokens({"additional_special_tokens": own.split()})
     made.chat_template = None
     return made
 
