@@ -34,12 +34,12 @@ def carry(
         raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
     check_place(out)
     check_writable(out)
-    dtype = dtype or (expert.meta.get("base") or {}).get("dtype")
+    kind = dtype or (expert.meta.get("base") or {}).get("dtype")
     with working(f"loading {to}"):
         from sigmix.models import load_base
 
-        model = load_base(to, dtype)[0]
-        base = load_base(source, dtype)[0] if source is not None else None
+        model = load_base(to, kind)[0]
+        base = load_base(source, kind)[0] if source is not None else None
     with working("comparing weights"):
         made = carried(expert, model, base=base, force=force, name=out.name)
     made.save(out)

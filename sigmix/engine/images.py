@@ -155,7 +155,9 @@ class Vectors:
         """Vectors [n, d] of ids int64 [n] below zero."""
         numbers = (-1 - ids).cpu()
         keys, places = numbers >> PLACE_BITS, numbers & ((1 << PLACE_BITS) - 1)
-        parts = {key: self._image(key) for key in keys.unique().tolist()}
+        model: Any = self._model()
+        state = _state(model)
+        parts = {key: self._image(model, key, state) for key in keys.unique().tolist()}
         first = next(iter(parts.values()))
         found = first.new_empty(len(ids), first.shape[1])
         for key, vectors in parts.items():
@@ -164,10 +166,8 @@ class Vectors:
         return found
 
     @torch.no_grad()
-    def _image(self, key: int) -> torch.Tensor:
-        model = self._model()
-        weight = model.get_input_embeddings().weight
-        name = (key, weight.dtype, weight.device)
+    def _image(self, model: Any, key: int, state: Any) -> torch.Tensor:
+        name = (key, state)
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]
@@ -175,6 +175,7 @@ class Vectors:
         image = _KNOWN.get(key)
         if image is None:
             raise ConfigError("a prompt's image is not known any more", remedy="encode the prompt again, and keep it")
+        weight = model.get_input_embeddings().weight
         inputs = {
             k: v.to(weight.device, weight.dtype) if v.is_floating_point() else v.to(weight.device)
             for k, v in image.pixels().items()
@@ -240,6 +241,15 @@ def _positions(inner: Any, row: Sequence[int]) -> torch.Tensor:
     grids = torch.cat([image.grid for image in images if image.grid is not None]) if images else None
     found, _ = inner.get_rope_index(ids, below.int()[None], image_grid_thw=grids)
     return found[:, 0, :length]
+
+
+def _state(model: Any) -> tuple:
+    """Changes when a weight outside the language backbone was cast, moved or edited in place."""
+    inside = backbone(model)
+    root = f"{inside[0]}." if inside is not None else " "
+    return tuple(
+        (p.data_ptr(), p.dtype, p._version) for name, p in model.named_parameters() if not name.startswith(root)
+    )
 
 
 def _check_frozen(model: Any) -> None:

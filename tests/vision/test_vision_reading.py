@@ -99,6 +99,15 @@ def test_logits_of_whole_prompts():
         torch.testing.assert_close(padded[1, :-3], row, **TOLERANCE)
 
 
+def test_a_prompt_of_text_alone_keeps_its_text():
+    engine = opened()
+    said = engine.tokenizer.decode(engine.encode("hello there", "be kind"))
+    assert said == "[system]be kind<eos>[user]hello there<eos>[assistant]"
+    assert engine.tokenizer.decode(engine.encode("hello", chat=False)) == "hello"
+    bare = engine.encode("hello", chat=False, images=shape("red"))
+    assert engine.tokenizer.decode([one for one in bare if one >= 0]) == "\nhello"
+
+
 def test_several_images_in_one_prompt_keep_their_order():
     engine = opened("qwen2_vl")
     red, blue = shape("red"), shape("blue", size=(48, 32))
@@ -118,6 +127,20 @@ def test_vectors_that_were_dropped_are_made_again(monkeypatch):
     monkeypatch.setitem(images._VECTORS, none.model, Vectors(none.model, budget=0))
     assert [one.ids for one in none.generate(prompts, max_new_tokens=4)] == [one.ids for one in kept]
     assert images._VECTORS[none.model].bytes == 0 < images._VECTORS[engine.model].bytes
+
+
+def test_vectors_of_other_weights_are_other_vectors():
+    engine = opened()
+    prompt = engine.encode("what?", images=shape("red"))
+    before = engine.logits(torch.tensor([prompt]))
+    with torch.no_grad():
+        engine.model.model.multi_modal_projector.linear_2.weight.mul_(2)
+    after = engine.logits(torch.tensor([prompt]))
+    fresh = opened()
+    with torch.no_grad():
+        fresh.model.model.multi_modal_projector.linear_2.weight.mul_(2)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fresh.logits(torch.tensor([prompt])))
 
 
 def test_a_model_that_reads_images_otherwise_is_refused(monkeypatch):
@@ -150,6 +173,33 @@ def test_an_image_that_depends_on_the_mix_is_refused():
     assert engine.generate(["text"], max_new_tokens=1)
     with pytest.raises(ConfigError, match=r"multi_modal_projector.* is adapted, which is outside"):
         engine.generate([engine.encode("what?", images=shape("red"))], max_new_tokens=1)
+
+
+def test_a_search_and_a_strategy_show_the_images_too():
+    from sigmix.adapt import FewShotSearch
+    from sigmix.adapt.fewshot import Example
+    from sigmix.evals.strategies import always, measure_strategy
+    from sigmix.tasks.base import Sample, Score, Task
+
+    class Looking(Task):
+        name, max_new_tokens = "looking", 3
+
+        def samples(self, split, n=None, seed=0):
+            return [Sample.make("what?", "x", images=[picture(image)]) for image in shapes()]
+
+        def score(self, sample, reply):
+            return Score.of(False, reply)
+
+    engine = opened(bank={"a": expert(vlm()[0], "a", 0)})
+    examples = [Example("what?", "red", images=(shape("red"),)), Example("what?", "blue", images=(shape("blue"),))]
+    search = FewShotSearch(engine, examples, lambda one, reply: 0.0, population=2, iterations=1, max_new_tokens=2)
+    assert all(isinstance(row, ImagePrompt) for row in search.rows)
+    assert set(search.fit().weights) <= {"a"}
+    samples = Looking().samples("test")
+    result, _ = measure_strategy(engine, Looking(), samples, always(Mix.one("a")))
+    prompts = [engine.encode("what?", images=image) for image in shapes()]
+    assert [i.reply for i in result.items] == [g.text for g in engine.generate(prompts, mix="a", max_new_tokens=3)]
+    assert len({item.reply for item in result.items}) == 3
 
 
 def test_what_cannot_be_shown(tmp_path, tiny_tokenizer):
