@@ -1,7 +1,7 @@
 """Vision-language bases: what makes a folder one, its processor, and where its language backbone is.
 
 A vision-language model is a vision tower, a projector and a language model (the backbone) that reads the projected
-image as if it were words. SVF acts on the backbone, as in section 4.3 of the paper; tower and projector stay as they
+image as if it were words. SVF acts on the backbone, as in section 4 of the paper; tower and projector stay as they
 are. `sigmix.models.load_base` loads such a model like any other: its tokenizer knows the processor that it came with.
 """
 

@@ -69,8 +69,10 @@ class Engine:
 
     # ------------------------------------------------------------------ prompts and mixes
 
-    def encode(self, prompt: Prompt, system: str | None = None, chat: bool | None = None, images: Any = ()) -> Any:
-        """Token ids (a list) of a prompt, for `generate` too; ids pass through. See `sigmix.engine.prompts.encode`."""
+    def encode(
+        self, prompt: Prompt, system: str | None = None, chat: bool | None = None, images: Any = ()
+    ) -> list[int]:
+        """Token ids of a prompt, which `generate` takes too; ids pass through. See `sigmix.engine.prompts.encode`."""
         return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_ids(prompt)
 
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Experts carried to another model: z that was learnt on a text model, put into a vision model's language backbone.
 
-The paper evaluates OK-VQA with experts trained on text (section 4.3). z means something only in the singular vectors of
+The paper evaluates OK-VQA with experts trained on text (section 4). z means something only in the singular vectors of
 the weights that it was made on, so what an expert does in the other model is compared first, matrix by matrix: by its
 sketches, which hold what it did where it was made (`sigmix.experts.sketch`), or by the weights themselves where the old
 base is at hand. Where the backbone is the same, the carried expert is the same change of the same weights. A LLaVA

@@ -1,4 +1,4 @@
-"""Questions about images: TextVQA and OK-VQA (section 4.3 of the paper), and easy-VQA.
+"""Questions about images: TextVQA and OK-VQA (section 4 of the paper), and easy-VQA.
 
 Images come from the hub's rows, or from files beside the JSONL: field ``image`` is a path from the JSONL's folder.
 An image's questions are never torn apart between training and validation.
