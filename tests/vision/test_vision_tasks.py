@@ -24,8 +24,8 @@ from sigmix.tasks.vqa_answers import most_agreed, normalised, vqa_accuracy
         ("The  Dog", "dog"), ("a an the", ""), ("two", "2"), ("None", "0"), ("ten", "10"), ("twenty", "twenty"),
         ("dont", "don't"), ("Don't", "don't"), ("Don’t", "don't"), ("wouldve", "would've"), ("oclock", "o'clock"),
         ("well", "well"), ("ill", "ill"), ("its", "its"), ("shell", "shell"), ("shed", "shed"),
-        ("yes.", "yes"), ("3.5", "3.5"), ("3.", "3"), ("2,000-3,000", "20003000"), (".5", ".5"), ("U.S.A.", "usa"), ("2,000", "2000"),
-        ("red, white", "red white"),
+        ("yes.", "yes"), ("3.5", "3.5"), ("3.", "3"), ("2,000-3,000", "20003000"), (".5", ".5"), ("U.S.A.", "usa"),
+        ("2,000", "2000"), ("red, white", "red white"),
         ("black-and-white", "black and white"), ("(red )", "red"), ("what?!", "what"), ("  ", ""), ("?!", ""),
     ],
 )  # fmt: skip
