@@ -1,4 +1,4 @@
-"""Bases: one call that turns a name into a frozen causal language model and its tokenizer.
+"""Bases: one call that turns a name into a frozen causal language model, or vision-language model, and its tokenizer.
 
 A name is, in this order: the embedded default ``smollm2-135m``, a local folder, a local ``.gguf`` file, or a model on
 the Hugging Face hub. Every way ends at a folder of safetensors that transformers loads, so what follows never has to
@@ -23,6 +23,7 @@ from sigmix.files import cache_dir, sha256_file, write_json
 from sigmix.gguf import MANIFEST, dequantised, lock, models_dir, quiet, verify
 from sigmix.hub import base_names, hub_folder, near_paths
 from sigmix.placement import load_weights
+from sigmix.vision import auto_class, is_vision, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +60,12 @@ def load_base(
         The model, in eval mode, with ``requires_grad`` off everywhere, and with an attribute ``sigmix_base``, a dict of
         strings: ``name`` (as experts record it), ``source`` (the folder that it was read from), ``kind`` (default,
         gguf, folder, hub) and, for a quantised one, ``quantization`` and ``dtype`` (what it was quantised from). The
-        tokenizer pads on the left and always has a pad token (the end token where the model names none).
+        tokenizer pads on the left and always has a pad token (the end token where the model names none); that of a
+        vision-language model knows its processor (`sigmix.vision.processor_of`).
 
     Raises:
-        BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable; a package
-            that the quantisation needs is missing.
+        BaseModelError: not found, no network, gated, not a model that answers in text, incomplete or unreadable; a
+            package that the quantisation needs is missing.
         UnknownNameError: no such quantisation. ConfigError: both a device and a device map.
         CacheError: a cached conversion is damaged.
         OutputError: the cache cannot be written or the disk is full.
@@ -76,8 +78,10 @@ def load_base(
     kind_of_number = dtype_of(dtype, where)
     label, folder, kind = locate(name, revision=revision)
     _check_folder(folder, label)
-    places = {"device_map": device_map, "offload_folder": offload_folder}
-    model: Any = load_weights(folder, label, kind_of_number, where, quantization=quantization, **places)  # type: ignore[arg-type]
+    model: Any = load_weights(
+        folder, label, kind_of_number, where, auto=auto_class(_json(folder / "config.json")),
+        quantization=quantization, device_map=device_map, offload_folder=offload_folder,
+    )  # fmt: skip
     tokenizer = _load_tokenizer(folder, label)
     _agree(model, tokenizer)
     model.eval().requires_grad_(False)
@@ -221,17 +225,18 @@ def _check_folder(folder: Path, label: str) -> None:
 
 
 def _check_causal(file: Path, label: str) -> None:
-    """Raise unless the architectures in ``config.json`` name a causal language model that transformers knows."""
+    """Raise unless ``config.json`` names a causal language model, or vision-language model, that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     config = _json(file)
     kind, built = config.get("model_type"), config.get("architectures") or []
     fits = any(name in CAUSAL.values() for name in built) if built else kind in CAUSAL
-    if not fits or config.get("is_encoder_decoder"):
+    if not (fits or is_vision(config)) or config.get("is_encoder_decoder"):
         raise BaseModelError(
             f"{label} is not a causal language model that transformers knows: model_type {kind!r}, "
             f"architecture {', '.join(built) or 'not given'}",
-            remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct'",
+            remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a "
+            "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
 
 
@@ -248,6 +253,8 @@ def _json(file: Path) -> dict[str, Any]:
 def _load_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if is_vision(_json(folder / "config.json")):
+        return load_tokenizer(folder, label)
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)

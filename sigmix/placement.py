@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,15 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    auto: Any = None,
     quantization: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
-    offload_folder: str | Path | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
-    """A causal language model from a folder; see `sigmix.models.load_base`.
+    """A model from a folder; see `sigmix.models.load_base`.
+
+    Args:
+        auto: transformers' class that loads it; default: `AutoModelForCausalLM`.
 
     Raises:
         BaseModelError: incomplete or unreadable weights, a device map that does not fit, a package that is missing.
@@ -64,7 +69,7 @@ def load_weights(
         options = {"device_map": {"": str(device)}} | options | {"quantization_config": config}
     try:
         with quiet(), _hushed():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = (auto or AutoModelForCausalLM).from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
             )
             model, report = loaded

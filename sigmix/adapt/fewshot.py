@@ -35,11 +35,12 @@ SETTINGS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled example: the user's turn, a right reply, and whatever the scorer needs beside them."""
+    """A labelled example: the user's turn, a right reply, whatever the scorer needs beside them, images to show."""
 
     prompt: str
     gold: str
     extra: Any = None
+    images: tuple[Any, ...] = ()
 
 
 Score = Callable[[Example, str], float]
@@ -116,7 +117,7 @@ class FewShotSearch:
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         end = engine.ends[:1]
         self.answers = [[*engine.tokenizer.encode(one.gold, add_special_tokens=False), *end] for one in self.examples]
-        self.rows = [engine.encode(one.prompt) for one in self.examples]
+        self.rows = [engine.encode(one.prompt, images=one.images) for one in self.examples]
         self.known: dict[str, tuple[float, float]] = {}
         self.trace: list[dict[str, Any]] = []
         self.result: Mix | None = None

@@ -158,7 +158,7 @@ def _from_task(name: str, shots: int, seed: int, data_dir: Path | None) -> tuple
 
     task = get_task(name, data_dir=data_dir)
     samples = task.samples("train", shots, seed=seed)
-    given = [Example(sample.prompt, sample.gold, sample) for sample in samples]
+    given = [Example(sample.prompt, sample.gold, sample, sample.images) for sample in samples]
     return given, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
 
 

@@ -32,7 +32,7 @@ def strategies(
         if letter in LETTERS:
             chosen[letter] = open_strategy(engine, letter)
         elif letter == "C":
-            given = [Example(one.prompt, one.gold, one) for one in task.samples("train", shots, seed=seed)]
+            given = [Example(one.prompt, one.gold, one, one.images) for one in task.samples("train", shots, seed=seed)]
             search = FewShotSearch(
                 engine, given, lambda example, reply: task.score(example.extra, reply).value or 0.0,
                 max_new_tokens=task.max_new_tokens, seed=seed, settings="light",

@@ -220,9 +220,10 @@ class Session:
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation under the chat template, or as bare lines where there is none."""
+        from sigmix.engine.prompts import encode_turns, has_template
+
         tokenizer = self.engine.tokenizer
         every = [*self.system, *messages]
-        if getattr(tokenizer, "chat_template", None) is None:
+        if not has_template(tokenizer):
             return list(tokenizer("\n".join(message["content"] for message in every))["input_ids"])
-        ids = tokenizer.apply_chat_template(every, add_generation_prompt=True, tokenize=True, enable_thinking=False)
-        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        return encode_turns(tokenizer, every)

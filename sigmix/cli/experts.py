@@ -1,4 +1,4 @@
-"""`sigmix experts list | show | verify | diff`; `push` and `pull` are in `sigmix.cli.hub`."""
+"""`sigmix experts list | show | verify | diff`; `push`, `pull` and `carry` are in `sigmix.cli.hub` and `.carry`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from sigmix.cli import hub
+from sigmix.cli.carry import carry
 from sigmix.cli.shared import BANK, JSON, emit, open_bank, size, table, working
 
 NAME = typer.Argument(..., help="A name in the bank, an expert's folder, or user/name on the hub.")
@@ -17,7 +18,7 @@ AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm
 def add(app: typer.Typer) -> None:
     """Register the commands."""
     group = typer.Typer(
-        help="List, show, verify and compare experts; push them to the hub and pull them.",
+        help="List, show, verify, compare and carry experts; push them to the hub and pull them.",
         no_args_is_help=True, rich_markup_mode=None,
         epilog="Example: sigmix experts list",
     )  # fmt: skip
@@ -25,6 +26,9 @@ def add(app: typer.Typer) -> None:
     group.command("show", epilog="Example: sigmix experts show addition")(shown)
     group.command("verify", epilog="Example: sigmix experts verify my-adapter --base smollm2-135m --seal")(verified)
     group.command("diff", epilog="Example: sigmix experts diff addition larger")(compared)
+    group.command("carry", epilog="Example: sigmix experts carry addition --to llava-hf/llava-1.5-7b-hf --out carried")(
+        carry
+    )
     hub.add(group)
     app.add_typer(group, name="experts")
 
@@ -107,6 +111,7 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
         "size": f"{found['numbers']} numbers in {found['matrices']} matrices, {size(found['bytes'])}",
         "digest": found["digest"][:16],
         "from the hub": found["origin"],
+        "carried from": _origin(found["carried_from"]),
     }  # fmt: skip
     lines += [f"{key}: {value}" for key, value in facts.items() if value is not None]
     lines += [f"measured: {_metric([metric])}" for metric in found["metrics"]]
@@ -117,6 +122,13 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
     lines.append("changes most:")
     lines += [f"  {' '.join(f'{v:.3f}' if isinstance(v, float) else v for v in one.values())}" for one in found["top"]]
     emit(found, as_json, "\n".join(lines))
+
+
+def _origin(carried: dict[str, Any] | None) -> str | None:
+    if carried is None:
+        return None
+    basis = {"same": "the same weights", "differs": "OTHER WEIGHTS"}[carried["basis"]]
+    return f"{carried['base']} ({basis} in the matrices that it acts on)"
 
 
 def verified(

@@ -118,6 +118,9 @@ def _show(figures: dict[str, Any]) -> None:
     columns = ["mix", "n", "accuracy [95 %]", "difference [95 %]", "won/lost", "McNemar p"]
     title = f"{figures['task']}, {figures['split']} split, seed {figures['seed']}, base {figures['base']}"
     table(title, [*columns, "entropy", "unscorable", "no answer", "cut off"], rows)
+    if any(abs(one["mean_score"] - one["accuracy"]) > 1e-9 for one in figures["results"]):
+        scores = ", ".join(f"{one['mix']} {one['mean_score']:.3f}" for one in figures["results"])
+        typer.echo(f"mean score, where a reply may be right in part: {scores}")
     constant = figures["best_constant"]
     if constant:
         typer.echo(f"best constant answer: {constant['accuracy']:.3f} ({constant['reply']!r} every time)")

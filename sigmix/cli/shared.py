@@ -119,9 +119,11 @@ def _decompose(model: Any) -> None:
     """Fill the cache of decompositions with a progress bar; the engine would do the same in silence."""
     from sigmix.experts.base import linears, matrix_of
     from sigmix.svf.decompose import cache_path, cached_decompose, weight_digest
+    from sigmix.vision import backbone
 
-    head = model.get_output_embeddings()
-    layers = [module for module in linears(model).values() if module is not head]
+    head, inside = model.get_output_embeddings(), backbone(model)
+    root = f"{inside[0]}." if inside is not None else ""
+    layers = [module for path, module in linears(model).items() if path.startswith(root) and module is not head]
     if layers and not cache_path(weight_digest(matrix_of(layers[-1]))).exists():
         with Ticker("decomposing the base, once", len(layers)) as ticker:
             for module in layers:

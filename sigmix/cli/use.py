@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -14,6 +16,7 @@ from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")
 MIX = typer.Option(["base"], help="a:0.7+b:0.3, a name, a .json file, or auto; once for all, or once for each prompt.")
 FILE = typer.Option(None, help="Read prompts from a file, one a line.")
+IMAGE = typer.Option([], help="An image file, shown before the prompt; once for all prompts, or once for each.")
 STOP = typer.Option([], help="Text that ends an answer; may be repeated.")
 
 
@@ -27,6 +30,7 @@ def generate(
     prompt: list[str] = PROMPT,
     mix: list[str] = MIX,
     file: Path = FILE,
+    image: list[Path] = IMAGE,
     max_new_tokens: int = typer.Option(64, min=1, help="Longest answer."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     top_p: float = typer.Option(1.0, help="Sample from the smallest set of this probability."),
@@ -46,6 +50,7 @@ def generate(
     """Answer prompts with the base, a mix of experts, or whatever each request needs (--mix auto)."""
     prompts = _prompts(prompt or [], file)
     _counts(len(mix), len(prompts))
+    shown = _images(image, len(prompts))
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     given, experts = open_mixes([text for text in mix if text != AUTO], bank, AUTO in mix)
     engine = open_engine(base, experts, given, quantization, basis)
@@ -54,7 +59,8 @@ def generate(
 
         engine.truncation = bank_truncation(engine)
         note(engine.truncation.describe())
-    rows = [engine.encode(text, system, False if raw else None) for text in prompts]
+    chat = False if raw else None
+    rows = [engine.encode(text, system, chat, own) for text, own in zip(prompts, shown, strict=True)]
     asked = [number for number, text in enumerate(texts) if text == AUTO]
     decisions = {}
     if asked:
@@ -118,6 +124,18 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 60 else line[:57] + "..."
+
+
+def _images(given: Sequence[Path], prompts: int) -> list[Any]:
+    from sigmix.errors import ConfigError
+    from sigmix.pictures import pictures
+
+    if len(given) not in (0, 1, prompts):
+        raise ConfigError(
+            f"{len(given)} images for {prompts} prompts", remedy="give --image once, or once for each prompt"
+        )
+    found = [pictures(path) for path in given]  # before a model is loaded
+    return found if len(found) == prompts else (found or [()]) * prompts
 
 
 def _counts(mixes: int, prompts: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.decode import Row, Sampling, decode
 from sigmix.engine.generation import Generation, batches, check_options, decoded, held_back
+from sigmix.engine.images import as_ids, whole
 from sigmix.engine.merged import BUDGET
 from sigmix.engine.packing import BUDGET as PACKED
 from sigmix.engine.prefix import Prefilled, StoredPrefix, common_prefix, prefill
@@ -68,9 +69,11 @@ class Engine:
 
     # ------------------------------------------------------------------ prompts and mixes
 
-    def encode(self, prompt: Prompt, system: str | None = None, chat: bool | None = None) -> list[int]:
-        """Token ids of a prompt (chat template applied if there is one); ids pass through."""
-        return encode(self.tokenizer, prompt, system, chat) if isinstance(prompt, str) else list(prompt)
+    def encode(
+        self, prompt: Prompt, system: str | None = None, chat: bool | None = None, images: Any = ()
+    ) -> list[int]:
+        """Token ids of a prompt, which `generate` takes too; ids pass through. See `sigmix.engine.prompts.encode`."""
+        return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_ids(prompt)
 
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:
         """Effective z by matrix path, {} for the base; each expert is checked against the base once.
@@ -216,12 +219,7 @@ class Engine:
     ) -> torch.Tensor:
         """Logits [B, T, V] of token ids [B, T] (padded left or right where the mask [B, T] is 0), a mix per row."""
         with self._turn_of(self.mixes(mix, len(input_ids)), form):
-            positions = None
-            if attention_mask is not None:
-                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-            return self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-            ).logits
+            return self.model(**whole(self.model, input_ids, attention_mask), use_cache=False).logits
 
     def _decode(
         self, rows: list[list[int]], mixes: list[Mix], sampling: Sampling, stop: Sequence[str], form: str | None

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from sigmix.engine.images import embedded, grid_positions
+
 MIN_SHARED = 8
 """Shorter common prefixes are not worth a pass of their own."""
 
@@ -28,7 +30,8 @@ class Prefilled:
         cache: keys and values of all prompt tokens, N rows.
         mask: bool [N, P + R], False where padded.
         logits: [N, V], of the token after each prompt, in the model's dtype.
-        lengths: int64 [N], prompt lengths without padding: the position of the next token.
+        lengths: int64 [N], the position of the next token: prompt lengths without padding (less behind Qwen-VL's
+            images, whose tokens share positions).
     """
 
     cache: DynamicCache
@@ -81,7 +84,11 @@ def read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache, rows: int =
     # only the cache is wanted: the head gets no position
     none = torch.empty(0, dtype=torch.long, device=device)
     batch = torch.tensor([list(ids)] * rows, device=device)
-    model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=none)
+    places = grid_positions(model, [ids])
+    positions = None if places is None else places[0][:, None].expand(-1, rows, -1).to(device)
+    model(
+        **embedded(model, batch), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=none
+    )
 
 
 def prefill(
@@ -91,7 +98,7 @@ def prefill(
 
     Args:
         model: a causal language model, in whatever adapted state it is; gradients flow if they are enabled.
-        rows: N token-id lists, none empty.
+        rows: N token-id lists, none empty; with images see `sigmix.engine.images`.
         share: compute the common prefix once. It must be False when rows have different weights.
         start: a prefix read before, in this very adapted state, for all rows; it is used up, if all rows go on from it.
     """
@@ -107,16 +114,21 @@ def prefill(
             cache.batch_repeat_interleave(len(rows))
     ids, mask = left_pad([row[shared:] for row in rows], pad_id, device)
     positions = (mask.long().cumsum(1) - 1).clamp_min(0) + shared
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    if (places := grid_positions(model, rows)) is not None:
+        positions = positions.expand(3, -1, -1).clone()
+        for number, own in enumerate(places):
+            positions[:, number, positions.shape[2] - own.shape[1] + shared :] = own[:, shared:].to(device)
+            lengths[number] = own.max() + 1
     mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
     out = model(
-        input_ids=ids,
+        **embedded(model, ids),
         attention_mask=mask if not bool(mask.all()) else None,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    lengths = torch.tensor([len(row) for row in rows], device=device)
     return Prefilled(cache, mask, out.logits[:, -1], lengths)
 
 

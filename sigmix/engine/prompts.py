@@ -2,28 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sigmix.errors import ContextError
+from sigmix.engine.images import with_images
+from sigmix.errors import ConfigError, ContextError
+from sigmix.pictures import Shown, pictures
+from sigmix.vision import processor_of
 
 
-def encode(tokenizer: Any, prompt: str, system: str | None = None, chat: bool | None = None) -> list[int]:
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    system: str | None = None,
+    chat: bool | None = None,
+    images: Shown | Sequence[Shown] | None = None,
+) -> list[int]:
     """Token ids of a prompt, ready for the model to answer.
 
     Args:
         prompt: the user's turn.
         system: the system turn; None leaves it to the template (many add a default one).
         chat: apply the chat template; None: if the tokenizer has one. Without it the ids are of the bare text.
+        images: shown before the prompt: paths, PIL images or `Picture`s, or one of these.
+
+    Raises:
+        ConfigError: images for a text model. DataError: an image that cannot be read.
     """
+    shown = pictures(images)
     if chat is None:
-        chat = getattr(tokenizer, "chat_template", None) is not None
+        chat = has_template(tokenizer)
     if not chat:
-        return list(tokenizer(f"{system}\n\n{prompt}" if system else prompt)["input_ids"])
+        return _bare(tokenizer, f"{system}\n\n{prompt}" if system else prompt, shown)
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    # thinking models are asked for the answer alone; templates without the switch ignore it
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, enable_thinking=False)
-    return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    return encode_turns(tokenizer, [*messages, {"role": "user", "content": prompt}], shown)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether there is a chat template, the processor's own for a vision-language model."""
+    return getattr(processor_of(tokenizer) or tokenizer, "chat_template", None) is not None
+
+
+def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Sequence[Shown] = ()) -> list[int]:
+    """Token ids of a conversation {"role", "content"} under the chat template; images go before the last turn's text.
+
+    Raises:
+        ConfigError: images for a text model. Whatever the template itself raises.
+    """
+    processor, shown = processor_of(tokenizer), pictures(list(images))
+    if processor is None:
+        _no_images(shown)
+        # thinking models are asked for the answer alone; templates without the switch ignore it
+        ids = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
+        )
+        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    _no_marks(processor, *(turn["content"] for turn in turns))
+    # templates of vision-language models leave out a text that is not in a list of parts
+    parts: list[dict[str, Any]] = [
+        {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
+    ]
+    parts[-1]["content"] = [*({"type": "image", "image": one.open()} for one in shown), *parts[-1]["content"]]
+    inputs = processor.apply_chat_template(
+        parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return with_images(processor, inputs, shown)
+
+
+def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
+    processor = processor_of(tokenizer)
+    if processor is not None:
+        _no_marks(processor, text)
+    if processor is None or not shown:
+        _no_images(shown)
+        return list(tokenizer(text)["input_ids"])
+    text = f"{processor.image_token}\n" * len(shown) + text
+    inputs = processor(text=[text], images=[one.open() for one in shown], return_tensors="pt")
+    return with_images(processor, inputs, shown)
+
+
+def _no_marks(processor: Any, *texts: str) -> None:
+    if any(processor.image_token in text for text in texts):
+        raise ConfigError(
+            f"the text holds {processor.image_token}, which stands for an image",
+            remedy=f"leave {processor.image_token} out of the text: each image gets its place before it",
+        )
+
+
+def _no_images(shown: Sequence[Any]) -> None:
+    if shown:
+        raise ConfigError(
+            "there are images, but the model reads text only",
+            remedy="choose a vision-language base, such as llava-hf/llava-1.5-7b-hf",
+        )
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

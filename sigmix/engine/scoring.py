@@ -15,6 +15,7 @@ from torch import nn
 
 from sigmix.engine.decode import Sampling, decode
 from sigmix.engine.engine import Engine, Prompt
+from sigmix.engine.images import whole
 from sigmix.engine.prefix import Prefilled, answer_logits, left_pad
 from sigmix.engine.prompts import check_context
 from sigmix.errors import ConfigError
@@ -123,11 +124,10 @@ def hidden(engine: Engine, prompts: Sequence[Prompt], depths: Sequence[int], bat
     found = []
     for rows, mixes in _batches(engine, prompts, None, batch_size):
         ids, mask = left_pad(rows, engine.pad_id, device)
-        positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         handles = [layers[depth - 1].register_forward_hook(record(depth)) for depth in set(depths)]
         try:
             with engine.under(mixes), torch.no_grad():
-                engine.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+                engine.model(**whole(engine.model, ids, mask), use_cache=False)
         except _Enough:
             pass
         finally:

@@ -23,7 +23,7 @@ Answer = Callable[[Sequence[Sample]], list[str]]
 
 @dataclass(frozen=True)
 class Item:
-    """One sample, its reply and its score (None where the verifier could not judge)."""
+    """One sample (of its images the names), its reply and its score (None where the verifier could not judge)."""
 
     id: str
     prompt: str
@@ -32,6 +32,7 @@ class Item:
     answer: str | None
     score: float | None
     explanation: str
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,16 @@ class Result:
         return sum(self.right) / len(self.right) if self.right else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """task, n, accuracy, interval (95 % Wilson), unscorable, answer_entropy (nats), distinct_answers."""
+        """task, n, accuracy, interval (95 % Wilson), mean_score (which differs from the accuracy where a reply can be
+        right in part, as in VQA), unscorable, answer_entropy (nats), distinct_answers."""
+        scores = [item.score for item in self.scored if item.score is not None]
         answers = [item.answer for item in self.items]
         return {
             "task": self.task,
             "n": len(self.right),
             "accuracy": self.accuracy,
             "interval": list(wilson(sum(self.right), len(self.right))),
+            "mean_score": sum(scores) / len(scores) if scores else 0.0,
             "unscorable": len(self.items) - len(self.scored),
             "answer_entropy": answer_entropy(answers),
             "distinct_answers": len(set(answers)),
@@ -71,7 +75,8 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """One JSON object a line, atomically."""
-        write_text(path, "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in self.items))
+        rows = [{key: value for key, value in asdict(item).items() if key != "images" or value} for item in self.items]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def evaluate(task: Task, samples: Sequence[Sample], answer: Answer) -> Result:
@@ -80,8 +85,10 @@ def evaluate(task: Task, samples: Sequence[Sample], answer: Answer) -> Result:
     items = []
     for sample, reply in zip(samples, replies, strict=True):
         score = task.score(sample, reply)
-        item = Item(sample.id, sample.prompt, sample.gold, reply, score.answer, score.value, score.explanation)
-        items.append(item)
+        names = tuple(image.name for image in sample.images)
+        items.append(
+            Item(sample.id, sample.prompt, sample.gold, reply, score.answer, score.value, score.explanation, names)
+        )
     return Result(task.name, items)
 
 

@@ -62,7 +62,7 @@ def run(
     """
     samples = task.samples(split, n, seed=seed)
     limit = max_new_tokens or task.max_new_tokens
-    rows = {sample.id: engine.encode(sample.prompt, sample.system) for sample in samples}
+    rows = {sample.id: engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples}
     for sample in samples:
         check_context(engine.model, rows[sample.id], limit, f"item {sample.id} of {task.name}")
     order = list(dict.fromkeys([Mix.base(), *mixes]))

@@ -115,7 +115,7 @@ def measure_strategy(
         for start in range(0, len(wanted), batch_size):
             part = wanted[start : start + batch_size]
             mixes = [decision.mix for decision in decisions[start : start + batch_size]]
-            rows = [engine.encode(sample.prompt, sample.system) for sample in part]
+            rows = [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in part]
             done = engine.generate(rows, mixes, max_new_tokens=limit, batch_size=batch_size, form=form)
             texts += [one.text for one in done]
             if progress is not None:
@@ -137,7 +137,7 @@ def always(mix: Mix) -> Decide:
 
 
 def by_prompt(strategy: Strategy) -> Decide:
-    """What a strategy decides on the samples' prompts."""
+    """What a strategy decides on the samples' prompts, the words alone."""
     return lambda samples: strategy.decide([sample.prompt for sample in samples])
 
 

@@ -74,6 +74,9 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str
         "Seed": meta.get("seed"), "Base's dtype": base.get("dtype"), "Commit": meta.get("commit"),
         "Training": meta.get("training"),
     }  # fmt: skip
+    if carried := dict(meta.get("carried_from") or {}):
+        basis = "the same weights" if carried.get("basis") == "same" else "other weights, by index order"
+        facts["Carried from"] = f"{without_path(str(carried.get('base')))} ({basis})"
     fingerprint = base.get("fingerprint")
     fits = (
         f"It fits this base only (fingerprint `{fingerprint[:12]}`)."

@@ -51,7 +51,7 @@ def show(expert: Expert, top: int = 5) -> dict[str, Any]:
     key = "weight_change" if sketches else "norm"
     moved = sorted(layers, key=lambda path: -layers[path][key])[:top]
     every = torch.cat([z.double() - 1 for z in expert.z.values()])
-    known = ("task", "objective", "seed", "commit", "license", "training")
+    known = ("task", "objective", "seed", "commit", "license", "training", "carried_from")
     return {
         "name": expert.name,
         **_summary(expert),

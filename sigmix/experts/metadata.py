@@ -7,6 +7,7 @@ and ``z_sha256``.
     matrices     {module path: [out, in]}
     sketches     {module path: {"norm", "values": 8 numbers}}
     task, domain, description, objective, seed, commit, license, training    as the author gives them
+    carried_from where `sigmix.experts.carry` took it from
     metrics      a list of {"name", "value", "n", "interval": [low, high], "base", …}
 """
 

@@ -13,7 +13,7 @@ import torch
 
 from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy
 from sigmix.adapt.labels import skills
-from sigmix.engine.prompts import context_length
+from sigmix.engine.prompts import context_length, encode_turns, has_template
 from sigmix.engine.truncation_file import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError
 from sigmix.experts.fingerprint import fingerprint, short
@@ -139,15 +139,12 @@ class Service:
             ContextError: the template refuses these turns.
         """
         with self._encoding:
-            if getattr(self._encoder, "chat_template", None) is None:
+            if not has_template(self._encoder):
                 return list(self._encoder("\n".join(turn["content"] for turn in turns))["input_ids"])
             try:
-                ids = self._encoder.apply_chat_template(
-                    list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
-                )
+                return encode_turns(self._encoder, turns)
             except Exception as error:  # jinja's, from inside the template
                 raise ContextError(f"the model's chat template refuses these messages: {error}") from error
-            return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of bare text."""

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from sigmix.errors import ConfigError
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.weights import OFFLOADED, kind
+from sigmix.vision import backbone
 
 ATTENTION = re.compile(r"(^|[._])(self_attn|attn|attention|self_attention|crossattention)([._]|$)")
 MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn|block_sparse_moe|shared_expert|experts)([._]|$)")
@@ -46,7 +47,8 @@ class SVFConfig(PeftConfig):
 
     Attributes:
         target_modules: "all-linear" (all linear layers but the output head), "attention", "mlp", a list of module
-            names or suffixes, or a regular expression over the full path.
+            names or suffixes, or a regular expression over the full path. In a vision-language model all of these
+            mean its language backbone; a layer outside of it is adapted only where its full path is in the list.
         layers_to_transform: indices of the layers to adapt, one index, or "half": every second layer, beginning with
             the first (the paper adapts half of a 70B's layers without saying which). None: all.
         layers_pattern: name of the list of layers when it cannot be inferred (as in PEFT).
@@ -90,10 +92,14 @@ class SVFModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         targets = peft_config.target_modules
-        if peft_config.layers_to_transform is None and targets not in ("attention", "mlp"):
+        inside = backbone(self.model)
+        if inside is None and peft_config.layers_to_transform is None and targets not in ("attention", "mlp"):
             return peft_config
         # with the original layers wrapped by another adapter, names end in .base_layer
         linear = {n.removesuffix(".base_layer"): m for n, m in self.model.named_modules() if _is_linear(m)}
+        if inside is not None:
+            paths = set() if isinstance(targets, str) else set(targets)
+            linear = {n: m for n, m in linear.items() if n.startswith(f"{inside[0]}.") or n in paths}
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         if head is not None and hasattr(head, "base_layer"):
             head = head.base_layer
@@ -102,7 +108,9 @@ class SVFModel(BaseTuner):
             names = _in_layers(names, list(linear), peft_config, model_config)
         if not names:
             raise ConfigError(
-                f"no linear layer of this {model_config.get('model_type', 'model')} matches {targets!r}"
+                f"no linear layer of this {model_config.get('model_type', 'model')}"
+                + (f"'s language backbone, {inside[0]}," if inside is not None else "")
+                + f" matches {targets!r}"
                 + (f" in layers {at}" if (at := peft_config.layers_to_transform) is not None else ""),
                 remedy="name the modules, for example target_modules=['q_proj', 'v_proj']",
             )
@@ -205,11 +213,12 @@ def coverage(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         adapted: {path: [out, in]}; numbers: how many z there are; not_adapted: {path: reason} for weights of two or
-        more dimensions that stay as they are (embeddings, the output head, routers, fused experts); share: adapted
-        weights over all of the base's.
+        more dimensions that stay as they are (embeddings, the output head, routers, fused experts, all of vision);
+        share: adapted weights over all of the base's.
     """
     layers = svf_layers(model)
     inside = {id(layer.get_base_layer().weight) for layer in layers.values()}
+    language = backbone(model)
     skipped: dict[str, str] = {}
     total = adapted = sum(layer.out_features * layer.in_features for layer in layers.values())
     for name, parameter in model.named_parameters():
@@ -225,6 +234,8 @@ def coverage(model: nn.Module) -> dict[str, Any]:
             skipped[path] = "fused experts (a 3-D parameter, not linear layers)"
         elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
             skipped[path] = "embedding or output head"
+        elif language is not None and not name.startswith(f"{language[0]}."):
+            skipped[path] = "vision tower or projector"
         else:
             skipped[path] = "not targeted"
     return {

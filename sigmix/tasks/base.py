@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sigmix.errors import ConfigError, DataError
+from sigmix.pictures import Picture
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,9 +28,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 GARBAGE = ("", "  \n", "?!", "qx zzv kjw", "I don't know.", "\x00\ufffd{[(")
 
 
-def content_id(prompt: str, system: str | None = None) -> str:
-    """Hex SHA-256, first 16 digits, of system and prompt with runs of white space made one blank."""
+def content_id(prompt: str, system: str | None = None, images: Sequence[Picture] = ()) -> str:
+    """Hex SHA-256, first 16 digits, of system and prompt with runs of white space made one blank, and the images."""
     text = " ".join((system or "").split()) + "\x1f" + " ".join(prompt.split())
+    text += "".join(f"\x1f{image.digest}" for image in images)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -49,11 +51,12 @@ class Sample:
     """One question. Treat ``meta`` as frozen too: it is a plain dict only so that it pickles and prints as JSON.
 
     Attributes:
-        id: `content_id` of prompt and system.
+        id: `content_id` of prompt, system and images.
         prompt: the user's turn.
-        gold: a reply that must score 1.
+        gold: a reply that must score 1 (`Task.gold_value`).
         system: the system turn, if the task needs one.
         meta: what the verifier needs (choices, tests, entry ...); never shown to the model.
+        images: shown before the prompt, in the user's turn; they need a vision-language model.
     """
 
     id: str
@@ -61,11 +64,14 @@ class Sample:
     gold: str
     system: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    images: tuple[Picture, ...] = ()
 
     @classmethod
-    def make(cls, prompt: str, gold: str, system: str | None = None, **meta: Any) -> Sample:
+    def make(
+        cls, prompt: str, gold: str, system: str | None = None, images: Sequence[Picture] = (), **meta: Any
+    ) -> Sample:
         """A sample whose id is computed."""
-        return cls(content_id(prompt, system), prompt, gold, system, meta)
+        return cls(content_id(prompt, system, images), prompt, gold, system, meta, tuple(images))
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,10 @@ class Task(ABC):
     def score(self, sample: Sample, reply: str) -> Score:
         """Judge a reply. Only a verifier's own failure gives ``value=None``; an unreadable reply is wrong, 0."""
 
+    def gold_value(self, sample: Sample) -> float:
+        """What the gold reply must score: 1, unless the task has items on which no reply gets full marks."""
+        return 1.0
+
     def wrong_replies(self, sample: Sample) -> list[str]:
         """Replies that a lax verifier would accept and that must score 0. Override to add the task's own traps."""
         return [sample.prompt, f"It is not {sample.gold}.", f"not {sample.gold}"]
@@ -168,8 +178,8 @@ class Task(ABC):
         for sample in self.samples(split, n):
             counts["samples"] += 1
             gold = self.score(sample, sample.gold)
-            counts["gold_right"] += gold.value == 1.0
-            if gold.value != 1.0:
+            counts["gold_right"] += gold.value == self.gold_value(sample)
+            if gold.value != self.gold_value(sample):
                 counts["gold_unscorable"] += gold.value is None
                 problems.append(
                     f"gold {_short(sample.gold)} scores {gold.value} on {_short(sample.prompt)} "
@@ -193,7 +203,7 @@ class Task(ABC):
         for split in self.splits():
             ids: set[str] = set()
             for sample in self._for_disjointness(split, n):
-                fresh = content_id(sample.prompt, sample.system)
+                fresh = content_id(sample.prompt, sample.system, sample.images)
                 if fresh != sample.id:
                     problems.append(f"id {sample.id} is not the hash of its content, {fresh}")
                 ids.add(fresh)

@@ -28,6 +28,7 @@ class BenchmarkTask(Task):
         hub: the data set's id on the hub.
         hub_configs: its configurations, joined.
         hub_splits: split to the hub's name for it.
+        image_column: the column that holds images, if there is one; see `hub_rows`.
         only_test: the benchmark has no training data at all.
 
     `notes` is complete after the first call of `samples`.
@@ -37,6 +38,7 @@ class BenchmarkTask(Task):
     hub: ClassVar[str] = ""
     hub_configs: ClassVar[Sequence[str | None]] = (None,)
     hub_splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}
+    image_column: ClassVar[str | None] = None
     only_test: ClassVar[bool] = False
 
     def __init__(self, data_dir: Path | None = None) -> None:
@@ -110,8 +112,11 @@ class BenchmarkTask(Task):
         wanted = ", ".join(dict.fromkeys(self.files.values()))
         remedy = f"put {wanted} into a folder (one JSON object a line) and give it with --data-dir"
         if self.data_dir is None:
+            if not self.hub:
+                raise DataError(f"task {self.name} is not on the hub", remedy=remedy)
             return {
-                split: hub_rows(self.hub, self.hub_configs, theirs, remedy) for split, theirs in self.hub_splits.items()
+                split: hub_rows(self.hub, self.hub_configs, theirs, remedy, self.image_column)
+                for split, theirs in self.hub_splits.items()
             }
         files = self.local_files(self.data_dir)
         missing = [str(path) for path in files.values() if not path.is_file()]
@@ -120,7 +125,7 @@ class BenchmarkTask(Task):
             raise DataError(
                 f"{self.name or self.hub}: {', '.join(missing)} not found; {self.data_dir} has "
                 f"{', '.join(there) or 'nothing'}",
-                remedy=f"{remedy}, or leave it out to use {self.hub}",
+                remedy=f"{remedy}, or leave it out to use {self.hub}" if self.hub else remedy,
             )
         return {split: local_rows(path) for split, path in files.items()}
 

@@ -7,7 +7,7 @@ Hub ids are those of the publishers (MATH: EleutherAI's copy). The programs that
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sigmix.errors import ConfigError
 from sigmix.tasks.base import Sample, Score, content_id
@@ -38,7 +38,7 @@ class WordProblemTask(BenchmarkTask):
         self.strict = style == "strict"
         self.max_new_tokens = 12 if self.strict else 320
 
-    def _make(self, row: Row, question: str, answer: str, **meta: str) -> Sample:
+    def _make(self, row: Row, question: str, answer: str, **meta: Any) -> Sample:
         value = parse_number(answer)
         if value is None:
             raise row.bad(f"the answer {answer!r} is not a number")

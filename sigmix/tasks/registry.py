@@ -31,7 +31,7 @@ from sigmix.tasks.base import Task
 
 Factory = Callable[..., Task]
 ENTRY_POINTS = "sigmix.tasks"
-_BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.datasets", "sigmix.tasks.programs")
+_BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.datasets", "sigmix.tasks.programs", "sigmix.tasks.vqa")
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:?]+)")
 
 _built_in: dict[str, Factory] = {}

@@ -5,6 +5,8 @@ Does not interpret fields; a missing one is a `DataError` that names file and li
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.errors import DataError
+from sigmix.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,13 @@ def local_rows(path: Path) -> list[Row]:
     return rows
 
 
-def hub_rows(hub_id: str, configs: Sequence[str | None], split: str, remedy: str) -> list[Row]:
+def hub_rows(
+    hub_id: str, configs: Sequence[str | None], split: str, remedy: str, image: str | None = None
+) -> list[Row]:
     """All rows of one split of a data set on the hub, its configurations one after the other.
+
+    Args:
+        image: a column of images: rows hold a `Picture` there, whose bytes stay on disk.
 
     Raises:
         DataError: no `datasets` library, no network, no such data set, or no rows; carries ``remedy``.
@@ -88,9 +96,43 @@ def hub_rows(hub_id: str, configs: Sequence[str | None], split: str, remedy: str
             raise DataError(
                 f"cannot get {hub_id} ({split}) from the Hugging Face hub: {str(error)[:200]}", remedy=remedy
             ) from error
-        rows += [
-            Row(dict(data), f"{hub_id}/{config or 'default'}/{split} row {number}") for number, data in enumerate(table)
-        ]
+        where = f"{hub_id}/{config or 'default'}/{split} row"
+        if image is None:
+            rows += [Row(dict(data), f"{where} {number}") for number, data in enumerate(table)]
+            continue
+        if image not in table.column_names:
+            raise DataError(f"{hub_id} ({split}) has no column {image!r}; it has {', '.join(table.column_names)}")
+        table = table.cast_column(image, datasets.Image(decode=False))
+        shown = _Shown(table.select_columns([image]), image)
+        for number, data in enumerate(table.remove_columns([image])):
+            name = f"{where} {number}"
+            rows.append(Row({**data, image: shown.picture(number, name, data.get("image_id"))}, name))
     if not rows:
         raise DataError(f"{hub_id} ({split}) has no rows", remedy=remedy)
     return rows
+
+
+class _Shown:
+    """Images of a table that is on disk, each read once for its digest and not kept."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self.table, self.column = table, column
+        self._digests: dict[Any, str] = {}
+
+    def picture(self, number: int, name: str, image_id: Any) -> Picture:
+        """The image of a row; rows of one ``image_id`` (None: not known) show the same one."""
+        source = functools.partial(self._bytes, number, name)
+        digest = self._digests.get(image_id) if image_id is not None else None
+        if digest is None:
+            digest = hashlib.sha256(source()).hexdigest()
+            self._digests[image_id] = digest
+        return Picture(digest, name, source)
+
+    def _bytes(self, number: int, name: str) -> bytes:
+        cell = self.table[number][self.column] or {}
+        content = cell.get("bytes")
+        if content is None and cell.get("path"):
+            content = Path(cell["path"]).read_bytes()
+        if content is None:
+            raise DataError(f"{name} has no image")
+        return content

@@ -108,7 +108,7 @@ class Actor:
     def encode(self, sample: Sample) -> list[int]:
         """Prompt ids of a sample, kept for the next time."""
         if sample.id not in self._encoded:
-            self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system)
+            self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system, images=sample.images)
         return self._encoded[sample.id]
 
     def roll(self, samples: Sequence[Sample], sampling: Sampling, group: int, form_reward: float = 0.0) -> Rollouts:

@@ -59,6 +59,7 @@ def test_summary(task):
         "n": 6,
         "accuracy": pytest.approx(2 / 6),
         "interval": list(wilson(2, 6)),
+        "mean_score": pytest.approx((2 + 2 * 0.5) / 6),
         "unscorable": 2,
         "answer_entropy": pytest.approx(-(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))),
         "distinct_answers": 3,

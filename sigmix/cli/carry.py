@@ -1,0 +1,57 @@
+"""`sigmix experts carry`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from sigmix.cli.shared import BANK, JSON, emit, working
+
+
+def carry(
+    name: str = typer.Argument(..., help="A name in the bank, or an expert's folder."),
+    to: str = typer.Option(..., "--to", help="The model to carry it to, such as llava-hf/llava-1.5-7b-hf or a folder."),
+    out: Path = typer.Option(..., help="Folder for the carried expert; its name is the expert's."),
+    source: str = typer.Option(None, "--from", help="Its own base: compares weights. Default: compares sketches."),
+    force: bool = typer.Option(False, "--force", help="Carry z by index order although the weights differ."),
+    dtype: str = typer.Option(None, help="Of both models' weights. Default: the one that the expert was made in."),
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """Carry a text model's expert into a vision-language model, if its language backbone has the same weights."""
+    from sigmix.cli.experts import folder_of
+    from sigmix.errors import OutputError
+    from sigmix.experts.carry import carry as carried
+    from sigmix.experts.directory import check_place
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.metadata import check_name
+    from sigmix.files import check_writable
+
+    check_name(out.name)
+    expert = Expert.load(folder_of(name, bank))
+    if (out / "adapter_config.json").exists():
+        raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
+    check_place(out)
+    check_writable(out)
+    kind = dtype or (expert.meta.get("base") or {}).get("dtype")
+    with working(f"loading {to}"):
+        from sigmix.models import load_base
+
+        model = load_base(to, kind)[0]
+        base = load_base(source, kind)[0] if source is not None else None
+    with working("comparing weights"):
+        made = carried(expert, model, base=base, force=force, name=out.name)
+    made.save(out)
+    facts = made.meta["carried_from"]
+    figures = {"name": made.name, "path": str(out), "to": made.meta["base"]["name"], "matrices": len(made.z)}
+    figures |= {"basis": facts["basis"], "deviation": None if facts["deviation"] is None else dict(facts["deviation"])}
+    text = f"{out}: {len(made.z)} matrices carried from {facts['base']} to {figures['to']}; "
+    if facts["basis"] == "same":
+        text += f"the weights are the same (by {facts['deviation']['by']}, at most {facts['deviation']['largest']:.1g})"
+    elif facts["deviation"] is None:
+        text += "FORCED, and the weights could not be compared: measure what it does there"
+    else:
+        gap = facts["deviation"]
+        text += f"FORCED: the weights differ by {gap['median']:.2g} (median), {gap['largest']:.2g} at most: measure it"
+    emit(figures, as_json, text)

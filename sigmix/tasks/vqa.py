@@ -1,0 +1,136 @@
+"""Questions about images: TextVQA and OK-VQA (section 4 of the paper), and easy-VQA.
+
+Images come from the hub's rows, or from files beside the JSONL: field ``image`` is a path from the JSONL's folder.
+An image's questions are never torn apart between training and validation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sigmix.pictures import Picture, picture
+from sigmix.tasks.base import Sample, Score
+from sigmix.tasks.benchmark import BenchmarkTask
+from sigmix.tasks.registry import register
+from sigmix.tasks.rows import Row
+from sigmix.tasks.text import one_of
+from sigmix.tasks.vqa_answers import most_agreed, normalised, vqa_accuracy
+
+ASK = "Answer the question using a single word or phrase."
+FORM_WORDS = 5
+"""A reply of more words, and of more than the longest accepted answer has, is not in the asked form."""
+
+
+class ImageQuestionTask(BenchmarkTask):
+    """A question about one image. A subclass says what rows hold and how replies are judged."""
+
+    domain = "vision"
+    max_new_tokens = 10
+    image_column: ClassVar[str | None] = "image"
+
+    def __init__(self, data_dir: Path | None = None) -> None:
+        super().__init__(data_dir)
+        self._read: dict[Path, Picture] = {}
+
+    def _make(self, row: Row, question: str, gold: str, **meta: Any) -> Sample:
+        shown = self._picture(row)
+        # "key" decides the split: by the image, so that none is trained on and validated on
+        return Sample.make(f"{question.strip()}\n{ASK}", gold, images=[shown], key=shown.digest, **meta)
+
+    def _picture(self, row: Row) -> Picture:
+        value = row.get("image", kind=(str, Picture))
+        if isinstance(value, Picture):
+            return value
+        path = Path(row.where.rpartition(":")[0]).parent / value
+        if path not in self._read:
+            if not path.is_file():
+                raise row.bad(f"there is no image {path}")
+            self._read[path] = picture(path)
+        return self._read[path]
+
+
+@register("easy_vqa")
+class EasyVQA(ImageQuestionTask):
+    """https://github.com/vzhou842/easy-VQA: one coloured shape; thirteen answers. It is not on the hub."""
+
+    description = "Questions about one coloured shape (easy-VQA)."
+    license = "MIT"
+    files: ClassVar = {"train": "easy_vqa/train.jsonl", "test": "easy_vqa/test.jsonl"}
+    answers: ClassVar[tuple[str, ...]] = (
+        "circle", "rectangle", "triangle", "black", "blue", "brown", "gray", "green", "red", "teal", "yellow",
+        "yes", "no",
+    )  # fmt: skip
+
+    def sample(self, row: Row) -> Sample:
+        gold = row.get("answer", kind=str).strip().lower()
+        if gold not in self.answers:
+            raise row.bad(f"the answer {gold!r} is none of {', '.join(self.answers)}")
+        return self._make(row, row.get("question", kind=str), gold)
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        return one_of(reply, sample.gold, self.answers)
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        gold = sample.gold
+        others = [answer for answer in self.answers if answer != gold]
+        return [
+            *super().wrong_replies(sample),
+            *others,
+            ", ".join(self.answers),
+            f"{gold} or {others[0]}",
+            f"{others[0]} or {gold}",
+            f"{gold} {gold}",
+            f"The shape is not {gold}, it is {others[0]}.",
+        ]
+
+
+class AgreementTask(ImageQuestionTask):
+    """Questions that ten people answered; `Score.value` is VQA accuracy, so a reply may be right in part.
+
+    Where fewer than four agreed, no reply gets full marks, and the gold reply scores what is possible.
+    """
+
+    def sample(self, row: Row) -> Sample | None:
+        answers = [answer for answer in row.get("answers", kind=list) if isinstance(answer, str)]
+        gold = most_agreed(answers)
+        if not gold:
+            raise row.bad("none of its answers has a word in it")
+        return self._make(row, row.get("question", kind=str), gold, answers=answers)
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        answers, found = sample.meta["answers"], normalised(reply)
+        longest = max(FORM_WORDS, *(len(normalised(answer).split()) for answer in answers))
+        if not found or len(found.split()) > longest:
+            return Score(0.0, None, "the reply is not a word or a phrase")
+        value = vqa_accuracy(reply, answers)
+        return Score(value, found, f"{value:.2g} by {len(answers)} people's answers, most often {sample.gold!r}")
+
+    def gold_value(self, sample: Sample) -> float:
+        return vqa_accuracy(sample.gold, sample.meta["answers"])
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        return [*super().wrong_replies(sample), f"{sample.gold} or something else that is in the image, who knows"]
+
+
+@register("textvqa")
+class TextVQA(AgreementTask):
+    """Singh et al. 2019, arXiv:1904.08920. Test is the published validation split: the test split has no answers."""
+
+    description = "Questions that need the text in an image read (TextVQA)."
+    license = "CC BY 4.0"
+    files: ClassVar = {"train": "textvqa/train.jsonl", "test": "textvqa/validation.jsonl"}
+    hub = "lmms-lab/textvqa"
+    hub_splits: ClassVar = {"train": "train", "test": "validation"}
+
+
+@register("okvqa")
+class OKVQA(AgreementTask):
+    """Marino et al. 2019, arXiv:1906.00067. Only the published validation split (val2014), for measuring."""
+
+    description = "Questions about an image that need outside knowledge (OK-VQA)."
+    license = "not verified; the images are COCO's"
+    only_test = True
+    files: ClassVar = {"test": "okvqa/val2014.jsonl"}
+    hub = "lmms-lab/OK-VQA"
+    hub_splits: ClassVar = {"test": "val2014"}
