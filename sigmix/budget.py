@@ -161,10 +161,8 @@ def budget(
     size = _Sizes(config, model_plan(config), BYTES[dtype], quantization)
     made: dict[str, Any] = {"dtype": dtype, "gpus": gpus, "quantization": quantization, "load": asdict(load)}
     made["rates"] = None if rates is None else asdict(rates)
-    made["decompose"] = _decompose(size, rates)
-    made["train"] = _train(size, load, rates, gpus)
-    made["serve"] = _serve(size, load, rates, gpus)
-    return made
+    made |= {"decompose": _decompose(size, rates), "train": _train(size, load, rates, gpus)}
+    return made | {"serve": _serve(size, load, rates, gpus)}
 
 
 class _Sizes:
