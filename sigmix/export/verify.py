@@ -19,6 +19,7 @@ import torch
 
 from sigmix.engine import Engine
 from sigmix.errors import SigmixError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.export.llamacpp import LlamaCpp
 from sigmix.export.source import HALF, Source
@@ -58,7 +59,8 @@ class Ours:
         if wide and source.dtype in HALF:
             model.float()
         # packed copies round otherwise than plain ones, and only plain ones are what others compute with
-        engine = Engine(model, tokenizer, {name: bank[name] for name in mix.weights}, keep_packed=0)
+        # the bare z: the experts were checked against this base when they were exported
+        engine = Engine(model, tokenizer, {name: Expert(name, bank[name].z) for name in mix.weights}, keep_packed=0)
         self.rows = [engine.encode(text) for text in prompts or PROMPTS]
         limit = getattr(model.config, "max_position_embeddings", None) or max(map(len, self.rows))
         self.rows = [row[:limit] for row in self.rows]
