@@ -76,11 +76,12 @@ def processor_of(tokenizer: Any) -> Any:
     return getattr(tokenizer, PROCESSOR, None)
 
 
-def backbone(model: Any) -> tuple[str, Any] | None:
+def backbone(model: Any, strict: bool = True) -> tuple[str, Any] | None:
     """Path and module of a vision-language model's language backbone; None for a text model.
 
     Args:
-        model: plain, or with adapted layers; not wrapped by PEFT (`sigmix.experts.base.bare` unwraps).
+        model: plain, or with adapted layers, or wrapped by PEFT, whose prefix is then in the path.
+        strict: False gives None where the backbone cannot be told apart.
 
     Raises:
         BaseModelError: it has a vision tower, but its backbone cannot be told apart.
@@ -91,6 +92,8 @@ def backbone(model: Any) -> tuple[str, Any] | None:
     found = model.get_decoder() if hasattr(model, "get_decoder") else model
     path = next((name for name, module in model.named_modules() if module is found), "")
     if not path or any(part in path for part in ("vision", "visual", "image")):
+        if not strict:
+            return None
         raise BaseModelError(
             f"the language backbone of this {config.model_type} cannot be told apart from its vision tower",
             remedy="give target_modules as full module paths",

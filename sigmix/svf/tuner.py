@@ -92,13 +92,13 @@ class SVFModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         targets = peft_config.target_modules
-        inside = backbone(self.model)
-        if inside is None and peft_config.layers_to_transform is None and targets not in ("attention", "mlp"):
-            return peft_config
         # with the original layers wrapped by another adapter, names end in .base_layer
         linear = {n.removesuffix(".base_layer"): m for n, m in self.model.named_modules() if _is_linear(m)}
+        paths = set() if isinstance(targets, str) else set(targets)
+        inside = None if paths and paths <= linear.keys() else backbone(self.model)
+        if inside is None and peft_config.layers_to_transform is None and targets not in ("attention", "mlp"):
+            return peft_config
         if inside is not None:
-            paths = set() if isinstance(targets, str) else set(targets)
             linear = {n: m for n, m in linear.items() if n.startswith(f"{inside[0]}.") or n in paths}
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         if head is not None and hasattr(head, "base_layer"):
@@ -218,7 +218,7 @@ def coverage(model: nn.Module) -> dict[str, Any]:
     """
     layers = svf_layers(model)
     inside = {id(layer.get_base_layer().weight) for layer in layers.values()}
-    language = backbone(model)
+    language = backbone(model, strict=False)
     skipped: dict[str, str] = {}
     total = adapted = sum(layer.out_features * layer.in_features for layer in layers.values())
     for name, parameter in model.named_parameters():

@@ -58,6 +58,16 @@ def test_a_target_that_only_the_vision_tower_has_is_an_error():
         get_peft_model(vlm("llava")[0], SVFConfig(target_modules=["fc1"]))
 
 
+def test_a_backbone_that_cannot_be_told_apart_needs_full_paths(monkeypatch):
+    model, _ = vlm("llava")
+    monkeypatch.setattr(model, "get_decoder", lambda: model)
+    with pytest.raises(BaseModelError, match="cannot be told apart .* -> give target_modules as full module paths"):
+        get_peft_model(model, SVFConfig())
+    path = f"{ROOT}layers.0.mlp.up_proj"
+    wrapped = get_peft_model(model, SVFConfig(target_modules=[path]))
+    assert list(coverage(wrapped)["adapted"]) == [path]
+
+
 def test_an_adapter_comes_back_from_its_folder(tmp_path):
     from peft import PeftModel
 
