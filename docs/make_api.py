@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ NAMES = {
     "sigmix.evals.evaluate": ["evaluate", "Result"],
     "sigmix.train.config": ["TrainConfig"],
     "sigmix.train.loop": ["Trainer"],
+    "sigmix.train.processes": ["Processes"],
+    "sigmix.integrations.trl": ["prompt_dataset", "gold_dataset", "reward_function", "KeepZ", "finish"],
+    "sigmix.export.source": ["Source"],
+    "sigmix.export.merged": ["export_merged"],
+    "sigmix.export.lora": ["export_lora"],
+    "sigmix.export.gguf_lora": ["export_gguf"],
+    "sigmix.experts.carry": ["carry"],
+    "sigmix.experts.original": ["use_original_basis"],
+    "sigmix.plan": ["model_plan"],
+    "sigmix.budget": ["budget", "Load", "Rates", "measure_rates"],
+    "sigmix.shards": ["Shards"],
+    "sigmix.svf.stream": ["Stream"],
     "sigmix.svf.decompose": ["decompose", "cached_decompose", "Factors"],
     "sigmix.svf.gains": ["mix_z", "truncate"],
     "sigmix.svf.tuner": ["svf_layers", "coverage"],
@@ -66,6 +79,7 @@ def _signature(thing: Any) -> str:
     signature = inspect.signature(thing)
     kept = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name not in ("self", "cls")]
     shown = str(signature.replace(parameters=kept, return_annotation=signature.empty))
+    shown = re.sub(r"<(function|class) .*?>", "…", shown)  # an address changes from run to run
     return shown if len(shown) < 200 else "(…)"
 
 

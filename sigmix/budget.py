@@ -11,7 +11,8 @@ For W [m, n], r = min(m, n), in b bytes a number:
     train       weights, factors b·r(m+n), and the larger of merged copies (while it acts) and what the backward pass
                 keeps (while it learns): activations of every token read, and four times the answers' logits
     serve       weights and, by form, nothing more, merged copies (b·mn for each mix kept), the short side (b·r²; the
-                gain form), or both sides (the factored form); keys and values for each token of each request
+                gain form), or both sides (the factored form); keys and values for each token of each request;
+                one layer's activations while all requests are read at once
 
 A device map spreads layers evenly: N devices hold an N-th of weights and factors each, and the one that holds the
 output head also the activations and logits, at worst. Not counted: the process itself (its libraries), fragmentation,
@@ -275,16 +276,19 @@ def _train(size: _Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str
 def _serve(size: _Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str, Any]:
     kv = size.kv_token * load.requests * load.context
     logits = (size.b + 4) * load.requests * size.vocab
+    # one layer's at a time, while all requests are read together: its input, queries, keys, values, gate, up, product
+    row = 2 * size.hidden + (size.heads + 2 * size.kv_heads) * size.head + 3 * size.inner
+    reading = size.b * load.requests * load.context * row
     forms: dict[str, int] = {"base": 0, "gain": size.b * size.short + 4 * size.ranks}
     if not size.quantised:
         forms["merged"] = load.mixes * size.b * size.adapted + size.b * size.short
         forms["factored"] = size.b * size.both + 4 * size.ranks
-    common = size.weights + kv + logits
+    common = size.weights + kv + logits + reading
     made: dict[str, Any] = {
-        "parts": {"weights": size.weights, "keys and values": kv, "logits": logits},
+        "parts": {"weights": size.weights, "keys and values": kv, "logits": logits, "reading": reading},
         "forms": forms,
         "peak_bytes": {name: common + extra for name, extra in forms.items()},
-        "per_gpu_bytes": {n: int((size.weights + extra + kv) / gpus + logits) for n, extra in forms.items()},
+        "per_gpu_bytes": {n: int((size.weights + extra + kv) / gpus + logits + reading) for n, extra in forms.items()},
         "kv_bytes_per_1000_tokens": 1000 * size.kv_token,
     }
     if rates is not None:
