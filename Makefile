@@ -4,11 +4,13 @@
 #   TORCH_INDEX  where to get torch. Empty: pip's own index. On Linux that is a CUDA build of some gigabytes; for a
 #                computer without a GPU:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   TESTS        what pytest runs, e.g.  make test TESTS=tests/test_models.py
+#   WORKERS      processes that share the tests, 2 GB of memory and one core each
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 TESTS ?= tests
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.sigmix-setup
@@ -35,10 +37,10 @@ demo: $(STAMP)  ## see self-adaptation at work on a small model, on the CPU
 	$(BIN)/sigmix demo
 
 test: lint  ## lint, import rules, types and all tests, those with the real model too
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that need no real model
-	$(BIN)/python -m pytest -m "not real" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real" $(TESTS)
 
 lint: $(STAMP)  ## ruff, the import rules and mypy
 	$(BIN)/ruff check .
