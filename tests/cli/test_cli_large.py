@@ -114,6 +114,11 @@ def test_the_plan_of_a_config_alone(run, refused, home, tmp_path):
     assert run("doctor", "--base", tmp_path, "--plan", "--json").json["base"]["budget"] == whole["budget"]
     assert run("doctor", "--base", alone, "--plan", "--json").json["base"]["budget"] == whole["budget"]
     assert "serve" in run("doctor", "--base", alone, "--plan", "--quantization", "nf4").out
+    for options in ((), ("--quantization", "int4", "--gpu-memory", "80"), ("--dtype", "float16")):
+        found = run("doctor", "--base", alone, "--plan", *options, "--json").json["base"]
+        serve = found["budget"]["serve"]
+        both = {form: serve["parts"]["weights"] + extra for form, extra in serve["forms"].items() if form != "base"}
+        assert found["memory_bytes"] == both, "one output has one figure"
     assert "float8" in refused("doctor", "--base", alone, "--plan", "--dtype", "float8", silent=False)
     assert "int9" in refused("doctor", "--base", alone, "--plan", "--quantization", "int9", silent=False)
     alone.write_text("{}")
