@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig, 
 
 from sigmix.budget import Load, Rates, budget, measure_rates, serving_forms, sizes
 from sigmix.errors import BaseModelError, ConfigError
-from sigmix.plan import model_plan
 from sigmix.svf.tuner import SVFConfig, svf_layers
 
 pytestmark = pytest.mark.usefixtures("cache")
