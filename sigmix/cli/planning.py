@@ -129,7 +129,7 @@ def _config(name: str) -> Any:
     from sigmix.errors import BaseModelError
     from sigmix.fetch import DEFAULT, SMOLLM2, offline
     from sigmix.gguf import models_dir, quiet
-    from sigmix.hub import base_names, near_paths
+    from sigmix.hub import base_names, near_paths, own_token, scrubbed, shows
     from sigmix.models import HUB_NAME
 
     path = Path(name).expanduser()
@@ -151,8 +151,10 @@ def _config(name: str) -> Any:
         with quiet():
             return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
     except Exception as error:  # the hub's, transformers' and the system's errors
-        why = str(error).split("\n")[0][:200]
-        raise BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names()) from error
+        key = own_token()
+        why = scrubbed(str(error), key).split("\n")[0][:200]
+        told = BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names())
+        raise told from (None if shows(error, key) else error)
 
 
 def text(base: dict[str, Any], plan: bool) -> list[str]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from peft import inject_adapter_in_model
 
-from sigmix.errors import BaseModelError, OutputError
+from sigmix.errors import BaseModelError, ConfigError, OutputError
 from sigmix.files import cache_dir, free_bytes, write_json
 from sigmix.gguf import quiet
 from sigmix.models import dtype_of, locate
@@ -187,7 +187,7 @@ class Stream:
 
         Raises:
             OutputError: the disk has no room for all that is missing (before anything is computed), or fills up.
-            BaseModelError: see `tensor`. ConfigError: NaN or infinite values.
+            BaseModelError: see `tensor`. ConfigError: NaN or infinite values; a device without the memory for it.
         """
         where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         begun, computed, written = time.monotonic(), 0, 0
@@ -198,7 +198,7 @@ class Stream:
                 weight = self.read(matrix)
                 digest = weight_digest(weight)
                 if not cache_path(digest).exists():
-                    cached_decompose(weight.to(where), digest)
+                    self._compute(matrix, weight, digest, where)
                     new, computed, written = True, computed + 1, written + cache_path(digest).stat().st_size
                 self._note(matrix.path, digest)
                 if visit is not None:
@@ -207,6 +207,16 @@ class Stream:
             if each is not None:
                 each(matrix, new)
         return Done(computed, len(self.matrices) - computed, written, time.monotonic() - begun)
+
+    def _compute(self, matrix: Matrix, weight: torch.Tensor, digest: str, where: torch.device) -> None:
+        try:
+            cached_decompose(weight.to(where), digest)
+        except torch.OutOfMemoryError as error:
+            m, n = matrix.shape
+            raise ConfigError(
+                f"{where} has no memory left to decompose {matrix.path} ({m}×{n}): {str(error)[:200]}",
+                remedy="do it on the CPU, with --device cpu; what is done already stays done",
+            ) from error
 
     def _room(self) -> list[Matrix]:
         """What `missing` says, after making sure that the disk has room for it."""

@@ -32,7 +32,11 @@ def test_decompose_refuses(run, refused, home, tmp_path):
     assert "--layers must be half or numbers" in refused("decompose", "--base", home.base, "--layers", "first")
     assert "no linear layer" in refused("decompose", "--base", home.base, "--targets", "a,b", "--layers", "0")
     assert "there is no device 'toaster'" in refused("decompose", "--base", home.base, "--device", "toaster")
-    if not torch.cuda.is_available():
+    assert "can be decomposed on --device meta" in refused("decompose", "--base", home.base, "--device", "meta")
+    assert "on --device mps" in refused("decompose", "--base", home.base, "--device", "mps")
+    if torch.cuda.is_available():
+        assert "on --device cuda:99" in refused("decompose", "--base", home.base, "--device", "cuda:99")
+    else:
         assert "no GPU for --device cuda" in refused("decompose", "--base", home.base, "--device", "cuda")
 
 

@@ -162,6 +162,16 @@ def test_a_full_disk_is_enough_where_nothing_is_missing(tmp_path, counted, monke
         Stream.open(folder, "float32").decompose()
 
 
+def test_a_device_that_is_full_says_so_and_what_to_do(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    stream = Stream.open(saved(tmp_path / "base"))
+    monkeypatch.setattr(streaming, "cached_decompose", full)
+    with pytest.raises(ConfigError, match=r"no memory left to decompose model\.layers\.0.*9 GiB.*--device cpu"):
+        stream.decompose()
+
+
 def test_the_plan_of_the_disk_is_what_is_written(tmp_path, cache):
     folder = saved(tmp_path / "base", hidden_size=128, intermediate_size=256)
     stream = Stream.open(folder, "float32")
