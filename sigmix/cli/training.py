@@ -147,7 +147,7 @@ def _run(
     folder = RunDir(run)
     if dtype is None and processes.count > 1:  # measured, so that processes could differ
         dtype = processes.from_main(lambda: str(default_dtype(processes.device)).removeprefix("torch."))
-    place = "cpu" if shard else processes.device if device_map is None else None
+    place = "cpu" if shard else (processes.device if device_map is None else None)
     model, tokenizer = load_base(
         config.base, dtype, place, quantization=config.quantization, device_map=device_map
     )  # fmt: skip

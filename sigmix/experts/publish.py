@@ -98,7 +98,8 @@ def published(meta: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, (list, tuple)):
             return [cut(item) for item in value]
         if isinstance(value, str):
-            return PATHS.sub(last, value)
+            # a blank ends a path, as far as one can tell, but not in what is known for one
+            return PATHS.sub(last, value.replace(home, "~") if " " in home else value)
         return value
 
     plain = thaw(meta)

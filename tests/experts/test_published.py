@@ -62,5 +62,9 @@ def test_ones_own_home_wherever_it_is(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/alice"))
     assert shown("/srv/people/alice") == "~"
     assert shown("in /srv/people/alice/") == "in ~"
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/alice smith"))
+    assert shown("/home/alice smith/data/x") == "x"
+    assert shown("/home/alice smith") == "~"
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/alice"))
     assert published({"base": {"name": "/srv/people/alice", "dtype": "float32"}})["base"]["name"] == "~"
     assert published({"base": {"name": "/srv/people/alice/tiny"}})["base"]["name"] == "tiny"
