@@ -138,9 +138,10 @@ def test_a_quantised_base_has_neither_merged_nor_factored_form():
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("load", [Load(), Load(batch=2, group=1, prompt=1, answer=1)])  # learning, acting takes most
 def test_one_device_holds_the_peak(load, quantization):
-    train = budget(LLAMA70, load=load, quantization=quantization)["train"]
+    config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8)
+    train = budget(config, load=load, quantization=quantization)["train"]
     assert train["per_gpu_bytes"] == train["peak_bytes"]
-    assert budget(LLAMA70, load=load, gpus=4, quantization=quantization)["train"]["per_gpu_bytes"] < train["peak_bytes"]
+    assert budget(config, load=load, gpus=4, quantization=quantization)["train"]["per_gpu_bytes"] < train["peak_bytes"]
 
 
 def test_a_written_token_reads_what_the_form_multiplies_with():
@@ -173,12 +174,14 @@ def test_flops_are_of_the_weights_that_a_token_meets():
 
 
 def test_four_bits_are_packed_on_a_gpu():
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+
     def bits(**options):
-        return budget(LLAMA70, quantization="int4", **options)["serve"]["parts"]["weights"]
+        return budget(config, quantization="int4", **options)["serve"]["parts"]["weights"]
 
     on_gpu = Rates("cuda:0", "bfloat16", 1e12, 1e11, 1e11, 1e9, {256: 0.01, 1024: 0.4})
-    assert bits() == bits(rates=RATES) == budget(LLAMA70, quantization="int8")["serve"]["parts"]["weights"]
-    packed = budget(LLAMA70, quantization="nf4")["serve"]["parts"]["weights"]
+    assert bits() == bits(rates=RATES) == budget(config, quantization="int8")["serve"]["parts"]["weights"]
+    packed = budget(config, quantization="nf4")["serve"]["parts"]["weights"]
     assert packed == bits(gpus=2) == bits(rates=on_gpu) == bits(cuda=True)
     assert bits(gpus=2, cuda=False) == bits()
 
