@@ -174,7 +174,8 @@ def test_flops_are_of_the_weights_that_a_token_meets():
 
 
 def test_four_bits_are_packed_on_a_gpu():
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = LlamaConfig(**small, num_attention_heads=4)
 
     def bits(**options):
         return budget(config, quantization="int4", **options)["serve"]["parts"]["weights"]
