@@ -14,9 +14,13 @@ For W [m, n], r = min(m, n), in b bytes a number:
                 gain form), or both sides (the factored form); keys and values for each token of each request;
                 one layer's activations while all requests are read at once
 
-A device map spreads layers evenly: N devices hold an N-th of weights and factors each, and the one that holds the
-output head also the activations and logits, at worst. Not counted: the process itself (its libraries), fragmentation,
-the copies that loading makes for a moment, and a tokenizer.
+A device map spreads layers evenly: N devices hold an N-th of all that belongs to layers (weights, factors, z, what a
+pass keeps, keys and values), and one of them the logits and the layer that is at work as well. Not counted: the process
+itself (its libraries), fragmentation, the copies that loading makes for a moment, and a tokenizer.
+
+A token written reads the weights once for all requests: in the base and the merged form W, in the gain form the short
+sides too, in the factored form both sides in place of W. FLOPs are of the weights that a token meets: of fused experts
+those that it is routed to, and no input embedding that is a table of its own.
 """
 
 from __future__ import annotations
@@ -30,15 +34,13 @@ from typing import Any
 
 from sigmix.errors import ConfigError
 from sigmix.plan import model_plan
+from sigmix.sizes import BITS, BYTES, Sizes
 
 EIGH = 5
 """Arrays of r² float64 at the peak of one decomposition: LAPACK's divide and conquer takes 2 r² of workspace beside the
 Gram matrix, the eigenvectors and a reordered copy. Measured 4.2 to 5.0."""
 SCORES = 8 << 20
 """Bytes of float32 attention scores of one layer up to which a pass keeps them."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-BITS = {"int8": 8.5, "int4": 8.5, "nf4": 4.5}
-"""Bits of a weight with its scales; int4 as torchao keeps it on a CPU, a byte each (packed on a GPU: 4.5)."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def budget(
     load: Load | None = None,
     gpus: int = 1,
     quantization: str | None = None,
+    cuda: bool | None = None,
 ) -> dict[str, Any]:
     """Memory, disk and time for a model that a transformers ``config`` describes.
 
@@ -143,6 +146,7 @@ def budget(
         rates: of the machine that is asked about; None: no times.
         dtype: of the weights. load: what is run; default: `Load`. gpus: devices that layers are spread over.
         quantization: of the linear layers, see `sigmix.placement`; then there is no merged and no factored form.
+        cuda: whether the weights lie on GPUs, where int4 is packed; None: with several devices, or a GPU's rates.
 
     Returns:
         A dict for JSON, bytes and seconds: ``decompose``, ``train`` and ``serve``, each with ``parts`` (what the peak
@@ -150,66 +154,44 @@ def budget(
         ``rates``.
 
     Raises:
-        BaseModelError: see `model_plan`. ConfigError: a dtype, a quantisation or a number of devices that cannot be.
+        BaseModelError: see `model_plan`; or a kind of model whose layers are not counted here.
+        ConfigError: a dtype, a quantisation or a number of devices that cannot be.
     """
-    if dtype not in BYTES:
-        raise ConfigError(f"weights have no dtype {dtype!r}", remedy=f"one of {', '.join(BYTES)}")
-    if quantization is not None and quantization not in BITS:
-        raise ConfigError(f"unknown quantization {quantization!r}", remedy=f"one of {', '.join(BITS)}")
     if gpus < 1:
         raise ConfigError(f"at least one device, not {gpus}")
     load = load or Load()
-    size = _Sizes(config, model_plan(config), BYTES[dtype], quantization)
+    if cuda is None:
+        cuda = gpus > 1 or (rates is not None and rates.device.startswith("cuda"))
+    size = sizes(config, dtype, quantization, cuda)
     made: dict[str, Any] = {"dtype": dtype, "gpus": gpus, "quantization": quantization, "load": asdict(load)}
     made["rates"] = None if rates is None else asdict(rates)
     made |= {"decompose": _decompose(size, rates), "train": _train(size, load, rates, gpus)}
     return made | {"serve": _serve(size, load, rates, gpus)}
 
 
-class _Sizes:
-    """Counts of a model that all three need; bytes a number ``b``."""
+def sizes(config: Any, dtype: str = "bfloat16", quantization: str | None = None, cuda: bool = False) -> Sizes:
+    """The counts of a model that all of this is made of; see `budget`.
 
-    def __init__(self, config: Any, plan: Mapping[str, Any], b: int, quantization: str | None) -> None:
-        text = config.get_text_config()
-        self.plan, self.b, self.quantised = plan, b, quantization is not None
-        self.shapes = [(one["out"], one["in"], one["count"]) for one in plan["by_shape"]]
-        self.parameters = plan["parameters"]
-        self.adapted = sum(m * n * c for m, n, c in self.shapes)
-        self.ranks = plan["z_parameters"]
-        self.short = sum(min(m, n) ** 2 * c for m, n, c in self.shapes)
-        self.both = sum(min(m, n) * (m + n) * c for m, n, c in self.shapes)
-        bits = BITS[quantization] / 8 if quantization is not None else b
-        self.weights = int(b * (self.parameters - self.adapted) + bits * self.adapted)
-        self.layers = _first(text, "num_hidden_layers", "n_layer")
-        self.hidden = _first(text, "hidden_size", "n_embd")
-        self.heads = _first(text, "num_attention_heads", "n_head")
-        self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
-        self.head = getattr(text, "head_dim", None) or self.hidden // self.heads
-        self.inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * self.hidden
-        self.vocab = text.vocab_size
-        self.kv_token = 2 * self.layers * self.kv_heads * self.head * b
-
-    @property
-    def factors(self) -> int:
-        """Bytes of what training and mixed batches keep of the decomposition."""
-        return self.b * ((self.short if self.quantised else self.both) + 2 * self.ranks)
-
-    def kept(self, scores: int = 0) -> int:
-        """Bytes that the backward pass keeps of one token; ``scores``: attention scores of it that are kept, a head.
-
-        A frozen linear layer keeps nothing. Kept are h of every matrix before its scaling, queries, keys, values and
-        what attention returns, the gate, its activation and the factor that it gates, and both norms' input in float32.
-        """
-        q, kv = self.heads * self.head, self.kv_heads * self.head
-        numbers = self.ranks // self.layers + 2 * q + 2 * kv + 3 * self.inner
-        return self.layers * (self.b * numbers + 2 * 4 * self.hidden + (self.b + 4) * self.heads * scores)
+    Raises:
+        BaseModelError: see `model_plan`. ConfigError: a dtype or a quantisation that cannot be.
+    """
+    if dtype not in BYTES:
+        raise ConfigError(f"weights have no dtype {dtype!r}", remedy=f"one of {', '.join(BYTES)}")
+    if quantization is not None and quantization not in BITS:
+        raise ConfigError(f"unknown quantization {quantization!r}", remedy=f"one of {', '.join(BITS)}")
+    return Sizes(config, model_plan(config), BYTES[dtype], quantization, cuda)
 
 
-def _first(config: Any, *names: str) -> int:
-    return next(int(value) for name in names if (value := getattr(config, name, None)))
+def serving_forms(size: Sizes, mixes: int = 1) -> dict[str, int]:
+    """{form: bytes beside the weights}, with ``mixes`` merged mixes kept; a quantised base has base and gain only."""
+    forms = {"base": 0, "gain": size.b * size.short + 4 * size.ranks}
+    if not size.quantised:
+        forms["merged"] = mixes * size.b * size.adapted + size.b * size.short
+        forms["factored"] = size.b * size.both + 4 * size.ranks
+    return forms
 
 
-def _decompose(size: _Sizes, rates: Rates | None) -> dict[str, Any]:
+def _decompose(size: Sizes, rates: Rates | None) -> dict[str, Any]:
     def peak(m: int, n: int) -> int:
         return size.b * m * n + 8 * m * n + EIGH * 8 * min(m, n) ** 2
 
@@ -238,7 +220,7 @@ def _decompose_seconds(b: int, m: int, n: int, rates: Rates) -> float:
     return read + copies + _gram_flops(m, n) / rates.matmul64 + rates.eigh_seconds(r)
 
 
-def _train(size: _Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str, Any]:
+def _train(size: Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str, Any]:
     prompts = max(load.batch // load.group, 1)
     answers = load.batch * load.answer
     read = prompts * load.prompt + answers
@@ -259,30 +241,27 @@ def _train(size: _Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str
         parts = {"weights": size.weights, "factors": size.factors, "z and optimiser": numbers}
         parts |= {"merged copies, keys and values": acting}
     made: dict[str, Any] = {"parts": parts, "peak_bytes": sum(parts.values())}
-    each = (size.weights + size.factors + (0 if size.quantised else size.b * size.adapted)) / gpus
-    made["per_gpu_bytes"] = int(each + activations / gpus + logits + numbers)
+    each = (size.weights + size.factors + numbers) / gpus
+    made["per_gpu_bytes"] = int(each + max(activations / gpus + logits, acting / gpus))
     if rates is not None:
-        forward = 2 * (size.parameters - size.adapted)
+        forward = 2 * (size.met - size.adapted)
         plain, form = forward + 2 * size.adapted, forward + 2 * (size.adapted + 2 * size.short)
         form = form if size.quantised else forward + 2 * size.both
         token = load.batch * (form if size.quantised else plain) / rates.matmul
-        act = prompts * load.prompt * plain / rates.matmul + load.answer * max(token, size.weights / rates.copy)
+        act = prompts * load.prompt * plain / rates.matmul + load.answer * max(token, size.read / rates.copy)
         merge = 0 if size.quantised else sum(2 * m * n * min(m, n) * c for m, n, c in size.shapes) / rates.matmul
         learn = read * (plain + 3 * form) / rates.matmul  # the reference, then forward and twice as much backward
         made["seconds_per_step"] = act + merge + learn
     return made
 
 
-def _serve(size: _Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str, Any]:
+def _serve(size: Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str, Any]:
     kv = size.kv_token * load.requests * load.context
     logits = (size.b + 4) * load.requests * size.vocab
     # one layer's at a time, while all requests are read together: its input, queries, keys, values, gate, up, product
     row = 2 * size.hidden + (size.heads + 2 * size.kv_heads) * size.head + 3 * size.inner
     reading = size.b * load.requests * load.context * row
-    forms: dict[str, int] = {"base": 0, "gain": size.b * size.short + 4 * size.ranks}
-    if not size.quantised:
-        forms["merged"] = load.mixes * size.b * size.adapted + size.b * size.short
-        forms["factored"] = size.b * size.both + 4 * size.ranks
+    forms = serving_forms(size, load.mixes)
     common = size.weights + kv + logits + reading
     made: dict[str, Any] = {
         "parts": {"weights": size.weights, "keys and values": kv, "logits": logits, "reading": reading},
@@ -292,12 +271,14 @@ def _serve(size: _Sizes, load: Load, rates: Rates | None, gpus: int) -> dict[str
         "kv_bytes_per_1000_tokens": 1000 * size.kv_token,
     }
     if rates is not None:
-        plain = 2 * size.parameters
+        plain = 2 * size.met
         work = {"base": plain, "merged": plain, "gain": plain + 4 * size.short}
         work["factored"] = plain + 2 * (size.both - size.adapted)
+        traffic = {"base": size.read, "merged": size.read, "gain": size.read + forms["gain"]}
+        traffic["factored"] = size.read + forms.get("factored", 0) - size.b * size.adapted
         made["prefill_tokens_per_second"] = {n: rates.matmul / work[n] for n in forms}
         made["decode_tokens_per_second"] = {
-            n: load.requests / max(load.requests * work[n] / rates.matmul, (size.weights + forms[n] + kv) / rates.copy)
+            n: load.requests / max(load.requests * work[n] / rates.matmul, (traffic[n] + kv) / rates.copy)
             for n in forms
         }
     return made

@@ -32,6 +32,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sigmix"
 
 
+def existing(path: str | os.PathLike[str]) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    there = Path(path).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return there
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes free for this user where ``path`` is, or would be once it is made."""
+    return shutil.disk_usage(existing(path)).free
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the operating system's refusals while writing ``path`` into one clear `OutputError`."""

@@ -1,6 +1,7 @@
 """Bases from the Hugging Face hub: download into the hub's own cache, and name what went wrong.
 
-Also the hints that a name which leads nowhere gets. Only configs, tokenizers and safetensors are fetched.
+Also the hints that a name which leads nowhere gets. Only configs, tokenizers and the safetensors that transformers
+loads are fetched: some makers keep the same weights a second time beside them, or in a folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from sigmix.errors import BaseModelError
 from sigmix.fetch import DEFAULT, offline
 
-HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
+HUB_FILES = ("model.safetensors", "model*-of-*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+FOLDERS = ("*/*",)
+"""Never fetched; in these patterns a star stands for slashes too."""
 
 
 def hub_folder(name: str, revision: str | None) -> Path:
@@ -24,14 +27,16 @@ def hub_folder(name: str, revision: str | None) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline()
+                name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(FOLDERS),
+                local_files_only=offline(),
             )
-        )
+        )  # fmt: skip
     except Exception as error:
-        found = explain(error, name, revision=revision, hint=hint, instead=base_names())
-        if found is None:
+        found, key = explain(error, name, revision=revision, hint=hint, instead=base_names()), own_token()
+        if found is None and not shows(error, key):
             raise
-        raise BaseModelError(found[0], remedy=found[1]) from error
+        message, remedy = found or (f"the hub model {name!r} cannot be had: {error}", "run it again, or: hf auth login")
+        raise BaseModelError(scrubbed(message, key), remedy=remedy) from (None if shows(error, key) else error)
 
 
 def explain(
@@ -100,6 +105,29 @@ def status_of(error: BaseException | None) -> int | None:
     """The HTTP status of an answer that became an exception, or None."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
+
+
+def own_token() -> str | None:
+    """The token that huggingface_hub asks with when it is given none."""
+    from huggingface_hub import get_token
+
+    return (get_token() or "").strip() or None
+
+
+def shows(error: BaseException | None, key: str | None) -> bool:
+    """Whether any error of a chain has the token ``key`` in its words: a proxy may send back what it was sent."""
+    seen: set[int] = set()
+    while key and error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if key in f"{error} {error!r}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def scrubbed(text: str, key: str | None) -> str:
+    """``text`` without the token ``key``."""
+    return text.replace(key, "<token>") if key else text
 
 
 def base_names() -> str:

@@ -30,7 +30,8 @@ def model_plan(config: Any) -> dict[str, Any]:
         adapted), ``z_parameters``, ``expert_bytes`` (the numbers of one expert on disk), ``cache_bytes`` (the numbers
         of the decomposition, on disk, and in memory for the gain form), ``disk_bytes`` (the same with the files'
         headers), ``factored_bytes`` (in memory for the factored form, beside the weights), ``by_shape`` (list of
-        ``out``, ``in``, ``count``), ``not_adapted`` (list of ``name``, ``shape``, ``parameters``, ``why``).
+        ``out``, ``in``, ``count``), ``not_adapted`` (list of ``name``, ``shape``, ``count``, ``parameters``, ``why``),
+        ``lookup_parameters`` (of an input embedding that is not the output head too: read by row, never multiplied).
 
     Raises:
         BaseModelError: the config is of no causal language model, or has values that no model can be built from.
@@ -67,6 +68,7 @@ def model_plan(config: Any) -> dict[str, Any]:
         "factored_bytes": factored,
         "by_shape": [{"out": m, "in": n, "count": count} for (m, n), count in sorted(shapes.items())],
         "not_adapted": _not_adapted(model),
+        "lookup_parameters": _lookup(model.get_input_embeddings(), head),
     }
 
 
@@ -95,6 +97,12 @@ def empty_model(config: Any) -> Any:
             f"no causal language model can be built from this config (model_type {kind!r}): {error}",
             remedy="choose a decoder-only text model that transformers knows",
         ) from error
+
+
+def _lookup(embedding: Any, head: Any) -> int:
+    if embedding is None or (head is not None and head.weight is embedding.weight):
+        return 0
+    return embedding.weight.numel()
 
 
 def _not_adapted(model: Any) -> list[dict[str, Any]]:

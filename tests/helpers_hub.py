@@ -215,7 +215,9 @@ class Handler(BaseHTTPRequestHandler):
             large = line["key"] == "lfsFile"
             changes[value["path"]] = self.hub.blobs[value["oid"]] if large else base64.b64decode(value["content"])
         repo = self._repo(name)
-        repo.at(revision)
+        head = repo.at(revision)
+        if lines[0]["value"].get("parentCommit") not in (None, head):
+            raise Refused(412, "", "A commit has happened since. Please refresh and try again.")
         sha = repo.commit(changes, revision, lines[0]["value"]["summary"])
         return {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha}
 
@@ -224,13 +226,13 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         if branch in repo.branches:
             raise Refused(409, "", "Reference already exists")
-        repo.branches[branch] = repo.branches["main"]
+        repo.branches[branch] = json.loads(body or b"{}").get("startingPoint") or repo.branches["main"]
         return {}
 
     def _info(self, name: str, body: bytes, revision: str = "main"):
         repo = self._repo(name)
         sha = repo.at(revision)
-        files = [{"rfilename": path} for path in repo.commits[sha]]
+        files = [{"rfilename": path, "size": len(content)} for path, content in repo.commits[sha].items()]
         return {"id": name, "modelId": name, "sha": sha, "private": repo.private, "siblings": files, "tags": []}
 
     def _tree(self, name: str, revision: str, body: bytes):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers_tiny import build_tiny
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig, LlamaConfig, MambaConfig, MixtralConfig
 
-from sigmix.budget import Load, Rates, budget, measure_rates
-from sigmix.errors import ConfigError
+from sigmix.budget import Load, Rates, budget, measure_rates, serving_forms, sizes
+from sigmix.errors import BaseModelError, ConfigError
 from sigmix.svf.tuner import SVFConfig, svf_layers
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -119,6 +119,7 @@ def test_a_70b_model_is_streamed_in_a_few_of_its_matrices():
     assert found["serve"]["kv_bytes_per_1000_tokens"] == 1000 * 2 * 80 * 8 * 128 * 2
     assert found["train"]["per_gpu_bytes"] < found["train"]["peak_bytes"] / 4
     one = budget(LLAMA70, RATES)
+    assert one["train"]["per_gpu_bytes"] == one["train"]["peak_bytes"]
     assert one["serve"]["per_gpu_bytes"] == one["serve"]["peak_bytes"]
     deeper = budget(LlamaConfig(**{**LLAMA70.to_dict(), "num_hidden_layers": 160}), RATES)
     assert deeper["decompose"]["peak_bytes"] == found["decompose"]["peak_bytes"]
@@ -132,6 +133,71 @@ def test_a_quantised_base_has_neither_merged_nor_factored_form():
     assert set(small["serve"]["forms"]) == {"base", "gain"}
     assert small["train"]["parts"]["weights"] < 0.32 * plain["train"]["parts"]["weights"]
     assert small["train"]["parts"]["factors"] < plain["train"]["parts"]["factors"]
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("load", [Load(), Load(batch=2, group=1, prompt=1, answer=1)])  # learning, acting takes most
+def test_one_device_holds_the_peak(load, quantization):
+    config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8)
+    train = budget(config, load=load, quantization=quantization)["train"]
+    assert train["per_gpu_bytes"] == train["peak_bytes"]
+    assert budget(config, load=load, gpus=4, quantization=quantization)["train"]["per_gpu_bytes"] < train["peak_bytes"]
+
+
+def test_a_written_token_reads_what_the_form_multiplies_with():
+    few = Load(requests=1, context=1)  # reading the weights takes all the time
+    found = budget(LLAMA70, RATES, load=few)["serve"]
+    speed = found["decode_tokens_per_second"]
+    assert speed["merged"] == speed["base"]
+    many = budget(LLAMA70, RATES, load=Load(requests=1, context=1, mixes=9))["serve"]
+    assert many["decode_tokens_per_second"] == speed
+    table = 2 * 128256 * 8192  # of which a token reads a row
+    kv = found["parts"]["keys and values"]
+    assert RATES.copy / speed["base"] == pytest.approx(found["parts"]["weights"] - table + kv)
+    assert RATES.copy / speed["gain"] == pytest.approx(RATES.copy / speed["base"] + found["forms"]["gain"])
+    both = RATES.copy / speed["base"] - 2 * 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert RATES.copy / speed["factored"] == pytest.approx(both + found["forms"]["factored"])
+
+
+def test_flops_are_of_the_weights_that_a_token_meets():
+    def met(config):
+        return RATES.matmul / budget(config, RATES)["serve"]["prefill_tokens_per_second"]["base"] / 2
+
+    small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tied, untied = (LlamaConfig(**small, **heads, tie_word_embeddings=tied) for tied in (True, False))
+    assert met(tied) == pytest.approx(met(untied))
+    # with a router of 64 numbers an expert in each layer
+    of_many = {**small, **heads, "tie_word_embeddings": True, "num_experts_per_tok": 2}
+    two, eight = (met(MixtralConfig(**of_many, num_local_experts=count)) for count in (2, 8))
+    assert eight - two == pytest.approx(2 * 64 * 6)
+
+
+def test_four_bits_are_packed_on_a_gpu():
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = LlamaConfig(**small, num_attention_heads=4)
+
+    def bits(**options):
+        return budget(config, quantization="int4", **options)["serve"]["parts"]["weights"]
+
+    on_gpu = Rates("cuda:0", "bfloat16", 1e12, 1e11, 1e11, 1e9, {256: 0.01, 1024: 0.4})
+    assert bits() == bits(rates=RATES) == budget(config, quantization="int8")["serve"]["parts"]["weights"]
+    packed = budget(config, quantization="nf4")["serve"]["parts"]["weights"]
+    assert packed == bits(gpus=2) == bits(rates=on_gpu) == bits(cuda=True)
+    assert bits(gpus=2, cuda=False) == bits()
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), "does not say num_attention"),
+        (Gemma3nTextConfig(), "has one for each layer as intermediate_size"),
+    ],
+)
+def test_a_model_whose_layers_are_not_counted_says_so(config, named):
+    with pytest.raises(BaseModelError, match=f"kind '{config.model_type}' are not planned for: the config {named}"):
+        budget(config)
+    assert serving_forms(sizes(config))["gain"] > 0  # weights and factors are counted all the same
 
 
 def test_times_follow_the_rates():

@@ -111,3 +111,13 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     assert files.sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
     with open(tmp_path / "a", "rb") as file:
         assert files._sha256(file) == hashlib.sha256(content).hexdigest()
+
+
+def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):
+    seen = []
+    real = files.shutil.disk_usage
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: seen.append(path) or real(path))
+    assert files.free_bytes(tmp_path / "not" / "made" / "yet") > 0
+    monkeypatch.chdir(tmp_path)
+    assert files.free_bytes("not/made") > 0
+    assert seen == [tmp_path, tmp_path]

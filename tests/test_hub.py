@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -10,8 +11,16 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 from sigmix import hub
+from sigmix.cli.planning import read_config
 from sigmix.errors import BaseModelError
 from sigmix.models import load_base
+
+pytest_plugins = ["helpers_hub"]
+
+
+@pytest.fixture
+def fake_hub(request):
+    return request.getfixturevalue("hub")  # whose name is the module's here
 
 
 def hub_answers(monkeypatch, error):
@@ -84,3 +93,40 @@ def test_a_hub_model_loads_from_its_snapshot(monkeypatch, model_folder):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
     model, _ = load_base("org/model")
     assert model.sigmix_base == {"name": "org/model", "source": str(model_folder), "kind": "hub"}
+
+
+def test_only_what_transformers_loads_is_fetched(fake_hub):
+    weights = {f"model-0000{n}-of-00002.safetensors": b"w" for n in (1, 2)}
+    wanted = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": b"{}", **weights}
+    wanted |= {"tokenizer.model": b"t", "preprocessor_config.json": b"{}", "chat_template.jinja": b"c"}
+    again = {"consolidated.safetensors": b"w", "consolidated-00001-of-00002.safetensors": b"w", "model.fp16.bin": b"w"}
+    folders = {"original/model.safetensors": b"w", "onnx/config.json": b"", "a/model-00001-of-00002.safetensors": b"w"}
+    fake_hub.add("org/mistral", {**wanted, **again, **folders})
+    fake_hub.add("org/small", {"config.json": b"{}", "model.safetensors": b"w"})
+    fake_hub.add("org/other", {"config.json": b"{}", "model.safetensors-00001-of-00002.safetensors": b"w"})
+    folder = hub.hub_folder("org/mistral", None)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(wanted)
+    assert (hub.hub_folder("org/small", None) / "model.safetensors").is_file()
+    assert (hub.hub_folder("org/other", None) / "model.safetensors-00001-of-00002.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, hub_errors.HFValidationError])
+def test_an_error_that_has_the_token_in_it_is_shown_without(monkeypatch, kind):
+    token = "hf_aTokenThatNobodyMaySee"
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub_answers(monkeypatch, kind(f"a proxy said: Bearer {token}"))
+    with pytest.raises(BaseModelError) as caught:
+        load_base("org/model")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert token not in shown
+    assert "Bearer <token>" in shown
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock(side_effect=kind(f"Bearer {token}")))
+    with pytest.raises(BaseModelError, match="<token>") as caught:
+        read_config("org/model")
+    assert token not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_error_of_no_ones_making_is_left_as_it_is(monkeypatch):
+    hub_answers(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        load_base("org/model")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from helpers_tiny import build_tiny, build_tokenizer
 from peft import get_peft_model
 
 from sigmix import Engine, Expert, Mix, SVFConfig, load_base
 from sigmix.errors import BaseModelError, ConfigError
+from sigmix.experts.base import readers
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.svf import decompose as module
 from sigmix.svf.tuner import svf_layers
@@ -60,6 +62,17 @@ def test_layers_on_the_disk_compute_what_whole_ones_do(folder, tmp_path, monkeyp
     assert fingerprint(spread) == fingerprint(whole)
     with pytest.raises(ConfigError, match="this base is offloaded"):
         engine.logits(IDS, None, "mine", form="factored")
+
+
+def test_what_lies_on_the_disk_is_named_without_reading_it(folder, tmp_path, monkeypatch):
+    spread = load_base(folder, "float32", device_map=DISK, offload_folder=tmp_path / "offloaded")[0]
+    layer = spread.model.layers[1].mlp.up_proj
+    with monkeypatch.context() as patch:
+        patch.setattr(OffloadedWeightsLoader, "__getitem__", None)  # what accelerate reads the disk with
+        found = readers(spread)
+        patch.setattr(PrefixedDataset, "__getitem__", None)
+        assert readers(spread).keys() == found.keys()
+    assert torch.equal(found[id(layer.weight)](), load_base(folder, "float32")[0].model.layers[1].mlp.up_proj.weight)
 
 
 def test_a_bfloat16_base_on_the_disk_is_that_base(folder, tmp_path):

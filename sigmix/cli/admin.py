@@ -146,12 +146,15 @@ def doctor(
     try:
         with working("reading the base's config"):
             read = planning.read_config(base or DEFAULT)
-            figures["base"] = planning.needs(base or DEFAULT, read, figures["machine"])
+            kind = (plan and dtype) or figures["dtype"]["chosen"] or "bfloat16"
+            kept = quantization if plan else None
+            cuda = bool(figures["machine"]["gpu"]) or (plan and (gpus > 1 or gpu_memory is not None))
+            figures["base"] = planning.needs(base or DEFAULT, read, figures["machine"], kind, kept, cuda)
         if plan:
             load = Load(batch, min(4, batch), prompt, answer, requests, context)
             with working("measuring this machine"):
                 figures["base"]["budget"] = planning.budget_of(
-                    read[0], figures["machine"], dtype, gpus, gpu_memory, load, quantization
+                    read[0], figures["machine"], kind, gpus, gpu_memory, load, kept, cuda
                 )
     except SigmixError as error:
         failed = error

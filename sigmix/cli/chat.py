@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASE, BASIS, QUANTIZATION, note, open_bank, open_engine, read_mix
+from sigmix.cli.shared import BANK, BASE, BASIS, DEVICE_MAP, QUANTIZATION, note, open_bank, open_engine, read_mix
 from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 HELP = """/expert NAME      answer with one expert
@@ -37,6 +37,7 @@ def chat(
     base: str = BASE,
     quantization: str = QUANTIZATION,
     basis: str = BASIS,
+    device_map: str = DEVICE_MAP,
     bank: Path = BANK,
 ) -> None:
     """Talk with the base or its experts; type /help for the commands."""
@@ -53,7 +54,7 @@ def chat(
     started = read_mix("base" if mix == AUTO else mix, experts)
     if (started.weights or mix == AUTO) and experts is None:
         experts = open_bank(None)  # raises, and says why
-    engine = open_engine(base, experts, [started], quantization, basis)
+    engine = open_engine(base, experts, [started], quantization, basis, device_map)
     session = Session(engine, started, max_new_tokens, temperature, top_p, seed, single_turn, system)
     session.strategy = strategy
     if mix == AUTO:

@@ -45,6 +45,9 @@ def decompose(
             raise ConfigError(f"there is no device {device!r}", remedy="cpu, cuda or cuda:1, say") from error
         if where is not None and where.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"no GPU for --device {device} here", remedy="leave --device out")
+        if where is not None and not _computes(where):
+            remedy = "cpu, or a GPU that is here, such as cuda:0"
+            raise ConfigError(f"nothing can be decomposed on --device {device} here", remedy=remedy)
         stream = Stream.open(base, dtype, modules, chosen)
     with Ticker(f"decomposing {base}", len(stream.matrices)) as ticker:
         done = stream.decompose(where, lambda matrix, _: ticker.advance())
@@ -64,3 +67,13 @@ def decompose(
         f"{done.cached} were there; {size(done.bytes)} written in {done.seconds:.1f} s"
     )
     emit(figures, as_json, text)
+
+
+def _computes(device: Any) -> bool:
+    """Whether a device is here and computes in float64, as decomposing does."""
+    import torch
+
+    try:
+        return bool(torch.ones(2, dtype=torch.float64, device=device).sum().item() == 2)
+    except Exception:  # each kind of device has its own
+        return False

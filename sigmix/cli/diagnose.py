@@ -6,7 +6,6 @@ import importlib.metadata as metadata
 import os
 import platform
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,18 +67,15 @@ def _package(name: str, pin: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """cpu cores this process may use, memory, free disk at the cache; bytes, None where the system does not say."""
-    from sigmix.files import cache_dir
+    from sigmix.files import cache_dir, free_bytes
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    there = cache_dir()
-    while not there.exists() and there != there.parent:
-        there = there.parent
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": cores,
         "memory_bytes": _memory("MemTotal"),
         "memory_available_bytes": _memory("MemAvailable"),
-        "disk_free_bytes": shutil.disk_usage(there).free,
+        "disk_free_bytes": free_bytes(cache_dir()),
         "gpu": _gpu(),
     }
 
@@ -110,13 +106,11 @@ def _gpu() -> dict[str, Any] | None:
 def cache() -> dict[str, Any]:
     """The cache folder, whether it can be written, bytes of each kind, and the models in it."""
     from sigmix.caching import KINDS, entries
-    from sigmix.files import cache_dir
+    from sigmix.files import cache_dir, existing
 
     found = entries()
     folder = cache_dir()
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = existing(folder)
     return {
         "folder": str(folder),
         "writable": os.access(there, os.W_OK) and there.is_dir(),

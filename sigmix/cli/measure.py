@@ -11,6 +11,7 @@ from sigmix.cli.shared import (
     BANK,
     BASE,
     BASIS,
+    DEVICE_MAP,
     JSON,
     QUANTIZATION,
     Ticker,
@@ -60,6 +61,7 @@ def evaluate(
     base: str = BASE,
     quantization: str = QUANTIZATION,
     basis: str = BASIS,
+    device_map: str = DEVICE_MAP,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
@@ -72,8 +74,9 @@ def evaluate(
         raise ConfigError("give --task, or --dispatch", remedy="sigmix tasks lists the tasks")
     if (dispatch or strategy) and (mix or expert):
         raise ConfigError("--mix and --expert do not go with --strategy or --dispatch")
-    if (dispatch or strategy) and quantization is not None:
-        raise ConfigError("--quantization goes with --mix and --expert, not with --strategy or --dispatch")
+    for option, given in (("--quantization", quantization), ("--device-map", device_map)):
+        if (dispatch or strategy) and given is not None:
+            raise ConfigError(f"{option} goes with --mix and --expert, not with --strategy or --dispatch")
     if dispatch:
         adapted.dispatch(strategy or ["A", "D"], n, seed, split, out, base, bank, data_dir, as_json)
         return
@@ -87,7 +90,7 @@ def evaluate(
     made.score(first[0], "")  # what a task refuses, such as running programs, it refuses before the work
     if out is not None:
         check_output(out, "summary.json")
-    engine = open_engine(base, experts, mixes, quantization, basis)
+    engine = open_engine(base, experts, mixes, quantization, basis, device_map)
 
     from sigmix.evals.run import run, save
 

@@ -26,26 +26,30 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """Sizes of the paper's bases, as their makers published them: the hub wants a licence accepted for some of them."""
 
 
-def needs(name: str, read: tuple[Any, str], has: dict[str, Any]) -> dict[str, Any]:
+def needs(
+    name: str, read: tuple[Any, str], has: dict[str, Any], dtype: str = "bfloat16", quantization: str | None = None,
+    cuda: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """`sigmix.plan.model_plan` of a base, from its config alone, and whether this machine has that much.
 
-    ``config`` says where its sizes came from; ``read`` is from `read_config`.
+    ``config`` says where its sizes came from; ``read`` is from `read_config`. Memory is weights and factors as
+    `sigmix.budget` counts them, in ``dtype``.
 
     Raises:
-        BaseModelError: the config is of no causal language model.
+        BaseModelError: the config is of no causal language model. ConfigError: see `sigmix.budget.sizes`.
     """
-    from sigmix.plan import model_plan
+    from sigmix.budget import serving_forms, sizes
 
     config, told = read
-    found = model_plan(config)
-    weights, factored = found["weights_bf16_bytes"], found["factored_bytes"]
-    memory, disk = has["memory_available_bytes"], has["disk_free_bytes"]
-    forms = {"merged": weights * 2 + found["cache_bytes"], "gain": weights + found["cache_bytes"]}
-    forms["factored"] = weights + factored
+    size_of = sizes(config, dtype, quantization, cuda)
+    found: Any = size_of.plan
+    weights, memory, disk = found["weights_bf16_bytes"], has["memory_available_bytes"], has["disk_free_bytes"]
+    forms = {form: size_of.weights + extra for form, extra in serving_forms(size_of).items() if form != "base"}
     return {
         "name": name,
         "config": told,
         "plan": found,
+        "dtype": dtype,
         "memory_bytes": forms,
         "fits_memory": {form: None if memory is None else wanted < memory for form, wanted in forms.items()},
         "disk_bytes": weights + found["cache_bytes"],
@@ -54,29 +58,25 @@ def needs(name: str, read: tuple[Any, str], has: dict[str, Any]) -> dict[str, An
 
 
 def budget_of(
-    config: Any, has: dict[str, Any], dtype: str | None, gpus: int, gpu_memory: float | None, load: Any,
-    quantization: str | None,
+    config: Any, has: dict[str, Any], kind: str, gpus: int, gpu_memory: float | None, load: Any,
+    quantization: str | None, cuda: bool,
 ) -> dict[str, Any]:
     """`sigmix.budget.budget` of a base at rates measured on this machine, and what fits.
 
     Args:
-        has: from `diagnose.machine`. gpu_memory: GB of each device; None: of the one that is here, if there is one.
+        has: from `diagnose.machine`. kind: dtype of the weights. cuda: whether they lie on GPUs.
+        gpu_memory: GB of each device; None: of the one that is here, if there is one.
 
     Raises:
         ConfigError: see `sigmix.budget.budget`.
     """
     import torch
 
-    from sigmix.budget import BYTES, budget, measure_rates
-    from sigmix.errors import ConfigError
-    from sigmix.models import default_dtype
+    from sigmix.budget import budget, measure_rates
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = dtype or str(default_dtype(device)).removeprefix("torch.")
-    if kind not in BYTES:
-        raise ConfigError(f"weights have no dtype {kind!r}", remedy=f"one of {', '.join(BYTES)}")
-    budget(config, None, kind, load, gpus, quantization)  # bad input, before seconds of measuring
-    found = budget(config, measure_rates(device, kind), kind, load, gpus, quantization)
+    budget(config, None, kind, load, gpus, quantization, cuda)  # bad input, before seconds of measuring
+    found = budget(config, measure_rates(device, kind), kind, load, gpus, quantization, cuda)
     each = int(gpu_memory * 1e9) if gpu_memory is not None else (has["gpu"] or {}).get("memory_bytes")
     found["gpu_memory_bytes"] = each
     wanted = {"train": found["train"]["per_gpu_bytes"]}
@@ -129,7 +129,7 @@ def _config(name: str) -> Any:
     from sigmix.errors import BaseModelError
     from sigmix.fetch import DEFAULT, SMOLLM2, offline
     from sigmix.gguf import models_dir, quiet
-    from sigmix.hub import base_names, near_paths
+    from sigmix.hub import base_names, near_paths, own_token, scrubbed, shows
     from sigmix.models import HUB_NAME
 
     path = Path(name).expanduser()
@@ -151,8 +151,10 @@ def _config(name: str) -> Any:
         with quiet():
             return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
     except Exception as error:  # the hub's, transformers' and the system's errors
-        why = str(error).split("\n")[0][:200]
-        raise BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names()) from error
+        key = own_token()
+        why = scrubbed(str(error), key).split("\n")[0][:200]
+        told = BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names())
+        raise told from (None if shows(error, key) else error)
 
 
 def text(base: dict[str, Any], plan: bool) -> list[str]:
@@ -164,7 +166,7 @@ def text(base: dict[str, Any], plan: bool) -> list[str]:
     expert = f"{found['z_parameters']:,} numbers in an expert ({size(found['expert_bytes'])})"
     lines = [
         f"base {base['name']}: {found['parameters']:,} parameters, {found['matrices']} matrices adapted, {expert}",
-        f"  memory by form, without activations: {forms}",
+        f"  memory by form in {base['dtype']}, weights and factors alone: {forms}",
         f"  disk: {size(found['weights_bf16_bytes'])} of weights, {size(found['cache_bytes'])} of decompositions",
     ]
     if base["config"] != "the base's own":

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASIS, QUANTIZATION, emit, note, open_bank, open_base, table, working
+from sigmix.cli.shared import BANK, BASIS, DEVICE_MAP, QUANTIZATION, emit, note, open_bank, open_base, table, working
 
 keys_app = typer.Typer(help="API keys of `sigmix serve`.", no_args_is_help=True)
 STATE = typer.Option(None, help="The server's state folder. Default: its setting.")
@@ -27,6 +27,7 @@ def serve(
     base: str = typer.Option(None, help="Base: smollm2-135m, a hub name, a folder or a .gguf file."),
     quantization: str = QUANTIZATION,
     basis: str = typer.Option(None, help=BASIS.help),
+    device_map: str = DEVICE_MAP,
     bank: Path = BANK,
     host: str = typer.Option(None, help="Address to listen on. Default 127.0.0.1; any other needs API keys."),
     port: int = typer.Option(None, help="Port. Default 8000; 0 takes a free one."),
@@ -53,11 +54,13 @@ def serve(
     settings = load_settings(
         config, base=base, bank=bank, host=host, port=port, policy=policy, form=form, state=state,
         expert_folders=expert_folder or None, hosts=allow_host or None, origins=allow_origin or None, rows=rows,
-        threads=threads, log_format=log_format, quantization=quantization, basis=basis,
+        threads=threads, log_format=log_format, quantization=quantization, basis=basis, device_map=device_map,
     )  # fmt: skip
     set_up(settings.log_level, settings.log_format)
     experts = open_bank(settings.bank)
-    model, tokenizer = open_base(settings.base, settings.dtype, settings.quantization, settings.basis)
+    model, tokenizer = open_base(
+        settings.base, settings.dtype, settings.quantization, settings.basis, settings.device_map
+    )
     with working("checking the experts"):
         service = Service(model, tokenizer, experts, settings, _judges())
     with working("warming up"):

@@ -16,6 +16,9 @@ BASE = typer.Option("smollm2-135m", help="Base: smollm2-135m, a hub name, a fold
 JSON = typer.Option(False, "--json", help="Print one JSON object.")
 BANK = typer.Option(None, help="Folder of experts, or a collection on the hub (its slug). Default: the bundled bank.")
 QUANTIZATION = typer.Option(None, help="Keep the base's linear layers in fewer bits: int8, int4 or nf4.")
+DEVICE_MAP = typer.Option(
+    None, metavar="auto|FILE.json", help="Where the base's parts go: spread by itself, or {module: device} in a file."
+)
 BASIS = typer.Option("own", help="Of a quantised base: own, or original for experts made on the base unquantised.")
 
 
@@ -75,8 +78,36 @@ def open_mixes(texts: Sequence[str], folder: Path | None, wanted: bool = False) 
     return mixes, bank
 
 
-def open_base(base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own") -> Any:
+def read_device_map(text: str | None) -> Any:
+    """What ``--device-map`` says, as `load_base` takes it: None, "auto", or the {module: device} of a JSON file.
+
+    Raises:
+        ConfigError: no such file, or another content.
+    """
+    from sigmix.errors import ConfigError
+
+    if text is None or text == "auto":
+        return text
+    remedy = 'auto, or a file like {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
+    try:
+        made = json.loads(Path(text).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--device-map {text} cannot be read: {why}", remedy=remedy) from error
+    devices = made.values() if isinstance(made, dict) else ()
+    if not devices or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in devices):
+        raise ConfigError(f"--device-map {text} holds no object of modules and devices", remedy=remedy)
+    return made
+
+
+def open_base(
+    base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own",
+    device_map: str | None = None,
+) -> Any:  # fmt: skip
     """(model, tokenizer) of a base, quantised or not, in the basis asked for; shown as work on stderr.
+
+    Args:
+        device_map: see `read_device_map`.
 
     Raises:
         ConfigError: a basis that there is not, or "original" for a base that is not quantised. Others: see `load_base`.
@@ -87,10 +118,11 @@ def open_base(base: str, dtype: str | None = None, quantization: str | None = No
         raise ConfigError(f"--basis is own or original, not {basis!r}")
     if basis == "original" and quantization is None:
         raise ConfigError("--basis original is for a quantised base", remedy="add --quantization int8, or leave it out")
+    placed = read_device_map(device_map)
     with working(f"loading {base}"):
         from sigmix.models import load_base
 
-        model, tokenizer = load_base(base, dtype, quantization=quantization)
+        model, tokenizer = load_base(base, dtype, quantization=quantization, device_map=placed)
     if basis == "original":
         from sigmix.experts.original import use_original_basis
 
@@ -102,10 +134,11 @@ def open_base(base: str, dtype: str | None = None, quantization: str | None = No
 
 
 def open_engine(
-    base: str, bank: Any, mixes: Sequence[Any] = (), quantization: str | None = None, basis: str = "own"
-) -> Any:
+    base: str, bank: Any, mixes: Sequence[Any] = (), quantization: str | None = None, basis: str = "own",
+    device_map: str | None = None,
+) -> Any:  # fmt: skip
     """An `Engine` on a base, see `open_base`; experts in ``mixes`` are checked against the base at once."""
-    model, tokenizer = open_base(base, None, quantization, basis)
+    model, tokenizer = open_base(base, None, quantization, basis, device_map)
     with working("checking the experts"):
         from sigmix.engine import Engine
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BASE, JSON, QUANTIZATION, Progress, emit, interval
+from sigmix.cli.shared import BASE, DEVICE_MAP, JSON, QUANTIZATION, Progress, emit, interval, read_device_map
 
 
 def add(app: typer.Typer) -> None:
@@ -22,6 +22,7 @@ def train(
     base: str = BASE,
     dtype: str = typer.Option(None, help="Of the base's weights, such as float32. Default: the faster one here."),
     quantization: str = QUANTIZATION,
+    device_map: str = DEVICE_MAP,
     preset: str = typer.Option("laptop", help="laptop (ours, two cores) or paper (Table 6)."),
     run: Path = typer.Option(None, help="Folder for checkpoints and metrics. Default: runs/NAME."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the run's checkpoint."),
@@ -87,6 +88,9 @@ def train(
             patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
             parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit, quantization=quantization,
         )  # fmt: skip
+        placed = read_device_map(device_map)
+        if placed is not None and (shard or processes.count > 1):
+            raise ConfigError("--device-map is for one process", remedy="leave it out, or start one process")
         run = run or Path("runs") / name
 
         def claim() -> None:  # until the expert is saved there
@@ -94,7 +98,7 @@ def train(
             _check_place(out, resume)
 
         processes.from_main(claim)
-        figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard, processes, shard)
+        figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard, processes, shard, placed)
         if processes.main:
             emit(figures, as_json, text)
 
@@ -130,6 +134,7 @@ def _run(
     tensorboard: Path | None,
     processes: Any,
     shard: bool,
+    device_map: Any = None,
 ) -> tuple[dict[str, Any], str]:
     """Train, measure, save; returns the figures and the line for people."""
     from sigmix.experts.directory import CURVE
@@ -142,8 +147,10 @@ def _run(
     folder = RunDir(run)
     if dtype is None and processes.count > 1:  # measured, so that processes could differ
         dtype = processes.from_main(lambda: str(default_dtype(processes.device)).removeprefix("torch."))
-    place = "cpu" if shard else processes.device
-    model, tokenizer = load_base(config.base, dtype, place, quantization=config.quantization)
+    place = "cpu" if shard else (processes.device if device_map is None else None)
+    model, tokenizer = load_base(
+        config.base, dtype, place, quantization=config.quantization, device_map=device_map
+    )  # fmt: skip
     with contextlib.ExitStack() as shown:
         progress = processes.main and shown.enter_context(Progress(config.steps, f"training {name}", tensorboard))
         listener = progress.on_entry if progress else None

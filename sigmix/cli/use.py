@@ -10,7 +10,19 @@ from typing import Any
 import typer
 
 from sigmix.cli.chat import chat
-from sigmix.cli.shared import BANK, BASE, BASIS, JSON, QUANTIZATION, emit, note, open_engine, open_mixes, working
+from sigmix.cli.shared import (
+    BANK,
+    BASE,
+    BASIS,
+    DEVICE_MAP,
+    JSON,
+    QUANTIZATION,
+    emit,
+    note,
+    open_engine,
+    open_mixes,
+    working,
+)
 from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")
@@ -44,6 +56,7 @@ def generate(
     base: str = BASE,
     quantization: str = QUANTIZATION,
     basis: str = BASIS,
+    device_map: str = DEVICE_MAP,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
@@ -53,7 +66,7 @@ def generate(
     shown = _images(image, len(prompts))
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     given, experts = open_mixes([text for text in mix if text != AUTO], bank, AUTO in mix)
-    engine = open_engine(base, experts, given, quantization, basis)
+    engine = open_engine(base, experts, given, quantization, basis, device_map)
     if form == "truncated":
         from sigmix.engine.truncation_file import bank_truncation
 

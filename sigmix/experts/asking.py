@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sigmix.errors import ConfigError, HubError, SigmixError
 from sigmix.experts.card import REPO
-from sigmix.hub import explain, near_paths, status_of
+from sigmix.hub import explain, near_paths, scrubbed, shows, status_of
 
 
 def check_repo(repo: object) -> None:
@@ -50,11 +50,10 @@ def asking(
         raise
     except Exception as error:
         found = _refusal(error, name, revision, writes, what)
-        if found is None:
+        if found is None and not shows(error, key):
             raise
-        message, remedy = found
-        told = HubError(message.replace(key, "<token>") if key else message, remedy=remedy)
-        raise told from (None if _shows(error, key) else error)
+        message, remedy = found or (f"asking the hub about {name!r} failed: {error}", "run it again, or: hf auth login")
+        raise HubError(scrubbed(message, key), remedy=remedy) from (None if shows(error, key) else error)
 
 
 def _refusal(
@@ -91,17 +90,6 @@ def _refusal(
     if status is None:
         return f"cannot reach the hub to push to {name!r} ({type(error).__name__})", "check the network, run it again"
     return f"the hub failed on {name!r} with status {status}", "run it again later"
-
-
-def _shows(error: BaseException | None, key: str | None) -> bool:
-    """Whether any error of a chain has the token in its words: a proxy may send back what it was sent."""
-    seen: set[int] = set()
-    while key and error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if key in f"{error} {error!r}":
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextlib.contextmanager

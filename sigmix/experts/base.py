@@ -126,7 +126,7 @@ def readers(model: nn.Module) -> dict[int, Callable[[], torch.Tensor]]:
         for name, parameter in module.named_parameters(recurse=False):
             if name == "weight" and isinstance(module, LINEAR) and weights.kind(module) == weights.QUANTISED:
                 found[id(parameter)] = partial(weights.value, module)
-            elif parameter.is_meta and weights.offloaded(module, name) is not None:
+            elif parameter.is_meta and weights.is_offloaded(module):
                 found[id(parameter)] = partial(_read, module, name)
     return found
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
 
+from sigmix.errors import FingerprintError
 from sigmix.experts.base import parameters, readers
 from sigmix.svf.decompose import weight_digest
 from sigmix.svf.weights import is_quantised
@@ -58,6 +60,30 @@ def combined(parts: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
 def short(full: str | None) -> str:
     """The first twelve digits of a fingerprint, for messages."""
     return full[:12] if full else "unknown"
+
+
+def foreign(expert: str, mine: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
+    """The error for an expert of the base ``mine`` on the base ``found``, each as experts record one."""
+
+    def shown(base: Mapping[str, Any]) -> str:
+        dtype = f" in {base['dtype']}" if base.get("dtype") else ""
+        return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
+
+    remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
+    if mine.get("name") == found["name"]:
+        remedy = "the name is the same, but the weights are not: "
+        if " in " in found["dtype"]:
+            remedy += (
+                "this one is quantised; to use the expert in its own basis here, call "
+                "sigmix.experts.original.use_original_basis(model), or on the command line add --basis original"
+            )
+        elif mine.get("dtype") not in (None, found["dtype"]):
+            remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
+        else:
+            remedy += "another revision, or weights changed after loading; load the base afresh"
+    return FingerprintError(
+        f"expert {expert!r} was made on {shown(mine)}, but this base is {shown(found)}", remedy=remedy
+    )
 
 
 def _digest(parameter: torch.Tensor, fresh: bool, read: Callable[[], torch.Tensor] | None) -> str:

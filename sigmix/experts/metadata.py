@@ -3,7 +3,8 @@
 In memory an expert's metadata is a plain JSON-like mapping (frozen). On disk three keys are added: ``schema``, ``name``
 and ``z_sha256``.
 
-    base         {"name", "dtype", "fingerprint"}; without a fingerprint the expert is unverified
+    base         {"name", "dtype", "fingerprint"}; without a fingerprint the expert is unverified; "basis": "original"
+                 if it was trained on a quantised base in its original's basis (`sigmix.experts.original`)
     matrices     {module path: [out, in]}
     sketches     {module path: {"norm", "values": 8 numbers}}
     task, domain, description, objective, seed, commit, license, training    as the author gives them

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.base import bare, linears
 from sigmix.experts.fingerprint import combined
 from sigmix.experts.sketch import left_probes
@@ -34,6 +34,9 @@ from sigmix.svf import weights
 from sigmix.svf.decompose import read_factors, weight_digest
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.stream import Matrix, Stream
+
+ORIGINAL = "original"
+"""What an expert that was trained under `use_original_basis` records as its base's basis."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,25 @@ class Original:
 def original_of(model: nn.Module) -> Original | None:
     """What `use_original_basis` has noted on a model, or None."""
     return getattr(bare(model), "sigmix_original", None)
+
+
+def basis_of(model: nn.Module) -> dict[str, str]:
+    """What an expert records of the basis that its base computes in: nothing of its own, as nearly all do."""
+    return {} if original_of(model) is None else {"basis": ORIGINAL}
+
+
+def check_basis(expert: str, recorded: str | None, model: nn.Module) -> None:
+    """Raise `ExpertError` if an expert was trained in the original basis of ``model``, which computes in its own.
+
+    Args:
+        recorded: "original", or None for the own basis and for experts that were saved before it was recorded.
+    """
+    if recorded == ORIGINAL and original_of(model) is None:
+        raise ExpertError(
+            f"expert {expert!r} was trained on this quantised base in the basis of its original weights, and the base "
+            "computes in its own",
+            remedy="call sigmix.experts.original.use_original_basis(model), or on the command line: --basis original",
+        )
 
 
 def use_original_basis(model: nn.Module, each: Callable[[Matrix, bool], None] | None = None) -> Original:

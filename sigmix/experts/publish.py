@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,13 @@ from sigmix.experts.metadata import COMPUTED, thaw
 from sigmix.experts.remote import FILES
 from sigmix.fetch import offline
 
-PATHS = re.compile(r"(?<![\w:/.])(?:~?/|[A-Za-z]:\\)(?:[^\s/\\\"'?&,;]+[/\\])+")
+PART = r"[^\s/\\\"'?&,;]+"
+PATHS = re.compile(
+    r"(?<![\w+.-])(?P<address>(?!file:)[A-Za-z][\w+.-]+://[^\s/\"'][^\s\"']*)"
+    r"|(?<![\w/.~\\])(?:(?:file|[A-Za-z][\w+.-]+(?=:///)):/+(?:[A-Za-z]:[/\\]+)?|[A-Za-z]:[/\\]+|\\{2,}|~?/|\.[/\\]"
+    rf"|(?:{PART}[/\\])*?(?:\.\.[/\\])+)(?P<path>{PART}(?:[/\\]+{PART})*)[/\\]?"
+)
+"""A path of some machine, from its root to its last part; or an address, which is none."""
 
 
 class Pushed(NamedTuple):
@@ -36,7 +41,8 @@ def push(
     """Commit an expert to a repository, which is made if it does not exist: all files in one commit or none.
 
     Paths on this machine are cut to their last part (`published`), so what is loaded again may have another base name;
-    z and fingerprint are the same.
+    z and fingerprint are the same. What the repository holds is looked at first, and the commit is refused if somebody
+    else commits in between.
 
     Raises:
         ConfigError: no "user/name". OutputError: the repository holds more than an expert, or is public and ``private``
@@ -59,18 +65,32 @@ def push(
                 f"the hub model {repo!r} exists and is public, so nothing was pushed to it",
                 remedy="make it private in its settings, or give another name",
             )
-        if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        before = api.model_info(repo, revision=revision)
+        fresh = False
+        try:
+            before = api.model_info(repo, revision=revision)
+        except huggingface_hub.errors.RevisionNotFoundError:
+            before, fresh = api.model_info(repo), True  # what a new branch begins with
         _check_others(repo, [file.rfilename for file in before.siblings or ()])
-        done = api.create_commit(repo, adding, commit_message=message or f"Expert {name}", revision=revision)
+        if fresh:
+            api.create_branch(repo, branch=str(revision), revision=before.sha)
+        done = api.create_commit(
+            repo, adding, commit_message=message or f"Expert {name}", revision=revision, parent_commit=before.sha
+        )
     return Pushed(str(page), done.oid, done.oid != before.sha)
 
 
 def published(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata as the world may see it: paths on this machine, such as a base's folder, cut to their last part."""
 
-    home = f"{Path.home()}{os.sep}"
+    home = str(Path.home())
+
+    def last(found: re.Match[str]) -> str:
+        if found["address"]:
+            return found[0]
+        parts = re.split(r"[/\\]+", found["path"])
+        if f"/{found['path']}" == home or (len(parts) == 2 and parts[0].lower() in ("home", "users")):
+            return "~"  # somebody's own folder is called as they are
+        return found[0] if len(parts) == 1 else parts[-1]
 
     def cut(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -78,13 +98,15 @@ def published(meta: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, (list, tuple)):
             return [cut(item) for item in value]
         if isinstance(value, str):
-            return PATHS.sub("", value.replace(home, "") if len(home) > 3 else value)
+            # a blank ends a path, as far as one can tell, but not in what is known for one
+            return PATHS.sub(last, value.replace(home, "~") if " " in home else value)
         return value
 
     plain = thaw(meta)
     made = {key: value if key in COMPUTED else cut(value) for key, value in plain.items()}
     if (plain.get("base") or {}).get("name"):
-        made["base"] = {**plain["base"], "name": without_path(plain["base"]["name"])}
+        name = plain["base"]["name"]
+        made["base"] = {**plain["base"], "name": "~" if cut(name) == "~" else without_path(name)}
     return made
 
 

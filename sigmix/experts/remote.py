@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 """A collection's slug: "user/title-" and 24 hexadecimal digits."""
 FILES = (directory.CONFIG, directory.WEIGHTS, directory.META, directory.CARD)
 SMALL = (directory.CONFIG, directory.META, directory.CARD)
+LARGEST = 1 << 30
+"""Bytes of a file that is fetched at most: experts take a few MB."""
 NOTE = ".sigmix-hub.json"
 """In a folder that `gather` made: {"source", "experts": {name: {"repo", "revision"}}}."""
 
@@ -62,7 +64,7 @@ def fetch(repo: str, revision: str | None = None, token: str | None = None) -> F
 
     Raises:
         HubError: the hub has it not, refuses, or cannot be reached and the cache has it not.
-        NoExpertError: it holds something else. ExpertError: it is incomplete.
+        NoExpertError: it holds something else. ExpertError: it is incomplete, or a file is larger than `LARGEST`.
     """
     import huggingface_hub
 
@@ -74,13 +76,19 @@ def fetch(repo: str, revision: str | None = None, token: str | None = None) -> F
                 )
             )
 
+    none = NoExpertError(
+        f"the hub model {repo!r} is no expert: it has no {directory.CONFIG}", remedy="give an expert's repository"
+    )
+    # the list of files, which a gated model shows too, so that a base whose terms nobody accepted is known for one
+    listed = _files(repo, revision, token)
+    if listed is not None and directory.CONFIG not in listed:
+        raise none
+    _check_sizes(repo, listed or {})
     # first what is small: a model that is no expert may have weights of many gigabytes
     folder = snapshot(SMALL, revision)
     config = folder / directory.CONFIG
     if not config.is_file():
-        raise NoExpertError(
-            f"the hub model {repo!r} is no expert: it has no {directory.CONFIG}", remedy="give an expert's repository"
-        )
+        raise none
     kind = directory.read_json(config).get("peft_type")
     if kind != "SVF":
         raise NoExpertError(
@@ -188,6 +196,29 @@ def pull(source: str, out: Path, revision: str | None = None, token: str | None 
 def note(folder: Path) -> dict[str, Any]:
     """What `gather` noted in a folder; an empty object for any other."""
     return directory.read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+
+
+def _files(repo: str, revision: str | None, token: str | None) -> dict[str, int | None] | None:
+    """{file: bytes, if the hub says} of a model; None if the hub does not tell, and then fetching says why."""
+    import huggingface_hub
+
+    if offline():
+        return None
+    try:
+        with asking(repo, token, revision) as key:
+            about = huggingface_hub.HfApi(token=key).model_info(repo, revision=revision, files_metadata=True)
+    except HubError:
+        return None
+    return {file.rfilename: file.size for file in about.siblings or ()}
+
+
+def _check_sizes(repo: str, listed: Mapping[str, int | None]) -> None:
+    for file in FILES:
+        if (count := listed.get(file) or 0) > LARGEST:
+            raise ExpertError(
+                f"the {file} of the hub's {repo!r} has {count / 1e9:.1f} GB, as no expert has, so it was not fetched",
+                remedy="ask its author what it is; hf download fetches it all the same, and its folder can be loaded",
+            )
 
 
 def _listed(slug: str, token: str | None) -> list[str] | None:

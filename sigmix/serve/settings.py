@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     base: str = Field("smollm2-135m", description="The base: smollm2-135m, a hub name, a folder or a .gguf file.")
     dtype: str | None = Field(None, description="bfloat16 or float32; default: the faster one here.")
     quantization: str | None = Field(None, description="int8, int4 or nf4; see docs/large-models.md.")
+    device_map: str | None = Field(None, description="auto, or a JSON file of {module: device}; default: one device.")
     basis: Literal["own", "original"] = Field("own", description="Of a quantised base.")
     bank: Path | None = Field(None, description="Folder or collection of experts; default: the bundled bank.")
     policy: str = Field("auto", description="What `auto` decides by: A, B, D, bandit, or auto.")

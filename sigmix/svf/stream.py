@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,12 +29,13 @@ from typing import Any
 import torch
 from peft import inject_adapter_in_model
 
-from sigmix.errors import BaseModelError, OutputError
-from sigmix.files import cache_dir, write_json
+from sigmix.errors import BaseModelError, ConfigError, OutputError
+from sigmix.files import cache_dir, free_bytes, write_json
 from sigmix.gguf import quiet
 from sigmix.models import dtype_of, locate
 from sigmix.plan import empty_model, entry_bytes
 from sigmix.shards import Shards
+from sigmix.svf.checkpoint import checkpoint_names, kept_float
 from sigmix.svf.decompose import METHOD, cache_path, cached_decompose, weight_digest
 from sigmix.svf.tuner import SVFConfig, svf_layers
 
@@ -95,7 +95,7 @@ class Stream:
         self.shards = Shards(folder)
         self.model = empty_model(_config(folder, label))
         names = dict(self.model.named_parameters(remove_duplicate=False))
-        self._tensors, self._converted = _checkpoint_names(self.model, self.shards)
+        self._tensors, self._converted = checkpoint_names(self.model, self.shards)
         # sorted, tied ones once, under the first name: as a fingerprint counts them
         self.parameters: dict[str, str] = {}
         seen: set[int] = set()
@@ -148,7 +148,7 @@ class Stream:
             BaseModelError: the checkpoint has no tensor of its own for it, or keeps it quantised.
         """
         found = self.shards.tensor(self._own(name))
-        kept = _kept_float(self.model, self.dtype)
+        kept = kept_float(self.model, self.dtype)
         return found.to(torch.float32 if any(part in name.split(".") for part in kept) else self.dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -187,19 +187,18 @@ class Stream:
 
         Raises:
             OutputError: the disk has no room for all that is missing (before anything is computed), or fills up.
-            BaseModelError: see `tensor`. ConfigError: NaN or infinite values.
+            BaseModelError: see `tensor`. ConfigError: NaN or infinite values; a device without the memory for it.
         """
         where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         begun, computed, written = time.monotonic(), 0, 0
-        missing = {matrix.path for matrix in self.missing()}
-        self._check_room([matrix for matrix in self.matrices if matrix.path in missing])
+        missing = {matrix.path for matrix in self._room()}
         for matrix in self.matrices:
             new = False
             if matrix.path in missing or visit is not None:
                 weight = self.read(matrix)
                 digest = weight_digest(weight)
                 if not cache_path(digest).exists():
-                    cached_decompose(weight.to(where), digest)
+                    self._compute(matrix, weight, digest, where)
                     new, computed, written = True, computed + 1, written + cache_path(digest).stat().st_size
                 self._note(matrix.path, digest)
                 if visit is not None:
@@ -209,17 +208,33 @@ class Stream:
                 each(matrix, new)
         return Done(computed, len(self.matrices) - computed, written, time.monotonic() - begun)
 
-    def _check_room(self, missing: Sequence[Matrix]) -> None:
-        there = cache_dir()
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        wanted, free = sum(matrix.bytes for matrix in missing), shutil.disk_usage(there).free
+    def _compute(self, matrix: Matrix, weight: torch.Tensor, digest: str, where: torch.device) -> None:
+        try:
+            cached_decompose(weight.to(where), digest)
+        except torch.OutOfMemoryError as error:
+            m, n = matrix.shape
+            raise ConfigError(
+                f"{where} has no memory left to decompose {matrix.path} ({m}×{n}): {str(error)[:200]}",
+                remedy="do it on the CPU, with --device cpu; what is done already stays done",
+            ) from error
+
+    def _room(self) -> list[Matrix]:
+        """What `missing` says, after making sure that the disk has room for it."""
+        missing, free = self.missing(), free_bytes(cache_dir())
+        if sum(matrix.bytes for matrix in missing) > free:
+            # those that were never read here may be there all the same, so they are read before anybody is refused
+            for matrix in missing:
+                if self.digest(matrix) is None:
+                    self._note(matrix.path, weight_digest(self.read(matrix)))
+            missing = self.missing()
+        wanted = sum(matrix.bytes for matrix in missing)
         if wanted > free:
             raise OutputError(
                 f"the decompositions of {self.label} that are missing ({len(missing)} of {len(self.matrices)}) need "
                 f"{wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {cache_dir()}",
                 remedy="set SIGMIX_CACHE to a larger disk, or adapt fewer matrices: --targets attention, --layers half",
             )
+        return missing
 
     # ------------------------------------------------------------------ the checkpoint
 
@@ -268,37 +283,6 @@ def _config(folder: Path, label: str) -> Any:
             return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers' own classes
         raise BaseModelError(f"the config of {label} cannot be read: {error}", remedy="download it again") from error
-
-
-def _checkpoint_names(model: Any, shards: Shards) -> tuple[dict[str, str], set[str]]:
-    """{parameter of the model: tensor in the checkpoint}, and the parameters that are made of several tensors.
-
-    transformers renames many checkpoints' tensors when it loads them; its own rules are applied here.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters: list[Any] = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    state = model.state_dict()
-    tensors: dict[str, str] = {}
-    converted: set[str] = set()
-    for name in shards:
-        found, by = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if by is None:
-            tensors[found] = name
-        else:
-            converted.add(found)
-    return tensors, converted
-
-
-def _kept_float(model: Any, dtype: torch.dtype) -> set[str]:
-    """Parts of names that transformers keeps in float32 whatever dtype is asked for."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return kept
 
 
 def _read_ledger(file: Path) -> dict[str, str]:

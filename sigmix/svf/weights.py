@@ -40,7 +40,8 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def _subclass(weight: Any) -> bool:
-    return hasattr(weight, "__tensor_flatten__") and hasattr(weight, "dequantize")
+    # every tensor has a dequantize; only a subclass that keeps other numbers, unlike DTensor, has one of its own
+    return hasattr(weight, "__tensor_flatten__") and type(weight).dequantize is not Tensor.dequantize
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
@@ -104,6 +105,11 @@ def bias(layer: nn.Module) -> Tensor | None:
     if found is not None and found.is_meta and _map(layer) is not None:
         return _map(layer)["bias"].to(device(layer))
     return found
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's own parameters elsewhere between passes; nothing is read to tell."""
+    return _map(module) is not None
 
 
 def offloaded(module: nn.Module, name: str) -> Tensor | None:

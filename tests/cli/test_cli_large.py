@@ -32,7 +32,11 @@ def test_decompose_refuses(run, refused, home, tmp_path):
     assert "--layers must be half or numbers" in refused("decompose", "--base", home.base, "--layers", "first")
     assert "no linear layer" in refused("decompose", "--base", home.base, "--targets", "a,b", "--layers", "0")
     assert "there is no device 'toaster'" in refused("decompose", "--base", home.base, "--device", "toaster")
-    if not torch.cuda.is_available():
+    assert "can be decomposed on --device meta" in refused("decompose", "--base", home.base, "--device", "meta")
+    assert "on --device mps" in refused("decompose", "--base", home.base, "--device", "mps")
+    if torch.cuda.is_available():
+        assert "on --device cuda:99" in refused("decompose", "--base", home.base, "--device", "cuda:99")
+    else:
         assert "no GPU for --device cuda" in refused("decompose", "--base", home.base, "--device", "cuda")
 
 
@@ -77,6 +81,63 @@ def test_training_on_a_quantised_base_makes_an_expert_of_it(run, refused, home, 
     assert "svf policy" in refused(*asked, "--out", tmp_path / "other", "--policy", "lora")
 
 
+# ---------------------------------------------------------------------- device maps
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Files of device maps: one device, the second layer on the disk, and such that cannot be."""
+    disk = {f"model.{part}": "cpu" for part in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
+    made = {
+        "cpu": {"": "cpu"}, "disk": {**disk, "lm_head": "cpu", "model.layers.1": "disk"}, "list": ["cpu"], "none": {},
+        "true": {"": True}, "toaster": {"": "toaster"},
+    }  # fmt: skip
+    for name, places in made.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(places))
+    (tmp_path / "broken.json").write_text("{")
+    return tmp_path
+
+
+def test_a_device_map_from_a_file(run, home, places):
+    asked = ["generate", "hello", "--mix", "arithmetic", "--bank", home.bank, "--base", home.base]
+    asked += ["--max-new-tokens", "4", "--form", "gain", "--json"]
+    plain = run(*asked).json
+    for where in ("auto", places / "cpu.json", places / "disk.json"):
+        assert run(*asked, "--device-map", where).json == plain
+    figures = ["eval", "--task", "addition?digits=1", "--base", home.base, "--bank", home.bank, "--n", "3", "--json"]
+    figures += ["--max-new-tokens", "2"]
+    assert run(*figures, "--device-map", places / "cpu.json").json["n"] == 3
+    chat = run("chat", "--base", home.base, "--bank", home.bank, "--device-map", places / "cpu.json", stdin="/quit\n")
+    assert chat.code == 0
+
+
+def test_training_under_a_device_map(run, refused, home, places):
+    asked = ["train", "--task", "addition?digits=1", "--base", home.base, "--steps", "1", "--batch", "4"]
+    asked += ["--eval-n", "4", "--max-new-tokens", "2", "--test-n", "0", "--run", places / "run"]
+    asked += ["--out", places / "bank" / "mapped", "--device-map", places / "cpu.json"]
+    assert "for one process" in refused(*asked, "--shard")
+    assert run(*asked).code == 0
+    meta = json.loads((places / "bank" / "mapped" / "sigmix.json").read_text())
+    assert meta["base"] == json.loads((home.bank / "reading" / "sigmix.json").read_text())["base"]
+
+
+def test_device_maps_that_cannot_be(refused, home, places):
+    asked = ["generate", "hello", "--base", home.base, "--device-map"]
+    assert "cannot be read: No such file" in refused(*asked, places / "nowhere.json")
+    assert "cannot be read" in refused(*asked, places / "broken.json")
+    for name in ("list", "none", "true"):
+        assert "holds no object of modules and devices" in refused(*asked, places / f"{name}.json")
+    assert "check the device map" in refused(*asked, places / "toaster.json")
+    line = refused("eval", "--task", "addition", "--strategy", "A", "--device-map", "auto")
+    assert "--device-map goes with --mix" in line
+
+
+def test_a_server_takes_a_device_map(refused, home, places):
+    asked = ["serve", "--base", home.base, "--bank", home.bank, "--device-map"]
+    assert "check the device map" in refused(*asked, places / "toaster.json")
+    assert "cannot be read" in refused(*asked, places / "broken.json")
+
+
 # ---------------------------------------------------------------------- doctor
 
 
@@ -114,6 +175,11 @@ def test_the_plan_of_a_config_alone(run, refused, home, tmp_path):
     assert run("doctor", "--base", tmp_path, "--plan", "--json").json["base"]["budget"] == whole["budget"]
     assert run("doctor", "--base", alone, "--plan", "--json").json["base"]["budget"] == whole["budget"]
     assert "serve" in run("doctor", "--base", alone, "--plan", "--quantization", "nf4").out
+    for options in ((), ("--quantization", "int4", "--gpu-memory", "80"), ("--dtype", "float16")):
+        found = run("doctor", "--base", alone, "--plan", *options, "--json").json["base"]
+        serve = found["budget"]["serve"]
+        both = {form: serve["parts"]["weights"] + extra for form, extra in serve["forms"].items() if form != "base"}
+        assert found["memory_bytes"] == both, "one output has one figure"
     assert "float8" in refused("doctor", "--base", alone, "--plan", "--dtype", "float8", silent=False)
     assert "int9" in refused("doctor", "--base", alone, "--plan", "--quantization", "int9", silent=False)
     alone.write_text("{}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
+from sigmix.experts import publish, remote
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 
@@ -107,6 +108,29 @@ def test_a_model_that_is_something_else_is_left_alone(hub, there, names):
     assert hub.files("user/model")["README.md"] == b"# mine"
 
 
+def test_what_is_refused_leaves_no_branch(hub):
+    hub.add("user/model", {"pytorch_model.bin": b"x"})
+    with pytest.raises(OutputError, match="holds more than an expert"):
+        made().push_to_hub("user/model", token=hub.writer, revision="v2")
+    assert set(hub.repos["user/model"].branches) == {"main"}
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_commit_in_between_is_not_overwritten(hub, monkeypatch, revision):
+    made().push_to_hub("user/sums", token=hub.writer)
+    made().push_to_hub("user/sums", token=hub.writer, revision=revision)
+    checked = publish._check_others
+
+    def late(repo, there):
+        checked(repo, there)
+        hub.repos[repo].commit({"README.md": b"# theirs"}, revision or "main")
+
+    monkeypatch.setattr(publish, "_check_others", late)
+    with pytest.raises(HubError, match="somebody else is changing it"):
+        made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision=revision)
+    assert hub.files("user/sums", revision or "main")["README.md"] == b"# theirs"
+
+
 def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
     home = f"{Path.home()}/my data"
     expert = made(
@@ -157,7 +181,7 @@ def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
             Expert.load(name)
         assert caught.value.remedy
     asked = [path for _, path, _ in hub.requests if "/models/" in path]
-    assert asked == ["/api/models/bank/sum/revision/main"]
+    assert {path.removesuffix("/revision/main") for path in asked} == {"/api/models/bank/sum"}
 
 
 @pytest.mark.parametrize("repo", ["sums", "a/b/c", "/user/sums", "user/", "", "user/sums?x"])
@@ -254,6 +278,25 @@ def test_a_bank_over_a_collection(hub, collection, tmp_path, opened):
     assert not [path for _, path, _ in hub.requests if path.endswith("model.safetensors") and "org/base" in path]
     with pytest.raises(OutputError, match=f"{collection} is on the hub, so 'new' cannot be added"):
         bank.add(made("new"))
+
+
+def test_a_gated_base_in_a_collection_is_left_out_like_any_other(hub, collection, tmp_path):
+    hub.repos["org/base"].gated = True
+    assert Bank(collection).names() == ["reading", "sums"]
+    with pytest.raises(ExpertError, match="'org/base' is no expert"):
+        Expert.load("org/base")
+    hub.add("dora/more", files(tmp_path, "more")).gated = True  # it is an expert, and not left out in silence
+    hub.collect(collection, "org/base", "alice/sums", "dora/more")
+    with pytest.raises(HubError, match="'dora/more' is gated"):
+        Bank(collection)
+
+
+def test_a_file_that_no_expert_has_is_not_fetched(hub, tmp_path, monkeypatch):
+    hub.add("alice/sums", files(tmp_path, "sums"))
+    monkeypatch.setattr(remote, "LARGEST", 5)
+    with pytest.raises(ExpertError, match=r"of the hub's 'alice/sums' has .* GB, as no expert has.* -> .*hf download"):
+        Expert.load("alice/sums")
+    assert not [path for _, path, _ in hub.requests if "/resolve/" in path]
 
 
 def test_a_bank_stays_what_it_was_and_a_new_one_is_what_the_collection_is_now(hub, collection, tmp_path):

@@ -153,3 +153,19 @@ def test_no_token_is_sent_where_the_library_is_told_not_to(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     with pytest.raises(HubError, match="no public hub model"):
         Expert.load("user/sums")
+
+
+@pytest.mark.parametrize("work", ["push", "load"])
+def test_an_error_that_is_not_the_hubs_is_told_without_the_token(hub, watched, monkeypatch, work):
+    def echo(*_, **__):
+        raise ZeroDivisionError(f"the proxy was sent Bearer {hub.writer}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", echo)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", echo)
+    tasks = {
+        "push": lambda: made().push_to_hub("user/sums", token=hub.writer),
+        "load": lambda: Expert.load("user/sums", token=hub.writer),
+    }
+    error = watched(tasks[work], hub.writer)
+    assert isinstance(error, HubError)
+    assert "sent Bearer <token>" in str(error)

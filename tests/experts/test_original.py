@@ -97,6 +97,22 @@ def test_it_holds_experts_to_the_original_and_to_their_basis(folder, tmp_path):
         Expert("turned", z, expert.meta).check(quantised)
 
 
+def test_an_expert_trained_in_the_original_basis_says_so(folder, tmp_path):
+    def quantised():
+        return load_base(folder, "float32", quantization="int8")[0]
+
+    trained_on = quantised()
+    use_original_basis(trained_on)
+    expert = expert_on(trained_on)
+    assert expert.meta["base"]["basis"] == "original"
+    assert "basis" not in expert_on(quantised()).meta["base"]
+    again = Expert.load(expert.save(tmp_path / "mine"))
+    again.check(trained_on)
+    for sketches in (True, False):
+        with pytest.raises(ExpertError, match="in the basis of its original weights.* -> call .*--basis original"):
+            again.check(quantised(), sketches=sketches)
+
+
 def test_a_decomposition_that_has_gone_is_never_replaced_by_another_ones(folder, cache):
     quantised = load_base(folder, "float32", quantization="int8")[0]
     use_original_basis(quantised)

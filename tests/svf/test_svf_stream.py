@@ -141,11 +141,35 @@ def test_another_checkpoint_in_the_same_folder_is_another_one(tmp_path, counted)
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path, counted, monkeypatch):
     stream = Stream.open(saved(tmp_path / "base"))
-    usage = streaming.shutil.disk_usage("/")
-    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    monkeypatch.setattr(streaming, "free_bytes", lambda _: 100_000)
     with pytest.raises(OutputError, match=r"14 of 14.* need 0\.0 GB, and 0\.0 GB are free"):
         stream.decompose()
     assert counted == []
+
+
+def test_a_full_disk_is_enough_where_nothing_is_missing(tmp_path, counted, monkeypatch, cache):
+    folder = saved(tmp_path / "base")
+    get_peft_model(load_base(folder, "float32")[0], SVFConfig())  # fills the cache, and leaves no ledger
+    counted.clear()
+    monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
+    done = Stream.open(folder, "float32").decompose()
+    assert (done.computed, done.cached, counted) == (0, 14, [])
+    for path in sorted(cache.rglob("*.safetensors"))[:2]:
+        path.unlink()
+    for path in cache.rglob("ledgers/*.json"):
+        path.unlink()
+    with pytest.raises(OutputError, match="missing \\(2 of 14\\)"):
+        Stream.open(folder, "float32").decompose()
+
+
+def test_a_device_that_is_full_says_so_and_what_to_do(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    stream = Stream.open(saved(tmp_path / "base"))
+    monkeypatch.setattr(streaming, "cached_decompose", full)
+    with pytest.raises(ConfigError, match=r"no memory left to decompose model\.layers\.0.*9 GiB.*--device cpu"):
+        stream.decompose()
 
 
 def test_the_plan_of_the_disk_is_what_is_written(tmp_path, cache):
