@@ -16,6 +16,8 @@ BASE = typer.Option("smollm2-135m", help="Base: smollm2-135m, a hub name, a fold
 JSON = typer.Option(False, "--json", help="Print one JSON object.")
 BANK = typer.Option(None, help="Folder of experts, or a collection on the hub (its slug). Default: the bundled bank.")
 QUANTIZATION = typer.Option(None, help="Keep the base's linear layers in fewer bits: int8, int4 or nf4.")
+DTYPE = typer.Option(None, help="Of the base's weights. Default: the one that the expert was made in.")
+AS_MADE = typer.Option(None, "--quantization", help="int8, int4 or nf4. Default: that of the expert's base, if any.")
 BASIS = typer.Option("own", help="Of a quantised base: own, or original for experts made on the base unquantised.")
 
 
@@ -99,6 +101,23 @@ def open_base(base: str, dtype: str | None = None, quantization: str | None = No
     else:
         _decompose(model)
     return model, tokenizer
+
+
+def base_of(base: str, experts: Sequence[Any], dtype: str | None = None, quantization: str | None = None) -> Any:
+    """The model of a base, for comparing it with experts: without more words in the dtype and quantisation in which the
+    first of them that says so was made; shown as work on stderr.
+
+    Raises:
+        See `load_base`.
+    """
+    from sigmix.experts.base import dtype_and_quantization
+
+    told = [(expert.meta.get("base") or {}).get("dtype") for expert in experts]
+    made, kept = dtype_and_quantization(next((one for one in told if one), None))
+    with working(f"loading {base}"):
+        from sigmix.models import load_base
+
+        return load_base(base, dtype or made, quantization=quantization or kept)[0]
 
 
 def open_engine(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import BaseModelError, ExpertError, FingerprintError, UnknownNameError
-from sigmix.experts.base import LINEAR, factors_of, matrix_of
+from sigmix.experts.base import LINEAR, factors_of, matrix_of, shape_of
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import combined, short
 from sigmix.experts.mix import Mix
@@ -154,7 +154,7 @@ class Source:
         for expert in experts:
             self.check(expert)
         every = {
-            path: min(_shape(module))
+            path: min(shape_of(module))
             for path, module in self.linears.items()
             if path != self.head or any(path in expert.z for expert in experts)
         }
@@ -186,7 +186,7 @@ class Source:
             if path not in self.linears:
                 near = UnknownNameError("matrix", path, self.linears).message
                 raise ExpertError(f"expert {expert.name!r} does not fit {self.name}: {near}")
-            rows, columns = _shape(self.linears[path])
+            rows, columns = shape_of(self.linears[path])
             if len(z) != min(rows, columns):
                 raise ExpertError(
                     f"expert {expert.name!r} does not fit {self.name}: z of {path} has {len(z)} components, but the "
@@ -265,8 +265,3 @@ def _meta(folder: Path, name: str) -> tuple[Any, Any]:
             remedy="give the folder of a decoder-only text model",
         ) from error
     return config, model
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    rows, columns = matrix_of(module).shape
-    return rows, columns
