@@ -83,12 +83,9 @@ def open_base(base: str, dtype: str | None = None, quantization: str | None = No
     Raises:
         ConfigError: a basis that there is not, or "original" for a base that is not quantised. Others: see `load_base`.
     """
-    from sigmix.errors import ConfigError
+    from sigmix.experts.original import check_basis
 
-    if basis not in ("own", "original"):
-        raise ConfigError(f"--basis is own or original, not {basis!r}")
-    if basis == "original" and quantization is None:
-        raise ConfigError("--basis original is for a quantised base", remedy="add --quantization int8, or leave it out")
+    check_basis(basis, quantization)
     with working(f"loading {base}"):
         from sigmix.models import load_base
 

@@ -24,9 +24,11 @@ from sigmix.experts.sketch import Sketch, compare, sketch
 from sigmix.export.names import placed
 from sigmix.gguf import MANIFEST, quiet, verify
 from sigmix.models import load_base, locate
+from sigmix.plan import empty_model
 from sigmix.shards import Shards
 from sigmix.svf.decompose import Factors, weight_digest
 from sigmix.svf.layer import SVFLinear
+from sigmix.vision import backbone
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 HALF = ("bfloat16", "float16")
@@ -44,6 +46,7 @@ class Source:
     Attributes:
         name: of the base, as experts record it. folder: where it lies. shards: its tensors.
         model: on the meta device. linears: {path: `nn.Linear` or `Conv1D` on the meta device}, the output head too.
+        root: what paths in a vision-language model's language backbone begin with; "" of a text model.
         placed: {parameter path: tensor in ``shards``}, for all that are stored as they are.
 
     Raises:
@@ -62,6 +65,8 @@ class Source:
         self.linears = {path: module for path, module in self.model.named_modules() if isinstance(module, LINEAR)}
         head = self.model.get_output_embeddings()
         self.head = next((path for path, module in self.linears.items() if module is head), None)
+        inside = backbone(self.model)
+        self.root = f"{inside[0]}." if inside is not None else ""
         self.placed = placed(self.model, self.shards)
         self.cast = DTYPES[dtype] if dtype is not None else None
         self._fingerprint: str | None = None
@@ -156,7 +161,7 @@ class Source:
         every = {
             path: min(shape_of(module))
             for path, module in self.linears.items()
-            if path != self.head or any(path in expert.z for expert in experts)
+            if (path != self.head and path.startswith(self.root)) or any(path in expert.z for expert in experts)
         }
         found = mix.z(dict(zip(mix.weights, experts, strict=True)), every)
         moved = {path: z for path, z in found.items() if not bool((z == 1).all())}
@@ -245,7 +250,7 @@ class Source:
 
 def _meta(folder: Path, name: str) -> tuple[Any, Any]:
     """Config and model of a folder, without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with quiet():
@@ -255,13 +260,11 @@ def _meta(folder: Path, name: str) -> tuple[Any, Any]:
                     f"{name} is a quantised checkpoint, whose weights cannot be composed",
                     remedy="give the original checkpoint in bfloat16, float16 or float32",
                 )
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
     except BaseModelError:
         raise
     except Exception as error:
         raise BaseModelError(
             f"{name} is not a causal language model that transformers can build: {error}",
-            remedy="give the folder of a decoder-only text model",
+            remedy="give the folder of a decoder-only text model, or of a vision-language model",
         ) from error
-    return config, model
+    return config, empty_model(config)
