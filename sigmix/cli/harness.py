@@ -23,6 +23,8 @@ Every other option is the harness's own and goes to it as it is: --tasks, --num_
 --include_path, --output_path, --log_samples, --gen_kwargs, --batch_size … (`lm-eval run --help`). More about the model
 goes into --model_args: dtype, device, form, max_length, decisions=FILE.jsonl."""
 
+LISTS = "lm-eval ls tasks lists them; a YAML file of your own will do too"
+
 
 def add(app: typer.Typer) -> None:
     """Register the command."""
@@ -53,6 +55,8 @@ def lm_eval(
         words = words[1:]
     if words and not words[0].startswith("-"):
         raise ConfigError(f"unexpected {words[0]!r}: this command runs tasks only", remedy="give --tasks")
+    if not words:
+        raise ConfigError("no --tasks", remedy=LISTS)
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")  # its notes would bury ours; the harness's own variable
     try:
         from sigmix.integrations.lm_eval import SigmixLM
@@ -86,7 +90,7 @@ def _asked(given: dict[str, Any]) -> tuple[Any, argparse.Namespace, str | None]:
     place of either. ``given``: model arguments that our own options say.
 
     Raises:
-        ConfigError: words or a file that the harness does not take, another model, no tasks, or samples without a place.
+        ConfigError: words that the harness does not take, another model, no tasks, samples without a place.
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -109,7 +113,7 @@ def _asked(given: dict[str, Any]) -> tuple[Any, argparse.Namespace, str | None]:
     if model != "sigmix":
         raise ConfigError(f"the model is sigmix here, not {model!r}", remedy="run lm-eval itself for its other models")
     if not wanted("tasks"):
-        raise ConfigError("no --tasks", remedy="lm-eval ls tasks lists them; a YAML file of your own will do too")
+        raise ConfigError("no --tasks", remedy=LISTS)
     place = wanted("output_path") or pairs(wanted("hf_hub_log_args")).get("output_path")
     if place is None:
         for name in ("log_samples", "predict_only"):
