@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sigmix.errors import ConfigError, ExpertError, FingerprintError, UnknownNameError
+from sigmix.errors import ConfigError, ExpertError, UnknownNameError
 from sigmix.experts import directory, remote
 from sigmix.experts.base import describe, factors_of, linears, matrix_of, shape_of
-from sigmix.experts.fingerprint import fingerprint, short
+from sigmix.experts.fingerprint import fingerprint, foreign
 from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
 from sigmix.experts.original import Original, original_of
 from sigmix.experts.publish import push
@@ -210,7 +210,7 @@ class Expert:
         if original is not None and original.fingerprint != mine.get("fingerprint"):
             original = None
         if mine.get("fingerprint") and original is None and (found := fingerprint(base)) != mine["fingerprint"]:
-            raise self._foreign(mine, {**describe(base), "fingerprint": found})
+            raise foreign(self.name, mine, {**describe(base), "fingerprint": found})
         layers = self._layers(base)
         for path, stored in (self.meta.get("sketches") or {}).items() if sketches and self.verified else ():
             found_sketch = self._sketch(path, layers[path], original)
@@ -256,27 +256,6 @@ class Expert:
                     remedy=remedy,
                 )
         return layers
-
-    def _foreign(self, mine: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
-        def shown(base: Mapping[str, Any]) -> str:
-            dtype = f" in {base['dtype']}" if base.get("dtype") else ""
-            return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
-
-        remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
-        if mine.get("name") == found["name"]:
-            remedy = "the name is the same, but the weights are not: "
-            if " in " in found["dtype"]:
-                remedy += (
-                    "this one is quantised; to use the expert in its own basis here, call "
-                    "sigmix.experts.original.use_original_basis(model), or on the command line add --basis original"
-                )
-            elif mine.get("dtype") not in (None, found["dtype"]):
-                remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
-            else:
-                remedy += "another revision, or weights changed after loading; load the base afresh"
-        return FingerprintError(
-            f"expert {self.name!r} was made on {shown(mine)}, but this base is {shown(found)}", remedy=remedy
-        )
 
 
 def seal(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import BaseModelError, ExpertError, FingerprintError, UnknownNameError
-from sigmix.experts.base import LINEAR, factors_of, matrix_of, shape_of
+from sigmix.experts.base import LINEAR, dtype_and_quantization, factors_of, matrix_of, shape_of
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import combined, short
 from sigmix.experts.mix import Mix
@@ -179,7 +179,10 @@ class Source:
         if mine.get("fingerprint") and (found := self.fingerprint()) != mine["fingerprint"]:
             kind = f" in {mine['dtype']}" if mine.get("dtype") else ""
             remedy = f"give the base that it was made on, --base {mine.get('name')}"
-            if mine.get("name") == self.name and mine.get("dtype") not in (None, self.dtype):
+            dtype, quantization = dtype_and_quantization(mine.get("dtype"))
+            if quantization is not None:
+                remedy = "an export is of weights as they are stored: export experts that were made on these"
+            elif mine.get("name") == self.name and dtype not in (None, self.dtype):
                 remedy = f"read the base as it was when the expert was made: --dtype {mine['dtype']}"
             raise FingerprintError(
                 f"expert {expert.name!r} was made on {mine.get('name', 'an unnamed base')}{kind} (fingerprint "

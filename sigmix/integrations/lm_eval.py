@@ -67,6 +67,7 @@ class SigmixLM(HFLM):
         `load_base`, `Engine.z` and the strategies.
     """
 
+    tokenizer: Any
     made = 0
     """Models made so far in this process: before the first, whatever is wrong is wrong with what was asked."""
 

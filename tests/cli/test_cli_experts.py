@@ -106,6 +106,13 @@ def test_the_base_is_read_as_the_expert_had_it(made_in, run, refused, home, dtyp
     assert run("experts", "verify", folder, "--base", home.base, "--json").json["checked"][-1] == "sketches"
     assert run("experts", "diff", folder, folder, "--base", home.base, "--json").json["identical"]
     assert "was made on" in refused("experts", "verify", folder, "--base", home.base, *other, silent=False)
+    if quantization:
+        assert "with dtype='bfloat16', quantization='int8'" in run(
+            "experts", "verify", folder, "--base", home.base, "--dtype", "float32", "--quantization", "int4"
+        ).err[-1]  # fmt: skip
+        asked = ("--base", home.base, "--bank", folder.parent, "--mix", "odd")
+        assert "of weights as they are stored" in refused("export", "merged", *asked, "--out", folder / "out",
+                                                          silent=False)  # fmt: skip
     (folder / "sigmix.json").unlink()
     words = ("--dtype", dtype, *(("--quantization", quantization) if quantization else ()))
     assert run("experts", "verify", folder, "--base", home.base, "--seal", *words, "--json").json["sealed"]

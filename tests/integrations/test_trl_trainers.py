@@ -313,7 +313,8 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
         runpy.run_path(str(script), run_name="__main__")
     assert Expert.load(out) == expert
     (out / "sigmix.json").unlink()  # as it would be without the helper
-    done = run("experts", "verify", out, "--base", home.base, "--seal", "--json")
+    dtype = str(load_base(home.base)[0].dtype).removeprefix("torch.")
+    done = run("experts", "verify", out, "--base", home.base, "--dtype", dtype, "--seal", "--json")
     assert done.json["ok"]
     assert done.json["sealed"]
     assert Expert.load(out) == Expert(expert.name, expert.z, {k: thaw(expert.meta)[k] for k in COMPUTED})
