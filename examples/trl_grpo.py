@@ -13,6 +13,7 @@ import argparse
 from trl import GRPOConfig, GRPOTrainer
 
 from sigmix import SVFConfig, load_base
+from sigmix.experts.directory import check_free
 from sigmix.integrations.trl import CHAT, KeepZ, finish, prompt_dataset, reward_function
 from sigmix.tasks.registry import get_task
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
+    check_free(given.out)  # before the training, not after
     task = get_task(given.task)
     samples = task.samples("train", given.samples, seed=given.seed)
     model, tokenizer = load_base(given.base)

@@ -13,6 +13,7 @@ import argparse
 from trl import SFTConfig, SFTTrainer
 
 from sigmix import SVFConfig, load_base
+from sigmix.experts.directory import check_free
 from sigmix.integrations.trl import KeepZ, finish, gold_dataset
 from sigmix.tasks.registry import get_task
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
+    check_free(given.out)  # before the training, not after
     task = get_task(given.task)
     samples = task.samples("train", given.samples, seed=given.seed)
     model, tokenizer = load_base(given.base)

@@ -2,7 +2,8 @@
 
 For an adapted matrix W (m×n, r = min(m, n)) the decomposition cache holds the square side (r×r: V if m >= n, else U)
 and s (r) in float32; the factored form needs both sides in memory, U (m×r), s and V (n×r). An expert holds z (r) in
-float32. Adapted are all linear layers but the output head, as PEFT's ``all-linear`` means it.
+float32. Adapted are all linear layers but the output head, as PEFT's ``all-linear`` means it; of a vision-language
+model those of its language backbone.
 
 Counts only; what decomposing, training and serving take at their peak, and for how long, is in `sigmix.budget`.
 """
@@ -39,13 +40,16 @@ def model_plan(config: Any) -> dict[str, Any]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from sigmix.vision import backbone
+
     kind = getattr(config, "model_type", type(config).__name__)
     model = empty_model(config)
-    head = model.get_output_embeddings()
+    head, inside = model.get_output_embeddings(), backbone(model)
+    root = f"{inside[0]}." if inside is not None else ""
     shapes: dict[tuple[int, int], int] = {}
     z_count = factored = cached = header = disk = 0
     for name, module in model.named_modules():
-        if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
+        if module is head or not name.startswith(root) or not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
         m, n = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
         r = min(m, n)
@@ -67,7 +71,7 @@ def model_plan(config: Any) -> dict[str, Any]:
         "disk_bytes": disk,
         "factored_bytes": factored,
         "by_shape": [{"out": m, "in": n, "count": count} for (m, n), count in sorted(shapes.items())],
-        "not_adapted": _not_adapted(model),
+        "not_adapted": _not_adapted(model, root),
         "lookup_parameters": _lookup(model.get_input_embeddings(), head),
     }
 
@@ -78,24 +82,24 @@ def entry_bytes(r: int) -> int:
 
 
 def empty_model(config: Any) -> Any:
-    """The causal language model that a config describes, on the meta device.
+    """The causal language model, or vision-language model, that a config describes, on the meta device.
 
     Raises:
-        BaseModelError: the config is of no causal language model, or has values that no model can be built from.
+        BaseModelError: the config is of neither, or has values that no model can be built from.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from sigmix.gguf import quiet
+    from sigmix.vision import auto_class
 
     kind = getattr(config, "model_type", type(config).__name__)
     try:
         with torch.device("meta"), quiet():
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config.to_dict()).from_config(config)
     except Exception as error:
         raise BaseModelError(
             f"no causal language model can be built from this config (model_type {kind!r}): {error}",
-            remedy="choose a decoder-only text model that transformers knows",
+            remedy="choose a decoder-only text model, or a vision-language model, that transformers knows",
         ) from error
 
 
@@ -105,7 +109,7 @@ def _lookup(embedding: Any, head: Any) -> int:
     return embedding.weight.numel()
 
 
-def _not_adapted(model: Any) -> list[dict[str, Any]]:
+def _not_adapted(model: Any, root: str) -> list[dict[str, Any]]:
     """The large parameters that SVF leaves alone, grouped by the last part of their name, with the reason."""
     groups: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     embeddings = {id(part.weight): "embedding" for part in (model.get_input_embeddings(),) if part is not None}
@@ -115,6 +119,10 @@ def _not_adapted(model: Any) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
             why = f"{embeddings[id(parameter)]}: not among the linear layers that are adapted"
+        elif not name.startswith(root):
+            if parameter.dim() < 2:
+                continue
+            why = "vision tower or projector: outside the language backbone"
         elif parameter.dim() >= 3:
             why = "fused experts or a convolution: one tensor of several matrices, which is not a linear layer"
         else:

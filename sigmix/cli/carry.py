@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from sigmix.cli.shared import BANK, JSON, emit, working
+from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, base_of, emit, working
 
 
 def carry(
@@ -15,31 +15,23 @@ def carry(
     out: Path = typer.Option(..., help="Folder for the carried expert; its name is the expert's."),
     source: str = typer.Option(None, "--from", help="Its own base: compares weights. Default: compares sketches."),
     force: bool = typer.Option(False, "--force", help="Carry z by index order although the weights differ."),
-    dtype: str = typer.Option(None, help="Of both models' weights. Default: the one that the expert was made in."),
+    dtype: str = DTYPE,
+    quantization: str = AS_MADE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
     """Carry a text model's expert into a vision-language model, if its language backbone has the same weights."""
     from sigmix.cli.experts import folder_of
-    from sigmix.errors import OutputError
     from sigmix.experts.carry import carry as carried
-    from sigmix.experts.directory import check_place
+    from sigmix.experts.directory import check_free
     from sigmix.experts.expert import Expert
     from sigmix.experts.metadata import check_name
-    from sigmix.files import check_writable
 
     check_name(out.name)
     expert = Expert.load(folder_of(name, bank))
-    if (out / "adapter_config.json").exists():
-        raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
-    check_place(out)
-    check_writable(out)
-    kind = dtype or (expert.meta.get("base") or {}).get("dtype")
-    with working(f"loading {to}"):
-        from sigmix.models import load_base
-
-        model = load_base(to, kind)[0]
-        base = load_base(source, kind)[0] if source is not None else None
+    check_free(out)
+    model = base_of(to, [expert], dtype, quantization)
+    base = base_of(source, [expert], dtype, quantization) if source is not None else None
     with working("comparing weights"):
         made = carried(expert, model, base=base, force=force, name=out.name)
     made.save(out)

@@ -9,7 +9,7 @@ import typer
 
 from sigmix.cli import hub
 from sigmix.cli.carry import carry
-from sigmix.cli.shared import BANK, JSON, emit, open_bank, size, table, working
+from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, base_of, emit, open_bank, size, table, working
 
 NAME = typer.Argument(..., help="A name in the bank, an expert's folder, or user/name on the hub.")
 AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm2-135m, a hub name, a folder.")
@@ -137,11 +137,14 @@ def verified(
     seal: bool = typer.Option(
         False, "--seal", help="Bind a folder that PEFT or TRL saved to --base: adds sigmix.json and a card."
     ),
+    dtype: str = DTYPE,
+    quantization: str = AS_MADE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
     """Check an expert's files, and that it fits a base."""
     from sigmix.errors import ConfigError, ExpertError
+    from sigmix.experts.expert import Expert
     from sigmix.experts.inspect import verify
 
     if seal and base is None:
@@ -152,10 +155,7 @@ def verified(
     report = verify(path)
     sealed = False
     if report["ok"] and base is not None:
-        with working(f"loading {base}"):
-            from sigmix.models import load_base
-
-            model = load_base(base)[0]
+        model = base_of(base, [Expert.load(path)], dtype, quantization)
         with working("comparing with the base"):
             if seal and not report["verified"]:
                 from sigmix.experts.expert import seal as bind
@@ -177,6 +177,8 @@ def compared(
     a: str = NAME,
     b: str = NAME,
     base: str = AGAINST,
+    dtype: str = DTYPE,
+    quantization: str = AS_MADE,
     bank: Path = BANK,
     top: int = typer.Option(5, min=1, help="Matrices listed."),
     as_json: bool = JSON,
@@ -186,12 +188,7 @@ def compared(
     from sigmix.experts.inspect import diff
 
     left, right = (Expert.load(folder_of(name, bank)) for name in (a, b))
-    model = None
-    if base is not None:
-        with working(f"loading {base}"):
-            from sigmix.models import load_base
-
-            model = load_base(base)[0]
+    model = None if base is None else base_of(base, [left, right], dtype, quantization)
     with working("comparing"):
         found = diff(left, right, model)
     if as_json:

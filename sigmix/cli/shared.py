@@ -19,6 +19,8 @@ QUANTIZATION = typer.Option(None, help="Keep the base's linear layers in fewer b
 DEVICE_MAP = typer.Option(
     None, metavar="auto|FILE.json", help="Where the base's parts go: spread by itself, or {module: device} in a file."
 )
+DTYPE = typer.Option(None, help="Of the base's weights. Default: the one that the expert was made in.")
+AS_MADE = typer.Option(None, "--quantization", help="int8, int4 or nf4. Default: that of the expert's base, if any.")
 BASIS = typer.Option("own", help="Of a quantised base: own, or original for experts made on the base unquantised.")
 
 
@@ -112,12 +114,9 @@ def open_base(
     Raises:
         ConfigError: a basis that there is not, or "original" for a base that is not quantised. Others: see `load_base`.
     """
-    from sigmix.errors import ConfigError
+    from sigmix.experts.original import check_basis
 
-    if basis not in ("own", "original"):
-        raise ConfigError(f"--basis is own or original, not {basis!r}")
-    if basis == "original" and quantization is None:
-        raise ConfigError("--basis original is for a quantised base", remedy="add --quantization int8, or leave it out")
+    check_basis(basis, quantization)
     placed = read_device_map(device_map)
     with working(f"loading {base}"):
         from sigmix.models import load_base
@@ -131,6 +130,23 @@ def open_base(
     else:
         _decompose(model)
     return model, tokenizer
+
+
+def base_of(base: str, experts: Sequence[Any], dtype: str | None = None, quantization: str | None = None) -> Any:
+    """The model of a base, for comparing it with experts: without more words in the dtype and quantisation in which the
+    first of them that says so was made; shown as work on stderr.
+
+    Raises:
+        See `load_base`.
+    """
+    from sigmix.experts.base import dtype_and_quantization
+
+    told = [(expert.meta.get("base") or {}).get("dtype") for expert in experts]
+    made, kept = dtype_and_quantization(next((one for one in told if one), None))
+    with working(f"loading {base}"):
+        from sigmix.models import load_base
+
+        return load_base(base, dtype or made, quantization=quantization or kept)[0]
 
 
 def open_engine(

@@ -63,6 +63,7 @@ def train(
     Several processes that accelerate launch or torchrun start share the work (docs/scaling.md).
     """
     from sigmix.errors import ConfigError
+    from sigmix.experts.directory import check_free
     from sigmix.experts.metadata import check_name
     from sigmix.files import claimed
     from sigmix.tasks.registry import get_task
@@ -95,7 +96,7 @@ def train(
 
         def claim() -> None:  # until the expert is saved there
             held.enter_context(claimed(out))
-            _check_place(out, resume)
+            check_free(out, replace=resume)
 
         processes.from_main(claim)
         figures, text = _run(name, out, run, made, config, dtype, resume, test_n, tensorboard, processes, shard, placed)
@@ -108,18 +109,6 @@ def _dispatch(bank: Path | None, data_dir: Path | None) -> Any:
     from sigmix.evals.dispatch import DispatchTask
 
     return DispatchTask(open_bank(bank), data_dir=data_dir)
-
-
-def _check_place(out: Path, resume: bool) -> None:
-    """Refuse a place where the expert could not be saved: before minutes of work, not after."""
-    from sigmix.errors import OutputError
-    from sigmix.experts.directory import check_place
-    from sigmix.files import check_writable
-
-    if (out / "adapter_config.json").exists() and not resume:
-        raise OutputError(f"{out} holds an expert already", remedy="give another --out, or remove it first")
-    check_place(out)
-    check_writable(out)
 
 
 def _run(
@@ -137,6 +126,7 @@ def _run(
     device_map: Any = None,
 ) -> tuple[dict[str, Any], str]:
     """Train, measure, save; returns the figures and the line for people."""
+    from sigmix.evals.evaluate import in_part
     from sigmix.experts.directory import CURVE
     from sigmix.models import default_dtype, load_base
     from sigmix.train.final import held_out
@@ -169,9 +159,14 @@ def _run(
         curve(folder.history(), out / CURVE, f"{name}: {task.name}")
 
     processes.from_main(save)
-    text = f"{out}: validation {trainer.best['accuracy']:.3f} at step {trainer.best['step']}"
+    text = f"{out}: validation {trainer.best['accuracy']:.3f}"
+    if "mean_score" in trainer.best:
+        text += f" (mean score {trainer.best['mean_score']:.3f})"
+    text += f" at step {trainer.best['step']}"
     if "test" in figures:
         constant = figures["best_constant"].get("accuracy", float("nan"))
         text += f"; test {interval(figures['test'])}, base {interval(figures['base'])}"
+        if in_part(figures["test"]) or in_part(figures["base"]):
+            text += f", mean score {figures['test']['mean_score']:.3f}, base {figures['base']['mean_score']:.3f}"
         text += f", p = {figures['paired']['p']:.2g}, best constant {constant:.3f}"
     return figures, text

@@ -33,9 +33,19 @@ def encode(
     if chat is None:
         chat = has_template(tokenizer)
     if not chat:
-        return _bare(tokenizer, f"{system}\n\n{prompt}" if system else prompt, shown)
-    messages = [{"role": "system", "content": system}] if system else []
-    return encode_turns(tokenizer, [*messages, {"role": "user", "content": prompt}], shown)
+        return _bare(tokenizer, bare_text(prompt, system), shown)
+    return encode_turns(tokenizer, turns_of(prompt, system), shown)
+
+
+def turns_of(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """A prompt as the turns {"role", "content"} that a chat template writes."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def bare_text(prompt: str, system: str | None = None) -> str:
+    """A prompt as the text that a model without a chat template gets."""
+    return f"{system}\n\n{prompt}" if system else prompt
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -57,11 +67,8 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Seq
             list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
         )
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
-    _no_marks(processor, *(turn["content"] for turn in turns))
-    # templates of vision-language models leave out a text that is not in a list of parts
-    parts: list[dict[str, Any]] = [
-        {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
-    ]
+    no_marks(processor, *(turn["content"] for turn in turns))
+    parts = in_parts(turns)
     parts[-1]["content"] = [*({"type": "image", "image": one.open()} for one in shown), *parts[-1]["content"]]
     inputs = processor.apply_chat_template(
         parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -72,7 +79,7 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Seq
 def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
     processor = processor_of(tokenizer)
     if processor is not None:
-        _no_marks(processor, text)
+        no_marks(processor, text)
     if processor is None or not shown:
         _no_images(shown)
         return list(tokenizer(text)["input_ids"])
@@ -81,7 +88,13 @@ def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
     return with_images(processor, inputs, shown)
 
 
-def _no_marks(processor: Any, *texts: str) -> None:
+def in_parts(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Turns with their texts in lists of parts: templates of vision-language models leave out a text that is not."""
+    return [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
+def no_marks(processor: Any, *texts: str) -> None:
+    """Raise `ConfigError` if a text holds what stands for an image in this processor's prompts."""
     if any(processor.image_token in text for text in texts):
         raise ConfigError(
             f"the text holds {processor.image_token}, which stands for an image",

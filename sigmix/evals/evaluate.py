@@ -8,7 +8,7 @@ of n and counted apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,18 @@ def compare(ours: Result, theirs: Result, seed: int = 0) -> dict[str, Any]:
     a, b = [x.score == 1.0 for x, _ in pairs], [y.score == 1.0 for _, y in pairs]
     difference, low, high = paired_difference(a, b, seed)
     return {"n": len(pairs), "difference": difference, "interval": [low, high], **mcnemar(a, b)}
+
+
+def in_part(summary: Mapping[str, Any]) -> dict[str, float]:
+    """{"mean_score": …} of a summary where some reply was right in part; {} where it is the accuracy."""
+    score = summary.get("mean_score")
+    return {} if score is None or score == summary["accuracy"] else {"mean_score": score}
+
+
+def rank(summary: Mapping[str, Any]) -> tuple[float, float]:
+    """What the better of two summaries of the same items has more of: mean score, then full marks. Where no reply is
+    right in part both are the accuracy."""
+    return in_part(summary).get("mean_score", summary["accuracy"]), summary["accuracy"]
 
 
 def constant_baseline(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:

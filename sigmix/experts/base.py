@@ -151,6 +151,15 @@ def describe(model: nn.Module) -> dict[str, str]:
     return {"name": str(name), "dtype": f"{dtype} in {own['quantization']}" if "quantization" in own else dtype}
 
 
+def dtype_and_quantization(told: str | None) -> tuple[str | None, str | None]:
+    """("bfloat16", "int8") of "bfloat16 in int8", as `describe` calls the dtype of a base; None for what is not said.
+
+    They are what `load_base` takes to load such a base again.
+    """
+    dtype, _, quantization = (told or "").partition(" in ")
+    return dtype or None, quantization or None
+
+
 def _ids(container: Any) -> Iterable[int]:
     if isinstance(container, nn.Parameter):
         return [id(container)]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sigmix.errors import ExpertError
-from sigmix.experts.base import bare, describe, factors_of, linears, matrix_of
+from sigmix.experts.base import bare, describe, factors_of, linears, matrix_of, shape_of
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
 from sigmix.experts.sketch import TOLERANCE, Sketch, deviation, sketch
@@ -76,10 +76,11 @@ def carry(
     paths = paths_in(expert.z, model, expert.name)
     layers = linears(model)
     for path, other in paths.items():
-        if len(expert.z[path]) != min(matrix_of(layers[other]).shape):
+        shape = shape_of(layers[other])
+        if len(expert.z[path]) != min(shape):
             raise ExpertError(
                 f"expert {expert.name!r} cannot go to this model: z of {path} has {len(expert.z[path])} components, "
-                f"and {other} is {'×'.join(map(str, matrix_of(layers[other]).shape))}",
+                f"and {other} is {'×'.join(map(str, shape))}",
                 remedy="choose a model whose language backbone has the same sizes",
             )
     found = compare(expert, model, base, paths)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ from sigmix.experts.metadata import (
     name_from_folder,
     thaw,
 )
-from sigmix.files import atomic_dir
+from sigmix.files import atomic_dir, check_writable
 
 CONFIG, WEIGHTS, META, CARD = "adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"
 CURVE = "curve.png"
@@ -116,6 +117,19 @@ def check_place(path: Path) -> None:
             f"{path} holds more than an expert, such as {others[0]}; saving would delete it",
             remedy="give a new folder, or remove the other files",
         )
+
+
+def check_free(path: str | os.PathLike[str], *, replace: bool = False) -> None:
+    """Raise `OutputError` unless an expert can be saved at ``path``: for before the work that makes it, not after.
+
+    Args:
+        replace: an expert may be there already.
+    """
+    path = Path(path)
+    if (path / CONFIG).exists() and not replace:
+        raise OutputError(f"{path} holds an expert already", remedy="give another --out, or remove it first")
+    check_place(path)
+    check_writable(path)
 
 
 def peft_config(z: Mapping[str, torch.Tensor], base: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sigmix.experts import directory, remote
 from sigmix.experts.base import describe, factors_of, linears, matrix_of, shape_of
 from sigmix.experts.fingerprint import fingerprint, foreign
 from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
-from sigmix.experts.original import Original, basis_of, check_basis, original_of
+from sigmix.experts.original import Original, basis_of, check_recorded, original_of
 from sigmix.experts.publish import push
 from sigmix.experts.sketch import TOLERANCE, Sketch, compare, sketch, sketch_of
 from sigmix.files import write_json, write_text
@@ -211,7 +211,7 @@ class Expert:
             original = None
         if mine.get("fingerprint") and original is None and (found := fingerprint(base)) != mine["fingerprint"]:
             raise foreign(self.name, mine, {**describe(base), "fingerprint": found})
-        check_basis(self.name, mine.get("basis"), base)
+        check_recorded(self.name, mine.get("basis"), base)
         layers = self._layers(base)
         for path, stored in (self.meta.get("sketches") or {}).items() if sketches and self.verified else ():
             found_sketch = self._sketch(path, layers[path], original)

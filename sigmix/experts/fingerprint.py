@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sigmix.errors import FingerprintError
-from sigmix.experts.base import parameters, readers
+from sigmix.experts.base import dtype_and_quantization, parameters, readers
 from sigmix.svf.decompose import weight_digest
 from sigmix.svf.weights import is_quantised
 
@@ -62,30 +62,6 @@ def short(full: str | None) -> str:
     return full[:12] if full else "unknown"
 
 
-def foreign(expert: str, mine: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
-    """The error for an expert of the base ``mine`` on the base ``found``, each as experts record one."""
-
-    def shown(base: Mapping[str, Any]) -> str:
-        dtype = f" in {base['dtype']}" if base.get("dtype") else ""
-        return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
-
-    remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
-    if mine.get("name") == found["name"]:
-        remedy = "the name is the same, but the weights are not: "
-        if " in " in found["dtype"]:
-            remedy += (
-                "this one is quantised; to use the expert in its own basis here, call "
-                "sigmix.experts.original.use_original_basis(model), or on the command line add --basis original"
-            )
-        elif mine.get("dtype") not in (None, found["dtype"]):
-            remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
-        else:
-            remedy += "another revision, or weights changed after loading; load the base afresh"
-    return FingerprintError(
-        f"expert {expert!r} was made on {shown(mine)}, but this base is {shown(found)}", remedy=remedy
-    )
-
-
 def _digest(parameter: torch.Tensor, fresh: bool, read: Callable[[], torch.Tensor] | None) -> str:
     state = _state(parameter)
     known = _KNOWN.get(id(parameter))
@@ -106,3 +82,33 @@ def _state(parameter: torch.Tensor) -> tuple:
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     sample = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].float().cpu().numpy().tobytes()
     return *about, parameter.data_ptr(), sample
+
+
+def foreign(name: str, mine: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
+    """The error for an expert that was made on another base, with what to do about it.
+
+    Args:
+        name: the expert's. mine, found: its base and the one at hand: name, dtype, fingerprint.
+    """
+
+    def shown(base: Mapping[str, Any]) -> str:
+        dtype = f" in {base['dtype']}" if base.get("dtype") else ""
+        return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
+
+    remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
+    if mine.get("name") == found["name"]:
+        remedy = "the name is the same, but the weights are not: "
+        dtype, quantization = dtype_and_quantization(mine.get("dtype"))
+        if quantization is not None and mine["dtype"] != found["dtype"]:
+            remedy += f"load it as the expert had it, with dtype={dtype!r}, quantization={quantization!r}"
+        elif " in " in found["dtype"]:
+            remedy += (
+                "this one is quantised; to use the expert in its own basis here, call "
+                "sigmix.experts.original.use_original_basis(model), or on the command line add --basis original"
+            )
+        elif mine.get("dtype") not in (None, found["dtype"]):
+            remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
+        else:
+            remedy += "another revision, or weights changed after loading; load the base afresh"
+    what = f"expert {name!r} was made on {shown(mine)}, but this base is {shown(found)}"
+    return FingerprintError(what, remedy=remedy)

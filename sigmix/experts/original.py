@@ -54,6 +54,14 @@ class Original:
     left: dict[str, torch.Tensor]
 
 
+def check_basis(basis: str, quantization: str | None) -> None:
+    """Raise `ConfigError` unless ``basis`` is "own", or "original" of a quantised base."""
+    if basis not in ("own", "original"):
+        raise ConfigError(f"--basis is own or original, not {basis!r}")
+    if basis == "original" and quantization is None:
+        raise ConfigError("--basis original is for a quantised base", remedy="add --quantization int8, or leave it out")
+
+
 def original_of(model: nn.Module) -> Original | None:
     """What `use_original_basis` has noted on a model, or None."""
     return getattr(bare(model), "sigmix_original", None)
@@ -64,7 +72,7 @@ def basis_of(model: nn.Module) -> dict[str, str]:
     return {} if original_of(model) is None else {"basis": ORIGINAL}
 
 
-def check_basis(expert: str, recorded: str | None, model: nn.Module) -> None:
+def check_recorded(expert: str, recorded: str | None, model: nn.Module) -> None:
     """Raise `ExpertError` if an expert was trained in the original basis of ``model``, which computes in its own.
 
     Args:

@@ -18,10 +18,10 @@ nothing but transformers is needed to load it. Weights are stored in {dtype}.
 
 {facts}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+model = {auto}.from_pretrained("this folder", dtype="auto")
+{what} = {reader}.from_pretrained("this folder")
 ```
 """
 
@@ -41,25 +41,32 @@ What the experts below change in the weights, ΔW = U diag(s (z - 1)) Vᵀ with 
 PEFT_USE = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+base = {auto}.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
 
 
-def merged_card(about: Mapping[str, Any]) -> str:
-    """README.md of a merged checkpoint; ``about`` is what `record` says, and ``dtype``."""
-    base = about["base"]["name"]
-    lines = [*_header(about), "library_name: transformers", "pipeline_tag: text-generation"]
+def merged_card(about: Mapping[str, Any], vision: bool = False) -> str:
+    """README.md of a merged checkpoint; ``about`` is what `record` says, and ``dtype``.
+
+    Args:
+        vision: of a vision-language model.
+    """
+    base, kind = about["base"]["name"], "image-text-to-text" if vision else "text-generation"
+    lines = [*_header(about), "library_name: transformers", f"pipeline_tag: {kind}"]
+    reader, what = ("AutoProcessor", "processor") if vision else ("AutoTokenizer", "tokenizer")
     return MERGED.format(
-        header="\n".join(lines), base=base, mix=about["mix"], dtype=about["dtype"], facts=_facts(about)
-    )
+        header="\n".join(lines), base=base, mix=about["mix"], dtype=about["dtype"], facts=_facts(about),
+        auto=_auto(vision), reader=reader, what=what,
+    )  # fmt: skip
 
 
-def adapter_card(about: Mapping[str, Any]) -> str:
-    """README.md of a PEFT LoRA; ``about`` is what `record` and `LowRank.describe` say."""
+def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
+    """README.md of a PEFT LoRA; ``about`` is what `record` and `LowRank.describe` say, ``vision`` as in `merged_card`.
+    """
     base = about["base"]["name"]
     exact = "All components are there, so it is exact up to rounding."
     if about["dropped"]:
@@ -74,8 +81,12 @@ def adapter_card(about: Mapping[str, Any]) -> str:
         exact=exact,
         scale="lora_alpha equals the rank everywhere, so the scale is 1.",
         facts=_facts(about),
-        use=PEFT_USE.format(base=base),
+        use=PEFT_USE.format(base=base, auto=_auto(vision)),
     )
+
+
+def _auto(vision: bool) -> str:
+    return "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
 
 
 def _header(about: Mapping[str, Any]) -> list[str]:

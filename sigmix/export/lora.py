@@ -61,7 +61,7 @@ def export_lora(
         write_file(temporary / WEIGHTS, specs, tensor)
         write_json(temporary / "adapter_config.json", _config(low))
         write_json(temporary / RECORD, {**about, "precision": precision})
-        write_text(temporary / "README.md", adapter_card(about))
+        write_text(temporary / "README.md", adapter_card(about, bool(low.source.root)))
     return {**about, "bytes": sum(one.bytes for one in specs), "precision": precision}
 
 

@@ -68,7 +68,7 @@ def export_merged(
         files = write_shards(temporary, specs, tensor, shard_bytes)
         _copy(source, temporary)
         write_json(temporary / RECORD, about)
-        write_text(temporary / "README.md", merged_card(about))
+        write_text(temporary / "README.md", merged_card(about, bool(source.root)))
     return {
         "files": files, "bytes": sum(one.bytes for one in specs), "tensors": len(specs), "changed": len(paths), **about,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import BaseModelError, ExpertError, FingerprintError, UnknownNameError
-from sigmix.experts.base import LINEAR, factors_of, matrix_of
+from sigmix.experts.base import LINEAR, dtype_and_quantization, factors_of, matrix_of, shape_of
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import combined, short
 from sigmix.experts.mix import Mix
@@ -24,9 +24,11 @@ from sigmix.experts.sketch import Sketch, compare, sketch
 from sigmix.export.names import placed
 from sigmix.gguf import MANIFEST, quiet, verify
 from sigmix.models import load_base, locate
+from sigmix.plan import empty_model
 from sigmix.shards import Shards
 from sigmix.svf.decompose import Factors, weight_digest
 from sigmix.svf.layer import SVFLinear
+from sigmix.vision import backbone
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 HALF = ("bfloat16", "float16")
@@ -44,6 +46,7 @@ class Source:
     Attributes:
         name: of the base, as experts record it. folder: where it lies. shards: its tensors.
         model: on the meta device. linears: {path: `nn.Linear` or `Conv1D` on the meta device}, the output head too.
+        root: what paths in a vision-language model's language backbone begin with; "" of a text model.
         placed: {parameter path: tensor in ``shards``}, for all that are stored as they are.
 
     Raises:
@@ -62,6 +65,8 @@ class Source:
         self.linears = {path: module for path, module in self.model.named_modules() if isinstance(module, LINEAR)}
         head = self.model.get_output_embeddings()
         self.head = next((path for path, module in self.linears.items() if module is head), None)
+        inside = backbone(self.model)
+        self.root = f"{inside[0]}." if inside is not None else ""
         self.placed = placed(self.model, self.shards)
         self.cast = DTYPES[dtype] if dtype is not None else None
         self._fingerprint: str | None = None
@@ -154,9 +159,9 @@ class Source:
         for expert in experts:
             self.check(expert)
         every = {
-            path: min(_shape(module))
+            path: min(shape_of(module))
             for path, module in self.linears.items()
-            if path != self.head or any(path in expert.z for expert in experts)
+            if (path != self.head and path.startswith(self.root)) or any(path in expert.z for expert in experts)
         }
         found = mix.z(dict(zip(mix.weights, experts, strict=True)), every)
         moved = {path: z for path, z in found.items() if not bool((z == 1).all())}
@@ -174,7 +179,10 @@ class Source:
         if mine.get("fingerprint") and (found := self.fingerprint()) != mine["fingerprint"]:
             kind = f" in {mine['dtype']}" if mine.get("dtype") else ""
             remedy = f"give the base that it was made on, --base {mine.get('name')}"
-            if mine.get("name") == self.name and mine.get("dtype") not in (None, self.dtype):
+            dtype, quantization = dtype_and_quantization(mine.get("dtype"))
+            if quantization is not None:
+                remedy = "an export is of weights as they are stored: export experts that were made on these"
+            elif mine.get("name") == self.name and dtype not in (None, self.dtype):
                 remedy = f"read the base as it was when the expert was made: --dtype {mine['dtype']}"
             raise FingerprintError(
                 f"expert {expert.name!r} was made on {mine.get('name', 'an unnamed base')}{kind} (fingerprint "
@@ -186,7 +194,7 @@ class Source:
             if path not in self.linears:
                 near = UnknownNameError("matrix", path, self.linears).message
                 raise ExpertError(f"expert {expert.name!r} does not fit {self.name}: {near}")
-            rows, columns = _shape(self.linears[path])
+            rows, columns = shape_of(self.linears[path])
             if len(z) != min(rows, columns):
                 raise ExpertError(
                     f"expert {expert.name!r} does not fit {self.name}: z of {path} has {len(z)} components, but the "
@@ -245,7 +253,7 @@ class Source:
 
 def _meta(folder: Path, name: str) -> tuple[Any, Any]:
     """Config and model of a folder, without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with quiet():
@@ -255,18 +263,11 @@ def _meta(folder: Path, name: str) -> tuple[Any, Any]:
                     f"{name} is a quantised checkpoint, whose weights cannot be composed",
                     remedy="give the original checkpoint in bfloat16, float16 or float32",
                 )
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
     except BaseModelError:
         raise
     except Exception as error:
         raise BaseModelError(
             f"{name} is not a causal language model that transformers can build: {error}",
-            remedy="give the folder of a decoder-only text model",
+            remedy="give the folder of a decoder-only text model, or of a vision-language model",
         ) from error
-    return config, model
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    rows, columns = matrix_of(module).shape
-    return rows, columns
+    return config, empty_model(config)

@@ -25,6 +25,7 @@ from sigmix.export.llamacpp import LlamaCpp
 from sigmix.export.source import HALF, Source
 from sigmix.gguf import quiet
 from sigmix.models import load_base
+from sigmix.vision import auto_class
 
 PROMPTS = (
     "What is 17 + 25? Answer with the number only.",
@@ -100,10 +101,11 @@ def verify_merged(folder: Path, ours: Ours) -> dict[str, Any]:
     Raises:
         SigmixError: transformers cannot load it, or its tokenizer gives other ids.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     with _loading("transformers", folder), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        auto = auto_class(AutoConfig.from_pretrained(folder).to_dict())
+        loaded: Any = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
         model, report = loaded
         AutoTokenizer.from_pretrained(folder)
     if report["missing_keys"]:
@@ -118,10 +120,10 @@ def verify_lora(folder: Path, source: Source, ours: Ours) -> dict[str, Any]:
         SigmixError: PEFT cannot load it.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     with _loading("peft", folder), quiet():
-        base: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=getattr(torch, source.dtype))
+        auto = auto_class(source.config.to_dict())
+        base: Any = auto.from_pretrained(source.folder, dtype=getattr(torch, source.dtype))
         if source.dtype in HALF:
             base.float()
         model: Any = PeftModel.from_pretrained(base, str(folder))

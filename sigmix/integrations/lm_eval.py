@@ -16,6 +16,7 @@ What it does not do: several processes, beam search, penalties on repetition, te
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,32 +27,24 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sigmix.adapt.opening import AUTO, letter_of, open_strategy
 from sigmix.engine import Engine
 from sigmix.engine.prefix import left_pad
+from sigmix.engine.prompts import context_length, has_template, in_parts, no_marks
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
 from sigmix.experts.mixfile import read_mix
+from sigmix.experts.original import check_basis, use_original_basis
 from sigmix.files import check_writable
 from sigmix.integrations.deciding import Requests
+from sigmix.integrations.options import BUDGET, OWN, PASSED, device_of, generation, rows_of
 from sigmix.models import DEFAULT, load_base
-
-PASSED = ("max_length", "truncation", "add_bos_token", "prefix_token_id", "chat_template_args")
-"""Options of the harness's ``hf`` model that mean the same here."""
-OWN = ("base", "mix", "strategy", "bank", "dtype", "device", "form", "decisions", "batch_size", "max_batch_size")
-BUDGET = 8192
-"""Tokens in a batch, padding included, with batch_size "auto"."""
-NOTHING: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1, None), "num_return_sequences": (1, None), "repetition_penalty": (1, 1.0, None),
-    "length_penalty": (1, 1.0, None), "use_cache": (True, None), "top_k": (0, None), "min_p": (0, 0.0, None),
-}  # fmt: skip
-"""Generation options that the engine does not have, with the values that ask for nothing."""
+from sigmix.vision import processor_of
 
 
 @register_model("sigmix")
@@ -59,12 +52,13 @@ class SigmixLM(HFLM):
     """A base under a mix, or under what a strategy decides, for the harness.
 
     Args:
-        base, dtype, device: as in `load_base`. bank: folder of experts; None: the bundled bank.
+        base, dtype, device, quantization: as in `load_base`. bank: folder of experts; None: the bundled bank.
         mix: "a:0.7+b:0.3", a name, "base", a ``.json`` file of a mix, or "auto".
         strategy: what "auto" decides by: A, B, D, or "auto" (the bank's probe, else its classifier, else A). Given
             without a mix it means ``mix=auto``.
         form: how several mixes share a batch, "factored" or "gain"; None: factored.
         decisions: JSONL file that is written with every distinct request and what was decided for it.
+        basis: of a quantised base, "own", or "original" for experts made on the base unquantised.
         batch_size: rows; "auto": as many as have `BUDGET` tokens together, at most ``max_batch_size``.
         options: those of the harness's ``hf`` model that `PASSED` names.
 
@@ -73,6 +67,7 @@ class SigmixLM(HFLM):
         `load_base`, `Engine.z` and the strategies.
     """
 
+    tokenizer: Any
     made = 0
     """Models made so far in this process: before the first, whatever is wrong is wrong with what was asked."""
 
@@ -88,6 +83,8 @@ class SigmixLM(HFLM):
         decisions: str | None = None,
         batch_size: int | str = AUTO,
         max_batch_size: int = 64,
+        quantization: str | None = None,
+        basis: str = "own",
         **options: Any,
     ) -> None:
         for name in options:
@@ -98,13 +95,20 @@ class SigmixLM(HFLM):
             raise ConfigError("strategy and decisions go with mix=auto only", remedy="leave the mix out, or give auto")
         if form not in (None, "factored", "gain"):
             raise ConfigError(f"form must be factored or gain, not {form!r}")
+        check_basis(basis, quantization)
         letter_of(strategy or AUTO)
-        self.rows = _rows(batch_size)
+        self.rows = rows_of(batch_size)
         if decisions is not None:
             check_writable(decisions)
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
         chosen = None if mix == AUTO else read_mix(mix, experts)
-        model, tokenizer = load_base(base, None if dtype == "auto" else dtype, _device(device))
+        model, tokenizer = load_base(
+            base, None if dtype == "auto" else dtype, device_of(device), quantization=quantization
+        )
+        if basis == "original":
+            use_original_basis(model)
+        if processor_of(tokenizer) is not None and options.get("max_length") is None:
+            options["max_length"] = context_length(model)  # the harness looks past the config of the language model
         super().__init__(
             model, backend="causal", tokenizer=tokenizer, batch_size=self.rows or max_batch_size,
             max_batch_size=max_batch_size, enable_thinking=False, **options,
@@ -121,13 +125,54 @@ class SigmixLM(HFLM):
 
     # ------------------------------------------------------------------ what a request is
 
+    @contextlib.contextmanager
+    def _template(self) -> Iterator[None]:
+        """The harness asks its tokenizer for the chat template; that of a vision-language model is the processor's."""
+        own = self.tokenizer
+        self.tokenizer = processor_of(own) or own
+        try:
+            yield
+        finally:
+            self.tokenizer = own
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template, which the harness notes before the first request.
+
+        Raises:
+            ConfigError: there is none, or none of that name.
+        """
+        if chat_template and not has_template(self.tokenizer):
+            raise ConfigError(
+                f"{self.model.sigmix_base['name']} has no chat template", remedy="leave --apply_chat_template out"
+            )
+        try:
+            with self._template():
+                return super().chat_template(chat_template)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The harness's chat as text; its last user turn is what a strategy will be asked about."""
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        """The harness's chat as text; its last user turn is what a strategy will be asked about.
+
+        Raises:
+            ConfigError: a turn that holds what stands for an image in a vision-language model's prompts.
+        """
+        processor, turns = processor_of(self.tokenizer), chat_history
+        if processor is not None:
+            no_marks(processor, *(turn["content"] for turn in chat_history))
+            turns = in_parts(chat_history)
+        with self._template():
+            text = super().apply_chat_template(turns, add_generation_prompt)
         asked = [turn["content"] for turn in chat_history if turn["role"] == "user"]
         if asked:
             self._turns[text] = asked[-1]
         return text
+
+    def tok_encode(self, string: str, *given: Any, **options: Any) -> list[int]:
+        """Token ids of a text; see `apply_chat_template` for what is refused."""
+        if (processor := processor_of(self.tokenizer)) is not None:
+            no_marks(processor, string)
+        return super().tok_encode(string, *given, **options)
 
     def _mixes(self, contexts: Sequence[str]) -> list[Mix]:
         return self.requests.mixes([self._turns.get(text, text) for text in contexts])
@@ -199,7 +244,7 @@ class SigmixLM(HFLM):
             alike[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
         texts = [""] * len(requests)
         for numbers in alike.values():
-            options, stop, special = self._generation(requests[numbers[0]].args[1])
+            options, stop, special = generation(requests[numbers[0]].args[1], self.max_gen_toks, self.tokenizer)
             room = self.max_length - options["max_new_tokens"]
             if room < 1:
                 raise ContextError(
@@ -226,27 +271,6 @@ class SigmixLM(HFLM):
                 self.engine.ends = ends
         return texts
 
-    def _generation(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[int]]:
-        """The engine's options, stop strings, and stop tokens (special ones, which no decoded text shows)."""
-        wanted = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        stop = [mark for mark in handle_stop_sequences(wanted.pop("until", None), eos=None) if mark]
-        wanted.pop("do_sample", None)  # without it the temperature is 0 by now
-        options = {
-            "max_new_tokens": int(wanted.pop("max_gen_toks")), "temperature": float(wanted.pop("temperature", 0) or 0),
-            "top_p": float(wanted.pop("top_p", 1) or 1),
-        }  # fmt: skip
-        if not options["temperature"]:
-            wanted.pop("top_k", None)  # of no effect on greedy answers
-        for name, value in wanted.items():
-            if value not in NOTHING.get(name, ()):
-                raise ConfigError(
-                    f"generation option {name}={value!r} is not supported",
-                    remedy="supported are until, max_gen_toks, do_sample, temperature and top_p",
-                )
-        special = [mark for mark in stop if mark in self.tokenizer.all_special_tokens]
-        ids = [int(self.tokenizer.convert_tokens_to_ids(mark)) for mark in special]
-        return options, [mark for mark in stop if mark not in special], ids
-
     def _batches(self, items: Sequence[Any], length: Any, quiet: bool) -> Iterator[list[Any]]:
         """Items, the longest first, by rows or by tokens."""
         rest = iter(items)
@@ -267,25 +291,3 @@ class SigmixLM(HFLM):
             "model_source": base["name"],
             "sigmix": {**told, "truncated": self.truncated},
         }
-
-
-def _device(name: str | None) -> str | None:
-    """The harness says cuda:0 where nobody said anything."""
-    if name is None or torch.cuda.is_available() or not name.startswith("cuda"):
-        return name
-    if name == "cuda:0":
-        return None
-    raise ConfigError(f"there is no CUDA device for --device {name}", remedy="leave it out")
-
-
-def _rows(batch_size: int | str) -> int | None:
-    """Rows of a batch; None by tokens."""
-    if str(batch_size).startswith(AUTO):
-        return None
-    try:
-        rows = int(batch_size)
-    except ValueError:
-        rows = 0
-    if rows < 1:
-        raise ConfigError(f"batch_size must be auto or a number of at least 1, not {batch_size!r}")
-    return rows

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from sigmix.engine.prompts import encode, end_ids
+from sigmix.engine.prompts import bare_text, encode, end_ids, turns_of
 from sigmix.errors import ConfigError, DataError
 from sigmix.svf.tuner import svf_layers
 from sigmix.tasks.base import Sample, Split, Task
+from sigmix.vision import processor_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,13 +49,17 @@ def prompt_dataset(samples: Sequence[Sample], tokenizer: Any) -> Dataset:
         A `datasets.Dataset` with the columns ``prompt`` and ``sample``, the id by which `reward_function` finds it.
 
     Raises:
-        DataError: no samples.
+        DataError: no samples. ConfigError: they show images, or belong to a vision-language model whose prompts TRL
+            would write otherwise, without their text.
     """
     from datasets import Dataset
 
-    _not_empty(samples)
+    _check(samples)
     chat = getattr(tokenizer, "chat_template", None) is not None
-    return Dataset.from_list([{"prompt": _prompt(one, chat), "sample": one.id} for one in samples])
+    write = turns_of if chat else bare_text
+    if processor_of(tokenizer) is not None:
+        _check_written(tokenizer, samples[0], chat)
+    return Dataset.from_list([{"prompt": write(one.prompt, one.system), "sample": one.id} for one in samples])
 
 
 def gold_dataset(samples: Sequence[Sample], model: Any, tokenizer: Any) -> Dataset:
@@ -70,11 +75,11 @@ def gold_dataset(samples: Sequence[Sample], model: Any, tokenizer: Any) -> Datas
         A `datasets.Dataset` with the columns ``input_ids`` and ``labels`` (-100 for the prompt), unpadded.
 
     Raises:
-        DataError: no samples.
+        DataError: no samples. ConfigError: they show images.
     """
     from datasets import Dataset
 
-    _not_empty(samples)
+    _check(samples)
     end = end_ids(model, tokenizer)[:1]
     rows = []
     for one in samples:
@@ -134,6 +139,7 @@ def finish(
     *,
     objective: str,
     dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
     seed: int = 0,
     n: int = 50,
     split: Split = "validation",
@@ -144,7 +150,7 @@ def finish(
     Args:
         folder: where ``trainer.save_model`` wrote; its name becomes the expert's. base: as `load_base` takes it.
         objective: "grpo", "rloo", "sft" …, for the expert's metadata. training: other JSON values, such as lr.
-        dtype: of the base, the one that it was trained in: an expert is bound to its base's very numbers.
+        dtype, quantization: of the base, those that it was trained in: an expert is bound to its base's very numbers.
         n, split, seed: of the items, see `Task.samples`.
 
     Returns:
@@ -161,7 +167,7 @@ def finish(
 
     folder = Path(folder)
     expert = Expert.load(folder)
-    model, tokenizer = load_base(base, dtype)
+    model, tokenizer = load_base(base, dtype, quantization=quantization)
     engine = Engine(model, tokenizer, {expert.name: expert})
     figures, _ = run(engine, task, [Mix.one(expert.name)], split=split, n=n, seed=seed)
     before, after = figures["results"]
@@ -179,13 +185,6 @@ def finish(
     return {**figures, "expert": expert.name}
 
 
-def _prompt(sample: Sample, chat: bool) -> Any:
-    if not chat:
-        return f"{sample.system}\n\n{sample.prompt}" if sample.system else sample.prompt
-    system = [{"role": "system", "content": sample.system}] if sample.system else []
-    return [*system, {"role": "user", "content": sample.prompt}]
-
-
 def _text(completion: Any) -> str:
     # TRL gives the messages of a turn where prompts are messages, and text where they are text
     return completion if isinstance(completion, str) else completion[-1]["content"]
@@ -196,6 +195,26 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
     return [z for z in every if isinstance(z, torch.nn.Parameter) and z.requires_grad]
 
 
-def _not_empty(samples: Sequence[Sample]) -> None:
+def _check(samples: Sequence[Sample]) -> None:
     if not samples:
         raise DataError("a data set needs at least one sample", remedy='for example task.samples("train", 512)')
+    if shown := next((one for one in samples if one.images), None):
+        raise ConfigError(
+            f"the sample {shown.prompt[:40]!r} shows {shown.images[0].name}, and a data set for TRL holds text only",
+            remedy="train on images with sigmix train",
+        )
+
+
+def _check_written(tokenizer: Any, sample: Sample, chat: bool) -> None:
+    """Raise unless TRL, which asks the tokenizer, writes a prompt as the engine, which asks the processor."""
+    if chat:
+        turns = turns_of(sample.prompt, sample.system)
+        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, **CHAT)["input_ids"]
+    else:
+        made = tokenizer(bare_text(sample.prompt, sample.system))["input_ids"]
+    if list(made) != encode(tokenizer, sample.prompt, sample.system):
+        raise ConfigError(
+            "TRL would write this vision-language model's prompts otherwise than its processor does, or without text: "
+            + ("the tokenizer's chat template is another" if chat else "only the processor has a chat template"),
+            remedy="train it with sigmix train, or with SFTTrainer on gold_dataset, which is encoded already",
+        )

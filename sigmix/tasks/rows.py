@@ -117,15 +117,18 @@ class _Shown:
 
     def __init__(self, table: Any, column: str) -> None:
         self.table, self.column = table, column
-        self._digests: dict[Any, str] = {}
+        self._read: dict[Any, tuple[str, functools.partial[bytes]]] = {}
 
     def picture(self, number: int, name: str, image_id: Any) -> Picture:
         """The image of a row; rows of one ``image_id`` (None: not known) show the same one."""
-        source = functools.partial(self._bytes, number, name)
-        digest = self._digests.get(image_id) if image_id is not None else None
-        if digest is None:
-            digest = hashlib.sha256(source()).hexdigest()
-            self._digests[image_id] = digest
+        found = self._read.get(image_id) if image_id is not None else None
+        if found is None:
+            source = functools.partial(self._bytes, number, name)
+            found = hashlib.sha256(source()).hexdigest(), source
+            if image_id is not None:
+                self._read[image_id] = found
+        # with the digest the bytes that it is of: another row may have encoded the same image otherwise
+        digest, source = found
         return Picture(digest, name, source)
 
     def _bytes(self, number: int, name: str) -> bytes:

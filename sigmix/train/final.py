@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sigmix.evals.evaluate import compare, constant_baseline
+from sigmix.evals.evaluate import compare, constant_baseline, in_part
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
 from sigmix.train.loop import Trainer
@@ -49,5 +49,7 @@ def held_out(trainer: Trainer, expert: Expert, n: int) -> tuple[Expert, dict[str
         "answer_entropy": test["answer_entropy"],
         "note": "held out; chose nothing",
     }
+    if in_part(test) or in_part(base):
+        metric |= {"mean_score": test["mean_score"], "base_mean_score": base["mean_score"]}
     figures = {"test": test, "base": base, "paired": paired, "best_constant": constant}
     return expert.with_meta(metrics=[metric, *thaw(expert.meta.get("metrics", []))]), figures

@@ -24,7 +24,7 @@ import torch
 from sigmix.engine.cpu import contiguous_head
 from sigmix.engine.prompts import end_ids
 from sigmix.errors import ConfigError, DivergedError
-from sigmix.evals.evaluate import Result, evaluate
+from sigmix.evals.evaluate import Result, evaluate, in_part, rank
 from sigmix.evals.run import commit
 from sigmix.experts.base import describe
 from sigmix.experts.expert import Expert
@@ -170,9 +170,9 @@ class Trainer:
     def _validate(self) -> None:
         result = self.evaluate(self.validation)
         summary = result.summary()
-        better = summary["accuracy"] > self.best["accuracy"]
+        better = rank(summary) > rank(self.best)
         if better:
-            self.best = {"accuracy": summary["accuracy"], "step": self.step}
+            self.best = {"accuracy": summary["accuracy"], **in_part(summary), "step": self.step}
         self.bad = 0 if better else self.bad + 1
         self._emit({"kind": "validation", "step": self.step, "seconds": self.seconds, "best": better, **summary})
         if better:
@@ -204,7 +204,7 @@ class Trainer:
         summary = validation.summary() if validation else {}
         metric = {
             "name": "validation accuracy", "value": summary.get("accuracy"), "n": summary.get("n"),
-            "interval": summary.get("interval"), "note": "chose the checkpoint",
+            "interval": summary.get("interval"), **in_part(summary), "note": "chose the checkpoint",
         }  # fmt: skip
         assert isinstance(self.policy, SVFPolicy)
         settings = {k: v for k, v in self.config.to_dict().items() if k not in ("task", "base", "dtype", "seed")}

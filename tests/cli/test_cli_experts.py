@@ -79,6 +79,47 @@ def test_seal_binds_a_folder_that_peft_saved(run, refused, home, tmp_path):
     assert not run("experts", "verify", folder, "--base", home.base, "--seal", "--json").json["sealed"]
 
 
+@pytest.fixture
+def made_in(home, tmp_path, monkeypatch):
+    """``made_in("float16")`` -> a folder with an expert that was made on the base in that dtype and quantisation."""
+    from sigmix import Bank, Expert, load_base
+    from sigmix.svf.tuner import SVFConfig
+
+    def make(dtype, quantization=None, name="odd"):
+        from peft import get_peft_model
+
+        model = get_peft_model(load_base(home.base, dtype, quantization=quantization)[0], SVFConfig())
+        Bank(tmp_path / "odd", create=True).add(Expert.from_model(model, name=name))
+        return tmp_path / "odd" / name
+
+    monkeypatch.setenv("SIGMIX_CACHE", str(home.cache))
+    return make
+
+
+@pytest.mark.parametrize("dtype, quantization, other", [
+    ("float16", None, ("--dtype", "bfloat16")), ("bfloat16", "int8", ("--quantization", "int4")),
+])  # fmt: skip
+def test_the_base_is_read_as_the_expert_had_it(made_in, run, refused, home, dtype, quantization, other):
+    if quantization:
+        pytest.importorskip("torchao")
+    folder = made_in(dtype, quantization)
+    assert run("experts", "verify", folder, "--base", home.base, "--json").json["checked"][-1] == "sketches"
+    assert run("experts", "diff", folder, folder, "--base", home.base, "--json").json["identical"]
+    assert "was made on" in refused("experts", "verify", folder, "--base", home.base, *other, silent=False)
+    if quantization:
+        assert "with dtype='bfloat16', quantization='int8'" in run(
+            "experts", "verify", folder, "--base", home.base, "--dtype", "float32", "--quantization", "int4"
+        ).err[-1]  # fmt: skip
+        asked = ("--base", home.base, "--bank", folder.parent, "--mix", "odd")
+        assert "of weights as they are stored" in refused("export", "merged", *asked, "--out", folder / "out",
+                                                          silent=False)  # fmt: skip
+    (folder / "sigmix.json").unlink()
+    words = ("--dtype", dtype, *(("--quantization", quantization) if quantization else ()))
+    assert run("experts", "verify", folder, "--base", home.base, "--seal", *words, "--json").json["sealed"]
+    told = run("experts", "show", folder, "--json").json["base"]["dtype"]
+    assert told == dtype + (f" in {quantization}" if quantization else "")
+
+
 def test_diff(experts, home):
     figures = experts("diff", "arithmetic", "reading", "--json").json
     assert figures["same_base"] is True

@@ -207,6 +207,83 @@ def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
     assert "no --tasks" in run("lm-eval", "--mix", "base").err[0]
 
 
+def test_a_yaml_file_keeps_what_it_says(run, place, tmp_path, monkeypatch):
+    """Place and batch size of the file are used; model arguments of the file and of the command line come together."""
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    made = []
+    real = SigmixLM.__init__
+    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: made.append(given) or real(self, **given))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"tasks: [tiny_choice]\ninclude_path: {place.tasks}\nlimit: 2\noutput_path: {tmp_path / 'kept'}\n"
+        "log_samples: true\nbatch_size: 3\nmodel_args: {dtype: bfloat16, max_length: 200}\n"
+    )
+    done = run("lm-eval", "-C", file, "--base", place.base, "--bank", place.bank, "--mix", "one", "--json",
+               "--model_args", "dtype=float32")  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(logged(tmp_path / "kept", "tiny_choice")) == 2
+    (results,) = (tmp_path / "kept").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"] == done.json["results"]
+    wanted = {"batch_size": 3, "dtype": "float32", "max_length": 200, "mix": "one"}
+    assert {name: made[0][name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("content, words, message", [
+    ("model: hf\ntasks: tiny_choice\n", (), "the model is sigmix here, not 'hf'"),
+    ("limit: 2\n", (), "no --tasks"),
+    ("tasks: tiny_choice\nlog_samples: true\n", (), "--log_samples needs a place"),
+    ("tasks: tiny_choice\n", ("--pred",), "--predict_only needs a place"),
+    ("tasks: tiny_choice\n", ("-s",), "--log_samples needs a place"),
+    ("- tasks\n", (), "YAML root must be a mapping"),
+    ("tasks: [\n", (), "Invalid YAML"),
+    (None, (), "Config file not found"),
+])  # fmt: skip
+def test_what_a_yaml_file_cannot_say(content, words, message, refused, tmp_path):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert message in refused("lm-eval", "--config", file, *words, silent=False)
+
+
+def test_options_in_every_form_that_the_harness_reads(run, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    made = []
+    real = SigmixLM.__init__
+    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: made.append(given) or real(self, **given))
+    done = run("lm-eval", "-ttiny_choice", "-b8", "--output", tmp_path, "--incl", place.tasks, "-L2", "-sMsigmix",
+               "--base", place.base, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert made[0]["batch_size"] == "8"
+    assert len(logged(tmp_path, "tiny_choice")) == 2
+
+
+def test_a_base_without_a_chat_template_is_refused_before_the_requests(refused, place, tmp_path, monkeypatch):
+    build_tiny().save_pretrained(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(SigmixLM, "_score", lambda *_: pytest.fail("requests were run"))
+    words = ("--tasks", "tiny_choice", "--include_path", place.tasks, "--base", tmp_path, "--limit", 1)
+    assert "has no chat template -> leave --apply_chat_template out" in refused(
+        "lm-eval", *words, "--apply_chat_template", silent=False
+    )
+
+
+def test_a_quantised_base_in_its_own_and_the_original_basis(run, refused, place, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    words = ("lm-eval", "--tasks", "tiny_choice", "--include_path", place.tasks, "--base", place.base, "--limit", 1,
+             "--bank", place.bank, "--mix", "one", "--json")  # fmt: skip
+    own = refused(*words, "--model_args", "dtype=float32", "--quantization", "int8", silent=False)
+    assert "--basis original" in own
+    done = run(*words, "--model_args", "dtype=float32,quantization=int8", "--basis", "original")
+    assert done.code == 0, done.err
+    told = done.json["config"]["sigmix"]
+    assert told["mixes"] == {"one": 3}
+    assert told["fingerprint"] != fingerprint(load_base(place.base, "float32", "cpu")[0])
+    assert "--basis original is for a quantised base" in refused(*words, "--basis", "original", silent=False)
+
+
 def test_an_expert_of_another_base_is_refused(run, home, place):
     done = run("lm-eval", "--tasks", "tiny_choice", "--include_path", place.tasks, "--base", home.other,
                "--bank", place.bank, "--mix", "one")  # fmt: skip

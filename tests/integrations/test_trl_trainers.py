@@ -16,10 +16,10 @@ from peft import PeftModel, get_peft_model
 
 from sigmix import Engine, Expert, Mix, SVFConfig, load_base
 from sigmix.engine.prompts import encode
-from sigmix.errors import ConfigError, DataError
+from sigmix.errors import ConfigError, DataError, OutputError
 from sigmix.experts.expert import seal
 from sigmix.experts.metadata import COMPUTED, thaw
-from sigmix.integrations.trl import CHAT, KeepZ, gold_dataset, prompt_dataset, reward_function
+from sigmix.integrations.trl import CHAT, KeepZ, finish, gold_dataset, prompt_dataset, reward_function
 from sigmix.svf.tuner import svf_layers
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.registry import get_task
@@ -231,6 +231,15 @@ def test_z_stays_what_an_expert_may_hold(tmp_path, tiny_tokenizer):
     assert float(z.max()) > 1
 
 
+def test_an_expert_of_a_quantised_base_is_sealed_to_it(tmp_path, home):
+    pytest.importorskip("torchao")
+    how = {"dtype": "bfloat16", "quantization": "int8"}
+    get_peft_model(load_base(home.base, **how)[0], SVFConfig()).save_pretrained(tmp_path / "kept")
+    finish(tmp_path / "kept", home.base, get_task("addition?digits=1"), objective="sft", n=2, **how)
+    expert = Expert.load(tmp_path / "kept", base=load_base(home.base, **how)[0])
+    assert expert.meta["base"]["dtype"] == "bfloat16 in int8"
+
+
 # ---------------------------------------------------------------------- data
 
 
@@ -300,8 +309,12 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
     assert expert.meta["objective"] == kind
     assert expert.meta["metrics"][0]["n"] == 4
     assert json.loads((out / "sigmix.json").read_text())["training"]["steps"] == 2
+    with pytest.raises(OutputError, match="holds an expert already"):  # before it trains anew
+        runpy.run_path(str(script), run_name="__main__")
+    assert Expert.load(out) == expert
     (out / "sigmix.json").unlink()  # as it would be without the helper
-    done = run("experts", "verify", out, "--base", home.base, "--seal", "--json")
+    dtype = str(load_base(home.base)[0].dtype).removeprefix("torch.")
+    done = run("experts", "verify", out, "--base", home.base, "--dtype", dtype, "--seal", "--json")
     assert done.json["ok"]
     assert done.json["sealed"]
     assert Expert.load(out) == Expert(expert.name, expert.z, {k: thaw(expert.meta)[k] for k in COMPUTED})

@@ -56,6 +56,7 @@ def test_train_end_to_end(sigmix, tmp_path, model_folder):
     assert [metric["name"] for metric in expert.meta["metrics"]] == ["test accuracy", "validation accuracy"]
     test = expert.meta["metrics"][0]
     assert (test["value"], test["n"]) == (figures["test"]["accuracy"], 5)
+    assert "mean_score" not in test  # a reply is right or wrong here
     assert "test accuracy" in (tmp_path / "bank/sums/README.md").read_text()
 
     lines = (tmp_path / "runs/sums/metrics.jsonl").read_text().splitlines()
@@ -69,6 +70,25 @@ def test_train_end_to_end(sigmix, tmp_path, model_folder):
     )
     assert sum(item["score"] == 1.0 for item in items) / 5 == figures["test"]["accuracy"]
     assert [item["id"] for item in base] == [item["id"] for item in items]
+
+
+def test_a_task_with_marks_in_between_shows_them(sigmix, tmp_path):
+    (tmp_path / "marks.py").write_text(
+        "from sigmix.tasks.base import Sample, Score, Task\n"
+        "class Half(Task):\n"
+        "    name, domain, description, max_new_tokens = 'half', 'test', 'Half marks for all.', 2\n"
+        "    def samples(self, split, n=None, seed=0):\n"
+        "        return [Sample.make(f'{split} {i}?', 'a') for i in range(n or 8)]\n"
+        "    def score(self, sample, reply):\n"
+        "        return Score(0.5, reply)\n"
+    )
+    code, out, err = sigmix("--out", "bank/half", task="marks.py:Half")
+    assert code == 0, err
+    assert "validation 0.000 (mean score 0.500) at step 0" in out
+    assert ", mean score 0.500, base 0.500, p = " in out
+    test, validation = Expert.load(tmp_path / "bank/half").meta["metrics"]
+    assert (test["mean_score"], test["base_mean_score"], validation["mean_score"]) == (0.5, 0.5, 0.5)
+    assert "base_mean_score" in (tmp_path / "bank/half/README.md").read_text()
 
 
 def test_the_same_command_gives_the_same_expert(sigmix, tmp_path):

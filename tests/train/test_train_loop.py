@@ -80,6 +80,28 @@ def test_the_best_by_validation_is_returned_not_the_last(tiny, tiny_tokenizer, t
     assert expert.meta["metrics"][0]["value"] == 0.8
 
 
+class Graded(Scripted):
+    """As `Scripted`, with pairs: how many of ten replies get full marks, and how many half of them."""
+
+    def score(self, sample, reply):
+        if not sample.prompt.startswith("validation"):
+            return super().score(sample, reply)
+        place, item = divmod(self.asked, 10)
+        self.asked += 1
+        full, half = self.script[place]
+        return Score(1.0 if item < full else 0.5 if item < full + half else 0.0, reply)
+
+
+def test_where_replies_are_right_in_part_the_mean_score_chooses(tiny, tiny_tokenizer, tmp_path):
+    task = Graded([(3, 0), (2, 6), (3, 4), (4, 1)])
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=task, eval_n=10)
+    expert = run.fit()
+    # more score with fewer full marks; then as much score with more full marks; then full marks alone
+    assert [entry["best"] for entry in entries(run, "validation")] == [True, True, True, False]
+    assert run.best == {"accuracy": 0.3, "mean_score": 0.5, "step": 4}
+    assert (expert.meta["metrics"][0]["value"], expert.meta["metrics"][0]["mean_score"]) == (0.3, 0.5)
+
+
 def test_a_base_that_nothing_beats_is_the_expert(tiny, tiny_tokenizer, tmp_path):
     expert = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([9, 1, 1, 1]), eval_n=10).fit()
     assert all(torch.equal(z, torch.ones_like(z)) for z in expert.z.values())

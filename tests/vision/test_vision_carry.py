@@ -8,7 +8,7 @@ from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
 from helpers_vision import saved, shape, vlm
 
-from sigmix import Bank, Engine, Expert, Mix
+from sigmix import Bank, Engine, Expert, Mix, load_base
 from sigmix.errors import ExpertError, FingerprintError
 from sigmix.experts.carry import carry, compare
 from sigmix.vision import bind
@@ -116,6 +116,25 @@ def test_to_a_text_model_of_another_make(words):
     assert set(made.z) == set(words.z)
     with pytest.raises(ExpertError, match="14 of 14 are missing"):
         carry(words, build_tiny("gpt2"), force=True)
+
+
+def test_an_expert_of_a_quantised_base_is_carried_to_one_quantised_alike(tmp_path, run):
+    pytest.importorskip("torchao")
+    text_model().save_pretrained(tmp_path / "text")
+    build_tokenizer().save_pretrained(tmp_path / "text")
+    seeing, processor = with_its_words()
+    seeing.save_pretrained(tmp_path / "seeing")
+    processor.save_pretrained(tmp_path / "seeing")
+    model = load_base(tmp_path / "text", "float32", quantization="int8")[0]
+    made = expert(model, "words", seed=3)
+    Bank(tmp_path / "bank", create=True).add(made)
+    assert made.meta["base"]["dtype"] == "float32 in int8"
+    common = ("experts", "carry", "words", "--bank", tmp_path / "bank", "--to", tmp_path / "seeing", "--json")
+    done = run(*common, "--out", tmp_path / "carried/one")
+    assert done.code == 0, done.err
+    assert done.json["basis"] == "same"
+    assert Expert.load(tmp_path / "carried/one").meta["base"]["dtype"] == "float32 in int8"
+    assert run(*common, "--out", tmp_path / "carried/two", "--from", tmp_path / "text").json["basis"] == "same"
 
 
 def test_the_command(words, tmp_path, run, refused):

@@ -95,7 +95,7 @@ def test_textvqa_and_okvqa_from_the_hub_by_their_ids(monkeypatch):
         cells = []
         for number in range(40):
             raw = io.BytesIO()
-            shape("red", seed=number // 2 + 100 * (split == "train")).save(raw, "PNG")
+            shape("red", seed=number // 2 + 100 * (split == "train")).save(raw, "PNG", compress_level=number % 2 * 9)
             cells.append({"bytes": raw.getvalue(), "path": None})
         table = {
             "image_id": [f"{split}{number // 2}" for number in range(40)],
@@ -118,7 +118,11 @@ def test_textvqa_and_okvqa_from_the_hub_by_their_ids(monkeypatch):
     assert textvqa.score(sample, "red").value == 1
     okvqa = get_task("okvqa")
     assert okvqa.splits() == ("test",)
-    assert len(okvqa.samples("test")) == 40
+    samples = okvqa.samples("test")
+    assert len(samples) == 40
+    # two rows show each image, and their files of it differ
+    assert len({sample.images[0].digest for sample in samples}) == 20
+    assert all(sample.images[0].open().size == (32, 32) for sample in samples)
     both = ("lmms-lab/textvqa", "train"), ("lmms-lab/textvqa", "validation")
     assert set(asked) == {*both, ("lmms-lab/OK-VQA", "val2014")}
 
