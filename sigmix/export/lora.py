@@ -13,10 +13,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.export.card import adapter_card
+from sigmix.export.casting import DTYPES
 from sigmix.export.lowrank import LowRank
 from sigmix.export.merged import check_new
 from sigmix.export.provenance import RECORD
-from sigmix.export.source import DTYPES
 from sigmix.export.stream import spec, write_file
 from sigmix.files import atomic_dir, write_json, write_text
 

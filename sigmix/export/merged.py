@@ -82,8 +82,8 @@ def check_new(out: Path) -> None:
 
 def _spec(source: Source, key: str) -> Spec:
     entry = source.shards.entry(key)
-    if source.cast is not None and entry.dtype in ("F64", "F32", "F16", "BF16"):
-        return spec(key, entry.shape, source.cast)
+    if (dtype := source.read_as(key)) is not None:
+        return spec(key, entry.shape, dtype)
     return Spec(key, entry.shape, entry.dtype, entry.bytes)
 
 

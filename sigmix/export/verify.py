@@ -21,8 +21,9 @@ from sigmix.engine import Engine
 from sigmix.errors import SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
+from sigmix.export.casting import HALF
 from sigmix.export.llamacpp import LlamaCpp
-from sigmix.export.source import HALF, Source
+from sigmix.export.source import Source
 from sigmix.gguf import quiet
 from sigmix.models import load_base
 
