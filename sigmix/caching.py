@@ -2,7 +2,8 @@
 
 Everything in it can be made again: ``models`` holds converted bases (one folder each), ``svd`` holds decompositions
 (one file for each matrix), ``downloads`` what an interrupted download left, ``banks`` copies of experts on the hub and
-what was fitted for them, ``vllm`` the adapters that the plugin for vLLM made: clear them while vLLM is stopped. The hub's own cache is not touched; ``hf cache`` manages that.
+what was fitted for them, ``vllm`` the adapters that the plugin for vLLM made (clear them while vLLM is stopped). The
+hub's own cache is not touched; ``hf cache`` manages that.
 """
 
 from __future__ import annotations

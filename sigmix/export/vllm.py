@@ -95,6 +95,7 @@ class Adapters:
         self._bank: tuple[Any, Any] | None = None
         self._refused: dict[str, SigmixError] = {}
         self._one = threading.Lock()  # two at once would only wait for each other's memory
+        self._opening = threading.Lock()  # another one: names of others need not wait until an adapter is made
 
     def path(self, base: str, name: str) -> Path | None:
         """The folder of the adapter that ``name`` stands for on ``base``, or None where it is no mix of this bank.
@@ -108,7 +109,7 @@ class Adapters:
             mix = Mix.parse(name)
         except SigmixError:
             return None
-        with self._one:
+        with self._opening:
             bank = self._opened()
         if not mix.weights or not all(one in bank for one in mix.weights):
             return None
@@ -139,8 +140,9 @@ class Adapters:
 
     def _made(self, base: str, mix: Any, bank: Any) -> Path:
         experts = [bank[name] for name in mix.weights]
-        asked = [base, mix.to_json()["weights"], [expert.digest for expert in experts]]
-        key = json.dumps(asked, sort_keys=True)
+        # what an expert says of its base decides too
+        made = [(expert.digest, (expert.meta.get("base") or {}).get("fingerprint")) for expert in experts]
+        key = json.dumps([base, mix.to_json()["weights"], made], sort_keys=True)
         if key in self._refused:
             raise self._refused[key].with_traceback(None)
         try:

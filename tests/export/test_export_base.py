@@ -94,6 +94,6 @@ def test_an_expert_of_a_quantised_base_is_refused_as_that(tmp_path, cache, seale
     source = Source(folder)
     bank = {"math": Expert("math", one.z, meta)}
     assert source.adopt(bank.values()) is None
-    with pytest.raises(FingerprintError, match=r"quantised to int8.*cannot be exported -> .*--quantization int8") as told:
+    with pytest.raises(FingerprintError, match=r"quantised to int8.*cannot be exported -> .*--quant.* int8") as told:
         source.z(Mix.one("math"), bank)
     assert "--dtype" not in str(told.value)
