@@ -44,17 +44,18 @@ def merged(
     as_json: bool = JSON,
 ) -> None:
     """A checkpoint with the mix merged into its weights, in the base's dtype, which plain transformers loads."""
-    from sigmix.export.merged import check_new, export_merged
+    from sigmix.export.merged import export_merged
     from sigmix.export.verify import Ours, verify_merged
+    from sigmix.files import check_new
 
     most = _bytes(shard_size)
-    _place(out, check_new)
-    source, parsed, experts = _open(base, dtype, mix, bank)
-    with _ticking("merging", len(source.shards)) as tick:
-        figures = export_merged(source, parsed, experts, out, most, tick)
-    if verify:
-        with working("comparing with transformers"):
-            figures["verified"] = verify_merged(out, Ours(source, parsed, experts))
+    with _place(out, check_new):
+        source, parsed, experts = _open(base, dtype, mix, bank)
+        with _ticking("merging", len(source.shards)) as tick:
+            figures = export_merged(source, parsed, experts, out, most, tick)
+        if verify:
+            with working("comparing with transformers"):
+                figures["verified"] = verify_merged(out, Ours(source, parsed, experts))
     where = f"{out}: {len(figures['files'])} file(s), {size(figures['bytes'])}, {figures['dtype']}"
     text = f"{where}; {figures['changed']} of {figures['tensors']} tensors changed"
     emit({"out": str(out), **figures}, as_json, "\n".join([text, *_read(source), *_measured(figures)]))
@@ -77,24 +78,24 @@ def lora(
     from sigmix.errors import UnknownNameError
     from sigmix.export.lora import export_lora
     from sigmix.export.lowrank import vllm_rank
-    from sigmix.export.merged import check_new
     from sigmix.export.verify import Ours, verify_lora
+    from sigmix.files import check_new
 
     if precision not in (known := ("float32", "bfloat16", "float16")):
         raise UnknownNameError("precision", precision, known)
     count = _rank(rank, error)
     if vllm and count is not None:
         vllm_rank(count)
-    _place(out, check_new)
-    source, parsed, experts = _open(base, dtype, mix, bank)
-    low = _low(source, parsed, experts)
-    low.choose(count, error, vllm)
-    note(_lost(low.describe()))
-    with _ticking("writing", len(low.paths)) as tick:
-        figures = export_lora(low, out, precision, tick)
-    if verify:
-        with working("comparing with PEFT"):
-            figures["verified"] = verify_lora(out, source, Ours(source, parsed, experts, wide=True))
+    with _place(out, check_new):
+        source, parsed, experts = _open(base, dtype, mix, bank)
+        low = _low(source, parsed, experts)
+        low.choose(count, error, vllm)
+        note(_lost(low.describe()))
+        with _ticking("writing", len(low.paths)) as tick:
+            figures = export_lora(low, out, precision, tick)
+        if verify:
+            with working("comparing with PEFT"):
+                figures["verified"] = verify_lora(out, source, Ours(source, parsed, experts, wide=True))
     text = f"{out}: rank {figures['rank']}, {size(figures['bytes'])} in {precision}"
     emit({"out": str(out), **figures}, as_json, "\n".join([text, *_read(source), *_measured(figures)]))
 
@@ -122,37 +123,36 @@ def gguf(
     from sigmix.experts.mix import Mix
     from sigmix.export.gguf_lora import TYPES, export_gguf
     from sigmix.export.llamacpp import base_gguf
-    from sigmix.export.merged import check_new
     from sigmix.export.verify import Ours, verify_gguf
-    from sigmix.files import atomic_dir
+    from sigmix.files import atomic_dir, check_new
 
     if number not in TYPES:
         raise UnknownNameError("number type", number, TYPES)
     count = _rank(rank, error)
     if gguf_base is not None and not gguf_base.is_file():
         raise ConfigError(f"there is no file {gguf_base}", remedy="give the base's GGUF file with --gguf")
-    _place(out, check_new if each else _no_file)
-    source, parsed, experts = _open(base, dtype, mix, bank)
-    weights = _floats(parsed) if each else {}
-    jobs = [(Mix.one(name), out / f"{name}.gguf", alpha) for name, alpha in weights.items()] or [(parsed, out, 1.0)]
-    files, scales = [], {file: alpha for _, file, alpha in jobs}
-    place: Any = atomic_dir(out) if each else contextlib.nullcontext(out.parent)
-    with place as folder:
-        for one, file, alpha in jobs:
-            low = _low(source, one, experts)
-            low.choose(count, error)
-            note(_lost(low.describe()))
-            with _ticking(f"writing {file.name}", len(low.paths)) as tick:
-                made = export_gguf(low, folder / file.name, number, tick)
-            files.append({"file": str(file), "scale": alpha, **made})
-    figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
-    if verify:
-        found = base_gguf(source, gguf_base)
-        if isinstance(found, Path):
-            with working("comparing with llama.cpp"):
-                figures["verified"] = verify_gguf(scales, found, Ours(source, parsed, experts, wide=True))
-        else:
-            figures["not_verified"] = found
+    with _place(out, check_new if each else _no_file):
+        source, parsed, experts = _open(base, dtype, mix, bank)
+        weights = _floats(parsed) if each else {}
+        jobs = [(Mix.one(name), out / f"{name}.gguf", alpha) for name, alpha in weights.items()] or [(parsed, out, 1.0)]
+        files, scales = [], {file: alpha for _, file, alpha in jobs}
+        place: Any = atomic_dir(out, new=True) if each else contextlib.nullcontext(out.parent)
+        with place as folder:
+            for one, file, alpha in jobs:
+                low = _low(source, one, experts)
+                low.choose(count, error)
+                note(_lost(low.describe()))
+                with _ticking(f"writing {file.name}", len(low.paths)) as tick:
+                    made = export_gguf(low, folder / file.name, number, tick)
+                files.append({"file": str(file), "scale": alpha, **made})
+        figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
+        if verify:
+            found = base_gguf(source, gguf_base)
+            if isinstance(found, Path):
+                with working("comparing with llama.cpp"):
+                    figures["verified"] = verify_gguf(scales, found, Ours(source, parsed, experts, wide=True))
+            else:
+                figures["not_verified"] = found
     lines = [f"{one['file']}: rank {one['rank']}, {size(one['bytes'])} in {number}" for one in files]
     emit(figures, as_json, "\n".join([*lines, *_read(source), *_measured(figures), _server(scales)]))
 
@@ -243,12 +243,16 @@ def _floats(mix: Any) -> dict[str, float]:
     return dict(mix.weights)
 
 
-def _place(out: Path, check: Callable[[Path], None]) -> None:
-    from sigmix.files import check_writable, writing
+@contextlib.contextmanager
+def _place(out: Path, check: Callable[[Path], None]) -> Iterator[None]:
+    """Hold the place against other runs, until what was written there is verified."""
+    from sigmix.files import check_writable, claimed, writing
 
-    with writing(out):
-        check(out)
-    check_writable(out)
+    with claimed(out):
+        with writing(out):
+            check(out)
+        check_writable(out)
+        yield
 
 
 def _no_file(out: Path) -> None:

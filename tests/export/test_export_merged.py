@@ -89,7 +89,7 @@ def test_shards_tokenizer_configs_and_card(tmp_path, cache):
         assert (many / name).read_bytes() == (folder / name).read_bytes()
     assert not (many / "pytorch_model.bin").exists()
     card = (many / "README.md").read_text()
-    for fact in ("base_model:", "`base`", MIX.id, bank["math"].digest[:12], "library_name: transformers"):
+    for fact in ("`base`", MIX.id, bank["math"].digest[:12], "library_name: transformers"):
         assert fact in card
     assert str(tmp_path) not in card
     record = json.loads((many / "sigmix_export.json").read_text())
