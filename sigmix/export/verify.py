@@ -110,10 +110,17 @@ def hold(figures: Mapping[str, Any], exact: bool) -> None:
         figures: from one of the ``verify_…``. Its KL may be `LIMIT`, or twice the other program's own on the base.
 
     Raises:
-        SigmixError: an exact export differs by more.
+        SigmixError: an exact export differs by more; or the base itself differs there by more than the mix moves it,
+            so that the comparison says nothing, as with the file of another model.
     """
     own = figures.get("base", {}).get("kl", 0.0)
     limit = max(LIMIT, 2 * own)
+    if own > max(LIMIT, figures["effect_kl"]):
+        raise SigmixError(
+            f"not verified: in {figures['tool']} the base alone differs from ours by KL {own:.2g}, the mix moves it "
+            f"by {figures['effect_kl']:.2g}, so that nothing can be seen",
+            remedy="the files are there; is --gguf the file of the experts' own base? A less quantised one says more",
+        )
     if exact and figures["kl"] > limit:
         raise SigmixError(
             f"not verified: nothing was left out, but in {figures['tool']} the export differs from our engine by KL "

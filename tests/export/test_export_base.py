@@ -46,7 +46,6 @@ def kinds(folder):
     "parts, dtype",
     [
         ({"proj": torch.bfloat16}, "bfloat16"),  # embeddings and norms in float32, which loading rounds
-        ({"mlp": torch.bfloat16}, "bfloat16"),  # the first linear layer's dtype is not everyone's
         ({"proj": torch.bfloat16}, "float32"),
         ({"": torch.float16}, "bfloat16"),
         ({"": torch.float64}, "float32"),

@@ -146,7 +146,11 @@ def test_rows_in_the_wrong_order_and_a_foreign_base_are_errors(both, tmp_path, m
     found = verify_gguf({files["math"]: 1.0, files["word"]: 1.0}, base, ours)
     with pytest.raises(SigmixError, match=r"in llama\.cpp the export differs.*is --gguf the file"):
         hold(found, exact=True)
-    if source.config.model_type == "llama":
+    model_type = source.config.model_type
+    other = write_gguf(tmp_path / "other.gguf", build_tiny(model_type, seed=9, vocab_size=260), model_type)
+    with pytest.raises(SigmixError, match="the base alone differs .* nothing can be seen"):
+        hold(verify_gguf({files["math"]: 1.0}, other, ours), exact=True)
+    if model_type == "llama":
         monkeypatch.setattr(gguf_lora, "PERMUTED", ())
         export_gguf(LowRank.of(source, Mix.one("math"), bank), tmp_path / "unordered.gguf")
         with pytest.raises(SigmixError, match="differs from our engine"):
