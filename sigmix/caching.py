@@ -2,7 +2,8 @@
 
 Everything in it can be made again: ``models`` holds converted bases (one folder each), ``svd`` holds decompositions
 (one file for each matrix), ``downloads`` what an interrupted download left, ``banks`` copies of experts on the hub and
-what was fitted for them. The hub's own cache is not touched; ``hf cache`` manages that.
+what was fitted for them, ``vllm`` the adapters that the plugin for vLLM made (clear them while vLLM is stopped). The
+hub's own cache is not touched; ``hf cache`` manages that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from sigmix.errors import CacheError, UnknownNameError
 from sigmix.files import cache_dir, writing
 from sigmix.gguf import MANIFEST, verify
 
-KINDS = ("models", "svd", "downloads", "banks")
+KINDS = ("models", "svd", "downloads", "banks", "vllm")
+FOLDERS = ("models", "banks", "vllm")
 STALE = 3600.0  # seconds after which a temporary file has no living writer
 
 
@@ -29,7 +31,7 @@ class Entry:
     Attributes:
         kind: one of `KINDS`.
         name: for people: the converted file's name, or the entry's own.
-        path: a folder (models, banks) or a file.
+        path: a folder (`FOLDERS`) or a file.
         bytes: size on disk.
         last_used: seconds since the epoch; as exact as the file system's access times.
     """
@@ -50,7 +52,7 @@ def entries(kind: str | None = None) -> list[Entry]:
     found = []
     for one in _kinds(kind):
         root = cache_dir() / one
-        if one in ("models", "banks"):
+        if one in FOLDERS:
             paths: Iterable[Path] = (path for path in _inside(root) if path.is_dir() and not path.name.startswith("."))
         elif one == "svd":
             paths = (path for path in root.glob("**/*.safetensors") if not path.name.startswith("."))

@@ -59,6 +59,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             errno.EPERM: ("permission denied", "choose a folder that you can write to"),
             errno.ENOTDIR: ("a part of the path is a file", "choose another path"),
             errno.EEXIST: ("the name is taken by something else", "choose another path"),
+            errno.ENOTEMPTY: ("the name is taken by something else", "choose another path"),
         }
         why, remedy = reasons.get(error.errno or 0, (error.strerror or str(error), "choose another path"))
         raise OutputError(f"cannot write {os.fspath(path)}: {why}", remedy=remedy) from error
@@ -89,11 +90,14 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_dir(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path`` (an old one is removed).
 
+    Args:
+        new: replace nothing but an empty folder, whatever has come to ``path`` meanwhile.
+
     Raises:
-        OutputError: the parent folder cannot be written or the disk is full.
+        OutputError: the parent folder cannot be written or the disk is full; with ``new``, there is something.
     """
     path = Path(path)
     with writing(path):
@@ -102,7 +106,10 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
-            if path.is_dir():
+            if new:
+                check_new(path)
+                os.replace(temporary, path)  # which replaces no folder that is not empty
+            elif path.is_dir():
                 # rename cannot replace a folder that is not empty: move the old one aside first, so that a crash
                 # between the two renames leaves it complete under its .old name
                 old = path.with_name(f".{path.name}.old")
@@ -114,6 +121,27 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(path: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` if there is anything at a path but an empty folder."""
+    path = Path(path)
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(f"{path} exists already", remedy="give another --out, or remove it first")
+
+
+def check_room(path: str | os.PathLike[str], wanted: int) -> None:
+    """Raise `OutputError` if the disk on which a path lies, or will lie, has less than ``wanted`` bytes free."""
+    there = Path(path).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    with writing(path):
+        free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise OutputError(
+            f"{os.fspath(path)} needs {wanted / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there",
+            remedy="free some space or choose another folder",
+        )
 
 
 def restore_interrupted(path: str | os.PathLike[str]) -> None:

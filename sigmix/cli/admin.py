@@ -23,7 +23,9 @@ def add(app: typer.Typer) -> None:
     app.command(epilog="Example: sigmix doctor --base meta-llama/Meta-Llama-3-70B-Instruct --plan --gpus 8")(doctor)
 
 
-KIND = typer.Option("all", help="models, svd (decompositions), downloads, banks (from the hub), or all.")
+KIND = typer.Option(
+    "all", help="models, svd (decompositions), downloads, banks (from the hub), vllm (its adapters), or all."
+)
 
 
 def listed(

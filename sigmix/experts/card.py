@@ -15,6 +15,7 @@ from sigmix.experts.metadata import thaw
 from sigmix.fetch import DEFAULT
 
 DEFAULT_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENSE_OF_DEFAULT = "apache-2.0"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
 """A model's name on the hub: "user/name"."""
 LICENSES = frozenset("""
@@ -85,7 +86,7 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str
     )
     return CARD.format(
         header=_header(name, base.get("name"), meta, metrics),
-        title=_line(name),
+        title=line(name),
         name=name,
         description=str(meta.get("description") or "An expert made by singular-value fine-tuning (arXiv 2501.06252)."),
         count=count,
@@ -100,39 +101,55 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str
     )
 
 
-def _header(name: str, base: Any, meta: Mapping[str, Any], metrics: list[dict]) -> str:
-    """YAML without its ``---``; whatever a user writes stays in its place."""
+def header(
+    base: Any, relation: str, library: str | None, tags: list[str], license_: Any = None, **more: Any
+) -> str:
+    """The YAML of a card without its ``---``; whatever a user writes stays in its place.
+
+    Args:
+        base: its name; what is not on the hub is left out. relation: "adapter", "finetune": what this is to it.
+        license_: as somebody wrote it; what the hub does not know becomes "other" with a name.
+        more: other fields of `huggingface_hub.ModelCardData`.
+    """
     from huggingface_hub import ModelCardData
 
-    on_hub = _on_hub(base)
-    license_ = str(meta["license"]).strip().lower() if meta.get("license") else None
-    known = license_ is None or license_ in LICENSES
-    results = _results(name, meta, metrics)
+    there = on_hub(base)
+    text = str(license_).strip().lower() if license_ else None
+    known = text is None or text in LICENSES
     data = ModelCardData(
-        base_model=on_hub,
-        base_model_relation="adapter" if on_hub else None,
-        library_name="peft",
-        tags=["sigmix", "svf", "singular-value-fine-tuning", *([meta["domain"]] if meta.get("domain") else [])],
-        license=license_ if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.+-]+", "-", license_ or "").strip("-"),
+        base_model=there,
+        base_model_relation=relation if there else None,
+        library_name=library,
+        tags=tags,
+        license=text if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.+-]+", "-", text or "").strip("-"),
+        **more,
+    )
+    return data.to_yaml(line_break="\n").strip("\n")
+
+
+def _header(name: str, base: Any, meta: Mapping[str, Any], metrics: list[dict]) -> str:
+    results = _results(name, meta, metrics)
+    tags = ["sigmix", "svf", "singular-value-fine-tuning", *([meta["domain"]] if meta.get("domain") else [])]
+    return header(
+        base, "adapter", "peft", tags, meta.get("license"),
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=name if results else None,
         eval_results=results or None,
-    )
-    return data.to_yaml(line_break="\n").strip("\n")
+    )  # fmt: skip
 
 
 def _results(name: str, meta: Mapping[str, Any], metrics: list[dict]) -> list[Any]:
     """The metrics as `huggingface_hub.EvalResult`; one without a number is none."""
     from huggingface_hub import EvalResult
 
-    task = _line(meta.get("task") or meta.get("domain") or name)
+    task = line(meta.get("task") or meta.get("domain") or name)
     found = []
     for metric in metrics:
         value = metric.get("value")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        called = _line(metric.get("name") or "score")
+        called = line(metric.get("name") or "score")
         words = called.lower().split()
         args = {key: thaw(more) for key, more in metric.items() if key not in ("name", "value") and more is not None}
         found.append(
@@ -151,7 +168,7 @@ def _results(name: str, meta: Mapping[str, Any], metrics: list[dict]) -> list[An
     return found
 
 
-def _on_hub(base: Any) -> str | None:
+def on_hub(base: Any) -> str | None:
     """The base's name on the hub; None where it was a folder or a file."""
     text = str(base or "")
     if text == DEFAULT:
@@ -160,7 +177,7 @@ def _on_hub(base: Any) -> str | None:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    lines = [f"- {key}: {_line(value)}" for key, value in facts.items() if value not in (None, "", {}, ())]
+    lines = [f"- {key}: {line(value)}" for key, value in facts.items() if value not in (None, "", {}, ())]
     return "\n".join(lines) + "\n\n" if lines else ""
 
 
@@ -170,7 +187,7 @@ def _table(metrics: list[dict]) -> str:
     columns = list(dict.fromkeys(["name", *(key for metric in metrics for key in metric)]))
     rows = [[_cell(metric.get(column)) for column in columns] for metric in metrics]
     lines = [columns, ["---"] * len(columns), *rows]
-    return "## Metrics\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+    return "## Metrics\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n\n"
 
 
 def _cell(value: Any) -> str:
@@ -180,10 +197,11 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return "–".join(_cell(item) for item in value)
-    return _line(value).replace("|", "\\|")
+    return line(value).replace("|", "\\|")
 
 
-def _line(value: Any) -> str:
+def line(value: Any) -> str:
+    """A value on one line, as text."""
     if isinstance(value, (Mapping, list, tuple)):
         value = json.dumps(thaw(value), ensure_ascii=False)
     return " ".join(str(value).split())

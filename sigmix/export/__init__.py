@@ -8,5 +8,6 @@
     verify    the export loaded in the other program, and its logits compared with ours
     vllm      a plugin that makes an adapter of a mix when vLLM asks for it by name
 
-No module here has a whole model in memory but `verify`.
+No module here has a whole model in memory but `verify`, and `source` for the fingerprint of a base whose checkpoint has
+tensors that loading splits or fuses (`Source.loads_whole`).
 """

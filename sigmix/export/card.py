@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from sigmix.experts.card import FROM_FILE, header, line, on_hub
+from sigmix.fetch import DEFAULT
 
 MERGED = """\
 ---
@@ -16,7 +18,7 @@ MERGED = """\
 A full checkpoint: the experts below are merged into the weights, W' = U diag(s z) Vᵀ with z = 1 + Σ α (z_k - 1), and
 nothing but transformers is needed to load it. Weights are stored in {dtype}.
 
-{facts}
+{facts}{from_file}
 ```python
 from transformers import {auto}, {reader}
 
@@ -35,9 +37,12 @@ ADAPTER = """\
 What the experts below change in the weights, ΔW = U diag(s (z - 1)) Vᵀ with z = 1 + Σ α (z_k - 1), written as B A.
 {exact} {scale}
 
-{facts}
+{facts}{default}
 {use}"""
 
+FOLDER_OF_DEFAULT = """ Where sigmix keeps the folder of the former:
+`python -c "from sigmix.models import locate; print(locate()[1])"`.
+"""
 PEFT_USE = """\
 ```python
 from peft import PeftModel
@@ -56,12 +61,20 @@ def merged_card(about: Mapping[str, Any], vision: bool = False) -> str:
         vision: of a vision-language model.
     """
     base, kind = about["base"]["name"], "image-text-to-text" if vision else "text-generation"
-    lines = [*_header(about), "library_name: transformers", f"pipeline_tag: {kind}"]
+    # the weights are the base's, a little changed, so its licence holds, and the experts' says nothing about it
+    top = header(base, "finetune", "transformers", _tags(about), about["base"].get("license"), pipeline_tag=kind)
     reader, what = ("AutoProcessor", "processor") if vision else ("AutoTokenizer", "tokenizer")
     return MERGED.format(
-        header="\n".join(lines), base=base, mix=about["mix"], dtype=about["dtype"], facts=_facts(about),
-        auto=_auto(vision), reader=reader, what=what,
-    )  # fmt: skip
+        header=top,
+        base=base,
+        mix=about["mix"],
+        dtype=about["dtype"],
+        facts=_facts(about),
+        from_file=FROM_FILE + "\n" if base == DEFAULT else "",
+        auto=_auto(vision),
+        reader=reader,
+        what=what,
+    )
 
 
 def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
@@ -75,13 +88,16 @@ def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
             f"of {about['error']:.2%} of ‖ΔW‖, {about['error_of_weights']:.2g} of ‖W‖ (Frobenius norms, all matrices)."
         )
     return ADAPTER.format(
-        header="\n".join([*_header(about), "library_name: peft"]),
+        header=header(base, "adapter", "peft", _tags(about), _common_license(about)),
         mix=about["mix"],
         base=base,
         exact=exact,
         scale="lora_alpha equals the rank everywhere, so the scale is 1.",
         facts=_facts(about),
-        use=PEFT_USE.format(base=base, auto=_auto(vision)),
+        default=FROM_FILE + FOLDER_OF_DEFAULT if base == DEFAULT else "",
+        use=PEFT_USE.format(
+            base=base if base != DEFAULT and on_hub(base) else "the base's folder", auto=_auto(vision)
+        ),
     )
 
 
@@ -89,12 +105,14 @@ def _auto(vision: bool) -> str:
     return "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
 
 
-def _header(about: Mapping[str, Any]) -> list[str]:
-    # JSON strings and lists are YAML, so nothing that a user wrote can break out of its place
-    tags = ["sigmix", "svf", "singular-value-fine-tuning", about["form"]]
-    lines = [f"base_model: {json.dumps(about['base']['name'])}", f"tags: {json.dumps(tags)}"]
-    licenses = {expert.get("license") for expert in about["experts"].values()} - {None}
-    return [*lines, f"license: {json.dumps(min(licenses))}"] if len(licenses) == 1 else lines
+def _tags(about: Mapping[str, Any]) -> list[str]:
+    return ["sigmix", "svf", "singular-value-fine-tuning", about["form"]]
+
+
+def _common_license(about: Mapping[str, Any]) -> Any:
+    """That of all the experts, if they have one."""
+    found = {str(expert.get("license") or "").strip().lower() for expert in about["experts"].values()}
+    return found.pop() if len(found) == 1 else None
 
 
 def _facts(about: Mapping[str, Any]) -> str:
@@ -102,11 +120,7 @@ def _facts(about: Mapping[str, Any]) -> str:
     print_ = f", fingerprint `{base['fingerprint'][:12]}`" if base["fingerprint"] else ""
     lines = [f"- Base: `{base['name']}` read in {base['dtype']}{print_}", f"- Mix: `{about['mix']}`"]
     for name, expert in about["experts"].items():
-        known = [f"{key} {_line(expert[key])}" for key in ("task", "domain", "objective", "seed", "commit", "license")
+        known = [f"{key} {line(expert[key])}" for key in ("task", "domain", "objective", "seed", "commit", "license")
                  if expert.get(key) not in (None, "")]  # fmt: skip
         lines.append(f"- Expert `{name}` (z {expert['digest'][:12]}): {', '.join(known) or 'nothing more is recorded'}")
     return "\n".join([*lines, f"- Made by sigmix {about['sigmix']}", ""])
-
-
-def _line(value: Any) -> str:
-    return " ".join(str(value).split())

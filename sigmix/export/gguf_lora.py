@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sigmix.errors import ConfigError, OutputError, UnknownNameError
+from sigmix.experts.card import on_hub, without_path
 from sigmix.export.lowrank import LowRank
-from sigmix.export.provenance import shown
 from sigmix.files import atomic_file
 
 TYPES = {"f32": np.float32, "f16": np.float16}
@@ -48,8 +48,7 @@ def export_gguf(
     """
     if kind not in TYPES:
         raise UnknownNameError("number type", kind, TYPES)
-    if out.exists():
-        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
+    _check_free(out)
     architecture = architecture_of(low)
     names = _names(low, architecture)
     about = {**low.describe(), "form": "gguf", "type": kind, "architecture": architecture.lower()}
@@ -72,7 +71,13 @@ def export_gguf(
             progress()
         writer.close()
         size = temporary.stat().st_size
+        _check_free(out)  # once more: minutes may have passed
     return {**about, "bytes": size}
+
+
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
 
 
 def architecture_of(low: LowRank) -> str:
@@ -125,7 +130,9 @@ def _header(writer: gguf.GGUFWriter, low: LowRank, about: dict[str, Any]) -> Non
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # 0: the scale is the request's, not alpha / rank
     writer.add_name(low.mix.id)
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, shown(low.source.name))
+    writer.add_base_model_name(0, without_path(low.source.name))
+    if (there := on_hub(about["base"]["name"])) is not None:
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{there}")
     writer.add_string("sigmix.mix", low.mix.id)
     writer.add_string("sigmix.version", about["sigmix"])
     for name, expert in about["experts"].items():

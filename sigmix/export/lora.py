@@ -13,12 +13,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.export.card import adapter_card
+from sigmix.export.casting import DTYPES
 from sigmix.export.lowrank import LowRank
-from sigmix.export.merged import check_new
 from sigmix.export.provenance import RECORD
-from sigmix.export.source import DTYPES
 from sigmix.export.stream import spec, write_file
-from sigmix.files import atomic_dir, write_json, write_text
+from sigmix.files import atomic_dir, check_new, check_room, write_json, write_text
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -35,7 +34,7 @@ def export_lora(
         What `LowRank.describe` says, ``bytes``, ``precision``.
 
     Raises:
-        OutputError: ``out`` exists, or cannot be written.
+        OutputError: ``out`` exists, cannot be written, or has no room.
     """
     check_new(out)
     dtype = DTYPES[precision]
@@ -57,7 +56,8 @@ def export_lora(
         return made.pop("B").to(dtype)
 
     about = low.describe()
-    with atomic_dir(out) as temporary:
+    check_room(out, sum(one.bytes for one in specs))
+    with atomic_dir(out, new=True) as temporary:
         write_file(temporary / WEIGHTS, specs, tensor)
         write_json(temporary / "adapter_config.json", _config(low))
         write_json(temporary / RECORD, {**about, "precision": precision})

@@ -42,6 +42,16 @@ def vllm_rank(rank: int) -> int:
     )
 
 
+def check_choice(rank: int | None, error: float | None) -> None:
+    """Raise `ConfigError` for a rank and an error that `LowRank.choose` could not take, before anything is read."""
+    if rank is not None and error is not None:
+        raise ConfigError("a rank and an error cannot both be asked for", remedy="give one of --rank and --error")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"a rank is 1 or more, not {rank}")
+    if error is not None and not 0 <= error < 1:
+        raise ConfigError(f"an error is a share of the change, 0 or more and below 1, not {error}")
+
+
 @dataclass
 class LowRank:
     """A mix on a base, with the ranks that were chosen.
@@ -72,7 +82,8 @@ class LowRank:
             progress: called for every matrix.
 
         Raises:
-            ConfigError: the mix is the base, or changes nothing. Others: see `Source.z`.
+            ConfigError: the mix is the base, or changes nothing, as where all singular values that it moves are 0.
+            Others: see `Source.z`.
         """
         z = source.z(mix, bank)
         if not z:
@@ -88,6 +99,11 @@ class LowRank:
             made.weight_energy += float((s**2).sum())
             progress()
         made.ranks = made.exact
+        if not any(made.ranks.values()):
+            raise ConfigError(
+                f"the mix {mix.id} moves singular values of 0 only, so there is no adapter to write",
+                remedy="name another expert",
+            )
         return made
 
     @property
@@ -110,12 +126,7 @@ class LowRank:
         Raises:
             ConfigError: both are given, cannot be, or no rank of vLLM's reaches them.
         """
-        if rank is not None and error is not None:
-            raise ConfigError("a rank and an error cannot both be asked for", remedy="give one of --rank and --error")
-        if rank is not None and rank < 1:
-            raise ConfigError(f"a rank is 1 or more, not {rank}")
-        if error is not None and not 0 <= error < 1:
-            raise ConfigError(f"an error is a share of the change, 0 or more and below 1, not {error}")
+        check_choice(rank, error)
         if vllm:
             self._choose_for_vllm(rank, error)
         elif error is not None:
@@ -170,8 +181,9 @@ class LowRank:
 
     @property
     def errors(self) -> dict[str, float]:
-        """The same for each matrix."""
-        return {path: (self._lost(path) / float(energy.sum())) ** 0.5 for path, energy in self.energy.items()}
+        """The same for each matrix; 0 where it does not change, its singular values being 0 where z is not 1."""
+        totals = {path: float(energy.sum()) for path, energy in self.energy.items()}
+        return {path: (self._lost(path) / total) ** 0.5 if total else 0.0 for path, total in totals.items()}
 
     def describe(self) -> dict[str, Any]:
         """What goes into figures and cards: `record`, ``components``, ``dropped``, ``error`` (of ‖ΔW‖),

@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sigmix.errors import OutputError
 from sigmix.experts.mix import Mix
 from sigmix.export.card import merged_card
 from sigmix.export.provenance import RECORD, record
 from sigmix.export.source import Source
 from sigmix.export.stream import Spec, spec, write_shards
-from sigmix.files import atomic_dir, write_json, write_text
+from sigmix.files import atomic_dir, check_new, check_room, write_json, write_text
 from sigmix.gguf import MANIFEST
 from sigmix.shards import INDEX
 
@@ -46,7 +45,7 @@ def export_merged(
 
     Raises:
         FingerprintError, ExpertError, UnknownNameError, ConfigError: see `Source.z`.
-        OutputError: ``out`` exists, or cannot be written.
+        OutputError: ``out`` exists, at the start or at the end, cannot be written, or has no room.
     """
     check_new(out)
     moved = source.z(mix, bank)
@@ -64,7 +63,8 @@ def export_merged(
 
     about = {**record(source, mix, experts), "form": "merged", "dtype": source.dtype}
     specs = [_spec(source, key) for key in source.shards]
-    with atomic_dir(out) as temporary:
+    check_room(out, sum(one.bytes for one in specs))
+    with atomic_dir(out, new=True) as temporary:
         files = write_shards(temporary, specs, tensor, shard_bytes)
         _copy(source, temporary)
         write_json(temporary / RECORD, about)
@@ -74,16 +74,10 @@ def export_merged(
     }  # fmt: skip
 
 
-def check_new(out: Path) -> None:
-    """Raise `OutputError` if there is anything at ``out`` but an empty folder: an export never replaces."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
-
-
 def _spec(source: Source, key: str) -> Spec:
     entry = source.shards.entry(key)
-    if source.cast is not None and entry.dtype in ("F64", "F32", "F16", "BF16"):
-        return spec(key, entry.shape, source.cast)
+    if (dtype := source.read_as(key)) is not None:
+        return spec(key, entry.shape, dtype)
     return Spec(key, entry.shape, entry.dtype, entry.bytes)
 
 

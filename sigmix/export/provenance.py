@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import sigmix
+from sigmix.experts.card import LICENSE_OF_DEFAULT, LICENSES, without_path
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
@@ -16,22 +16,34 @@ RECORD = "sigmix_export.json"
 
 
 def record(source: Source, mix: Mix, experts: Sequence[Expert]) -> dict[str, Any]:
-    """``mix`` (its id), ``weights``, ``base`` {name, dtype, fingerprint}, ``experts`` {name: …} and ``sigmix``.
+    """``mix`` (id), ``weights``, ``base`` {name, dtype, fingerprint, license}, ``experts`` {name: …} and ``sigmix``.
 
-    The fingerprint is there where an expert was checked against it; no local path is.
+    The fingerprint is there where an expert was checked against it, the licence where the base's own card says it; no
+    local path is.
     """
     return {
         "mix": mix.id,
         "weights": mix.to_json()["weights"],
-        "base": {"name": shown(source.name), "dtype": source.dtype, "fingerprint": source.known_fingerprint},
+        "base": {
+            "name": without_path(source.name), "dtype": source.dtype, "fingerprint": source.known_fingerprint,
+            "license": _license(source),
+        },
         "experts": {expert.name: _expert(expert) for expert in experts},
         "sigmix": sigmix.__version__,
-    }
+    }  # fmt: skip
 
 
-def shown(name: str) -> str:
-    """A base's name for other people: that of a folder without the path to it."""
-    return Path(name).name if name.startswith(("/", "~", ".")) or "\\" in name else name
+def _license(source: Source) -> str | None:
+    """What the card in the base's folder says, if the hub knows it; "other" says nothing."""
+    if source.kind == "default":
+        return LICENSE_OF_DEFAULT
+    from huggingface_hub import metadata_load
+
+    try:
+        found = str((metadata_load(source.folder / "README.md") or {}).get("license") or "").strip().lower()
+    except Exception:  # no card, or whatever the parser of its header raises
+        return None
+    return found if found in LICENSES - {"other", "unknown"} else None
 
 
 def _expert(expert: Expert) -> dict[str, Any]:

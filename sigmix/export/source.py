@@ -15,12 +15,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sigmix.errors import BaseModelError, ExpertError, FingerprintError, UnknownNameError
-from sigmix.experts.base import LINEAR, dtype_and_quantization, factors_of, matrix_of, shape_of
+from sigmix.errors import BaseModelError, ExpertError, UnknownNameError
+from sigmix.experts.base import LINEAR, factors_of, matrix_of, shape_of
 from sigmix.experts.expert import Expert
-from sigmix.experts.fingerprint import combined, short
+from sigmix.experts.fingerprint import combined
 from sigmix.experts.mix import Mix
 from sigmix.experts.sketch import Sketch, compare, sketch
+from sigmix.export.casting import DTYPES, ON_DISK, cast_as_loaded, dtype_of_experts, loaded_dtype, widens
+from sigmix.export.checks import check_kind, foreign
 from sigmix.export.names import placed
 from sigmix.gguf import MANIFEST, quiet, verify
 from sigmix.models import load_base, locate
@@ -30,9 +32,6 @@ from sigmix.svf.decompose import Factors, weight_digest
 from sigmix.svf.layer import SVFLinear
 from sigmix.vision import backbone
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-HALF = ("bfloat16", "float16")
-ON_DISK = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 OLD = "save it anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new folder)"
 
 
@@ -70,22 +69,33 @@ class Source:
         self.placed = placed(self.model, self.shards)
         self.cast = DTYPES[dtype] if dtype is not None else None
         self._fingerprint: str | None = None
+        self._owner = {key: name for name, key in self.placed.items()}
         self._parameters = dict(sorted(self.model.named_parameters(remove_duplicate=False)))
         self._names: dict[int, set[str]] = {}
         for name, parameter in self._parameters.items():
             self._names.setdefault(id(parameter), set()).add(name)
 
     def adopt(self, experts: Iterable[Expert]) -> str | None:
-        """Read the weights in the dtype in which these experts' base was, where they are stored in a wider one: then
-        their base is the rounded one. Returns that dtype, or None where nothing changes."""
-        made = {(expert.meta.get("base") or {}).get("dtype") for expert in experts if expert.verified}
-        if self.cast is None and len(made) == 1:
-            (name,) = made
-            if name in HALF and self.dtype not in HALF:
-                self.cast = DTYPES[name]
-                self._fingerprint = None
-                return str(name)
-        return None
+        """Read the weights in the dtype in which these experts' base was, unless they are stored so that loading rounds
+        none of them: their base is the rounded one. A checkpoint in several dtypes is read in one, as it is loaded.
+
+        Returns:
+            That dtype, or None where nothing changes.
+        """
+        name = dtype_of_experts(experts)
+        if self.cast is not None or name not in DTYPES or (widens(self.dtype, name) and self._stored_in(self.dtype)):
+            return None
+        self.cast = DTYPES[name]
+        self._fingerprint = None
+        return name
+
+    def _stored_in(self, dtype: str) -> bool:
+        """Whether loading in this dtype would change no float of the checkpoint."""
+        stored = {key: ON_DISK.get(self.shards.entry(key).dtype) for key in self.shards}
+        return all(
+            kind is None or DTYPES[kind] == loaded_dtype(self.model, self._owner.get(key, key), DTYPES[dtype])
+            for key, kind in stored.items()
+        )
 
     # ------------------------------------------------------------------ reading
 
@@ -104,9 +114,15 @@ class Source:
         return ON_DISK[kind]
 
     def tensor(self, key: str) -> torch.Tensor:
-        """A tensor of the checkpoint, floats in the dtype that was asked for."""
+        """A tensor of the checkpoint, floats as loading in the dtype that was asked for makes them."""
         tensor = self.shards.tensor(key)
-        return tensor.to(self.cast) if self.cast is not None and tensor.is_floating_point() else tensor
+        return tensor if self.cast is None else cast_as_loaded(self.model, self._owner.get(key, key), tensor, self.cast)
+
+    def read_as(self, key: str) -> torch.dtype | None:
+        """The dtype of `tensor`, without reading it; None: as it is stored."""
+        if self.cast is None or self.shards.entry(key).dtype not in ON_DISK:
+            return None
+        return loaded_dtype(self.model, self._owner.get(key, key), self.cast)
 
     def key(self, path: str) -> str:
         """The checkpoint's name of a matrix.
@@ -176,20 +192,9 @@ class Source:
             FingerprintError, ExpertError: see `z`.
         """
         mine = expert.meta.get("base") or {}
+        check_kind(expert.name, mine)
         if mine.get("fingerprint") and (found := self.fingerprint()) != mine["fingerprint"]:
-            kind = f" in {mine['dtype']}" if mine.get("dtype") else ""
-            remedy = f"give the base that it was made on, --base {mine.get('name')}"
-            dtype, quantization = dtype_and_quantization(mine.get("dtype"))
-            if quantization is not None:
-                remedy = "an export is of weights as they are stored: export experts that were made on these"
-            elif mine.get("name") == self.name and dtype not in (None, self.dtype):
-                remedy = f"read the base as it was when the expert was made: --dtype {mine['dtype']}"
-            raise FingerprintError(
-                f"expert {expert.name!r} was made on {mine.get('name', 'an unnamed base')}{kind} (fingerprint "
-                f"{short(mine['fingerprint'])}), but this base is {self.name} in {self.dtype} (fingerprint "
-                f"{short(found)})",
-                remedy=remedy,
-            )
+            raise foreign(expert.name, mine, self.name, self.dtype, found)
         for path, z in expert.z.items():
             if path not in self.linears:
                 near = UnknownNameError("matrix", path, self.linears).message
@@ -217,24 +222,33 @@ class Source:
         return factors
 
     def fingerprint(self) -> str:
-        """As `sigmix.experts.fingerprint.fingerprint` of the loaded base, from one tensor at a time.
-
-        A checkpoint whose tensors are not the model's own (experts of a mixture, fused on loading) is loaded whole.
-        """
+        """As `sigmix.experts.fingerprint.fingerprint` of the loaded base, from one tensor at a time; `loads_whole`."""
         if self._fingerprint is None:
-            parts, seen = [], set()
-            for name, parameter in self._parameters.items():
-                if id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                key = next((self.placed[one] for one in self._aliases(name) if one in self.placed), None)
-                if key is None:
-                    self._fingerprint = self._loaded_fingerprint()
-                    break
-                parts.append((name, tuple(parameter.shape), weight_digest(self.tensor(key))))
+            own = self._own()
+            if None in own.values():
+                self._fingerprint = self._loaded_fingerprint()
             else:
-                self._fingerprint = combined(parts)
+                self._fingerprint = combined(
+                    (name, tuple(self._parameters[name].shape), weight_digest(self.tensor(str(key))))
+                    for name, key in own.items()
+                )
         return self._fingerprint
+
+    @property
+    def loads_whole(self) -> bool:
+        """Whether `fingerprint` has to load the base: a checkpoint's tensors are not all the model's own (experts of a
+        mixture are fused on loading)."""
+        return None in self._own().values()
+
+    def _own(self) -> dict[str, str | None]:
+        """{parameter, tied ones once: its tensor in the checkpoint, None where it has none of its own}."""
+        found: dict[str, str | None] = {}
+        seen: set[int] = set()
+        for name, parameter in self._parameters.items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[name] = next((self.placed[one] for one in self._aliases(name) if one in self.placed), None)
+        return found
 
     @property
     def known_fingerprint(self) -> str | None:

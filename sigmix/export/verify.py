@@ -6,6 +6,8 @@ One model is in memory at a time. What is reported is measured, not derived:
     kl        mean over positions of KL(ours ‖ theirs), in nats
     same_top  share of positions where both rank the same token first
     effect_kl the same KL between our mix and our base: what there is to get right
+
+`hold` makes an error of an export that leaves nothing out and differs all the same.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ import torch
 
 from sigmix.engine import Engine
 from sigmix.errors import SigmixError
+from sigmix.experts.base import matrix_of
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
+from sigmix.export.casting import HALF
 from sigmix.export.llamacpp import LlamaCpp
-from sigmix.export.source import HALF, Source
+from sigmix.export.source import Source
 from sigmix.gguf import quiet
 from sigmix.models import load_base
 from sigmix.vision import auto_class
 
+LIMIT = 1e-3
+"""KL, in nats: rounding in another program's order makes less, on bases that are not quantised there."""
 PROMPTS = (
     "What is 17 + 25? Answer with the number only.",
     "Which number is larger, 29 or 895? Answer with the number only.",
@@ -44,7 +50,8 @@ class Ours:
         prompts: texts; None: `PROMPTS`.
 
     Attributes:
-        rows: token ids. mixed, base: float32 [T, V] for each of them.
+        texts, dtype: the prompts, and that of the base. tokens: ids of the bare texts. rows: ids as the engine frames
+            them. mixed, base: float32 [T, V] for each row.
     """
 
     def __init__(
@@ -62,7 +69,9 @@ class Ours:
         # packed copies round otherwise than plain ones, and only plain ones are what others compute with
         # the bare z: the experts were checked against this base when they were exported
         engine = Engine(model, tokenizer, {name: Expert(name, bank[name].z) for name in mix.weights}, keep_packed=0)
-        self.rows = [engine.encode(text) for text in prompts or PROMPTS]
+        self.texts, self.dtype = list(prompts or PROMPTS), source.dtype
+        self.tokens = [list(tokenizer(text)["input_ids"]) for text in self.texts]
+        self.rows = [engine.encode(text) for text in self.texts]
         limit = getattr(model.config, "max_position_embeddings", None) or max(map(len, self.rows))
         self.rows = [row[:limit] for row in self.rows]
         self.mixed = [_logits(engine, row, mix) for row in self.rows]
@@ -95,8 +104,51 @@ def compared(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> di
     return {"max": largest, "kl": max(kl / count, 0.0), "same_top": top / count}
 
 
+def hold(figures: Mapping[str, Any], exact: bool) -> None:
+    """Raise unless an export is as good as it must be; ``exact``: nothing was left out of it.
+
+    Args:
+        figures: from one of the ``verify_…``. Its KL may be `LIMIT`, or twice the other program's own on the base.
+
+    Raises:
+        SigmixError: an exact export differs by more; or the base itself differs there by more than the mix moves it,
+            so that the comparison says nothing, as with the file of another model.
+    """
+    own = figures.get("base", {}).get("kl", 0.0)
+    limit = max(LIMIT, 2 * own)
+    if own > max(LIMIT, figures["effect_kl"]):
+        raise SigmixError(
+            f"not verified: in {figures['tool']} the base alone differs from ours by KL {own:.2g}, the mix moves it "
+            f"by {figures['effect_kl']:.2g}, so that nothing can be seen",
+            remedy="the files are there; is --gguf the file of the experts' own base? A less quantised one says more",
+        )
+    if exact and figures["kl"] > limit:
+        raise SigmixError(
+            f"not verified: nothing was left out, but in {figures['tool']} the export differs from our engine by KL "
+            f"{figures['kl']:.2g} (at most {limit:.2g} were expected), where the mix itself moves the base by KL "
+            f"{figures['effect_kl']:.2g}" + (f" and the base alone differs by {own:.2g}" if "base" in figures else ""),
+            remedy="the files are written, but do not rely on them; "
+            + ("is --gguf the file of the experts' own base?" if "base" in figures else "does another version of "
+               f"{figures['tool']} agree?"),
+        )  # fmt: skip
+
+
+def memory_needed(source: Source, wide: bool, adapter: int = 0) -> int:
+    """Bytes that a comparison takes at most: our model with merged copies and the factors' short sides, or theirs with
+    an adapter of so many bytes.
+
+    Args:
+        wide: as for `Ours`.
+    """
+    number = 4 if wide and source.dtype in HALF else getattr(torch, source.dtype).itemsize
+    weights = sum(parameter.numel() for parameter in source.model.parameters())
+    sides = [matrix_of(module).shape for path, module in source.linears.items() if path != source.head]
+    ours = weights + sum(rows * columns + min(rows, columns) ** 2 for rows, columns in sides)
+    return max(number * ours, number * weights + adapter)
+
+
 def verify_merged(folder: Path, ours: Ours) -> dict[str, Any]:
-    """A merged checkpoint in plain transformers, in the dtype that it has.
+    """A merged checkpoint in plain transformers, in the dtype in which the base was read, and its tokenizer.
 
     Raises:
         SigmixError: transformers cannot load it, or its tokenizer gives other ids.
@@ -105,11 +157,17 @@ def verify_merged(folder: Path, ours: Ours) -> dict[str, Any]:
 
     with _loading("transformers", folder), quiet():
         auto = auto_class(AutoConfig.from_pretrained(folder).to_dict())
-        loaded: Any = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        loaded: Any = auto.from_pretrained(folder, dtype=getattr(torch, ours.dtype), output_loading_info=True)
         model, report = loaded
-        AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if report["missing_keys"]:
         raise SigmixError(f"{folder} lacks {sorted(report['missing_keys'])[0]}, which transformers looks for")
+    for text, expected in zip(ours.texts, ours.tokens, strict=True):
+        if list(tokenizer(text)["input_ids"]) != expected:
+            raise SigmixError(
+                f"the tokenizer in {folder} gives other tokens than the base's for {text!r}",
+                remedy="copy the base's tokenizer files there",
+            )
     return {"tool": "transformers", **ours.against(_plain(model, ours.rows))}
 
 

@@ -14,12 +14,12 @@ from helpers_tiny import build_tiny
 from sigmix.engine import Engine
 from sigmix.errors import ConfigError, OutputError, SigmixError, UnknownNameError
 from sigmix.experts.mix import Mix
-from sigmix.export import llamacpp
+from sigmix.export import gguf_lora, llamacpp
 from sigmix.export.gguf_lora import export_gguf
 from sigmix.export.llamacpp import LlamaCpp
 from sigmix.export.lowrank import LowRank
 from sigmix.export.source import Source
-from sigmix.export.verify import Ours, compared, verify_gguf
+from sigmix.export.verify import Ours, compared, hold, verify_gguf
 from sigmix.models import load_base
 
 MIX = Mix.parse("math:0.7+word:0.5")
@@ -135,6 +135,26 @@ def test_one_file_of_a_mix_is_verified_as_well_as_the_base(both, tmp_path):
         verify_gguf({base: 1.0}, base, ours)
     with pytest.raises(SigmixError, match="cannot load"):
         verify_gguf({files["math"]: 1.0}, files["word"], ours)
+
+
+@needs_llama_cpp
+def test_rows_in_the_wrong_order_and_a_foreign_base_are_errors(both, tmp_path, monkeypatch):
+    base, bank, files = both
+    source = Source(base)
+    ours = Ours(source, Mix.one("math"), bank, wide=True)
+    hold(verify_gguf({files["math"]: 1.0}, base, ours), exact=True)
+    found = verify_gguf({files["math"]: 1.0, files["word"]: 1.0}, base, ours)
+    with pytest.raises(SigmixError, match=r"in llama\.cpp the export differs.*is --gguf the file"):
+        hold(found, exact=True)
+    model_type = source.config.model_type
+    other = write_gguf(tmp_path / "other.gguf", build_tiny(model_type, seed=9, vocab_size=260), model_type)
+    with pytest.raises(SigmixError, match="the base alone differs .* nothing can be seen"):
+        hold(verify_gguf({files["math"]: 1.0}, other, ours), exact=True)
+    if model_type == "llama":
+        monkeypatch.setattr(gguf_lora, "PERMUTED", ())
+        export_gguf(LowRank.of(source, Mix.one("math"), bank), tmp_path / "unordered.gguf")
+        with pytest.raises(SigmixError, match="differs from our engine"):
+            hold(verify_gguf({tmp_path / "unordered.gguf": 1.0}, base, ours), exact=True)
 
 
 @needs_llama_cpp

@@ -9,11 +9,12 @@ import torch
 from helpers_engine import TOLERANCE
 from helpers_export import base_folder, delta, experts, ids
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sigmix.engine import Engine
 from sigmix.errors import ConfigError, FingerprintError, OutputError, SigmixError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.export import lowrank
 from sigmix.export.lora import export_lora
@@ -202,6 +203,29 @@ def test_half_precision_and_the_card(made, tmp_path, precision):
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in ("library_name: peft", MIX.id, f"{figures['error']:.2%}", "scale is 1"):
         assert fact in card
+
+
+def test_matrices_that_cannot_change(tmp_path, cache):
+    folder = base_folder(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    zero, other = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    bank = {
+        "math": Expert("math", {zero: torch.full((64,), 1.5), other: torch.full((64,), 1.5)}, {}),
+        "word": Expert("word", {zero: torch.full((64,), 1.5)}, {}),
+    }
+    low = LowRank.of(Source(folder), Mix.one("math"), bank)
+    for choice in ({}, {"error": 0.5}, {"rank": 4}, {"rank": 8, "vllm": True}):
+        low.choose(**choice)
+        found = low.describe()
+        assert low.errors[zero] == 0
+        assert found["worst"] == [other, low.errors[other]] or not found["error"]
+        export_lora(low, tmp_path / str(choice))
+        names = load_file(tmp_path / str(choice) / "adapter_model.safetensors")
+        assert any(zero in name for name in names) == ("vllm" in choice)  # zeros, where all have one rank
+    with pytest.raises(ConfigError, match="singular values of 0 only"):
+        LowRank.of(Source(folder), Mix.one("word"), bank)
 
 
 def test_compared_is_what_it_says():

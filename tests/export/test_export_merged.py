@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 
@@ -15,15 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sigmix.engine import Engine
 from sigmix.engine.modes import merged_weights
-from sigmix.errors import BaseModelError, ExpertError, FingerprintError, OutputError, UnknownNameError
+from sigmix.errors import BaseModelError, ExpertError, FingerprintError, OutputError, SigmixError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
+from sigmix.export.gguf_lora import export_gguf
+from sigmix.export.lora import export_lora
+from sigmix.export.lowrank import LowRank
 from sigmix.export.merged import export_merged
 from sigmix.export.source import Source
 from sigmix.export.stream import spec, write_file
-from sigmix.export.verify import Ours, verify_merged
+from sigmix.export.verify import Ours, hold, verify_merged
 from sigmix.models import load_base
 from sigmix.shards import Shards
 
@@ -89,7 +93,7 @@ def test_shards_tokenizer_configs_and_card(tmp_path, cache):
         assert (many / name).read_bytes() == (folder / name).read_bytes()
     assert not (many / "pytorch_model.bin").exists()
     card = (many / "README.md").read_text()
-    for fact in ("base_model:", "`base`", MIX.id, bank["math"].digest[:12], "library_name: transformers"):
+    for fact in ("`base`", MIX.id, bank["math"].digest[:12], "library_name: transformers"):
         assert fact in card
     assert str(tmp_path) not in card
     record = json.loads((many / "sigmix_export.json").read_text())
@@ -199,6 +203,62 @@ def test_nothing_is_replaced_and_bad_names_are_refused(tmp_path, cache):
     assert (out / "mine").read_text() == "keep"
     with pytest.raises(UnknownNameError, match="dtype"):
         Source(folder, "float7")
+
+
+@pytest.mark.parametrize("kind", ["merged", "lora", "gguf"])
+def test_what_came_to_the_place_meanwhile_is_kept(tmp_path, cache, kind):
+    folder, bank = base_folder(tmp_path / "base"), experts(targets=["q_proj"])
+    out = tmp_path / ("out.gguf" if kind == "gguf" else "out")
+    mine = out if kind == "gguf" else out / "mine"
+
+    def meanwhile():
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("keep")
+
+    with pytest.raises(OutputError, match="exists already"):
+        if kind == "merged":
+            export_merged(Source(folder), MIX, bank, out, progress=meanwhile)
+        elif kind == "lora":
+            export_lora(LowRank.of(Source(folder), MIX, bank), out, progress=meanwhile)
+        else:
+            export_gguf(LowRank.of(Source(folder), MIX, bank), out, progress=meanwhile)
+    assert mine.read_text() == "keep"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_check_sees_other_weights_and_another_tokenizer(tmp_path, cache):
+    folder, bank = base_folder(tmp_path / "base"), experts()
+    out = tmp_path / "out"
+    source = Source(folder)
+    export_merged(source, MIX, bank, out)
+    ours = Ours(source, MIX, bank)
+    hold(verify_merged(out, ours), exact=True)
+    weights = out / "model.safetensors"
+    written = weights.read_bytes()
+    save_file(load_file(folder / "model.safetensors"), weights, metadata={"format": "pt"})  # nothing merged
+    found = verify_merged(out, ours)
+    with pytest.raises(SigmixError, match=f"by KL {found['kl']:.2g}.*moves the base by KL") as told:
+        hold(found, exact=True)
+    assert told.value.exit_code == 1
+    hold(found, exact=False)
+    weights.write_bytes(written)
+    text = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (out / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(SigmixError, match="tokenizer in .* gives other tokens"):
+        verify_merged(out, ours)
+
+
+@pytest.mark.parametrize(
+    "kl, base, fails",
+    [(5e-4, None, False), (2e-3, None, True), (9e-3, 5e-3, False), (1.1e-2, 5e-3, True), (2e-3, 1e-5, True)],
+)
+def test_an_exact_export_may_differ_as_the_other_program_does_itself(kl, base, fails):
+    figures = {"tool": "x", "kl": kl, "effect_kl": 0.1, **({} if base is None else {"base": {"kl": base}})}
+    with pytest.raises(SigmixError) if fails else contextlib.nullcontext():
+        hold(figures, exact=True)
+    hold(figures, exact=False)
 
 
 def test_no_tensor_outlives_the_writing_of_the_next(tmp_path):
