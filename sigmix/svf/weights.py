@@ -106,6 +106,11 @@ def bias(layer: nn.Module) -> Tensor | None:
     return found
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate has left parameters of ``module`` elsewhere."""
+    return _map(module) is not None
+
+
 def offloaded(module: nn.Module, name: str) -> Tensor | None:
     """A copy of a direct parameter of ``module`` that accelerate has offloaded; None if it is not offloaded."""
     held = _map(module)
