@@ -119,7 +119,8 @@ class Processes:
                     raise self._lost() from error
                 _shared(error, self.rank)
             elif not isinstance(error, ProcessLostError):
-                with contextlib.suppress(ProcessLostError):
+                # the others may be told and gone, and the launcher's SIGTERM here, before this process has seen it
+                with contextlib.suppress(ProcessLostError, Terminated):
                     self._exchange(None, error)
             raise
         return self._exchange(result)

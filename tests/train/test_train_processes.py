@@ -283,7 +283,7 @@ def test_a_quantised_base_is_not_sharded(told):
     [
         ("blocks", "ConfigError: LlamaForCausalLM names no blocks to shard by", 2),
         ("nowhere", "ExpertError: ", 2),
-        ("collapse", "DivergedError: step 0: ", 1),
+        ("collapse", "DivergedError: step 1: ", 1),
     ],
 )
 def test_what_all_processes_meet_is_told_once_when_sharded(told, name, message, code):
