@@ -361,6 +361,7 @@ def test_a_foreign_world_size_is_named(changes, message, monkeypatch):
 
 TASK = '''
 """Replies are judged by their letters; once, in one process, something happens in the middle of it."""
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -377,7 +378,7 @@ class Fatal(Task):
 
     def score(self, sample, reply):
         plan = Path(os.environ["PLAN"])
-        if plan.exists():
+        with contextlib.suppress(FileNotFoundError):  # the other process may remove it at any moment
             rank, place, what = plan.read_text().split()
             if (rank, place) == (os.environ.get("RANK"), sample.prompt.split()[-1]) and "train" in sample.prompt:
                 plan.unlink()
