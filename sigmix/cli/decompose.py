@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BASE, JSON, Ticker, emit, size, working
+from sigmix.cli.shared import BASE, JSON, Ticker, emit, read_layers, read_targets, size, working
 
 
 def add(app: typer.Typer) -> None:
@@ -28,11 +28,8 @@ def decompose(
     """
     from sigmix.errors import ConfigError
 
-    modules = targets.split(",") if "," in targets else targets
-    try:
-        chosen: Any = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
-    except ValueError:
-        raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {layers!r}") from None
+    modules: Any = read_targets(targets)
+    chosen: Any = read_layers(layers)
     with working(f"reading {base}'s config and headers"):
         import torch
 

@@ -24,6 +24,27 @@ AS_MADE = typer.Option(None, "--quantization", help="int8, int4 or nf4. Default:
 BASIS = typer.Option("own", help="Of a quantised base: own, or original for experts made on the base unquantised.")
 
 
+def read_targets(text: str | None) -> list[str] | str | None:
+    """``target_modules`` from --targets: a word, a regular expression, or names with commas between them."""
+    return text.split(",") if text and "," in text else text
+
+
+def read_layers(text: str | None) -> list[int] | str | None:
+    """``layers_to_transform`` from --layers.
+
+    Raises:
+        ConfigError: neither "half" nor numbers.
+    """
+    from sigmix.errors import ConfigError
+
+    if not text or text == "half":
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {text!r}") from None
+
+
 def emit(figures: Any, as_json: bool, text: str) -> None:
     """Print figures as JSON, or the text."""
     typer.echo(json.dumps(figures, ensure_ascii=False, default=str) if as_json else text)

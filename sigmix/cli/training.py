@@ -8,7 +8,18 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BASE, DEVICE_MAP, JSON, QUANTIZATION, Progress, emit, interval, read_device_map
+from sigmix.cli.shared import (
+    BASE,
+    DEVICE_MAP,
+    JSON,
+    QUANTIZATION,
+    Progress,
+    emit,
+    interval,
+    read_device_map,
+    read_layers,
+    read_targets,
+)
 
 
 def add(app: typer.Typer) -> None:
@@ -77,16 +88,11 @@ def train(
             made = _dispatch(bank, data_dir)
         else:
             made = get_task(task, data_dir=data_dir, allow_code=allow_code)
-        modules = targets.split(",") if targets and "," in targets else targets
-        try:
-            chosen = [int(n) for n in layers.split(",")] if layers and layers != "half" else layers
-        except ValueError:
-            raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {layers!r}") from None
         config = make_config(
             preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, steps=steps, batch=batch,
             group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
             temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
-            patience=patience, train_n=train_n, micro=micro, targets=modules, layers=chosen,
+            patience=patience, train_n=train_n, micro=micro, targets=read_targets(targets), layers=read_layers(layers),
             parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit, quantization=quantization,
         )  # fmt: skip
         placed = read_device_map(device_map)

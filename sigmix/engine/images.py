@@ -58,11 +58,17 @@ class ShownImage:
 
 
 class ImagePrompt(list):
-    """Token ids of a prompt with images; it keeps its images known as long as it lives."""
+    """Token ids of a prompt with images; it keeps its images known as long as it lives.
+
+    A pickle or copy has the ids alone: images and processor stay in the process that reads them.
+    """
 
     def __init__(self, ids: Sequence[int], shown: Sequence[ShownImage]) -> None:
         super().__init__(ids)
         self.shown = tuple(shown)
+
+    def __reduce__(self) -> tuple[type[list], tuple[list[int]]]:
+        return list, (list(self),)
 
 
 _KNOWN: weakref.WeakValueDictionary[int, ShownImage] = weakref.WeakValueDictionary()

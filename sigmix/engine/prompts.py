@@ -121,6 +121,11 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     return found
 
 
+def reply_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
+    """Token ids of a reply as a model is to say it, closed by the first of the tokens that end an answer."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *ends[:1]]
+
+
 def context_length(model: Any) -> int | None:
     """How many tokens the model can see, or None where its config does not say."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from sigmix.engine.prompts import bare_text, encode, end_ids, turns_of
+from sigmix.engine.prompts import bare_text, encode, end_ids, reply_ids, turns_of
 from sigmix.errors import ConfigError, DataError
 from sigmix.svf.tuner import svf_layers
 from sigmix.tasks.base import Sample, Split, Task
@@ -80,11 +80,11 @@ def gold_dataset(samples: Sequence[Sample], model: Any, tokenizer: Any) -> Datas
     from datasets import Dataset
 
     _check(samples)
-    end = end_ids(model, tokenizer)[:1]
+    ends = end_ids(model, tokenizer)
     rows = []
     for one in samples:
         prompt = encode(tokenizer, one.prompt, one.system)
-        reply = [*tokenizer(one.gold, add_special_tokens=False)["input_ids"], *end]
+        reply = reply_ids(tokenizer, one.gold, ends)
         rows.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
     return Dataset.from_list(rows)
 

@@ -31,10 +31,10 @@ from sigmix.experts.expert import Expert
 from sigmix.tasks.base import Sample, Task
 from sigmix.train.config import TrainConfig
 from sigmix.train.policy import SVFPolicy
-from sigmix.train.processes import Processes, ProcessLostError
+from sigmix.train.processes import Processes, ProcessLostError, Terminated
 from sigmix.train.report import curve
 from sigmix.train.rollout import Actor, PromptStream
-from sigmix.train.sharded import shared_policy
+from sigmix.train.sharded import check_text, shared_policy
 from sigmix.train.state import RunDir, optimizer_tensors, restore_optimizer
 from sigmix.train.step import Learner
 
@@ -54,7 +54,8 @@ class Trainer:
         shard: spread the base over the processes (`sigmix.train.sharded`).
 
     Raises:
-        ConfigError: the configuration names another dtype than the model's, or its batch cannot be shared evenly.
+        ConfigError: the configuration names another dtype than the model's, its batch cannot be shared evenly, or see
+            `shared_policy`. ProcessError: processes start from different numbers.
     """
 
     def __init__(
@@ -84,9 +85,12 @@ class Trainer:
         self.validation = task.samples("validation", config.eval_n, seed=0)
         ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        if shard:
+            check_text([*self.train, *self.validation])
         self.policy = shared_policy(model, config, self.processes, shard)
-        if config.start is not None:
-            self.policy.start_from(Path(config.start))
+        if (start := config.start) is not None:
+            self.processes.gather(lambda: self.policy.start_from(Path(start)))
+            self.processes.check_equal(self.policy.z(), f"start {start}", "give all machines the same folder")
         contiguous_head(self.policy.model)
         self.actor = Actor(self.policy.model, tokenizer, task, ends, pad)
         self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens, self.processes)
@@ -115,7 +119,7 @@ class Trainer:
                 self._restore(*stored)
             try:
                 self._run()
-            except (KeyboardInterrupt, ProcessLostError):
+            except (KeyboardInterrupt, ProcessLostError, Terminated):
                 self.processes.ending()
                 if self.processes.main:
                     self.run.save(*self._stable)  # a step or validation under way is taken again
@@ -152,7 +156,7 @@ class Trainer:
             figures = self.learner.step(self.step, self.stream.step(self.step))
             self.seconds += time.perf_counter() - started
             self._emit({"kind": "step", "step": self.step, "seconds": self.seconds, **figures})
-            self.processes.from_main(functools.partial(self._check, figures))
+            self.processes.alike(functools.partial(self._check, figures))
             self.step += 1
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 started = time.perf_counter()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,10 @@ from typing import Any, TypeVar
 import torch
 
 from sigmix.errors import ConfigError, SigmixError
+from sigmix.train.environment import launched, number
 
 T = TypeVar("T")
+DRIFTED = "all processes need the same software and kind of device; go on from the last checkpoint with --resume"
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others at one point. Long, since a verifier or a decomposition may be slow; one that
 died is noticed at once, whatever this says."""
@@ -38,6 +39,14 @@ class ProcessError(SigmixError):
 
 class ProcessLostError(SigmixError):
     """Another process of the same run ended without a word, or the launcher ended this one."""
+
+
+class Terminated(BaseException):
+    """SIGTERM inside `Processes.one_voice`, which makes a `ProcessLostError` of it.
+
+    No `Exception`, like KeyboardInterrupt: it comes in the middle of anything, and a verifier that catches all errors
+    of a reply must not take it for one.
+    """
 
 
 class Processes:
@@ -55,21 +64,23 @@ class Processes:
         self.count: int = state.num_processes if state else 1
         self.device: torch.device | None = state.device if state else None
         self.meets = False
+        self._told_to_end = False
 
     @classmethod
     def launched(cls) -> Processes:
         """Join the processes that a launcher started (torchrun's environment variables); just this one without any.
 
         Raises:
-            ConfigError: more processes on this machine than it has GPUs.
+            ConfigError: more processes on this machine than it has GPUs, or WORLD_SIZE without what launchers set
+                beside it.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if not launched():
             return cls()
         from accelerate import PartialState
 
-        gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        gpus, local = torch.cuda.device_count(), number("LOCAL_WORLD_SIZE", 1)
         if 0 < gpus < local:
-            if int(os.environ.get("LOCAL_RANK", "0")):
+            if number("LOCAL_RANK", 0):
                 sys.exit(ConfigError.exit_code)  # there is no group yet, and one message is enough
             raise ConfigError(
                 f"{local} processes were started on a machine with {gpus} GPUs",
@@ -108,7 +119,8 @@ class Processes:
                     raise self._lost() from error
                 _shared(error, self.rank)
             elif not isinstance(error, ProcessLostError):
-                with contextlib.suppress(ProcessLostError):
+                # the others may be told and gone, and the launcher's SIGTERM here, before this process has seen it
+                with contextlib.suppress(ProcessLostError, Terminated):
                     self._exchange(None, error)
             raise
         return self._exchange(result)
@@ -116,6 +128,14 @@ class Processes:
     def from_main(self, work: Callable[[], T]) -> T:
         """What the main process finds; the others do nothing but wait for it. Errors as in `gather`."""
         return self.gather(work if self.main else lambda: None)[0]  # type: ignore[return-value]
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """Do what gives the same on every process, without meeting: an error, which all have then, is told once."""
+        try:
+            return work()
+        except Exception as error:
+            _shared(error, 0)
+            raise
 
     def add_up(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace every gradient by the sum over all processes, in one transfer of float32."""
@@ -138,7 +158,7 @@ class Processes:
             torch.distributed.all_reduce(flag)
         return bool(flag.item())
 
-    def check_equal(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    def check_equal(self, tensors: Mapping[str, torch.Tensor], what: str, remedy: str = DRIFTED) -> None:
         """Raise unless all processes hold the same bytes.
 
         Raises:
@@ -150,16 +170,25 @@ class Processes:
         for name in sorted(tensors):
             raw = tensors[name].detach().cpu().contiguous().view(torch.uint8)
             digest.update(name.encode() + raw.numpy().tobytes())
-        told = self.gather(digest.hexdigest)
-        if other := [rank for rank, one in enumerate(told) if one != told[0]]:
-            raise _shared(
-                ProcessError(
-                    f"{what}: process {other[0]} of {self.count} holds other numbers than process 0",
-                    remedy="all processes need the same software and kind of device; go on from the last checkpoint "
-                    "with --resume",
-                ),
-                0,
-            )
+        self.check_same(lambda: {"other numbers": digest.hexdigest()}, remedy, f"{what}: ")
+
+    def check_same(self, work: Callable[[], Mapping[str, str]], remedy: str, where: str = "") -> None:
+        """Raise unless all processes find the same digests.
+
+        Args:
+            work: gives digests by what a process with another one holds, such as "another base". The first that differs
+                is told. remedy, where: end and beginning of the message.
+
+        Raises:
+            ProcessError: they differ. Whatever the work raises, as in `gather`.
+        """
+        if self.count == 1:
+            return
+        told = self.gather(lambda: dict(work()))
+        for held, digest in told[0].items():
+            if other := [rank for rank, found in enumerate(told) if found.get(held) != digest]:
+                message = f"{where}process {other[0]} of {self.count} holds {held} than process 0"
+                raise _shared(ProcessError(message, remedy=remedy), 0)
 
     # ------------------------------------------------------------------ trouble
 
@@ -167,7 +196,8 @@ class Processes:
     def one_voice(self) -> Iterator[None]:
         """Around a whole command: an error on any process ends all of them, and one of them says why.
 
-        Inside, SIGTERM (with which launchers end the others when one process is gone) raises `ProcessLostError`.
+        SIGTERM, with which launchers end the others when one process is gone, raises `ProcessLostError` from here.
+        Inside it is a `Terminated`; where something swallows even that, the next transfer raises it again.
         """
         if self.count == 1:
             yield
@@ -176,6 +206,13 @@ class Processes:
         try:
             yield
             self._state.destroy_process_group()
+        except Terminated:
+            self.ending()
+            raise ProcessLostError(
+                f"process {self.rank} of {self.count} was told to end (SIGTERM), as launchers do when another one is "
+                "gone",
+                remedy="go on from the last checkpoint with --resume",
+            ) from None
         except KeyboardInterrupt:
             self.ending()
             if not self.main:
@@ -184,7 +221,7 @@ class Processes:
         except Exception as error:
             self.ending()
             if not (hasattr(error, "sigmix_speaker") or isinstance(error, ProcessLostError) or self.meets):
-                with contextlib.suppress(ProcessError, ProcessLostError):
+                with contextlib.suppress(ProcessError, ProcessLostError, Terminated):
                     self._exchange(None, error)
             if getattr(error, "sigmix_speaker", self.rank) != self.rank:
                 sys.exit(getattr(error, "exit_code", 1))
@@ -200,10 +237,8 @@ class Processes:
 
     def _terminated(self, *_: object) -> None:
         self.ending()
-        raise ProcessLostError(
-            f"process {self.rank} of {self.count} was told to end (SIGTERM), as launchers do when another one is gone",
-            remedy="go on from the last checkpoint with --resume",
-        )
+        self._told_to_end = True
+        raise Terminated
 
     def _exchange(self, result: Any, error: Exception | None = None) -> list[Any]:
         """All results by rank; an error on any process raises on all (here: `error` itself is left to the caller)."""
@@ -215,6 +250,7 @@ class Processes:
             failure = (str(error) if isinstance(error, SigmixError) else f"{type(error).__name__}: {error}", exit_code)
         with self._together():
             found = gather_object([(result, failure)])
+        found[self.rank] = (result, failure)  # the very objects, which may hold more than a pickle does
         for rank, (_, failed) in enumerate(found):
             if failed is not None:
                 if error is not None:
@@ -228,6 +264,8 @@ class Processes:
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         """Around a transfer: a process that is gone breaks it."""
+        if self._told_to_end:
+            raise Terminated
         try:
             yield
         except RuntimeError as error:  # gloo's own, and torch's DistBackendError

@@ -13,7 +13,7 @@ import torch
 from sigmix.engine.choices import Choices
 from sigmix.engine.complete import complete
 from sigmix.engine.decode import Row, Sampling
-from sigmix.engine.prompts import check_context, encode
+from sigmix.engine.prompts import check_context, encode, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
 
@@ -124,10 +124,7 @@ class Actor:
 
     def gold(self, samples: Sequence[Sample]) -> Rollouts:
         """The gold replies in the shape of rollouts, for the next-token objective."""
-        answers = []
-        for sample in samples:
-            ids = self.tokenizer(sample.gold, add_special_tokens=False)["input_ids"]
-            answers.append([*ids, self.ends[0]] if self.ends else list(ids))
+        answers = [reply_ids(self.tokenizer, sample.gold, self.ends) for sample in samples]
         texts = [sample.gold for sample in samples]
         return Rollouts([self.encode(s) for s in samples], answers, texts, torch.ones(len(texts)), list(texts))
 

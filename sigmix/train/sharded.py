@@ -16,7 +16,7 @@ they answer, those that are done first run along on one token until all are done
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,50 +27,126 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sigmix.errors import ConfigError
-from sigmix.experts.base import linears, matrix_of
+from sigmix.experts.base import factors_of, linears
 from sigmix.experts.expert import Expert
-from sigmix.svf.decompose import cached_decompose
+from sigmix.experts.fingerprint import fingerprint
+from sigmix.files import cache_dir
+from sigmix.svf import weights
+from sigmix.svf.decompose import weight_digest
 from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
 from sigmix.train.policy import PeftPolicy, SVFPolicy, make_policy
 from sigmix.train.processes import Processes
 
 
 def shared_policy(base: Any, config: TrainConfig, processes: Processes, shard: bool) -> SVFPolicy | PeftPolicy:
-    """The policy of a run of one or several processes.
+    """The policy of a run of one or several processes, which hold the same base and the same decompositions.
 
     Raises:
-        ConfigError: `shard` where there is one process only, with another policy than SVF, or with the reference
-            parameterisation.
+        ConfigError: `shard` where there is one process only, with another policy than SVF, with the reference
+            parameterisation, or for a base that is quantised, offloaded or without blocks; LoRA's dropout in several
+            processes. ProcessError: processes hold different bases or decompositions.
     """
-    if shard and processes.count == 1:
+    if processes.count > 1 and config.policy == "lora" and config.lora_dropout:
+        raise ConfigError(
+            f"with lora_dropout {config.lora_dropout} the result would depend on the number of processes: each draws "
+            "what it drops by itself",
+            remedy="leave lora_dropout at 0, or start one process",
+        )
+    if shard:
+        _check_shardable(base, config, processes)
+    if processes.count == 1:
+        return make_policy(base, config)
+    paths: list[str] = []
+    if config.policy == "svf":
+        paths = processes.gather(lambda: _decompose_share(base, config, processes))[processes.rank]
+    if not shard:
+        policy = make_policy(base, config)
+        layers = svf_layers(policy.model)
+        _check_same(policy.model, ((path, layers[path].svf_short) for path in paths), processes)
+        return policy
+    modules = linears(base)
+    _check_same(base, ((path, factors_of(modules[path]).short) for path in paths), processes)
+    made: list[ShardedPolicy] = []
+    processes.gather(lambda: made.append(ShardedPolicy(base, config, processes)))
+    return made[0]
+
+
+def check_text(samples: Sequence[Sample]) -> None:
+    """Raise `ConfigError` if a sample shows images, which are read outside the passes that gather a sharded base."""
+    if shown := next((sample for sample in samples if sample.images), None):
+        raise ConfigError(
+            f"--shard reads text only, and sample {shown.id} shows {shown.images[0].name}",
+            remedy="leave out --shard, or choose a task without images",
+        )
+
+
+def skeleton(base: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are on the meta device, without values; buffers are copied.
+
+    What a parameter has beside shape and dtype is left behind: a quantised one becomes an empty plain one, and an
+    offloaded one has no disk to be read from.
+    """
+    # not empty_like, which quantised tensors do not know
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+        for p in base.parameters()
+    }
+    memo |= {id(module._hf_hook): None for module in base.modules() if weights.is_offloaded(module)}
+    return copy.deepcopy(base, memo)
+
+
+def _check_shardable(base: Any, config: TrainConfig, processes: Processes) -> None:
+    if processes.count == 1:
         raise ConfigError(
             "a base is sharded over several processes, and this is one",
             remedy="start them with accelerate launch or torchrun, or leave out --shard",
         )
-    if shard and (config.policy != "svf" or config.parameterisation != "direct"):
+    if config.policy != "svf" or config.parameterisation != "direct":
         raise ConfigError("--shard goes with the svf policy in its direct parameterisation only")
-    if config.policy == "svf" and processes.count > 1:
-        processes.gather(lambda: _decompose_share(base, config, processes))
-    return ShardedPolicy(base, config, processes) if shard else make_policy(base, config)
-
-
-def skeleton(base: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters are on the meta device, without values; buffers are copied."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in base.parameters()}
-    return copy.deepcopy(base, empty)
+    kinds = {weights.kind(module) for module in linears(base).values()}
+    if unfit := sorted(kinds & {weights.QUANTISED, weights.OFFLOADED}):
+        raise ConfigError(
+            f"--shard splits plain weights, and this base is {unfit[-1]}",
+            remedy="leave out --shard, or load the base without quantization and offloading",
+        )
+    _blocks(base)
 
 
 def _targets(config: TrainConfig) -> SVFConfig:
     return SVFConfig(target_modules=config.targets, layers_to_transform=config.layers)
 
 
-def _decompose_share(base: nn.Module, config: TrainConfig, processes: Processes) -> None:
-    """Put this process's share of the decompositions into the cache, so that each is computed once."""
+def _decompose_share(base: nn.Module, config: TrainConfig, processes: Processes) -> list[str]:
+    """Put this process's share of the decompositions into the cache, so that each is computed once.
+
+    Returns:
+        The paths of all layers that the policy adapts.
+    """
     layers = svf_layers(get_peft_model(skeleton(base), _targets(config)))
     modules = linears(base)
     for path in sorted(layers, key=lambda path: (-layers[path].r, path))[processes.rank :: processes.count]:
-        cached_decompose(matrix_of(modules[path]))
+        factors_of(modules[path])
+    return list(layers)
+
+
+def _check_same(model: nn.Module, shorts: Iterable[tuple[str, torch.Tensor]], processes: Processes) -> None:
+    """Raise `ProcessError` unless all processes hold the same base and the same short sides, one in memory at a time.
+
+    Gradients of z from other decompositions would be added up as if they belonged to the same components. Machines
+    without a common cache can differ so, because near-equal singular values let hardware rotate their vectors.
+    """
+
+    def work() -> dict[str, str]:
+        sides = {f"another decomposition of {path}": weight_digest(short) for path, short in shorts}
+        return {"another base": fingerprint(model), **sides}
+
+    processes.check_same(
+        work,
+        "give all machines the same files of the base and the same decompositions: a cache folder that they share "
+        f"(SIGMIX_CACHE), or copies of {cache_dir() / 'svd'} of process 0's machine",
+    )
 
 
 class ShardedPolicy(SVFPolicy):
@@ -85,10 +161,10 @@ class ShardedPolicy(SVFPolicy):
     def __init__(self, base: nn.Module, config: TrainConfig, processes: Processes) -> None:
         self.base, self.processes = base, processes
         self._answering = False
-        processes.meets = True
         super().__init__(base, config)
         for layer in self.layers.values():
             layer.form = "gain"
+        processes.meets = True  # from the first pass on; until here an error can still be carried to the others
 
     def _wrapped(self, base: nn.Module, targets: SVFConfig) -> nn.Module:
         device = self.processes.device or torch.device("cpu")

@@ -92,8 +92,8 @@ class Learner:
         known = int((~rollouts.rewards.isnan()).sum())
         totals = defaultdict[str, float](float)
         if config.policy == "lora" and config.lora_dropout:
-            # so that a resumed run drops the same
-            torch.manual_seed(row_seed(config.seed, number, -1 - self.processes.rank))
+            # so that a resumed run drops the same; of one process, see `shared_policy`
+            torch.manual_seed(row_seed(config.seed, number, -1))
         prompts_at_once = max(config.micro // group, 1)
         mine = self.processes.share(len(rollouts.prompts))
         for start in range(mine.start, mine.stop, prompts_at_once):

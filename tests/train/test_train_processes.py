@@ -5,12 +5,14 @@ Processes are joined over gloo on the CPU, in float32, where what is sampled doe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,26 @@ import torch
 from helpers_processes import SECONDS, command, in_processes
 from helpers_tiny import build_tiny, build_tokenizer
 from helpers_train import Letter, config, without_seconds
+from helpers_vision import shape, vlm
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from sigmix.cli.app import main
+from sigmix.errors import ConfigError, SigmixError
+from sigmix.experts.base import linears, shape_of
 from sigmix.experts.expert import Expert
-from sigmix.tasks.base import Score
+from sigmix.models import load_base
+from sigmix.pictures import picture
+from sigmix.placement import QUANTIZATIONS
+from sigmix.svf import decompose, weights
+from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.tasks.base import Sample, Score
 from sigmix.train.final import held_out
 from sigmix.train.loop import Trainer
-from sigmix.train.processes import Processes
+from sigmix.train.processes import Processes, ProcessLostError
+from sigmix.train.sharded import skeleton
 from sigmix.train.state import RunDir
+from sigmix.vision import bind
 
 
 class Graded(Letter):
@@ -38,16 +51,38 @@ class Graded(Letter):
         return Score(None) if reply[:1] == "q" else Score(sum(map(ord, reply)) % 11 / 10, reply[:1] or None)
 
 
+class Shown(Graded):
+    """Every prompt shows one of three images."""
+
+    def samples(self, split, n=None, seed=0):
+        images = [picture(shape(colour)) for colour in ("red", "blue", "green")]
+        return [Sample.make(f"{split} {i}?", "w", images=[images[i % 3]]) for i in range(n or 16)]
+
+
 # architecture, sharded, what differs from the configuration; of 15 validation items one process gets 7, the other 8
 CASES = {
     "groups": ("llama", False, {"eval_n": 15}),
     "batch-mean": ("qwen2", False, {"group": 1, "baseline": "mean", "kl": "k3", "micro": 8}),
     "next-token": ("llama", False, {"objective": "sft", "batch": 8, "group": 1}),
     "lora": ("llama", False, {"policy": "lora", "lr": 0.002, "batch": 8}),
+    "images": ("llava", False, {"batch": 8, "group": 2, "eval_n": 5, "steps": 2}),
+    "int8": ("qwen2", False, {"quantization": "int8", "batch": 8, "group": 2, "eval_n": 5, "steps": 2}),
+    "nf4": ("llama", False, {"quantization": "nf4", "batch": 8, "group": 2, "eval_n": 5, "steps": 2}),
     "sharded": ("gemma3", True, {"eval_n": 15, "group": 2, "micro": 4}),
     "sharded-gpt2": ("gpt2", True, {"batch": 16}),
 }
+CASES = {name: case for name, case in CASES.items() if find_spec(QUANTIZATIONS.get(name, "torch"))}
 SHARDED = [name for name, case in CASES.items() if case[1]]
+
+
+def base(arch: str, folder: str, quantization: str | None = None):
+    """(model, tokenizer)."""
+    if quantization is not None:
+        return load_base(Path(folder).parent / arch, "float32", quantization=quantization)
+    if arch == "llava":
+        model, processor = vlm(arch, max_position_embeddings=512)
+        return model, bind(processor)
+    return build_tiny(arch), build_tokenizer()
 
 
 def train(case: str, folder: str, alone: bool = False) -> None:
@@ -56,7 +91,8 @@ def train(case: str, folder: str, alone: bool = False) -> None:
     settings = config(**{"steps": 3, "lr": 0.02, **changes})
     run = RunDir(Path(folder) / case)
     spread = shard and not alone
-    trainer = Trainer(build_tiny(arch), build_tokenizer(), Graded(), settings, run, "letter", shard=spread)
+    task = Shown() if arch == "llava" else Graded()
+    trainer = Trainer(*base(arch, folder, settings.quantization), task, settings, run, "letter", shard=spread)
     expert = trainer.fit()
     if expert is None:
         return
@@ -75,6 +111,66 @@ def train(case: str, folder: str, alone: bool = False) -> None:
 def train_all(folder: str) -> None:
     for case in CASES:
         train(case, folder)
+    trouble(folder)
+
+
+def trouble(folder: str) -> None:
+    """Runs that must not begin, or not go on, in each of two processes; what each is told goes to told-RANK.json."""
+    rank = int(os.environ["RANK"])
+    os.environ["SIGMIX_CACHE"] = f"{folder}/cache-{rank}"  # as on two machines
+    told = {}
+
+    def begin(name, model, tokenizer, task=None, shard=False, voice=False, **changes):
+        settings = config(**{"batch": 8, "eval_n": 2, **changes})
+        processes = Processes.launched()
+        try:
+            with processes.one_voice() if voice else contextlib.nullcontext():
+                Trainer(model, tokenizer, task or Graded(), settings, RunDir(f"{folder}/{name}"), "x", None, processes,
+                        shard).fit()  # fmt: skip
+        except (SigmixError, SystemExit) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    plain = base("llama", folder)
+    begin("base", build_tiny(seed=rank), plain[1])
+    real = decompose.decompose
+    if rank == 1:
+        decompose.decompose = turned
+    begin("turned", *base("llama", folder))
+    begin("turned-sharded", *base("qwen2", folder), shard=True)
+    decompose.decompose = real
+    shutil.rmtree(f"{folder}/cache-{rank}")
+    begin("dropout", *base("llama", folder), policy="lora", lora_dropout=0.1)
+    begin("images-sharded", *base("llava", folder), Shown(), shard=True)
+    if "int8" in CASES:
+        begin("int8-sharded", *base("qwen2", folder, "int8"), shard=True, quantization="int8")
+    model = build_tiny()
+    paths = [path for path in linears(model) if path != "lm_head"]
+    Expert("start", {path: torch.full((min(shape_of(linears(model)[path])),), 1.0 + rank) for path in paths}).save(
+        f"{folder}/start-{rank}"
+    )
+    begin("start", model, plain[1], start=f"{folder}/start-{rank}")
+    # told once
+    begin("nowhere", *base("llama", folder), shard=True, voice=True, start=f"{folder}/nowhere")
+    model = build_tiny()
+    model._no_split_modules = None
+    begin("blocks", model, plain[1], shard=True, voice=True)
+    begin("collapse", *base("llama", folder), shard=True, voice=True, lr=1.0, kl_limit=1e-9)
+    state = torch.distributed.is_initialized()
+    own = ["an object"]
+    told["own"] = state and Processes.launched().gather(lambda: own)[rank] is own
+    Path(f"{folder}/told-{rank}.json").write_text(json.dumps(told))
+
+
+def turned(weight: torch.Tensor) -> decompose.Factors:
+    """Another basis of the same weight: its first two components, turned by a thousandth."""
+    found = DECOMPOSE(weight)
+    angle = torch.tensor(1e-3)
+    turn = torch.stack([torch.stack([angle.cos(), angle.sin()]), torch.stack([-angle.sin(), angle.cos()])])
+    found.short[:, :2] = found.short[:, :2] @ turn
+    return found
+
+
+DECOMPOSE = decompose.decompose
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +178,9 @@ def runs(tmp_path_factory):
     """{"one" or "two": folder with every case's run, by one process or by two}."""
     folder = tmp_path_factory.mktemp("processes")
     torch.set_num_threads(1)  # this is before the fixture that does so for every test
+    for arch in ("qwen2", "llama"):
+        build_tiny(arch).save_pretrained(folder / arch)
+        build_tokenizer().save_pretrained(folder / arch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(folder / "cache"))
         codes = in_processes(2, train_all, str(folder / "two"), folder=folder / "said")
@@ -148,8 +247,121 @@ def test_a_sharded_process_holds_half_of_weights_and_factors(runs, case):
 
 # ------------------------------------------------------------------ trouble
 
+
+@pytest.fixture(scope="module")
+def told(runs):
+    """What each of two processes was told, by the name of the run."""
+    return [json.loads((runs["two"] / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("base", ["ProcessError: process 1 of 2 holds another base than process 0", "the same files of the base"]),
+        ("turned", ["ProcessError: process 1 of 2 holds another decomposition of model.layers.0.", "SIGMIX_CACHE"]),
+        ("turned-sharded", ["ProcessError: process 1 of 2 holds another decomposition of model.layers.0."]),
+        ("dropout", ["ConfigError: with lora_dropout 0.1 the result would depend on the number of processes"]),
+        ("images-sharded", ["ConfigError: --shard reads text only, and sample", "leave out --shard"]),
+        ("start", ["ProcessError: start ", "process 1 of 2 holds other numbers than process 0"]),
+    ],
+)
+def test_runs_that_would_not_be_one_run_do_not_begin(told, runs, name, parts):
+    for mine in told:
+        for part in parts:
+            assert part in mine[name]
+    assert not (runs["two"] / name).exists()
+
+
+@pytest.mark.skipif("int8" not in CASES, reason="torchao is not installed")
+def test_a_quantised_base_is_not_sharded(told):
+    for mine in told:
+        assert "ConfigError: --shard splits plain weights, and this base is quantised" in mine["int8-sharded"]
+
+
+@pytest.mark.parametrize(
+    "name, message, code",
+    [
+        ("blocks", "ConfigError: LlamaForCausalLM names no blocks to shard by", 2),
+        ("nowhere", "ExpertError: ", 2),
+        ("collapse", "DivergedError: step 1: ", 1),
+    ],
+)
+def test_what_all_processes_meet_is_told_once_when_sharded(told, name, message, code):
+    assert told[0][name].startswith(message)
+    assert told[1][name] == f"SystemExit: {code}"
+
+
+def test_a_process_gets_its_own_objects_back(told):
+    assert told[0]["own"] is told[1]["own"] is True
+
+
+def test_a_skeleton_of_an_offloaded_base_reads_nothing(model_folder, tmp_path, cache):
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model, _ = load_base(
+        model_folder, "float32", device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path / "off"
+    )
+    assert any(weights.kind(module) == weights.OFFLOADED for module in linears(model).values())
+    layers = svf_layers(get_peft_model(skeleton(model), SVFConfig()))
+    assert len(layers) == 14
+    assert all(layer.svf_short is None for layer in layers.values())
+    assert not cache.exists()
+
+
+@pytest.fixture
+def one_of_two():
+    """This process as if it were one of two; there is no other, and nothing can travel."""
+    processes = Processes()
+    processes.count = 2
+    before = signal.getsignal(signal.SIGTERM)
+    yield processes
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_verifier_that_catches_everything_does_not_swallow_sigterm(one_of_two):
+    with pytest.raises(ProcessLostError, match="process 0 of 2 was told to end"), one_of_two.one_voice():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            pytest.fail("taken for an error of the verifier's own")
+
+
+@pytest.mark.parametrize("meet", [
+    lambda processes: processes.anyone(True),
+    lambda processes: processes.gather(lambda: None),
+    lambda processes: processes.add_up([torch.nn.Parameter(torch.ones(1))]),
+])  # fmt: skip
+def test_a_swallowed_sigterm_ends_the_run_at_the_next_meeting(one_of_two, meet):
+    with pytest.raises(ProcessLostError, match="told to end"), one_of_two.one_voice():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        meet(one_of_two)
+
+
+LAUNCHER = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict.fromkeys(["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]),
+         "one of 2 processes, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT of a launcher's variables are not set"),
+        ({"MASTER_ADDR": None}, "but MASTER_ADDR of a"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many', not a whole number"),
+        ({"RANK": "first"}, "RANK is 'first', not a whole number"),
+        ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE 2"),
+    ],
+)  # fmt: skip
+def test_a_foreign_world_size_is_named(changes, message, monkeypatch):
+    for name, value in {**LAUNCHER, **changes}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="unset WORLD_SIZE") as raised:
+        Processes.launched()
+    assert message in str(raised.value)
+
+
 TASK = '''
 """Replies are judged by their letters; once, in one process, something happens in the middle of it."""
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -166,7 +378,7 @@ class Fatal(Task):
 
     def score(self, sample, reply):
         plan = Path(os.environ["PLAN"])
-        if plan.exists():
+        with contextlib.suppress(FileNotFoundError):  # the other process may remove it at any moment
             rank, place, what = plan.read_text().split()
             if (rank, place) == (os.environ.get("RANK"), sample.prompt.split()[-1]) and "train" in sample.prompt:
                 plan.unlink()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+
+import PIL.Image
 import pytest
 import torch
 from helpers_engine import TOLERANCE, dense, expert
@@ -13,6 +16,7 @@ from sigmix.engine.images import ImagePrompt, Vectors
 from sigmix.engine.prompts import encode
 from sigmix.errors import BaseModelError, ConfigError, ContextError, DataError
 from sigmix.pictures import picture
+from sigmix.train.rollout import Rollouts
 from sigmix.vision import bind
 
 KINDS = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl"]
@@ -106,6 +110,18 @@ def test_a_prompt_of_text_alone_keeps_its_text():
     assert engine.tokenizer.decode(engine.encode("hello", chat=False)) == "hello"
     bare = engine.encode("hello", chat=False, images=shape("red"))
     assert engine.tokenizer.decode([one for one in bare if one >= 0]) == "\nhello"
+
+
+def test_a_prompt_travels_without_its_image(monkeypatch):
+    engine = opened()
+    mine, other = (engine.encode("what is it?", images=shape(colour)) for colour in ("red", "blue"))
+    monkeypatch.setattr(PIL.Image.Image, "__reduce_ex__", None)  # nothing of an image can be pickled
+    sent = pickle.dumps(Rollouts([other], [[5]], ["b"], torch.ones(1), ["b"]))
+    assert len(sent) < 1000 + 20 * len(other)
+    joined = Rollouts.joined([Rollouts([mine], [[4]], ["a"], torch.ones(1), ["a"]), pickle.loads(sent)])
+    assert joined.prompts[0] is mine
+    assert joined.prompts[1] == other
+    assert type(joined.prompts[1]) is list
 
 
 def test_several_images_in_one_prompt_keep_their_order():
