@@ -4,7 +4,7 @@
 #   TORCH_INDEX  where to get torch. Empty: pip's own index. On Linux that is a CUDA build of some gigabytes; for a
 #                computer without a GPU:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   TESTS        what pytest runs, e.g.  make test TESTS=tests/test_models.py
-#   WORKERS      processes that share the tests, 2 GB of memory and one core each
+#   WORKERS      processes that share the tests, a core and up to 7 GB of memory each
 
 PYTHON ?= python3
 VENV ?= .venv

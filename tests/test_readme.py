@@ -14,8 +14,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 
 def test_the_task_of_your_own_is_sound(tmp_path):
     (source,) = [block for block in BLOCKS if "@skill" in block]
-    (tmp_path / "double.py").write_text(source)
-    report = get_task(f"{tmp_path / 'double.py'}:double").validate()
+    (tmp_path / "cheaper.py").write_text(source)
+    report = get_task(f"{tmp_path / 'cheaper.py'}:cheaper").validate()
     assert report.ok, report.problems
 
 
