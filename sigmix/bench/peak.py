@@ -13,18 +13,15 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sigmix.errors import SigmixError
 
-if TYPE_CHECKING:
-    from sigmix.bench.train_step import Setting
 
-
-def peak_memory(setting: Setting, name: str) -> dict[str, int]:
+def peak_memory(setting: Any, name: str) -> dict[str, int]:
     """Bytes: ``peak`` of loading and one step, ``imported`` before anything was loaded, ``ready`` before the step."""
     given = json.dumps({"setting": dataclasses.asdict(setting), "name": name})
-    command = [sys.executable, "-m", "sigmix.bench.peak", given]
+    command = [sys.executable, "-m", "sigmix.bench.train_child", given]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -42,19 +39,3 @@ def high_water() -> int:
         return int(found[1]) * 1024
     # not Linux: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _main(given: str) -> None:
-    from sigmix.bench.train_step import Setting, contestant
-
-    asked = json.loads(given)
-    setting = Setting(**asked["setting"])
-    imported = high_water()
-    one = contestant(setting, asked["name"])
-    ready = high_water()
-    one.step(0, setting.samples(0))
-    print(json.dumps({"peak": high_water(), "ready": ready, "imported": imported}))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

@@ -21,7 +21,7 @@ def carry(
     as_json: bool = JSON,
 ) -> None:
     """Carry a text model's expert into a vision-language model, if its language backbone has the same weights."""
-    from sigmix.cli.experts import folder_of
+    from sigmix.cli.named import folder_of
     from sigmix.experts.carry import carry as carried
     from sigmix.experts.directory import check_free
     from sigmix.experts.expert import Expert

@@ -9,6 +9,7 @@ import typer
 
 from sigmix.cli import hub
 from sigmix.cli.carry import carry
+from sigmix.cli.named import folder_of
 from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, base_of, emit, open_bank, size, table, working
 
 NAME = typer.Argument(..., help="A name in the bank, an expert's folder, or user/name on the hub.")
@@ -31,26 +32,6 @@ def add(app: typer.Typer) -> None:
     )
     hub.add(group)
     app.add_typer(group, name="experts")
-
-
-def folder_of(name: str, bank: Path | None) -> Path | str:
-    """What `Expert.load` takes for it: an expert's folder if it is a path, a model on the hub, or a name in the bank.
-
-    Raises:
-        UnknownNameError: neither. ExpertError: a folder without an expert.
-    """
-    from sigmix.errors import ExpertError
-    from sigmix.experts.remote import names_repo
-
-    path = Path(name).expanduser()
-    if names_repo(name):
-        return name
-    if (path / "adapter_config.json").is_file():
-        return path
-    if path.is_absolute() or len(path.parts) > 1 or name.startswith("."):
-        what = "has no adapter_config.json" if path.is_dir() else "does not exist"
-        raise ExpertError(f"there is no expert at {path}: it {what}", remedy="give an expert's folder, or a name")
-    return open_bank(bank).path(name)
 
 
 def listed(bank: Path = BANK, as_json: bool = JSON) -> None:

@@ -28,7 +28,7 @@ def push(
     as_json: bool = JSON,
 ) -> None:
     """Commit an expert and its card to the hub, as whoever `hf auth login` or HF_TOKEN says."""
-    from sigmix.cli.experts import folder_of
+    from sigmix.cli.named import folder_of
     from sigmix.experts.asking import check_repo
     from sigmix.experts.expert import Expert
     from sigmix.experts.publish import push as pushed
