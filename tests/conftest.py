@@ -15,6 +15,14 @@ import torch
 from helpers_tiny import build_tiny, build_tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def same_dtype() -> Iterator[None]:
+    """In a fresh cache the default dtype is float32, whatever else the machine does while it would be measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sigmix.models._seconds", lambda dtype: 1.0)
+        yield
+
+
 @pytest.fixture
 def tiny() -> Callable:
     """Factory: ``tiny("qwen3", seed=1, num_hidden_layers=3)`` -> model. Architectures: ``ARCHITECTURES``."""

@@ -40,7 +40,7 @@ from sigmix.svf.stream import Stream
 AIMS = {
     "peak_against_whole_24_layers": Aim("<=", 0.2),
     "stream_peak_24_against_6_layers": Aim("<=", 1.2),
-    "plan_memory_against_measured": Aim("<=", 1.3),
+    "plan_memory_against_measured": Aim(">=", 0.7),  # too low is what misleads
 }
 DEPTHS = (6, 24)
 WIDTH, INSIDE = 512, 2048

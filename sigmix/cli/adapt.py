@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, open_bank, open_engine, working
+from sigmix.cli.opening import open_bank, open_engine
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, working
 
 EXAMPLES = typer.Option(None, help='JSONL with {"prompt": …, "answer": …} a line; all of them are used.')
 EXPERT = typer.Option([], help="An expert to mix; may be repeated. Default: all of the bank.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sigmix.cli.shared import Ticker, accuracy, check_output, emit, note, open_bank, open_engine, paired, table, working
+from sigmix.cli.opening import open_bank, open_engine
+from sigmix.cli.shared import Ticker, accuracy, check_output, emit, note, paired, table, working
 from sigmix.cli.strategies import LETTERS, open_strategy
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, base_of, emit, working
+from sigmix.cli.opening import base_of
+from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, emit, working
 
 
 def carry(

@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASE, BASIS, DEVICE_MAP, QUANTIZATION, note, open_bank, open_engine, read_mix
+from sigmix.cli.opening import open_bank, open_engine, read_mix
+from sigmix.cli.shared import BANK, BASE, BASIS, DEVICE_MAP, QUANTIZATION, note
 from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 HELP = """/expert NAME      answer with one expert

@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BASE, JSON, Ticker, emit, read_layers, read_targets, size, working
+from sigmix.cli.opening import read_layers, read_targets
+from sigmix.cli.shared import BASE, JSON, Ticker, emit, size, working
 
 
 def add(app: typer.Typer) -> None:

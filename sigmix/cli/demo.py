@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, accuracy, emit, note, open_bank, open_engine, table
+from sigmix.cli.opening import open_bank, open_engine
+from sigmix.cli.shared import BANK, BASE, JSON, Ticker, accuracy, emit, note, table
 
 LONGEST = 64  # tokens; a task that reasons at length would take the demo's four minutes alone
 SHOWN = 2

@@ -10,7 +10,8 @@ import typer
 from sigmix.cli import hub
 from sigmix.cli.carry import carry
 from sigmix.cli.named import folder_of
-from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, base_of, emit, open_bank, size, table, working
+from sigmix.cli.opening import base_of, open_bank
+from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, emit, size, table, working
 
 NAME = typer.Argument(..., help="A name in the bank, an expert's folder, or user/name on the hub.")
 AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm2-135m, a hub name, a folder.")

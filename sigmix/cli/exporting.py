@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sigmix.cli.shared import Ticker, note, open_bank, read_mix, size, working
+from sigmix.cli.opening import open_bank, read_mix
+from sigmix.cli.shared import Ticker, note, size, working
 
 
 def open_source(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Any, Any, Any]:

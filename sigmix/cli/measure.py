@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from sigmix.cli.opening import open_engine, open_mixes
 from sigmix.cli.shared import (
     BANK,
     BASE,
@@ -18,8 +19,6 @@ from sigmix.cli.shared import (
     accuracy,
     check_output,
     emit,
-    open_engine,
-    open_mixes,
     paired,
     table,
     working,

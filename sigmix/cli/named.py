@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sigmix.cli.shared import open_bank
+from sigmix.cli.opening import open_bank
 
 
 def folder_of(name: str, bank: Path | None) -> Path | str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import BANK, BASIS, DEVICE_MAP, QUANTIZATION, emit, note, open_bank, open_base, table, working
+from sigmix.cli.opening import open_bank, open_base
+from sigmix.cli.shared import BANK, BASIS, DEVICE_MAP, QUANTIZATION, emit, note, table, working
 
 keys_app = typer.Typer(help="API keys of `sigmix serve`.", no_args_is_help=True)
 STATE = typer.Option(None, help="The server's state folder. Default: its setting.")

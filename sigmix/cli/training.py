@@ -8,18 +8,8 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.shared import (
-    BASE,
-    DEVICE_MAP,
-    JSON,
-    QUANTIZATION,
-    Progress,
-    emit,
-    interval,
-    read_device_map,
-    read_layers,
-    read_targets,
-)
+from sigmix.cli.opening import read_device_map, read_layers, read_targets
+from sigmix.cli.shared import BASE, DEVICE_MAP, JSON, QUANTIZATION, Progress, emit, interval
 
 
 def add(app: typer.Typer) -> None:
@@ -111,7 +101,7 @@ def train(
 
 
 def _dispatch(bank: Path | None, data_dir: Path | None) -> Any:
-    from sigmix.cli.shared import open_bank
+    from sigmix.cli.opening import open_bank
     from sigmix.evals.dispatch import DispatchTask
 
     return DispatchTask(open_bank(bank), data_dir=data_dir)

@@ -10,19 +10,8 @@ from typing import Any
 import typer
 
 from sigmix.cli.chat import chat
-from sigmix.cli.shared import (
-    BANK,
-    BASE,
-    BASIS,
-    DEVICE_MAP,
-    JSON,
-    QUANTIZATION,
-    emit,
-    note,
-    open_engine,
-    open_mixes,
-    working,
-)
+from sigmix.cli.opening import open_engine, open_mixes
+from sigmix.cli.shared import BANK, BASE, BASIS, DEVICE_MAP, JSON, QUANTIZATION, emit, note, working
 from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
 
 PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")

@@ -47,7 +47,7 @@ def test_without_metrics_there_is_no_model_index(tmp_path):
     found = data(tmp_path)
     assert found.eval_results is None
     assert found.metrics is None
-    assert found.library_name == "peft"
+    assert found.get("library_name") == "peft"
     assert "model-index" not in found.to_dict()
 
 
