@@ -13,7 +13,7 @@ import argparse
 from trl import RLOOConfig, RLOOTrainer
 
 from sigmix import SVFConfig, load_base
-from sigmix.experts.directory import check_free
+from sigmix.experts.serialization import check_free
 from sigmix.integrations.trl import CHAT, KeepZ, finish, prompt_dataset, reward_function
 from sigmix.tasks.registry import get_task
 

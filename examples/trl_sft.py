@@ -13,7 +13,7 @@ import argparse
 from trl import SFTConfig, SFTTrainer
 
 from sigmix import SVFConfig, load_base
-from sigmix.experts.directory import check_free
+from sigmix.experts.serialization import check_free
 from sigmix.integrations.trl import KeepZ, finish, gold_dataset
 from sigmix.tasks.registry import get_task
 

@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from sigmix.evals.evaluate import Item, Result, compare
-from sigmix.evals.stats import wilson
+from sigmix.evals.accuracy import Item, Result, compare
+from sigmix.evals.statistics import wilson
 
 HERE = Path(__file__).parent
 TASKS = ("subtraction", "time-24h", "sort-numbers")

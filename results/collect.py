@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sigmix.evals.evaluate import Item, Result, compare, constant_baseline
+from sigmix.evals.accuracy import Item, Result, compare, constant_baseline
 from sigmix.experts.expert import Expert
 from sigmix.tasks.registry import get_task
 

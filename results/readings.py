@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sigmix.reproduce.store import Store
+from reproduction.store import Store
 
 HERE = Path(__file__).parent
 STORE = Store(HERE / "laptop")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_base": "sigmix.models",
+    "load_base": "sigmix.models.loading",
     "SVFConfig": "sigmix.svf.tuner",
     "SVFModel": "sigmix.svf.tuner",
     "Expert": "sigmix.experts.expert",
@@ -24,14 +24,14 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:  # `as`, so that strict checkers see a public name
-    from sigmix.engine import Engine as Engine
-    from sigmix.errors import SigmixError as SigmixError
-    from sigmix.experts.bank import Bank as Bank
-    from sigmix.experts.expert import Expert as Expert
-    from sigmix.experts.mix import Mix as Mix
-    from sigmix.models import load_base as load_base
-    from sigmix.svf.tuner import SVFConfig as SVFConfig
-    from sigmix.svf.tuner import SVFModel as SVFModel
+    from sigmix.engine import Engine
+    from sigmix.errors import SigmixError
+    from sigmix.experts.bank import Bank
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.mix import Mix
+    from sigmix.models.loading import load_base
+    from sigmix.svf.config import SVFConfig
+    from sigmix.svf.tuner import SVFModel
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""The error tree. Every error a user can cause names the thing, what was expected and how to mend it.
+"""Errors of sigmix. Each names the offending thing, what was expected and the remedy, in one line.
 
-The command line prints ``str(error)`` on one line of stderr and exits with ``error.exit_code``: 2 for input that
-the user can mend, 1 for a failure of the work itself. Nothing here imports anything, so every module may use it.
+Every class is also the built-in error that callers expect: a ValueError, KeyError or OSError. The command line prints
+``str(error)`` on one line of stderr and exits with ``error.exit_code``: 2 for input that the user can fix, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class SigmixError(Exception):
-    """Base of all errors raised on purpose.
+    """Base of all errors that sigmix raises on purpose.
 
     Args:
-        message: what was found and what was expected, one sentence, naming the thing.
-        remedy: what to do about it, ideally a command to run. Appended to the message.
+        message: one sentence: what was found and what was expected.
+        remedy: how to fix it, ideally a command. Appended to the message.
     """
 
     exit_code = 1
@@ -25,15 +25,18 @@ class SigmixError(Exception):
         self.remedy = " ".join(remedy.split()) if remedy else None
         super().__init__(f"{self.message} -> {self.remedy}" if self.remedy else self.message)
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would print its repr
 
-class InputError(SigmixError):
-    """Input that the user can mend: an option, a file, a name. Exit code 2."""
+
+class InputError(SigmixError, ValueError):
+    """Invalid input: an option, a file, a name. Exit code 2."""
 
     exit_code = 2
 
 
-class UnknownNameError(InputError):
-    """A name that nothing is registered under; the message lists the nearest valid names."""
+class UnknownNameError(InputError, KeyError):
+    """Unregistered name; the message lists the nearest valid names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, remedy: str | None = None) -> None:
         known = sorted(known)
@@ -43,44 +46,44 @@ class UnknownNameError(InputError):
 
 
 class ConfigError(InputError):
-    """An option or a combination of options that cannot work."""
+    """Invalid option, or options that cannot be combined."""
 
 
-class BaseModelError(InputError):
-    """A base model that cannot be found, fetched, read or used."""
+class BaseModelError(InputError, OSError):
+    """Base model that cannot be found, downloaded, read or used."""
 
 
-class CacheError(InputError):
-    """A cache entry that is damaged or cannot be written."""
+class CacheError(InputError, OSError):
+    """Cache entry that is damaged or cannot be written."""
 
 
 class ExpertError(InputError):
-    """An expert directory that is damaged, incomplete or holds values that no expert can have."""
+    """Expert directory that is damaged, incomplete or holds invalid values."""
 
 
 class FingerprintError(ExpertError):
-    """An expert that was made on another base than the one it is loaded on."""
+    """Expert made on another base than the one it is loaded on."""
 
 
-class HubError(InputError):
-    """A hub that refuses, cannot be reached, or has not what was asked for."""
+class HubError(InputError, OSError):
+    """Hub that refuses, cannot be reached, or lacks the requested repository."""
 
 
 class TaskError(InputError):
-    """A task that cannot be built, or whose splits or verifier are not sound."""
+    """Task that cannot be built, or whose splits or verifier are unsound."""
 
 
 class DataError(InputError):
-    """A data file that cannot be read, or a row without what the task needs; names file and line."""
+    """Data file that cannot be read, or an invalid row; names file and line."""
 
 
 class ContextError(InputError):
-    """A prompt longer than the model's context."""
+    """Prompt longer than the model's context."""
 
 
-class OutputError(InputError):
-    """An output place that cannot be written, is full, or is in use by another run."""
+class OutputError(InputError, OSError):
+    """Output path that cannot be written, is full, or is in use by another run."""
 
 
-class DivergedError(SigmixError):
-    """Training that stopped because of NaN or collapse; the message holds the diagnosis."""
+class DivergedError(SigmixError, ArithmeticError):
+    """Training stopped by NaN or collapse; the message holds the diagnosis."""

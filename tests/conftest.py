@@ -19,7 +19,7 @@ from helpers_tiny import build_tiny, build_tokenizer
 def same_dtype() -> Iterator[None]:
     """In a fresh cache the default dtype is float32, whatever else the machine does while it would be measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sigmix.models._seconds", lambda dtype: 1.0)
+        patch.setattr("sigmix.models.loading._seconds", lambda dtype: 1.0)
         yield
 
 
@@ -61,7 +61,7 @@ def model_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def smollm():
     """(model, tokenizer) of the embedded default, shared: tests must leave it as it was. Fetched on first use."""
-    from sigmix.models import load_base
+    from sigmix.models.loading import load_base
 
     return load_base()
 

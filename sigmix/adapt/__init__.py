@@ -7,12 +7,12 @@ TwoPass(engine, ProbeDispatch(engine)).generate(["What is 17 + 25?"])[0].text
 
 from __future__ import annotations
 
-from sigmix.adapt.decision import OTHER, Decision, Strategy
-from sigmix.adapt.fewshot import Example, FewShotSearch
+from sigmix.adapt.base import OTHER, Decision, Strategy
+from sigmix.adapt.classifier import ClassifierDispatch
+from sigmix.adapt.few_shot import AlphaSpace, Example, FewShotSearch
 from sigmix.adapt.probe import Probe, ProbeDispatch
-from sigmix.adapt.prompt import ClassifierDispatch, PromptDispatch
-from sigmix.adapt.spaces import AlphaSpace
-from sigmix.adapt.twopass import Answer, TwoPass
+from sigmix.adapt.prompt import PromptDispatch
+from sigmix.adapt.two_pass import Answer, TwoPass
 
 __all__ = [
     "OTHER", "AlphaSpace", "Answer", "ClassifierDispatch", "Decision", "Example", "FewShotSearch", "Probe",

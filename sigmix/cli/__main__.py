@@ -1,3 +1,7 @@
+"""sigmix.cli.__main__"""
+
+from __future__ import annotations
+
 from sigmix.cli.app import main
 
 main()

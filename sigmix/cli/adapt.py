@@ -9,11 +9,16 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.opening import open_bank, open_engine
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, emit, working
+from sigmix.cli._console import Ticker, emit, working
+from sigmix.cli._loading import open_bank, open_engine
+from sigmix.cli._options import BANK, BASE, JSON
 
 EXAMPLES = typer.Option(None, help='JSONL with {"prompt": …, "answer": …} a line; all of them are used.')
+
+
 EXPERT = typer.Option([], help="An expert to mix; may be repeated. Default: all of the bank.")
+
+
 DATA = typer.Option(None, help="Local JSONL data instead of the hub.")
 
 
@@ -53,7 +58,7 @@ def adapt(
     """Search a mixture on labelled examples, or fit the probe that chooses experts, or the truncated form."""
     from sigmix.errors import ConfigError, OutputError
     from sigmix.experts.metadata import check_name
-    from sigmix.files import check_writable, write_json
+    from sigmix.utils.io import check_writable, write_json
 
     if fit_probe + fit_truncation + bool(examples or task) != 1:
         raise ConfigError(
@@ -83,8 +88,8 @@ def adapt(
     engine = open_engine(base, open_bank(bank))
 
     from sigmix.adapt import FewShotSearch
-    from sigmix.adapt.fewshot import SETTINGS
-    from sigmix.evals.run import provenance
+    from sigmix.adapt.few_shot import SETTINGS
+    from sigmix.evals.accuracy import provenance
 
     with Ticker("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as ticker:
 
@@ -139,9 +144,8 @@ def _save_expert(search: Any, out: Path, task: str | None, figures: dict[str, An
 def _from_file(path: Path, score: str) -> tuple[list[Any], Callable[..., float], int]:
     from sigmix.adapt import Example
     from sigmix.errors import UnknownNameError
-    from sigmix.tasks.numbers import strict_number
-    from sigmix.tasks.rows import local_rows
-    from sigmix.tasks.text import exact
+    from sigmix.tasks.data import local_rows
+    from sigmix.tasks.graders import exact, strict_number
 
     judges = {"exact": exact, "number": strict_number}
     if score not in judges:
@@ -166,10 +170,9 @@ def _from_task(name: str, shots: int, seed: int, data_dir: Path | None) -> tuple
 def _probe(
     base: str, bank: Path | None, out: Path | None, per_label: int, seed: int, data_dir: Path | None
 ) -> tuple[dict[str, Any], str]:
-    from sigmix.adapt.fitting import fit_probe
-    from sigmix.adapt.probe import FILE
+    from sigmix.adapt.probe import FILE, fit_probe
     from sigmix.evals.dispatch import FOREIGN, requests
-    from sigmix.files import check_writable
+    from sigmix.utils.io import check_writable
 
     experts = open_bank(bank)
     path = out or experts.folder / FILE
@@ -193,11 +196,10 @@ def _probe(
 def _truncation(
     base: str, bank: Path | None, out: Path | None, budget: float, count: int, seed: int, data_dir: Path | None
 ) -> tuple[dict[str, Any], str]:
-    from sigmix.adapt.labels import skills
-    from sigmix.engine.calibration import check_budget, fit
-    from sigmix.engine.truncation_file import FILE, save_truncation
+    from sigmix.adapt.base import skills
+    from sigmix.engine.truncation import FILE, check_budget, fit, save_truncation
     from sigmix.evals.dispatch import prompts_of_experts
-    from sigmix.files import check_writable
+    from sigmix.utils.io import check_writable
 
     check_budget(budget)
     experts = open_bank(bank)

@@ -41,39 +41,41 @@ def _root(
 def _commands() -> None:
     from sigmix.cli import (
         adapt,
-        admin,
-        bench,
+        cache,
         decompose,
         demo,
+        doctor,
+        eval,
         experts,
         export,
-        harness,
-        measure,
-        reproduce,
+        generate,
+        lm_eval,
         serve,
-        training,
-        use,
+        train,
     )  # fmt: skip
 
-    modules = (
-        demo, use, training, adapt, serve, measure, harness, experts, export, bench, reproduce, decompose, admin,
-    )  # fmt: skip
+    modules = (demo, generate, train, adapt, serve, eval, lm_eval, experts, export, decompose, cache, doctor)
     if not app.registered_commands:  # main may run more than once in a process
         for module in modules:
             module.add(app)
 
 
 def main() -> None:
-    """Run the command line; never shows a traceback for an error that a user can mend."""
+    """Run the command line of sigmix."""
+    _commands()
+    run(app, "sigmix")
+
+
+def run(application: typer.Typer, name: str) -> None:
+    """Run a typer application; an error that a user can fix is one line on stderr and an exit code, no traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch|peft")
     _hush()
-    _commands()
     try:
-        code = app(prog_name="sigmix", standalone_mode=False)
+        code = application(prog_name=name, standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C
             _fail("interrupted", 130)
         if isinstance(code, int) and code:

@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.opening import open_bank, open_engine, read_mix
-from sigmix.cli.shared import BANK, BASE, BASIS, DEVICE_MAP, QUANTIZATION, note
-from sigmix.cli.strategies import AUTO, STRATEGY, explained, open_strategy
+from sigmix.cli._console import note
+from sigmix.cli._loading import AUTO, explained, open_bank, open_engine, open_strategy, read_mix
+from sigmix.cli._options import BANK, BASE, BASIS, DEVICE_MAP, QUANTIZATION, STRATEGY
 
 HELP = """/expert NAME      answer with one expert
 /mix a:0.7+b:0.3  answer with a mix (or a .json file); alone: show the active one
@@ -208,7 +208,7 @@ class Session:
         Raises:
             ContextError: the last turn alone does not fit.
         """
-        from sigmix.engine.prompts import check_context, context_length
+        from sigmix.engine.tokenization import check_context, context_length
 
         limit, dropped = context_length(self.engine.model), 0
         ids = self.ids(messages)
@@ -222,7 +222,7 @@ class Session:
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation under the chat template, or as bare lines where there is none."""
-        from sigmix.engine.prompts import encode_turns, has_template
+        from sigmix.engine.tokenization import encode_turns, has_template
 
         tokenizer = self.engine.tokenizer
         every = [*self.system, *messages]

@@ -6,8 +6,9 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.opening import read_layers, read_targets
-from sigmix.cli.shared import BASE, JSON, Ticker, emit, size, working
+from sigmix.cli._console import Ticker, emit, size, working
+from sigmix.cli._loading import read_layers, read_targets
+from sigmix.cli._options import BASE, JSON
 
 
 def add(app: typer.Typer) -> None:
@@ -34,8 +35,8 @@ def decompose(
     with working(f"reading {base}'s config and headers"):
         import torch
 
-        from sigmix.files import cache_dir
-        from sigmix.svf.stream import Stream
+        from sigmix.svf.checkpoint import Stream
+        from sigmix.utils.cache import cache_dir
 
         try:
             where = torch.device(device) if device else None

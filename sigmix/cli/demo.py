@@ -11,10 +11,13 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.opening import open_bank, open_engine
-from sigmix.cli.shared import BANK, BASE, JSON, Ticker, accuracy, emit, note, table
+from sigmix.cli._console import Ticker, accuracy, emit, note, table
+from sigmix.cli._loading import open_bank, open_engine
+from sigmix.cli._options import BANK, BASE, JSON
 
 LONGEST = 64  # tokens; a task that reasons at length would take the demo's four minutes alone
+
+
 SHOWN = 2
 
 
@@ -42,8 +45,7 @@ def demo(
     note(f"loading {base} (downloaded on the first run)")
     engine = open_engine(base, experts)
 
-    from sigmix.evals.evaluate import compare, constant_baseline
-    from sigmix.evals.run import run
+    from sigmix.evals.accuracy import compare, constant_baseline, run
     from sigmix.experts.mix import Mix
 
     wanted = 25 if quick else n
@@ -96,7 +98,7 @@ def _tick(ticker: Ticker, name: str, count: int, mix: str) -> None:
 
 def _tasks(bank: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The experts' tasks that can be measured here, and for the others why not."""
-    from sigmix.adapt.labels import DISPATCH
+    from sigmix.adapt.base import DISPATCH
     from sigmix.errors import SigmixError
     from sigmix.tasks.registry import get_task
 

@@ -1,4 +1,4 @@
-"""`sigmix experts list | show | verify | diff`; `push`, `pull` and `carry` are in `sigmix.cli.hub` and `.carry`."""
+"""`sigmix experts list | show | verify | diff`; `push`, `pull` and `carry` are in `sigmix.cli.experts` and `.carry`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import typer
 
-from sigmix.cli import hub
-from sigmix.cli.carry import carry
-from sigmix.cli.named import folder_of
-from sigmix.cli.opening import base_of, open_bank
-from sigmix.cli.shared import AS_MADE, BANK, DTYPE, JSON, emit, size, table, working
+from sigmix.cli._console import emit, size, table, working
+from sigmix.cli._loading import base_of, folder_of, open_bank
+from sigmix.cli._options import AS_MADE, BANK, DTYPE, JSON
 
 NAME = typer.Argument(..., help="A name in the bank, an expert's folder, or user/name on the hub.")
+
+
 AGAINST = typer.Option(None, "--base", help="Also compare with this base: smollm2-135m, a hub name, a folder.")
 
 
@@ -31,7 +31,7 @@ def add(app: typer.Typer) -> None:
     group.command("carry", epilog="Example: sigmix experts carry addition --to llava-hf/llava-1.5-7b-hf --out carried")(
         carry
     )
-    hub.add(group)
+    _add_hub(group)
     app.add_typer(group, name="experts")
 
 
@@ -193,3 +193,96 @@ def compared(
 def _figures(one: dict[str, Any]) -> list[str]:
     cosine = "-" if one["cosine"] is None else f"{one['cosine']:+.3f}"
     return [cosine, f"{one['norm_a']:.3f}", f"{one['norm_b']:.3f}", f"{one['distance']:.3f}"]
+
+
+# --- `sigmix experts push | pull`: experts on the Hugging Face hub.
+
+
+def _add_hub(group: typer.Typer) -> None:
+    """Register the commands."""
+    group.command("push", epilog="Example: sigmix experts push addition user/addition --private")(push)
+    group.command("pull", epilog="Example: sigmix experts pull user/addition --out my-experts/addition")(pull)
+
+
+def push(
+    name: str = typer.Argument(..., help="A name in the bank, or an expert's folder."),
+    repo: str = typer.Argument(..., metavar="USER/NAME", help="The model on the hub; it is made if need be."),
+    private: bool = typer.Option(False, "--private", help="Only you can see it."),
+    revision: str = typer.Option(None, help="Branch to commit to; it is made if need be."),
+    message: str = typer.Option(None, help="Message of the commit."),
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """Commit an expert and its card to the hub, as whoever `hf auth login` or HF_TOKEN says."""
+    from sigmix.cli._loading import folder_of
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.hub import check_repo
+    from sigmix.experts.hub import push as pushed
+
+    check_repo(repo)
+    expert = Expert.load(folder_of(name, bank))
+    with working(f"pushing {name}"):
+        options = {"private": private, "revision": revision, "message": message}
+        done = pushed(expert.name, expert.z, expert.meta, repo, **options)  # type: ignore[arg-type]
+    figures = {"expert": expert.name, "repo": repo, **done._asdict()}
+    what = f"at {done.revision[:12]}" if done.changed else "there was nothing to change"
+    emit(figures, as_json, f"{expert.name} is at {done.url}, {what}")
+
+
+def pull(
+    source: str = typer.Argument(..., metavar="SOURCE", help="An expert, user/name, or a collection's slug."),
+    out: Path = typer.Option(None, help="New folder: the expert's, or for a collection the bank's. Default: its name."),
+    revision: str = typer.Option(None, help="Branch, tag or commit of an expert. Default: main."),
+    as_json: bool = JSON,
+) -> None:
+    """Copy an expert, or all of a collection, from the hub to a new folder."""
+    from sigmix.experts.hub import pull as pulled
+
+    folder = out if out is not None else Path(source.rstrip("/").split("/")[-1])
+    with working(f"pulling {source}"):
+        rows = pulled(source, folder.expanduser(), revision)
+    text = [f"{row['name']} from {row['repo']} at {row['revision'][:12]}: {row['path']}" for row in rows]
+    emit({"out": str(folder), "experts": rows}, as_json, "\n".join(text))
+
+
+# --- `sigmix experts carry`.
+
+
+def carry(
+    name: str = typer.Argument(..., help="A name in the bank, or an expert's folder."),
+    to: str = typer.Option(..., "--to", help="The model to carry it to, such as llava-hf/llava-1.5-7b-hf or a folder."),
+    out: Path = typer.Option(..., help="Folder for the carried expert; its name is the expert's."),
+    source: str = typer.Option(None, "--from", help="Its own base: compares weights. Default: compares sketches."),
+    force: bool = typer.Option(False, "--force", help="Carry z by index order although the weights differ."),
+    dtype: str = DTYPE,
+    quantization: str = AS_MADE,
+    bank: Path = BANK,
+    as_json: bool = JSON,
+) -> None:
+    """Carry a text model's expert into a vision-language model, if its language backbone has the same weights."""
+    from sigmix.cli._loading import folder_of
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.metadata import check_name
+    from sigmix.experts.serialization import check_free
+    from sigmix.experts.transfer import carry as carried
+
+    check_name(out.name)
+    expert = Expert.load(folder_of(name, bank))
+    check_free(out)
+    model = base_of(to, [expert], dtype, quantization)
+    base = base_of(source, [expert], dtype, quantization) if source is not None else None
+    with working("comparing weights"):
+        made = carried(expert, model, base=base, force=force, name=out.name)
+    made.save(out)
+    facts = made.meta["carried_from"]
+    figures = {"name": made.name, "path": str(out), "to": made.meta["base"]["name"], "matrices": len(made.z)}
+    figures |= {"basis": facts["basis"], "deviation": None if facts["deviation"] is None else dict(facts["deviation"])}
+    text = f"{out}: {len(made.z)} matrices carried from {facts['base']} to {figures['to']}; "
+    if facts["basis"] == "same":
+        text += f"the weights are the same (by {facts['deviation']['by']}, at most {facts['deviation']['largest']:.1g})"
+    elif facts["deviation"] is None:
+        text += "FORCED, and the weights could not be compared: measure what it does there"
+    else:
+        gap = facts["deviation"]
+        text += f"FORCED: the weights differ by {gap['median']:.2g} (median), {gap['largest']:.2g} at most: measure it"
+    emit(figures, as_json, text)

@@ -10,10 +10,13 @@ from typing import Any
 
 import typer
 
-from sigmix.cli.opening import open_bank, open_base
-from sigmix.cli.shared import BANK, BASIS, DEVICE_MAP, QUANTIZATION, emit, note, table, working
+from sigmix.cli._console import emit, note, table, working
+from sigmix.cli._loading import open_bank, open_base
+from sigmix.cli._options import BANK, BASIS, DEVICE_MAP, QUANTIZATION
 
 keys_app = typer.Typer(help="API keys of `sigmix serve`.", no_args_is_help=True)
+
+
 STATE = typer.Option(None, help="The server's state folder. Default: its setting.")
 
 
@@ -45,7 +48,7 @@ def serve(
     """Serve the base and its experts to any OpenAI client; a page to try them is at the server's address."""
     try:
         from sigmix.serve import Server, Service, load_settings
-        from sigmix.serve.logs import set_up
+        from sigmix.serve.observability import set_up
     except ModuleNotFoundError as error:
         from sigmix.errors import ConfigError
 
@@ -78,8 +81,7 @@ def serve(
 
 
 def _judges() -> dict[str, Any]:
-    from sigmix.tasks.numbers import strict_number
-    from sigmix.tasks.text import exact
+    from sigmix.tasks.graders import exact, strict_number
 
     def judged(score: Any) -> Any:
         return lambda reply, gold: score(reply, gold).value or 0.0
@@ -103,7 +105,7 @@ def add_key(
     state: Path = STATE,
 ) -> None:
     """Make a key and print it; it is shown this once and stored only as a hash."""
-    from sigmix.serve.keys import add_key as made
+    from sigmix.serve.auth import add_key as made
 
     allowed = {"admin": admin, "per_minute": per_minute, "at_once": at_once, "max_new_tokens": max_new_tokens}
     typer.echo(made(_keys_file(state), name, **allowed))
@@ -112,7 +114,7 @@ def add_key(
 @keys_app.command("list", epilog="Example: sigmix keys list")
 def list_keys(state: Path = STATE, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """Who has a key, and what it allows."""
-    from sigmix.serve.keys import read_keys
+    from sigmix.serve.auth import read_keys
 
     found = [{k: v for k, v in vars(key).items() if k != "hash"} for key in read_keys(_keys_file(state))]
     if as_json:
@@ -126,7 +128,7 @@ def list_keys(state: Path = STATE, as_json: bool = typer.Option(False, "--json",
 @keys_app.command("remove", epilog="Example: sigmix keys remove alice")
 def remove(name: str = typer.Argument(help="Whose."), state: Path = STATE) -> None:
     """Take a key away; a server that runs notices within seconds."""
-    from sigmix.serve.keys import remove_key
+    from sigmix.serve.auth import remove_key
 
     remove_key(_keys_file(state), name)
     typer.echo(f"{name} has no key any more")

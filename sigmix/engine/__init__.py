@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sigmix.engine.engine import Engine, Generation
+    from sigmix.engine.engine import Engine
+    from sigmix.engine.generation import Generation
 
 __all__ = ["Engine", "Generation"]
 

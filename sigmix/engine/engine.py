@@ -11,23 +11,24 @@ from typing import Any
 
 import torch
 
-from sigmix.engine.cpu import contiguous_head
-from sigmix.engine.decode import Row, Sampling, decode
-from sigmix.engine.generation import Generation, batches, check_options, decoded, held_back
-from sigmix.engine.images import as_ids, whole
-from sigmix.engine.merged import BUDGET
-from sigmix.engine.packing import BUDGET as PACKED
-from sigmix.engine.prefix import Prefilled, StoredPrefix, common_prefix, prefill
-from sigmix.engine.prefixes import BUDGET as PREFIXES
-from sigmix.engine.prefixes import Entry, Prefixes
-from sigmix.engine.prompts import check_context, encode, end_ids
-from sigmix.engine.states import States
+from sigmix.engine.cpu_kernels import PACKED_BYTES as PACKED
+from sigmix.engine.cpu_kernels import contiguous_head
+from sigmix.engine.detokenizer import decoded, held_back
+from sigmix.engine.execution import MERGED_BYTES as BUDGET
+from sigmix.engine.execution import States
+from sigmix.engine.generation import Generation, Row, Sampling, batches, check_options, decode
+from sigmix.engine.kv_cache import Prefilled
+from sigmix.engine.prefix_cache import PREFIX_BYTES as PREFIXES
+from sigmix.engine.prefix_cache import Entry, Prefixes, StoredPrefix, common_prefix, prefill
+from sigmix.engine.tokenization import check_context, encode, end_ids
 from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
+from sigmix.models.multimodal import as_ids, whole
 
 Prompt = str | Sequence[int]
+
 
 WORTH = 16
 """Tokens that a batch must share beyond the chat template's beginning for these to be kept too."""
@@ -72,7 +73,8 @@ class Engine:
     def encode(
         self, prompt: Prompt, system: str | None = None, chat: bool | None = None, images: Any = ()
     ) -> list[int]:
-        """Token ids of a prompt, which `generate` takes too; ids pass through. See `sigmix.engine.prompts.encode`."""
+        """Token ids of a prompt, which `generate` takes too; ids pass through. See
+        `sigmix.engine.tokenization.encode`."""
         return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_ids(prompt)
 
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:
@@ -109,7 +111,7 @@ class Engine:
 
     @property
     def truncation(self) -> Truncation | None:
-        """What ``form="truncated"`` computes by (`sigmix.engine.calibration.fit`); None: all components, exactly."""
+        """What ``form="truncated"`` computes by (`sigmix.engine.truncation.fit`); None: all components, exactly."""
         return self.states.truncation
 
     @truncation.setter

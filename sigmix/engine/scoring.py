@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sigmix.engine.decode import Sampling, decode
 from sigmix.engine.engine import Engine, Prompt
-from sigmix.engine.images import whole
-from sigmix.engine.prefix import Prefilled, answer_logits, left_pad
-from sigmix.engine.prompts import check_context
+from sigmix.engine.generation import Sampling, decode
+from sigmix.engine.kv_cache import Prefilled
+from sigmix.engine.prefix_cache import answer_logits, left_pad
+from sigmix.engine.tokenization import check_context
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
+from sigmix.models.multimodal import whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
 
 Mixes = Mix | str | Sequence[Mix | str] | None
 

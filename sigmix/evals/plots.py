@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.errors import ConfigError
-from sigmix.files import atomic_file
+from sigmix.utils.io import atomic_file
 
 
 def figure(width: float, height: float) -> Any:

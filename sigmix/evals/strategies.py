@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sigmix.adapt.decision import Decision, Strategy
-from sigmix.adapt.labels import skills
-from sigmix.evals.evaluate import Result, compare, constant_baseline, evaluate
+from sigmix.adapt.base import Decision, Strategy, skills
+from sigmix.evals.accuracy import Result, compare, constant_baseline, evaluate
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
 
 Decide = Callable[[Sequence[Sample]], list[Decision]]
+
+
 NAMES = ("base", "A", "B", "C", "D", "each-expert", "oracle")
+
+
 EACH, ORACLE = "each-expert", "oracle"
 
 
@@ -45,7 +48,7 @@ def run_strategies(
         progress: called with (items just answered, name).
 
     Returns:
-        Figures as of `sigmix.evals.run.run`, an entry by strategy in place of one by mix: ``strategy``,
+        Figures as of `sigmix.evals.accuracy.run`, an entry by strategy in place of one by mix: ``strategy``,
         `Result.summary`, ``chosen`` ({mix id: items}), ``pass1_seconds``, ``pass1_tokens``, ``pass2_seconds``,
         ``paired`` with the base. And the `Result` of every entry by its name.
     """

@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import nn
 
 from sigmix.errors import ExpertError, OutputError, UnknownNameError
-from sigmix.experts import directory, remote
+from sigmix.experts import hub as remote
+from sigmix.experts import serialization as directory
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
 

@@ -22,15 +22,15 @@ import torch
 from torch import nn
 
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
-from sigmix.experts import directory, remote
-from sigmix.experts.base import describe, factors_of, linears, matrix_of, shape_of
-from sigmix.experts.fingerprint import fingerprint, foreign
+from sigmix.experts import hub as remote
+from sigmix.experts import serialization as directory
+from sigmix.experts.fingerprint import TOLERANCE, Sketch, compare, fingerprint, foreign, sketch, sketch_of
+from sigmix.experts.hub import push
 from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
-from sigmix.experts.original import Original, basis_of, check_recorded, original_of
-from sigmix.experts.publish import push
-from sigmix.experts.sketch import TOLERANCE, Sketch, compare, sketch, sketch_of
-from sigmix.files import write_json, write_text
+from sigmix.experts.original_basis import Original, basis_of, check_recorded, original_of
+from sigmix.svf.linears import describe, factors_of, linears, matrix_of, shape_of
 from sigmix.svf.tuner import svf_layers
+from sigmix.utils.io import write_json, write_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,7 @@ class Expert:
     ) -> str:  # fmt: skip
         """Commit it to the hub's model ``repo``, "user/name", which is made if need be; returns that page's address.
 
-        Paths on this machine, such as a base's folder, are cut to their last part (`sigmix.experts.publish`).
+        Paths on this machine, such as a base's folder, are cut to their last part (`sigmix.experts.hub`).
 
         Args:
             token: default: whoever is logged in (``hf auth login``, ``HF_TOKEN``). private: if it is made now.
@@ -195,12 +195,12 @@ class Expert:
 
         The fingerprint is compared, every matrix must be there with the right size, and the sketches must come out as
         stored. An expert that is not `verified` has only its matrices checked. On a quantised base that was given its
-        original's basis (`sigmix.experts.original`) an expert made on the original is held to the original.
+        original's basis (`sigmix.experts.original_basis`) an expert made on the original is held to the original.
 
         Args:
             base: a model in any state that `fingerprint` understands.
             sketches: False skips the sketches and with them the decomposition of a base that is not adapted yet.
-            tolerance: see `sigmix.experts.sketch.TOLERANCE`.
+            tolerance: see `sigmix.experts.fingerprint.TOLERANCE`.
 
         Raises:
             FingerprintError: made on another base. ExpertError: a matrix is missing or differs in size or basis.

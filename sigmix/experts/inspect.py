@@ -16,10 +16,10 @@ from torch import nn
 
 from sigmix.errors import ExpertError, SigmixError
 from sigmix.experts.bank import Bank
-from sigmix.experts.base import factors_of, linears
 from sigmix.experts.expert import Expert
+from sigmix.experts.fingerprint import PROBES
 from sigmix.experts.metadata import thaw
-from sigmix.experts.sketch import PROBES
+from sigmix.svf.linears import factors_of, linears
 
 
 def listing(bank: Bank) -> list[dict[str, Any]]:

@@ -4,11 +4,11 @@ In memory an expert's metadata is a plain JSON-like mapping (frozen). On disk th
 and ``z_sha256``.
 
     base         {"name", "dtype", "fingerprint"}; without a fingerprint the expert is unverified; "basis": "original"
-                 if it was trained on a quantised base in its original's basis (`sigmix.experts.original`)
+                 if it was trained on a quantised base in its original's basis (`sigmix.experts.original_basis`)
     matrices     {module path: [out, in]}
     sketches     {module path: {"norm", "values": 8 numbers}}
     task, domain, description, objective, seed, commit, license, training    as the author gives them
-    carried_from where `sigmix.experts.carry` took it from
+    carried_from where `sigmix.experts.transfer` took it from
     metrics      a list of {"name", "value", "n", "interval": [low, high], "base", …}
 """
 
@@ -24,15 +24,23 @@ from typing import Any
 import torch
 
 from sigmix.errors import ExpertError, UnknownNameError
-from sigmix.experts.sketch import Sketch
+from sigmix.experts.fingerprint import Sketch
 
 SCHEMA = 1
+
+
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
 RESERVED = {"base": "it stands for the base without any expert", "auto": "it stands for a choice per request"}
+
+
 AUTHORS = (
     "task", "domain", "description", "objective", "seed", "commit", "metrics", "license", "training",
 )  # fmt: skip
 """Keys that whoever makes an expert may set; the others are computed."""
+
+
 COMPUTED = ("base", "matrices", "sketches")
 
 

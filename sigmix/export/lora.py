@@ -1,4 +1,4 @@
-"""A mix as a PEFT LoRA, for everything that loads LoRA: PEFT, vLLM, SGLang. See `sigmix.export.lowrank`.
+"""A mix as a PEFT LoRA, for everything that loads LoRA: PEFT, vLLM, SGLang. See `sigmix.export.low_rank`.
 
 lora_alpha equals the rank in every module (rank_pattern, alpha_pattern), so PEFT's scale alpha / r is 1.
 """
@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from sigmix.export.card import adapter_card
-from sigmix.export.casting import DTYPES
-from sigmix.export.lowrank import LowRank
-from sigmix.export.provenance import RECORD
-from sigmix.export.stream import spec, write_file
-from sigmix.files import atomic_dir, check_new, check_room, write_json, write_text
+from sigmix.export.low_rank import LowRank
+from sigmix.export.model_card import RECORD, adapter_card
+from sigmix.svf.checkpoint import DTYPES
+from sigmix.utils.io import atomic_dir, check_new, check_room, write_json, write_text
+from sigmix.utils.safetensors import spec, write_file
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.experts.mix import Mix
-from sigmix.export.card import merged_card
-from sigmix.export.provenance import RECORD, record
+from sigmix.export.model_card import RECORD, merged_card, record
 from sigmix.export.source import Source
-from sigmix.export.stream import Spec, spec, write_shards
-from sigmix.files import atomic_dir, check_new, check_room, write_json, write_text
-from sigmix.gguf import MANIFEST
-from sigmix.shards import INDEX
+from sigmix.utils.cache import MANIFEST
+from sigmix.utils.io import atomic_dir, check_new, check_room, write_json, write_text
+from sigmix.utils.safetensors import INDEX, Spec, spec, write_shards
 
 SHARD_BYTES = 5_000_000_000
+
+
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 """Files of a base that go along: configs, the tokenizer, code of its own."""
 

@@ -15,22 +15,30 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sigmix.errors import BaseModelError, ExpertError, UnknownNameError
-from sigmix.experts.base import LINEAR, factors_of, matrix_of, shape_of
+from sigmix.errors import BaseModelError, ExpertError, FingerprintError, UnknownNameError
 from sigmix.experts.expert import Expert
-from sigmix.experts.fingerprint import combined
+from sigmix.experts.fingerprint import Sketch, combined, compare, short, sketch
 from sigmix.experts.mix import Mix
-from sigmix.experts.sketch import Sketch, compare, sketch
-from sigmix.export.casting import DTYPES, ON_DISK, cast_as_loaded, dtype_of_experts, loaded_dtype, widens
-from sigmix.export.checks import check_kind, foreign
-from sigmix.export.names import placed
-from sigmix.gguf import MANIFEST, quiet, verify
-from sigmix.models import load_base, locate
-from sigmix.plan import empty_model
-from sigmix.shards import Shards
-from sigmix.svf.decompose import Factors, weight_digest
+from sigmix.models.gguf import quiet
+from sigmix.models.loading import load_base, locate
+from sigmix.models.memory import empty_model
+from sigmix.models.multimodal import backbone
+from sigmix.svf.checkpoint import DTYPES, ON_DISK, cast_as_loaded, loaded_dtype, placed, widens
+from sigmix.svf.decomposition import Factors, weight_digest
 from sigmix.svf.layer import SVFLinear
-from sigmix.vision import backbone
+from sigmix.svf.linears import LINEAR, dtype_and_quantization, factors_of, matrix_of, shape_of
+from sigmix.utils.cache import MANIFEST, verify
+from sigmix.utils.safetensors import Shards
+
+
+def dtype_of_experts(experts: Iterable[Expert]) -> str | None:
+    """What these experts recorded as the dtype of their base, if they all have the same; of verified ones only.
+
+    An expert of a quantised base names both, such as "bfloat16 in int8".
+    """
+    made = {(expert.meta.get("base") or {}).get("dtype") for expert in experts if expert.verified}
+    return made.pop() if len(made) == 1 else None
+
 
 OLD = "save it anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new folder)"
 
@@ -39,7 +47,7 @@ class Source:
     """A base folder, opened.
 
     Args:
-        base: as `sigmix.models.load_base` takes it.
+        base: as `sigmix.models.loading.load_base` takes it.
         dtype: read the weights in this dtype, as `load_base` would; None: as they are stored.
 
     Attributes:
@@ -285,3 +293,39 @@ def _meta(folder: Path, name: str) -> tuple[Any, Any]:
             remedy="give the folder of a decoder-only text model, or of a vision-language model",
         ) from error
     return config, empty_model(config)
+
+
+# --- Why an expert is not one of the base that is exported.
+
+
+def check_kind(expert: str, mine: Mapping[str, Any]) -> None:
+    """Raise `FingerprintError` if the base that an expert recorded was quantised as it was loaded.
+
+    Args:
+        expert: its name. mine: ``base`` of its metadata; its dtype is then "bfloat16 in int8", say.
+    """
+    kind, quantised = dtype_and_quantization(mine.get("dtype"))
+    if quantised:
+        raise FingerprintError(
+            f"expert {expert!r} belongs to {mine.get('name', 'a base')} quantised to {quantised}, whose weights are "
+            "others than those that an export is made of, so it cannot be exported",
+            remedy=f"use it on that base with sigmix (--quantization {quantised}), or train one on the base in {kind} "
+            "to export it",
+        )
+
+
+def foreign(expert: str, mine: Mapping[str, Any], name: str, dtype: str, found: str) -> FingerprintError:
+    """Another base.
+
+    Args:
+        expert, mine: as in `check_kind`. name, dtype, found: of the base at hand; ``found`` is its fingerprint.
+    """
+    kind = f" in {mine['dtype']}" if mine.get("dtype") else ""
+    remedy = f"give the base that it was made on, --base {mine.get('name')}"
+    if mine.get("name") == name and mine.get("dtype") not in (None, dtype):
+        remedy = f"read the base as it was when the expert was made: --dtype {mine['dtype']}"
+    return FingerprintError(
+        f"expert {expert!r} was made on {mine.get('name', 'an unnamed base')}{kind} (fingerprint "
+        f"{short(mine['fingerprint'])}), but this base is {name} in {dtype} (fingerprint {short(found)})",
+        remedy=remedy,
+    )

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,24 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from sigmix.adapt.opening import AUTO, letter_of, open_strategy
+from sigmix.adapt.base import OTHER, Decision, Strategy
+from sigmix.adapt.two_pass import AUTO, letter_of, open_strategy
 from sigmix.engine import Engine
-from sigmix.engine.prefix import left_pad
-from sigmix.engine.prompts import context_length, has_template, in_parts, no_marks
+from sigmix.engine.prefix_cache import left_pad
+from sigmix.engine.tokenization import context_length, has_template, in_parts, no_marks
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
-from sigmix.experts.mix import Mix
-from sigmix.experts.mixfile import read_mix
-from sigmix.experts.original import check_basis, use_original_basis
-from sigmix.files import check_writable
-from sigmix.integrations.deciding import Requests
-from sigmix.integrations.options import BUDGET, OWN, PASSED, device_of, generation, rows_of
-from sigmix.models import DEFAULT, load_base
-from sigmix.vision import processor_of
+from sigmix.experts.mix import Mix, read_mix
+from sigmix.experts.original_basis import check_basis, use_original_basis
+from sigmix.models.default import DEFAULT
+from sigmix.models.loading import load_base
+from sigmix.models.multimodal import processor_of
+from sigmix.utils.io import check_writable, write_text
 
 
 @register_model("sigmix")
@@ -291,3 +291,123 @@ class SigmixLM(HFLM):
             "model_source": base["name"],
             "sigmix": {**told, "truncated": self.truncated},
         }
+
+
+# --- The harness's options, of the model and of generation, as the engine's; what it does not have is refused.
+
+
+PASSED = ("max_length", "truncation", "add_bos_token", "prefix_token_id", "chat_template_args")
+"""Options of the harness's ``hf`` model that mean the same here."""
+
+
+OWN = ("base", "mix", "strategy", "bank", "dtype", "device", "form", "decisions", "batch_size", "max_batch_size",
+       "quantization", "basis")  # fmt: skip
+
+
+BUDGET = 8192
+"""Tokens in a batch, padding included, with batch_size "auto"."""
+
+
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1, None), "num_return_sequences": (1, None), "repetition_penalty": (1, 1.0, None),
+    "length_penalty": (1, 1.0, None), "use_cache": (True, None), "top_k": (0, None), "min_p": (0, 0.0, None),
+}  # fmt: skip
+"""Generation options that the engine does not have, with the values that ask for nothing."""
+
+
+def generation(given: Mapping[str, Any], most: int, tokenizer: Any) -> tuple[dict[str, Any], list[str], list[int]]:
+    """The engine's options, stop strings, and stop tokens (special ones, which no decoded text shows).
+
+    Args:
+        given: a request's generation arguments. most: tokens of an answer where they do not say.
+
+    Raises:
+        ConfigError: an option that the engine does not have.
+    """
+    wanted = dict(normalize_gen_kwargs(dict(given), most))
+    stop = [mark for mark in handle_stop_sequences(wanted.pop("until", None), eos=None) if mark]
+    wanted.pop("do_sample", None)  # without it the temperature is 0 by now
+    options = {
+        "max_new_tokens": int(wanted.pop("max_gen_toks")), "temperature": float(wanted.pop("temperature", 0) or 0),
+        "top_p": float(wanted.pop("top_p", 1) or 1),
+    }  # fmt: skip
+    if not options["temperature"]:
+        wanted.pop("top_k", None)  # of no effect on greedy answers
+    for name, value in wanted.items():
+        if value not in NOTHING.get(name, ()):
+            raise ConfigError(
+                f"generation option {name}={value!r} is not supported",
+                remedy="supported are until, max_gen_toks, do_sample, temperature and top_p",
+            )
+    special = [mark for mark in stop if mark in tokenizer.all_special_tokens]
+    ids = [int(tokenizer.convert_tokens_to_ids(mark)) for mark in special]
+    return options, [mark for mark in stop if mark not in special], ids
+
+
+def device_of(name: str | None) -> str | None:
+    """The harness says cuda:0 where nobody said anything."""
+    if name is None or torch.cuda.is_available() or not name.startswith("cuda"):
+        return name
+    if name == "cuda:0":
+        return None
+    raise ConfigError(f"there is no CUDA device for --device {name}", remedy="leave it out")
+
+
+def rows_of(batch_size: int | str) -> int | None:
+    """Rows of a batch; None by tokens."""
+    if str(batch_size).startswith(AUTO):
+        return None
+    try:
+        rows = int(batch_size)
+    except ValueError:
+        rows = 0
+    if rows < 1:
+        raise ConfigError(f"batch_size must be auto or a number of at least 1, not {batch_size!r}")
+    return rows
+
+
+# --- Which mix answers which request of an evaluation, and the account of it.
+
+
+class Requests:
+    """Which mix answers a request: one for all, or what a strategy decides, once for each distinct request."""
+
+    def __init__(self, mix: Mix | None, strategy: Strategy | None, file: Path | None = None) -> None:
+        self.mix, self.strategy, self.file = mix, strategy, file
+        self.decisions: dict[str, Decision] = {}
+        self.count: Counter[str] = Counter()
+
+    def mixes(self, asked: Sequence[str]) -> list[Mix]:
+        """A mix for each request, in order; "" is no request, and gets the base."""
+        if self.strategy is None:
+            assert self.mix is not None
+            found = [self.mix] * len(asked)
+        else:
+            fresh = [text for text in dict.fromkeys(asked) if text not in self.decisions]
+            some = [text for text in fresh if text.strip()]
+            self.decisions |= dict(zip(some, self.strategy.decide(some) if some else [], strict=True))
+            none = Decision(Mix.base(), OTHER, "there is no context to decide by")
+            self.decisions |= {text: none for text in fresh if text not in self.decisions}
+            found = [self.decisions[text].mix for text in asked]
+            if self.file is not None:
+                lines = [{"request": text, **one.to_json()} for text, one in self.decisions.items()]
+                write_text(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.count.update(mix.id for mix in found)
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: mixes with how many requests each answered; with a strategy also what it decided and cost.
+
+        ``mixes`` counts every request of the harness (each choice of a question is one); ``contexts`` and ``labels``
+        count what was decided, once for each distinct request. ``tokens`` and ``seconds`` are pass one's, in sum.
+        """
+        mix = AUTO if self.mix is None else self.mix.id
+        told: dict[str, Any] = {"mix": mix, "mixes": dict(self.count.most_common())}
+        if self.strategy is not None:
+            made = list(self.decisions.values())
+            told |= {
+                "strategy": self.strategy.name, "contexts": len(made),
+                "labels": dict(Counter(one.label for one in made).most_common()),
+                "tokens": sum(one.tokens for one in made), "seconds": round(sum(one.seconds for one in made), 3),
+            }  # fmt: skip
+        return told

@@ -24,17 +24,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from sigmix.engine.prompts import bare_text, encode, end_ids, reply_ids, turns_of
+from sigmix.engine.tokenization import bare_text, encode, end_ids, reply_ids, turns_of
 from sigmix.errors import ConfigError, DataError
+from sigmix.models.multimodal import processor_of
 from sigmix.svf.tuner import svf_layers
 from sigmix.tasks.base import Sample, Split, Task
-from sigmix.vision import processor_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+
 CHAT = {"enable_thinking": False}
 """`chat_template_kwargs` of TRL's configs with which it writes prompts as sigmix does."""
+
 
 Reward = Callable[..., list[float | None]]
 
@@ -154,16 +156,16 @@ def finish(
         n, split, seed: of the items, see `Task.samples`.
 
     Returns:
-        The figures of `sigmix.evals.run.run`, the base first, and ``expert``: its name.
+        The figures of `sigmix.evals.accuracy.run`, the base first, and ``expert``: its name.
 
     Raises:
         ExpertError, FingerprintError: see `Expert.load` and `seal`. Others: see `load_base` and `run`.
     """
     from sigmix.engine import Engine
-    from sigmix.evals.run import commit, run
+    from sigmix.evals.accuracy import commit, run
     from sigmix.experts.expert import Expert, seal
     from sigmix.experts.mix import Mix
-    from sigmix.models import load_base
+    from sigmix.models.loading import load_base
 
     folder = Path(folder)
     expert = Expert.load(folder)

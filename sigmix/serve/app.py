@@ -18,13 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from sigmix.serve import admin, routes
-from sigmix.serve.access import Gate
-from sigmix.serve.connections import patient
-from sigmix.serve.errors import ApiError
+from sigmix.serve import routes
+from sigmix.serve.auth import Gate, patient
+from sigmix.serve.protocol import ApiError
 from sigmix.serve.service import Service
 
 log = logging.getLogger("sigmix.serve")
+
+
 STATIC = Path(__file__).parent / "static"
 
 
@@ -45,7 +46,7 @@ def create_app(service: Service) -> Any:
     app = FastAPI(title="sigmix", docs_url=None, redoc_url=None, lifespan=life)
     app.state.service = service
     app.include_router(routes.router)
-    app.include_router(admin.router)
+    app.include_router(routes.admin_router)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

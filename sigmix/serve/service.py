@@ -12,24 +12,23 @@ from typing import Any
 import torch
 
 from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy
-from sigmix.adapt.labels import skills
-from sigmix.engine.prompts import context_length, encode_turns, has_template
-from sigmix.engine.truncation_file import bank_truncation
+from sigmix.adapt.base import skills
+from sigmix.engine.tokenization import context_length, encode_turns, has_template
+from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.mix import Mix
-from sigmix.serve.adaptations import Adaptations, Judge
-from sigmix.serve.batcher import Batcher
-from sigmix.serve.catalogue import Catalogue
-from sigmix.serve.deciding import BANDIT, Bandit, Decider
-from sigmix.serve.jobs import Limits
-from sigmix.serve.keys import Keyring
-from sigmix.serve.metrics import Metrics
+from sigmix.serve.adaptation import BANDIT, Adaptations, Bandit, Decider, Judge
+from sigmix.serve.auth import Keyring
+from sigmix.serve.observability import Metrics
+from sigmix.serve.registry import Catalogue
+from sigmix.serve.scheduler import Batcher, Limits, SharedEngine
 from sigmix.serve.settings import Settings
-from sigmix.serve.state import State
-from sigmix.serve.turnstile import SharedEngine
+from sigmix.serve.store import State
 
 log = logging.getLogger("sigmix.serve")
+
+
 PREFIXES = 512 << 20
 """Bytes of keys and values kept of templates and conversations."""
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from sigmix.errors import ConfigError
-from sigmix.files import cache_dir
+from sigmix.utils.cache import cache_dir
 
 Positive = Field(ge=1)
 

@@ -1,20 +1,4 @@
-"""SVFLinear: a linear layer W [m, n] whose singular values are scaled by z, W'(z) = U diag(s⊙z) Vᵀ.
-
-Four forms compute the same y = W'x (g = z - 1; V, U the square side of the decomposition, see `decompose`):
-
-    merged      W' x, with W' = W + W V diag(g) Vᵀ (m >= n) or W + U diag(g) Uᵀ W (m < n), written into the base layer
-                while the original tensor is kept aside; unmerging puts that very tensor back
-    factored    (U diag(s)) (z ⊙ Vᵀx), with a gradient for z
-    gain        W (x + V (g ⊙ Vᵀx)) if m >= n, y + U (g ⊙ Uᵀy) with y = Wx if m < n; z = 1 gives W x bit for bit; with a
-                gradient for z too, and W is only ever used through its own layer
-    truncated   the gain form on k components, the others sharing their s²-weighted mean gain
-
-Shapes: x [B, T, n], z [r] for the whole batch or [B, r], a row per request. The base weight is never trained and never
-changed by an update; U, s and V are buffers outside the state dict, so a checkpoint holds only z.
-
-A base layer that is quantised, or offloaded by accelerate, stays as it is: the layer computes in the gain and truncated
-forms only, with the factors of its dequantised weight, and `merged` and `factored` are refused.
-"""
+"""z as a module's parameter, h ⊙ z with a gradient for z, and h ⊙ g with one for g."""
 
 from __future__ import annotations
 
@@ -28,10 +12,41 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ConfigError
-from sigmix.svf import weights
-from sigmix.svf.decompose import cached_decompose, read_factors
-from sigmix.svf.gains import mix_z, truncate
-from sigmix.svf.scale import Gain, Scale, Scales, SingularScale, scaled
+from sigmix.models import weights
+from sigmix.svf.decomposition import cached_decompose, read_factors
+from sigmix.svf.functional import Gain, Scale, mix_z, scaled, truncate
+
+
+class SingularScale(nn.Module):
+    """Holder of one z: `weight`, float32 [r]. A module, so that names end in ``.<adapter>.weight`` (PEFT, TRL)."""
+
+    def __init__(self, r: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(r, dtype=torch.float32, device=device))
+
+    def _apply(self, fn, recurse=True):
+        # z stays float32 in model.bfloat16(): bfloat16 has no number between 1 and 1.0078
+        kept = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, data in kept.items():
+            if self._parameters[name].dtype != data.dtype:
+                self._parameters[name].data = data.to(self._parameters[name].device)
+        return self
+
+
+if TYPE_CHECKING:
+
+    class Scales(nn.ModuleDict):
+        """`SingularScale`s by adapter."""
+
+        def __getitem__(self, key: str) -> SingularScale: ...
+
+else:
+    Scales = nn.ModuleDict
+
+
+# --- SVFLinear: a linear layer W [m, n] whose singular values are scaled by z, W'(z) = U diag(s⊙z) Vᵀ.
+
 
 FORMS = ("merged", "factored", "gain", "truncated")
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 
 Tensor = torch.Tensor
+
+
 RIDGE = 1e-4
 """Of C's mean diagonal, added to it: inputs outside the calibration's span still count a little."""
 

@@ -12,10 +12,8 @@ adapter through plain PEFT must have imported sigmix first.
 from __future__ import annotations
 
 import copy
-import enum
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,55 +25,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ConfigError
+from sigmix.models.multimodal import backbone
+from sigmix.models.weights import OFFLOADED, kind
+from sigmix.svf.config import SigmixPeftType, SVFConfig
 from sigmix.svf.layer import SVFLinear
-from sigmix.svf.weights import OFFLOADED, kind
-from sigmix.vision import backbone
 
 ATTENTION = re.compile(r"(^|[._])(self_attn|attn|attention|self_attention|crossattention)([._]|$)")
+
+
 MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn|block_sparse_moe|shared_expert|experts)([._]|$)")
-
-
-class SigmixPeftType(str, enum.Enum):
-    """Peft type of singular-value fine-tuning; hashes and compares like the string "SVF"."""
-
-    SVF = "SVF"
-
-
-@dataclass
-class SVFConfig(PeftConfig):
-    """Configuration of singular-value fine-tuning (arXiv 2501.06252, section 3.1).
-
-    Attributes:
-        target_modules: "all-linear" (all linear layers but the output head), "attention", "mlp", a list of module
-            names or suffixes, or a regular expression over the full path. In a vision-language model all of these
-            mean its language backbone; a layer outside of it is adapted only where its full path is in the list.
-        layers_to_transform: indices of the layers to adapt, one index, or "half": every second layer, beginning with
-            the first (the paper adapts half of a 70B's layers without saying which). None: all.
-        layers_pattern: name of the list of layers when it cannot be inferred (as in PEFT).
-        exclude_modules: names, suffixes or a regular expression of modules to leave out.
-        exclude: the same as `exclude_modules`, shorter.
-        cache: keep decompositions in the user's cache folder.
-    """
-
-    target_modules: list[str] | str | None = field(default="all-linear")
-    layers_to_transform: list[int] | int | str | None = field(default=None)
-    layers_pattern: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    exclude: list[str] | str | None = field(default=None)
-    cache: bool = field(default=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = SigmixPeftType.SVF
-        if self.exclude is not None:
-            if self.exclude_modules is not None and self.exclude_modules != self.exclude:
-                raise ConfigError("exclude and exclude_modules both given and different", remedy="give one of them")
-            self.exclude_modules, self.exclude = self.exclude, None
-        if isinstance(self.layers_to_transform, str) and self.layers_to_transform != "half":
-            raise ConfigError(f"layers_to_transform must be indices or 'half', not {self.layers_to_transform!r}")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), (list, tuple, set)):
-                setattr(self, name, sorted(value))
 
 
 class SVFModel(BaseTuner):
@@ -175,7 +133,7 @@ class SVFModel(BaseTuner):
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add an adapter whose z is 1 + Σ weights·(z - 1) over existing adapters."""
-        from sigmix.svf.gains import mix_z
+        from sigmix.svf.functional import mix_z
 
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters that do not exist: {', '.join(missing)}")

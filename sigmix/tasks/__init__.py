@@ -6,7 +6,6 @@ Nothing here imports torch; reasoning-gym, math-verify and datasets are imported
 from __future__ import annotations
 
 from sigmix.tasks.base import SPLITS, ProceduralTask, Sample, Score, Split, Task, ValidationReport, content_id
-from sigmix.tasks.constant import answer_entropy, best_constant
 from sigmix.tasks.registry import get_task, register, task_names
 
 __all__ = [
@@ -17,8 +16,6 @@ __all__ = [
     "Split",
     "Task",
     "ValidationReport",
-    "answer_entropy",
-    "best_constant",
     "content_id",
     "get_task",
     "register",

@@ -19,10 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sigmix.errors import ConfigError, DataError
-from sigmix.pictures import Picture
+from sigmix.utils.images import Picture
 
 Split = Literal["train", "validation", "test"]
+
+
 SPLITS: tuple[Split, ...] = get_args(Split)
+
 
 # Replies that no task may reward: nothing, white space, noise, a refusal.
 GARBAGE = ("", "  \n", "?!", "qx zzv kjw", "I don't know.", "\x00\ufffd{[(")

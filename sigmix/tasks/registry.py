@@ -13,8 +13,6 @@ A user's file and a plug-in are code and run with the user's rights: nothing her
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -30,12 +28,23 @@ from sigmix.errors import ConfigError, SigmixError, TaskError, UnknownNameError
 from sigmix.tasks.base import Task
 
 Factory = Callable[..., Task]
+
+
 ENTRY_POINTS = "sigmix.tasks"
-_BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.datasets", "sigmix.tasks.programs", "sigmix.tasks.vqa")
+
+
+_BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.benchmarks", "sigmix.tasks.programs", "sigmix.tasks.vqa")
+
+
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:?]+)")
 
+
 _built_in: dict[str, Factory] = {}
+
+
 _target = _built_in  # where `register` writes; a user's file gets its own table, so it can reuse any name
+
+
 _loaded = False
 
 

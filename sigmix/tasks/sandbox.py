@@ -38,10 +38,20 @@ from typing import Literal
 from sigmix.errors import ConfigError
 
 MEMORY = 512 << 20
+
+
 FILE_SIZE = 1 << 20
+
+
 OPEN_FILES = 32
+
+
 NOBODY = 65534
+
+
 _MAX_REPORT = 1 << 16
+
+
 _LAUNCHER = Path(__file__).with_name("sandbox_child.py")
 
 

@@ -4,6 +4,8 @@ Arguments: descriptors of the job (JSON), of the token's pipe, and of the report
 only, since it runs with ``-I -S``. Anything that goes wrong before "ready" is the sandbox's fault.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -16,9 +18,17 @@ CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x20000000,
     0x40000000,
 )
+
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+
+
 PR_SET_NO_NEW_PRIVS, CAPABILITY_VERSION_3 = 38, 0x20080522
+
+
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+
+
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sigmix.pictures import Picture, picture
 from sigmix.tasks.base import Sample, Score
-from sigmix.tasks.benchmark import BenchmarkTask
+from sigmix.tasks.benchmarks import BenchmarkTask
+from sigmix.tasks.data import Row
+from sigmix.tasks.graders import most_agreed, normalised, one_of, vqa_accuracy
 from sigmix.tasks.registry import register
-from sigmix.tasks.rows import Row
-from sigmix.tasks.text import one_of
-from sigmix.tasks.vqa_answers import most_agreed, normalised, vqa_accuracy
+from sigmix.utils.images import Picture, picture
 
 ASK = "Answer the question using a single word or phrase."
+
+
 FORM_WORDS = 5
 """A reply of more words, and of more than the longest accepted answer has, is not in the asked form."""
 

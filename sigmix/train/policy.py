@@ -16,25 +16,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import (
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    get_peft_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sigmix.engine.modes import as_base, as_expert, gain_only
+from sigmix.engine.execution import as_base, as_expert, gain_only
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
-from sigmix.files import atomic_dir
-from sigmix.svf.gains import reference_z
-from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.svf.config import SVFConfig
+from sigmix.svf.functional import reference_z
+from sigmix.svf.tuner import svf_layers
 from sigmix.train.config import TrainConfig
+from sigmix.utils.io import atomic_dir
 
 
 class Policy(Protocol):
@@ -73,7 +67,7 @@ class SVFPolicy:
     """z on the singular values (section 3.1 of the paper), through PEFT.
 
     Attributes:
-        sharded: whether every pass is a meeting of several processes, see `sigmix.train.sharded`.
+        sharded: whether every pass is a meeting of several processes, see `sigmix.train.distributed`.
     """
 
     sharded = False

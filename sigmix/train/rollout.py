@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from sigmix.engine.choices import Choices
-from sigmix.engine.complete import complete
-from sigmix.engine.decode import Row, Sampling
-from sigmix.engine.prompts import check_context, encode, reply_ids
+from sigmix.engine.constrained import Choices
+from sigmix.engine.generation import Row, Sampling, complete
+from sigmix.engine.tokenization import check_context, encode, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
 

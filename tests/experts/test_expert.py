@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 
 from sigmix.errors import ExpertError, OutputError, UnknownNameError
 from sigmix.experts.expert import Expert
-from sigmix.svf.tuner import SVFConfig, svf_layers
+from sigmix.svf.config import SVFConfig
+from sigmix.svf.tuner import svf_layers
 
 pytestmark = pytest.mark.usefixtures("cache")
 

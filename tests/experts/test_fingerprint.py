@@ -9,8 +9,8 @@ from helpers_tiny import ARCHITECTURES, build_tiny
 from peft import LoraConfig, get_peft_model
 
 from sigmix.errors import ExpertError
-from sigmix.experts.base import linears, matrix_of
 from sigmix.experts.fingerprint import fingerprint
+from sigmix.svf.linears import linears, matrix_of
 from sigmix.svf.tuner import svf_layers
 
 pytestmark = pytest.mark.usefixtures("cache")

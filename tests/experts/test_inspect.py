@@ -13,7 +13,7 @@ from sigmix.errors import ExpertError
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.inspect import diff, listing, show, verify
-from sigmix.svf.decompose import svd
+from sigmix.svf.decomposition import svd
 
 pytestmark = pytest.mark.usefixtures("cache")
 

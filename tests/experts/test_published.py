@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sigmix.experts.publish import published
+from sigmix.experts.hub import published
 
 
 def shown(text: str) -> str:

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from sigmix.errors import ConfigError, DataError
-from sigmix.tasks import ProceduralTask, Sample, Score, Task, answer_entropy, best_constant, content_id
+from sigmix.evals.statistics import answer_entropy, best_constant
+from sigmix.tasks import ProceduralTask, Sample, Score, Task, content_id
 from sigmix.tasks.base import hash_split
 
 

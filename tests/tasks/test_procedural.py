@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("reasoning_gym")
 
 from sigmix.errors import ConfigError, UnknownNameError
-from sigmix.tasks import best_constant, get_task, task_names
-from sigmix.tasks.procedural import REFUSED, names
-from sigmix.tasks.rg_rules import RULES, rational, symbolic
+from sigmix.evals.statistics import best_constant
+from sigmix.tasks import get_task, task_names
+from sigmix.tasks.procedural import REFUSED, RULES, names, rational, symbolic
 
 CHECKED = """
 chain_sum gsm_symbolic game_of_life_halting kakurasu knights_knaves fraction_simplification letter_jumble survo puzzle24

@@ -7,7 +7,7 @@ import pytest
 
 from sigmix.errors import ConfigError
 from sigmix.tasks import sandbox
-from sigmix.tasks.code import extract_code, require_permission, score_program
+from sigmix.tasks.programs import extract_code, require_permission, score_program
 from sigmix.tasks.sandbox import Guards, guards, run_tests
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs Linux or macOS")

@@ -6,7 +6,8 @@ import pickle
 import pytest
 
 from sigmix.errors import ConfigError
-from sigmix.tasks import best_constant, get_task, task_names
+from sigmix.evals.statistics import best_constant
+from sigmix.tasks import get_task, task_names
 from sigmix.tasks.skills import wording
 from sigmix.tasks.skills.base import SkillTask
 from sigmix.tasks.skills.words import CATEGORIES, OPPOSITES, PLURALS

@@ -6,7 +6,7 @@ import random
 import re
 
 from sigmix.tasks.base import Score
-from sigmix.tasks.numbers import strict_number
+from sigmix.tasks.graders import strict_number
 from sigmix.tasks.skills.base import Item, skill
 
 ONLY = "Answer with the number only."

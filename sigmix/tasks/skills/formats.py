@@ -6,9 +6,9 @@ import json
 import random
 
 from sigmix.tasks.base import Score
+from sigmix.tasks.graders import exact, exact_lines, form, json_only
 from sigmix.tasks.skills.base import Item, skill
 from sigmix.tasks.skills.words import CITIES, MONTHS, NAMES, OBJECTS
-from sigmix.tasks.text import exact, exact_lines, form, json_only
 
 
 def exact_row(reply: str, gold: str) -> Score:

@@ -6,13 +6,19 @@ from __future__ import annotations
 import functools
 import random
 
+from sigmix.tasks.graders import exact, one_of
 from sigmix.tasks.skills.base import Item, skill
 from sigmix.tasks.skills.words import CATEGORIES, NAMES, NONSENSE
-from sigmix.tasks.text import exact, one_of
 
 ONE_WORD = "Answer with one word."
+
+
 yes_no = functools.partial(one_of, allowed=("yes", "no"))
+
+
 true_false = functools.partial(one_of, allowed=("true", "false"))
+
+
 odd_even_word = functools.partial(one_of, allowed=("odd", "even"))
 
 

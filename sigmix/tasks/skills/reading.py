@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import random
 
-from sigmix.tasks.numbers import strict_number
+from sigmix.tasks.graders import exact, strict_number
 from sigmix.tasks.skills.base import Item, skill
 from sigmix.tasks.skills.words import COLOURS, GOODS, NAMES, OBJECTS, PLACES
-from sigmix.tasks.text import exact
 
 ONE_WORD = "Answer with one word."
 

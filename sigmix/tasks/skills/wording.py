@@ -7,14 +7,20 @@ import random
 from collections import defaultdict
 
 from sigmix.tasks.base import Score
+from sigmix.tasks.graders import exact
 from sigmix.tasks.skills.base import Item, skill
 from sigmix.tasks.skills.words import COMMON, OPPOSITES, PLURALS
-from sigmix.tasks.text import exact
 
 BY_LETTER: dict[str, list[str]] = defaultdict(list)
+
+
 for _word in dict.fromkeys(COMMON):
     BY_LETTER[_word[0]].append(_word)
+
+
 LETTERS = sorted(letter for letter, words in BY_LETTER.items() if len(words) >= 6)
+
+
 ONE_WORD = "Answer with one word."
 
 

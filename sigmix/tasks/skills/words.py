@@ -20,6 +20,7 @@ CATEGORIES: dict[str, list[str]] = {
     "drinks": "water milk tea coffee juice beer wine lemonade".split(),
 }
 
+
 # At least ten words for each of 20 letters, so that every first letter is as likely as any other.
 COMMON: list[str] = """
 able about above actor adult agree angle animal answer apple arm autumn
@@ -47,17 +48,32 @@ wagon walk wall warm watch water week west wheel white wind window winter wolf w
 yard year yellow yes yogurt young
 """.split()
 
+
 NAMES: list[str] = """
 Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Maria Nick Olga Paul Rosa Sam Tina Victor
 """.split()
 
+
 OBJECTS: list[str] = "cup ball key book hat pen bag lamp coin spoon box clock map ring phone brush bottle plate".split()
+
+
 PLACES: list[str] = "kitchen garden office bathroom garage bedroom park library school shop station market".split()
+
+
 COLOURS: list[str] = CATEGORIES["colours"]
+
+
 CITIES: list[str] = "Rome Paris London Berlin Madrid Oslo Tokyo Cairo Lima Vienna Dublin Athens Prague Boston".split()
+
+
 GOODS: list[str] = "apple bread cake cheese cup egg hat lamp milk pen rice shirt soap sock tea toy".split()
+
+
 NONSENSE: list[str] = "blips wugs dax norks zorps mibs fleps grobs trims yons plims quibs".split()
+
+
 MONTHS: list[str] = "January February March April May June July August September October November December".split()
+
 
 # singular plural
 PLURALS: dict[str, str] = dict(
@@ -96,8 +112,11 @@ child children man men woman women foot feet tooth teeth goose geese mouse mice 
     )
 )
 
+
 # word and its opposites, the usual one first; one entry a line: word opposite[/opposite...]
 OPPOSITES: list[tuple[str, str, list[str], list[str]]] = []
+
+
 for _line in (
     """
 hot cold|big/large small/little|tall short|up down|left right|happy sad/unhappy|day night|wet dry|open closed/shut

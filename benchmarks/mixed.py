@@ -1,0 +1,162 @@
+"""``sigmix bench mixed``: a batch in which every row has a mixture of its own.
+
+32 requests of the bank's tasks under 32 different mixtures of all its experts, answered with 24 tokens each, prefill
+included. The contestants, on the same requests in the same dtype:
+
+    exact      ours, all rows in one batch, factored form
+    new        the same under mixtures that no round had before: nothing is kept of what the prompts begin with
+    truncated  the truncated form, its plan fitted before on training prompts: the cheapest of those that
+               `sigmix bench truncation` lists whose KL to the exact model is under 0.01 on validation prompts
+    base       the same batch on the base, the same engine
+    swap       one request after the other: compose and load its weights, answer, put the base back
+    lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters
+
+Before anything is timed, every row of ``exact`` is compared with the same request alone under merged weights, by the
+logits of its last prompt token: in float32, where rounding hides nothing, and in the dtype that is timed. What prompts
+begin with (the chat template's system turn) is read once for every mix and kept, in ``exact`` as on the base; ``new``
+shows what a first meeting costs. Ratios are in tokens per second, ours over theirs; ``truncated_kl`` in ``raw`` is on
+the timed requests' own answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from benchmarks.harness import Aim, device, interleaved, ratio, report, say
+from benchmarks.requests import bundled_engine, mixtures, prompts
+from benchmarks.truncation import Divergence, calibrate, within
+from sigmix.adapt.base import skills
+from sigmix.engine import Engine
+from sigmix.engine.prefix_cache import left_pad
+from sigmix.engine.scoring import next_logits
+from sigmix.errors import SigmixError
+from sigmix.experts.mix import Mix
+from sigmix.models.default import DEFAULT
+from sigmix.models.loading import load_base
+
+AIMS = {
+    "exact_vs_base": Aim(">=", 0.90), "truncated_vs_base": Aim(">=", 0.95),
+    "vs_swap": Aim(">=", 8.0), "vs_peft_lora_8": Aim(">=", 2.5),
+}  # fmt: skip
+
+
+ADAPTERS = (8, 32)
+
+
+LIMIT = 0.01
+"""KL of the truncated form, nats per token."""
+
+
+LEAST_COSINE = {"bfloat16": 0.997, "float16": 0.9999, "float32": 0.999999, "float64": 0.999999}
+"""Of the logits of a row in the mixed batch and alone. In bfloat16 either is 0.9993 from float32 at worst (measured on
+the default base), so their angles may add up to 0.997."""
+
+
+def run(
+    repeats: int | None = None, dtype: str | None = None, base: str = DEFAULT, rows: int = 32, new_tokens: int = 24,
+    bank: Any = None, count: int = 96,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the benchmark; see `harness.report` for the result.
+
+    Args:
+        repeats: rounds that count, default 3. dtype, base, bank: what is run. rows, new_tokens: requests, answers.
+        count: prompts that the truncation is fitted on.
+
+    Raises:
+        SigmixError: a row of the mixed batch is not the same request alone.
+    """
+    where = device()
+    engine = bundled_engine(base, dtype, bank, keep_merged=0)
+    kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
+    texts = [engine.encode(text) for text in prompts(engine, rows)]
+    mixes = mixtures(skills(engine.bank), rows)
+    cosines = {kind: _agreement(engine, texts, mixes)}
+    if kind in ("bfloat16", "float16"):
+        # the very weights that the experts were made on, in a type that holds them exactly
+        wide = Engine(load_base(base, dtype)[0].float(), engine.tokenizer, engine.bank, keep_merged=0)
+        cosines["float32"] = _agreement(wide, texts, mixes)
+
+    held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]
+    plan, kl = within(calibrate(engine, count), Divergence(engine, held_out, mixes, new_tokens), LIMIT)
+    own_kl = Divergence(engine, texts, mixes, new_tokens).of(mixes, "truncated")
+
+    def new(number: int) -> None:
+        engine.generate(texts, mixtures(skills(engine.bank), rows, seed=1000 + number), max_new_tokens=new_tokens)
+
+    def swap(_: int) -> None:
+        for text, mix in zip(texts, mixes, strict=True):
+            engine.generate([text], mix, max_new_tokens=new_tokens)
+
+    def asked(mix: list[Mix] | None = None, form: str | None = None) -> Callable[[int], None]:
+        def ask(_: int) -> None:
+            engine.generate(texts, mix, max_new_tokens=new_tokens, form=form)
+
+        return ask
+
+    contestants: dict[str, Callable[[int], None]] = {
+        "exact": asked(mixes),
+        "new": new,
+        "truncated": asked(mixes, "truncated"),
+        "base": asked(),
+        "swap": swap,
+    }
+    for count in ADAPTERS:
+        contestants[f"lora_{count}"] = _lora(base, dtype, engine.pad_id, texts, count, new_tokens)
+    seconds = interleaved(contestants, repeats or 3)
+    ratios = {
+        "exact_vs_base": ratio(seconds["base"], seconds["exact"]),
+        "new_vs_base": ratio(seconds["base"], seconds["new"]),
+        "truncated_vs_base": ratio(seconds["base"], seconds["truncated"]),
+        "vs_swap": ratio(seconds["swap"], seconds["exact"]),
+        **{f"vs_peft_lora_{count}": ratio(seconds[f"lora_{count}"], seconds["exact"]) for count in ADAPTERS},
+    }
+    raw = {
+        "base": base, "rows": rows, "new_tokens": new_tokens, "seconds": seconds, "least_cosine": cosines,
+        "truncation": plan.describe(), "truncated_kl": own_kl, "truncated_kl_validation": kl,
+        "tokens_per_second": {name: [rows * new_tokens / one for one in taken] for name, taken in seconds.items()},
+        "mixes": [mix.id for mix in mixes],
+    }  # fmt: skip
+    return report("mixed", where, ratios, AIMS, raw)
+
+
+def _agreement(engine: Any, texts: list[list[int]], mixes: list[Any]) -> float:
+    """Least cosine of a row's logits in the mixed batch and alone."""
+    together = next_logits(engine, texts, mixes)
+    alone = torch.cat([next_logits(engine, [text], mix) for text, mix in zip(texts, mixes, strict=True)])
+    cosine = float(torch.cosine_similarity(together, alone, dim=1).min())
+    kind = str(engine.model.dtype).removeprefix("torch.")
+    say(f"least cosine of a row's logits, mixed and alone: {cosine:.7f} in {kind}")
+    if not cosine >= LEAST_COSINE[kind]:
+        raise SigmixError(f"a row of the mixed batch is not the same request alone (cosine {cosine:.6f} in {kind})")
+    return cosine
+
+
+def _lora(
+    base: str, dtype: str | None, pad_id: int, rows: list[list[int]], count: int, new_tokens: int
+) -> Callable[[int], None]:
+    """PEFT's mixed batch on a base of its own; adapters are random and not zero."""
+    model, _ = load_base(base, dtype)
+    model.generation_config.eos_token_id = None
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    names = [f"adapter{number}" for number in range(count)]
+    wrapped = get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    wrapped.eval()
+    ids, mask = left_pad(rows, pad_id, model.device)
+    chosen = [names[number % count] for number in range(len(rows))]
+
+    def answer(_: int) -> None:
+        with torch.no_grad():
+            made = wrapped.generate(
+                input_ids=ids, attention_mask=mask.long(), adapter_names=chosen, do_sample=False,
+                max_new_tokens=new_tokens, pad_token_id=pad_id,
+            )  # fmt: skip
+        if made.shape[1] != ids.shape[1] + new_tokens:
+            raise SigmixError("PEFT's answers are shorter than ours")
+
+    return answer

@@ -1,0 +1,74 @@
+"""``sigmix bench search``: one CEM iteration in mixed batches against weights swapped for every candidate.
+
+32 candidates on 10 examples of the bank's first task. Ours scores all 320 rows, each under its own mixture, in mixed
+batches (`FewShotSearch.values`); the swap composes and loads the weights of one candidate after the other, as the
+public reference does, and answers the 10 examples under each. Both find accuracy and log-likelihood of the same
+candidates, and the run fails if the log-likelihoods differ by more than the dtype explains. Answers end at the end
+token, as they do in a search; the other benchmarks let them run on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness import Aim, device, interleaved, ratio, report
+from benchmarks.requests import bundled_engine, mixtures
+from sigmix.adapt.base import skills
+from sigmix.adapt.few_shot import Example, FewShotSearch
+from sigmix.engine.tokenization import end_ids
+from sigmix.errors import SigmixError
+from sigmix.models.default import DEFAULT
+from sigmix.tasks.registry import get_task
+
+AIMS = {"speedup_vs_swap": Aim(">=", 4.0)}
+
+
+TOLERANCE = {"bfloat16": 0.1, "float16": 0.02, "float32": 1e-3, "float64": 1e-6}
+"""Largest difference of a candidate's mean log-likelihood (nats per token) between the two ways."""
+
+
+def run(
+    repeats: int | None = None, dtype: str | None = None, base: str = DEFAULT, population: int = 32, shots: int = 10,
+    bank: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the benchmark; see `harness.report` for the result.
+
+    Args:
+        repeats: rounds that count, default 3. dtype, base, bank: what is run. population, shots: of the iteration.
+    """
+    where = device()
+    engine = bundled_engine(base, dtype, bank, keep_merged=0)
+    engine.ends = end_ids(engine.model, engine.tokenizer)
+    kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
+    names = skills(engine.bank)
+    task = get_task(engine.bank[names[0]].meta["task"])
+    examples = [Example(one.prompt, one.gold, one) for one in task.samples("train", shots)]
+    values: dict[str, list[tuple[float, float]]] = {}
+
+    def searcher() -> FewShotSearch:
+        return FewShotSearch(
+            engine, examples, lambda example, reply: task.score(example.extra, reply).value or 0.0,
+            max_new_tokens=task.max_new_tokens,
+        )  # fmt: skip
+
+    def mixed(number: int) -> None:
+        values["mixed"] = searcher().values(mixtures(names, population, number))
+
+    def swapped(number: int) -> None:
+        one = searcher()
+        values["swap"] = [one.values([mix])[0] for mix in mixtures(names, population, number)]
+        differences.append(max(abs(a[1] - b[1]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
+        accuracies.append(max(abs(a[0] - b[0]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
+
+    differences: list[float] = []
+    accuracies: list[float] = []
+    seconds = interleaved({"mixed": mixed, "swap": swapped}, repeats or 3)
+    if max(differences) > TOLERANCE[kind]:
+        raise SigmixError(
+            f"the two ways disagree: log-likelihoods differ by up to {max(differences):.3g} nats per token in {kind}"
+        )
+    raw = {
+        "base": base, "task": task.name, "population": population, "shots": shots, "seconds": seconds,
+        "largest_loglik_difference": max(differences), "largest_accuracy_difference": max(accuracies),
+    }  # fmt: skip
+    return report("search", where, {"speedup_vs_swap": ratio(seconds["swap"], seconds["mixed"])}, AIMS, raw)

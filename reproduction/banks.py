@@ -1,0 +1,54 @@
+"""Banks of the experts that a reproduction trained itself; the bundled ones take no part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from reproduction.lab import Lab
+from reproduction.names import chosen_lr
+from sigmix.evals.dispatch import DispatchTask
+from sigmix.experts.bank import Bank
+from sigmix.experts.expert import Expert
+from sigmix.train.checkpointing import RunDir
+from sigmix.train.config import make_config
+from sigmix.train.trainer import Trainer
+
+DISPATCH = "dispatch"
+
+
+def bank_of(lab: Lab, name: str, tasks: Sequence[str], seed: int) -> Bank:
+    """A folder with the SVF experts of some tasks, each named after its task; trained if they are not there."""
+    rate = chosen_lr(lab.store, lab.scale, "svf-rl")
+    folder = lab.work / "banks" / f"{name}@{rate or 0:g}.s{seed}"  # another rate makes other experts
+    with lab.held(f"bank-{folder.name}"):
+        bank = Bank(folder, create=True)
+        for task in tasks:
+            if task not in bank:
+                expert = Expert.load(lab.trained("svf-rl", task, seed)[1])
+                bank.add(replace(expert, name=task))
+        return bank
+
+
+def with_classifier(lab: Lab, bank: Bank, steps: int) -> Bank:
+    """The bank with a classification expert (strategy B), trained on its experts' training prompts."""
+    with lab.held(f"classifier-{bank.folder.name}"):
+        bank.refresh()
+        if DISPATCH not in bank:
+            _train_classifier(lab, bank, steps)
+        return bank
+
+
+def _train_classifier(lab: Lab, bank: Bank, steps: int) -> None:
+    task = DispatchTask(bank, data_dir=lab.data_dir)
+    settings: dict[str, Any] = {**lab.scale.training, "steps": steps, "eval_every": steps}
+    config = make_config(lab.scale.preset, **settings, task=DISPATCH, base=lab.scale.base, seed=lab.scale.seeds[0])
+    run = RunDir(lab.work / "runs" / f"classifier-{bank.folder.name}")
+    model, tokenizer = lab.base()
+    trainer = Trainer(model, tokenizer, task, config, run, DISPATCH)
+    expert = trainer.fit(resume=(run.path / "config.json").exists())
+    assert expert is not None  # the policy is svf
+    bank.add(replace(expert, name=DISPATCH))
+    lab.store.write_fact("classifier", {"best": trainer.best, "steps": steps, "seconds": round(trainer.seconds, 1)})
+    lab.say(f"classification expert: validation {trainer.best['accuracy']:.3f}")

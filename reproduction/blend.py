@@ -1,0 +1,105 @@
+"""A base and adapters of one kind, under any weighted sum of them: W' = W + Σₖ αₖ ΔWₖ.
+
+For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is that of PEFT's ``get_delta_weight``
+(PEFT's ``add_weighted_adapter`` would round the factors to the base's dtype). Both are added in float32 and rounded
+once, and both are merged, so both cost the same to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from sigmix.engine.execution import as_base, as_merged, merged_weights
+from sigmix.experts.expert import Expert
+from sigmix.svf.config import SVFConfig
+from sigmix.svf.functional import mix_z
+from sigmix.svf.tuner import svf_layers
+from sigmix.train.policy import merged_adapter
+
+
+class Blend:
+    """Adapters of one kind on one base.
+
+    Args:
+        base: a model from `load_base`, wrapped in place.
+        folders: {name: folder of a saved expert or PEFT adapter, or an `Expert`}.
+        policy: "svf", "lora" or "ia3" (which cannot be summed, only used alone).
+        cache: keep the base's decomposition in the user's cache.
+    """
+
+    def __init__(self, base: Any, folders: Mapping[str, Path | Expert], policy: str, cache: bool = True) -> None:
+        self.policy, self.svf = policy, policy == "svf"
+        if self.svf:
+            self.experts = {name: one if isinstance(one, Expert) else Expert.load(one) for name, one in folders.items()}
+            config = SVFConfig(target_modules="all-linear", cache=cache)
+            self.model: Any = get_peft_model(base, config).eval()
+            self.layers = svf_layers(self.model)
+        else:
+            (first, folder), *others = folders.items()
+            self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=first)
+            for name, other in others:
+                self.model.load_adapter(str(other), adapter_name=name)
+            self.model.eval()
+        self.places: dict[str, Any] = {
+            name.removeprefix("base_model.model."): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the base."""
+        return as_base(self.layers) if self.svf else self.model.disable_adapter()
+
+    @contextmanager
+    def under(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Inside, the model holds the weighted sum; an empty one is the base."""
+        weights = {name: alpha for name, alpha in weights.items() if alpha != 0}
+        if not weights:
+            with self.reference():
+                yield
+        elif self.svf:
+            with as_merged(self.layers, merged_weights(self.layers, self.z(weights))):
+                yield
+        elif self.policy == "lora":
+            with self._summed(weights):
+                yield
+        else:
+            (name,) = weights
+            self.model.set_adapter(name)
+            with merged_adapter(self.model):
+                yield
+
+    def z(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """{path: z [r]} of a weighted sum of SVF experts."""
+        zs = [self.experts[name].z for name in weights]
+        return {path: mix_z([z[path] for z in zs], list(weights.values())) for path in zs[0]}
+
+    @contextmanager
+    def _summed(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """W + Σ α ΔW in float32, rounded once to the base's dtype, as SVF's merge is."""
+        kept = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in self.places.values()]
+        try:
+            for path, (parameter, data) in zip(self.places, kept, strict=True):
+                total = sum(alpha * self.update(path, name) for name, alpha in weights.items())
+                parameter.data = (data.float() + total).to(data.dtype)
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, data in kept:
+                parameter.data = data
+
+    def update(self, path: str, name: str) -> torch.Tensor:
+        """ΔW float32 [m, n] of one adapter in one matrix, before any rounding to the base's dtype."""
+        if self.svf:
+            layer, z = self.layers[path], self.experts[name].z
+            if path not in z:
+                return torch.zeros(layer.matrix().shape)
+            return layer.get_delta_weight("default", z[path]).float()
+        return self.places[path].get_delta_weight(name).float()

@@ -1,0 +1,142 @@
+"""Mixing experts of one kind: which sums are tried, how α is tuned, and how far two updates are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from reproduction.blend import Blend
+from reproduction.lab import Lab
+from sigmix.engine.prefix_cache import left_pad
+from sigmix.engine.tokenization import encode
+
+UNIFORM = (0.25, 0.4, 0.6, 0.8, 1.0)
+
+
+STEPS = (0.7, 1.4)
+
+
+REFINED = 3
+"""Up to so many experts, every α is also tried a little lower and higher than the best common one."""
+
+
+KL_ITEMS = 24
+"""Validation replies on which the KL of a common α is measured."""
+
+
+TOP = 16
+"""Directions of an update that count as its subspace; as many as the rank of the LoRA adapters."""
+
+
+def average(members: Sequence[str]) -> dict[str, float]:
+    """α = 1/K."""
+    return {task: round(1 / len(members), 4) for task in members}
+
+
+def total(members: Sequence[str]) -> dict[str, float]:
+    """α = 1: the plain sum of the updates."""
+    return dict.fromkeys(members, 1.0)
+
+
+def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict[str, Any]:
+    """α by validation accuracy, averaged over the members' tasks: one common α, then each on its own.
+
+    Returns:
+        weights, and tried: [{weights, accuracy by task, kl by task (of common α only)}] in order.
+    """
+    tried: list[dict[str, Any]] = []
+
+    def value(weights: Mapping[str, float], with_kl: bool) -> float:
+        entry: dict[str, Any] = {"weights": dict(weights), "accuracy": {}, "kl": {}}
+        for task in members:
+            samples = lab.samples(task, "validation", lab.scale.validation)
+            reference = blend.reference if with_kl else None
+            result, found = lab.measured(
+                task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference, KL_ITEMS
+            )
+            entry["accuracy"][task] = result.accuracy
+            if with_kl:
+                entry["kl"][task] = found["kl"]
+        tried.append(entry)
+        return sum(entry["accuracy"].values()) / len(members)
+
+    values = {alpha: value(dict.fromkeys(members, alpha), True) for alpha in UNIFORM}
+    common = max(UNIFORM, key=lambda alpha: (values[alpha], -alpha))
+    weights, best = dict.fromkeys(members, common), values[common]
+    if len(members) <= REFINED:
+        for task in members:
+            for step in STEPS:
+                candidate = {**weights, task: round(common * step, 4)}
+                if (found := value(candidate, False)) > best:
+                    weights, best = candidate, found
+    return {"weights": weights, "accuracy": best, "tried": tried}
+
+
+def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """How alike the updates of experts are, pair by pair.
+
+    Returns:
+        norm: {task: ‖ΔW‖ / ‖W‖ over all matrices}. pairs, of adapters that are not the base: [{a, b, cosine, overlap,
+        activation}]: the cosine of the updates over all matrices; the share of a's energy in the top left directions of
+        b's update, and the reverse, averaged (`TOP` of them, mean over matrices); and the mean cosine of what the two
+        do to the hidden states of every layer at the last token of validation prompts of all tasks.
+    """
+    dots = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    shares = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    size, counted = 0.0, 0
+    for path, place in blend.places.items():
+        updates = [blend.update(path, task) for task in tasks]
+        flat = torch.stack([one.flatten() for one in updates]).double().cpu()
+        dots += flat @ flat.T
+        size += float(place.get_base_layer().weight.detach().float().square().sum())
+        if not bool((flat.abs().sum(1) > 0).all()):
+            continue
+        counted += 1
+        torch.manual_seed(0)  # svd_lowrank draws
+        tops = [torch.svd_lowrank(one, TOP, 4)[0] for one in updates]
+        for i, one in enumerate(updates):
+            for j, basis in enumerate(tops):
+                shares[i, j] += float((basis.T @ one).square().sum() / one.square().sum())
+    states = _states(lab, blend, tokenizer, tasks)
+    norms = dots.diagonal().sqrt()
+    pairs = []
+    for i, j in combinations(range(len(tasks)), 2):
+        if not float(norms[i] * norms[j]) > 0:
+            continue  # an adapter that is the base has no direction
+        cosine = torch.nn.functional.cosine_similarity(states[i], states[j], dim=-1)
+        pairs.append(
+            {
+                "a": tasks[i], "b": tasks[j], "cosine": float(dots[i, j] / (norms[i] * norms[j])),
+                "overlap": float(shares[i, j] + shares[j, i]) / 2 / max(counted, 1),
+                "activation": float(cosine.mean()),
+            }
+        )  # fmt: skip
+    return {"norm": {t: float(n) / size**0.5 for t, n in zip(tasks, norms, strict=True)}, "pairs": pairs}
+
+
+@torch.no_grad()
+def _states(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str], each: int = 8) -> list[torch.Tensor]:
+    """What each expert adds to the hidden states [N, layers, d] of the last token of N prompts."""
+    rows = []
+    for task in tasks:
+        rows += [encode(tokenizer, one.prompt, one.system) for one in lab.samples(task, "validation", each)]
+    ids, mask = left_pad(rows, tokenizer.pad_token_id, blend.model.get_input_embeddings().weight.device)
+    places = (mask.long().cumsum(1) - 1).clamp_min(0)
+
+    def read() -> torch.Tensor:
+        out = blend.model(
+            input_ids=ids, attention_mask=mask, position_ids=places, output_hidden_states=True, use_cache=False,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return torch.stack([h[:, -1].float() for h in out.hidden_states[1:]], 1)
+
+    with blend.reference():
+        base = read()
+    found = []
+    for task in tasks:
+        with blend.under({task: 1.0}):
+            found.append(read() - base)
+    return found

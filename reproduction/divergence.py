@@ -1,0 +1,42 @@
+"""How far an adapter moves a model from its base, on replies of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from sigmix.engine.generation import Row
+from sigmix.engine.prefix_cache import answer_logits, prefill
+from sigmix.tasks.base import Sample
+from sigmix.train.objectives import token_stats
+from sigmix.train.rollout import Actor, Rollouts
+
+Under = Callable[[], AbstractContextManager[Any]]
+"""Puts a model into a state, and out of it again."""
+
+
+def divergence(
+    model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[Row], under: Under, reference: Under
+) -> float:
+    """Mean exact KL(π‖π₀) in nats per token, over the tokens of replies.
+
+    Args:
+        actor: encodes samples. rows: the replies to them. under: the state π that gave them. reference: the base's, π₀.
+    """
+    prompts = [actor.encode(sample) for sample in samples]
+    answers = Rollouts(prompts, [row.ids for row in rows], [], torch.zeros(len(rows)), [])
+    ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in answers.padded(slice(None), actor.pad_id))
+
+    def logits() -> torch.Tensor:
+        return answer_logits(model, prefill(model, prompts, actor.pad_id), ids, mask)
+
+    with torch.no_grad():
+        with reference():
+            theirs = logits()
+        with under():
+            ours = logits()
+        stats = token_stats(ours, theirs, ids, mask)
+    return float(stats.kl.sum() / mask.sum())

@@ -1,0 +1,278 @@
+"""What every stage needs: bases, training runs, test cells. All of it is stored, so nothing is done twice."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reproduction.blend import Blend
+from reproduction.divergence import Under, divergence
+from reproduction.names import BASE, chosen_lr, mix_name, run_name
+from reproduction.scale import Scale
+from reproduction.store import Cell, Store, safe
+from reproduction.tiny import TINY, tiny_base
+from sigmix.engine.cpu_kernels import contiguous_head
+from sigmix.engine.tokenization import end_ids
+from sigmix.errors import ConfigError, DivergedError
+from sigmix.evals.accuracy import Result, commit, constant_baseline, evaluate
+from sigmix.evals.statistics import wilson
+from sigmix.evals.strategies import Decide, measure_strategy
+from sigmix.models.loading import load_base
+from sigmix.tasks.base import Sample, Split, Task
+from sigmix.tasks.registry import get_task
+from sigmix.train.checkpointing import RunDir
+from sigmix.train.config import make_config
+from sigmix.train.rollout import Actor
+from sigmix.train.trainer import Trainer
+from sigmix.utils.io import waiting
+
+KL_ITEMS = 64
+"""Replies of an adapter's test cell on which its KL to the base is measured."""
+
+
+class Lab:
+    """One reproduction under way.
+
+    Args:
+        scale: what and how large. store: where results go. work: folder for checkpoints and adapters, which are too
+            large for results. data_dir: local data sets. allow_code: let code tasks run programs. say: told what
+            happens, a line at a time.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        store: Store,
+        work: Path,
+        data_dir: Path | None = None,
+        allow_code: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.scale, self.store, self.work = scale, store, Path(work)
+        self.data_dir, self.allow_code, self.say = data_dir, allow_code, say
+        self._drawn: dict[tuple[str, str, int | None, int], list[Sample]] = {}
+
+    def begin(self) -> None:
+        """Hold the store to this scale: what was measured under other settings must not stand beside it.
+
+        Raises:
+            ConfigError: the store was begun with another base, number of items or training.
+        """
+        scale = self.scale
+        own = {
+            "base": scale.base, "dtype": scale.dtype, "n": scale.n, "validation": scale.validation,
+            "sweep": scale.sweep, "preset": scale.preset, "training": dict(scale.training),
+        }  # fmt: skip
+        known = self.store.fact("scale")
+        if known is None:
+            self.store.write_fact("scale", own)
+        elif differing := sorted(key for key in own if own[key] != known.get(key)):
+            raise ConfigError(
+                f"{self.store.folder} was begun with another {' and '.join(differing)}: {differing[0]} was "
+                f"{known.get(differing[0])!r}, not {own[differing[0]]!r}",
+                remedy="give another --out and --work",
+            )
+
+    # ------------------------------------------------------------------ bases and tasks
+
+    def base(self, name: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+        """A fresh model and its tokenizer; the scale's base and dtype unless others are given."""
+        gc.collect()
+        name = name or self.scale.base
+        place: Any = name
+        if name == TINY:
+            with self.held(TINY):  # two stages may begin at once
+                place = tiny_base(self.work / "models" / "tiny-llama")
+        model, tokenizer = load_base(place, dtype or self.scale.dtype)
+        contiguous_head(model)
+        return model, tokenizer
+
+    def task(self, spec: str) -> Task:
+        """A task of the registry."""
+        return get_task(spec, data_dir=self.data_dir, allow_code=self.allow_code)
+
+    def samples(self, spec: str, split: Split, n: int | None, seed: int = 0) -> list[Sample]:
+        """Items of a task, drawn once."""
+        key = (spec, split, n, seed)
+        if key not in self._drawn:
+            self._drawn[key] = self.task(spec).samples(split, n, seed=seed)
+        return self._drawn[key]
+
+    def timed(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What ``work`` returns, with the seconds that it took and the commit."""
+        started = time.perf_counter()
+        found = dict(work())
+        return {**found, "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Hold what several processes may want to make, and wait for the one that is making it."""
+        with waiting(self.work / "locks" / f"{safe(name)}.lock", lambda: self.say(f"waiting for {name}")):
+            yield
+
+    # ------------------------------------------------------------------ training
+
+    def trained(
+        self, kind: str, task: str, seed: int, lr: float | None = None, after: Sequence[str] = ()
+    ) -> tuple[str, Path]:
+        """Train an adapter unless that has been done; returns the run's name and the adapter's folder.
+
+        Args:
+            lr: default: what the kind's sweep chose. after: tasks that the adapter learns before, in turn; each of
+                these is a run of its own.
+
+        A run that diverges is a result: its record says so, and its best checkpoint by validation is what it gives.
+        """
+        rate = lr if lr is not None else chosen_lr(self.store, self.scale, kind)
+        if rate is None:
+            raise LookupError(f"the learning rate of {kind} is not known before its sweep")
+        name = run_name(kind, rate, task, seed, after)
+        folder = self.work / "runs" / name
+        if not self._has_run(name):
+            with self.held(name):
+                if not self._has_run(name):
+                    self._train(name, kind, task, seed, rate, after)
+        return name, folder / "best"
+
+    def _has_run(self, name: str) -> bool:
+        return self.store.run(name) is not None and (self.work / "runs" / name / "best").exists()
+
+    def _train(self, name: str, kind: str, task: str, seed: int, rate: float, after: Sequence[str]) -> None:
+        folder = self.work / "runs" / name
+        start = self.trained(kind, after[-1], seed, rate, after[:-1])[1] if after else None
+        made = self.task(task)
+        options = {**self.scale.training, **self.scale.kinds[kind].options}
+        config = make_config(
+            self.scale.preset, **options, task=task, base=self.scale.base, lr=rate, seed=seed,
+            start=None if start is None else str(start),
+        )  # fmt: skip
+        model, tokenizer = self.base()
+        run = RunDir(folder)
+        trainer = Trainer(model, tokenizer, made, config, run, task)
+        outcome = "done"
+        try:
+            trainer.fit(resume=(folder / "config.json").exists())
+        except DivergedError as error:
+            outcome = str(error)
+        self.store.write_run(
+            name,
+            {
+                "name": name, "kind": kind, "task": task, "seed": seed, "lr": rate, "after": list(after),
+                "outcome": outcome, "best": trainer.best, "seconds": round(trainer.seconds, 1),
+                "parameters": sum(p.numel() for p in trainer.policy.parameters().values()),
+                "config": replace(trainer.config, start=None).to_dict(), "commit": commit(),
+                "history": [_short(entry) for entry in run.history()],
+            },
+        )  # fmt: skip
+        self.say(f"trained {name}: validation {trainer.best['accuracy']:.3f} ({trainer.seconds:.0f} s)")
+
+    # ------------------------------------------------------------------ cells
+
+    def measured(
+        self,
+        task: str,
+        samples: Sequence[Sample],
+        model: Any,
+        tokenizer: Any,
+        under: Under,
+        reference: Under | None = None,
+        kl_items: int = KL_ITEMS,
+    ) -> tuple[Result, dict[str, Any]]:
+        """Greedy answers to samples, scored; and ``kl``, the mean exact KL(π‖π₀) in nats per token of the first ones.
+
+        Args:
+            under: puts the model into the state that is measured. reference: into the base's; None: no KL.
+            kl_items: how many replies KL is measured on; it costs two more passes over each.
+        """
+        made = self.task(task)
+        actor = Actor(model, tokenizer, made, end_ids(model, tokenizer), tokenizer.pad_token_id)
+        with under():
+            rows = actor.rows(samples, made.max_new_tokens, self.scale.batch)
+        result = replace(evaluate(made, samples, lambda _: actor.texts(rows)), task=task)
+        if reference is None:
+            return result, {}
+        kl = divergence(model, actor, samples[:kl_items], rows[:kl_items], under, reference)
+        return result, {"kl": kl}
+
+    def cell(
+        self,
+        task: str,
+        who: str,
+        model: Any,
+        tokenizer: Any,
+        under: Under,
+        reference: Under | None = None,
+        **facts: Any,
+    ) -> Cell:
+        """`measured` on a task's test items and stored, unless it is there; ``facts`` are stored with it."""
+        return self._stored(
+            task, who, facts, lambda samples: self.measured(task, samples, model, tokenizer, under, reference)
+        )
+
+    def strategy_cell(self, task: str, who: str, engine: Any, decide: Decide, form: str | None = None) -> Cell:
+        """Test items answered under the mixes that are decided on, row by row; stored like `cell`."""
+        made = self.task(task)
+        return self._stored(task, who, {}, lambda samples: measure_strategy(engine, made, samples, decide, form=form))
+
+    def _stored(
+        self,
+        task: str,
+        who: str,
+        facts: Mapping[str, Any],
+        measure: Callable[[Sequence[Sample]], tuple[Result, Mapping[str, Any]]],
+    ) -> Cell:
+        if not self.store.has(task, who):
+            samples = self.samples(task, "test", self.scale.n)
+            started = time.perf_counter()
+            result, found = measure(samples)
+            about = {"n": len(samples), "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
+            self._keep(task, samples)
+            self.store.write(replace(result, task=task), who, {**facts, **found, **about})
+            low, high = wilson(sum(result.right), len(result.right))
+            self.say(f"{task} under {who}: {100 * result.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        return self.store.cell(task, who)  # type: ignore[return-value]
+
+    def _keep(self, task: str, samples: Sequence[Sample]) -> None:
+        """Store a task's items with their best constant answer, once."""
+        if not self.store.about(task):
+            made = self.task(task)
+            facts = {"best_constant": constant_baseline(made, samples), "notes": list(made.notes), "seed": 0}
+            self.store.write_items(task, samples, facts)
+
+    def base_cells(self, tasks: Sequence[str]) -> None:
+        """The base on some tasks."""
+        missing = [task for task in tasks if not self.store.has(task, BASE)]
+        if missing:
+            model, tokenizer = self.base()
+            for task in missing:
+                self.cell(task, BASE, model, tokenizer, nullcontext)
+
+    def single_cells(self, kind: str, task: str, seed: int, on: Sequence[str] | None = None, **how: Any) -> str:
+        """Train an adapter and measure it on its task, or on ``on``; returns its name."""
+        name, folder = self.trained(kind, task, seed, **how)
+        missing = [one for one in on or [task] if not self.store.has(one, name)]
+        if missing:
+            model, tokenizer = self.base()
+            blend = Blend(model, {"it": folder}, self.scale.kinds[kind].policy)
+            for one in missing:
+                self.cell(one, name, blend.model, tokenizer, lambda: blend.under({"it": 1.0}), blend.reference)
+        return name
+
+    def mixed_cells(
+        self, blend: Blend, tokenizer: Any, kind: str, seed: int, weights: Mapping[str, float], on: Sequence[str]
+    ) -> None:
+        """A weighted sum of one seed's adapters on some tasks."""
+        rate = chosen_lr(self.store, self.scale, kind)
+        who = mix_name(kind, rate or 0.0, weights, seed)
+        for task in on:
+            self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights))
+
+
+def _short(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics without digits that nobody reads."""
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()}

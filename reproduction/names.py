@@ -1,0 +1,103 @@
+"""Names of runs and of what is measured, and the learning rate that a sweep chose; from stored records alone.
+
+A run's name says what decides it beside the scale (to which `Lab.begin` holds a store): kind, rate, task, seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from reproduction.scale import Scale
+from reproduction.store import Store
+
+BASE = "base"
+
+
+def run_name(kind: str, lr: float, task: str, seed: int, after: Sequence[str] = ()) -> str:
+    """Of a training run; ``after``: tasks that the adapter was trained on before."""
+    return f"{kind}@{lr:g}.{'+'.join([*after, task])}.s{seed}"
+
+
+def mix_name(kind: str, lr: float, weights: Mapping[str, float], seed: int) -> str:
+    """Of a weighted sum of adapters of one kind and seed, one for each task."""
+    return f"{kind}@{lr:g}.mix.{'+'.join(f'{task}={alpha:g}' for task, alpha in weights.items())}.s{seed}"
+
+
+def runs_of(store: Store, kind: str, task: str, seed: int) -> dict[float, dict]:
+    """{learning rate: record} of the runs of a kind on a task, ascending."""
+    found = {}
+    for run in store.runs().values():
+        if (run.get("kind"), run.get("task"), run.get("seed"), run.get("after")) == (kind, task, seed, []):
+            found[float(run["lr"])] = run
+    return dict(sorted(found.items()))
+
+
+def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
+    """{learning rate: record} of a kind's sweep, ascending."""
+    return runs_of(store, kind, scale.sweep, scale.seeds[0])
+
+
+BEYOND = 2
+"""How many rates a sweep may add beyond the ends that it began with."""
+
+
+def next_rate(tried: Mapping[float, float], begun: Sequence[float]) -> float | None:
+    """The rate that a sweep tries next, or None when it is done.
+
+    Args:
+        tried: {rate: validation accuracy} so far. begun: rates that every sweep begins with, ascending by one factor.
+
+    It begins with all of ``begun`` and, while the best rate (the lowest of equal ones) is at an end, goes on beyond it,
+    `BEYOND` times at most.
+    """
+    for lr in begun:
+        if lr not in tried:
+            return lr
+    if len(begun) < 2 or len(tried) >= len(begun) + BEYOND:
+        return None
+    best, ratio = best_rate(tried), begun[1] / begun[0]
+    if best not in (min(tried), max(tried)):
+        return None
+    # two digits, so that the rate reads well and names stay stable
+    return float(f"{best * ratio if best == max(tried) else best / ratio:.2g}")
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate with the best accuracy, the lowest of equal ones."""
+    return max(tried, key=lambda lr: (tried[lr], -lr))
+
+
+def accuracies(runs: Mapping[float, Mapping]) -> dict[float, float]:
+    """{rate: best validation accuracy} of a sweep's records."""
+    return {lr: run["best"]["accuracy"] for lr, run in runs.items()}
+
+
+def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
+    """The learning rate with the best validation accuracy in the sweep, the lowest of equal ones; None before it ran.
+
+    A kind that is ``like`` another takes that one's, or the one that matches in KL (`Kind.match`).
+    """
+    own = scale.kinds[kind]
+    tried = swept(store, scale, own.like or kind)
+    if not tried:
+        return None
+    if own.match is None:
+        return best_rate(accuracies(tried))
+    model = chosen_lr(store, scale, own.match)
+    if model is None:
+        return None
+    goal = kl_of(swept(store, scale, own.match)[model])
+    return min(tried, key=lambda lr: abs(math.log((kl_of(tried[lr]) + 1e-6) / (goal + 1e-6))))
+
+
+def kl_of(run: Mapping) -> float:
+    """KL per token to the base on the rollouts of the step before the checkpoint that a run gave; 0 for the base."""
+    last = [entry["kl"] for entry in run["history"] if entry["kind"] == "step" and entry["step"] < run["best"]["step"]]
+    return float(last[-1]) if last else 0.0
+
+
+def single(store: Store, scale: Scale, kind: str, task: str, seed: int) -> str | None:
+    """Name of the run at the chosen learning rate; None before the sweep ran."""
+    lr = chosen_lr(store, scale, kind)
+    return None if lr is None else run_name(kind, lr, task, seed)

@@ -1,0 +1,101 @@
+"""Do singular-value experts compose better than LoRA experts? The same tasks, data, loop and tuning for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar
+
+from reproduction.blend import Blend
+from reproduction.compose import average, geometry, total, tune
+from reproduction.lab import Lab
+from reproduction.report import Report, mean
+from reproduction.stages import composed
+from reproduction.stages.groups import EVERY_SEED, crossed, fact, groups, kinds, retention, rows_of, seeds, who
+
+
+class Composition:
+    """The experiment that nobody has run."""
+
+    name, title = "composition", "Do singular-value experts compose better than LoRA experts?"
+    needs = ("sweep",)
+
+    def run(self, lab: Lab) -> None:
+        """Experts alone, on each other's tasks, and mixed."""
+        scale = lab.scale
+        lab.base_cells(scale.tasks + scale.extra)
+        for seed in scale.seeds:
+            for kind in kinds(lab.store, scale):
+                if seed in seeds(scale, kind):
+                    self._one(lab, kind, seed)
+
+    def _one(self, lab: Lab, kind: str, seed: int) -> None:
+        scale, first = lab.scale, lab.scale.seeds[0]
+        members = scale.tasks + scale.extra if seed == first else scale.tasks
+        trained = {task: lab.trained(kind, task, seed) for task in members}
+        model, tokenizer = lab.base()
+        blend = Blend(model, {task: folder for task, (_, folder) in trained.items()}, scale.kinds[kind].policy)
+        main = seed == first and kind in EVERY_SEED
+        for task, (name, _) in trained.items():
+            others = crossed(scale) if main and task in crossed(scale) else ()
+            for other in dict.fromkeys([task, *others]):
+                reference = blend.reference if other == task else None
+                lab.cell(other, name, blend.model, tokenizer, partial(blend.under, {task: 1.0}), reference)
+        if main and lab.store.fact(f"geometry-{kind}") is None:
+            lab.store.write_fact(f"geometry-{kind}", geometry(lab, blend, tokenizer, members))
+        for group in groups(scale, kind, seed):
+            found = lab.store.fact(fact(kind, seed, group))
+            if found is None:
+                found = lab.timed(partial(tune, lab, blend, tokenizer, group))
+                lab.store.write_fact(fact(kind, seed, group), found)
+            for weights in (average(group), total(group), found["weights"]):
+                lab.mixed_cells(blend, tokenizer, kind, seed, weights, group)
+
+    # ------------------------------------------------------------------ tables
+
+    def tables(self, report: Report) -> str:
+        """All of it in Markdown."""
+        heads = {
+            "alone": "Experts alone",
+            "mixed": "Mixed: mean accuracy over the members' tasks",
+            "tasks": "Task by task",
+            "crossed": "What each expert does to the other tasks",
+            "geometry": "How alike the updates are",
+            "curves": "Common α on validation: accuracy and KL",
+        }
+        parts = [f"### {head}\n\n{self.parts[name](report)}" for name, head in heads.items()]
+        return "\n\n".join([*parts, "![Composition](composition.png)"])
+
+    def figure(self, report: Report, key: Sequence[str]) -> str | None:
+        """A figure for a sentence.
+
+        ``KIND/MODE/GROUP`` is the mean accuracy over members and seeds, GROUP a number of experts or "conflict"; behind
+        it ``/TASK``: on that task alone; ``/kept``: the share of the gain that is left. None if it was not measured.
+        """
+        kind, mode, which, *more = key
+        scale = report.scale
+        every = groups(scale, kind, scale.seeds[0])
+        conflict = scale.conflict or ()
+        group = conflict if which == "conflict" else next(g for g in every if len(g) == int(which) and g != conflict)
+        if more == ["kept"]:
+            kept = retention(report, kind, group, mode)
+            return f"{100 * mean(kept):.0f}" if kept else None
+        if more:
+            names = [who(report, kind, seed, group, mode) for seed in seeds(scale, kind)]
+            found = [one for name in names if (one := report.result(more[0], name)) is not None]
+            return f"{100 * mean([one.accuracy for one in found]):.1f}" if found else None
+        rows = rows_of(report, kind, group, mode)
+        return f"{100 * mean([mean(own) for own in rows.values()]):.1f}" if rows else None
+
+    def plots(self, report: Report) -> None:
+        """Retention by the number of experts; accuracy by KL."""
+        composed.plots(report)
+
+    parts: ClassVar[dict[str, Callable[[Report], str]]] = {
+        "alone": composed.alone,
+        "mixed": composed.mixed,
+        "tasks": composed.by_task,
+        "crossed": composed.crossed_matrix,
+        "geometry": composed.geometry_table,
+        "curves": composed.curves,
+    }

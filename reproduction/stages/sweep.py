@@ -1,0 +1,46 @@
+"""Learning rates: every kind its own sweep on validation, as wide for each baseline as for SVF."""
+
+from __future__ import annotations
+
+from reproduction.lab import Lab
+from reproduction.names import accuracies, chosen_lr, kl_of, next_rate, swept
+from reproduction.report import NOT_RUN, Report, table
+
+
+class Sweep:
+    """Three rates a kind, a factor of about three apart; while the best is at an end, the next one beyond."""
+
+    name, title = "sweep", "Learning rates"
+    needs: tuple[str, ...] = ()
+
+    def run(self, lab: Lab) -> None:
+        """Train every kind at every rate on the scale's sweep task with its first seed."""
+        scale = lab.scale
+        for name, kind in scale.kinds.items():
+            tried = accuracies(swept(lab.store, scale, name))
+            while (lr := next_rate(tried, kind.lrs)) is not None:
+                lab.trained(name, scale.sweep, scale.seeds[0], lr)
+                tried = accuracies(swept(lab.store, scale, name))
+
+    def tables(self, report: Report) -> str:
+        """Best validation accuracy by kind and rate, with the KL of that checkpoint; the chosen one in bold."""
+        scale, rows = report.scale, []
+        for name, kind in scale.kinds.items():
+            if kind.like is not None:
+                continue
+            tried, best = swept(report.store, scale, name), chosen_lr(report.store, scale, name)
+            cells = []
+            for lr, run in tried.items():
+                text = f"{lr:g}: {100 * run['best']['accuracy']:.1f}"
+                text += f" (KL {kl_of(run):.2f})" if run["config"]["kl_weight"] else ""
+                text += "" if run["outcome"] == "done" else ", ended early"
+                cells.append(f"**{text}**" if lr == best else text)
+            rows.append([kind.label, "; ".join(cells) or NOT_RUN])
+        told = [
+            f"{run['name']}: {run['outcome']}" for run in report.store.runs().values() if run.get("outcome") != "done"
+        ]
+        text = (
+            f"Task {scale.sweep}, seed {scale.seeds[0]}, best accuracy on the validation items that choose the "
+            "checkpoint, and the KL per token of its rollouts.\n\n" + table(["kind", "learning rate: accuracy"], rows)
+        )
+        return text + ("\n\nRuns that ended early:\n\n- " + "\n- ".join(told) if told else "")

@@ -1,0 +1,349 @@
+"""Ways around what a CPU is slow at. Nothing here changes what is computed, only how, up to rounding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sigmix.models.weights import is_quantised
+from sigmix.svf.functional import scaled
+from sigmix.svf.layer import SVFLinear
+
+SCORES_BYTES = 8 << 20
+"""Of float32 attention scores in one layer, up to which they may be kept for the backward pass."""
+
+
+def contiguous_head(model: Any) -> None:
+    """Feed the output head contiguous rows.
+
+    oneDNN's bf16 matmul on the strided slice that `logits_to_keep` makes was measured 40 times slower than on a copy.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and not getattr(head, "_sigmix_contiguous", False):
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        head._sigmix_contiguous = True
+
+
+@contextmanager
+def short_attention(model: Any, scores: int) -> Iterator[None]:
+    """Inside, short sequences in half precision on a CPU go through transformers' "eager" attention.
+
+    There the backward pass of torch's fused attention was measured 6 times slower than that of plain matmuls (64 rows
+    of 7 queries and 53 keys, 9 heads, bf16: 23 ms against 4 ms). Long ones stay fused, which keeps no scores.
+
+    Args:
+        model: a transformers model, PEFT's wrapper around it or not.
+        scores: rows × heads × queries × keys of the largest pass.
+    """
+    embeddings = model.get_input_embeddings().weight
+    before = getattr(model.config, "_attn_implementation", None)
+    half = embeddings.dtype in (torch.bfloat16, torch.float16) and embeddings.device.type == "cpu"
+    if not half or before != "sdpa" or 4 * scores > SCORES_BYTES:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+# --- Packed weights for half-precision passes on the CPU.
+
+
+PACKED_BYTES = 2 << 30
+"""Bytes of packed copies that an engine makes by default."""
+
+
+ROWS = 32
+"""Rows that the layout is chosen for; it serves others as well."""
+
+
+Pack = Any
+"""An opaque tensor of oneDNN's."""
+
+
+def pack(weight: torch.Tensor) -> Pack:
+    """The packed copy of a weight [out, in]."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+
+
+def packed_linear(x: torch.Tensor, packed: Pack, bias: torch.Tensor | None) -> torch.Tensor:
+    """`torch.nn.functional.linear` with a packed weight; no gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this torch has the operators and they agree with `linear` here, tried once."""
+    try:
+        draw = torch.Generator().manual_seed(0)
+        weight = torch.randn(48, 32, generator=draw).bfloat16()
+        x = torch.randn(2, 3, 32, generator=draw).bfloat16()
+        bias = torch.randn(48, generator=draw).bfloat16()
+        same = [
+            torch.allclose(
+                packed_linear(x, pack(weight), b).float(), F.linear(x, weight, b).float(), rtol=0.02, atol=0.02
+            )
+            for b in (None, bias)
+        ]
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return all(same)
+
+
+class Packing:
+    """Packed copies of a model's weights, and the switch that makes its layers use them.
+
+    Layers with one input are one matmul, see `sigmix.engine.cpu_kernels`.
+
+    Args:
+        model: any model. layers: its adapted layers.
+        budget: bytes of copies of the base's weights and factors; where they would not fit none are made. Those of
+            merged weights are counted by `MergedWeights`; the truncated form adds one more copy of the base.
+
+    Attributes:
+        on: whether copies are made: on the CPU, in bfloat16, within the budget, where torch can.
+        groups: the adapted layers by input; none while copies are not made.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, SVFLinear], budget: int = PACKED_BYTES) -> None:
+        own = {id(layer.get_base_layer()) for layer in layers.values()}
+        linears = [module for module in model.modules() if type(module) is nn.Linear]
+        self.others = [module for module in linears if id(module) not in own]
+        size = sum(module.weight.nbytes for module in linears)
+        size += sum(2 * layer.r * (layer.in_features + layer.out_features) for layer in layers.values())
+        kinds = {(module.weight.device.type, module.weight.dtype) for module in linears}
+        plain = not any(is_quantised(module.weight) for module in linears)
+        self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
+        self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
+        self._known: dict[Any, tuple[Any, Pack]] = {}
+
+    def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor] | None = None) -> Pack:
+        """The packed copy under a key, made anew if the weights are other tensors or were changed in place.
+
+        Args:
+            key: any. weights: what it is made from. make: how; None: it is the one weight itself.
+        """
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        known = self._known.get(key)
+        if known is None or known[0][0] != state:
+            # the weights are held, so that no other ones can get their addresses
+            held = [weight.detach() for weight in weights]
+            known = self._known[key] = ((state, held), pack(weights[0] if make is None else make()))
+        return known[1]
+
+    def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
+        """Packed copies for merged weights, by the first path of each group that has one."""
+        if not self.on:
+            return {}
+        return {
+            group.paths[0]: pack(group.weight(weights))
+            for group in self.groups
+            if any(path in weights for path in group.paths)
+        }
+
+    @contextmanager
+    def using(self, merged: Mapping[str, Pack] | None, form: str | None) -> Iterator[None]:
+        """Inside, linear layers compute with packed weights.
+
+        Args:
+            merged: packed W'(z) by the first path of each group that holds one.
+            form: of a mixed batch, or None where all rows are alike.
+        """
+        patches = Patches()
+        try:
+            if self.on:
+                for module in self.others:
+                    weight = self.of(id(module), [module.weight])
+                    patches.put(module, "forward", functools.partial(_forward, module, weight))
+                for group in self.groups:
+                    if form == "factored":
+                        self._factored(group, patches)
+                    else:
+                        packed = (merged or {}).get(group.paths[0])
+                        self._plain(group, self.base(group) if packed is None else packed, patches)
+            yield
+        finally:
+            patches.remove()
+
+    def base(self, group: Group) -> Pack:
+        """A group's packed base weights."""
+        return self.of(group.paths[0], [layer.get_base_layer().weight for layer in group.layers], group.weight)
+
+    def _plain(self, group: Group, packed: Pack, patches: Patches) -> None:
+        bias, sizes = group.bias(), group.sizes
+        shared = Shared(lambda x: packed_linear(x, packed, bias).split(sizes, -1))
+        for number, layer in enumerate(group.layers):
+            base = layer.get_base_layer()
+            assert isinstance(base, nn.Linear)  # `find_groups` leaves the others out
+            patches.put(base, "forward", functools.partial(_shared, base, shared, number))
+
+    def _factored(self, group: Group, patches: Patches) -> None:
+        factors = [layer.factors() for layer in group.layers]
+        key, firsts = group.paths[0], [first for first, _ in factors]
+        first = self.of((key, 1), firsts, lambda: firsts[0] if len(firsts) == 1 else torch.cat(firsts))
+        seconds = [self.of((path, 2), [second]) for path, (_, second) in zip(group.paths, factors, strict=True)]
+        ranks = group.ranks
+        shared = Shared(lambda x: packed_linear(x, first, None).split(ranks, -1))
+        for number, (layer, second) in enumerate(zip(group.layers, seconds, strict=True)):
+            patches.put(layer, "_factored", functools.partial(_factored, layer, shared, number, second))
+
+
+def _plain_pass(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() or x.dtype != torch.bfloat16
+
+
+def _forward(module: nn.Linear, packed: Pack, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else packed_linear(x, packed, module.bias)
+
+
+def _shared(module: nn.Linear, shared: Shared, number: int, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else shared.take(number, x)
+
+
+def _factored(
+    layer: SVFLinear,
+    shared: Shared,
+    number: int,
+    second: Pack,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if _plain_pass(x):
+        return SVFLinear._factored(layer, x, z, gain)
+    return packed_linear(scaled(shared.take(number, x), z, gain), second, layer.get_base_layer().bias)
+
+
+# --- Layers that read the same input (queries, keys and values; gate and up), found by watching one pass.
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapted layers with one input.
+
+    Attributes:
+        paths: their names, in the order of the model's adapted layers. layers: the layers.
+        first: place of the first one's z in a vector over all layers, see `sigmix.experts.mix`.
+        place: of the first one among all adapted layers.
+    """
+
+    paths: tuple[str, ...]
+    layers: tuple[SVFLinear, ...]
+    first: int
+    place: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Output features of each."""
+        return [layer.out_features for layer in self.layers]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Singular values of each."""
+        return [layer.r for layer in self.layers]
+
+    def weight(self, others: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """The layers' weights [Σ out, in] below each other; ``others`` replaces some by name."""
+        mats = [(others or {}).get(path, layer.matrix()) for path, layer in zip(self.paths, self.layers, strict=True)]
+        return mats[0] if len(mats) == 1 else torch.cat(mats)
+
+    def bias(self) -> torch.Tensor | None:
+        """The layers' biases [Σ out], zeros for those without; None if none has one."""
+        biases = [layer.get_base_layer().bias for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        weight = self.layers[0].matrix()
+        parts = [weight.new_zeros(m) if b is None else b.data for m, b in zip(self.sizes, biases, strict=True)]
+        return torch.cat(parts)
+
+
+def find_groups(model: Any, layers: Mapping[str, SVFLinear], every: bool = False) -> list[Group]:
+    """All adapted `torch.nn.Linear` layers, those together that a pass of the base calls in turn with one tensor.
+
+    Args:
+        model: a causal language model, wrapped by PEFT or not. every: GPT-2's `Conv1D` layers too.
+    """
+
+    def fits(path: str) -> bool:
+        return every or type(layers[path].get_base_layer()) is nn.Linear
+
+    calls: list[tuple[str, torch.Tensor]] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, path=path: calls.append((path, args[0])))
+        for path, layer in layers.items()
+    ]
+    device = model.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = list(layers)
+    offsets = dict(zip(names, [0, *torch.tensor([layers[name].r for name in names]).cumsum(0).tolist()], strict=False))
+    once = {path for path in names if sum(path == called for called, _ in calls) == 1}
+    found: list[list[str]] = []
+    last: torch.Tensor | None = None
+    for path, x in calls:
+        if not fits(path) or path not in once:
+            last = None
+            continue
+        follows = found and names.index(path) == names.index(found[-1][-1]) + 1  # so that their z lie side by side
+        if x is last and follows:
+            found[-1].append(path)
+        else:
+            found.append([path])
+        last = x
+    seen = {path for group in found for path in group}
+    found += [[path] for path in names if path not in seen and fits(path)]
+    return [Group(tuple(g), tuple(layers[p] for p in g), offsets[g[0]], names.index(g[0])) for g in found]
+
+
+class Shared:
+    """Computes the outputs of a group's layers together and hands them out one by one.
+
+    Args:
+        compute: x [B, T, in] -> a tensor for each layer.
+    """
+
+    def __init__(self, compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> None:
+        self.compute = compute
+        self._x: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []
+
+    def take(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of layer ``number`` for x."""
+        if x is not self._x or self._parts[number] is None:
+            self._x, self._parts = x, list(self.compute(x))
+        part, self._parts[number] = self._parts[number], None
+        if all(other is None for other in self._parts):
+            self._x = None
+        return part  # type: ignore[return-value]
+
+
+Patch = tuple[nn.Module, str]
+
+
+class Patches:
+    """Functions put on modules in place of their own, and taken off again."""
+
+    def __init__(self) -> None:
+        self._made: list[Patch] = []
+
+    def put(self, module: nn.Module, name: str, function: Any) -> None:
+        object.__setattr__(module, name, function)
+        self._made.append((module, name))
+
+    def remove(self) -> None:
+        for module, name in self._made:
+            object.__delattr__(module, name)
+        self._made = []

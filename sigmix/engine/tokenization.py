@@ -1,0 +1,150 @@
+"""From a user's words to token ids: the tokenizer's own chat template, and the check against the context length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sigmix.errors import ConfigError, ContextError
+from sigmix.models.multimodal import processor_of, with_images
+from sigmix.utils.images import Shown, pictures
+
+
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    system: str | None = None,
+    chat: bool | None = None,
+    images: Shown | Sequence[Shown] | None = None,
+) -> list[int]:
+    """Token ids of a prompt, ready for the model to answer.
+
+    Args:
+        prompt: the user's turn.
+        system: the system turn; None leaves it to the template (many add a default one).
+        chat: apply the chat template; None: if the tokenizer has one. Without it the ids are of the bare text.
+        images: shown before the prompt: paths, PIL images or `Picture`s, or one of these.
+
+    Raises:
+        ConfigError: images for a text model. DataError: an image that cannot be read.
+    """
+    shown = pictures(images)
+    if chat is None:
+        chat = has_template(tokenizer)
+    if not chat:
+        return _bare(tokenizer, bare_text(prompt, system), shown)
+    return encode_turns(tokenizer, turns_of(prompt, system), shown)
+
+
+def turns_of(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """A prompt as the turns {"role", "content"} that a chat template writes."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def bare_text(prompt: str, system: str | None = None) -> str:
+    """A prompt as the text that a model without a chat template gets."""
+    return f"{system}\n\n{prompt}" if system else prompt
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether there is a chat template, the processor's own for a vision-language model."""
+    return getattr(processor_of(tokenizer) or tokenizer, "chat_template", None) is not None
+
+
+def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Sequence[Shown] = ()) -> list[int]:
+    """Token ids of a conversation {"role", "content"} under the chat template; images go before the last turn's text.
+
+    Raises:
+        ConfigError: images for a text model. Whatever the template itself raises.
+    """
+    processor, shown = processor_of(tokenizer), pictures(list(images))
+    if processor is None:
+        _no_images(shown)
+        # thinking models are asked for the answer alone; templates without the switch ignore it
+        ids = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
+        )
+        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    no_marks(processor, *(turn["content"] for turn in turns))
+    parts = in_parts(turns)
+    parts[-1]["content"] = [*({"type": "image", "image": one.open()} for one in shown), *parts[-1]["content"]]
+    inputs = processor.apply_chat_template(
+        parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return with_images(processor, inputs, shown)
+
+
+def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
+    processor = processor_of(tokenizer)
+    if processor is not None:
+        no_marks(processor, text)
+    if processor is None or not shown:
+        _no_images(shown)
+        return list(tokenizer(text)["input_ids"])
+    text = f"{processor.image_token}\n" * len(shown) + text
+    inputs = processor(text=[text], images=[one.open() for one in shown], return_tensors="pt")
+    return with_images(processor, inputs, shown)
+
+
+def in_parts(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Turns with their texts in lists of parts: templates of vision-language models leave out a text that is not."""
+    return [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
+def no_marks(processor: Any, *texts: str) -> None:
+    """Raise `ConfigError` if a text holds what stands for an image in this processor's prompts."""
+    if any(processor.image_token in text for text in texts):
+        raise ConfigError(
+            f"the text holds {processor.image_token}, which stands for an image",
+            remedy=f"leave {processor.image_token} out of the text: each image gets its place before it",
+        )
+
+
+def _no_images(shown: Sequence[Any]) -> None:
+    if shown:
+        raise ConfigError(
+            "there are images, but the model reads text only",
+            remedy="choose a vision-language base, such as llava-hf/llava-1.5-7b-hf",
+        )
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """All token ids that end an answer: the generation config's, the model config's and the tokenizer's."""
+    found: list[int] = []
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        for token in [value] if isinstance(value, int) else (value or []):
+            if token not in found:
+                found.append(int(token))
+    return found
+
+
+def reply_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
+    """Token ids of a reply as a model is to say it, closed by the first of the tokens that end an answer."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *ends[:1]]
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens the model can see, or None where its config does not say."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if isinstance(value := getattr(config, key, None), int) and value > 0:
+            return value
+    return None
+
+
+def check_context(model: Any, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
+    """Raise if prompt and answer cannot both fit.
+
+    Raises:
+        ContextError: the prompt is empty, or prompt + max_new_tokens exceeds the context.
+    """
+    if not ids:
+        raise ContextError(f"{what} is empty", remedy="give some text")
+    limit = context_length(model)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        raise ContextError(
+            f"{what} has {len(ids)} tokens; with {max_new_tokens} to answer it exceeds the model's context of {limit}",
+            remedy=f"shorten it to {max(limit - max_new_tokens, 0)} tokens or lower --max-new-tokens",
+        )

@@ -1,0 +1,222 @@
+"""The model card of an expert: README.md with the YAML header that the Hugging Face hub reads.
+
+The header is what `huggingface_hub.ModelCardData` makes of it, so `ModelCard.load` reads it back, the metrics as
+``eval_results``: their ``metric_args`` hold n, interval and whatever else was recorded with the value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sigmix.experts.metadata import thaw
+from sigmix.models.default import DEFAULT
+
+DEFAULT_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+LICENSE_OF_DEFAULT = "apache-2.0"
+
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
+"""A model's name on the hub: "user/name"."""
+
+
+LICENSES = frozenset("""
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research
+    intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit
+    mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl
+    zlib
+""".split())
+"""What the hub takes as ``license``; anything else stands there as "other" with its name."""
+
+
+CARD = """\
+---
+{header}
+---
+
+# {title}
+
+{description}
+
+It holds one factor per singular value of {count} weight matrices ({numbers:,} numbers) of `{base}` and changes nothing
+else: W' = U diag(s z) Vᵀ. {fits}{default}
+
+{facts}{metrics}## Use
+
+```python
+from sigmix import Bank, Engine, Mix, load_base
+
+model, tokenizer = load_base("{base}")
+engine = Engine(model, tokenizer, bank=Bank("{bank}"))
+engine.generate(["…"], mix=Mix.parse("{name}"))
+```
+
+It is also a PEFT adapter: after `import sigmix.svf.tuner`, `PeftModel.from_pretrained(base, {folder})` loads it.
+"""
+
+
+FROM_FILE = f"""
+`{DEFAULT}` is {DEFAULT_ON_HUB} as sigmix reads it from a 4-bit file;
+the original's weights are another base."""
+
+
+def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str | None = None) -> str:
+    """README.md of an expert; the same text for the same expert.
+
+    Args:
+        meta: the expert's metadata. count: matrices. numbers: components of z over all matrices.
+        repo: its name on the hub, if it is made for that; the lines of code then load it from there.
+    """
+    base = dict(meta.get("base") or {})
+    shown = without_path(str(base.get("name") or "an unknown base"))
+    metrics = [dict(metric) for metric in meta.get("metrics") or ()]
+    facts = {
+        "Task": meta.get("task"), "Domain": meta.get("domain"), "Objective": meta.get("objective"),
+        "Seed": meta.get("seed"), "Base's dtype": base.get("dtype"), "Commit": meta.get("commit"),
+        "Training": meta.get("training"),
+    }  # fmt: skip
+    if carried := dict(meta.get("carried_from") or {}):
+        basis = "the same weights" if carried.get("basis") == "same" else "other weights, by index order"
+        facts["Carried from"] = f"{without_path(str(carried.get('base')))} ({basis})"
+    fingerprint = base.get("fingerprint")
+    fits = (
+        f"It fits this base only (fingerprint `{fingerprint[:12]}`)."
+        if fingerprint
+        else "Nothing recorded which base exactly it was made on."
+    )
+    return CARD.format(
+        header=_header(name, base.get("name"), meta, metrics),
+        title=line(name),
+        name=name,
+        description=str(meta.get("description") or "An expert made by singular-value fine-tuning (arXiv 2501.06252)."),
+        count=count,
+        numbers=numbers,
+        base=shown,
+        fits=fits,
+        default=FROM_FILE if shown == DEFAULT else "",
+        facts=_facts(facts),
+        metrics=_table(metrics),
+        bank=repo or "folder/of/experts",
+        folder=json.dumps(repo) if repo else "this_folder",
+    )
+
+
+def header(
+    base: Any, relation: str, library: str | None, tags: list[str], license_: Any = None, **more: Any
+) -> str:
+    """The YAML of a card without its ``---``; whatever a user writes stays in its place.
+
+    Args:
+        base: its name; what is not on the hub is left out. relation: "adapter", "finetune": what this is to it.
+        license_: as somebody wrote it; what the hub does not know becomes "other" with a name.
+        more: other fields of `huggingface_hub.ModelCardData`.
+    """
+    from huggingface_hub import ModelCardData
+
+    there = on_hub(base)
+    text = str(license_).strip().lower() if license_ else None
+    known = text is None or text in LICENSES
+    data = ModelCardData(
+        base_model=there,
+        base_model_relation=relation if there else None,
+        library_name=library,
+        tags=tags,
+        license=text if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.+-]+", "-", text or "").strip("-"),
+        **more,
+    )
+    return data.to_yaml(line_break="\n").strip("\n")
+
+
+def _header(name: str, base: Any, meta: Mapping[str, Any], metrics: list[dict]) -> str:
+    results = _results(name, meta, metrics)
+    tags = ["sigmix", "svf", "singular-value-fine-tuning", *([meta["domain"]] if meta.get("domain") else [])]
+    return header(
+        base, "adapter", "peft", tags, meta.get("license"),
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )  # fmt: skip
+
+
+def _results(name: str, meta: Mapping[str, Any], metrics: list[dict]) -> list[Any]:
+    """The metrics as `huggingface_hub.EvalResult`; one without a number is none."""
+    from huggingface_hub import EvalResult
+
+    task = line(meta.get("task") or meta.get("domain") or name)
+    found = []
+    for metric in metrics:
+        value = metric.get("value")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        called = line(metric.get("name") or "score")
+        words = called.lower().split()
+        args = {key: thaw(more) for key, more in metric.items() if key not in ("name", "value") and more is not None}
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name=task,
+                dataset_type=task,
+                dataset_name=task,
+                dataset_split=next((word for word in ("test", "validation", "train") if word in words), None),
+                metric_type="accuracy" if "accuracy" in words else re.sub(r"\W+", "_", called.lower()),
+                metric_name=called,
+                metric_value=value,
+                metric_args=args or None,
+            )
+        )
+    return found
+
+
+def on_hub(base: Any) -> str | None:
+    """The base's name on the hub; None where it was a folder or a file."""
+    text = str(base or "")
+    if text == DEFAULT:
+        return DEFAULT_ON_HUB
+    return text if REPO.fullmatch(text) and not text.lower().endswith(".gguf") else None
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    lines = [f"- {key}: {line(value)}" for key, value in facts.items() if value not in (None, "", {}, ())]
+    return "\n".join(lines) + "\n\n" if lines else ""
+
+
+def _table(metrics: list[dict]) -> str:
+    if not metrics:
+        return ""
+    columns = list(dict.fromkeys(["name", *(key for metric in metrics for key in metric)]))
+    rows = [[_cell(metric.get(column)) for column in columns] for metric in metrics]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "## Metrics\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return "–".join(_cell(item) for item in value)
+    return line(value).replace("|", "\\|")
+
+
+def line(value: Any) -> str:
+    """A value on one line, as text."""
+    if isinstance(value, (Mapping, list, tuple)):
+        value = json.dumps(thaw(value), ensure_ascii=False)
+    return " ".join(str(value).split())
+
+
+def without_path(base: str) -> str:
+    """A base's name; of a folder or file the last part: its path means nothing elsewhere and is nobody's business."""
+    is_path = base.startswith(("/", "~", ".")) or "\\" in base or base[1:3] == ":/"
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if is_path else base

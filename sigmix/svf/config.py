@@ -1,0 +1,53 @@
+"""sigmix.svf.config"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from sigmix.errors import ConfigError
+
+
+class SigmixPeftType(str, enum.Enum):
+    """Peft type of singular-value fine-tuning; hashes and compares like the string "SVF"."""
+
+    SVF = "SVF"
+
+
+@dataclass
+class SVFConfig(PeftConfig):
+    """Configuration of singular-value fine-tuning (arXiv 2501.06252, section 3.1).
+
+    Attributes:
+        target_modules: "all-linear" (all linear layers but the output head), "attention", "mlp", a list of module
+            names or suffixes, or a regular expression over the full path. In a vision-language model all of these
+            mean its language backbone; a layer outside of it is adapted only where its full path is in the list.
+        layers_to_transform: indices of the layers to adapt, one index, or "half": every second layer, beginning with
+            the first (the paper adapts half of a 70B's layers without saying which). None: all.
+        layers_pattern: name of the list of layers when it cannot be inferred (as in PEFT).
+        exclude_modules: names, suffixes or a regular expression of modules to leave out.
+        exclude: the same as `exclude_modules`, shorter.
+        cache: keep decompositions in the user's cache folder.
+    """
+
+    target_modules: list[str] | str | None = field(default="all-linear")
+    layers_to_transform: list[int] | int | str | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    exclude: list[str] | str | None = field(default=None)
+    cache: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SigmixPeftType.SVF
+        if self.exclude is not None:
+            if self.exclude_modules is not None and self.exclude_modules != self.exclude:
+                raise ConfigError("exclude and exclude_modules both given and different", remedy="give one of them")
+            self.exclude_modules, self.exclude = self.exclude, None
+        if isinstance(self.layers_to_transform, str) and self.layers_to_transform != "half":
+            raise ConfigError(f"layers_to_transform must be indices or 'half', not {self.layers_to_transform!r}")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple, set)):
+                setattr(self, name, sorted(value))

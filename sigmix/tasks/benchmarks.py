@@ -1,0 +1,405 @@
+"""`BenchmarkTask`: a published data set, local or from the hub, with splits that are disjoint by content.
+
+A subclass says where the rows are and turns one into a `Sample`. A sample that is in two splits stays in the one that
+is measured on (test before validation before train), and `notes` counts what was dropped. Content means the prompt
+as shown: near duplicates (SVAMP's variations of one story) are not found.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sigmix.errors import ConfigError, DataError
+from sigmix.tasks.base import Sample, Score, Split, Task, check_request, content_id, hash_split, shuffled
+from sigmix.tasks.data import Row, hub_rows, local_rows
+from sigmix.tasks.graders import (
+    boxed,
+    math_equal,
+    parse_number,
+    relabel,
+    score_choice,
+    score_final,
+    score_yes_no,
+    strict_number,
+    wrong_choices,
+)
+from sigmix.tasks.registry import register
+
+PRIORITY = ("test", "validation", "train")
+
+
+class BenchmarkTask(Task):
+    """A subclass sets the class attributes and writes `sample`.
+
+    Attributes:
+        files: split to path below the data folder. A split that is missing is made from "train" by content hash.
+        hub: the data set's id on the hub.
+        hub_configs: its configurations, joined.
+        hub_splits: split to the hub's name for it.
+        image_column: the column that holds images, if there is one; see `hub_rows`.
+        only_test: the benchmark has no training data at all.
+
+    `notes` is complete after the first call of `samples`.
+    """
+
+    files: ClassVar[Mapping[str, str]] = {}
+    hub: ClassVar[str] = ""
+    hub_configs: ClassVar[Sequence[str | None]] = (None,)
+    hub_splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}
+    image_column: ClassVar[str | None] = None
+    only_test: ClassVar[bool] = False
+
+    def __init__(self, data_dir: Path | None = None) -> None:
+        super().__init__()
+        self.data_dir = data_dir
+
+    @abstractmethod
+    def sample(self, row: Row) -> Sample | None:
+        """The row as a sample; None leaves it out (say why in the class's docstring)."""
+
+    def splits(self) -> tuple[Split, ...]:
+        return ("test",) if self.only_test else super().splits()
+
+    def samples(self, split: Split, n: int | None = None, seed: int = 0) -> list[Sample]:
+        check_request(self, split, n)
+        return shuffled(self.tables[split], self.name, split, seed)[:n]
+
+    @functools.cached_property
+    def tables(self) -> dict[str, list[Sample]]:
+        """Split to samples in the file's order, checked and without shared content."""
+        tables = self.divide({split: self._convert(rows) for split, rows in self._rows().items()})
+        seen: dict[str, str] = {}
+        for split in (name for name in PRIORITY if name in tables):
+            kept = []
+            dropped: dict[str, int] = {}
+            for sample in tables[split]:
+                if sample.id in seen:
+                    dropped[seen[sample.id]] = dropped.get(seen[sample.id], 0) + 1
+                if sample.id not in seen or split == "test":  # a test set stays as published, repeats and all
+                    kept.append(sample)
+                seen.setdefault(sample.id, split)
+            tables[split] = kept
+            for other, count in dropped.items():
+                again = "repeats within it" if other == split else f"also in {other}"
+                done = "kept in" if split == "test" else "dropped from"
+                self.notes.append(f"{count} samples {done} {split}: {again}")
+            if not kept:
+                raise DataError(f"task {self.name}: split {split!r} is empty")
+        return tables
+
+    def divide(self, tables: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+        """Make the splits that the source lacks, by content hash; override for a benchmark's own rule."""
+        if self.only_test:
+            return tables
+        if set(tables) == {"all"}:
+            return self._by_hash(
+                tables["all"],
+                (0.6, 0.2, 0.2),
+                "the source has one split only: 60 % train, 20 % validation, 20 % test by content hash",
+            )
+        if "validation" not in tables:
+            # The training share alone is cut, so samples shared with test are still seen, and dropped, afterwards.
+            made = self._by_hash(
+                tables["train"], (0.9, 0.1, 0.0), "no official validation split: 10 % of train by content hash"
+            )
+            tables = {"train": made["train"], "validation": made["validation"], "test": tables["test"]}
+        return tables
+
+    def _by_hash(self, samples: list[Sample], shares: tuple[float, float, float], note: str) -> dict[str, list[Sample]]:
+        self.notes.append(note)
+        tables: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
+        for sample in samples:
+            # "key" is the question without its instruction: another style must not move an item to another split
+            tables[hash_split(sample.meta.get("key", sample.id), shares)].append(sample)
+        return tables
+
+    def _convert(self, rows: list[Row]) -> list[Sample]:
+        return [sample for row in rows if (sample := self.sample(row)) is not None]
+
+    def _rows(self) -> dict[str, list[Row]]:
+        wanted = ", ".join(dict.fromkeys(self.files.values()))
+        remedy = f"put {wanted} into a folder (one JSON object a line) and give it with --data-dir"
+        if self.data_dir is None:
+            if not self.hub:
+                raise DataError(f"task {self.name} is not on the hub", remedy=remedy)
+            return {
+                split: hub_rows(self.hub, self.hub_configs, theirs, remedy, self.image_column)
+                for split, theirs in self.hub_splits.items()
+            }
+        files = self.local_files(self.data_dir)
+        missing = [str(path) for path in files.values() if not path.is_file()]
+        if missing:
+            there = sorted(path.name for path in self.data_dir.iterdir())[:20] if self.data_dir.is_dir() else []
+            raise DataError(
+                f"{self.name or self.hub}: {', '.join(missing)} not found; {self.data_dir} has "
+                f"{', '.join(there) or 'nothing'}",
+                remedy=f"{remedy}, or leave it out to use {self.hub}" if self.hub else remedy,
+            )
+        return {split: local_rows(path) for split, path in files.items()}
+
+    def local_files(self, folder: Path) -> dict[str, Path]:
+        """Split to file; override where the layout depends on what is there."""
+        return {split: folder / name for split, name in self.files.items()}
+
+
+# --- The text benchmarks of the Transformer² paper and their neighbours: GSM8K, MATH, SVAMP, ARC, OpenBookQA, BoolQ.
+
+
+REASON = 'Think step by step. End with "#### " and the number.'
+
+
+ONLY = "Answer with the number only."
+
+
+class WordProblemTask(BenchmarkTask):
+    """A story with a number for an answer.
+
+    Args:
+        data_dir: local data, or None for the hub.
+        style: "final" lets the model reason and reads the final number; "strict" asks for the number alone.
+    """
+
+    domain = "arithmetic"
+
+    def __init__(self, data_dir: Path | None = None, style: str = "final") -> None:
+        super().__init__(data_dir)
+        if style not in ("final", "strict"):
+            raise ConfigError(f"option style must be final or strict, not {style!r}")
+        self.strict = style == "strict"
+        self.max_new_tokens = 12 if self.strict else 320
+
+    def _make(self, row: Row, question: str, answer: str, **meta: Any) -> Sample:
+        value = parse_number(answer)
+        if value is None:
+            raise row.bad(f"the answer {answer!r} is not a number")
+        plain = str(value.numerator) if value.denominator == 1 else str(float(value))
+        return Sample.make(
+            f"{question.strip()}\n{ONLY if self.strict else REASON}", plain, key=content_id(question), **meta
+        )
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        return strict_number(reply, sample.gold) if self.strict else score_final(reply, sample.gold)
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        gold, other = sample.gold, str(float(sample.gold) + 1).removesuffix(".0")
+        return [
+            *super().wrong_replies(sample),
+            other,
+            f"{gold}\n#### {other}",
+            f"#### {gold}\n#### {other}",
+            f"The answer is {other}, not {gold}.",
+            f"{other} or {gold}",
+            f"{gold} or {other}",
+            f"The answer is {other} or {gold}.",
+            f"The answer is not {gold}.",
+            f"It cannot be {gold}; it is {other}.",
+            rf"\boxed{{{other}}} and then \boxed{{{gold}}}",
+            f"{gold}7",
+            str(1 - 2 * float(gold)),
+        ]
+
+
+@register("gsm8k")
+class GSM8K(WordProblemTask):
+    """Cobbe et al. 2021, arXiv:2110.14168. ``meta["solution"]`` is the worked solution."""
+
+    description = "Grade-school word problems (GSM8K)."
+    license = "MIT"
+    files: ClassVar = {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}
+    hub, hub_configs = "openai/gsm8k", ("main",)
+
+    def sample(self, row: Row) -> Sample:
+        solution, mark, answer = row.get("answer", kind=str).partition("####")
+        if not mark:
+            raise row.bad("the answer has no ####")
+        return self._make(row, row.get("question", kind=str), answer.strip(), solution=solution.strip())
+
+
+@register("svamp")
+class SVAMP(WordProblemTask):
+    """Patel et al. 2021, arXiv:2103.07191. Its local file has no splits; many of its stories vary one another."""
+
+    description = "Short word problems with one operation, made to defeat shallow reading (SVAMP)."
+    license = "MIT"
+    files: ClassVar = {"all": "svamp/SVAMP.jsonl"}
+    hub = "ChilleD/SVAMP"
+
+    def sample(self, row: Row) -> Sample:
+        body = row.get("Body", kind=str).strip()
+        answer = str(row.get("Answer", kind=(int, float, str))).removesuffix(".0")
+        return self._make(row, f"{body}{'' if body[-1] in '.?!,' else '.'} {row.get('Question', kind=str)}", answer)
+
+
+@register("math")
+class Math(BenchmarkTask):
+    """Hendrycks et al. 2021, arXiv:2103.03874. Answers are compared by math-verify."""
+
+    domain = "math"
+    description = "Competition mathematics (MATH)."
+    license = "MIT"
+    max_new_tokens = 512
+    files: ClassVar = {"train": "math/train.jsonl", "test": "math/test.jsonl"}
+    hub = "EleutherAI/hendrycks_math"
+    hub_configs = (
+        "algebra",
+        "counting_and_probability",
+        "geometry",
+        "intermediate_algebra",
+        "number_theory",
+        "prealgebra",
+        "precalculus",
+    )
+
+    def sample(self, row: Row) -> Sample:
+        solution = row.get("solution", kind=str)
+        answers = boxed(solution)
+        if not answers or not answers[-1].strip():
+            raise row.bad("the solution has no \\boxed answer")
+        prompt = f"{row.get('problem', kind=str).strip()}\nThink step by step. Put the final answer in \\boxed{{}}."
+        return Sample.make(prompt, rf"\boxed{{{answers[-1].strip()}}}", answer=answers[-1].strip(), solution=solution)
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        return math_equal(reply, sample.meta["answer"])
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        other = r"\boxed{-98765.4321}"
+        answer = sample.meta["answer"]
+        # no "It is not \boxed{...}" here: a boxed answer is what the task asks for, whatever stands around it
+        return [
+            sample.prompt,
+            f"It is not {answer}, or is it?",
+            other,
+            f"{sample.gold} or {other}",
+            f"{answer} but {other}",
+            r"\boxed{}",
+            rf"\boxed{{{answer}",
+        ]
+
+
+class ChoiceTask(BenchmarkTask):
+    """A question with labelled choices. The prompt always shows letters; data labelled 1 to 4 are relabelled."""
+
+    max_new_tokens = 8
+    domain = "knowledge"
+
+    def sample(self, row: Row) -> Sample:
+        stem, labels, texts = self._parts(row)
+        try:
+            shown = relabel(labels)
+        except ValueError as error:
+            raise row.bad(str(error)) from error
+        key = str(row.get("answerKey", kind=(str, int))).strip()
+        if key not in shown:
+            raise row.bad(f"answerKey {key!r} is none of the labels {', '.join(labels)}")
+        choices = {shown[label]: text for label, text in zip(labels, texts, strict=True)}
+        lines = "\n".join(f"{label}. {text}" for label, text in choices.items())
+        return Sample.make(f"{stem}\n{lines}\nAnswer with the letter only.", shown[key], choices=choices)
+
+    def _parts(self, row: Row) -> tuple[str, list[str], list[str]]:
+        question = row.get("question", "question_stem", kind=(dict, str))
+        if isinstance(question, dict):  # the publishers' own files
+            inner = Row(question, row.where)
+            pairs = [Row(choice, row.where) for choice in inner.get("choices", kind=list)]
+            return (
+                inner.get("stem", kind=str),
+                [str(pair.get("label")) for pair in pairs],
+                [str(pair.get("text")) for pair in pairs],
+            )
+        choices = Row(row.get("choices", kind=dict), row.where)  # the hub's layout
+        labels, texts = choices.get("label", kind=list), choices.get("text", kind=list)
+        if len(labels) != len(texts):
+            raise row.bad(f"{len(labels)} labels for {len(texts)} choices")
+        return row.get("question_stem", "question", kind=str), [str(label) for label in labels], [str(t) for t in texts]
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        return score_choice(reply, sample.gold, sample.meta["choices"])
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        return [*super().wrong_replies(sample), *wrong_choices(sample.gold, list(sample.meta["choices"]))]
+
+
+def _arc(level: str) -> type[ChoiceTask]:
+    class ARC(ChoiceTask):
+        """Clark et al. 2018, arXiv:1803.05457."""
+
+        description = f"Grade-school science questions with choices (ARC-{level})."
+        license = "CC BY-SA 4.0"
+        files: ClassVar = {
+            "train": f"arc/ARC-{level}-Train.jsonl",
+            "validation": f"arc/ARC-{level}-Dev.jsonl",
+            "test": f"arc/ARC-{level}-Test.jsonl",
+        }
+        hub, hub_configs = "allenai/ai2_arc", (f"ARC-{level}",)
+        hub_splits: ClassVar = {"train": "train", "validation": "validation", "test": "test"}
+
+    return ARC
+
+
+register("arc-easy")(_arc("Easy"))
+
+
+register("arc-challenge")(_arc("Challenge"))
+
+
+@register("openbookqa")
+class OpenBookQA(ChoiceTask):
+    """Mihaylov et al. 2018, arXiv:1809.02789, without the book: the question and its choices alone."""
+
+    description = "Elementary science questions that need common knowledge (OpenBookQA)."
+    license = "Apache-2.0 as commonly stated"
+    files: ClassVar = {
+        "train": "openbookqa/train.jsonl",
+        "validation": "openbookqa/dev.jsonl",
+        "test": "openbookqa/test.jsonl",
+    }
+    hub, hub_configs = "allenai/openbookqa", ("main",)
+    hub_splits: ClassVar = {"train": "train", "validation": "validation", "test": "test"}
+
+
+@register("boolq")
+class BoolQ(BenchmarkTask):
+    """Clark et al. 2019, arXiv:1905.10044. The published validation set is the test split; its own test has no labels.
+
+    A local folder with only boolq/val.jsonl is cut in three by content hash.
+    """
+
+    domain = "reading"
+    description = "Yes/no questions about a passage (BoolQ)."
+    license = "CC BY-SA 3.0"
+    max_new_tokens = 4
+    files: ClassVar = {"train": "boolq/train.jsonl", "test": "boolq/val.jsonl"}
+    hub = "google/boolq"
+    hub_splits: ClassVar = {"train": "train", "test": "validation"}
+
+    def local_files(self, folder: Path) -> dict[str, Path]:
+        files = super().local_files(folder)
+        return files if files["train"].is_file() else {"all": files["test"]}
+
+    def sample(self, row: Row) -> Sample:
+        label = row.get("label", "answer", kind=(str, bool, int))
+        if str(label).lower() not in ("true", "false", "0", "1"):
+            raise row.bad(f"the label {label!r} is not true or false")
+        question = row.get("question", kind=str).strip().rstrip("?")
+        gold = "yes" if str(label).lower() in ("true", "1") else "no"
+        return Sample.make(f"{row.get('passage', kind=str)}\n\nQuestion: {question}?\nAnswer yes or no.", gold)
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        return score_yes_no(reply, sample.gold)
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        gold, other = sample.gold, "no" if sample.gold == "yes" else "yes"
+        return [
+            *super().wrong_replies(sample),
+            other,
+            f"{gold} or {other}",
+            f"{gold}/{other}",
+            f"{other}, not {gold}",
+            f"{gold} and {other}",
+            f"{gold}{gold}",
+            "true",
+            "false",
+        ]

@@ -1,0 +1,174 @@
+"""Strategies A and B, labels, and the two-pass runner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_adapt import bank_of, engine_of
+from helpers_engine import alone
+
+from sigmix.adapt import OTHER, ClassifierDispatch, Decision, PromptDispatch, TwoPass
+from sigmix.adapt.base import labels
+from sigmix.adapt.prompt import question
+from sigmix.engine import Engine
+from sigmix.errors import ConfigError, FingerprintError, UnknownNameError
+from sigmix.experts.mix import Mix
+
+pytestmark = pytest.mark.usefixtures("cache")
+REQUESTS = ["What is 17 + 25?", "Who has the pen?", "x"]
+
+
+def test_labels_are_domains_where_these_tell_experts_apart(tiny):
+    bank = bank_of(tiny, b="words", a="words", c="reading", d="other", z="dispatch")
+    assert [(one.name, one.mix.id) for one in labels(bank)] == [
+        ("a", "a"), ("b", "b"), ("reading", "c"), ("d", "d"), (OTHER, "base"),
+    ]  # fmt: skip
+    assert labels({})[0].mix == Mix.base()
+    with pytest.raises(ConfigError, match="'words'"):
+        labels(bank_of(tiny, a="words", words="reading", c="reading"))
+
+
+def likelihoods(engine, request, mix):
+    """Constrained log-likelihoods of the labels by whole forward passes, letter by letter."""
+    kinds = labels(engine.bank)
+    ids = [[*engine.tokenizer.encode(one.name, add_special_tokens=False), 2] for one in kinds]
+    row = engine.encode(question(kinds, request))
+    found = []
+    for own in ids:
+        total = 0.0
+        for place, token in enumerate(own):
+            allowed = sorted({other[place] for other in ids if other[:place] == own[:place]})
+            with torch.no_grad(), engine.under([mix]):
+                scores = alone(engine.model, row + own[:place])[-1]
+            total += float(scores[token] - scores[allowed].logsumexp(0))
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize(
+    "domains", [{"adder": "arithmetic", "finder": "reading"}, {"adder": "reads", "finder": "reading"}]
+)
+def test_scores_are_constrained_likelihoods(tiny, tiny_tokenizer, domains):
+    """Also where labels begin alike ("reads", "reading"), so that one token does not tell them apart."""
+    engine = engine_of(tiny, tiny_tokenizer, bank_of(tiny, **domains))
+    strategy = PromptDispatch(engine, calibrate=False)
+    scores, tokens = strategy.scores(REQUESTS)
+    for request, found in zip(REQUESTS, scores.tolist(), strict=True):
+        assert found == pytest.approx(likelihoods(engine, request, Mix.base()), abs=1e-3)
+    assert scores.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-4)  # the labels are all there is
+    # the template was read before; a second branch reads the request again
+    fresh = [len(engine.encode(question(strategy.labels, request))) - len(strategy.prefix) for request in REQUESTS]
+    branch = len("read") if domains["adder"] == "reads" else 0
+    assert tokens == ([2 * count + branch for count in fresh] if branch else fresh)
+    decisions = strategy.decide(REQUESTS)
+    for row, decision in zip(scores, decisions, strict=True):
+        best = strategy.labels[int(row.argmax())]
+        assert (decision.label, decision.mix) == (best.name, best.mix)
+        assert decision.evidence["probabilities"][best.name] == pytest.approx(float(row.max().exp()), abs=1e-4)
+        assert best.name in decision.reason
+        assert decision.tokens > 0 < decision.seconds
+
+
+def test_calibration_takes_the_liking_for_a_label_out(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer)
+    plain, fair = PromptDispatch(engine, calibrate=False), PromptDispatch(engine)
+    scores, _ = plain.scores(REQUESTS)
+    wanted = (scores - fair.prior).softmax(-1)
+    for row, decision in zip(wanted.tolist(), fair.decide(REQUESTS), strict=True):
+        assert list(decision.evidence["probabilities"].values()) == pytest.approx(row, abs=1e-4)
+    assert float(fair.prior.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_request_gets_the_same_decision_alone_and_in_a_batch(tiny, tiny_tokenizer):
+    strategy = PromptDispatch(engine_of(tiny, tiny_tokenizer))
+    together = strategy.decide(REQUESTS)
+    for request, decision in zip(REQUESTS, together, strict=True):
+        (one,) = strategy.decide([request])
+        assert one.mix == decision.mix
+        assert one.evidence["probabilities"] == pytest.approx(decision.evidence["probabilities"], abs=1e-4)
+    assert strategy.decide([]) == []
+
+
+def test_a_request_that_is_too_long_to_ask_about_gets_the_base_and_stops_no_other(tiny, tiny_tokenizer):
+    strategy = PromptDispatch(engine_of(tiny, tiny_tokenizer))
+    first, long, last = strategy.decide(["hello", "x" * 4090, "What is 17 + 25?"])
+    assert (long.mix, long.label) == (Mix.base(), OTHER)
+    assert "too long" in long.reason
+    together = strategy.decide(["hello", "What is 17 + 25?"])
+    assert [first.mix, last.mix] == [one.mix for one in together]
+
+
+def test_an_empty_bank_and_one_expert(tiny, tiny_tokenizer):
+    (decision,) = PromptDispatch(engine_of(tiny, tiny_tokenizer, {})).decide(["x"])
+    assert (decision.mix, decision.label, decision.reason) == (Mix.base(), OTHER, "the bank is empty")
+    (decision,) = PromptDispatch(engine_of(tiny, tiny_tokenizer, bank_of(tiny, adder="arithmetic"))).decide(["x"])
+    assert set(decision.evidence["probabilities"]) == {"arithmetic", OTHER}
+
+
+def test_an_expert_of_another_base_is_named_before_anything_is_decided(tiny, tiny_tokenizer):
+    bank = bank_of(tiny)
+    with pytest.raises(FingerprintError, match="adder"):
+        PromptDispatch(Engine(tiny("llama", seed=7, max_position_embeddings=4096), tiny_tokenizer, bank))
+
+
+def test_the_classifier_asks_under_its_expert_and_is_never_chosen(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer, bank_of(tiny, adder="arithmetic", finder="reading", judge="dispatch"))
+    strategy = ClassifierDispatch(engine)
+    assert [one.name for one in strategy.labels] == ["arithmetic", "reading", OTHER]
+    scores, _ = strategy.scores(REQUESTS[:1])
+    assert scores[0].tolist() == pytest.approx(likelihoods(engine, REQUESTS[0], Mix.one("judge")), abs=1e-3)
+    assert scores[0].tolist() != pytest.approx(likelihoods(engine, REQUESTS[0], Mix.base()), abs=1e-2)
+    assert "judge" in strategy.decide(["x"])[0].reason
+
+
+def test_a_new_expert_of_the_same_name_does_not_read_the_old_ones_prefix(tiny, tiny_tokenizer):
+    bank = bank_of(tiny, adder="arithmetic", judge="dispatch")
+    engine = engine_of(tiny, tiny_tokenizer, bank)
+    ClassifierDispatch(engine).decide(["x"])
+    bank["judge"] = bank_of(tiny, first="x", second="x", judge="dispatch")["judge"]
+    again = ClassifierDispatch(engine).scores(["x"])[0]
+    fresh = ClassifierDispatch(engine_of(tiny, tiny_tokenizer, bank)).scores(["x"])[0]
+    torch.testing.assert_close(again, fresh)
+
+
+def test_a_classifier_that_does_not_fit_the_bank(tiny, tiny_tokenizer):
+    bank = bank_of(tiny, adder="arithmetic", judge="dispatch")
+    with pytest.raises(ConfigError, match=r"0 classification experts .* sigmix train --task dispatch"):
+        ClassifierDispatch(engine_of(tiny, tiny_tokenizer))
+    with pytest.raises(UnknownNameError, match="jugde"):
+        ClassifierDispatch(engine_of(tiny, tiny_tokenizer, bank), expert="jugde")
+    foreign = {**bank, "judge": bank["judge"].with_meta(training={"labels": ["code", OTHER]})}
+    with pytest.raises(ConfigError, match="was trained for code, other; the bank has arithmetic, other"):
+        ClassifierDispatch(engine_of(tiny, tiny_tokenizer, foreign))
+    two = bank_of(tiny, adder="arithmetic", judge="dispatch", jury="dispatch")
+    with pytest.raises(ConfigError, match="name one of judge, jury"):
+        ClassifierDispatch(engine_of(tiny, tiny_tokenizer, two))
+
+
+class Fixed:
+    """Every request its own mix."""
+
+    name = "fixed"
+
+    def __init__(self, *mixes):
+        self.mixes = mixes
+
+    def decide(self, prompts):
+        return [Decision(mix, "x", "fixed") for mix, _ in zip(self.mixes, prompts, strict=True)]
+
+
+def test_pass_two_answers_under_each_decision_and_from_the_start(tiny, tiny_tokenizer):
+    """Not from pass one's keys and values: answers are those of the mixes alone; "other" is the base, bit for bit."""
+    engine = engine_of(tiny, tiny_tokenizer)
+    mixes = [Mix.one("adder"), Mix.base(), Mix.parse("adder:0.5+finder:0.5")]
+    runner = TwoPass(engine, Fixed(*mixes))
+    answers = runner.generate(REQUESTS, max_new_tokens=5)
+    for answer, request, mix in zip(answers, REQUESTS, mixes, strict=True):
+        (one,) = engine.generate([request], mix, max_new_tokens=5)
+        assert (answer.generation.ids, answer.decision.mix, answer.text) == (one.ids, mix, one.text)
+    assert all(seconds > 0 for seconds in runner.seconds)
+    for answer, request in zip(
+        TwoPass(engine, PromptDispatch(engine)).generate(REQUESTS, max_new_tokens=3), REQUESTS, strict=True
+    ):
+        (one,) = engine.generate([request], answer.decision.mix, max_new_tokens=3)
+        assert answer.generation.ids == one.ids

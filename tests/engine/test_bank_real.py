@@ -1,0 +1,85 @@
+"""The bundled experts on the default model as it is loaded here: what every request may rely on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sigmix.adapt.base import skills
+from sigmix.engine import Engine
+from sigmix.engine.scoring import next_logits
+from sigmix.experts.bank import Bank
+from sigmix.experts.fingerprint import fingerprint
+from sigmix.experts.mix import Mix
+from sigmix.models.loading import load_base
+from sigmix.tasks.registry import get_task
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, tokenizer = load_base()
+    return Engine(model, tokenizer, Bank.bundled())
+
+
+@pytest.fixture(scope="module")
+def asked(engine):
+    """A request for every expert, of different lengths, and one for the base; their mixes."""
+    names = skills(engine.bank)
+    texts = [get_task(engine.bank[name].meta["task"]).samples("test", 1)[0].prompt for name in names]
+    return [*texts, "Hello!"], [*map(Mix.one, names), Mix.base()]
+
+
+def similar(a, b):
+    return float(torch.cosine_similarity(a, b, dim=-1).min())
+
+
+def test_one_hot_is_the_trained_expert_bit_for_bit(engine):
+    for name in skills(engine.bank):
+        z = engine.z(Mix.one(name))
+        assert all(torch.equal(z[path], engine.bank[name].z[path]) for path in z)
+        assert engine.z(Mix({name: 0.0})) == {}
+
+
+def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(engine, asked):
+    texts, mixes = asked
+    alone = torch.cat([next_logits(engine, [text], mix) for text, mix in zip(texts, mixes, strict=True)])
+    base = next_logits(engine, texts)
+    assert similar(alone[:-1], base[:-1]) < 0.99, "the experts must matter, or agreement would say nothing"
+    for form in ("factored", "gain", "truncated"):  # without a plan the truncated form holds all components
+        assert similar(next_logits(engine, texts, mixes, form=form), alone) > 0.999, form
+    mixed = [Mix(dict.fromkeys(skills(engine.bank), 1 / 6))] * len(texts)
+    merged = next_logits(engine, texts, mixed)
+    assert similar(next_logits(engine, texts, [*mixed[1:], Mix.base()])[:-1], merged[:-1]) > 0.999
+
+
+def test_the_base_is_the_base_before_between_and_after(engine, asked):
+    texts, mixes = asked
+    before, answers = fingerprint(engine.model, fresh=True), engine.generate(texts, max_new_tokens=6)
+    engine.generate(texts, mixes, max_new_tokens=6)
+    engine.generate(texts, "where-is", max_new_tokens=3)
+    engine.generate(texts, [Mix({"larger": -1.0})] * len(texts), max_new_tokens=3, form="gain")
+    assert engine.generate(texts, max_new_tokens=6) == answers
+    assert fingerprint(engine.model, fresh=True) == before
+    ids = torch.tensor([engine.encode(texts[0])])
+    plain, _ = load_base()
+    with torch.no_grad():
+        wanted = plain(ids, use_cache=False).logits
+    for form in (None, "gain"):
+        assert torch.equal(engine.logits(ids, mix=None, form=form), wanted), form
+    together = engine.logits(ids.repeat(2, 1), mix=["larger", None], form="gain")
+    with torch.no_grad():
+        assert torch.equal(together[1], plain(ids.repeat(2, 1), use_cache=False).logits[1])
+
+
+def test_other_experts_in_the_bank_change_no_bit(engine, asked):
+    texts, _ = asked
+    # two fresh engines: what one has read and kept differs in rounding from what another batch would have read
+    few = Engine(engine.model, engine.tokenizer, {"larger": engine.bank["larger"]})
+    every = Engine(engine.model, engine.tokenizer, engine.bank)
+    assert few.generate(texts, "larger", max_new_tokens=4) == every.generate(texts, "larger", max_new_tokens=4)
+    rows = ["larger", None] * len(texts)
+    twice = [text for text in texts for _ in range(2)]
+    ours, theirs = (one.generate(twice, rows, max_new_tokens=4) for one in (every, few))
+    assert ours == theirs

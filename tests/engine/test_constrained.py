@@ -1,0 +1,66 @@
+"""Replies out of a list only: which tokens may follow, and what that does to scores, samples and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_engine import rows
+
+from sigmix.engine.constrained import NEVER, Choices
+from sigmix.engine.generation import Sampling, complete
+from sigmix.errors import ConfigError
+
+REPLIES = [[5, 6, 2], [5, 7, 2], [5, 2], [8, 2]]
+
+
+def test_what_may_follow():
+    choices = Choices(REPLIES)
+    assert choices.after([]) == [5, 8]
+    assert choices.after([5]) == [2, 6, 7]
+    assert choices.after([5, 6]) == [2]
+    assert choices.after([5, 6, 2]) == choices.after([9]) == []
+    assert choices.branches() == [(), (5,)]
+
+
+def test_all_else_is_out_of_reach_and_gets_no_gradient():
+    choices = Choices(REPLIES)
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = choices.constrain(logits, [[], [5], [9, 9]])
+    chances = found.softmax(-1)
+    assert chances[0, [5, 8]].sum() == 1
+    assert chances[1, [2, 6, 7]].sum() == 1
+    assert torch.equal(found[2], logits[2])  # no beginning of a reply: left alone
+    chances[:2].square().sum().backward()
+    assert (logits.grad != 0).nonzero().tolist() == [[0, 5], [0, 8], [1, 2], [1, 6], [1, 7]]
+
+
+def test_answers_are_constrained_token_by_token():
+    choices = Choices(REPLIES)
+    answers = torch.tensor([[5, 7, 2], [8, 2, 0]])
+    logits = torch.zeros(2, 3, 10)
+    found = choices.constrain_answers(logits, answers)
+    allowed = [[(row > NEVER).nonzero().flatten().tolist() for row in rows_] for rows_ in found]
+    assert allowed[0] == [[5, 8], [2, 6, 7], [2]]
+    assert allowed[1][:2] == [[5, 8], [2]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
+def test_every_answer_is_one_of_them(tiny_llama, temperature):
+    choices = Choices(REPLIES)
+    prompts = rows([14, 22, 11, 17], shared=9) * 4
+    sampling = Sampling(5, temperature, 1.0, list(range(16)))
+    done = complete(tiny_llama, prompts, sampling, [2], pad_id=0, choices=choices)
+    assert {tuple(row.ids) for row in done} <= {tuple(ids) for ids in REPLIES}
+    if temperature == 50.0:  # then all options at a fork are nearly alike
+        assert len({tuple(row.ids) for row in done}) > 2
+    for row in done:
+        assert all(logprob <= 0 for logprob in row.logprobs)
+        assert row.logprobs[-1] == 0 or len(row.ids) == 2
+
+
+def test_texts_that_a_tokenizer_cannot_tell_apart(tiny_tokenizer):
+    assert Choices.of(tiny_tokenizer, ["a", "b"], [2]).branches() == [()]
+    with pytest.raises(ConfigError, match="cannot tell the labels a, a apart"):
+        Choices.of(tiny_tokenizer, ["a", "a"], [2])
+    with pytest.raises(ConfigError, match="cannot tell"):
+        Choices.of(tiny_tokenizer, ["a", ""], [2])

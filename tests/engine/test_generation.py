@@ -1,0 +1,148 @@
+"""The decoding loop: greedy equals transformers, rows leave alone, sampling is a row's own affair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_engine import alone, greedy, rows
+
+from sigmix.engine.generation import Row, Sampling, complete, decode
+from sigmix.engine.prefix_cache import prefill
+
+PROMPTS = rows([14, 22, 11, 17], shared=9)
+# log-probabilities of float32 logits of size 10, batched against alone
+NEAR = {"rel": 1e-4, "abs": 1e-4}
+
+
+def answers(model, prompts, sampling, ends=(), group=1):
+    return complete(model, prompts, sampling, ends, pad_id=0, group=group)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "mixtral"])
+def test_greedy_equals_transformers(tiny, arch):
+    model = tiny(arch)
+    for prompt, row in zip(PROMPTS, answers(model, PROMPTS, Sampling(12), ends=[2]), strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert row.ids == theirs[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_greedy_across_a_sliding_window(tiny):
+    model = tiny("gemma3", num_hidden_layers=7)
+    prompts = rows([44, 25, 30], shared=20)  # one beyond the window of 32, two that cross it while answering
+    for prompt, row in zip(prompts, answers(model, prompts, Sampling(16)), strict=True):
+        assert row.ids == greedy(model, prompt, 16)[0]
+
+
+def test_rows_leave_at_their_end_and_change_no_other(tiny_llama):
+    free = answers(tiny_llama, PROMPTS, Sampling(12))
+    ends = [free[0].ids[2], free[1].ids[6]]
+    bounded = answers(tiny_llama, PROMPTS, Sampling(12), ends)
+    lengths = set()
+    for prompt, row in zip(PROMPTS, bounded, strict=True):
+        ids, logprobs = greedy(tiny_llama, prompt, 12, ends)
+        assert row.ids == ids
+        assert row.logprobs == pytest.approx(logprobs, **NEAR)
+        assert row.finish == ("stop" if ids[-1] in ends else "length")
+        lengths.add(len(ids))
+    assert len(lengths) > 1  # otherwise no row left before another
+
+
+def test_dropped_rows_are_announced_with_those_that_stay(tiny_llama):
+    told = []
+    stop_after = [2, 5, 1, 5]
+    state = prefill(tiny_llama, PROMPTS, pad_id=0)
+    with torch.no_grad():
+        *_, done = decode(tiny_llama, state, Sampling(5), [], lambda i, row: len(row.ids) >= stop_after[i],
+                          lambda stay: told.append(list(stay)))  # fmt: skip
+    assert [len(row.ids) for row in done] == stop_after
+    assert told == [[0, 1, 3], [1, 3]]
+    assert [row.finish for row in done] == ["stop"] * 4
+
+
+def test_every_step_yields_the_same_growing_rows(tiny_llama):
+    with torch.no_grad():
+        steps = [([len(r.ids) for r in done], id(done)) for done in
+                 decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), Sampling(3), [])]  # fmt: skip
+    assert [lengths for lengths, _ in steps] == [[1, 1], [2, 2], [3, 3]]
+    assert len({identity for _, identity in steps}) == 1
+
+
+def test_nothing_to_generate(tiny_llama):
+    with torch.no_grad():
+        assert list(decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), Sampling(0), [])) == []
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def sampled(model, prompts, seeds, new=10, **changes):
+    return answers(model, prompts, Sampling(new, **{"temperature": 1.0, **changes}, seeds=seeds))
+
+
+def test_a_sampled_row_does_not_depend_on_its_batch_mates(tiny_llama):
+    together = sampled(tiny_llama, PROMPTS, [7, 8, 9, 10])
+    for prompt, seed, row in zip(PROMPTS, [7, 8, 9, 10], together, strict=True):
+        (single,) = sampled(tiny_llama, [prompt], [seed])
+        assert single.ids == row.ids
+        assert single.logprobs == pytest.approx(row.logprobs, **NEAR)
+    reordered = sampled(tiny_llama, PROMPTS[::-1], [10, 9, 8, 7])
+    assert [row.ids for row in reordered[::-1]] == [row.ids for row in together]
+
+
+def test_seeds_decide(tiny_llama):
+    one, again, other = (sampled(tiny_llama, PROMPTS, seeds) for seeds in ([1] * 4, [1] * 4, [2] * 4))
+    assert [r.ids for r in one] == [r.ids for r in again]
+    assert [r.ids for r in one] != [r.ids for r in other]
+    longer = sampled(tiny_llama, PROMPTS, [1] * 4, new=20)
+    assert [r.ids[:10] for r in longer] == [r.ids for r in one]  # the budget does not move the stream
+    assert sampled(tiny_llama, PROMPTS[:1], [2**64 + 1])[0].ids == sampled(tiny_llama, PROMPTS[:1], [1])[0].ids
+
+
+def test_answers_of_one_prompt_stand_beside_each_other(tiny_llama):
+    sampling = Sampling(6, 1.0, seeds=list(range(12)))
+    grouped = answers(tiny_llama, PROMPTS, sampling, group=3)
+    for i, row in enumerate(grouped):
+        assert row.ids == sampled(tiny_llama, [PROMPTS[i // 3]], [i], new=6)[0].ids
+
+
+def test_samples_follow_the_distribution(tiny_llama):
+    count = 4000
+    found = [row.ids[0] for row in sampled(tiny_llama, PROMPTS[:1] * count, list(range(count)), new=1)]
+    with torch.no_grad():
+        p = alone(tiny_llama, PROMPTS[0])[-1].softmax(-1)
+    observed = torch.bincount(torch.tensor(found), minlength=len(p)) / count
+    # 4 standard deviations for each of 256 tokens; the seeds are fixed
+    assert bool(((observed - p).abs() <= 4 * (p * (1 - p) / count).sqrt() + 1 / count).all())
+    assert float((observed - p).abs().sum()) < 0.25  # uniform draws would give above 0.6
+    assert float((torch.full_like(p, 1 / len(p)) - p).abs().sum()) > 0.6
+
+
+def test_log_probabilities_are_the_models_own(tiny_llama):
+    (row,) = sampled(tiny_llama, PROMPTS[:1], [3], temperature=0.5, top_p=0.8)
+    with torch.no_grad():
+        logp = alone(tiny_llama, [*PROMPTS[0], *row.ids]).log_softmax(-1)
+    expected = [float(logp[len(PROMPTS[0]) - 1 + i, token]) for i, token in enumerate(row.ids)]
+    assert row.logprobs == pytest.approx(expected, **NEAR)
+
+
+def test_top_p_keeps_the_smallest_set(tiny_llama):
+    with torch.no_grad():
+        p, order = alone(tiny_llama, PROMPTS[0])[-1].softmax(-1).sort(descending=True)
+    allowed = set(order[: int((p.cumsum(0) < 0.3).sum()) + 1].tolist())
+    found = {row.ids[0] for row in sampled(tiny_llama, PROMPTS[:1] * 400, list(range(400)), new=1, top_p=0.3)}
+    assert found <= allowed
+    assert len(found) > 1
+    free = {row.ids[0] for row in sampled(tiny_llama, PROMPTS[:1] * 400, list(range(400)), new=1)}
+    assert not free <= allowed
+
+
+def test_a_low_temperature_is_nearly_greedy(tiny_llama):
+    cold = sampled(tiny_llama, PROMPTS, [1, 2, 3, 4], temperature=1e-3)
+    assert [row.ids for row in cold] == [row.ids for row in answers(tiny_llama, PROMPTS, Sampling(10))]
+
+
+def test_row_starts_empty():
+    assert Row() == Row([], [], "")
+    assert Row().ids is not Row().ids

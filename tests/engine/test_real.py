@@ -1,0 +1,59 @@
+"""The engine on the default model: real tokenizer, real template, 210 matrices."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers_engine import alone, expert
+
+from sigmix.engine import Engine
+from sigmix.experts.fingerprint import fingerprint
+from sigmix.svf.tuner import svf_layers
+
+pytestmark = pytest.mark.real
+PROMPTS = ["What is 17 + 25?", "Name three colours, please, and nothing else.", "Hi"]
+
+
+@pytest.fixture(scope="module")
+def real():
+    """An engine in float32 on a model of its own, wrapped by PEFT while its adapter is not the base."""
+    from sigmix.models.loading import load_base
+
+    model, tokenizer = load_base(dtype="float32")
+    plain = Engine(model, tokenizer).encode(PROMPTS[0])
+    model, _ = load_base(dtype="float32")
+    with torch.no_grad():
+        logits = alone(model, plain)
+    before = fingerprint(model)
+    made = expert(model, "wobble", seed=0, width=0.2)
+    engine = Engine(model, tokenizer, {"wobble": made})
+    return SimpleNamespace(engine=engine, model=model, ids=plain, logits=logits, before=before)
+
+
+def test_the_base_is_bit_for_bit(real):
+    ids = torch.tensor([real.ids])
+    assert torch.equal(real.engine.logits(ids)[0], real.logits)
+    assert torch.equal(real.engine.logits(ids, mix="wobble:0")[0], real.logits)
+    assert not torch.equal(real.engine.logits(ids, mix="wobble")[0], real.logits)
+
+
+def test_rows_of_a_mixed_batch_equal_the_row_alone(real):
+    mixes = ["wobble", None, "wobble:0.5"]
+    together = real.engine.generate(PROMPTS, mixes, max_new_tokens=6)
+    for prompt, mix, answer in zip(PROMPTS, mixes, together, strict=True):
+        (single,) = real.engine.generate([prompt], mix, max_new_tokens=6)
+        assert single.ids == answer.ids
+        # float32, 30 layers, merged against factored
+        assert single.logprobs == pytest.approx(answer.logprobs, abs=1e-2)
+        assert "".join(real.engine.stream(prompt, mix, max_new_tokens=6)) == single.text
+    (base,) = real.engine.generate(PROMPTS[:1], max_new_tokens=6)
+    assert abs(base.logprobs[0] - together[0].logprobs[0]) > 0.02  # twice what rounding may do
+
+
+def test_the_weights_stay(real):
+    real.engine.generate(PROMPTS[:2], ["wobble:2", "wobble:-1"], max_new_tokens=3)
+    real.engine.generate(PROMPTS[:1], "wobble:0.3", max_new_tokens=3)
+    assert fingerprint(real.model, fresh=True) == real.before
+    assert all(layer._kept is None for layer in svf_layers(real.model).values())

@@ -1,0 +1,134 @@
+"""The data that dispatch strategies learn from and are measured on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from sigmix.adapt import Decision
+from sigmix.adapt.base import OTHER
+from sigmix.errors import ConfigError, ExpertError
+from sigmix.evals.dispatch import (
+    FOREIGN,
+    SEEN,
+    UNSEEN,
+    DispatchTask,
+    confusion,
+    everyday,
+    prompts_of_experts,
+    requests,
+    unseen_tasks,
+)
+from sigmix.experts.mix import Mix
+from sigmix.tasks.registry import get_task
+
+
+def bank(**experts):
+    """{name: "domain task"} -> a bank of descriptions."""
+    made = {}
+    for name, text in experts.items():
+        domain, task = text.split()
+        made[name] = SimpleNamespace(meta={"domain": domain, "task": task, "description": f"Does {name}."})
+    return made
+
+
+BANK = bank(adder="arithmetic addition", finder="reading who-has", judge="dispatch addition")
+
+
+def test_requests_are_the_experts_own_prompts_of_that_split():
+    for split in ("train", "validation", "test"):
+        found = requests(BANK, split, 20)
+        assert list(found) == ["arithmetic", "reading", OTHER]
+        assert found["arithmetic"] == [one.prompt for one in get_task("addition").samples(split, 20)]
+        assert {len(texts) for texts in found.values()} == {20}
+
+
+def test_no_request_is_in_two_splits():
+    splits = [requests(BANK, split, 200, unseen=UNSEEN) for split in ("train", "validation", "test")]
+    texts = [{text for some in found.values() for text in some} for found in splits]
+    assert not texts[0] & texts[1]
+    assert not texts[2] & (texts[0] | texts[1])
+
+
+def test_other_holds_nothing_that_the_bank_has_an_expert_for():
+    assert unseen_tasks(BANK) == [*UNSEEN, "code"]
+    assert unseen_tasks(bank(a="logic boolean")) == ["code"]  # both are of that domain
+    assert unseen_tasks(bank(a="code addition")) == list(UNSEEN)
+    assert not set(SEEN) & set(UNSEEN)
+    words = {one.prompt for task in ("plural", "opposite", "spell") for one in get_task(task).samples("train", 100)}
+    assert words & set(requests(BANK, "train", 100)[OTHER])
+    assert not words & set(requests(bank(a="words spell"), "train", 100)[OTHER])
+
+
+def test_a_probe_is_validated_on_kinds_that_neither_training_nor_the_test_has():
+    assert not set(FOREIGN) & {*SEEN, *UNSEEN}
+    plain, hard = (requests(BANK, "validation", 20, foreign=tasks)[OTHER] for tasks in ((), FOREIGN))
+    assert hard[:20] == plain
+    strange = {one.prompt for task in FOREIGN for one in get_task(task).samples("validation", 5)}
+    assert set(hard[20:]) == strange
+    assert len(hard) == 40
+    logical = requests(bank(a="logic boolean"), "validation", 20, foreign=FOREIGN)[OTHER]
+    assert not set(logical) & {one.prompt for one in get_task("transitive").samples("validation", 5)}
+
+
+def test_a_whole_domain_is_in_the_test_only():
+    found = requests(BANK, "test", 100, unseen=unseen_tasks(BANK))
+    programs = found["other:code"]
+    assert len(set(programs)) == 100
+    others = [requests(BANK, split, 400, foreign=FOREIGN) for split in ("train", "validation", "test")]
+    assert not set(programs) & {text for some in others for texts in some.values() for text in texts}
+
+
+def test_what_a_banks_experts_are_for():
+    found = prompts_of_experts(BANK, 5)
+    sums, facts = ([one.prompt for one in get_task(task).samples("train", 3)] for task in ("addition", "who-has"))
+    assert found == [sums[0], facts[0], sums[1], facts[1], sums[2]]
+    with pytest.raises(ConfigError, match="no expert"):
+        prompts_of_experts({}, 5)
+
+
+def test_everyday_requests_are_plenty_and_templates_stay_in_their_split():
+    for split in ("train", "validation", "test"):
+        assert len(set(everyday(split, 1000))) > 60
+        assert everyday(split, 10, seed=1) == everyday(split, 10, seed=1) != everyday(split, 10)
+
+
+def test_an_expert_without_its_task_is_named():
+    for task in (None, "nothing-like-it"):
+        lost = bank(adder="arithmetic addition")
+        lost["adder"].meta["task"] = task
+        with pytest.raises(ExpertError, match="adder"):
+            requests(lost, "train", 5)
+
+
+def test_the_dispatch_task_is_sound_and_balanced():
+    task = DispatchTask(BANK, per_label=30)
+    assert task.validate(n=30).ok, task.validate(n=30).problems
+    samples = task.samples("train", 90)
+    assert {label: sum(one.gold == label for one in samples) for label in task.names} == dict.fromkeys(task.names, 30)
+    assert task.facts == {"labels": ["arithmetic", "reading", OTHER]}
+    assert "judge" not in samples[0].prompt
+    with pytest.raises(ConfigError, match="no expert to choose"):
+        DispatchTask({})
+
+
+class Says:
+    name = "says"
+
+    def __init__(self, *labels):
+        self.given = iter(labels)
+
+    def decide(self, prompts):
+        return [Decision(Mix.base(), next(self.given), "so") for _ in prompts]
+
+
+def test_confusion_counts_by_true_label():
+    found = {"a": ["1", "2", "3"], OTHER: ["4"], f"{OTHER}:new": ["5", "6"]}
+    figures = confusion(Says("a", OTHER, "a", OTHER, "a", OTHER), found, ["a", OTHER])
+    assert [(row["label"], row["counts"], row["right"]) for row in figures["rows"]] == [
+        ("a", [2, 1], 2), (OTHER, [0, 1], 1), (f"{OTHER}:new", [1, 1], 1),
+    ]  # fmt: skip
+    assert figures["accuracy"] == pytest.approx(4 / 6)
+    assert figures["balanced"] == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
+    assert figures["interval"][0] < 4 / 6 < figures["interval"][1]

@@ -1,0 +1,366 @@
+"""Experts on the hub, which is a local stand-in: pushing, loading, banks over collections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
+from sigmix.experts import hub as publish
+from sigmix.experts import hub as remote
+from sigmix.experts.bank import Bank
+from sigmix.experts.expert import Expert
+
+pytest_plugins = ["helpers_hub"]
+Z = {"layers.0.q": torch.tensor([0.5, 1.5]), "layers.1.q": torch.tensor([1.0, 0.25])}
+META = {
+    "base": {"name": "Qwen/Qwen3-0.6B", "dtype": "float32"}, "domain": "arithmetic", "license": "Apache-2.0",
+    "task": "addition", "metrics": [{"name": "test accuracy", "value": 0.61, "n": 500, "interval": [0.57, 0.65]}],
+}  # fmt: skip
+OURS = {"adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"}
+SLUG = "user/skills-0123456789abcdef01234567"
+
+
+def made(name: str = "sums", **meta) -> Expert:
+    return Expert(name, Z, {**META, **meta})
+
+
+def files(tmp_path, name: str = "sums", **meta) -> dict[str, bytes]:
+    folder = made(name, **meta).save(tmp_path / "made" / name)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def collection(hub, tmp_path):
+    """Two experts of different people, their base, and a data set."""
+    hub.add("alice/sums", files(tmp_path, "sums"))
+    hub.add("bob/reading-v2", files(tmp_path, "reading", domain="reading"))
+    hub.add("org/base", {"config.json": b"{}", "model.safetensors": b"large", "README.md": b"# base"})
+    return hub.collect(SLUG, "org/base", "alice/sums", "dataset:alice/rows", "bob/reading-v2")
+
+
+# --- pushing and loading
+
+
+def test_what_is_pushed_is_loaded_again(hub):
+    expert = made()
+    assert expert.push_to_hub("user/sums", token=hub.writer) == f"{hub.url}/user/sums"
+    assert set(hub.files("user/sums")) == {".gitattributes", *OURS}
+    again = Expert.load("user/sums")
+    assert again == expert
+    assert again.digest == expert.digest
+    assert again.origin == f"user/sums@{hub.repos['user/sums'].branches['main']}"
+    assert expert.origin is None
+    assert again.with_meta(domain="other").origin is None
+
+
+def test_a_push_is_one_commit_and_none_if_nothing_changed(hub):
+    made().push_to_hub("user/sums", token=hub.writer)
+    made().push_to_hub("user/sums", token=hub.writer)
+    assert hub.repos["user/sums"].messages == ["initial commit", "Expert sums"]
+    made(domain="numbers").push_to_hub("user/sums", token=hub.writer, message="another domain")
+    assert hub.repos["user/sums"].messages[2:] == ["another domain"]
+    assert Expert.load("user/sums").meta["domain"] == "numbers"
+
+
+def test_branches_and_commits(hub):
+    made().push_to_hub("user/sums", token=hub.writer)
+    first = hub.repos["user/sums"].branches["main"]
+    made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision="v2")
+    assert Expert.load("user/sums").meta["domain"] == "arithmetic"
+    assert Expert.load("user/sums", revision="v2").meta["domain"] == "numbers"
+    made(domain="later").push_to_hub("user/sums", token=hub.writer)
+    assert Expert.load("user/sums", revision=first).meta["domain"] == "arithmetic"
+    with pytest.raises(HubError, match="'user/sums' has no revision 'v3'.*user/sums/commits"):
+        Expert.load("user/sums", revision="v3")
+
+
+def test_a_private_expert_is_seen_by_its_owner_only(hub, monkeypatch):
+    made().push_to_hub("user/sums", token=hub.writer, private=True)
+    assert hub.repos["user/sums"].private
+    with pytest.raises(HubError, match="no public hub model 'user/sums'.*if the model is private, run: hf auth login"):
+        Expert.load("user/sums")
+    assert Expert.load("user/sums", token=hub.reader) == made()
+    monkeypatch.setenv("HF_TOKEN", hub.reader)
+    assert Expert.load("user/sums") == made()
+
+
+def test_nothing_private_is_pushed_to_a_public_model(hub):
+    made().push_to_hub("user/sums", token=hub.writer)
+    with pytest.raises(OutputError, match="exists and is public, so nothing was pushed"):
+        made(domain="secret").push_to_hub("user/sums", token=hub.writer, private=True)
+    assert not any(b"secret" in content for content in hub.files("user/sums").values())
+
+
+@pytest.mark.parametrize(
+    "there, names",
+    [
+        ({"model.safetensors": b"x", "README.md": b"# mine"}, "model.safetensors"),
+        ({"adapter_config.json": b'{"peft_type": "LORA"}', "README.md": b"# mine"}, "another adapter"),
+    ],
+)
+def test_a_model_that_is_something_else_is_left_alone(hub, there, names):
+    hub.add("user/model", there)
+    with pytest.raises(OutputError, match=f"'user/model' holds more than an expert, such as .*{names}"):
+        made().push_to_hub("user/model", token=hub.writer)
+    assert hub.files("user/model")["README.md"] == b"# mine"
+
+
+def test_what_is_refused_leaves_no_branch(hub):
+    hub.add("user/model", {"pytorch_model.bin": b"x"})
+    with pytest.raises(OutputError, match="holds more than an expert"):
+        made().push_to_hub("user/model", token=hub.writer, revision="v2")
+    assert set(hub.repos["user/model"].branches) == {"main"}
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_commit_in_between_is_not_overwritten(hub, monkeypatch, revision):
+    made().push_to_hub("user/sums", token=hub.writer)
+    made().push_to_hub("user/sums", token=hub.writer, revision=revision)
+    checked = publish._check_others
+
+    def late(repo, there):
+        checked(repo, there)
+        hub.repos[repo].commit({"README.md": b"# theirs"}, revision or "main")
+
+    monkeypatch.setattr(publish, "_check_others", late)
+    with pytest.raises(HubError, match="somebody else is changing it"):
+        made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision=revision)
+    assert hub.files("user/sums", revision or "main")["README.md"] == b"# theirs"
+
+
+def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
+    home = f"{Path.home()}/my data"
+    expert = made(
+        base={"name": "/srv/alice/models/tiny", "dtype": "float32", "fingerprint": "ab" * 32},
+        task="/srv/alice/tasks/mine.py:riddles?rows=/srv/alice/rows.jsonl",
+        description="Rows of ~/alice/rows.jsonl; see https://example.org/a/b and x/y.",
+        training={"out": [home, "C:\\Users\\alice\\run"], "schedule": "cosine"},
+    )
+    expert.push_to_hub("user/sums", token=hub.writer)
+    for file, content in hub.files("user/sums").items():
+        for private in (b"/srv", b"alice", home.encode(), b"C:"):
+            assert private not in content, file
+    again = Expert.load("user/sums")
+    assert again.meta["base"] == {"name": "tiny", "dtype": "float32", "fingerprint": "ab" * 32}
+    assert again.meta["task"] == "mine.py:riddles?rows=rows.jsonl"
+    assert again.meta["description"] == "Rows of rows.jsonl; see https://example.org/a/b and x/y."
+    assert again.digest == expert.digest
+    assert b"base_model:" not in hub.files("user/sums")["README.md"]
+
+
+def test_the_pushed_card_loads_the_expert_from_where_it_is(hub):
+    made().push_to_hub("user/sums", token=hub.writer)
+    assert 'bank=Bank("user/sums")' in hub.files("user/sums")["README.md"].decode()
+    assert Bank("user/sums")["sums"] == made()
+
+
+# --- what a name means
+
+
+def test_a_folder_that_exists_wins(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made(domain="local").save(tmp_path / "user" / "sums")
+    hub.add("user/sums", files(tmp_path))
+    assert Expert.load("user/sums").meta["domain"] == "local"
+    assert Bank("user").names() == ["sums"]
+    assert not hub.requests
+    with pytest.raises(ConfigError, match="is no hub model, so it has no revision 'v2'"):
+        Expert.load("user/sums", revision="v2")
+
+
+def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made().save(tmp_path / "bank" / "sums")
+    with pytest.raises(HubError, match="no folder and no public hub model 'bank/sum'; nearest: bank/sums"):
+        Expert.load("bank/sum")
+    for name in ("sums", "a/b/c", "./bank/sum", "../x", "user/", "user/..", "", "user/sums\n", "usér/sums"):
+        with pytest.raises((ExpertError, HubError)) as caught:
+            Expert.load(name)
+        assert caught.value.remedy
+    asked = [path for _, path, _ in hub.requests if "/models/" in path]
+    assert {path.removesuffix("/revision/main") for path in asked} == {"/api/models/bank/sum"}
+
+
+@pytest.mark.parametrize("repo", ["sums", "a/b/c", "/user/sums", "user/", "", "user/sums?x"])
+def test_a_name_that_nothing_can_be_pushed_to(hub, repo):
+    with pytest.raises(ConfigError, match="is no name of a hub model.*for example"):
+        made().push_to_hub(repo, token=hub.writer)
+    assert not hub.requests
+
+
+# --- what is fetched
+
+
+def test_only_an_experts_own_files_are_fetched(hub, tmp_path):
+    others = ("adapter_model.bin", "training_args.bin", "run.py", "checkpoint/adapter_config.json")
+    hub.add("user/sums", {**files(tmp_path), **dict.fromkeys(others, b"x")})
+    Expert.load("user/sums")
+    asked = {path.split("/")[-1] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert asked == OURS
+
+
+def test_models_that_are_no_experts(hub, tmp_path):
+    hub.add("org/base", {"config.json": b"{}", "model.safetensors": b"large", "README.md": b"# base"})
+    with pytest.raises(ExpertError, match="'org/base' is no expert: it has no adapter_config.json"):
+        Expert.load("org/base")
+    hub.add("org/lora", {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"large"})
+    with pytest.raises(ExpertError, match="'org/lora' holds a LORA adapter, not SVF"):
+        Expert.load("org/lora")
+    assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+    pickled = files(tmp_path)
+    pickled["adapter_model.bin"] = pickled.pop("adapter_model.safetensors")
+    hub.add("org/pickled", pickled)
+    with pytest.raises(ExpertError, match="has no adapter_model.safetensors; weights of another kind, such as pickled"):
+        Expert.load("org/pickled")
+
+
+def test_what_is_wrong_with_the_files_is_said_of_the_model(hub, tmp_path):
+    broken = files(tmp_path)
+    hub.add("user/cut", {**broken, "adapter_model.safetensors": broken["adapter_model.safetensors"][:40]})
+    with pytest.raises(ExpertError, match="the hub's expert 'user/cut': .*truncated or damaged"):
+        Expert.load("user/cut")
+    edited = broken["sigmix.json"].replace(b'"z_sha256": "', b'"z_sha256": "0')
+    hub.add("user/edited", {**broken, "sigmix.json": edited})
+    with pytest.raises(ExpertError, match="the hub's expert 'user/edited': .*changed after it was saved"):
+        Expert.load("user/edited")
+
+
+def test_an_adapter_that_peft_saved_is_named_after_the_model(hub, tmp_path):
+    plain = files(tmp_path)
+    del plain["sigmix.json"]
+    hub.add("user/My_Run.3", plain)
+    expert = Expert.load("user/My_Run.3")
+    assert expert.name == "my_run.3"
+    assert not expert.verified
+    assert Bank("user/My_Run.3").names() == ["my_run.3"]
+
+
+# --- without the hub
+
+
+def test_offline_the_cache_is_used(hub, monkeypatch):
+    made().push_to_hub("user/sums", token=hub.writer)
+    Expert.load("user/sums")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = len(hub.requests)
+    assert Expert.load("user/sums") == made()
+    with pytest.raises(HubError, match="'user/other' is no local folder and not in the hub's cache, and offline mode"):
+        Expert.load("user/other")
+    with pytest.raises(HubError, match="cannot push to 'user/sums': offline mode is set"):
+        made().push_to_hub("user/sums", token=hub.writer)
+    assert len(hub.requests) == before
+
+
+def test_without_a_network_the_cache_is_used(hub):
+    made().push_to_hub("user/sums", token=hub.writer)
+    Expert.load("user/sums")
+    hub.close()
+    assert Expert.load("user/sums") == made()
+    with pytest.raises(HubError, match="cannot reach the hub for 'user/other'.*check the network"):
+        Expert.load("user/other")
+
+
+# --- banks
+
+
+@pytest.mark.parametrize("opened", [Bank, Bank.from_hub])
+def test_a_bank_over_a_collection(hub, collection, tmp_path, opened):
+    bank = opened(collection)
+    assert bank.names() == ["reading", "sums"]
+    assert bank["sums"] == made("sums")
+    assert bank["sums"].origin == f"alice/sums@{hub.repos['alice/sums'].branches['main']}"
+    assert bank.domains() == {"arithmetic": ["sums"], "reading": ["reading"]}
+    assert collection in repr(bank)
+    assert Bank(bank.folder).names() == bank.names()  # as whoever needs a folder sees it
+    assert not [path for _, path, _ in hub.requests if path.endswith("model.safetensors") and "org/base" in path]
+    with pytest.raises(OutputError, match=f"{collection} is on the hub, so 'new' cannot be added"):
+        bank.add(made("new"))
+
+
+def test_a_gated_base_in_a_collection_is_left_out_like_any_other(hub, collection, tmp_path):
+    hub.repos["org/base"].gated = True
+    assert Bank(collection).names() == ["reading", "sums"]
+    with pytest.raises(ExpertError, match="'org/base' is no expert"):
+        Expert.load("org/base")
+    hub.add("dora/more", files(tmp_path, "more")).gated = True  # it is an expert, and not left out in silence
+    hub.collect(collection, "org/base", "alice/sums", "dora/more")
+    with pytest.raises(HubError, match="'dora/more' is gated"):
+        Bank(collection)
+
+
+def test_a_file_that_no_expert_has_is_not_fetched(hub, tmp_path, monkeypatch):
+    hub.add("alice/sums", files(tmp_path, "sums"))
+    monkeypatch.setattr(remote, "LARGEST", 5)
+    with pytest.raises(ExpertError, match=r"of the hub's 'alice/sums' has .* GB, as no expert has.* -> .*hf download"):
+        Expert.load("alice/sums")
+    assert not [path for _, path, _ in hub.requests if "/resolve/" in path]
+
+
+def test_a_bank_stays_what_it_was_and_a_new_one_is_what_the_collection_is_now(hub, collection, tmp_path):
+    old = Bank(collection)
+    hub.repos["alice/sums"].commit(files(tmp_path, "sums", domain="later"))
+    hub.add("carol/more", files(tmp_path, "more"))
+    hub.collect(collection, "alice/sums", "carol/more")
+    old.refresh()
+    assert old.names() == ["reading", "sums"]
+    assert old["sums"].meta["domain"] == "arithmetic"
+    new = Bank(collection)
+    assert new.names() == ["more", "sums"]
+    assert new["sums"].meta["domain"] == "later"
+
+
+def test_a_bank_of_models_by_name(hub, collection, monkeypatch):
+    bank = Bank.from_hub(["bob/reading-v2", "alice/sums", "bob/reading-v2"])
+    assert bank.names() == ["reading", "sums"]
+    with pytest.raises(OutputError, match="bob/reading-v2, alice/sums is on the hub"):
+        bank.add(made("new"))
+    monkeypatch.setenv("SIGMIX_OFFLINE", "1")
+    assert Bank.from_hub(["alice/sums", "bob/reading-v2"]).names() == ["reading", "sums"]
+    monkeypatch.delenv("SIGMIX_OFFLINE")
+    with pytest.raises(ExpertError, match="'org/base' is no expert"):
+        Bank.from_hub(["alice/sums", "org/base"])
+    with pytest.raises(ConfigError, match="no repositories"):
+        Bank.from_hub([])
+
+
+@pytest.mark.parametrize("away", ["offline", "no network", "status 500"])
+def test_without_the_hub_a_collection_is_what_it_was_last(hub, collection, monkeypatch, away):
+    Bank(collection)
+    if away == "offline":
+        monkeypatch.setenv("SIGMIX_OFFLINE", "1")
+    elif away == "no network":
+        hub.close()
+    else:
+        hub.fail(".", 500)
+    assert Bank(collection)["sums"] == made("sums")
+    with pytest.raises(HubError, match="is not in the cache, and"):
+        Bank(collection[:-1] + "0")
+
+
+def test_collections_that_cannot_be_a_bank(hub, collection, tmp_path):
+    hub.add("carol/sums", files(tmp_path, "sums", domain="other"))
+    hub.collect(SLUG, "alice/sums", "carol/sums")
+    with pytest.raises(ExpertError, match="two experts of .* called 'sums': alice/sums and carol/sums -> .*from_hub"):
+        Bank(SLUG)
+    hub.collect(SLUG, "org/base")
+    with pytest.raises(ExpertError, match="holds no experts -> .*hf collections add-item"):
+        Bank(SLUG)
+    with pytest.raises(HubError, match="no public collection"):
+        Bank(SLUG[:-1] + "0")
+    hub.add("dora/sums", files(tmp_path)).gated = True
+    hub.collect(SLUG, "dora/sums")
+    with pytest.raises(HubError, match=f"'dora/sums' is gated.*accept them at {hub.url}/dora/sums"):
+        Bank(SLUG)
+    with pytest.raises(ConfigError, match="is no collection's slug"):
+        Bank.from_hub("skills")
+
+
+def test_a_bank_notes_where_its_experts_are_from(hub, collection):
+    bank = Bank(collection)
+    noted = json.loads((bank.folder / ".sigmix-hub.json").read_text())
+    assert noted["source"] == collection
+    assert noted["experts"]["reading"]["repo"] == "bob/reading-v2"

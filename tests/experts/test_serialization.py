@@ -1,0 +1,225 @@
+"""Every way in which an expert's directory can be wrong has its own message."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers_experts import adapted, made
+from helpers_tiny import build_tiny
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from sigmix.errors import ExpertError, FingerprintError
+from sigmix.experts.expert import Expert
+from sigmix.experts.serialization import dump
+
+pytestmark = pytest.mark.usefixtures("cache")
+PATH = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{PATH}.svf_z.weight"
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path):
+    return made(tiny_llama).save(tmp_path / "bank" / "arithmetic")
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """As PEFT saves it, without a checksum."""
+    adapted(build_tiny()).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def edit_z(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit_json(file, **changes):
+    value = json.loads(file.read_text())
+    for key, change in changes.items():
+        value.pop(key) if change is None else value.update({key: change})
+    file.write_text(json.dumps(value))
+
+
+def refused(folder, match, base=None):
+    with pytest.raises(ExpertError, match=match) as caught:
+        Expert.load(folder, base=base)
+    assert caught.value.remedy
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value) or base is not None
+
+
+def test_no_such_folder(folder):
+    missing = folder.with_name("aritmetic")
+    refused(missing, "there is no expert at .*aritmetic with adapter_config.json .*has arithmetic")
+    refused(missing / "a", "no folder .*aritmetic either")
+
+
+def test_a_file_is_no_folder(folder):
+    refused(folder / "README.md", "is a file, but an expert is a folder")
+
+
+def test_missing_files(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    refused(folder, r"adapter_model\.safetensors is missing; it holds README\.md, adapter_config\.json, sigmix\.json")
+    (folder / "adapter_config.json").unlink()
+    refused(folder, r"adapter_config\.json is missing; it holds README\.md, sigmix\.json")
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"adapter_config\.json is missing; it is empty")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1000])
+def test_truncated_weights(folder, keep):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(folder, "truncated or damaged")
+
+
+def test_edited_weights(folder):
+    def change(tensors):
+        tensors[KEY][3] += 1e-3
+
+    edit_z(folder, change)
+    refused(folder, r"changed after it was saved: its checksum is not the one in sigmix\.json")
+
+
+def test_one_flipped_bit(folder):
+    file = folder / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-50] ^= 1
+    file.write_bytes(data)
+    refused(folder, "checksum")
+
+
+def test_pickles_are_refused_and_not_opened(plain):
+    (plain / "adapter_model.safetensors").unlink()
+    (plain / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
+    refused(plain, r"adapter_model\.bin but no adapter_model\.safetensors; pickled weights are refused")
+
+
+def test_a_pickle_beside_safetensors_is_ignored(plain):
+    (plain / "training_args.bin").write_bytes(b"junk")
+    assert Expert.load(plain).z
+
+
+@pytest.mark.parametrize(
+    "value,says",
+    [
+        (float("nan"), "1 NaN or infinite"),
+        (float("-inf"), "1 NaN or infinite"),
+        (-0.5, r"negative in 1 .*lowest -0\.5"),
+    ],
+)
+def test_values_that_no_expert_can_have(plain, value, says):
+    def change(tensors):
+        tensors[KEY][3] = value
+
+    edit_z(plain, change)
+    refused(plain, f"adapter_model.safetensors: z of {PATH} .*{says}")
+
+
+def test_integers_are_refused_and_half_precision_is_converted(plain):
+    edit_z(plain, lambda tensors: tensors.update({KEY: tensors[KEY].half()}))
+    assert Expert.load(plain).z[PATH].dtype == torch.float32
+    edit_z(plain, lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int32)}))
+    refused(plain, "must be a vector of floats, not .*int32")
+
+
+def test_a_wrong_length(folder, plain):
+    edit_z(folder, lambda tensors: tensors.update({KEY: torch.ones(63)}))
+    refused(folder, f"z of {PATH} has 63 components, but a matrix of 64×64 has 64")
+    edit_z(plain, lambda tensors: tensors.update({KEY: torch.ones(63)}))
+    refused(plain, f"z of {PATH} has 63 components, but the matrix is 64×64", base=build_tiny())
+
+
+def test_a_matrix_that_the_base_lacks(plain):
+    edit_z(plain, lambda tensors: tensors.update({KEY.replace("q_proj", "qq_proj"): tensors.pop(KEY)}))
+    refused(plain, r"unknown matrix 'model\.layers\.0\.self_attn\.qq_proj'; nearest: .*q_proj", base=build_tiny())
+
+
+def test_a_matrix_that_sigmix_json_lacks(folder):
+    edit_z(folder, lambda tensors: tensors.pop(KEY))
+    refused(folder, f"z and 'matrices' name different matrices, 1 in all, such as {PATH}")
+
+
+def test_other_tensors_than_z(plain):
+    edit_z(plain, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
+    refused(plain, r"holds base_model\.model\.lm_head\.weight, which is no z")
+
+
+def test_another_kind_of_adapter(tmp_path):
+    get_peft_model(build_tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    refused(tmp_path / "lora", "holds a LORA adapter, not SVF")
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "sigmix.json"])
+def test_invalid_json_names_file_and_place(folder, file):
+    (folder / file).write_text('{\n  "peft_type": "SVF",\n  "name" 3\n}')
+    refused(folder, rf"{file} is not valid JSON: .* at line 3, column 10")
+    (folder / file).write_text("[]")
+    refused(folder, f"{file} must hold a JSON object, not list")
+    (folder / file).write_bytes(b"\xff\xfe{}")
+    refused(folder, f"{file} cannot be read")
+
+
+def test_schema_versions(folder):
+    file = folder / "sigmix.json"
+    edit_json(file, schema=2)
+    refused(folder, r"has schema 2, but this version of sigmix reads up to 1 -> .*upgrade")
+    for bad in (None, "1", 0, True):
+        edit_json(file, schema=bad)
+        refused(folder, "no valid 'schema' number")
+
+
+@pytest.mark.parametrize("key", ["name", "z_sha256"])
+def test_keys_that_must_be_there(folder, key):
+    edit_json(folder / "sigmix.json", **{key: None})
+    refused(folder, f"lacks '{key}'")
+
+
+def test_a_name_that_leads_elsewhere(folder):
+    edit_json(folder / "sigmix.json", name="../../etc")
+    with pytest.raises(ExpertError, match="is no name for an expert"):
+        Expert.load(folder)
+
+
+def test_a_damaged_sketch(folder):
+    value = json.loads((folder / "sigmix.json").read_text())
+    value["sketches"][PATH]["values"] = [1.0]
+    edit_json(folder / "sigmix.json", sketches=value["sketches"])
+    refused(folder, f"sketch of {PATH}: a sketch has a norm and 8 finite numbers")
+
+
+def test_a_false_sketch_is_found_on_the_base(folder):
+    value = json.loads((folder / "sigmix.json").read_text())
+    value["sketches"][PATH]["values"][0] += value["sketches"][PATH]["norm"]
+    edit_json(folder / "sigmix.json", sketches=value["sketches"])
+    with pytest.raises(ExpertError, match=f"singular vectors of {PATH}"):
+        Expert.load(folder, base=build_tiny())
+
+
+def test_another_base(folder):
+    with pytest.raises(FingerprintError, match="'arithmetic' was made on"):
+        Expert.load(folder, base=build_tiny(seed=1))
+
+
+def test_unknown_keys_of_the_same_schema_are_kept(folder, tmp_path):
+    edit_json(folder / "sigmix.json", colour="blue")
+    expert = Expert.load(folder)
+    assert expert.meta["colour"] == "blue"
+    assert Expert.load(expert.save(tmp_path / "again")) == expert
+
+
+def test_dumped_numbers_stand_on_one_line_and_text_stays_as_it_is():
+    value = {"a": [1, -2.5e-07], "b": "[\n 1,\n 2\n]", "c": [[1, 2], [3]], "d": ["x"], "e": []}
+    text = dump(value)
+    assert json.loads(text) == value
+    assert '"a": [1, -2.5e-07]' in text

@@ -1,0 +1,174 @@
+"""GGUF adapters: what is in the file, and, where llama-cpp-python is installed, what llama.cpp computes with it."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from helpers_engine import expert
+from helpers_export import base_folder, delta, experts, ids
+from helpers_gguf import gguf_permute, write_gguf
+from helpers_tiny import build_tiny
+
+from sigmix.engine import Engine
+from sigmix.errors import ConfigError, OutputError, SigmixError, UnknownNameError
+from sigmix.experts.mix import Mix
+from sigmix.export import gguf as gguf_lora
+from sigmix.export import verify as llamacpp
+from sigmix.export.gguf import export_gguf
+from sigmix.export.low_rank import LowRank
+from sigmix.export.source import Source
+from sigmix.export.verify import LlamaCpp, Ours, compared, hold, verify_gguf
+from sigmix.models.loading import load_base
+
+MIX = Mix.parse("math:0.7+word:0.5")
+needs_llama_cpp = pytest.mark.skipif(not llamacpp.installed(), reason="llama-cpp-python is not installed")
+
+
+def fields(path):
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}, {one.name: one for one in reader.tensors}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "phi3"])
+def test_the_file_holds_the_change_in_llama_cpps_layout(tmp_path, cache, arch):
+    folder = base_folder(tmp_path / "base", arch)
+    low = LowRank.of(Source(folder), MIX, experts(arch))
+    figures = export_gguf(low, tmp_path / "x.gguf")
+    meta, tensors = fields(tmp_path / "x.gguf")
+    assert meta["general.type"] == "adapter"
+    assert meta["adapter.type"] == "lora"
+    assert meta["adapter.lora.alpha"] == 0
+    assert meta["general.architecture"] == arch == figures["architecture"]
+    assert meta["sigmix.mix"] == MIX.id
+    assert len(tensors) == 2 * len(low.paths)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], 2)
+    heads = {"q_proj": 4, "k_proj": 2} if arch == "llama" else {}
+    for path in low.paths:
+        name = table.get_name(path)
+        a, b = (torch.from_numpy(tensors[f"{name}.weight.{side}"].data.copy()) for side in ("lora_a", "lora_b"))
+        change = delta(low.source, low, path).float()
+        if path.rsplit(".", 1)[-1] in heads:
+            change = gguf_permute(change, heads[path.rsplit(".", 1)[-1]])
+        torch.testing.assert_close(b @ a, change, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_rank_and_refusals(tmp_path, cache):
+    folder = base_folder(tmp_path / "base")
+    low = LowRank.of(Source(folder), MIX, experts())
+    low.choose(rank=8)
+    export_gguf(low, tmp_path / "x.gguf", "f16")
+    _, tensors = fields(tmp_path / "x.gguf")
+    assert all(one.data.dtype == np.float16 and 8 in one.shape for one in tensors.values())
+    with pytest.raises(OutputError, match="exists already"):
+        export_gguf(low, tmp_path / "x.gguf")
+    with pytest.raises(UnknownNameError, match="number type"):
+        export_gguf(low, tmp_path / "y.gguf", "q4")
+    low.source.config.model_type = "mamba"
+    with pytest.raises(ConfigError, match="'mamba'"):
+        export_gguf(low, tmp_path / "y.gguf")
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["x.gguf"]
+
+
+def test_a_matrix_that_llama_cpp_does_not_have(tmp_path, cache, monkeypatch):
+    folder = base_folder(tmp_path / "base")
+    low = LowRank.of(Source(folder), MIX, experts())
+    low.ranks["model.layers.0.self_attn.rotary"] = 3
+    with pytest.raises(ConfigError, match=r"no tensor for model\.layers\.0\.self_attn\.rotary"):
+        export_gguf(low, tmp_path / "x.gguf")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def both(request, tmp_path_factory):
+    """(base as a GGUF file, experts on it, one adapter file each); tests leave them as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        tmp_path = tmp_path_factory.mktemp(request.param)
+        patch.setenv("SIGMIX_CACHE", str(tmp_path / "cache"))
+        yield _both(request.param, tmp_path)
+
+
+def _both(arch, tmp_path):
+    # bfloat16 values, so that the converted base is the file's
+    model = build_tiny(arch, vocab_size=260).bfloat16().float()
+    base = write_gguf(tmp_path / "base.gguf", model, arch)
+    bank = {name: expert(load_base(base, "float32")[0], name, seed) for seed, name in enumerate(("math", "word"))}
+    files = {}
+    for name in bank:
+        low = LowRank.of(Source(base), Mix.one(name), bank)
+        files[name] = tmp_path / f"{name}.gguf"
+        export_gguf(low, files[name])
+    return base, bank, files
+
+
+@needs_llama_cpp
+def test_adapters_mixed_per_request_are_our_mix(both, tmp_path):
+    base, bank, files = both
+    engine = Engine(*load_base(base, "float32"), bank)
+    row = [1, *(3 + token for token in ids(10))]
+    ours = {
+        mix: engine.logits(torch.tensor([row]), mix=mix)[0]
+        for mix in ("base", "math", "word", "math:0.7+word:0.5", "math:-0.5+word:1.5")
+    }
+    with LlamaCpp(base, 32, threads=1) as llama:
+        for mix, expected in ours.items():  # one context, other scales for every request
+            llama.apply({files[name]: alpha for name, alpha in Mix.parse(mix).weights.items()})
+            torch.testing.assert_close(llama.logits(row), expected, rtol=0, atol=0.02)
+    assert compared([ours["math"]], [ours["base"]])["max"] > 1
+    assert compared([ours["math"]], [ours["math:0.7+word:0.5"]])["max"] > 0.5
+
+
+@needs_llama_cpp
+def test_one_file_of_a_mix_is_verified_as_well_as_the_base(both, tmp_path):
+    base, bank, files = both
+    source = Source(base)
+    export_gguf(LowRank.of(source, MIX, bank), tmp_path / "mix.gguf")
+    ours = Ours(source, MIX, bank, wide=True)
+    whole = verify_gguf({tmp_path / "mix.gguf": 1.0}, base, ours)
+    apart = verify_gguf({files["math"]: 0.7, files["word"]: 0.5}, base, ours)
+    for found in (whole, apart):
+        assert found["kl"] < 1e-4
+        assert found["base"]["kl"] < 1e-4
+        assert found["effect_kl"] > 0.05
+    assert verify_gguf({files["math"]: 0.7}, base, ours)["kl"] > 0.01
+    with pytest.raises(SigmixError, match="cannot load the adapter"):
+        verify_gguf({base: 1.0}, base, ours)
+    with pytest.raises(SigmixError, match="cannot load"):
+        verify_gguf({files["math"]: 1.0}, files["word"], ours)
+
+
+@needs_llama_cpp
+def test_rows_in_the_wrong_order_and_a_foreign_base_are_errors(both, tmp_path, monkeypatch):
+    base, bank, files = both
+    source = Source(base)
+    ours = Ours(source, Mix.one("math"), bank, wide=True)
+    hold(verify_gguf({files["math"]: 1.0}, base, ours), exact=True)
+    found = verify_gguf({files["math"]: 1.0, files["word"]: 1.0}, base, ours)
+    with pytest.raises(SigmixError, match=r"in llama\.cpp the export differs.*is --gguf the file"):
+        hold(found, exact=True)
+    model_type = source.config.model_type
+    other = write_gguf(tmp_path / "other.gguf", build_tiny(model_type, seed=9, vocab_size=260), model_type)
+    with pytest.raises(SigmixError, match="the base alone differs .* nothing can be seen"):
+        hold(verify_gguf({files["math"]: 1.0}, other, ours), exact=True)
+    if model_type == "llama":
+        monkeypatch.setattr(gguf_lora, "PERMUTED", ())
+        export_gguf(LowRank.of(source, Mix.one("math"), bank), tmp_path / "unordered.gguf")
+        with pytest.raises(SigmixError, match="differs from our engine"):
+            hold(verify_gguf({tmp_path / "unordered.gguf": 1.0}, base, ours), exact=True)
+
+
+@needs_llama_cpp
+def test_greedy_is_the_argmax_of_its_own_logits(both):
+    base, _, files = both
+    row = [1, 5, 9, 30]
+    with LlamaCpp(base, 32, threads=1) as llama:
+        llama.apply({files["math"]: 1.0})
+        made = llama.greedy(row, 4)
+        logits = llama.logits([*row, *made])
+    assert made == logits[len(row) - 1 : -1].argmax(-1).tolist()
+
+
+def test_without_llama_cpp_it_is_said(both, monkeypatch):
+    monkeypatch.setattr(llamacpp, "installed", lambda: False)
+    with pytest.raises(ConfigError, match="not installed"):
+        LlamaCpp(both[0], 32)

@@ -1,0 +1,70 @@
+"""Slow oracles: every row alone, without a cache, with dense weights."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from peft import get_peft_model
+from transformers.pytorch_utils import Conv1D
+
+from sigmix.experts.expert import Expert
+from sigmix.svf.config import SVFConfig
+from sigmix.svf.tuner import svf_layers
+
+# float32, two layers, logits of size 10: batched and single matmuls round differently by a few 1e-6
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def rows(lengths, shared: int = 0, seed: int = 0) -> list[list[int]]:
+    """Random token ids of these lengths, the first `shared` of them common, the next ones different."""
+    draw = random.Random(seed)
+    prefix = [draw.randrange(4, 99) for _ in range(shared)]
+    # the first own token is the row's number, so that the common prefix is `shared` and no longer
+    return [
+        prefix + [4 + i, *(draw.randrange(4, 99) for _ in range(n - shared - 1))][: n - shared]
+        for i, n in enumerate(lengths)
+    ]
+
+
+def alone(model, ids) -> torch.Tensor:
+    """Logits [T, V] of one row: no batch, no padding, no cache."""
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+def greedy(model, ids, steps: int, ends=()) -> tuple[list[int], list[float]]:
+    """Greedy answer to one row and its log-probabilities, the whole sequence again for every token."""
+    ids, answer, logprobs = list(ids), [], []
+    with torch.no_grad():
+        for _ in range(steps):
+            scores = alone(model, ids)[-1].log_softmax(-1)
+            token = int(scores.argmax())
+            answer.append(token)
+            logprobs.append(float(scores[token]))
+            ids.append(token)
+            if token in ends:
+                break
+    return answer, logprobs
+
+
+def expert(model, name: str, seed: int, width: float = 0.6, targets="all-linear") -> Expert:
+    """An expert with random z around 1, made on `model`, which is wrapped by this."""
+    wrapped = get_peft_model(model, SVFConfig(target_modules=targets))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in svf_layers(wrapped).values():
+            layer.svf_z["default"].weight += width * (torch.rand(layer.r, generator=draw) - 0.5)
+    return Expert.from_model(wrapped, name=name)
+
+
+@torch.no_grad()
+def dense(model, z):
+    """`model` with W'(z) = U diag(s⊙z) Vᵀ written into its weights, computed in float64 by LAPACK's SVD."""
+    modules = dict(model.named_modules())
+    for path, factors in z.items():
+        layer = modules[path]
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        made = (u * (s * factors.double())) @ vt
+        layer.weight.copy_((made.T if isinstance(layer, Conv1D) else made).to(layer.weight.dtype))
+    return model

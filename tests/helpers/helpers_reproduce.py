@@ -1,0 +1,48 @@
+"""Stores with made-up items, and labs on tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from reproduction.lab import Lab
+from reproduction.names import run_name
+from reproduction.scale import SCALES, Scale
+from reproduction.store import Store
+from sigmix.evals.accuracy import Item, Result
+from sigmix.tasks.base import Sample
+
+
+def samples(n: int = 10) -> list[Sample]:
+    return [Sample.make(f"question {i}?", str(i)) for i in range(n)]
+
+
+def result(task: str, right: list[bool]) -> Result:
+    items = [
+        Item(s.id, s.prompt, s.gold, f"reply {mark}", s.gold if mark else None, float(mark), "")
+        for s, mark in zip(samples(len(right)), right, strict=True)
+    ]
+    return Result(task, items)
+
+
+def put(store: Store, task: str, who: str, right: list[bool], **facts) -> None:
+    """A cell with these marks."""
+    store.write_items(task, samples(len(right)), {"best_constant": {"reply": "3", "accuracy": 0.1}})
+    store.write(result(task, right), who, {"n": len(right), **facts})
+
+
+def swept(store: Store, scale: Scale, kind: str, found: dict[float, tuple[float, float]], **changes) -> None:
+    """Records of a sweep: {learning rate: (validation accuracy, KL)}."""
+    for lr, (accuracy, kl) in found.items():
+        record = {
+            "kind": kind, "task": scale.sweep, "seed": scale.seeds[0], "lr": lr, "after": [], "outcome": "done",
+            "best": {"accuracy": accuracy, "step": 2}, "parameters": 5, "seconds": 1.0, "config": {"kl_weight": 0.1},
+            "history": [{"kind": "step", "step": 1, "kl": kl}, {"kind": "step", "step": 2, "kl": 99.0}], **changes,
+        }  # fmt: skip
+        name = run_name(record["kind"], lr, record["task"], record["seed"], record["after"])
+        store.write_run(name, {"name": name, **record})
+
+
+def lab(tmp_path, base: str | None = None, **changes) -> Lab:
+    """A lab of the smoke scale."""
+    scale = replace(SCALES["smoke"], **({"base": base} if base else {}), **changes)
+    return Lab(scale, Store(tmp_path / "out"), tmp_path / "work", say=lambda line: None)

@@ -1,0 +1,354 @@
+"""The evaluation harness on tiny models: its own `hf` model on dense weights is the oracle, request by request."""
+
+from __future__ import annotations
+
+import json
+from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers_engine import dense, expert
+from helpers_tiny import build_tiny, build_tokenizer
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from sigmix import Bank, Engine, Mix, load_base
+from sigmix.adapt import Probe, ProbeDispatch
+from sigmix.adapt.base import labels
+from sigmix.engine.scoring import hidden
+from sigmix.errors import ConfigError, ContextError, UnknownNameError
+from sigmix.experts.fingerprint import fingerprint
+from sigmix.integrations.lm_eval import SigmixLM
+
+pytest_plugins = ["helpers_cli"]
+# float32, two layers: batched, padded and single matmuls round differently by a few 1e-6 a token
+TOLERANCE = {"rel": 1e-4, "abs": 1e-3}
+MIX = "one:.7+two:.3"
+WORDS = ["sun", "a dog", "Where is it", "8 + 5", "green tea", "no", "left or right", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """base, bank (experts of the float32 base, with a probe whose weights are random), tasks: folders."""
+    folder = tmp_path_factory.mktemp("harness")
+    made = SimpleNamespace(base=folder / "tiny", bank=folder / "bank", tasks=folder / "tasks", cache=folder / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGMIX_CACHE", str(made.cache))
+        build_tiny().save_pretrained(made.base)
+        build_tokenizer().save_pretrained(made.base)
+        bank = Bank(made.bank, create=True)
+        for seed, name in enumerate(("one", "two"), 1):
+            meta = {"domain": name, "description": f"kind {name}"}
+            bank.add(expert(load_base(made.base, "float32", "cpu")[0], name, seed, width=1.2).with_meta(**meta))
+        # every label is the neighbourhood of one request
+        engine = Engine(*load_base(made.base, "float32", "cpu"))
+        weight = hidden(engine, [f"{WORDS[place]}?" for place in (0, 3, 6)], [1])[:, 0]
+        names = tuple(label.name for label in labels(bank))
+        probe = Probe(names, 1, weight, -weight.square().sum(1) / 2, 0.1, 0.0, fingerprint(engine.model))
+        probe.save(made.bank / "probe.safetensors")
+    made.tasks.mkdir()
+    choices = [["yes", "no", f"{word[:3]}s"] for word in WORDS]
+    rows = [{"question": word, "choices": choices[i], "gold": i % 3} for i, word in enumerate(WORDS)]
+    file = made.tasks / "items.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
+    (made.tasks / "choice.yaml").write_text(
+        f'task: tiny_choice\n{common}output_type: multiple_choice\ndoc_to_text: "{{{{question}}}}?"\n'
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n'
+    )
+    (made.tasks / "reply.yaml").write_text(
+        f'task: tiny_reply\n{common}output_type: generate_until\ndoc_to_text: "{{{{question}}}}: "\n'
+        'doc_to_target: "{{choices[0]}}"\ngeneration_kwargs:\n  until: ["e", "qz"]\n  max_gen_toks: 12\n'
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    (made.tasks / "text.yaml").write_text(
+        f'task: tiny_text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ""\n'
+        'doc_to_target: "{{question}}."\nmetric_list:\n  - metric: word_perplexity\n'
+    )
+    return made
+
+
+@pytest.fixture(autouse=True)
+def only_our_tasks(monkeypatch):
+    """The harness reads the files of its thousands of tasks for every run, seven seconds of it; ours are enough."""
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+
+
+@pytest.fixture
+def harness(run, place, monkeypatch):
+    """``harness("--mix", …)`` -> what `run` gives; tasks, base and bank are given."""
+
+    def call(*words, tasks="tiny_choice", model=""):
+        monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+        given = ("--include_path", place.tasks, "--base", place.base, "--bank", place.bank, "--tasks", tasks)
+        return run("lm-eval", *given, "--model_args", f"dtype=float32{model}", *words)
+
+    return call
+
+
+def logged(folder: Path, task: str) -> list[dict]:
+    (file,) = folder.rglob(f"samples_{task}_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return sorted(rows, key=lambda row: row["doc_id"])
+
+
+def oracle(place, mix: Mix) -> HFLM:
+    """The harness's own model on a mix's dense weights.
+
+    Without its cache of logits, which (0.4.13) answers "ab"+"c" by the logits after "a" if "a"+"bc" is asked for too.
+    """
+    engine = Engine(*load_base(place.base, "float32", "cpu"), bank=Bank(place.bank))
+    return HFLM(dense(build_tiny(), engine.z(mix)), tokenizer=build_tokenizer(), batch_size=1, logits_cache=False)
+
+
+def instances(kind, *arguments):
+    return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
+
+
+def check(place, folder: Path, mixes: dict[str, list[Mix]]) -> None:
+    """Every logged response is what the oracle says under the mix that its request is due."""
+    known = {mix: oracle(place, mix) for mix in {mix for each in mixes.values() for mix in each}}
+    for task, each in mixes.items():
+        rows = logged(folder, task)
+        assert len(rows) == len(WORDS)
+        for row, mix in zip(rows, each, strict=True):
+            asked = [list(one.values()) for one in row["arguments"].values()]
+            if task == "tiny_choice":
+                expected = known[mix].loglikelihood(instances("loglikelihood", *map(tuple, asked)), True)
+                for (told,), (logprob, greedy) in zip(row["resps"], expected, strict=True):
+                    assert float(told[0]) == pytest.approx(logprob, **TOLERANCE)
+                    assert str(told[1]) == str(greedy)
+                assert row["acc"] == float(max(range(3), key=lambda i: expected[i][0]) == row["doc"]["gold"])
+            elif task == "tiny_reply":
+                (expected,) = known[mix].generate_until(instances("generate_until", tuple(asked[0])), True)
+                assert row["resps"] == [[expected]]
+            else:
+                text = instances("loglikelihood_rolling", tuple(asked[0]))
+                (expected,) = known[mix].loglikelihood_rolling(text, True)
+                assert float(row["resps"][0][0]) == pytest.approx(expected, **TOLERANCE)
+
+
+ALL = "tiny_choice,tiny_reply,tiny_text"
+
+
+@pytest.mark.parametrize("mix", ["base", MIX])
+def test_every_kind_of_request_equals_the_harnesss_own_model(mix, harness, place, tmp_path):
+    done = harness("--mix", mix, "--log_samples", "--output_path", tmp_path, "--json", tasks=ALL)
+    parsed = Mix.parse(mix)
+    check(place, tmp_path, dict.fromkeys(ALL.split(","), [parsed] * len(WORDS)))
+    config = done.json["config"]["sigmix"]
+    assert config["mixes"] == {parsed.id: 3 * len(WORDS) + 2 * len(WORDS)}
+    assert done.json["config"]["model_num_parameters"] == build_tiny().num_parameters()
+    assert config["truncated"] == 3 + 1  # the last word's choices and reply; a text is read in windows
+    accuracy = sum(row["acc"] for row in logged(tmp_path, "tiny_choice")) / len(WORDS)
+    assert done.json["results"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy)
+    replies = [row["resps"][0][0] for row in logged(tmp_path, "tiny_reply")]
+    assert len({len(reply) for reply in replies}) > 1, "some stop, some run out"
+
+
+def test_a_strategy_gives_every_request_its_own_mix(harness, place, tmp_path):
+    file = tmp_path / "decisions.jsonl"
+    words = ("--strategy", "D", "--log_samples", "--output_path", tmp_path / "out", "--json", "--batch_size", 5)
+    done = harness(*words, tasks=ALL, model=f",decisions={file}")
+    engine = Engine(*load_base(place.base, "float32", "cpu"), bank=Bank(place.bank))
+    decide = ProbeDispatch(engine).decide
+    asked = {"tiny_choice": [f"{word}?" for word in WORDS], "tiny_reply": [f"{word}: " for word in WORDS]}
+    asked["tiny_text"] = [f"{word}."[:128] for word in WORDS]  # of half the context's length
+    mixes = {task: [one.mix for one in decide(texts)] for task, texts in asked.items()}
+    assert len({mix for each in mixes.values() for mix in each}) == 3, "the probe says one, two and other"
+    check(place, tmp_path / "out", mixes)
+
+    told = done.json["config"]["sigmix"]
+    assert told["strategy"] == "D (probe)"
+    assert told["contexts"] == 3 * len(WORDS)
+    count = {}
+    for task, each in mixes.items():
+        for mix in each:
+            count[mix.id] = count.get(mix.id, 0) + (3 if task == "tiny_choice" else 1)
+    assert told["mixes"] == count
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line["request"]: line["mix"] for line in lines} == {
+        text: mix.id for task, texts in asked.items() for text, mix in zip(texts, mixes[task], strict=True)
+    }
+    assert all(line["reason"] for line in lines)
+
+
+def test_with_the_chat_template_the_last_user_turn_is_decided_on(harness, tmp_path):
+    file = tmp_path / "decisions.jsonl"
+    done = harness(
+        "--mix", "auto", "--apply_chat_template", "--limit", 3, "--system_instruction", "Be brief.",
+        model=f",decisions={file}",
+    )  # fmt: skip
+    assert done.code == 0
+    assert [json.loads(line)["request"] for line in file.read_text().splitlines()] == [f"{w}?" for w in WORDS[:3]]
+    assert "3 decided by D (probe): " in done.out
+    assert "tiny_choice" in done.out
+
+
+def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
+    def line(*words, **options):
+        done = harness(*words, **options)
+        assert done.code == 2, done.err
+        assert len(done.err) == 1
+        return done.err[0]
+
+    assert "nearest: one" in line("--mix", "on")
+    assert "strategy and decisions go with mix=auto" in line("--mix", "one", "--strategy", "A")
+    assert "unknown strategy 'E'" in line("--strategy", "E")
+    assert "unknown model argument 'colour'" in line(model=",colour=red")
+    assert "Tasks not found: no_such_task" in line(tasks="no_such_task")
+    assert "unrecognized arguments: --nonsense" in line("--nonsense")
+    assert "the model is sigmix here, not 'hf'" in line("--model", "hf")
+    assert "batch_size must be auto or a number" in line("--batch_size", "0")
+    assert "this command runs tasks only" in run("lm-eval", "ls", "tasks").err[0]
+    assert "no --tasks" in run("lm-eval", "--mix", "base").err[0]
+
+
+def test_a_yaml_file_keeps_what_it_says(run, place, tmp_path, monkeypatch):
+    """Place and batch size of the file are used; model arguments of the file and of the command line come together."""
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    made = []
+    real = SigmixLM.__init__
+    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: made.append(given) or real(self, **given))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"tasks: [tiny_choice]\ninclude_path: {place.tasks}\nlimit: 2\noutput_path: {tmp_path / 'kept'}\n"
+        "log_samples: true\nbatch_size: 3\nmodel_args: {dtype: bfloat16, max_length: 200}\n"
+    )
+    done = run("lm-eval", "-C", file, "--base", place.base, "--bank", place.bank, "--mix", "one", "--json",
+               "--model_args", "dtype=float32")  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(logged(tmp_path / "kept", "tiny_choice")) == 2
+    (results,) = (tmp_path / "kept").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"] == done.json["results"]
+    wanted = {"batch_size": 3, "dtype": "float32", "max_length": 200, "mix": "one"}
+    assert {name: made[0][name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("content, words, message", [
+    ("model: hf\ntasks: tiny_choice\n", (), "the model is sigmix here, not 'hf'"),
+    ("limit: 2\n", (), "no --tasks"),
+    ("tasks: tiny_choice\nlog_samples: true\n", (), "--log_samples needs a place"),
+    ("tasks: tiny_choice\n", ("--pred",), "--predict_only needs a place"),
+    ("tasks: tiny_choice\n", ("-s",), "--log_samples needs a place"),
+    ("- tasks\n", (), "YAML root must be a mapping"),
+    ("tasks: [\n", (), "Invalid YAML"),
+    (None, (), "Config file not found"),
+])  # fmt: skip
+def test_what_a_yaml_file_cannot_say(content, words, message, refused, tmp_path):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert message in refused("lm-eval", "--config", file, *words, silent=False)
+
+
+def test_options_in_every_form_that_the_harness_reads(run, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    made = []
+    real = SigmixLM.__init__
+    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: made.append(given) or real(self, **given))
+    done = run("lm-eval", "-ttiny_choice", "-b8", "--output", tmp_path, "--incl", place.tasks, "-L2", "-sMsigmix",
+               "--base", place.base, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert made[0]["batch_size"] == "8"
+    assert len(logged(tmp_path, "tiny_choice")) == 2
+
+
+def test_a_base_without_a_chat_template_is_refused_before_the_requests(refused, place, tmp_path, monkeypatch):
+    build_tiny().save_pretrained(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(SigmixLM, "_score", lambda *_: pytest.fail("requests were run"))
+    words = ("--tasks", "tiny_choice", "--include_path", place.tasks, "--base", tmp_path, "--limit", 1)
+    assert "has no chat template -> leave --apply_chat_template out" in refused(
+        "lm-eval", *words, "--apply_chat_template", silent=False
+    )
+
+
+def test_a_quantised_base_in_its_own_and_the_original_basis(run, refused, place, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    words = ("lm-eval", "--tasks", "tiny_choice", "--include_path", place.tasks, "--base", place.base, "--limit", 1,
+             "--bank", place.bank, "--mix", "one", "--json")  # fmt: skip
+    own = refused(*words, "--model_args", "dtype=float32", "--quantization", "int8", silent=False)
+    assert "--basis original" in own
+    done = run(*words, "--model_args", "dtype=float32,quantization=int8", "--basis", "original")
+    assert done.code == 0, done.err
+    told = done.json["config"]["sigmix"]
+    assert told["mixes"] == {"one": 3}
+    assert told["fingerprint"] != fingerprint(load_base(place.base, "float32", "cpu")[0])
+    assert "--basis original is for a quantised base" in refused(*words, "--basis", "original", silent=False)
+
+
+def test_an_expert_of_another_base_is_refused(run, home, place):
+    done = run("lm-eval", "--tasks", "tiny_choice", "--include_path", place.tasks, "--base", home.other,
+               "--bank", place.bank, "--mix", "one")  # fmt: skip
+    assert done.code == 2
+    assert "was made on" in done.err[-1]
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGMIX_CACHE", str(place.cache))
+        return SigmixLM(str(place.base), MIX, bank=str(place.bank), dtype="float32", device="cpu")
+
+
+def test_requests_without_context_and_rows_that_share_an_input(model, place):
+    own = oracle(place, Mix.parse(MIX))
+    asked = [("", "abc"), ("ab", "c"), ("ab", "d"), ("a", "bc"), ("ab ", "c"), ("ab", "cde")]
+    expected = own.loglikelihood(instances("loglikelihood", *asked), True)
+    for told, right in zip(model.loglikelihood(instances("loglikelihood", *asked), True), expected, strict=True):
+        assert told[0] == pytest.approx(right[0], **TOLERANCE)
+        assert told[1] == right[1]
+
+
+def test_sampling_follows_the_seed_and_repeats_differ(model):
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
+    asked = instances("generate_until", *[("say", options)] * 4)
+    torch.manual_seed(5)
+    first = model.generate_until(asked, True)
+    torch.manual_seed(5)
+    assert model.generate_until(asked, True) == first
+    assert len(set(first)) > 1
+    torch.manual_seed(6)
+    assert model.generate_until(asked, True) != first
+
+
+def test_a_special_token_as_a_stop_string(model):
+    (free,) = model.generate_until(instances("generate_until", ("say", {"until": [], "max_gen_toks": 8})), True)
+    token = model.engine.generate([model.tok_encode("say")], MIX, max_new_tokens=8)[0].ids[2]
+    before = model.tokenizer.convert_ids_to_tokens(token)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": [before]})
+    (cut,) = model.generate_until(instances("generate_until", ("say", {"until": [before], "max_gen_toks": 8})), True)
+    assert len(cut) <= 2 < len(free)
+
+
+def test_what_generation_cannot_do(model):
+    def ask(**options):
+        return model.generate_until(instances("generate_until", ("say", options)), True)
+
+    with pytest.raises(ConfigError, match="num_beams=4 is not supported -> supported are until"):
+        ask(num_beams=4)
+    with pytest.raises(ContextError, match="leave no room in the context of 256"):
+        ask(max_gen_toks=256)
+    assert ask(num_beams=1, do_sample=False, temperature=0.7, top_k=50, max_gen_toks=2)
+    with pytest.raises(ContextError, match="300 tokens, more than the context of 256"):
+        model.loglikelihood(instances("loglikelihood", ("a", "b" * 300)), True)
+    with pytest.raises(UnknownNameError, match="nearest: bank"):
+        SigmixLM(banks="x")
+
+
+def test_the_harness_finds_the_model_by_its_name_and_by_the_entry_point():
+    from importlib.metadata import EntryPoint
+
+    from lm_eval.api.registry import get_model
+
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (name, value), = project["entry-points"]["lm_eval.models"].items()
+    assert EntryPoint(name, value, "lm_eval.models").load() is get_model("sigmix") is SigmixLM

@@ -1,0 +1,132 @@
+"""Bases from the hub, which is replaced by a stand-in: what each of its refusals says."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from unittest.mock import Mock
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from sigmix.cli._planning import read_config
+from sigmix.errors import BaseModelError
+from sigmix.models import hub
+from sigmix.models.loading import load_base
+
+pytest_plugins = ["helpers_hub"]
+
+
+@pytest.fixture
+def fake_hub(request):
+    return request.getfixturevalue("hub")  # whose name is the module's here
+
+
+def hub_answers(monkeypatch, error):
+    def answer(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+
+
+def refused(kind, status):
+    # a stand-in: the class of real responses depends on the version of huggingface_hub
+    return kind("refused", response=Mock(status_code=status, headers={}))
+
+
+def test_a_gated_model_says_where_to_accept_and_how_to_log_in(monkeypatch):
+    hub_answers(monkeypatch, refused(hub_errors.GatedRepoError, 403))
+    with pytest.raises(BaseModelError, match="gated.*https://huggingface.co/org/model, then run: hf auth login"):
+        load_base("org/model")
+
+
+def test_a_model_that_the_hub_does_not_have(monkeypatch, model_folder):
+    hub_answers(monkeypatch, refused(hub_errors.RepositoryNotFoundError, 404))
+    monkeypatch.chdir(model_folder.parent)
+    with pytest.raises(BaseModelError, match="no public hub model 'tiny-lama'; nearest: tiny-llama"):
+        load_base("tiny-lama")
+    with pytest.raises(BaseModelError, match="did you mean 'smollm2-135m'"):
+        load_base("smollm-135m")
+
+
+def test_a_revision_that_the_hub_does_not_have(monkeypatch):
+    hub_answers(monkeypatch, refused(hub_errors.RevisionNotFoundError, 404))
+    with pytest.raises(BaseModelError, match="no revision 'v9'"):
+        load_base("org/model", revision="v9")
+
+
+def test_no_network_is_named(monkeypatch):
+    hub_answers(monkeypatch, hub_errors.LocalEntryNotFoundError("no connection"))
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    with pytest.raises(BaseModelError, match="cannot reach the hub for 'org/model'.*check the network"):
+        load_base("org/model")
+
+
+def test_offline_mode_asks_the_network_for_nothing(monkeypatch, tmp_path):
+    asked = {}
+
+    def answer(*_, **options):
+        asked.update(options)
+        raise hub_errors.LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setenv("SIGMIX_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    with pytest.raises(BaseModelError, match="offline mode is set.*unset SIGMIX_OFFLINE"):
+        load_base("org/model")
+    assert asked["local_files_only"] is True
+
+
+def test_a_full_disk_under_the_hubs_cache_is_named(monkeypatch):
+    hub_answers(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(BaseModelError, match="the disk is full.*HF_HOME"):
+        load_base("org/model")
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    hub_answers(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(BaseModelError, match="cannot be written to the hub's cache .*Permission denied.*HF_HOME"):
+        load_base("org/model")
+
+
+def test_a_hub_model_loads_from_its_snapshot(monkeypatch, model_folder):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
+    model, _ = load_base("org/model")
+    assert model.sigmix_base == {"name": "org/model", "source": str(model_folder), "kind": "hub"}
+
+
+def test_only_what_transformers_loads_is_fetched(fake_hub):
+    weights = {f"model-0000{n}-of-00002.safetensors": b"w" for n in (1, 2)}
+    wanted = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": b"{}", **weights}
+    wanted |= {"tokenizer.model": b"t", "preprocessor_config.json": b"{}", "chat_template.jinja": b"c"}
+    again = {"consolidated.safetensors": b"w", "consolidated-00001-of-00002.safetensors": b"w", "model.fp16.bin": b"w"}
+    folders = {"original/model.safetensors": b"w", "onnx/config.json": b"", "a/model-00001-of-00002.safetensors": b"w"}
+    fake_hub.add("org/mistral", {**wanted, **again, **folders})
+    fake_hub.add("org/small", {"config.json": b"{}", "model.safetensors": b"w"})
+    fake_hub.add("org/other", {"config.json": b"{}", "model.safetensors-00001-of-00002.safetensors": b"w"})
+    folder = hub.hub_folder("org/mistral", None)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(wanted)
+    assert (hub.hub_folder("org/small", None) / "model.safetensors").is_file()
+    assert (hub.hub_folder("org/other", None) / "model.safetensors-00001-of-00002.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, hub_errors.HFValidationError])
+def test_an_error_that_has_the_token_in_it_is_shown_without(monkeypatch, kind):
+    token = "hf_aTokenThatNobodyMaySee"
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub_answers(monkeypatch, kind(f"a proxy said: Bearer {token}"))
+    with pytest.raises(BaseModelError) as caught:
+        load_base("org/model")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert token not in shown
+    assert "Bearer <token>" in shown
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock(side_effect=kind(f"Bearer {token}")))
+    with pytest.raises(BaseModelError, match="<token>") as caught:
+        read_config("org/model")
+    assert token not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_error_of_no_ones_making_is_left_as_it_is(monkeypatch):
+    hub_answers(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        load_base("org/model")

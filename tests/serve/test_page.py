@@ -1,0 +1,282 @@
+"""The playground in a real browser: Chromium, driven by Playwright.
+
+Skipped where there is no Chromium; ``CHROMIUM`` names one that is not on the path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+
+import pytest
+from helpers_engine import expert
+from helpers_serve import NAMES, bank, live
+from helpers_tiny import build_tiny, build_tokenizer
+
+from sigmix.engine import Engine
+from sigmix.engine.continuous_batching import Running
+
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.usefixtures("cache"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium"),
+]
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    with live(tmp_path, expert_folders=[tmp_path / "experts"], policy="A") as made:
+        made.folder = tmp_path / "experts"
+        made.folder.mkdir()
+        yield made
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, loaded; nothing but the server may be asked, and no error may be in its console."""
+    context = browser.new_context()
+    found = context.new_page()
+    elsewhere, errors = [], []
+    found.on("request", lambda request: None if request.url.startswith(server.url) else elsewhere.append(request.url))
+    found.on("pageerror", lambda error: errors.append(str(error)))
+    found.set_default_timeout(20_000)
+    found.goto(server.url)
+    ready(found)
+    yield found
+    context.close()
+    assert elsewhere == []
+    assert errors == []
+
+
+@pytest.fixture
+def alone():
+    return Engine(build_tiny(), build_tokenizer(), bank())
+
+
+# the page allows no scripts but its own files, so waiting is done from outside, by what can be seen
+def ready(page) -> None:
+    expect(page.locator("#status")).to_contain_text("ready", timeout=20_000)
+
+
+def idle(page) -> None:
+    expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=20_000)
+
+
+def ask(page, question: str) -> None:
+    page.get_by_label("Your message").fill(question)
+    page.get_by_label("Your message").press("Enter")
+    idle(page)
+
+
+def replies(page) -> list[str]:
+    return page.locator("#log li:last-child .answer span").all_text_contents()
+
+
+def shares(page) -> dict[str, float]:
+    bars = page.locator("#bars .bar")
+    return {
+        bars.nth(i).get_attribute("data-expert"): float(bars.nth(i).get_attribute("data-alpha"))
+        for i in range(bars.count())
+    }
+
+
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """A tiny model has answered before a click arrives, or before a browser looks."""
+    step = Running.step
+
+    def slow(running):
+        time.sleep(0.05)
+        return step(running)
+
+    monkeypatch.setattr(Running, "step", slow)
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_type_stream_and_see_the_mix(page, alone):
+    page.get_by_label("Answer with").select_option("math")
+    page.evaluate("""() => {
+        window.grew = [];
+        new MutationObserver(() => {
+            const cell = document.querySelector("#log li:last-child .answer span");
+            if (cell) window.grew.push(cell.textContent);
+        }).observe(document.getElementById("log"), { subtree: true, childList: true, characterData: true });
+    }""")
+    page.get_by_label("Longest answer").fill("24")
+    ask(page, "one two three")
+    (whole,) = alone.generate(["one two three"], "math", max_new_tokens=24)
+    assert replies(page) == [whole.text]
+    grew = page.evaluate("window.grew")
+    assert len({text for text in grew if text}) > 3  # it came piece by piece
+    assert all(whole.text.startswith(text) for text in grew)
+    assert shares(page) == {"math": 1.0, "code": 0.0, "word": 0.0}
+    assert page.locator("#reason").text_content().startswith("math: ")
+    # the conversation goes on
+    ask(page, "four")
+    turns = [
+        {"role": "user", "content": "one two three"}, {"role": "assistant", "content": whole.text},
+        {"role": "user", "content": "four"},
+    ]  # fmt: skip
+    ids = alone.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True)
+    ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    assert replies(page) == [alone.generate([ids], "math", max_new_tokens=24)[0].text]
+
+
+def test_auto_says_why(page):
+    ask(page, "one two")
+    assert re.match(r"(math|code|word|base): .{10,}", page.locator("#reason").text_content())
+    assert set(shares(page)) == set(NAMES)
+
+
+def test_sliders_mix_by_hand(page, alone):
+    slider = page.get_by_label("math", exact=True)
+    slider.focus()
+    for _ in range(10):
+        slider.press("ArrowRight")
+    page.get_by_label("code", exact=True).press("End")
+    assert page.locator("#by-hand").text_content() == "math:0.5+code:1.5"
+    assert page.get_by_label("Answer with").input_value() == "by hand"
+    page.get_by_label("beside the base").check()
+    page.get_by_label("Longest answer").fill("8")
+    ask(page, "one two")
+    wanted = [alone.generate(["one two"], mix, max_new_tokens=8)[0].text for mix in ("base", "math:0.5+code:1.5")]
+    assert replies(page) == wanted
+    assert shares(page) == {"math": 0.5, "code": 1.5, "word": 0.0}
+    page.get_by_label("Save it as").fill("mine")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_label("Answer with")).to_have_value("mine", timeout=20_000)
+    ask(page, "one two")
+    assert replies(page)[-1] == alone.generate(["one two"], "math:0.5+code:1.5", max_new_tokens=8)[0].text
+
+
+def test_load_and_unload_an_expert(page, server):
+    expert(build_tiny(), "fresh", 9).save(server.folder / "fresh")
+    page.get_by_label("Load an expert from").fill("fresh")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.locator("#bank strong", has_text="fresh").wait_for()
+    assert "fresh" in page.locator("#model option").all_text_contents()
+    assert page.get_by_label("fresh", exact=True).count() == 1
+    page.get_by_role("button", name="Unload fresh").click()
+    page.locator("#bank strong", has_text="fresh").wait_for(state="detached")
+
+
+def test_errors_are_shown_well(page, server):
+    alert = page.get_by_role("alert")
+    page.get_by_label("Load an expert from").fill("../etc")
+    page.get_by_role("button", name="Load", exact=True).click()
+    alert.wait_for()
+    assert "must not go up" in alert.text_content()
+    ask(page, "x " * 400)
+    assert "context" in alert.text_content()
+    ask(page, "one")
+    assert not alert.is_visible()
+    assert replies(page)[0]
+    server.service.batcher.close(0)
+    ask(page, "one")
+    assert "going down" in alert.text_content()
+
+
+def test_layers_of_a_saved_mix(page, server):
+    server.call("POST", "/v1/mixes", {"name": "layered", "mix": {"weights": {"math": [1.0, 0.25]}}})
+    page.reload()
+    page.get_by_role("button", name="α by layer").click()
+    picture = page.get_by_role("img", name=re.compile("math"))
+    assert picture.get_attribute("aria-label") == "math: 1.00, 0.25"
+    assert picture.locator("i").count() == 2
+
+
+def test_feedback(page):
+    page.get_by_label("Answer with").select_option("math")
+    ask(page, "one")
+    page.get_by_role("button", name="Yes").click()
+    expect(page.locator("#feedback-done")).to_contain_text("Noted", timeout=20_000)
+    page.get_by_role("button", name="No", exact=True).click()
+    page.get_by_role("alert").wait_for()
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_stop(page, server):
+    page.get_by_label("Longest answer").fill("200")
+    page.get_by_label("Your message").fill("one")
+    page.get_by_label("Your message").press("Enter")
+    page.locator("#bars .bar").first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    idle(page)
+    assert page.locator("#error").is_hidden()
+    page.get_by_text("(stopped)").wait_for()
+    page.wait_for_timeout(300)
+    assert not server.service.batcher.jobs
+
+
+def test_a_key_is_asked_for(browser, tmp_path):
+    from sigmix.serve.auth import add_key
+
+    key = add_key(tmp_path / "state" / "keys.json", "me")
+    with live(tmp_path) as server:
+        found = browser.new_page()
+        found.goto(server.url)
+        found.get_by_role("alert").wait_for()
+        assert "API key" in found.get_by_role("alert").text_content()
+        found.get_by_label("API key").fill(key)
+        found.get_by_label("API key").press("Enter")
+        ready(found)
+        assert not found.get_by_role("alert").is_visible()
+        found.close()
+
+
+NAMELESS = """() => [...document.querySelectorAll("input, button, select, textarea, meter, [role=img], ol, section")]
+    .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.getAttribute("aria-labelledby")
+                     || (e.tagName === "BUTTON" && e.textContent.trim())))
+    .map((e) => e.outerHTML)"""
+CONTRAST = """() => {
+    const lum = (text) => { const c = text.match(/[\\d.]+/g).slice(0, 3).map(Number).map((v) => v / 255)
+        .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
+    const back = (e) => { for (let x = e; x; x = x.parentElement) { const b = getComputedStyle(x).backgroundColor;
+        if (!b.includes("rgba(0, 0, 0, 0)") && b !== "transparent") return b; } return "rgb(255, 255, 255)"; };
+    return [...document.querySelectorAll("h1, h2, p, label, button, span, code, strong, option, h3")]
+        .filter((e) => e.textContent.trim() && e.offsetParent && !e.disabled)
+        .map((e) => { const a = lum(getComputedStyle(e).color), b = lum(back(e));
+            return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 80)]; })
+        .filter(([ratio]) => ratio < 4.5);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_names_contrast_and_keyboard(browser, server, scheme):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    page.goto(server.url)
+    ready(page)
+    ask(page, "one")
+    assert page.evaluate(NAMELESS) == []
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing to scroll sideways for
+    # with the keyboard alone: every control can be reached, and the one in focus can be seen
+    page.evaluate("document.activeElement.blur()")
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):  # round once
+            continue
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        outlined = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outlined != "none"
+    assert {"question", "model", "compare", "tokens", "send", "new", "alpha-math", "mix-name", "path", "key"} <= reached
+    context.close()

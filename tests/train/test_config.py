@@ -1,0 +1,134 @@
+"""Configuration, schedule and the order of prompts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers_train import Letter
+
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.tasks.base import Score
+from sigmix.train.config import PRESETS, TrainConfig, make_config
+from sigmix.train.objectives import learning_rate
+from sigmix.train.rollout import PromptStream, _reward, row_seed
+
+BAD = [
+    ("objective", "ppo"), ("policy", "full"), ("baseline", "median"), ("kl", "k1"), ("parameterisation", "log"),
+    ("schedule", "linear"), ("steps", 0), ("batch", 0), ("group", 0), ("eval_every", 0), ("eval_n", 0), ("micro", 0),
+    ("lr", 0.0), ("lr", float("nan")), ("clip", 0.0), ("clip", -1.0), ("kl_limit", 0.0), ("kl_weight", -0.1),
+    ("kl_weight", float("nan")), ("temperature", -1.0), ("temperature", float("nan")), ("patience", -1),
+    ("form_reward", -0.1), ("form_reward", 1.0), ("group", 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_bad_values_are_named(name, value):
+    with pytest.raises(ConfigError, match=name):
+        TrainConfig("letter", **{name: value})
+
+
+def test_leave_one_out_needs_another():
+    with pytest.raises(ConfigError, match="at least 2"):
+        TrainConfig("letter", batch=1, group=1)
+    assert TrainConfig("letter", batch=1, group=1, baseline="none").batch == 1
+
+
+def test_frozen():
+    with pytest.raises(AttributeError):
+        TrainConfig("letter").steps = 3
+
+
+def test_unknown_options_and_presets():
+    with pytest.raises(UnknownNameError, match="'learning_rate'"):
+        make_config(task="letter", learning_rate=1)
+    with pytest.raises(UnknownNameError, match="'papers'; nearest: paper"):
+        make_config("papers", task="letter")
+
+
+def test_none_is_not_given():
+    assert make_config(task="letter", lr=None, steps=None) == TrainConfig("letter")
+    assert make_config("paper", task="letter", clip=None, steps=3).clip == 1e-3
+    assert make_config("paper", task="letter", clip=None, steps=3).steps == 3
+    assert make_config("paper", task="letter", patience=0).patience == 0
+
+
+def test_the_papers_values():
+    # arXiv 2501.06252, Table 6 (hyper-parameters) and section 3.2
+    made = make_config("paper", task="letter")
+    assert (made.lr, made.batch, made.clip) == (2e-3, 256, 1e-3)
+    assert made.kl_weight in (0.0, 0.1, 0.2, 0.3)
+    assert (made.schedule, made.objective, made.policy) == ("cosine", "reinforce", "svf")
+    assert (made.baseline, made.group, made.form_reward) == ("none", 1, 0.0)  # Eq. 1 has r alone, ±1
+    assert made.kl == "exact"
+    assert made.patience > 0  # early stopping
+    assert made.preset == "paper"
+    assert set(PRESETS) == {"laptop", "paper"}
+
+
+def test_difference_names_fields_across_json():
+    mine = make_config(task="letter", layers=[0, 1])
+    stored = json.loads(json.dumps(mine.to_dict()))
+    assert mine.difference(stored) == []
+    assert mine.difference({**stored, "lr": 1.0, "seed": 5}) == ["lr", "seed"]
+    del stored["kl_limit"]  # a run of before there was such an option
+    assert mine.difference({**stored, "gone": 1}) == ["gone", "kl_limit"]
+
+
+def test_cosine_goes_from_lr_to_zero():
+    made = make_config(task="letter", steps=10, lr=0.2)
+    rates = [learning_rate(made, step) for step in range(11)]
+    assert rates[0] == 0.2
+    assert rates[5] == pytest.approx(0.1)
+    assert rates[10] == pytest.approx(0.0, abs=1e-12)
+    assert rates == sorted(set(rates), reverse=True)
+    constant = make_config(task="letter", steps=10, lr=0.2, schedule="constant")
+    assert {learning_rate(constant, step) for step in range(10)} == {0.2}
+
+
+# ------------------------------------------------------------------ prompts
+
+
+def test_stream_visits_every_sample_once_an_epoch():
+    samples = Letter().samples("train", 10)
+    stream = PromptStream(samples, 4, seed=3)
+    ids = [sample.id for step in range(5) for sample in stream.step(step)]  # 20 places: two epochs, ragged steps
+    for epoch in (ids[:10], ids[10:]):
+        assert sorted(epoch) == sorted(sample.id for sample in samples)
+    assert ids[:10] != ids[10:]
+
+
+def test_stream_is_a_function_of_seed_and_step():
+    samples = Letter().samples("train", 10)
+    stream = PromptStream(samples, 4, seed=3)
+    forward = [[s.id for s in stream.step(step)] for step in range(6)]
+    again = PromptStream(samples, 4, seed=3)
+    assert [[s.id for s in again.step(step)] for step in (5, 0, 3)] == [forward[5], forward[0], forward[3]]
+    assert [s.id for s in PromptStream(samples, 4, seed=4).step(0)] != forward[0]
+
+
+def test_stream_of_fewer_samples_than_a_step_needs():
+    samples = Letter().samples("train", 3)
+    counts = [s.id for s in PromptStream(samples, 7, seed=0).step(0)]
+    assert sorted(counts.count(s.id) for s in samples) == [2, 2, 3]
+
+
+def test_row_seeds_differ_everywhere():
+    seeds = {row_seed(seed, step, row) for seed in range(4) for step in range(10) for row in range(64)}
+    assert len(seeds) == 4 * 10 * 64
+    assert row_seed(0, 1, 2) == row_seed(0, 1, 2)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("score", "reward"),
+    [
+        (Score(1.0, "w"), 1.0),
+        (Score(0.0, None), -1.0),
+        (Score(0.0, "x"), -0.6),
+        (Score(0.5, "x"), 0.0),
+    ],
+)
+def test_rewards(score, reward):
+    assert _reward(score, 0.4) == pytest.approx(reward)
+    assert _reward(score, 0.0) == 2 * score.value - 1

@@ -1,0 +1,297 @@
+"""A run: validation chooses, trouble is diagnosed, the folder is guarded, and a tiny model learns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers_train import Letter, config, trainer
+
+from sigmix.errors import ConfigError, ContextError, DivergedError, OutputError
+from sigmix.experts.expert import Expert
+from sigmix.experts.fingerprint import fingerprint
+from sigmix.tasks.base import Sample, Score
+from sigmix.train.checkpointing import RunDir
+from sigmix.train.trainer import curve
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def entries(run, kind):
+    return [entry for entry in run.run.history() if entry["kind"] == kind]
+
+
+class Scripted(Letter):
+    """Validation accuracies follow a script, whatever is replied; training is as ever."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.asked = script, 0
+
+    def score(self, sample, reply):
+        if not sample.prompt.startswith("validation"):
+            return super().score(sample, reply)
+        place, item = divmod(self.asked, 10)
+        self.asked += 1
+        return Score.of(item < self.script[place], reply)
+
+
+# ------------------------------------------------------------------ the course of a run
+
+
+def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
+    heard = []
+    run = trainer(tiny(), tiny_tokenizer, tmp_path / "run", heard.append)
+    expert = run.fit()
+    history = run.run.history()
+    assert history == heard
+    assert [(e["kind"], e["step"]) for e in history] == [
+        ("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("validation", 4),
+        ("step", 4), ("step", 5), ("validation", 6),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "run/config.json").read_text()) == config(dtype="float32").to_dict()
+    assert (tmp_path / "run/curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best", "checkpoint", "config.json", "curve.png", "lock", "metrics.jsonl",
+    ]  # fmt: skip
+    seconds = [entry["seconds"] for entry in history]
+    assert seconds == sorted(seconds)
+    meta = expert.meta
+    assert (expert.name, meta["task"], meta["domain"], meta["seed"]) == ("letter", "letter", "format", 0)
+    assert meta["training"]["step"] == run.best["step"]
+    assert meta["metrics"][0]["value"] == run.best["accuracy"]
+    assert meta["metrics"][0]["n"] == 16
+    expert.check(tiny())
+    assert fingerprint(run.policy.model, fresh=True) == fingerprint(tiny())
+
+
+def test_the_best_by_validation_is_returned_not_the_last(tiny, tiny_tokenizer, tmp_path):
+    kept = {}
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([3, 5, 8, 8]), eval_n=10)
+    run.listener = lambda entry: kept.update({run.step: run.policy.z()} if entry["kind"] == "validation" else {})
+    expert = run.fit()
+    assert run.best == {"accuracy": 0.8, "step": 4}  # of equal ones the earlier
+    assert [entry["best"] for entry in entries(run, "validation")] == [True, True, True, False]
+    assert all(torch.equal(expert.z[path], z) for path, z in kept[4].items())
+    assert any(not torch.equal(expert.z[path], z) for path, z in kept[6].items())
+    assert expert.meta["metrics"][0]["value"] == 0.8
+
+
+class Graded(Scripted):
+    """As `Scripted`, with pairs: how many of ten replies get full marks, and how many half of them."""
+
+    def score(self, sample, reply):
+        if not sample.prompt.startswith("validation"):
+            return super().score(sample, reply)
+        place, item = divmod(self.asked, 10)
+        self.asked += 1
+        full, half = self.script[place]
+        return Score(1.0 if item < full else 0.5 if item < full + half else 0.0, reply)
+
+
+def test_where_replies_are_right_in_part_the_mean_score_chooses(tiny, tiny_tokenizer, tmp_path):
+    task = Graded([(3, 0), (2, 6), (3, 4), (4, 1)])
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=task, eval_n=10)
+    expert = run.fit()
+    # more score with fewer full marks; then as much score with more full marks; then full marks alone
+    assert [entry["best"] for entry in entries(run, "validation")] == [True, True, True, False]
+    assert run.best == {"accuracy": 0.3, "mean_score": 0.5, "step": 4}
+    assert (expert.meta["metrics"][0]["value"], expert.meta["metrics"][0]["mean_score"]) == (0.3, 0.5)
+
+
+def test_a_base_that_nothing_beats_is_the_expert(tiny, tiny_tokenizer, tmp_path):
+    expert = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([9, 1, 1, 1]), eval_n=10).fit()
+    assert all(torch.equal(z, torch.ones_like(z)) for z in expert.z.values())
+
+
+def test_patience_stops(tiny, tiny_tokenizer, tmp_path):
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([3, 5, 4, 5, 9, 9]), eval_n=10, patience=2, steps=10)
+    run.fit()
+    assert run.step == 6
+    assert [entry["accuracy"] for entry in entries(run, "validation")] == [0.3, 0.5, 0.4, 0.5]
+
+
+def test_test_items_are_not_touched(tiny, tiny_tokenizer, tmp_path):
+    class Watched(Letter):
+        def samples(self, split, n=None, seed=0):
+            assert split != "test"
+            return super().samples(split, n, seed)
+
+    trainer(tiny(), tiny_tokenizer, tmp_path, task=Watched(), steps=2).fit()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"policy": "lora", "lr": 0.01}, {"objective": "sft", "group": 1, "batch": 16},
+     {"parameterisation": "reference", "lr": 0.3}],
+)  # fmt: skip
+def test_a_tiny_model_learns(tiny, tiny_tokenizer, tmp_path, options):
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, steps=30, eval_every=10, batch=options.pop("batch", 64),
+                  kl_weight=0.01, kl_limit=20.0, **options)  # fmt: skip
+    run.fit()
+    accuracy = [entry["accuracy"] for entry in entries(run, "validation")]
+    assert accuracy[0] <= 0.2
+    assert run.best["accuracy"] >= 0.8
+    if run.config.objective == "reinforce":
+        right = [entry["right"] for entry in entries(run, "step")]
+        assert sum(right[:3]) / 3 < 0.15
+        assert sum(right[-3:]) / 3 > 0.7
+
+
+# ------------------------------------------------------------------ trouble
+
+
+class Poisoned(Letter):
+    """From a given number of training scores on, right and wrong are infinite."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def score(self, sample, reply):
+        if sample.prompt.startswith("train"):
+            self.left -= 1
+            if self.left < 0:
+                return Score(float("inf"), reply)
+        return super().score(sample, reply)
+
+
+def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_path):
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Poisoned(3 * 32), baseline="mean")
+    with pytest.raises(DivergedError, match=r"step 3: loss nan.*diverged.*best -> lower --lr"):
+        run.fit()
+    best = Expert.load(tmp_path / "best", base=tiny())
+    assert best.meta["training"]["step"] in (0, 2)
+    assert all(bool(z.isfinite().all()) for z in run.policy.z().values())  # the bad step was not taken
+    with RunDir(tmp_path).locked():  # the folder is free again
+        pass
+
+
+def test_kl_limit(tiny, tiny_tokenizer, tmp_path):
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, lr=0.5, kl_limit=0.05, form_reward=0.5, steps=20)
+    with pytest.raises(DivergedError, match=r"nats per token from the base \(limit 0.05\): the policy collapsed"):
+        run.fit()
+    assert entries(run, "step")[-1]["kl"] > 0.05
+    assert all(entry["kl"] <= 0.05 for entry in entries(run, "step")[:-1])
+    assert Expert.load(run.run.best).name == "letter"
+
+
+def test_a_constant_answer_is_diagnosed(tiny, tiny_tokenizer, tmp_path):
+    # greedy answers to one prompt are all alike, and the letter is one that never comes
+    options = {"temperature": 0.0, "train_n": 1, "steps": 20, "lr": 1e-4}
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Letter("\n"), **options)
+    with pytest.raises(DivergedError, match=r"step 4: for 5 steps .* collapsed to a constant"):
+        run.fit()
+    assert len(entries(run, "step")) == 5
+
+
+def test_a_constant_answer_that_is_right_is_fine(tiny, tiny_tokenizer, tmp_path):
+    class Anything(Letter):
+        def score(self, sample, reply):
+            return Score.of(True, reply)
+
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Anything(), temperature=0.0, train_n=1, steps=8, lr=1e-4)
+    run.fit()
+    assert run.step == 8
+
+
+def test_a_prompt_over_the_context(tiny, tiny_tokenizer, tmp_path):
+    class Long(Letter):
+        def samples(self, split, n=None, seed=0):
+            return [Sample.make(f"{split} " + "x" * 300, "w")]
+
+    with pytest.raises(ContextError, match="sample .* of letter has"):
+        trainer(tiny(), tiny_tokenizer, tmp_path, task=Long()).fit()
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def test_a_configuration_for_another_dtype_is_refused(tiny, tiny_tokenizer, tmp_path):
+    assert trainer(tiny(), tiny_tokenizer, tmp_path).config.dtype == "float32"
+    with pytest.raises(ConfigError, match="says dtype bfloat16, but the base is in float32"):
+        trainer(tiny(), tiny_tokenizer, tmp_path, dtype="bfloat16")
+
+
+def test_a_used_folder_is_refused_without_resume(tiny, tiny_tokenizer, tmp_path):
+    trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(OutputError, match=r"holds a run already -> add --resume"):
+        trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+HOLD = """
+import sys
+from sigmix.train.checkpointing import RunDir
+with RunDir(sys.argv[1]).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_cannot_write_one_folder(tiny, tiny_tokenizer, tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match="another training run is writing to"):
+            trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+        assert not (tmp_path / "config.json").exists()
+    finally:
+        other.communicate()
+    trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"), RunDir(tmp_path / "file" / "run").locked():
+        pass
+
+
+def test_resume_of_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="there is no run in"):
+        RunDir(tmp_path).begin(config(), resume=True)
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoint/state.json"])
+def test_resume_of_a_damaged_run(tmp_path, file):
+    run = RunDir(tmp_path)
+    run.begin(config(), resume=False)
+    run.save({"step": 1}, {"parameter.a": torch.ones(1)})
+    (tmp_path / file).write_text("{")
+    with pytest.raises(ConfigError, match=rf"{file} of this run is damaged"):
+        run.begin(config(), resume=True)
+
+
+def test_a_crash_between_the_two_renames_of_a_checkpoint_loses_nothing(tmp_path):
+    run = RunDir(tmp_path)
+    run.begin(config(), resume=False)
+    run.save({"step": 1}, {"parameter.a": torch.ones(1)})
+    run.checkpoint.rename(tmp_path / ".checkpoint.old")  # as `atomic_dir` does first
+    assert run.begin(config(), resume=True) == {"step": 1}
+
+
+def test_metrics_and_checkpoints_come_back(tmp_path):
+    run = RunDir(tmp_path)
+    assert run.history() == []
+    for entry in ({"kind": "step", "step": 0}, {"kind": "validation", "step": 1}, {"kind": "step", "step": 1}):
+        run.log(entry)
+    run.forget_after(1)
+    assert run.history() == [{"kind": "step", "step": 0}, {"kind": "validation", "step": 1}]
+    run.save({"step": 1}, {"parameter.a": torch.arange(3.0)})
+    run.save({"step": 2}, {"parameter.a": torch.arange(4.0)})
+    assert run.tensors()["parameter.a"].tolist() == [0, 1, 2, 3]
+    (run.checkpoint / "state.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="damaged"):
+        run.tensors()
+
+
+def test_a_curve_of_a_run_without_validation(tmp_path):
+    step = {"kind": "step", "step": 0, "right": 0.1, "kl": 0.0, "entropy": 1.0}
+    curve([step], tmp_path / "curve.png", "a run")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
