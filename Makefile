@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all a newcomer needs: each sets itself up in .venv on its first run.
+# Each target sets up .venv on its first run.
 #
 #   PYTHON       the interpreter to start from (3.10 to 3.13)
 #   TORCH_INDEX  where to get torch. Empty: pip's own index. On Linux that is a CUDA build of some gigabytes; for a
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.sigmix-setup
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types bench clean
+.PHONY: help setup demo test test-all test-fast lint types bench docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -36,11 +36,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## see self-adaptation at work on a small model, on the CPU
 	$(BIN)/sigmix demo
 
-test: lint  ## lint, import rules, types and all tests, those with the real model too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: lint  ## lint, import rules, types and the tests that take minutes, with the real model
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: lint  ## the same with the slow tests: training, servers, the page in a browser, fuzzing
+	$(PYTEST) $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that need no real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real" $(TESTS)
+	$(PYTEST) -m "not slow and not real" $(TESTS)
 
 lint: $(STAMP)  ## ruff, the import rules and mypy
 	$(BIN)/ruff check .
@@ -50,8 +55,11 @@ lint: $(STAMP)  ## ruff, the import rules and mypy
 types: $(STAMP)  ## mypy alone
 	$(BIN)/mypy sigmix
 
-bench: $(STAMP)  ## figures against named peers
-	$(BIN)/sigmix bench
+bench: $(STAMP)  ## the list of benchmarks against named peers (python -m benchmarks NAME --json)
+	$(BIN)/python -m benchmarks --list
+
+docs: $(STAMP)  ## API reference from the docstrings, in build/api
+	$(BIN)/python -m pdoc -o build/api sigmix
 
 clean:  ## remove .venv and what tools left behind; the cache of models stays (sigmix cache clear)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

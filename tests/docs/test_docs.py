@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ def ids(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.kind in RUN and not b.why for b in blocks(p))], ids=ids)
 def test_a_page_runs(page, tmp_path, smollm):
@@ -50,11 +50,3 @@ def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in target and not target.startswith("mailto:"):
             assert (page.parent / target).exists(), f"{ids(page)} links to {target}"
-
-
-def test_the_api_page_is_what_the_docstrings_say():
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    written = maker.PAGE.read_text(encoding="utf-8")
-    assert written == maker.page(), "run python docs/make_api.py"
