@@ -26,7 +26,7 @@ def bank_of(lab: Lab, name: str, tasks: Sequence[str], seed: int) -> Bank:
         bank = Bank(folder, create=True)
         for task in tasks:
             if task not in bank:
-                expert = Expert.load(lab.trained("svf-rl", task, seed)[1])
+                expert = Expert.from_pretrained(lab.trained("svf-rl", task, seed)[1])
                 bank.add(replace(expert, name=task))
         return bank
 

@@ -71,7 +71,7 @@ class Ablations:
     @staticmethod
     def _sketches(lab: Lab) -> dict[str, Any]:
         """Largest deviation of an expert's sketches when the basis is computed anew."""
-        expert = Expert.load(lab.trained("svf-rl", lab.scale.tasks[0], lab.scale.seeds[0])[1])
+        expert = Expert.from_pretrained(lab.trained("svf-rl", lab.scale.tasks[0], lab.scale.seeds[0])[1])
         stored = {path: Sketch.from_json(value) for path, value in expert.meta["sketches"].items()}
         before, rows = torch.get_num_threads(), []
         try:

@@ -91,7 +91,7 @@ class Transfer:
             alone = [] if base == "same" else [(task, BASE) for task in tasks]
             if all(lab.store.has(task, who(base, order, task)) for task, order in wanted + alone):
                 continue
-            experts = {task: Expert.load(lab.trained("svf-rl", task, scale.seeds[0])[1]) for task in tasks}
+            experts = {task: Expert.from_pretrained(lab.trained("svf-rl", task, scale.seeds[0])[1]) for task in tasks}
             model, tokenizer = self._base(lab, base)
             turned = {f"{task}-{order}": moved(experts[task], order) for task, order in wanted}
             blend = Blend(model, turned, "svf", cache=base == "same")
@@ -123,7 +123,7 @@ class Transfer:
     @staticmethod
     def _shapes(lab: Lab) -> dict[str, str]:
         """What an expert says on a base whose matrices have other sizes: one component is cut off everywhere."""
-        expert = Expert.load(lab.trained("svf-rl", lab.scale.tasks[0], lab.scale.seeds[0])[1])
+        expert = Expert.from_pretrained(lab.trained("svf-rl", lab.scale.tasks[0], lab.scale.seeds[0])[1])
         smaller = replace(expert, z={path: z[:-1] for path, z in expert.z.items()}, meta={})
         model, _ = lab.base()
         try:

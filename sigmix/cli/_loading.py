@@ -165,7 +165,7 @@ def _decompose(model: Any) -> None:
 
 
 def folder_of(name: str, bank: Path | None) -> Path | str:
-    """What `Expert.load` takes for it: an expert's folder if it is a path, a model on the hub, or a name in the bank.
+    """What `Expert.from_pretrained` takes for it: an expert's folder if it is a path, a model on the hub, or a name in the bank.
 
     Raises:
         UnknownNameError: neither. ExpertError: a folder without an expert.

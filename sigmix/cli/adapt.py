@@ -137,7 +137,7 @@ def _save_expert(search: Any, out: Path, task: str | None, figures: dict[str, An
     }  # fmt: skip
     if task:
         meta["task"] = task
-    Expert(out.name, search.expert.z).with_meta(**meta).sealed(search.engine.model).save(out)
+    Expert(out.name, search.expert.z).with_meta(**meta).sealed(search.engine.model).save_pretrained(out)
     return f"a new expert between {names}"
 
 

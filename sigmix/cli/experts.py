@@ -82,7 +82,7 @@ def shown(name: str = NAME, bank: Path = BANK, top: int = typer.Option(5, min=1,
     from sigmix.experts.expert import Expert
     from sigmix.experts.inspect import show
 
-    found = show(Expert.load(folder_of(name, bank)), top)
+    found = show(Expert.from_pretrained(folder_of(name, bank)), top)
     lines = [f"{found['name']}: {found['description'] or 'no description'}"]
     base = found["base"] or {}
     facts = {
@@ -137,7 +137,7 @@ def verified(
     report = verify(path)
     sealed = False
     if report["ok"] and base is not None:
-        model = base_of(base, [Expert.load(path)], dtype, quantization)
+        model = base_of(base, [Expert.from_pretrained(path)], dtype, quantization)
         with working("comparing with the base"):
             if seal and not report["verified"]:
                 from sigmix.experts.expert import seal as bind
@@ -169,7 +169,7 @@ def compared(
     from sigmix.experts.expert import Expert
     from sigmix.experts.inspect import diff
 
-    left, right = (Expert.load(folder_of(name, bank)) for name in (a, b))
+    left, right = (Expert.from_pretrained(folder_of(name, bank)) for name in (a, b))
     model = None if base is None else base_of(base, [left, right], dtype, quantization)
     with working("comparing"):
         found = diff(left, right, model)
@@ -220,9 +220,9 @@ def push(
     from sigmix.experts.hub import push as pushed
 
     check_repo(repo)
-    expert = Expert.load(folder_of(name, bank))
+    expert = Expert.from_pretrained(folder_of(name, bank))
     with working(f"pushing {name}"):
-        options = {"private": private, "revision": revision, "message": message}
+        options = {"private": private, "revision": revision, "commit_message": message}
         done = pushed(expert.name, expert.z, expert.meta, repo, **options)  # type: ignore[arg-type]
     figures = {"expert": expert.name, "repo": repo, **done._asdict()}
     what = f"at {done.revision[:12]}" if done.changed else "there was nothing to change"
@@ -267,13 +267,13 @@ def carry(
     from sigmix.experts.transfer import carry as carried
 
     check_name(out.name)
-    expert = Expert.load(folder_of(name, bank))
+    expert = Expert.from_pretrained(folder_of(name, bank))
     check_free(out)
     model = base_of(to, [expert], dtype, quantization)
     base = base_of(source, [expert], dtype, quantization) if source is not None else None
     with working("comparing weights"):
         made = carried(expert, model, base=base, force=force, name=out.name)
-    made.save(out)
+    made.save_pretrained(out)
     facts = made.meta["carried_from"]
     figures = {"name": made.name, "path": str(out), "to": made.meta["base"]["name"], "matrices": len(made.z)}
     figures |= {"basis": facts["basis"], "deviation": None if facts["deviation"] is None else dict(facts["deviation"])}

@@ -150,7 +150,7 @@ def _run(
         figures |= measured
 
     def save() -> None:
-        expert.save(out)
+        expert.save_pretrained(out)
         curve(folder.history(), out / CURVE, f"{name}: {task.name}")
 
     processes.from_main(save)

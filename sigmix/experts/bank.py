@@ -132,7 +132,7 @@ class Bank(Mapping[str, Expert]):
         """
         path = self.path(name)
         if name not in self._loaded:
-            expert = Expert.load(path)
+            expert = Expert.from_pretrained(path)
             if self._hub:
                 expert = replace_(expert, origin="{repo}@{revision}".format(**self._hub["experts"][name]))
             self._loaded[name] = expert
@@ -176,7 +176,7 @@ class Bank(Mapping[str, Expert]):
             raise OutputError(
                 f"{self.folder} already has {expert.name!r}", remedy="choose another name, or replace it on purpose"
             )
-        expert.save(path)
+        expert.save_pretrained(path)
         self._paths = dict(sorted({**self._paths, expert.name: path}.items()))
         self._loaded[expert.name] = expert
         return path

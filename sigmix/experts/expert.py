@@ -1,9 +1,9 @@
 """`Expert`: an immutable set of z with its provenance, loaded from, saved to and checked against a base.
 
     expert = Expert.from_model(peft_model, name="arithmetic", meta={"domain": "arithmetic"})
-    expert.save("experts/arithmetic")
-    expert = Expert.load("experts/arithmetic", base=model)      # raises unless it was made on this very base
-    expert.push_to_hub("user/arithmetic");  Expert.load("user/arithmetic")
+    expert.save_pretrained("experts/arithmetic")
+    expert = Expert.from_pretrained("experts/arithmetic", base=model)      # raises unless it was made on this very base
+    expert.push_to_hub("user/arithmetic");  Expert.from_pretrained("user/arithmetic")
 
 What it does not do: apply itself. `sigmix.engine` and PEFT do that.
 """
@@ -62,7 +62,7 @@ class Expert:
     # ------------------------------------------------------------------ making
 
     @classmethod
-    def load(
+    def from_pretrained(
         cls, path: str | os.PathLike[str], base: nn.Module | None = None, *, revision: str | None = None,
         token: str | None = None,
     ) -> Expert:  # fmt: skip
@@ -159,7 +159,7 @@ class Expert:
 
     # ------------------------------------------------------------------ writing and checking
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Write the directory, whole or not at all; equal experts give equal bytes.
 
         Raises:
@@ -170,24 +170,25 @@ class Expert:
         return path
 
     def push_to_hub(
-        self, repo: str, *, token: str | None = None, private: bool = False, revision: str | None = None,
-        message: str | None = None,
+        self, repo_id: str, *, token: str | None = None, private: bool = False, revision: str | None = None,
+        commit_message: str | None = None,
     ) -> str:  # fmt: skip
-        """Commit it to the hub's model ``repo``, "user/name", which is made if need be; returns that page's address.
+        """Commit it to the hub's model ``repo_id``, "user/name", which is made if need be; returns that page's address.
 
         Paths on this machine, such as a base's folder, are cut to their last part (`sigmix.experts.hub`).
 
         Args:
             token: default: whoever is logged in (``hf auth login``, ``HF_TOKEN``). private: if it is made now.
-            revision: a branch, made if need be. message: of the commit.
+            revision: a branch, made if need be. commit_message: of the commit.
 
         Raises:
             ConfigError: no "user/name". OutputError: the model holds other things, or is public against ``private``.
             HubError: the hub refuses or cannot be reached.
         """
         made = push(
-            self.name, self.z, self.meta, repo, token=token, private=private, revision=revision, message=message
-        )
+            self.name, self.z, self.meta, repo_id, token=token, private=private, revision=revision,
+            commit_message=commit_message,
+        )  # fmt: skip
         return made.url
 
     def check(self, base: nn.Module, *, sketches: bool = True, tolerance: float = TOLERANCE) -> None:
@@ -274,7 +275,7 @@ def seal(
         ExpertError: the directory or its fit. FingerprintError: sealed for another base. OutputError: not writable.
     """
     path = Path(path).expanduser()
-    expert = Expert.load(path)
+    expert = Expert.from_pretrained(path)
     if expert.verified:
         expert.check(base)
         return expert

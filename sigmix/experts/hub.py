@@ -317,7 +317,7 @@ class Pushed(NamedTuple):
 
 def push(
     name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo: str, *, token: str | None = None,
-    private: bool = False, revision: str | None = None, message: str | None = None,
+    private: bool = False, revision: str | None = None, commit_message: str | None = None,
 ) -> Pushed:  # fmt: skip
     """Commit an expert to a repository, which is made if it does not exist: all files in one commit or none.
 
@@ -355,7 +355,7 @@ def push(
         if fresh:
             api.create_branch(repo, branch=str(revision), revision=before.sha)
         done = api.create_commit(
-            repo, adding, commit_message=message or f"Expert {name}", revision=revision, parent_commit=before.sha
+            repo, adding, commit_message=commit_message or f"Expert {name}", revision=revision, parent_commit=before.sha
         )
     return Pushed(str(page), done.oid, done.oid != before.sha)
 

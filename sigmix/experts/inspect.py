@@ -76,7 +76,7 @@ def verify(path: str | os.PathLike[str], base: nn.Module | None = None) -> dict[
         "path": str(Path(path)), "ok": False, "name": None, "verified": False, "checked": [], "problems": [],
     }  # fmt: skip
     try:
-        expert = Expert.load(path)
+        expert = Expert.from_pretrained(path)
         report |= {"name": expert.name, "verified": expert.verified, "checked": ["files", "values"]}
         if expert.verified:
             report["checked"].append("checksum")

@@ -9,8 +9,8 @@
     )
 
 `SVFConfig` alone is all that TRL needs; what is here makes its runs comparable with `sigmix train`: the same prompts,
-token for token, the same rewards, and z that `Expert.load` accepts. TRL computes the KL to the base by switching the
-adapter off. Its log-probabilities come from two ways of computing (factored with z, W x without), so in bfloat16 the KL
+token for token, the same rewards, and z that `Expert.from_pretrained` accepts. TRL computes the KL to the base by
+switching the adapter off. Its log-probabilities come from two ways of computing (factored with z, W x without), so in bfloat16 the KL
 of z = 1 is not 0 but of the size of rounding.
 """
 
@@ -119,8 +119,7 @@ def reward_function(task: Task, samples: Sequence[Sample]) -> Reward:
 class KeepZ(TrainerCallback):
     """Keeps z what an expert's must be: float32, and never below 0.
 
-    A step of the optimiser may take a factor below 0, which would turn a component round; `Expert.load` refuses such a
-    file. And TRL turns the trained numbers of a quantised base's adapter to bfloat16, which has no number between 1
+    A negative z flips the sign of its component, and `Expert.from_pretrained` refuses it. And TRL turns the trained numbers of a quantised base's adapter to bfloat16, which has no number between 1
     and 1.0078.
     """
 
@@ -159,7 +158,7 @@ def finish(
         The figures of `sigmix.evals.accuracy.run`, the base first, and ``expert``: its name.
 
     Raises:
-        ExpertError, FingerprintError: see `Expert.load` and `seal`. Others: see `load_base` and `run`.
+        ExpertError, FingerprintError: see `Expert.from_pretrained` and `seal`. Others: see `load_base` and `run`.
     """
     from sigmix.engine import Engine
     from sigmix.evals.accuracy import commit, run
@@ -168,7 +167,7 @@ def finish(
     from sigmix.models.loading import load_base
 
     folder = Path(folder)
-    expert = Expert.load(folder)
+    expert = Expert.from_pretrained(folder)
     model, tokenizer = load_base(base, dtype, quantization=quantization)
     engine = Engine(model, tokenizer, {expert.name: expert})
     figures, _ = run(engine, task, [Mix.one(expert.name)], split=split, n=n, seed=seed)

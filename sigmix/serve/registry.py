@@ -72,7 +72,7 @@ class Catalogue(Mapping[str, Expert]):
                 way = [parent for parent in [path, *path.parents] if parent != root and parent.is_relative_to(root)]
                 if any(part.is_symlink() for part in [*way, *inside]):
                     raise ExpertError(f"the path {given!r} holds a link", remedy="copy the expert's files themselves")
-                return Expert.load(path)
+                return Expert.from_pretrained(path)
         raise ExpertError(
             f"{given!r} is not a folder inside those that this server loads experts from",
             remedy="name a folder inside an allowed one, by its name alone or in full",

@@ -116,7 +116,7 @@ class SVFPolicy:
 
     def start_from(self, folder: Path) -> None:
         """Take the z of a saved expert."""
-        z = Expert.load(folder).z
+        z = Expert.from_pretrained(folder).z
         with torch.no_grad():
             for path, parameter in self.parameters().items():
                 parameter.copy_(z[path])

@@ -132,9 +132,9 @@ class Trainer:
         if not isinstance(self.policy, SVFPolicy):
             return None
         if self.processes.count == 1:
-            return Expert.load(self.run.best)
-        z = self.processes.from_main(lambda: dict(Expert.load(self.run.best).z))
-        return Expert.load(self.run.best) if self.processes.main else Expert(self.name, z)
+            return Expert.from_pretrained(self.run.best)
+        z = self.processes.from_main(lambda: dict(Expert.from_pretrained(self.run.best).z))
+        return Expert.from_pretrained(self.run.best) if self.processes.main else Expert(self.name, z)
 
     def _begin(self, held: contextlib.ExitStack, resume: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         held.enter_context(self.run.locked())
@@ -200,7 +200,7 @@ class Trainer:
 
     def _keep(self, result: Result) -> None:
         if isinstance(self.policy, SVFPolicy):
-            self.expert(result).save(self.run.best)
+            self.expert(result).save_pretrained(self.run.best)
         else:
             self.policy.save(self.run.best)
 

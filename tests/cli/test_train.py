@@ -50,7 +50,7 @@ def test_train_end_to_end(sigmix, tmp_path, model_folder):
     assert figures["best_constant"]["reply"]
     assert "step 2" in err  # progress is on stderr
 
-    expert = Expert.load(tmp_path / "bank/sums", base=load_base(model_folder)[0])
+    expert = Expert.from_pretrained(tmp_path / "bank/sums", base=load_base(model_folder)[0])
     assert expert.verified
     assert expert.meta["seed"] == 3
     assert [metric["name"] for metric in expert.meta["metrics"]] == ["test accuracy", "validation accuracy"]
@@ -86,7 +86,7 @@ def test_a_task_with_marks_in_between_shows_them(sigmix, tmp_path):
     assert code == 0, err
     assert "validation 0.000 (mean score 0.500) at step 0" in out
     assert ", mean score 0.500, base 0.500, p = " in out
-    test, validation = Expert.load(tmp_path / "bank/half").meta["metrics"]
+    test, validation = Expert.from_pretrained(tmp_path / "bank/half").meta["metrics"]
     assert (test["mean_score"], test["base_mean_score"], validation["mean_score"]) == (0.5, 0.5, 0.5)
     assert "base_mean_score" in (tmp_path / "bank/half/README.md").read_text()
 
@@ -94,7 +94,7 @@ def test_a_task_with_marks_in_between_shows_them(sigmix, tmp_path):
 def test_the_same_command_gives_the_same_expert(sigmix, tmp_path):
     for folder in ("one", "two"):
         assert sigmix("--out", f"{folder}/sums", "--run", f"{folder}/run", "--test-n", 0)[0] == 0
-    one, two = (Expert.load(tmp_path / folder / "sums").z for folder in ("one", "two"))
+    one, two = (Expert.from_pretrained(tmp_path / folder / "sums").z for folder in ("one", "two"))
     assert all(torch.equal(one[path], two[path]) for path in one)
 
 
@@ -219,10 +219,10 @@ def test_tensorboard(sigmix, tmp_path):
 
 def test_a_finished_run_resumes_into_its_own_folder(sigmix, tmp_path):
     assert sigmix("--out", "bank/sums")[0] == 0
-    before = Expert.load(tmp_path / "bank/sums")
+    before = Expert.from_pretrained(tmp_path / "bank/sums")
     code, _, err = sigmix("--out", "bank/sums", "--resume")
     assert code == 0, err
-    assert Expert.load(tmp_path / "bank/sums").digest == before.digest
+    assert Expert.from_pretrained(tmp_path / "bank/sums").digest == before.digest
     assert (tmp_path / "bank/sums/curve.png").exists()
 
 

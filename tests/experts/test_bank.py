@@ -26,7 +26,7 @@ def simple(name: str, **meta) -> Expert:
 @pytest.fixture
 def folder(tmp_path):
     for name, domain in (("sums", "arithmetic"), ("products", "arithmetic"), ("reading", None)):
-        simple(name, **({"domain": domain} if domain else {})).save(tmp_path / "bank" / name)
+        simple(name, **({"domain": domain} if domain else {})).save_pretrained(tmp_path / "bank" / name)
     return tmp_path / "bank"
 
 
@@ -116,8 +116,8 @@ def test_adding_replaces_where_the_expert_lies_whatever_its_folder_is_called(fol
 def test_refresh_sees_what_others_changed(folder):
     bank = Bank(folder)
     assert bank["sums"].meta["domain"] == "arithmetic"
-    simple("sums", domain="other").save(folder / "sums")
-    simple("more").save(folder / "more")
+    simple("sums", domain="other").save_pretrained(folder / "sums")
+    simple("more").save_pretrained(folder / "more")
     assert bank["sums"].meta["domain"] == "arithmetic"
     bank.refresh()
     assert bank["sums"].meta["domain"] == "other"
@@ -155,10 +155,10 @@ def test_bundled_is_found_in_the_package_or_in_the_checkout(tmp_path, monkeypatc
     package = tmp_path / "site" / "sigmix"
     (package / "experts").mkdir(parents=True)
     monkeypatch.setattr(module, "__file__", str(package / "experts" / "bank.py"))
-    simple("a").save(tmp_path / "site" / "experts" / "a")
+    simple("a").save_pretrained(tmp_path / "site" / "experts" / "a")
     with pytest.raises(ExpertError, match="has no experts with it"):
         Bank.bundled()  # a folder of that name beside an installed package belongs to somebody else
     (tmp_path / "site" / "pyproject.toml").write_text("")
     assert Bank.bundled().names() == ["a"]
-    simple("b").save(package / "_experts" / "b")
+    simple("b").save_pretrained(package / "_experts" / "b")
     assert Bank.bundled().names() == ["b"]

@@ -193,10 +193,10 @@ def test_metadata_that_cannot_be(meta, says):
 
 def test_round_trip_and_equal_bytes(tiny_llama, tmp_path):
     expert = made(tiny_llama, **META)
-    expert.save(tmp_path / "one")
-    again = Expert.load(tmp_path / "one", base=tiny_llama)
+    expert.save_pretrained(tmp_path / "one")
+    again = Expert.from_pretrained(tmp_path / "one", base=tiny_llama)
     assert again == expert
-    again.save(tmp_path / "two")
+    again.save_pretrained(tmp_path / "two")
     sums = [
         {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((tmp_path / d).iterdir())}
         for d in ("one", "two")
@@ -207,12 +207,12 @@ def test_round_trip_and_equal_bytes(tiny_llama, tmp_path):
 
 def test_saving_replaces_an_expert_and_nothing_else(tiny_llama, tmp_path):
     expert = made(tiny_llama)
-    expert.save(tmp_path / "a")
-    expert.with_meta(domain="sums").save(tmp_path / "a")
-    assert Expert.load(tmp_path / "a").meta["domain"] == "sums"
+    expert.save_pretrained(tmp_path / "a")
+    expert.with_meta(domain="sums").save_pretrained(tmp_path / "a")
+    assert Expert.from_pretrained(tmp_path / "a").meta["domain"] == "sums"
     (tmp_path / "a" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt; saving would delete it"):
-        expert.save(tmp_path / "a")
+        expert.save_pretrained(tmp_path / "a")
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "cache"]
 
@@ -220,7 +220,7 @@ def test_saving_replaces_an_expert_and_nothing_else(tiny_llama, tmp_path):
 def test_the_card_has_a_header_that_the_hub_reads(tiny_llama, tmp_path):
     tiny_llama.sigmix_base = {"name": "smollm2-135m"}
     expert = made(tiny_llama, **{**META, "domain": 'odd: "domain"\n---\n# not a header'})
-    text = (expert.save(tmp_path / "a") / "README.md").read_text()
+    text = (expert.save_pretrained(tmp_path / "a") / "README.md").read_text()
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
     assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert header["base_model_relation"] == "adapter"
@@ -235,12 +235,12 @@ def test_the_card_has_a_header_that_the_hub_reads(tiny_llama, tmp_path):
 
 def test_a_card_does_not_show_where_the_base_lay(named, tmp_path):
     expert = Expert.from_model(adapted(load(named)), name="a")
-    assert str(tmp_path) not in (expert.save(tmp_path / "a") / "README.md").read_text()
+    assert str(tmp_path) not in (expert.save_pretrained(tmp_path / "a") / "README.md").read_text()
 
 
 def test_json_on_disk_is_versioned_and_holds_no_path_but_the_bases(tiny_llama, tmp_path):
     expert = made(tiny_llama, **META)
-    found = json.loads((expert.save(tmp_path / "a") / "sigmix.json").read_text())
+    found = json.loads((expert.save_pretrained(tmp_path / "a") / "sigmix.json").read_text())
     assert found["schema"] == 1
     assert found["name"] == "arithmetic"
     assert found["z_sha256"] == expert.digest

@@ -29,7 +29,7 @@ def made(name: str = "sums", **meta) -> Expert:
 
 
 def files(tmp_path, name: str = "sums", **meta) -> dict[str, bytes]:
-    folder = made(name, **meta).save(tmp_path / "made" / name)
+    folder = made(name, **meta).save_pretrained(tmp_path / "made" / name)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -49,7 +49,7 @@ def test_what_is_pushed_is_loaded_again(hub):
     expert = made()
     assert expert.push_to_hub("user/sums", token=hub.writer) == f"{hub.url}/user/sums"
     assert set(hub.files("user/sums")) == {".gitattributes", *OURS}
-    again = Expert.load("user/sums")
+    again = Expert.from_pretrained("user/sums")
     assert again == expert
     assert again.digest == expert.digest
     assert again.origin == f"user/sums@{hub.repos['user/sums'].branches['main']}"
@@ -61,31 +61,31 @@ def test_a_push_is_one_commit_and_none_if_nothing_changed(hub):
     made().push_to_hub("user/sums", token=hub.writer)
     made().push_to_hub("user/sums", token=hub.writer)
     assert hub.repos["user/sums"].messages == ["initial commit", "Expert sums"]
-    made(domain="numbers").push_to_hub("user/sums", token=hub.writer, message="another domain")
+    made(domain="numbers").push_to_hub("user/sums", token=hub.writer, commit_message="another domain")
     assert hub.repos["user/sums"].messages[2:] == ["another domain"]
-    assert Expert.load("user/sums").meta["domain"] == "numbers"
+    assert Expert.from_pretrained("user/sums").meta["domain"] == "numbers"
 
 
 def test_branches_and_commits(hub):
     made().push_to_hub("user/sums", token=hub.writer)
     first = hub.repos["user/sums"].branches["main"]
     made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision="v2")
-    assert Expert.load("user/sums").meta["domain"] == "arithmetic"
-    assert Expert.load("user/sums", revision="v2").meta["domain"] == "numbers"
+    assert Expert.from_pretrained("user/sums").meta["domain"] == "arithmetic"
+    assert Expert.from_pretrained("user/sums", revision="v2").meta["domain"] == "numbers"
     made(domain="later").push_to_hub("user/sums", token=hub.writer)
-    assert Expert.load("user/sums", revision=first).meta["domain"] == "arithmetic"
+    assert Expert.from_pretrained("user/sums", revision=first).meta["domain"] == "arithmetic"
     with pytest.raises(HubError, match="'user/sums' has no revision 'v3'.*user/sums/commits"):
-        Expert.load("user/sums", revision="v3")
+        Expert.from_pretrained("user/sums", revision="v3")
 
 
 def test_a_private_expert_is_seen_by_its_owner_only(hub, monkeypatch):
     made().push_to_hub("user/sums", token=hub.writer, private=True)
     assert hub.repos["user/sums"].private
     with pytest.raises(HubError, match="no public hub model 'user/sums'.*if the model is private, run: hf auth login"):
-        Expert.load("user/sums")
-    assert Expert.load("user/sums", token=hub.reader) == made()
+        Expert.from_pretrained("user/sums")
+    assert Expert.from_pretrained("user/sums", token=hub.reader) == made()
     monkeypatch.setenv("HF_TOKEN", hub.reader)
-    assert Expert.load("user/sums") == made()
+    assert Expert.from_pretrained("user/sums") == made()
 
 
 def test_nothing_private_is_pushed_to_a_public_model(hub):
@@ -144,7 +144,7 @@ def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
     for file, content in hub.files("user/sums").items():
         for private in (b"/srv", b"alice", home.encode(), b"C:"):
             assert private not in content, file
-    again = Expert.load("user/sums")
+    again = Expert.from_pretrained("user/sums")
     assert again.meta["base"] == {"name": "tiny", "dtype": "float32", "fingerprint": "ab" * 32}
     assert again.meta["task"] == "mine.py:riddles?rows=rows.jsonl"
     assert again.meta["description"] == "Rows of rows.jsonl; see https://example.org/a/b and x/y."
@@ -163,23 +163,23 @@ def test_the_pushed_card_loads_the_expert_from_where_it_is(hub):
 
 def test_a_folder_that_exists_wins(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made(domain="local").save(tmp_path / "user" / "sums")
+    made(domain="local").save_pretrained(tmp_path / "user" / "sums")
     hub.add("user/sums", files(tmp_path))
-    assert Expert.load("user/sums").meta["domain"] == "local"
+    assert Expert.from_pretrained("user/sums").meta["domain"] == "local"
     assert Bank("user").names() == ["sums"]
     assert not hub.requests
     with pytest.raises(ConfigError, match="is no hub model, so it has no revision 'v2'"):
-        Expert.load("user/sums", revision="v2")
+        Expert.from_pretrained("user/sums", revision="v2")
 
 
 def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made().save(tmp_path / "bank" / "sums")
+    made().save_pretrained(tmp_path / "bank" / "sums")
     with pytest.raises(HubError, match="no folder and no public hub model 'bank/sum'; nearest: bank/sums"):
-        Expert.load("bank/sum")
+        Expert.from_pretrained("bank/sum")
     for name in ("sums", "a/b/c", "./bank/sum", "../x", "user/", "user/..", "", "user/sums\n", "usér/sums"):
         with pytest.raises((ExpertError, HubError)) as caught:
-            Expert.load(name)
+            Expert.from_pretrained(name)
         assert caught.value.remedy
     asked = [path for _, path, _ in hub.requests if "/models/" in path]
     assert {path.removesuffix("/revision/main") for path in asked} == {"/api/models/bank/sum"}
@@ -198,7 +198,7 @@ def test_a_name_that_nothing_can_be_pushed_to(hub, repo):
 def test_only_an_experts_own_files_are_fetched(hub, tmp_path):
     others = ("adapter_model.bin", "training_args.bin", "run.py", "checkpoint/adapter_config.json")
     hub.add("user/sums", {**files(tmp_path), **dict.fromkeys(others, b"x")})
-    Expert.load("user/sums")
+    Expert.from_pretrained("user/sums")
     asked = {path.split("/")[-1] for _, path, _ in hub.requests if "/resolve/" in path}
     assert asked == OURS
 
@@ -206,34 +206,34 @@ def test_only_an_experts_own_files_are_fetched(hub, tmp_path):
 def test_models_that_are_no_experts(hub, tmp_path):
     hub.add("org/base", {"config.json": b"{}", "model.safetensors": b"large", "README.md": b"# base"})
     with pytest.raises(ExpertError, match="'org/base' is no expert: it has no adapter_config.json"):
-        Expert.load("org/base")
+        Expert.from_pretrained("org/base")
     hub.add("org/lora", {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"large"})
     with pytest.raises(ExpertError, match="'org/lora' holds a LORA adapter, not SVF"):
-        Expert.load("org/lora")
+        Expert.from_pretrained("org/lora")
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
     pickled = files(tmp_path)
     pickled["adapter_model.bin"] = pickled.pop("adapter_model.safetensors")
     hub.add("org/pickled", pickled)
     with pytest.raises(ExpertError, match="has no adapter_model.safetensors; weights of another kind, such as pickled"):
-        Expert.load("org/pickled")
+        Expert.from_pretrained("org/pickled")
 
 
 def test_what_is_wrong_with_the_files_is_said_of_the_model(hub, tmp_path):
     broken = files(tmp_path)
     hub.add("user/cut", {**broken, "adapter_model.safetensors": broken["adapter_model.safetensors"][:40]})
     with pytest.raises(ExpertError, match="the hub's expert 'user/cut': .*truncated or damaged"):
-        Expert.load("user/cut")
+        Expert.from_pretrained("user/cut")
     edited = broken["sigmix.json"].replace(b'"z_sha256": "', b'"z_sha256": "0')
     hub.add("user/edited", {**broken, "sigmix.json": edited})
     with pytest.raises(ExpertError, match="the hub's expert 'user/edited': .*changed after it was saved"):
-        Expert.load("user/edited")
+        Expert.from_pretrained("user/edited")
 
 
 def test_an_adapter_that_peft_saved_is_named_after_the_model(hub, tmp_path):
     plain = files(tmp_path)
     del plain["sigmix.json"]
     hub.add("user/My_Run.3", plain)
-    expert = Expert.load("user/My_Run.3")
+    expert = Expert.from_pretrained("user/My_Run.3")
     assert expert.name == "my_run.3"
     assert not expert.verified
     assert Bank("user/My_Run.3").names() == ["my_run.3"]
@@ -244,12 +244,12 @@ def test_an_adapter_that_peft_saved_is_named_after_the_model(hub, tmp_path):
 
 def test_offline_the_cache_is_used(hub, monkeypatch):
     made().push_to_hub("user/sums", token=hub.writer)
-    Expert.load("user/sums")
+    Expert.from_pretrained("user/sums")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = len(hub.requests)
-    assert Expert.load("user/sums") == made()
+    assert Expert.from_pretrained("user/sums") == made()
     with pytest.raises(HubError, match="'user/other' is no local folder and not in the hub's cache, and offline mode"):
-        Expert.load("user/other")
+        Expert.from_pretrained("user/other")
     with pytest.raises(HubError, match="cannot push to 'user/sums': offline mode is set"):
         made().push_to_hub("user/sums", token=hub.writer)
     assert len(hub.requests) == before
@@ -257,11 +257,11 @@ def test_offline_the_cache_is_used(hub, monkeypatch):
 
 def test_without_a_network_the_cache_is_used(hub):
     made().push_to_hub("user/sums", token=hub.writer)
-    Expert.load("user/sums")
+    Expert.from_pretrained("user/sums")
     hub.close()
-    assert Expert.load("user/sums") == made()
+    assert Expert.from_pretrained("user/sums") == made()
     with pytest.raises(HubError, match="cannot reach the hub for 'user/other'.*check the network"):
-        Expert.load("user/other")
+        Expert.from_pretrained("user/other")
 
 
 # --- banks
@@ -285,7 +285,7 @@ def test_a_gated_base_in_a_collection_is_left_out_like_any_other(hub, collection
     hub.repos["org/base"].gated = True
     assert Bank(collection).names() == ["reading", "sums"]
     with pytest.raises(ExpertError, match="'org/base' is no expert"):
-        Expert.load("org/base")
+        Expert.from_pretrained("org/base")
     hub.add("dora/more", files(tmp_path, "more")).gated = True  # it is an expert, and not left out in silence
     hub.collect(collection, "org/base", "alice/sums", "dora/more")
     with pytest.raises(HubError, match="'dora/more' is gated"):
@@ -296,7 +296,7 @@ def test_a_file_that_no_expert_has_is_not_fetched(hub, tmp_path, monkeypatch):
     hub.add("alice/sums", files(tmp_path, "sums"))
     monkeypatch.setattr(remote, "LARGEST", 5)
     with pytest.raises(ExpertError, match=r"of the hub's 'alice/sums' has .* GB, as no expert has.* -> .*hf download"):
-        Expert.load("alice/sums")
+        Expert.from_pretrained("alice/sums")
     assert not [path for _, path, _ in hub.requests if "/resolve/" in path]
 
 

@@ -53,7 +53,7 @@ def watched(hub, tmp_path, caplog, capfd):
 def test_what_works_leaves_no_token_behind(hub, watched):
     token = hub.writer
     watched(lambda: made().push_to_hub("user/sums", token=token, private=True), token)
-    expert = watched(lambda: Expert.load("user/sums", token=token), token)
+    expert = watched(lambda: Expert.from_pretrained("user/sums", token=token), token)
     assert expert == made()
     hub.collect(SLUG, "user/sums")
     assert watched(lambda: Bank.from_hub(SLUG, token=token), token).names() == ["sums"]
@@ -96,7 +96,7 @@ def test_refused_pushes(hub, watched, place, status, says):
 )
 def test_refused_loads(hub, watched, status, says):
     hub.fail("api/models", status, echo=True)
-    error = watched(lambda: Expert.load("user/sums", token=hub.reader), hub.reader)
+    error = watched(lambda: Expert.from_pretrained("user/sums", token=hub.reader), hub.reader)
     assert isinstance(error, HubError)
     with pytest.raises(HubError, match=says):
         raise error
@@ -106,7 +106,7 @@ def test_no_hub_at_all(hub, watched):
     hub.close()
     for work in (
         lambda: made().push_to_hub("user/sums", token=hub.writer),
-        lambda: Expert.load("user/sums", token=hub.writer),
+        lambda: Expert.from_pretrained("user/sums", token=hub.writer),
         lambda: Bank.from_hub(SLUG, token=hub.writer),
     ):
         error = watched(work, hub.writer)
@@ -131,7 +131,7 @@ def test_who_may_what(hub, watched):
 def test_a_token_that_cannot_be_one_is_refused_unseen(hub, watched, monkeypatch, token):
     for work in (
         lambda: made().push_to_hub("user/sums", token=token),
-        lambda: Expert.load("user/sums", token=token),
+        lambda: Expert.from_pretrained("user/sums", token=token),
         lambda: Bank.from_hub(SLUG, token=token),
     ):
         error = watched(work, token, "secr")
@@ -152,7 +152,7 @@ def test_no_token_is_sent_where_the_library_is_told_not_to(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.reader)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     with pytest.raises(HubError, match="no public hub model"):
-        Expert.load("user/sums")
+        Expert.from_pretrained("user/sums")
 
 
 @pytest.mark.parametrize("work", ["push", "load"])
@@ -164,7 +164,7 @@ def test_an_error_that_is_not_the_hubs_is_told_without_the_token(hub, watched, m
     monkeypatch.setattr("huggingface_hub.snapshot_download", echo)
     tasks = {
         "push": lambda: made().push_to_hub("user/sums", token=hub.writer),
-        "load": lambda: Expert.load("user/sums", token=hub.writer),
+        "load": lambda: Expert.from_pretrained("user/sums", token=hub.writer),
     }
     error = watched(tasks[work], hub.writer)
     assert isinstance(error, HubError)

@@ -67,7 +67,7 @@ def test_show_without_sketches():
 
 def test_verify(tmp_path):
     base = build_tiny()
-    path = made(build_tiny()).save(tmp_path / "a")
+    path = made(build_tiny()).save_pretrained(tmp_path / "a")
     report = verify(path)
     assert report["ok"]
     assert report["checked"] == ["files", "values", "checksum"]

@@ -16,7 +16,7 @@ Z = {"layers.0.q": torch.tensor([0.5, 1.5])}
 
 def data(tmp_path, **meta):
     """The header of a saved expert, as the hub's library reads it."""
-    return ModelCard.load(Expert("sums", Z, meta).save(tmp_path / "sums") / "README.md").data
+    return ModelCard.load(Expert("sums", Z, meta).save_pretrained(tmp_path / "sums") / "README.md").data
 
 
 def test_metrics_are_read_back_as_eval_results(tmp_path):

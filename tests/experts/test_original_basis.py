@@ -106,7 +106,7 @@ def test_an_expert_trained_in_the_original_basis_says_so(folder, tmp_path):
     expert = expert_on(trained_on)
     assert expert.meta["base"]["basis"] == "original"
     assert "basis" not in expert_on(quantised()).meta["base"]
-    again = Expert.load(expert.save(tmp_path / "mine"))
+    again = Expert.from_pretrained(expert.save_pretrained(tmp_path / "mine"))
     again.check(trained_on)
     for sketches in (True, False):
         with pytest.raises(ExpertError, match="in the basis of its original weights.* -> call .*--basis original"):

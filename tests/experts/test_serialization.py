@@ -22,7 +22,7 @@ KEY = f"base_model.model.{PATH}.svf_z.weight"
 
 @pytest.fixture
 def folder(tiny_llama, tmp_path):
-    return made(tiny_llama).save(tmp_path / "bank" / "arithmetic")
+    return made(tiny_llama).save_pretrained(tmp_path / "bank" / "arithmetic")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def edit_json(file, **changes):
 
 def refused(folder, match, base=None):
     with pytest.raises(ExpertError, match=match) as caught:
-        Expert.load(folder, base=base)
+        Expert.from_pretrained(folder, base=base)
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value) or base is not None
@@ -107,7 +107,7 @@ def test_pickles_are_refused_and_not_opened(plain):
 
 def test_a_pickle_beside_safetensors_is_ignored(plain):
     (plain / "training_args.bin").write_bytes(b"junk")
-    assert Expert.load(plain).z
+    assert Expert.from_pretrained(plain).z
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_values_that_no_expert_can_have(plain, value, says):
 
 def test_integers_are_refused_and_half_precision_is_converted(plain):
     edit_z(plain, lambda tensors: tensors.update({KEY: tensors[KEY].half()}))
-    assert Expert.load(plain).z[PATH].dtype == torch.float32
+    assert Expert.from_pretrained(plain).z[PATH].dtype == torch.float32
     edit_z(plain, lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int32)}))
     refused(plain, "must be a vector of floats, not .*int32")
 
@@ -188,7 +188,7 @@ def test_keys_that_must_be_there(folder, key):
 def test_a_name_that_leads_elsewhere(folder):
     edit_json(folder / "sigmix.json", name="../../etc")
     with pytest.raises(ExpertError, match="is no name for an expert"):
-        Expert.load(folder)
+        Expert.from_pretrained(folder)
 
 
 def test_a_damaged_sketch(folder):
@@ -203,19 +203,19 @@ def test_a_false_sketch_is_found_on_the_base(folder):
     value["sketches"][PATH]["values"][0] += value["sketches"][PATH]["norm"]
     edit_json(folder / "sigmix.json", sketches=value["sketches"])
     with pytest.raises(ExpertError, match=f"singular vectors of {PATH}"):
-        Expert.load(folder, base=build_tiny())
+        Expert.from_pretrained(folder, base=build_tiny())
 
 
 def test_another_base(folder):
     with pytest.raises(FingerprintError, match="'arithmetic' was made on"):
-        Expert.load(folder, base=build_tiny(seed=1))
+        Expert.from_pretrained(folder, base=build_tiny(seed=1))
 
 
 def test_unknown_keys_of_the_same_schema_are_kept(folder, tmp_path):
     edit_json(folder / "sigmix.json", colour="blue")
-    expert = Expert.load(folder)
+    expert = Expert.from_pretrained(folder)
     assert expert.meta["colour"] == "blue"
-    assert Expert.load(expert.save(tmp_path / "again")) == expert
+    assert Expert.from_pretrained(expert.save_pretrained(tmp_path / "again")) == expert
 
 
 def test_dumped_numbers_stand_on_one_line_and_text_stays_as_it_is():

@@ -128,10 +128,10 @@ def test_only_z_is_trained_and_the_kl_is_to_the_base(kind, tmp_path, home):
 
     # what is saved is an expert: it loads, is sealed, and computes in the engine what the model computes in TRL
     trainer.save_model(tmp_path / f"by-{kind}")
-    assert not Expert.load(tmp_path / f"by-{kind}").verified
+    assert not Expert.from_pretrained(tmp_path / f"by-{kind}").verified
     model, tokenizer = load_base(home.base, "float32", "cpu")
     expert = seal(tmp_path / f"by-{kind}", model)
-    assert Expert.load(tmp_path / f"by-{kind}", base=model).verified
+    assert Expert.from_pretrained(tmp_path / f"by-{kind}", base=model).verified
     ids = torch.tensor([[1, 40, 41, 42, 50, 60], [1, 70, 71, 72, 80, 90]])
     engine = Engine(model, tokenizer, bank={expert.name: expert})
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_training_on_from_an_adapter_takes_it_as_the_reference(kind, tmp_path):
         for layer in svf_layers(start).values():
             layer.svf_z["default"].weight += 0.6 * (torch.rand(layer.r, generator=draw) - 0.5)
     start.save_pretrained(tmp_path / "start")
-    first = Expert.load(tmp_path / "start").z
+    first = Expert.from_pretrained(tmp_path / "start").z
     model = PeftModel.from_pretrained(build_tiny(), tmp_path / "start", is_trainable=True)
     trainer, watch = train(kind, model, tmp_path / "run")
     layers = svf_layers(trainer.model)
@@ -162,7 +162,7 @@ def test_training_on_from_an_adapter_takes_it_as_the_reference(kind, tmp_path):
     assert kls[-1] == pytest.approx(true_kl(kind, watch.steps[-1], reference), rel=1e-3, abs=1e-5)
     assert abs(true_kl(kind, watch.steps[-1], build_tiny()) - kls[-1]) > 1e-2, "the base would be another reference"
     trainer.save_model(tmp_path / "on")
-    saved = Expert.load(tmp_path / "on").z
+    saved = Expert.from_pretrained(tmp_path / "on").z
     assert all(torch.equal(z, layers[path].svf_z["default"].weight) for path, z in saved.items())
 
 
@@ -213,7 +213,7 @@ def test_a_bfloat16_base_keeps_z_in_float32_and_trains_it(tmp_path, tiny_tokeniz
     assert {z.dtype for z in zs(trainer).values()} == {torch.float32}
     assert all(0 < float((z - 1).abs().max()) < 1e-3 for z in zs(trainer).values())
     trainer.save_model(tmp_path / "saved")
-    assert all(torch.equal(z, zs(trainer)[path]) for path, z in Expert.load(tmp_path / "saved").z.items())
+    assert all(torch.equal(z, zs(trainer)[path]) for path, z in Expert.from_pretrained(tmp_path / "saved").z.items())
 
 
 def test_z_stays_what_an_expert_may_hold(tmp_path, tiny_tokenizer):
@@ -226,7 +226,7 @@ def test_z_stays_what_an_expert_may_hold(tmp_path, tiny_tokenizer):
     assert {layer.svf_z["default"].weight.dtype for layer in svf_layers(model).values()} == {torch.float32}
     trainer = sft(build_tiny(), tiny_tokenizer, samples, tmp_path, learning_rate=1.5, max_steps=1)
     trainer.save_model(tmp_path / "saved")
-    z = torch.cat(list(Expert.load(tmp_path / "saved").z.values()))
+    z = torch.cat(list(Expert.from_pretrained(tmp_path / "saved").z.values()))
     assert float(z.min()) == 0.0
     assert float(z.max()) > 1
 
@@ -236,7 +236,7 @@ def test_an_expert_of_a_quantised_base_is_sealed_to_it(tmp_path, home):
     how = {"dtype": "bfloat16", "quantization": "int8"}
     get_peft_model(load_base(home.base, **how)[0], SVFConfig()).save_pretrained(tmp_path / "kept")
     finish(tmp_path / "kept", home.base, get_task("addition?digits=1"), objective="sft", n=2, **how)
-    expert = Expert.load(tmp_path / "kept", base=load_base(home.base, **how)[0])
+    expert = Expert.from_pretrained(tmp_path / "kept", base=load_base(home.base, **how)[0])
     assert expert.meta["base"]["dtype"] == "bfloat16 in int8"
 
 
@@ -304,17 +304,17 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
     told = capsys.readouterr().out
     assert "base: " in told
     assert f"mine-{kind}: " in told
-    expert = Expert.load(out, base=load_base(home.base)[0])
+    expert = Expert.from_pretrained(out, base=load_base(home.base)[0])
     assert expert.verified
     assert expert.meta["objective"] == kind
     assert expert.meta["metrics"][0]["n"] == 4
     assert json.loads((out / "sigmix.json").read_text())["training"]["steps"] == 2
     with pytest.raises(OutputError, match="holds an expert already"):  # before it trains anew
         runpy.run_path(str(script), run_name="__main__")
-    assert Expert.load(out) == expert
+    assert Expert.from_pretrained(out) == expert
     (out / "sigmix.json").unlink()  # as it would be without the helper
     dtype = str(load_base(home.base)[0].dtype).removeprefix("torch.")
     done = run("experts", "verify", out, "--base", home.base, "--dtype", dtype, "--seal", "--json")
     assert done.json["ok"]
     assert done.json["sealed"]
-    assert Expert.load(out) == Expert(expert.name, expert.z, {k: thaw(expert.meta)[k] for k in COMPUTED})
+    assert Expert.from_pretrained(out) == Expert(expert.name, expert.z, {k: thaw(expert.meta)[k] for k in COMPUTED})

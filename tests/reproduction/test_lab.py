@@ -68,8 +68,8 @@ def test_a_run_that_was_cut_goes_on(home, tmp_path, monkeypatch):
         return {**record, "seconds": 0, "history": history}
 
     assert plain(cut.store.run(name)) == plain(whole.store.run(name))
-    whole_z = Expert.load(whole.work / "runs" / name / "best").z
-    assert all(torch.equal(z, whole_z[path]) for path, z in Expert.load(folder).z.items())
+    whole_z = Expert.from_pretrained(whole.work / "runs" / name / "best").z
+    assert all(torch.equal(z, whole_z[path]) for path, z in Expert.from_pretrained(folder).z.items())
 
 
 def test_a_run_that_diverges_is_a_result(home):
@@ -158,7 +158,7 @@ def test_a_requantised_base_is_another_base(home):
     error = (model.model.layers[0].mlp.up_proj.weight - before["model.layers.0.mlp.up_proj.weight"]).norm()
     assert 0.01 < error / before["model.layers.0.mlp.up_proj.weight"].norm() < 0.15
     with pytest.raises(FingerprintError):
-        Expert.load(folder, base=model)
+        Expert.from_pretrained(folder, base=model)
 
 
 def test_a_bank_of_ones_own(home):

@@ -29,7 +29,7 @@ def test_models(server):
 
 def test_experts_come_and_go(server):
     new = expert(build_tiny(), "new", 9)
-    new.save(server.folder / "new")
+    new.save_pretrained(server.folder / "new")
     assert server.chat(model="new")[0] == 404
     assert server.call("POST", "/v1/experts", {"path": "new"})[:2] == (
         201,
@@ -50,16 +50,16 @@ def test_experts_come_and_go(server):
 
 def test_damaged_and_foreign_experts_are_refused(server, tmp_path):
     good = expert(build_tiny(), "good", 9)
-    good.save(server.folder / "broken")
+    good.save_pretrained(server.folder / "broken")
     (server.folder / "broken" / "adapter_model.safetensors").write_bytes(b"x" * 100)
-    expert(build_tiny(seed=7), "foreign", 9).sealed(build_tiny(seed=7)).save(server.folder / "foreign")
-    good.save(tmp_path / "outside")
+    expert(build_tiny(seed=7), "foreign", 9).sealed(build_tiny(seed=7)).save_pretrained(server.folder / "foreign")
+    good.save_pretrained(tmp_path / "outside")
     (server.folder / "link").symlink_to(tmp_path / "outside")
-    good.save(server.folder / "linked")
+    good.save_pretrained(server.folder / "linked")
     weights = server.folder / "linked" / "adapter_model.safetensors"
     shutil.move(weights, tmp_path / "weights")
     weights.symlink_to(tmp_path / "weights")
-    good.save(server.folder / "pickled")
+    good.save_pretrained(server.folder / "pickled")
     (server.folder / "pickled" / "adapter_model.safetensors").unlink()
     (server.folder / "pickled" / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
     for path in (

@@ -36,7 +36,7 @@ def process(tmp_path: Path, *flags: str):
         build_tiny().save_pretrained(base)
         build_tokenizer().save_pretrained(base)
         for expert in bank().values():
-            expert.save(folder / expert.name)
+            expert.save_pretrained(folder / expert.name)
     words = ["serve", "--base", str(base), "--bank", str(folder), "--state", str(tmp_path / "state"), "--port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SIGMIX_SERVE_DTYPE": "float32"}
     made = subprocess.Popen(

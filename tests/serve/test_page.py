@@ -166,7 +166,7 @@ def test_sliders_mix_by_hand(page, alone):
 
 
 def test_load_and_unload_an_expert(page, server):
-    expert(build_tiny(), "fresh", 9).save(server.folder / "fresh")
+    expert(build_tiny(), "fresh", 9).save_pretrained(server.folder / "fresh")
     page.get_by_label("Load an expert from").fill("fresh")
     page.get_by_role("button", name="Load", exact=True).click()
     page.locator("#bank strong", has_text="fresh").wait_for()

@@ -34,7 +34,7 @@ def load(folder):
 def test_peft_loads_what_we_save(tiny, tmp_path):
     wrapped = adapted(tiny())
     expert = Expert.from_model(wrapped, name="a")
-    expert.save(tmp_path / "a")
+    expert.save_pretrained(tmp_path / "a")
     loaded = PeftModel.from_pretrained(tiny(), tmp_path / "a").eval()
     assert torch.equal(logits(loaded), logits(wrapped))
     assert not torch.equal(logits(loaded), logits(tiny()))
@@ -43,7 +43,7 @@ def test_peft_loads_what_we_save(tiny, tmp_path):
 
 def test_auto_peft_loads_what_we_save(named, tmp_path):
     wrapped = adapted(load(named))
-    Expert.from_model(wrapped, name="a").save(tmp_path / "a")
+    Expert.from_model(wrapped, name="a").save_pretrained(tmp_path / "a")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
     assert torch.equal(logits(loaded), logits(wrapped))
 
@@ -52,15 +52,15 @@ def test_auto_peft_loads_what_we_save(named, tmp_path):
 def test_other_architectures_through_peft(tiny, tmp_path, arch):
     wrapped = adapted(tiny(arch))
     expert = Expert.from_model(wrapped, name="a")
-    expert.save(tmp_path / "a")
+    expert.save_pretrained(tmp_path / "a")
     base = tiny(arch)
-    Expert.load(tmp_path / "a", base=base)
+    Expert.from_pretrained(tmp_path / "a", base=base)
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "a").eval()), logits(wrapped))
 
 
 def test_only_the_experts_own_layers_are_adapted(tiny, tmp_path):
     wrapped = adapted(tiny(num_hidden_layers=12), targets=["model.layers.1.self_attn.q_proj"])
-    Expert.from_model(wrapped, name="a").save(tmp_path / "a")
+    Expert.from_model(wrapped, name="a").save_pretrained(tmp_path / "a")
     loaded = PeftModel.from_pretrained(tiny(num_hidden_layers=12), tmp_path / "a")
     assert list(svf_layers(loaded)) == ["model.layers.1.self_attn.q_proj"]
 
@@ -68,13 +68,13 @@ def test_only_the_experts_own_layers_are_adapted(tiny, tmp_path):
 def test_we_load_what_peft_saves_as_unverified(tiny, tmp_path):
     wrapped = adapted(tiny())
     wrapped.save_pretrained(tmp_path / "Checkpoint 10")
-    expert = Expert.load(tmp_path / "Checkpoint 10", base=tiny())
+    expert = Expert.from_pretrained(tmp_path / "Checkpoint 10", base=tiny())
     assert not expert.verified
     assert expert.name == "checkpoint-10"
     assert expert.z.keys() == svf_layers(wrapped).keys()
     assert expert.digest == Expert.from_model(wrapped, name="a").digest
-    expert.save(tmp_path / "again")
-    assert Expert.load(tmp_path / "again") == expert
+    expert.save_pretrained(tmp_path / "again")
+    assert Expert.from_pretrained(tmp_path / "again") == expert
 
 
 def test_seal_makes_it_verified_and_leaves_other_files(tiny, tmp_path):
@@ -83,7 +83,7 @@ def test_seal_makes_it_verified_and_leaves_other_files(tiny, tmp_path):
     (tmp_path / "run" / "trainer_state.json").write_text("{}")
     readme = (tmp_path / "run" / "README.md").read_text()  # PEFT's own
     sealed = seal(tmp_path / "run", tiny(), name="sums", meta={"domain": "arithmetic"})
-    assert Expert.load(tmp_path / "run", base=tiny()) == sealed
+    assert Expert.from_pretrained(tmp_path / "run", base=tiny()) == sealed
     assert sealed == Expert.from_model(wrapped, name="sums", meta={"domain": "arithmetic"})
     assert (tmp_path / "run" / "README.md").read_text() == readme
     assert (tmp_path / "run" / "trainer_state.json").exists()

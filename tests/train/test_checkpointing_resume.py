@@ -46,7 +46,7 @@ def outcome(run):
     best: dict = {}
     if run.run.best.exists():
         adapter = load_file(run.run.best / "adapter_model.safetensors")
-        best = adapter if run.config.policy != "svf" else dict(Expert.load(run.run.best).z)
+        best = adapter if run.config.policy != "svf" else dict(Expert.from_pretrained(run.run.best).z)
     moments = {name: t for name, t in run.run.tensors().items() if name.startswith("optimizer")}
     return without_seconds(run.run.history()), run.best, run.bad, run.policy.z(), best, moments
 
@@ -75,7 +75,7 @@ def resumed(tiny, tokenizer, folder, place, error, **options):
     run = trainer(tiny(), tokenizer, folder, **options)
     expert = run.fit(resume=True)
     if expert is not None:
-        assert all(torch.equal(z, Expert.load(run.run.best).z[path]) for path, z in expert.z.items())
+        assert all(torch.equal(z, Expert.from_pretrained(run.run.best).z[path]) for path, z in expert.z.items())
     return outcome(run)
 
 

@@ -99,7 +99,7 @@ def train(case: str, folder: str, alone: bool = False) -> None:
     expert, figures = held_out(trainer, expert, 13)
     if trainer.processes.main:
         (run.path / "held-out.json").write_text(json.dumps(figures))
-        expert.save(run.path / "expert")
+        expert.save_pretrained(run.path / "expert")
     if spread:
         held = [*trainer.policy.model.parameters(), *trainer.policy.model.buffers()]
         z = sum(p.numel() for p in trainer.policy.parameters().values())
@@ -145,9 +145,8 @@ def trouble(folder: str) -> None:
         begin("int8-sharded", *base("qwen2", folder, "int8"), shard=True, quantization="int8")
     model = build_tiny()
     paths = [path for path in linears(model) if path != "lm_head"]
-    Expert("start", {path: torch.full((min(shape_of(linears(model)[path])),), 1.0 + rank) for path in paths}).save(
-        f"{folder}/start-{rank}"
-    )
+    z = {path: torch.full((min(shape_of(linears(model)[path])),), 1.0 + rank) for path in paths}
+    Expert("start", z).save_pretrained(f"{folder}/start-{rank}")
     begin("start", model, plain[1], start=f"{folder}/start-{rank}")
     # told once
     begin("nowhere", *base("llama", folder), shard=True, voice=True, start=f"{folder}/nowhere")
@@ -229,7 +228,7 @@ def test_one_process_writes(runs):
 
 @pytest.mark.parametrize("case", ["groups", *SHARDED])
 def test_the_expert_is_sealed_for_the_base(runs, case):
-    expert = Expert.load(runs["two"] / case / "expert", base=build_tiny(CASES[case][0]))
+    expert = Expert.from_pretrained(runs["two"] / case / "expert", base=build_tiny(CASES[case][0]))
     assert expert.verified
     assert expert.meta["training"]["processes"] == 2
     assert expert.meta["metrics"][0]["n"] == 13

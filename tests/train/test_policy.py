@@ -132,11 +132,11 @@ def test_the_stored_expert_gives_the_logits_of_training(tiny, tmp_path, kind):
     shake(policy, width=1.0)
     with policy.acting():
         acting = logits(policy.model)
-    Expert.from_model(policy.model, name="letter").save(tmp_path / "letter")
+    Expert.from_model(policy.model, name="letter").save_pretrained(tmp_path / "letter")
     from peft import get_peft_model
 
     other = tiny()
-    expert = Expert.load(tmp_path / "letter", base=other)
+    expert = Expert.from_pretrained(tmp_path / "letter", base=other)
     assert all(torch.equal(expert.z[path], z) for path, z in policy.z().items())
     plain = get_peft_model(other, SVFConfig())
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_policy_starts_from_a_saved_one(tiny, tmp_path, kind):
     if kind:
         first.save(tmp_path / "saved")
     else:
-        Expert.from_model(first.model, name="saved").save(tmp_path / "saved")
+        Expert.from_model(first.model, name="saved").save_pretrained(tmp_path / "saved")
     second = make_policy(tiny(), config(**kind))
     with first.acting():
         wanted = logits(first.model)

@@ -163,7 +163,7 @@ def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_p
     run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Poisoned(3 * 32), baseline="mean")
     with pytest.raises(DivergedError, match=r"step 3: loss nan.*diverged.*best -> lower --lr"):
         run.fit()
-    best = Expert.load(tmp_path / "best", base=tiny())
+    best = Expert.from_pretrained(tmp_path / "best", base=tiny())
     assert best.meta["training"]["step"] in (0, 2)
     assert all(bool(z.isfinite().all()) for z in run.policy.z().values())  # the bad step was not taken
     with RunDir(tmp_path).locked():  # the folder is free again
@@ -176,7 +176,7 @@ def test_kl_limit(tiny, tiny_tokenizer, tmp_path):
         run.fit()
     assert entries(run, "step")[-1]["kl"] > 0.05
     assert all(entry["kl"] <= 0.05 for entry in entries(run, "step")[:-1])
-    assert Expert.load(run.run.best).name == "letter"
+    assert Expert.from_pretrained(run.run.best).name == "letter"
 
 
 def test_a_constant_answer_is_diagnosed(tiny, tiny_tokenizer, tmp_path):

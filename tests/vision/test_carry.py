@@ -69,8 +69,8 @@ def test_another_backbone_is_refused_with_figures_and_taken_on_purpose(words, tm
     assert made.meta["carried_from"]["basis"] == "differs"
     for path, z in words.z.items():
         assert torch.equal(made.z[path.replace("model.", "model.language_model.", 1)], z)
-    made.save(tmp_path / "words")
-    again = Expert.load(tmp_path / "words", base=seeing)
+    made.save_pretrained(tmp_path / "words")
+    again = Expert.from_pretrained(tmp_path / "words", base=seeing)
     assert again == made
     assert "other weights, by index order" in (tmp_path / "words/README.md").read_text()
     with pytest.raises(FingerprintError):
@@ -133,7 +133,7 @@ def test_an_expert_of_a_quantised_base_is_carried_to_one_quantised_alike(tmp_pat
     done = run(*common, "--out", tmp_path / "carried/one")
     assert done.code == 0, done.err
     assert done.json["basis"] == "same"
-    assert Expert.load(tmp_path / "carried/one").meta["base"]["dtype"] == "float32 in int8"
+    assert Expert.from_pretrained(tmp_path / "carried/one").meta["base"]["dtype"] == "float32 in int8"
     assert run(*common, "--out", tmp_path / "carried/two", "--from", tmp_path / "text").json["basis"] == "same"
 
 
@@ -148,7 +148,7 @@ def test_the_command(words, tmp_path, run, refused):
     done = run(*common, "--to", tmp_path / "seeing", "--out", tmp_path / "carried/words", "--json")
     assert done.json["basis"] == "same"
     assert done.json["matrices"] == 14
-    assert Expert.load(tmp_path / "carried/words").meta["base"]["name"] == str(tmp_path / "seeing")
+    assert Expert.from_pretrained(tmp_path / "carried/words").meta["base"]["name"] == str(tmp_path / "seeing")
     assert "carried from: LlamaForCausalLM (the same weights" in run("experts", "show", tmp_path / "carried/words").out
     again = refused(*common, "--to", tmp_path / "seeing", "--out", tmp_path / "carried/words")
     assert "holds an expert already" in again

@@ -52,7 +52,7 @@ def test_train_and_evaluate(place, run):
     steps = ("--steps", 1, "--batch", 8, "--eval-n", 2, "--test-n", 4, "--dtype", "float32", "--layers", "half")
     done = run("train", *options, *steps, "--out", place / "bank/looks", "--run", place / "run", "--json")
     assert done.json["test"]["n"] == 4, done.err
-    expert = Expert.load(place / "bank/looks")
+    expert = Expert.from_pretrained(place / "bank/looks")
     assert {path.split(".")[3] for path in expert.z} == {"0"}  # half of the backbone's two layers
     assert expert.meta["task"] == "easy_vqa"
     first = json.loads((place / "run/test-base.jsonl").read_text().splitlines()[0])
