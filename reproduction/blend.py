@@ -37,7 +37,9 @@ class Blend:
     def __init__(self, base: Any, folders: Mapping[str, Path | Expert], policy: str, cache: bool = True) -> None:
         self.policy, self.svf = policy, policy == "svf"
         if self.svf:
-            self.experts = {name: one if isinstance(one, Expert) else Expert.from_pretrained(one) for name, one in folders.items()}
+            self.experts = {
+                name: one if isinstance(one, Expert) else Expert.from_pretrained(one) for name, one in folders.items()
+            }
             config = SVFConfig(target_modules="all-linear", cache=cache)
             self.model: Any = get_peft_model(base, config).eval()
             self.layers = svf_layers(self.model)

@@ -165,7 +165,7 @@ def _decompose(model: Any) -> None:
 
 
 def folder_of(name: str, bank: Path | None) -> Path | str:
-    """What `Expert.from_pretrained` takes for it: an expert's folder if it is a path, a model on the hub, or a name in the bank.
+    """Resolve an expert argument to a folder, a name in the bank, or a hub id.
 
     Raises:
         UnknownNameError: neither. ExpertError: a folder without an expert.

@@ -8,9 +8,9 @@
         peft_config=SVFConfig(), callbacks=[KeepZ()],
     )
 
-`SVFConfig` alone is all that TRL needs; what is here makes its runs comparable with `sigmix train`: the same prompts,
-token for token, the same rewards, and z that `Expert.from_pretrained` accepts. TRL computes the KL to the base by
-switching the adapter off. Its log-probabilities come from two ways of computing (factored with z, W x without), so in bfloat16 the KL
+`SVFConfig` alone is all that TRL needs. The helpers here make its runs comparable with `sigmix train`: identical prompt
+ids, identical rewards, and z that `Expert.from_pretrained` accepts. TRL computes the KL to the base by disabling the
+adapter. The two log-probabilities come from different code paths (factored with z, W x without), so in bfloat16 the KL
 of z = 1 is not 0 but of the size of rounding.
 """
 
@@ -119,8 +119,9 @@ def reward_function(task: Task, samples: Sequence[Sample]) -> Reward:
 class KeepZ(TrainerCallback):
     """Keeps z what an expert's must be: float32, and never below 0.
 
-    A negative z flips the sign of its component, and `Expert.from_pretrained` refuses it. And TRL turns the trained numbers of a quantised base's adapter to bfloat16, which has no number between 1
-    and 1.0078.
+    An optimizer step may make a factor negative, which flips the sign of its component; `Expert.from_pretrained`
+    refuses such a file. And TRL casts the trained parameters of a quantized base's adapter to bfloat16, which has no
+    number between 1 and 1.0078.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
