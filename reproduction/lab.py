@@ -16,12 +16,15 @@ from reproduction.names import BASE, chosen_lr, mix_name, run_name
 from reproduction.scale import Scale
 from reproduction.store import Cell, Store, safe
 from reproduction.tiny import TINY, tiny_base
+from sigmix.adapt.base import Strategy
+from sigmix.engine import Engine
 from sigmix.engine.cpu_kernels import contiguous_head
 from sigmix.engine.tokenization import end_ids
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.accuracy import Result, commit, constant_baseline, evaluate
 from sigmix.evals.statistics import wilson
-from sigmix.evals.strategies import Decide, measure_strategy
+from sigmix.evals.strategies import measure_strategy
+from sigmix.experts.mix import Mix
 from sigmix.models.loading import load_base
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.tasks.registry import get_task
@@ -214,10 +217,12 @@ class Lab:
             task, who, facts, lambda samples: self.measured(task, samples, model, tokenizer, under, reference)
         )
 
-    def strategy_cell(self, task: str, who: str, engine: Any, decide: Decide, form: str | None = None) -> Cell:
-        """Test items answered under the mixes that are decided on, row by row; stored like `cell`."""
+    def strategy_cell(
+        self, task: str, who: str, engine: Engine, strategy: Strategy | Mix, form: str | None = None
+    ) -> Cell:
+        """Evaluate a strategy, or one mixture, on a task's test items and store the cell."""
         made = self.task(task)
-        return self._stored(task, who, {}, lambda samples: measure_strategy(engine, made, samples, decide, form=form))
+        return self._stored(task, who, {}, lambda samples: measure_strategy(engine, made, samples, strategy, form=form))
 
     def _stored(
         self,

@@ -15,7 +15,6 @@ from sigmix.engine import Engine
 from sigmix.engine.truncation import fit
 from sigmix.errors import ConfigError
 from sigmix.evals.dispatch import prompts_of_experts
-from sigmix.evals.strategies import always
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import TOLERANCE, Sketch, deviation
 from sigmix.experts.mix import Mix
@@ -66,7 +65,7 @@ class Ablations:
                 continue
             lab.store.write_fact(self.who(budget), {"work": plan.cost, "error": plan.error, "told": plan.describe()})
             for task in tasks:
-                lab.strategy_cell(task, self.who(budget), engine, always(Mix.one(task)), form="truncated")
+                lab.strategy_cell(task, self.who(budget), engine, Mix.one(task), form="truncated")
 
     @staticmethod
     def _sketches(lab: Lab) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from reproduction.report import NOT_RUN, Report, mean, table
 from sigmix.adapt.probe import ProbeDispatch, fit_probe
 from sigmix.engine import Engine
 from sigmix.evals.dispatch import FOREIGN, requests
-from sigmix.evals.strategies import by_prompt
 
 IN_TURN = ("lora-rl", "svf-rl")
 
@@ -54,7 +53,7 @@ class Continual:
         validation = requests(bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir)
         probe = ProbeDispatch(engine, probe=fit_probe(engine, train, validation))
         for task in tasks:
-            lab.strategy_cell(task, dispatched(count), engine, by_prompt(probe))
+            lab.strategy_cell(task, dispatched(count), engine, probe)
 
     def tables(self, report: Report) -> str:
         """A row for each task and way, a column for each stage."""

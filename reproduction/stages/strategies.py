@@ -12,6 +12,7 @@ from reproduction.blend import Blend
 from reproduction.lab import Lab
 from reproduction.names import BASE, single
 from reproduction.report import NOT_RUN, Report, table
+from sigmix.adapt.base import Strategy
 from sigmix.adapt.classifier import ClassifierDispatch
 from sigmix.adapt.few_shot import Example, FewShotSearch
 from sigmix.adapt.probe import FILE, ProbeDispatch, fit_probe
@@ -19,7 +20,6 @@ from sigmix.adapt.prompt import PromptDispatch
 from sigmix.engine import Engine
 from sigmix.evals.dispatch import FOREIGN, confusion, plot, requests, unseen_tasks
 from sigmix.evals.statistics import wilson
-from sigmix.evals.strategies import always, by_prompt
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 
@@ -44,7 +44,7 @@ def search_on(lab: Lab, engine: Engine, task: str, shots: int, **options: Any) -
 
 def searched_cell(lab: Lab, engine: Engine, task: str, who: str, search: FewShotSearch) -> None:
     """A cell under what a search finds, and what it found."""
-    lab.strategy_cell(task, who, engine, by_prompt(search))
+    lab.strategy_cell(task, who, engine, search)
     assert search.result is not None  # deciding searched
     about = {**search.evidence(), "mix": search.result.id, "weights": search.result.to_json()["weights"]}
     lab.store.write_fact(f"{who}-{task}", about)
@@ -83,10 +83,9 @@ class Strategies:
         missing = [task for task in scale.unseen if not all(lab.store.has(task, self.who(w)) for w in wanted)]
         if missing:
             engine = ready(lab)
-            made = {
-                "A": by_prompt(PromptDispatch(engine)), "B": by_prompt(ClassifierDispatch(engine)),
-                "D": by_prompt(probe_of(lab, engine)), BASE: always(Mix.base()),
-                **{f"expert-{task}": always(Mix.one(task)) for task in scale.tasks + scale.extra},
+            made: dict[str, Strategy | Mix] = {
+                "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine),
+                BASE: Mix.base(), **{f"expert-{task}": Mix.one(task) for task in scale.tasks + scale.extra},
             }  # fmt: skip
             for task in missing:
                 for name in wanted:

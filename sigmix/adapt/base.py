@@ -1,4 +1,4 @@
-"""`Decision`: what pass one found out about a request, and `Strategy`: whatever finds it out."""
+"""Decisions, strategies, and the labels that strategies choose from."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sigmix.errors import ConfigError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 OTHER = "other"
-"""The label of a request that no expert is for; it means the base, exactly."""
+"""Label of requests outside every expert's domain; its mixture is the base model."""
+
+DISPATCH = "dispatch"
+"""Domain of classification experts (strategy B), which are never chosen themselves."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which mix answers a request, and why.
+    """Mixture chosen for a request.
 
     Attributes:
-        mix: for pass two. label: the expert's label, or "other". reason: one sentence for people.
-        evidence: JSON values: probabilities by label, thresholds, a search's trace.
-        tokens: that pass one put through the model for this request, without what a stored prefix had.
-        seconds: of pass one, this request's share of its batch.
+        mix: mixture of the second pass. label: label of the chosen expert, or "other".
+        reason: one sentence for people.
+        evidence: JSON values: probabilities by label, thresholds, the trace of a search.
+        tokens: tokens of the request that the first pass computed, without a cached prefix.
+        seconds: the request's share of the first pass.
     """
 
     mix: Mix
@@ -33,7 +38,7 @@ class Decision:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; ``mix`` as its id and ``weights`` as `Mix.to_json` has them."""
+        """Return plain JSON values: ``mix`` (its id), ``weights`` (as in `Mix.to_json`) and the other attributes."""
         return {
             "mix": self.mix.id,
             **self.mix.to_json(),
@@ -45,56 +50,37 @@ class Decision:
         }
 
 
-def decide_those_that_fit(
-    rows: Sequence[list[int]], limit: int | None, decide: Callable[[list[list[int]]], list[Decision]]
-) -> list[Decision]:
-    """``decide`` over the rows of at most ``limit`` tokens; the others get the base, so that they stop no one."""
-    fits = [limit is None or len(row) <= limit for row in rows]
-    short = [row for row, fit in zip(rows, fits, strict=True) if fit]
-    decided = iter(decide(short) if short else [])
-    long = Decision(Mix.base(), OTHER, f"it is too long to ask about: more than {limit} tokens")
-    return [next(decided) if fit else long for fit in fits]
-
-
 class Strategy(Protocol):
-    """Pass one. ``name`` is its letter and name, such as "A (prompt)"."""
+    """First pass of two-pass inference. ``name`` is a letter and a name, such as "A (prompt)"."""
 
     name: str
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """One decision for each request, in order."""
+        """Return one decision per user turn, in order."""
         ...
-
-
-# --- The labels that a request can get: one for each expert of a bank, and "other".
-
-
-DISPATCH = "dispatch"
-"""Domain of classification experts: they choose among the others and are never chosen."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a model is to say, what it means, and the mix that it stands for."""
+    """Class of requests: its name and description in the prompt, and the mixture that answers it."""
 
     name: str
     description: str
     mix: Mix
 
 
-def skills(bank: Mapping[str, Any]) -> list[str]:
-    """Names of the experts that can be chosen: all but classification experts, sorted."""
+def skills(bank: Mapping[str, Expert]) -> list[str]:
+    """Return the sorted names of the experts that can be chosen: all but classification experts."""
     return sorted(name for name in bank if bank[name].meta.get("domain") != DISPATCH)
 
 
-def labels(bank: Mapping[str, Any]) -> list[Label]:
-    """One label for each expert, then "other".
+def labels(bank: Mapping[str, Expert]) -> list[Label]:
+    """Return one label per expert, then "other".
 
-    An expert is called by its domain; by its own name where several share a domain, it has none, or its domain is
-    "other". The description is the expert's.
+    A label's name is the expert's domain, or the expert's own name where the domain is missing, shared or "other".
 
     Raises:
-        ConfigError: two experts would get the same label.
+        ConfigError: two experts with the same label.
     """
     names = skills(bank)
     domains = Counter(bank[name].meta.get("domain") for name in names)
@@ -105,19 +91,28 @@ def labels(bank: Mapping[str, Any]) -> list[Label]:
         label = domain if domain and domains[domain] == 1 and domain != OTHER else name
         found.append(Label(label, str(meta.get("description") or "").strip(), Mix.one(name)))
     found.append(Label(OTHER, "Anything else.", Mix.base()))
-    twice = [label for label, count in Counter(one.name for one in found).items() if count > 1]
-    if twice:
-        raise ConfigError(
-            f"two experts of the bank would both be labelled {twice[0]!r}", remedy="rename one, or give it a domain"
-        )
+    duplicates = [name for name, count in Counter(label.name for label in found).items() if count > 1]
+    if duplicates:
+        raise ConfigError(f"two experts have the label {duplicates[0]!r}", remedy="rename one, or set its domain")
     return found
 
 
-def check_bank(engine: Any, bank: Mapping[str, Any]) -> None:
-    """Check every expert that can be chosen against the engine's base, before anything is decided.
+def check_bank(engine: Any, bank: Mapping[str, Expert]) -> None:
+    """Check every expert that can be chosen against the engine's base model.
 
     Raises:
-        FingerprintError, ExpertError: an expert that was made on another base, or is damaged.
+        FingerprintError, ExpertError: an expert of another base, or a damaged one.
     """
     for name in skills(bank):
         engine.z(Mix.one(name))
+
+
+def decide_within(
+    rows: Sequence[list[int]], limit: int | None, decide: Callable[[list[list[int]]], list[Decision]]
+) -> list[Decision]:
+    """Apply ``decide`` to the rows of at most ``limit`` tokens; longer ones get the base model."""
+    fits = [limit is None or len(row) <= limit for row in rows]
+    short = [row for row, fit in zip(rows, fits, strict=True) if fit]
+    decisions = iter(decide(short) if short else [])
+    too_long = Decision(Mix.base(), OTHER, f"the request is too long for the first pass: more than {limit} tokens")
+    return [next(decisions) if fit else too_long for fit in fits]

@@ -1,24 +1,28 @@
-"""sigmix.adapt.classifier"""
+"""Strategy B (Transformer², section 3.2): a classification expert z_c classifies the request by strategy A's prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from sigmix.adapt.base import DISPATCH
+from sigmix.adapt.base import DISPATCH, labels
 from sigmix.adapt.prompt import PromptDispatch
 from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
+
+REMEDY = "train one: sigmix train --task dispatch --bank FOLDER --out FOLDER/dispatch"
 
 
 class ClassifierDispatch(PromptDispatch):
-    """Strategy B: ask under a classification expert, made by ``sigmix train --task dispatch --bank …``.
+    """Strategy B: the label that the base model finds most likely under a classification expert.
 
     Args:
-        expert: its name in the bank; None: the only expert of the bank with domain "dispatch".
+        bank, calibrate, batch_size: see `PromptDispatch`.
+        expert: name of the classification expert; default: the only one in the bank.
 
     Raises:
-        UnknownNameError: no such expert. ConfigError: none or several in the bank, or it was trained for other labels.
+        UnknownNameError: unknown expert. ConfigError: no or several classification experts, or other labels.
     """
 
     name = "B (classifier)"
@@ -26,38 +30,33 @@ class ClassifierDispatch(PromptDispatch):
     def __init__(
         self,
         engine: Any,
-        bank: Mapping[str, Any] | None = None,
+        bank: Mapping[str, Expert] | None = None,
         *,
         expert: str | None = None,
         calibrate: bool = False,
         batch_size: int = 64,
     ) -> None:
-        self.expert = expert
-        super().__init__(engine, bank, calibrate=calibrate, batch_size=batch_size)
+        bank = engine.bank if bank is None else bank
+        self.expert = expert = _classifier(bank, expert)
+        self.subject = f"the classification expert {expert}"
+        super().__init__(engine, bank, calibrate=calibrate, batch_size=batch_size, mix=Mix.one(expert))
 
-    def _under(self) -> Mix:
-        train = "make one: sigmix train --task dispatch --bank FOLDER --out FOLDER/dispatch"
-        if self.expert is None:
-            found = [name for name in self.bank if self.bank[name].meta.get("domain") == DISPATCH]
-            if len(found) != 1:
-                raise ConfigError(
-                    f"the bank has {len(found)} classification experts where one is needed",
-                    remedy=train if not found else f"name one of {', '.join(found)}",
-                )
-            self.expert = found[0]
-        elif self.expert not in self.bank:
-            raise UnknownNameError("expert", self.expert, self.bank, remedy=train)
-        known = dict(self.bank[self.expert].meta.get("training") or {}).get("labels")
-        names = [label.name for label in self.labels]
-        if known is not None and list(known) != names:
-            raise ConfigError(
-                f"the classification expert {self.expert} was trained for {', '.join(known)}; the bank has "
-                f"{', '.join(names)}",
-                remedy=train,
-            )
-        mix = Mix.one(self.expert)
-        self.engine.z(mix)
-        return mix
 
-    def _who(self) -> str:
-        return f"the classification expert {self.expert}"
+def _classifier(bank: Mapping[str, Expert], expert: str | None) -> str:
+    """Return the name of the classification expert, checked against the bank's labels."""
+    if expert is None:
+        found = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
+        if len(found) != 1:
+            remedy = f"name one of {', '.join(found)}" if found else REMEDY
+            raise ConfigError(f"the bank has {len(found)} classification experts, expected one", remedy=remedy)
+        expert = found[0]
+    elif expert not in bank:
+        raise UnknownNameError("expert", expert, bank, remedy=REMEDY)
+    trained = dict(bank[expert].meta.get("training") or {}).get("labels")
+    names = [label.name for label in labels(bank)]
+    if trained is not None and list(trained) != names:
+        raise ConfigError(
+            f"the classification expert {expert} was trained for {', '.join(trained)}; the bank has {', '.join(names)}",
+            remedy=REMEDY,
+        )
+    return expert

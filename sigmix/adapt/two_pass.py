@@ -1,89 +1,158 @@
-"""Both passes: decide on a mix for every request, then answer all of them in one mixed batch.
+"""Two-pass inference (Transformer², section 3.2): choose a mixture for each request, then answer all in one batch.
 
-Pass two reads the requests again. It never goes on from pass one's keys and values: those are the base's, and the
-weights are others now.
+The second pass reads each request again: the KV cache of the first pass belongs to other weights.
+
+    runner = TwoPass(engine)                                          # the strategy that fits the engine's bank
+    runner.generate(["What is 17 + 25?"], max_new_tokens=16)[0].text
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sigmix.adapt.base import DISPATCH, Decision, Strategy
+from sigmix.adapt.base import DISPATCH, OTHER, Decision, Strategy
 from sigmix.adapt.classifier import ClassifierDispatch
 from sigmix.adapt.probe import FILE, ProbeDispatch
 from sigmix.adapt.prompt import PromptDispatch
 from sigmix.engine.generation import Generation
-from sigmix.errors import UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.mix import Mix
+
+AUTO = "auto"
+
+STRATEGIES: dict[str, tuple[str, Callable[..., Strategy]]] = {
+    "A": ("prompt", PromptDispatch),
+    "B": ("classifier", ClassifierDispatch),
+    "D": ("probe", ProbeDispatch),
+}
+"""{letter: (name, class)} of the strategies that need nothing but an engine and its bank."""
+
+LETTERS = {letter: name for letter, (name, _) in STRATEGIES.items()}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer with the decision behind it; ``text`` is the generation's."""
+    """Generation with the decision that chose its mixture."""
 
     decision: Decision
     generation: Generation
 
     @property
     def text(self) -> str:
+        """Generated text."""
         return self.generation.text
 
 
-@dataclass
 class TwoPass:
-    """A strategy and the engine that it decides for.
+    """Decide on a mixture for each request and generate with it.
+
+    Args:
+        engine: inference engine with a bank of experts.
+        strategy: a strategy, or a letter or name for `open_strategy`, which is opened when first needed.
 
     Attributes:
-        seconds: of pass one and pass two in the last `generate`.
+        seconds: duration of the first and the second pass of the last `generate`.
+
+    Raises:
+        UnknownNameError: unknown letter or name.
     """
 
-    engine: Any
-    strategy: Strategy
-    seconds: tuple[float, float] = (0.0, 0.0)
+    def __init__(self, engine: Any, strategy: Strategy | str = AUTO) -> None:
+        self.engine = engine
+        self._strategy = letter_of(strategy) if isinstance(strategy, str) else strategy
+        self.seconds = (0.0, 0.0)
 
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
-        """Answer requests (user turns); ``options`` are those of `Engine.generate`, less ``mix``."""
+    @property
+    def strategy(self) -> Strategy:
+        """Strategy of the first pass."""
+        if isinstance(self._strategy, str):
+            self._strategy = open_strategy(self.engine, self._strategy)
+        return self._strategy
+
+    def decide(self, prompts: Sequence[str], mix: Mix | str | Sequence[Mix | str] = AUTO) -> list[Decision]:
+        """Return one decision per request.
+
+        Args:
+            prompts: user turns. An empty one gets the base model.
+            mix: "auto" for the strategy's choice, or a mixture or its expression; one for all or one per prompt.
+
+        Raises:
+            ConfigError: a number of mixtures other than that of prompts, or an expression that cannot be parsed.
+        """
+        mixes = [mix] * len(prompts) if isinstance(mix, (Mix, str)) else list(mix)
+        if len(mixes) != len(prompts):
+            raise ConfigError(f"{len(mixes)} mixes for {len(prompts)} prompts", remedy="give one, or one per prompt")
+        chosen = [text for text, given in zip(prompts, mixes, strict=True) if given == AUTO and text.strip()]
+        decisions = iter(self.strategy.decide(chosen) if chosen else [])
+        return [
+            _given(given) if given != AUTO
+            else next(decisions) if text.strip()
+            else Decision(Mix.base(), OTHER, "the request is empty")
+            for text, given in zip(prompts, mixes, strict=True)
+        ]  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        mix: Mix | str | Sequence[Mix | str] = AUTO,
+        *,
+        inputs: Sequence[str | Sequence[int]] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer requests, each with its own mixture.
+
+        Args:
+            prompts, mix: see `decide`.
+            inputs: prompts of the second pass where they differ, e.g. token ids with a system prompt or images.
+            options: keyword arguments of the engine's ``generate``.
+        """
         started = time.perf_counter()
-        decisions = self.strategy.decide(prompts)
+        decisions = self.decide(prompts, mix)
         decided = time.perf_counter()
-        done = self.engine.generate(prompts, [decision.mix for decision in decisions], **options)
+        generations = self.engine.generate(
+            prompts if inputs is None else inputs, [decision.mix for decision in decisions], **options
+        )
         self.seconds = decided - started, time.perf_counter() - decided
-        return [Answer(decision, generation) for decision, generation in zip(decisions, done, strict=True)]
+        return [Answer(*pair) for pair in zip(decisions, generations, strict=True)]
 
 
-# --- Opening a strategy by its letter, its name, or "auto".
-
-
-AUTO = "auto"
-
-
-LETTERS = {"A": "prompt", "B": "classifier", "D": "probe"}
+def _given(mix: Mix | str) -> Decision:
+    parsed = Mix.parse(mix) if isinstance(mix, str) else mix
+    return Decision(parsed, parsed.id, "given")
 
 
 def letter_of(choice: str) -> str:
-    """A, B, D or "auto", from a letter or a name in upper or lower case.
+    """Return the letter of a strategy, or "auto", from a letter or a name in any case.
 
     Raises:
-        UnknownNameError: no such strategy.
+        UnknownNameError: unknown strategy.
     """
-    names = {**{letter.lower(): letter for letter in LETTERS}, **{name: letter for letter, name in LETTERS.items()}}
-    if choice.lower() not in (*names, AUTO):
+    for letter, name in LETTERS.items():
+        if choice.lower() in (letter.lower(), name):
+            return letter
+    if choice.lower() != AUTO:
         raise UnknownNameError("strategy", choice, [*LETTERS, *LETTERS.values(), AUTO])
-    return names.get(choice.lower(), AUTO)
+    return AUTO
 
 
-def open_strategy(engine: Any, choice: str = AUTO) -> Any:
-    """A strategy for an engine's bank; "auto" is the bank's probe if it has one, else its classifier, else A.
+def open_strategy(engine: Any, choice: str = AUTO) -> Strategy:
+    """Return a strategy for the engine's bank.
+
+    Args:
+        choice: letter or name. "auto" is the probe (D) if the bank has one, else the classifier (B) if it has exactly
+            one, else the prompt (A).
 
     Raises:
-        UnknownNameError: no such strategy. Others: see the strategies.
+        UnknownNameError: unknown strategy. ConfigError, ExpertError, FingerprintError: see the strategies.
     """
     letter, bank = letter_of(choice), engine.bank
     if letter == AUTO:
         folder = getattr(bank, "folder", None)
-        experts = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
-        letter = "D" if folder is not None and (Path(folder) / FILE).is_file() else "B" if len(experts) == 1 else "A"
-    return {"A": PromptDispatch, "B": ClassifierDispatch, "D": ProbeDispatch}[letter](engine)
+        classifiers = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
+        has_probe = folder is not None and (Path(folder) / FILE).is_file()
+        letter = "D" if has_probe else "B" if len(classifiers) == 1 else "A"
+    return STRATEGIES[letter][1](engine)

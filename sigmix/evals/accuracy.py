@@ -1,8 +1,8 @@
-"""A task, a set of its samples and a way of answering -> scored items and a summary.
+"""Accuracy of a task's samples under a mixture, with items, intervals and paired comparisons.
 
 Every accuracy comes with n, a 95 % Wilson interval, the accuracy of the best constant reply and the entropy of the
-answers, so that a model that learned to say one thing is seen. Replies that a verifier could not judge are left out
-of n and counted apart.
+answers, which reveals a model that always gives the same one. Replies that the verifier cannot judge are left out of n
+and counted apart.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sigmix.adapt.two_pass import Answer, TwoPass
 from sigmix.engine import Engine
 from sigmix.engine.tokenization import check_context
 from sigmix.evals.statistics import answer_entropy, best_constant, mcnemar, paired_difference, wilson
@@ -28,12 +29,12 @@ from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.utils.io import write_json, write_text
 
-Answer = Callable[[Sequence[Sample]], list[str]]
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample (of its images the names), its reply and its score (None where the verifier could not judge)."""
+    """Scored sample: prompt, image names, reply and score (None if the verifier could not judge it)."""
 
     id: str
     prompt: str
@@ -47,29 +48,29 @@ class Item:
 
 @dataclass(frozen=True)
 class Result:
-    """Items of one evaluation; the figures are computed from them alone."""
+    """Items of one evaluation; all figures are computed from them."""
 
     task: str
     items: list[Item]
 
     @property
     def scored(self) -> list[Item]:
-        """Items that could be judged."""
+        """Items with a score."""
         return [item for item in self.items if item.score is not None]
 
     @property
     def right(self) -> list[bool]:
-        """Per scored item: full marks."""
+        """Full marks, per scored item."""
         return [item.score == 1.0 for item in self.scored]
 
     @property
     def accuracy(self) -> float:
-        """Share of scored items with full marks; 0 if there is none."""
+        """Fraction of scored items with full marks; 0 without scored items."""
         return sum(self.right) / len(self.right) if self.right else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """task, n, accuracy, interval (95 % Wilson), mean_score (which differs from the accuracy where a reply can be
-        right in part, as in VQA), unscorable, answer_entropy (nats), distinct_answers."""
+        """Return task, n, accuracy, interval (95 % Wilson), mean_score (differs from the accuracy where a reply can be
+        partly right, as in VQA), unscorable, answer_entropy (nats) and distinct_answers."""
         scores = [item.score for item in self.scored if item.score is not None]
         answers = [item.answer for item in self.items]
         return {
@@ -84,16 +85,15 @@ class Result:
         }
 
     def save(self, path: str | Path) -> None:
-        """One JSON object a line, atomically."""
+        """Write the items as JSON lines, atomically."""
         rows = [{key: value for key, value in asdict(item).items() if key != "images" or value} for item in self.items]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def evaluate(task: Task, samples: Sequence[Sample], answer: Answer) -> Result:
-    """Answer and score samples, in their order."""
-    replies = answer(samples)
+def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], Sequence[str]]) -> Result:
+    """Answer samples and score the replies, in order."""
     items = []
-    for sample, reply in zip(samples, replies, strict=True):
+    for sample, reply in zip(samples, answer(samples), strict=True):
         score = task.score(sample, reply)
         names = tuple(image.name for image in sample.images)
         items.append(
@@ -102,8 +102,46 @@ def evaluate(task: Task, samples: Sequence[Sample], answer: Answer) -> Result:
     return Result(task.name, items)
 
 
+def answer_samples(
+    runner: TwoPass,
+    samples: Sequence[Sample],
+    mix: Mix | str,
+    *,
+    rows: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[Answer]:
+    """Generate replies in batches, each sample with its system prompt and images.
+
+    Args:
+        mix: mixture, or "auto" for the runner's strategy.
+        rows: token ids of the samples; default: they are encoded.
+        seed: sample i is drawn from the same random stream under every mixture.
+        progress: called with the number of samples of each batch.
+        options: keyword arguments of `Engine.generate`.
+    """
+    if rows is None:
+        rows = [runner.engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
+    answers: list[Answer] = []
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        answers += runner.generate(
+            [sample.prompt for sample in part],
+            mix,
+            inputs=rows[start : start + batch_size],
+            seeds=[(seed << 32) + start + place for place in range(len(part))],
+            batch_size=batch_size,
+            **options,
+        )
+        if progress is not None:
+            progress(len(part))
+    return answers
+
+
 def compare(ours: Result, theirs: Result, seed: int = 0) -> dict[str, Any]:
-    """Paired comparison on the items that both could be judged on: difference with interval, McNemar."""
+    """Compare two results on the items that both scored: paired difference with interval, and McNemar's test."""
     other = {item.id: item for item in theirs.scored}
     pairs = [(item, other[item.id]) for item in ours.scored if item.id in other]
     a, b = [x.score == 1.0 for x, _ in pairs], [y.score == 1.0 for _, y in pairs]
@@ -112,29 +150,27 @@ def compare(ours: Result, theirs: Result, seed: int = 0) -> dict[str, Any]:
 
 
 def in_part(summary: Mapping[str, Any]) -> dict[str, float]:
-    """{"mean_score": …} of a summary where some reply was right in part; {} where it is the accuracy."""
+    """Return {"mean_score": …} of a summary with partly right replies; {} where it equals the accuracy."""
     score = summary.get("mean_score")
     return {} if score is None or score == summary["accuracy"] else {"mean_score": score}
 
 
 def rank(summary: Mapping[str, Any]) -> tuple[float, float]:
-    """What the better of two summaries of the same items has more of: mean score, then full marks. Where no reply is
-    right in part both are the accuracy."""
+    """Return the sort key of a summary: mean score, then accuracy."""
     return in_part(summary).get("mean_score", summary["accuracy"]), summary["accuracy"]
 
 
 def constant_baseline(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The best constant reply on these samples and its accuracy; empty where trying them is too costly."""
+    """Return the best constant reply and its accuracy; {} for a task that is costly to score."""
     if task.costly:
         return {}
     reply, accuracy = best_constant(task, samples)
     return {"reply": reply, "accuracy": accuracy}
 
 
-# --- A task under several mixes on the same items: accuracies with intervals, each mix paired with the base.
-
-
-SUMMARY = "summary.json"
+def base_name(engine: Engine) -> str | None:
+    """Return the name of the engine's base model, if `load_base` loaded it."""
+    return (getattr(engine.model, "sigmix_base", None) or {}).get("name")
 
 
 def run(
@@ -150,55 +186,46 @@ def run(
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Result]]:
-    """Evaluate the base and every mix on the same items.
+    """Evaluate the base model and mixtures on the same items.
 
     Args:
-        mixes: beside the base, which always comes first; equal ones count once.
-        n: items; a split that has fewer gives all it has.
-        seed: of the drawing of items, of sampling (item i has the same stream under every mix) and of the bootstrap.
+        mixes: evaluated after the base model; duplicates count once.
+        n: number of items, at most the size of the split.
+        seed: seed of the draw of items, of sampling and of the bootstrap.
         max_new_tokens: default: the task's.
-        progress: called with (items just answered, mix id).
+        progress: called with (items answered, mix id) after each batch.
 
     Returns:
-        Figures for JSON: task, split, seed, n, temperature, max_new_tokens, best_constant ({"reply", "accuracy"}, empty
-        where too costly), notes, seconds, results: a list with, for each mix, `Result.summary`, ``mix`` (its id),
-        ``weights``, ``no_answer`` (scored replies from which the verifier could read none: wrong by their form),
-        ``truncated`` (replies that ran into max_new_tokens), ``seconds`` and ``paired`` (`compare` with the base; None
-        for the base itself). And the `Result` of every mix by its id.
+        JSON figures: task, split, seed, n, temperature, max_new_tokens, base, best_constant ({"reply", "accuracy"}, or
+        {} if too costly), notes, seconds, and results: for each mixture `Result.summary`, ``mix`` (its id),
+        ``weights``, ``no_answer`` (scored replies without an extractable answer), ``truncated`` (replies cut at
+        max_new_tokens), ``seconds`` and ``paired`` (`compare` with the base model; None for the base model itself).
+        And {mix id: `Result`}.
 
     Raises:
-        ContextError: an item that does not fit the context. Others: see `Engine.z` and `Task.samples`.
+        ContextError: item longer than the context. Others: see `Engine.z` and `Task.samples`.
     """
     samples = task.samples(split, n, seed=seed)
     limit = max_new_tokens or task.max_new_tokens
-    rows = {sample.id: engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples}
-    for sample in samples:
-        check_context(engine.model, rows[sample.id], limit, f"item {sample.id} of {task.name}")
+    rows = [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
+    for sample, row in zip(samples, rows, strict=True):
+        check_context(engine.model, row, limit, f"item {sample.id} of {task.name}")
     order = list(dict.fromkeys([Mix.base(), *mixes]))
     for mix in order:
-        engine.z(mix)  # errors come before the work
+        engine.z(mix)  # fail before the work
+    runner = TwoPass(engine)
     results: dict[str, Result] = {}
     entries = []
     began = time.monotonic()
     for mix in order:
-        started, cut = time.monotonic(), 0
-
-        def answer(wanted: Sequence[Sample], mix: Mix = mix) -> list[str]:
-            nonlocal cut
-            texts = []
-            for start in range(0, len(wanted), batch_size):
-                part = wanted[start : start + batch_size]
-                done = engine.generate(
-                    [rows[sample.id] for sample in part], mix, max_new_tokens=limit, temperature=temperature,
-                    seeds=[(seed << 32) + start + place for place in range(len(part))], batch_size=batch_size,
-                )  # fmt: skip
-                texts += [one.text for one in done]
-                cut += sum(one.finish == "length" for one in done)
-                if progress is not None:
-                    progress(len(part), mix.id)
-            return texts
-
-        result = results[mix.id] = evaluate(task, samples, answer)
+        started = time.monotonic()
+        answers = answer_samples(
+            runner, samples, mix, rows=rows, batch_size=batch_size, seed=seed, max_new_tokens=limit,
+            temperature=temperature,
+            progress=None if progress is None else lambda count, mix=mix: progress(count, mix.id),  # type: ignore[misc]
+        )  # fmt: skip
+        result = evaluate(task, samples, lambda _, answers=answers: [one.text for one in answers])  # type: ignore[misc]
+        results[mix.id] = result
         base = results[Mix.base().id]
         entries.append(
             {
@@ -206,7 +233,7 @@ def run(
                 "weights": mix.to_json()["weights"],
                 **result.summary(),
                 "no_answer": sum(item.answer is None for item in result.scored),
-                "truncated": cut,
+                "truncated": sum(one.generation.finish == "length" for one in answers),
                 "seconds": round(time.monotonic() - started, 2),
                 "paired": compare(result, base, seed) if mix.weights else None,
             }
@@ -218,7 +245,7 @@ def run(
         "n": len(samples),
         "temperature": temperature,
         "max_new_tokens": limit,
-        "base": (getattr(engine.model, "sigmix_base", None) or {}).get("name"),
+        "base": base_name(engine),
         "best_constant": constant_baseline(task, samples),
         "notes": list(task.notes),
         "seconds": round(time.monotonic() - began, 2),
@@ -228,7 +255,7 @@ def run(
 
 
 def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[str, Result]) -> Path:
-    """Write items as JSONL, one file a mix, and ``summary.json`` with the figures and where they came from.
+    """Write the items, one JSON-lines file per mixture, and ``summary.json`` with the figures and their provenance.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -244,7 +271,7 @@ def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[
 
 
 def provenance() -> dict[str, Any]:
-    """command, commit (None outside of a checkout), date (UTC), machine: what made a figure."""
+    """Return command, versions, commit (None outside a checkout), date (UTC) and machine of this process."""
     import torch
     import transformers
 
@@ -277,11 +304,11 @@ def _cpu() -> str:
 
 
 def commit() -> str | None:
-    """Short commit of the source checkout that runs, with "+" if it has changes; None for an installed package."""
+    """Return the short commit of the running checkout, with "+" if it is modified; None for an installed package."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
-        # an installed copy may lie inside somebody else's repository, which does not track this file
+        # an installed copy may lie inside another repository, which does not track this file
         for words in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty=+", "--exclude=*"]):
             done = subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

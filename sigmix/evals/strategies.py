@@ -1,34 +1,30 @@
-"""A task under adaptation strategies on the same items, each paired with the base.
+"""Accuracy of adaptation strategies on the same items, each paired with the base model.
 
-Strategies are named base, A, B, C, D, each-expert and oracle. "each-expert" runs every expert of the bank alone.
-"oracle" is no strategy but a bound: an item counts as right if the base or any expert alone has it right, which is what
-a perfect choice of one expert per request would reach. C's examples are training items; no test item chooses anything.
+Entries are named base, A, B, C, D, each-expert and oracle. "each-expert" runs every expert alone. "oracle" is an upper
+bound: an item counts as right if the base model or any expert alone is right, as under a perfect choice of one expert
+per request. The examples of C are training items; no test item takes part in any choice.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sigmix.adapt.base import Decision, Strategy, skills
-from sigmix.evals.accuracy import Result, compare, constant_baseline, evaluate
+from sigmix.adapt.base import Strategy, skills
+from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
+from sigmix.engine import Engine
+from sigmix.evals.accuracy import Result, answer_samples, base_name, compare, constant_baseline, evaluate
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
 
-Decide = Callable[[Sequence[Sample]], list[Decision]]
-
-
 NAMES = ("base", "A", "B", "C", "D", "each-expert", "oracle")
-
-
 EACH, ORACLE = "each-expert", "oracle"
 
 
 def run_strategies(
-    engine: Any,
+    engine: Engine,
     task: Task,
     strategies: Mapping[str, Strategy],
     *,
@@ -40,51 +36,46 @@ def run_strategies(
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Result]]:
-    """Evaluate the base, strategies, and every expert alone with the oracle bound over them.
+    """Evaluate the base model, strategies, and every expert alone with the oracle bound over them.
 
     Args:
-        strategies: by the name that they get in the table, such as "A".
-        each_expert: run every expert alone too, and give the oracle.
-        progress: called with (items just answered, name).
+        strategies: {entry's name: strategy}.
+        each_expert: include every expert alone and the oracle.
+        progress: called with (items answered, name) after each batch.
 
     Returns:
-        Figures as of `sigmix.evals.accuracy.run`, an entry by strategy in place of one by mix: ``strategy``,
-        `Result.summary`, ``chosen`` ({mix id: items}), ``pass1_seconds``, ``pass1_tokens``, ``pass2_seconds``,
-        ``paired`` with the base. And the `Result` of every entry by its name.
+        JSON figures as of `sigmix.evals.accuracy.run`, with entries per strategy: ``strategy``, `Result.summary`,
+        ``chosen`` ({mix id: items}), ``pass1_seconds``, ``pass1_tokens``, ``pass2_seconds`` and ``paired`` with the
+        base model. And {name: `Result`}.
     """
     samples = task.samples(split, n, seed=seed)
     limit = max_new_tokens or task.max_new_tokens
+    experts = skills(engine.bank) if each_expert else []
+    rows: dict[str, Strategy | Mix] = {
+        "base": Mix.base(), **strategies, **{expert: Mix.one(expert) for expert in experts}
+    }  # fmt: skip
     results: dict[str, Result] = {}
     entries: list[dict[str, Any]] = []
-
-    def measure(name: str, decide: Decide) -> None:
-        told = None if progress is None else lambda count: progress(count, name)
-        result, facts = measure_strategy(
-            engine, task, samples, decide, max_new_tokens=limit, batch_size=batch_size, progress=told
-        )
-        results[name] = result
-        paired = compare(result, results["base"], seed) if name != "base" else None
-        entries.append({"strategy": name, **result.summary(), **facts, "paired": paired})
-
-    measure("base", always(Mix.base()))
-    for name, strategy in strategies.items():
-        measure(name, by_prompt(strategy))
-    if each_expert:
-        for expert in skills(engine.bank):
-            measure(expert, always(Mix.one(expert)))
-        alone = [results["base"], *(results[name] for name in skills(engine.bank))]
-        results[ORACLE] = _oracle(alone)
-        entries.append(
-            {"strategy": ORACLE, **results[ORACLE].summary(), "chosen": {}, "bound": True,
-             "paired": compare(results[ORACLE], results["base"], seed)}
+    for name, strategy in rows.items():
+        results[name], facts = measure_strategy(
+            engine, task, samples, strategy, max_new_tokens=limit, batch_size=batch_size,
+            progress=None if progress is None else lambda count, name=name: progress(count, name),  # type: ignore[misc]
         )  # fmt: skip
+        paired = compare(results[name], results["base"], seed) if name != "base" else None
+        entries.append({"strategy": name, **results[name].summary(), **facts, "paired": paired})
+    if each_expert:
+        results[ORACLE] = _oracle([results[name] for name in ("base", *experts)])
+        paired = compare(results[ORACLE], results["base"], seed)
+        entries.append(
+            {"strategy": ORACLE, **results[ORACLE].summary(), "chosen": {}, "bound": True, "paired": paired}
+        )
     figures = {
         "task": task.name,
         "split": split,
         "seed": seed,
         "n": len(samples),
         "max_new_tokens": limit,
-        "base": (getattr(engine.model, "sigmix_base", None) or {}).get("name"),
+        "base": base_name(engine),
         "best_constant": constant_baseline(task, samples),
         "notes": list(task.notes),
         "results": entries,
@@ -93,59 +84,50 @@ def run_strategies(
 
 
 def measure_strategy(
-    engine: Any,
+    engine: Engine,
     task: Task,
     samples: Sequence[Sample],
-    decide: Decide,
+    strategy: Strategy | Mix,
     *,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
     form: str | None = None,
 ) -> tuple[Result, dict[str, Any]]:
-    """Decide for every sample, then answer each under its own mix, in the engine's form (see `Engine.generate`).
+    """Evaluate samples, each under the mixture that a strategy chooses for its text, or all under one mixture.
+
+    Args:
+        form: see `Engine.generate`.
 
     Returns:
-        The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens, pass2_seconds.
+        The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.
     """
-    limit = max_new_tokens or task.max_new_tokens
-    started = time.perf_counter()
-    decisions = decide(samples)
-    decided = time.perf_counter()
+    fixed = isinstance(strategy, Mix)
+    runner = TwoPass(engine, AUTO if fixed else strategy)  # type: ignore[arg-type]
+    seconds = [0.0, 0.0]
 
-    def answer(wanted: Sequence[Sample]) -> list[str]:
-        texts: list[str] = []
-        for start in range(0, len(wanted), batch_size):
-            part = wanted[start : start + batch_size]
-            mixes = [decision.mix for decision in decisions[start : start + batch_size]]
-            rows = [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in part]
-            done = engine.generate(rows, mixes, max_new_tokens=limit, batch_size=batch_size, form=form)
-            texts += [one.text for one in done]
-            if progress is not None:
-                progress(len(part))
-        return texts
+    def add(count: int) -> None:
+        for number, value in enumerate(runner.seconds):
+            seconds[number] += value
+        if progress is not None:
+            progress(count)
 
-    result = evaluate(task, samples, answer)
+    answers: list[Answer] = answer_samples(
+        runner, samples, strategy if fixed else AUTO, batch_size=batch_size, progress=add,  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
+    )  # fmt: skip
+    result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
+    decisions = [answer.decision for answer in answers]
     return result, {
         "chosen": dict(Counter(decision.mix.id for decision in decisions).most_common()),
-        "pass1_seconds": round(decided - started, 3),
+        "pass1_seconds": round(seconds[0], 3),
         "pass1_tokens": sum(decision.tokens for decision in decisions),
-        "pass2_seconds": round(time.perf_counter() - decided, 3),
+        "pass2_seconds": round(seconds[1], 3),
     }
 
 
-def always(mix: Mix) -> Decide:
-    """The same mix for every sample."""
-    return lambda samples: [Decision(mix, mix.id, "fixed") for _ in samples]
-
-
-def by_prompt(strategy: Strategy) -> Decide:
-    """What a strategy decides on the samples' prompts, the words alone."""
-    return lambda samples: strategy.decide([sample.prompt for sample in samples])
-
-
 def _oracle(alone: Sequence[Result]) -> Result:
-    """For every item the first of the results that has it right, else the first one's."""
+    """Take for every item the first result that is right, else the first result."""
     chosen = []
     for place, item in enumerate(alone[0].items):
         tries = [result.items[place] for result in alone]

@@ -69,7 +69,7 @@ def test_an_unsure_probe_says_other(made):
     unsure = Probe(probe.labels, probe.depth, probe.weight * 1e-6, torch.tensor([0.1, 0.0, 0.0]), 1.0, 0.5, probe.base)
     (decision,) = ProbeDispatch(engine, probe=unsure).decide(["1 + 4 = 7"])
     assert (decision.label, decision.mix) == (OTHER, Mix.base())
-    assert "less than the 50%" in decision.reason
+    assert "50%" in decision.reason
 
 
 def test_soft_decisions_mix_by_probability(made):
@@ -95,7 +95,7 @@ def test_a_probe_survives_its_file_and_lies_in_the_bank(made, tmp_path, tiny, ti
     for one in engine.bank.values():
         bank.add(one)
     ours = Engine(big(tiny), tiny_tokenizer, bank)
-    with pytest.raises(ExpertError, match=r"no probe .* --fit-probe"):
+    with pytest.raises(ExpertError, match="--fit-probe"):
         ProbeDispatch(ours)
     probe.save(bank.folder / "probe.safetensors")
     assert Bank(bank.folder).names() == ["adder", "finder"]
@@ -127,7 +127,7 @@ def test_a_damaged_probe_is_named(made, tmp_path, damage):
         else:
             del about["labels"]
         save_file(tensors, path, {"probe": json.dumps(about)})
-    with pytest.raises(ExpertError, match=r"probe\.safetensors (cannot be read|is damaged)"):
+    with pytest.raises(ExpertError, match=r"probe\.safetensors.*--fit-probe"):
         Probe.load(path)
 
 
@@ -137,7 +137,7 @@ def test_a_probe_of_another_base_or_bank_is_refused(made, tiny, tiny_tokenizer):
     with pytest.raises(FingerprintError, match="000000000000"):
         ProbeDispatch(engine, probe=other)
     more = engine_of(tiny, tiny_tokenizer, bank_of(tiny, adder="arithmetic", finder="reading", speller="words"))
-    with pytest.raises(ConfigError, match="the bank has arithmetic, reading, words, other"):
+    with pytest.raises(ConfigError, match="words.*--fit-probe"):
         ProbeDispatch(more, probe=probe)
-    with pytest.raises(ConfigError, match="exactly the labels"):
+    with pytest.raises(ConfigError, match="arithmetic"):
         fit_probe(engine, {"arithmetic": ["1"]}, prompts(0, 1))

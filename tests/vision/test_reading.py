@@ -193,7 +193,7 @@ def test_an_image_that_depends_on_the_mix_is_refused():
 def test_a_search_and_a_strategy_show_the_images_too():
     from sigmix.adapt import FewShotSearch
     from sigmix.adapt.few_shot import Example
-    from sigmix.evals.strategies import always, measure_strategy
+    from sigmix.evals.strategies import measure_strategy
     from sigmix.tasks.base import Sample, Score, Task
 
     class Looking(Task):
@@ -211,7 +211,7 @@ def test_a_search_and_a_strategy_show_the_images_too():
     assert all(isinstance(row, ImagePrompt) for row in search.rows)
     assert set(search.fit().weights) <= {"a"}
     samples = Looking().samples("test")
-    result, _ = measure_strategy(engine, Looking(), samples, always(Mix.one("a")))
+    result, _ = measure_strategy(engine, Looking(), samples, Mix.one("a"))
     prompts = [engine.encode("what?", images=image) for image in shapes()]
     assert [i.reply for i in result.items] == [g.text for g in engine.generate(prompts, mix="a", max_new_tokens=3)]
     assert len({item.reply for item in result.items}) == 3
