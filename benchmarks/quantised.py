@@ -64,7 +64,7 @@ def run(
         found["plain"][name] = {mix: _told(one) for mix, one in answers[name].items()}
         say(f"plain, {name}: {found['plain'][name]}")
     for kind in QUANTIZATIONS:
-        small, _ = load_base(base, dtype, quantization=kind)
+        small, _ = load_base(base, dtype, quantization_config=kind)
         use_original_basis(small)
         engine = Engine(small, tokenizer, bank)
         found[kind] = {"bytes": _bytes(engine) / size}
@@ -98,7 +98,7 @@ def run(
 
 def _own_basis(base: str, dtype: str | None, kind: str) -> Any:
     """A quantised base adapted in its own basis, which is computed and not kept in the cache."""
-    model, tokenizer = load_base(base, dtype, quantization=kind)
+    model, tokenizer = load_base(base, dtype, quantization_config=kind)
     inject_adapter_in_model(SVFConfig(inference_mode=True, cache=False), model, ENGINE_ADAPTER)
     return model, tokenizer
 

@@ -32,7 +32,7 @@ from sigmix.train.checkpointing import RunDir
 from sigmix.train.config import make_config
 from sigmix.train.rollout import Actor
 from sigmix.train.trainer import Trainer
-from sigmix.utils.io import waiting
+from sigmix.utils.io import file_lock
 
 KL_ITEMS = 64
 """Replies of an adapter's test cell on which its KL to the base is measured."""
@@ -115,7 +115,7 @@ class Lab:
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
         """Hold what several processes may want to make, and wait for the one that is making it."""
-        with waiting(self.work / "locks" / f"{safe(name)}.lock", lambda: self.say(f"waiting for {name}")):
+        with file_lock(self.work / "locks" / f"{safe(name)}.lock", lambda: self.say(f"waiting for {name}")):
             yield
 
     # ------------------------------------------------------------------ training

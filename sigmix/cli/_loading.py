@@ -102,7 +102,7 @@ def open_base(
     with working(f"loading {base}"):
         from sigmix.models.loading import load_base
 
-        model, tokenizer = load_base(base, dtype, quantization=quantization, device_map=placed)
+        model, tokenizer = load_base(base, dtype, quantization_config=quantization, device_map=placed)
     if basis == "original":
         from sigmix.experts.original_basis import use_original_basis
 
@@ -127,7 +127,7 @@ def base_of(base: str, experts: Sequence[Any], dtype: str | None = None, quantiz
     with working(f"loading {base}"):
         from sigmix.models.loading import load_base
 
-        return load_base(base, dtype or made, quantization=quantization or kept)[0]
+        return load_base(base, dtype or made, quantization_config=quantization or kept)[0]
 
 
 def open_engine(

@@ -134,9 +134,10 @@ def _config(name: str) -> Any:
 
     from sigmix.errors import BaseModelError
     from sigmix.models.default import DEFAULT, SMOLLM2, offline
-    from sigmix.models.gguf import models_dir, quiet
+    from sigmix.models.gguf import models_dir
     from sigmix.models.hub import base_names, near_paths, own_token, scrubbed, shows
     from sigmix.models.loading import HUB_NAME
+    from sigmix.utils.logging import quiet
 
     path = Path(name).expanduser()
     options: dict[str, Any] = {}

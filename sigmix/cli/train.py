@@ -134,7 +134,7 @@ def _run(
         dtype = processes.from_main(lambda: str(default_dtype(processes.device)).removeprefix("torch."))
     place = "cpu" if shard else (processes.device if device_map is None else None)
     model, tokenizer = load_base(
-        config.base, dtype, place, quantization=config.quantization, device_map=device_map
+        config.base, dtype, place, quantization_config=config.quantization, device_map=device_map
     )  # fmt: skip
     with contextlib.ExitStack() as shown:
         progress = processes.main and shown.enter_context(Progress(config.steps, f"training {name}", tensorboard))

@@ -104,7 +104,7 @@ def foreign(name: str, mine: Mapping[str, Any], found: Mapping[str, Any]) -> Fin
         remedy = "the name is the same, but the weights are not: "
         dtype, quantization = dtype_and_quantization(mine.get("dtype"))
         if quantization is not None and mine["dtype"] != found["dtype"]:
-            remedy += f"load it as the expert had it, with dtype={dtype!r}, quantization={quantization!r}"
+            remedy += f"load it as the expert had it, with dtype={dtype!r}, quantization_config={quantization!r}"
         elif " in " in found["dtype"]:
             remedy += (
                 "this one is quantised; to use the expert in its own basis here, call "

@@ -28,7 +28,7 @@ from sigmix.experts.model_card import REPO, without_path
 from sigmix.models.default import offline
 from sigmix.models.hub import explain, near_paths, scrubbed, shows, status_of
 from sigmix.utils.cache import cache_dir
-from sigmix.utils.io import atomic_dir, waiting, write_json, writing
+from sigmix.utils.io import atomic_dir, file_lock, write_json, writing
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 """A collection's slug: "user/title-" and 24 hexadecimal digits."""
@@ -171,7 +171,7 @@ def gather(source: str | Sequence[str], token: str | None = None) -> Path:
         )
     key = hashlib.sha256("\n".join(sorted(f"{one.repo}@{one.revision}" for one in found)).encode()).hexdigest()[:16]
     folder = last.parent / f"{short}-{key}"
-    with waiting(last.parent / f".{folder.name}.lock", lambda: None):
+    with file_lock(last.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
             _copy(found, folder, label)
     if isinstance(source, str):

@@ -4,7 +4,7 @@ Quantising W to W_q turns its singular vectors: an expert that was trained on W 
 W_q, and its fingerprint says so. Two definitions are possible, and which one holds is a choice that somebody makes:
 
     own basis        W_q = U_q diag(s_q) V_qᵀ: the quantised base is a base of its own. Experts are trained on it and
-                     held to it; nothing is approximate. This is what `load_base(…, quantization=…)` gives.
+                     held to it; nothing is approximate. This is what `load_base(…, quantization_config=…)` gives.
     original basis   y = W_q (x + V(g ⊙ Vᵀx)), or y + U(g ⊙ Uᵀy), with V or U of the original W: the expert turns the
                      very knobs that it was trained on, of a base that is a little off. z = 1 is still W_q x, bit for
                      bit; with g ≠ 0 the change is W_q V diag(g) Vᵀ in place of W V diag(g) Vᵀ, off by (W_q - W) V
@@ -91,7 +91,7 @@ def use_original_basis(model: nn.Module, each: Callable[[Matrix, bool], None] | 
     """Let a quantised base compute in the basis of the weights that it was quantised from; see the module.
 
     Args:
-        model: from `load_base(…, quantization=…)`, adapted already or not.
+        model: from `load_base(…, quantization_config=…)`, adapted already or not.
         each: told of every matrix that is done, and whether it had to be decomposed.
 
     Raises:
@@ -102,7 +102,8 @@ def use_original_basis(model: nn.Module, each: Callable[[Matrix, bool], None] | 
     own = getattr(base, "sigmix_base", None) or {}
     if "quantization" not in own:
         raise ConfigError(
-            "only a base that load_base quantised has an original basis", remedy="load_base(…, quantization='int8')"
+            "only a base that load_base quantised has an original basis",
+            remedy="load_base(…, quantization_config='int8')",
         )
     stream = Stream(Path(own["source"]), own["name"], getattr(torch, own["dtype"]))
     quantised = {path: layer for path, layer in linears(base).items() if weights.kind(_inner(layer)) != weights.PLAIN}

@@ -19,7 +19,6 @@ from sigmix.errors import BaseModelError, ExpertError, FingerprintError, Unknown
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import Sketch, combined, compare, short, sketch
 from sigmix.experts.mix import Mix
-from sigmix.models.gguf import quiet
 from sigmix.models.loading import load_base, locate
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import backbone
@@ -28,6 +27,7 @@ from sigmix.svf.decomposition import Factors, weight_digest
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.linears import LINEAR, dtype_and_quantization, factors_of, matrix_of, shape_of
 from sigmix.utils.cache import MANIFEST, verify
+from sigmix.utils.logging import quiet
 from sigmix.utils.safetensors import Shards
 
 

@@ -27,11 +27,11 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.export.source import Source
 from sigmix.models.default import SMOLLM2, downloads_dir, fetch_member, offline
-from sigmix.models.gguf import quiet
 from sigmix.models.loading import load_base
 from sigmix.models.multimodal import auto_class
 from sigmix.svf.checkpoint import HALF
 from sigmix.svf.linears import matrix_of
+from sigmix.utils.logging import quiet
 
 LIMIT = 1e-3
 """KL, in nats: rounding in another program's order makes less, on bases that are not quantised there."""

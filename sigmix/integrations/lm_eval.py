@@ -103,7 +103,7 @@ class SigmixLM(HFLM):
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
         chosen = None if mix == AUTO else read_mix(mix, experts)
         model, tokenizer = load_base(
-            base, None if dtype == "auto" else dtype, device_of(device), quantization=quantization
+            base, None if dtype == "auto" else dtype, device_of(device), quantization_config=quantization
         )
         if basis == "original":
             use_original_basis(model)

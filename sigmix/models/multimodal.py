@@ -23,8 +23,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sigmix.errors import BaseModelError, ConfigError
-from sigmix.models.gguf import quiet
 from sigmix.utils.images import Picture
+from sigmix.utils.logging import quiet
 
 
 def bare(model: nn.Module) -> nn.Module:

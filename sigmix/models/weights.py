@@ -97,7 +97,7 @@ def dequantised(layer: nn.Module, weight: Any) -> Tensor:
     raise BaseModelError(
         f"a weight of {type(layer).__name__} in {weight.dtype} cannot be dequantised"
         + (", because bitsandbytes has repacked it for this CPU" if state is not None else ""),
-        remedy="load it with load_base(…, quantization=…), which keeps such weights as they are",
+        remedy="load it with load_base(…, quantization_config=…), which keeps such weights as they are",
     )
 
 

@@ -31,7 +31,6 @@ import torch
 from peft import inject_adapter_in_model
 
 from sigmix.errors import BaseModelError, ConfigError, OutputError
-from sigmix.models.gguf import quiet
 from sigmix.models.loading import dtype_of, locate
 from sigmix.models.memory import empty_model, entry_bytes
 from sigmix.svf.config import SVFConfig
@@ -39,6 +38,7 @@ from sigmix.svf.decomposition import METHOD, cache_path, cached_decompose, weigh
 from sigmix.svf.tuner import svf_layers
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import free_bytes, write_json
+from sigmix.utils.logging import quiet
 from sigmix.utils.safetensors import Shards
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 
 from sigmix.errors import ConfigError, OutputError
 from sigmix.train.config import TrainConfig
-from sigmix.utils.io import atomic_dir, exclusive, restore_interrupted, write_json, write_text, writing
+from sigmix.utils.io import atomic_dir, file_lock, restore_interrupted, write_json, write_text, writing
 
 
 class RunDir:
@@ -39,8 +39,13 @@ class RunDir:
         Raises:
             OutputError: another run holds it, or it cannot be written.
         """
-        message = f"another training run is writing to {self.path}"
-        with exclusive(self.path / "lock", message, "wait for it, or give another --run"):
+
+        def busy() -> None:
+            raise OutputError(
+                f"another training run is writing to {self.path}", remedy="wait for it, or give another --run"
+            )
+
+        with file_lock(self.path / "lock", on_busy=busy):
             yield
 
     def begin(self, config: TrainConfig, resume: bool) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""Paths and safe writing: nothing is lost or half-written.
+"""Atomic writes, file locks and disk checks.
 
-Everything is written beside its target under a temporary name and renamed, so a reader sees the old content, the new
-content, or nothing, never a part. Imports only the error tree, filelock and the standard library.
+Files and folders are written beside their target under a temporary name and then renamed, so a reader finds the old
+content, the new content, or nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,54 +20,55 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sigmix.errors import OutputError
+from sigmix.errors import OutputError, SigmixError
 
-
-def existing(path: str | os.PathLike[str]) -> Path:
-    """``path``, or the nearest folder above it that exists."""
-    there = Path(path).absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    return there
-
-
-def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes free for this user where ``path`` is, or would be once it is made."""
-    return shutil.disk_usage(existing(path)).free
+_OTHER_FOLDER = "choose a folder that you can write to"
+_FREE_SPACE = "free some space or choose another folder"
+_OTHER_PATH = "choose another path"
+REASONS = {
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
+    errno.EACCES: ("permission denied", _OTHER_FOLDER),
+    errno.EPERM: ("permission denied", _OTHER_FOLDER),
+    errno.ENOTDIR: ("a part of the path is a file", _OTHER_PATH),
+    errno.EEXIST: ("something else has this name", _OTHER_PATH),
+    errno.ENOTEMPTY: ("something else has this name", _OTHER_PATH),
+}
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's refusals while writing ``path`` into one clear `OutputError`."""
+    """Convert operating system errors while writing ``path``, and safetensors' I/O errors, to `OutputError`."""
     try:
         yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: ("the disk is full", "free some space or choose another folder"),
-            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
-            errno.EROFS: ("the file system is read-only", "choose a folder that you can write to"),
-            errno.EACCES: ("permission denied", "choose a folder that you can write to"),
-            errno.EPERM: ("permission denied", "choose a folder that you can write to"),
-            errno.ENOTDIR: ("a part of the path is a file", "choose another path"),
-            errno.EEXIST: ("the name is taken by something else", "choose another path"),
-            errno.ENOTEMPTY: ("the name is taken by something else", "choose another path"),
-        }
-        why, remedy = reasons.get(error.errno or 0, (error.strerror or str(error), "choose another path"))
-        raise OutputError(f"cannot write {os.fspath(path)}: {why}", remedy=remedy) from error
+    except SigmixError:  # some are OSErrors too
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (match := re.search(r"os error (\d+)", str(error))):
+            code = int(match[1])
+        elif not isinstance(error, OSError):
+            raise
+        message = os.strerror(code) if code else str(error)
+        reason, remedy = REASONS.get(code or 0, (message, _OTHER_PATH))
+        raise OutputError(f"cannot write {os.fspath(path)}: {reason}", remedy=remedy) from error
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed.
+    """Yield a temporary path in the same folder that replaces ``path`` on success and is removed on any error.
 
     Args:
-        mode: permissions; default: what the umask leaves of reading and writing for all.
+        mode: permissions; default: 0o666 less the umask.
 
     Raises:
-        OutputError: the folder cannot be written or the disk is full.
+        OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder, device or pipe.
     """
     path = Path(path)
     with writing(path):
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: not a regular file", remedy=_OTHER_PATH)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
@@ -81,13 +83,13 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success it takes the place of ``path`` (an old one is removed).
+    """Yield a temporary folder beside ``path`` that replaces ``path`` on success and is removed on any error.
 
     Args:
-        new: replace nothing but an empty folder, whatever has come to ``path`` meanwhile.
+        new: replace nothing but an empty folder, even one that appeared in the meantime.
 
     Raises:
-        OutputError: the parent folder cannot be written or the disk is full; with ``new``, there is something.
+        OutputError: the parent folder cannot be written, the disk is full, or with ``new`` the path exists.
     """
     path = Path(path)
     with writing(path):
@@ -98,133 +100,128 @@ def atomic_dir(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path
             os.chmod(temporary, 0o777 & ~_umask())
             if new:
                 check_new(path)
-                os.replace(temporary, path)  # which replaces no folder that is not empty
+                os.replace(temporary, path)  # fails if the folder is not empty
             elif path.is_dir():
-                # rename cannot replace a folder that is not empty: move the old one aside first, so that a crash
-                # between the two renames leaves it complete under its .old name
-                old = path.with_name(f".{path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
+                # rename cannot replace a folder that is not empty. Moved aside first, the old one is complete under
+                # its .old name if a crash comes between the two renames
+                old = _old(path)
+                remove(old, ignore_errors=True)
                 os.replace(path, old)
                 os.replace(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old, ignore_errors=True)
             else:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def restore_interrupted(path: str | os.PathLike[str]) -> None:
+    """Put back the folder that `atomic_dir` moved aside, if a crash came between its two renames."""
+    path = Path(path)
+    if not path.exists() and _old(path).is_dir():
+        with writing(path):
+            os.replace(_old(path), path)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Remove a file, a link or a folder with its content; a missing one is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        with contextlib.suppress(*([OSError] if ignore_errors else [])):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a lock file across processes.
+
+    Args:
+        on_busy: called if another process holds the lock, before waiting for it; may raise to give up.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    lock = FileLock(path)
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_busy()
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8, atomically, with the line ends it has."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON with a final newline, atomically. NaN raises ValueError."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` unless a file or folder can be written at ``path``; creates its parent folder.
+
+    Call it before long work whose result is written there.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OutputError(f"cannot write {path}: not a regular file", remedy=_OTHER_PATH)
+    probe = path.with_name(f".{path.name}.probe")
+    with writing(path), atomic_file(probe):
+        pass
+    probe.unlink(missing_ok=True)
+
+
 def check_new(path: str | os.PathLike[str]) -> None:
-    """Raise `OutputError` if there is anything at a path but an empty folder."""
+    """Raise `OutputError` if ``path`` exists and is not an empty folder."""
     path = Path(path)
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"{path} exists already", remedy="give another --out, or remove it first")
 
 
-def check_room(path: str | os.PathLike[str], wanted: int) -> None:
-    """Raise `OutputError` if the disk on which a path lies, or will lie, has less than ``wanted`` bytes free."""
-    there = Path(path).absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
+def check_room(path: str | os.PathLike[str], size: int) -> None:
+    """Raise `OutputError` if the disk of ``path`` has less than ``size`` bytes free."""
     with writing(path):
-        free = shutil.disk_usage(there).free
-    if wanted > free:
+        free = free_bytes(path)
+    if size > free:
         raise OutputError(
-            f"{os.fspath(path)} needs {wanted / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there",
-            remedy="free some space or choose another folder",
+            f"{os.fspath(path)} needs {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free", remedy=_FREE_SPACE
         )
 
 
-def restore_interrupted(path: str | os.PathLike[str]) -> None:
-    """Put back the folder that `atomic_dir` had moved aside, if a crash hit just between its two renames."""
-    path = Path(path)
-    old = path.with_name(f".{path.name}.old")
-    if not path.exists() and old.is_dir():
-        with writing(path):
-            os.replace(old, path)
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the bytes free for this user on the disk of ``path``, which need not exist yet."""
+    return shutil.disk_usage(existing(path)).free
 
 
-@contextlib.contextmanager
-def exclusive(lock: str | os.PathLike[str], message: str, remedy: str) -> Iterator[None]:
-    """Hold the lock file ``lock`` for this process, without waiting.
-
-    Raises:
-        OutputError: with ``message``, if another process holds it; or the file cannot be written.
-    """
-
-    def refuse(_: FileLock) -> None:
-        raise OutputError(message, remedy=remedy)
-
-    with _holding(lock, refuse):
-        yield
-
-
-@contextlib.contextmanager
-def waiting(lock: str | os.PathLike[str], told: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file ``lock`` for this process; ``told`` is called once if another process holds it.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-
-    def wait(held: FileLock) -> None:
-        told()
-        held.acquire()
-
-    with _holding(lock, wait):
-        yield
-
-
-@contextlib.contextmanager
-def _holding(lock: str | os.PathLike[str], busy: Callable[[FileLock], None]) -> Iterator[None]:
-    held = FileLock(lock)
-    with writing(lock):
-        Path(lock).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            busy(held)
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise `OutputError` if nothing could be written at a path, by writing beside it: before long work, not after.
-
-    The folder that it lies in is made.
-    """
-    path = Path(path)
-    probe = path.with_name(f".{path.name}.probe")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(probe):
-            pass
-        probe.unlink()
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented UTF-8 JSON with a final newline, atomically. NaN is refused (ValueError)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+def existing(path: str | os.PathLike[str]) -> Path:
+    """Return ``path``, or the nearest parent folder that exists."""
+    path = Path(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def _umask() -> int:

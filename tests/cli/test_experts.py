@@ -88,7 +88,7 @@ def made_in(home, tmp_path, monkeypatch):
     def make(dtype, quantization=None, name="odd"):
         from peft import get_peft_model
 
-        model = get_peft_model(load_base(home.base, dtype, quantization=quantization)[0], SVFConfig())
+        model = get_peft_model(load_base(home.base, dtype, quantization_config=quantization)[0], SVFConfig())
         Bank(tmp_path / "odd", create=True).add(Expert.from_model(model, name=name))
         return tmp_path / "odd" / name
 
@@ -107,7 +107,7 @@ def test_the_base_is_read_as_the_expert_had_it(made_in, run, refused, home, dtyp
     assert run("experts", "diff", folder, folder, "--base", home.base, "--json").json["identical"]
     assert "was made on" in refused("experts", "verify", folder, "--base", home.base, *other, silent=False)
     if quantization:
-        assert "with dtype='bfloat16', quantization='int8'" in run(
+        assert "with dtype='bfloat16', quantization_config='int8'" in run(
             "experts", "verify", folder, "--base", home.base, "--dtype", "float32", "--quantization", "int4"
         ).err[-1]  # fmt: skip
         asked = ("--base", home.base, "--bank", folder.parent, "--mix", "odd")

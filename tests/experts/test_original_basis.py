@@ -56,7 +56,7 @@ def defined(folder, quantised, expert):
 def test_an_expert_is_used_in_its_own_basis(folder, adapted, monkeypatch):
     plain, tokenizer = load_base(folder, "float32")
     expert = expert_on(plain)
-    quantised = load_base(folder, "float32", quantization="int8")[0]
+    quantised = load_base(folder, "float32", quantization_config="int8")[0]
     with torch.no_grad():
         base = quantised(IDS).logits
     if adapted:
@@ -84,8 +84,8 @@ def test_it_holds_experts_to_the_original_and_to_their_basis(folder, tmp_path):
     build_tiny(seed=3).save_pretrained(other)
     build_tokenizer().save_pretrained(other)
     foreign = expert_on(load_base(other, "float32")[0])
-    quantised = load_base(folder, "float32", quantization="int8")[0]
-    own = expert_on(load_base(folder, "float32", quantization="int8")[0])
+    quantised = load_base(folder, "float32", quantization_config="int8")[0]
+    own = expert_on(load_base(folder, "float32", quantization_config="int8")[0])
     use_original_basis(quantised)
     with pytest.raises(FingerprintError):
         foreign.check(quantised)
@@ -99,7 +99,7 @@ def test_it_holds_experts_to_the_original_and_to_their_basis(folder, tmp_path):
 
 def test_an_expert_trained_in_the_original_basis_says_so(folder, tmp_path):
     def quantised():
-        return load_base(folder, "float32", quantization="int8")[0]
+        return load_base(folder, "float32", quantization_config="int8")[0]
 
     trained_on = quantised()
     use_original_basis(trained_on)
@@ -114,7 +114,7 @@ def test_an_expert_trained_in_the_original_basis_says_so(folder, tmp_path):
 
 
 def test_a_decomposition_that_has_gone_is_never_replaced_by_another_ones(folder, cache):
-    quantised = load_base(folder, "float32", quantization="int8")[0]
+    quantised = load_base(folder, "float32", quantization_config="int8")[0]
     use_original_basis(quantised)
     for path in cache.rglob("*.safetensors"):
         path.unlink()

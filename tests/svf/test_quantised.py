@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def adapted(folder, name, dtype="float32", seed=1):
-    model = get_peft_model(load_base(folder, dtype, quantization=name)[0], SVFConfig())
+    model = get_peft_model(load_base(folder, dtype, quantization_config=name)[0], SVFConfig())
     randomise(model, seed=seed)
     return model
 
@@ -51,13 +51,13 @@ def oracle(folder, quantised, z):
 
 @pytest.mark.parametrize("name, dtype", KINDS)
 def test_the_gain_form_is_exact_for_the_quantised_base(folder, name, dtype):
-    base, tokenizer = load_base(folder, dtype, quantization=name)
+    base, tokenizer = load_base(folder, dtype, quantization_config=name)
     plain = logits(base, IDS)
     before = fingerprint(base)
     model = get_peft_model(base, SVFConfig())
     assert torch.equal(logits(model, IDS), plain), "z = 1 must be the quantised base, bit for bit"
     assert fingerprint(model) == before, "a pass or an adapter must not change what the base is"
-    assert fingerprint(load_base(folder, dtype, quantization=name)[0]) == before
+    assert fingerprint(load_base(folder, dtype, quantization_config=name)[0]) == before
     randomise(model)
     z = {path: layer.effective_z().detach() for path, layer in svf_layers(model).items()}
     expected = oracle(folder, model, z)
@@ -67,7 +67,7 @@ def test_the_gain_form_is_exact_for_the_quantised_base(folder, name, dtype):
 
     expert = Expert.from_model(model, name="mine")
     assert expert.meta["base"]["dtype"] == f"{dtype} in {name}"
-    other, _ = load_base(folder, dtype, quantization=name)
+    other, _ = load_base(folder, dtype, quantization_config=name)
     expert.check(other)
     engine = Engine(other, tokenizer, {"mine": expert})
     mixed = engine.logits(IDS, None, [Mix.one("mine"), Mix.base(), Mix.parse("mine:.5")])
@@ -79,7 +79,7 @@ def test_the_gain_form_is_exact_for_the_quantised_base(folder, name, dtype):
 
 
 def test_generating_picks_the_gain_form_by_itself(folder):
-    model, tokenizer = load_base(folder, "float32", quantization="int8")
+    model, tokenizer = load_base(folder, "float32", quantization_config="int8")
     experts = {name: Expert.from_model(adapted(folder, "int8", seed=n), name=name) for n, name in enumerate("ab", 1)}
     engine = Engine(model, tokenizer, experts)
     mixes = [Mix.one("a"), Mix.base(), Mix.parse("a:.5+b:.5")]
@@ -131,7 +131,7 @@ def test_an_expert_of_the_plain_base_is_refused_and_told_how(folder):
     plain = get_peft_model(load_base(folder, "float32")[0], SVFConfig())
     randomise(plain)
     expert = Expert.from_model(plain, name="plain")
-    quantised = load_base(folder, "float32", quantization="int8")[0]
+    quantised = load_base(folder, "float32", quantization_config="int8")[0]
     with pytest.raises(FingerprintError, match=r"float32 in int8.*use_original_basis.*--basis original"):
         expert.check(quantised)
 
@@ -152,6 +152,6 @@ def test_the_base_stays_quantised_and_small(folder):
 
 def test_refusals(folder):
     with pytest.raises(UnknownNameError, match="int9"):
-        load_base(folder, quantization="int9")
+        load_base(folder, quantization_config="int9")
     with pytest.raises(ConfigError, match="both a device and a device map"):
         load_base(folder, device="cpu", device_map="auto")

@@ -78,7 +78,7 @@ SHARDED = [name for name, case in CASES.items() if case[1]]
 def base(arch: str, folder: str, quantization: str | None = None):
     """(model, tokenizer)."""
     if quantization is not None:
-        return load_base(Path(folder).parent / arch, "float32", quantization=quantization)
+        return load_base(Path(folder).parent / arch, "float32", quantization_config=quantization)
     if arch == "llava":
         model, processor = vlm(arch, max_position_embeddings=512)
         return model, bind(processor)

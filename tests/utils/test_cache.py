@@ -31,6 +31,16 @@ def add_svd(cache: Path, name: str = "ab/abcd.safetensors") -> Path:
     return file
 
 
+def test_the_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("SIGMIX_CACHE", "~/mine")
+    assert caching.cache_dir() == Path.home() / "mine"
+    monkeypatch.delenv("SIGMIX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert caching.cache_dir() == Path("/xdg/sigmix")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert caching.cache_dir() == Path.home() / ".cache" / "sigmix"
+
+
 def test_an_empty_cache_has_no_entries_and_is_not_created(cache):
     assert caching.entries() == []
     assert caching.total() == 0
@@ -65,7 +75,7 @@ def test_clear_removes_one_kind_or_all(cache):
 
 
 def test_an_unknown_kind_names_those_there_are(cache):
-    with pytest.raises(UnknownNameError, match="nearest: models"):
+    with pytest.raises(UnknownNameError, match="models"):
         caching.clear("model")
 
 
@@ -81,6 +91,15 @@ def test_clear_damaged_removes_only_what_is_damaged(cache):
     assert good_svd.exists()
     assert not bad_model.exists()
     assert not bad_svd.exists()
+
+
+def test_a_model_folder_that_is_a_link_is_cleared_without_its_target(cache, tmp_path):
+    model = add_model(cache)
+    model.rename(tmp_path / "elsewhere")
+    model.symlink_to(tmp_path / "elsewhere")
+    assert [entry.path for entry in caching.clear("models")] == [model]
+    assert not model.is_symlink()
+    assert (tmp_path / "elsewhere" / "config.json").exists()
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "sigmix-cache.json"])

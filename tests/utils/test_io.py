@@ -1,4 +1,4 @@
-"""Paths and safe writing: a reader sees the old content, the new content, or nothing."""
+"""Atomic writes, locks and disk checks: a reader finds the old content, the new content, or nothing."""
 
 from __future__ import annotations
 
@@ -6,26 +6,16 @@ import errno
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from sigmix.errors import OutputError
+from sigmix.errors import BaseModelError, OutputError
 from sigmix.utils import io as files
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("SIGMIX_CACHE", "~/mine")
-    assert files.cache_dir() == Path.home() / "mine"
-    monkeypatch.delenv("SIGMIX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert files.cache_dir() == Path("/xdg/sigmix")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert files.cache_dir() == Path.home() / ".cache" / "sigmix"
 
 
 def test_an_atomic_file_appears_whole_with_usual_permissions(tmp_path):
@@ -72,10 +62,10 @@ def test_an_error_while_filling_a_folder_keeps_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "words"), [
-    (errno.ENOSPC, "the disk is full -> free some space"),
-    (errno.EDQUOT, "the disk quota is used up"),
-    (errno.EROFS, "the file system is read-only"),
-    (errno.EACCES, "permission denied"),
+    (errno.ENOSPC, "disk is full"),
+    (errno.EDQUOT, "quota"),
+    (errno.EROFS, "read-only"),
+    (errno.EACCES, "permission"),
 ])  # fmt: skip
 def test_refusals_of_the_system_name_the_file_the_reason_and_a_remedy(tmp_path, monkeypatch, code, words):
     def refuse(*_, **__):
@@ -86,6 +76,64 @@ def test_refusals_of_the_system_name_the_file_the_reason_and_a_remedy(tmp_path, 
         files.write_text(tmp_path / "a.txt", "x")
     assert str(tmp_path / "a.txt") in str(caught.value)
     assert names(tmp_path) == []
+
+
+def test_a_full_disk_that_safetensors_reports_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="disk is full"), files.writing(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_errors_of_the_package_inside_a_write_are_not_converted(tmp_path):
+    with pytest.raises(BaseModelError), files.atomic_file(tmp_path / "a"):
+        raise BaseModelError("not the file that was expected")
+    (tmp_path / "b").write_text("")
+    with pytest.raises(OutputError, match="exists already"), files.atomic_dir(tmp_path / "b", new=True):
+        pass
+
+
+def test_a_device_or_pipe_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="pipe"):
+        files.check_writable(pipe)
+    with pytest.raises(OutputError, match="pipe"):
+        files.write_text(pipe, "x")
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_link_to_a_folder_is_replaced_and_the_folder_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with files.atomic_dir(tmp_path / "link") as temporary:
+        (temporary / "new").write_text("")
+    assert names(tmp_path / "link") == ["new"]
+    assert names(tmp_path) == ["link", "real"]
+    assert names(tmp_path / "real") == []
+
+
+def test_an_interrupted_replacement_is_restored(tmp_path):
+    (tmp_path / ".expert.old").mkdir()
+    files.restore_interrupted(tmp_path / "expert")
+    assert names(tmp_path) == ["expert"]
+
+
+def test_a_lock_is_exclusive_and_a_busy_one_can_be_given_up(tmp_path):
+    def busy():
+        raise OutputError("busy")
+
+    with (
+        files.file_lock(tmp_path / "lock"),
+        pytest.raises(OutputError, match="busy"),
+        files.file_lock(tmp_path / "lock", on_busy=busy),
+    ):
+        pass
+    with files.file_lock(tmp_path / "lock", on_busy=busy):
+        pass
+
+
+def test_line_ends_are_written_as_they_are(tmp_path):
+    files.write_text(tmp_path / "a", "1\r\n2\n")
+    assert (tmp_path / "a").read_bytes() == b"1\r\n2\n"
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
@@ -109,8 +157,6 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     content = os.urandom(3_000_000)
     (tmp_path / "a").write_bytes(content)
     assert files.sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
-    with open(tmp_path / "a", "rb") as file:
-        assert files._sha256(file) == hashlib.sha256(content).hexdigest()
 
 
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def test_an_expert_of_a_quantised_base_is_carried_to_one_quantised_alike(tmp_pat
     seeing, processor = with_its_words()
     seeing.save_pretrained(tmp_path / "seeing")
     processor.save_pretrained(tmp_path / "seeing")
-    model = load_base(tmp_path / "text", "float32", quantization="int8")[0]
+    model = load_base(tmp_path / "text", "float32", quantization_config="int8")[0]
     made = expert(model, "words", seed=3)
     Bank(tmp_path / "bank", create=True).add(made)
     assert made.meta["base"]["dtype"] == "float32 in int8"
