@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
 from sigmix.errors import ConfigError
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
 from sigmix.svf.decomposition import cached_decompose, decompose, svd
+from sigmix.svf.tuner import target_layers
 
 AIMS = {"speedup_large": Aim(">=", 3.0), "error_ratio_large": Aim("<=", 2.0), "warm_seconds": Aim("<=", 2.0)}
 
@@ -104,10 +104,8 @@ def lapack(weight: torch.Tensor) -> Factors3:
 
 
 def adapted(model: Any) -> dict[str, torch.Tensor]:
-    """Weights [out, in] of all linear layers but the output head, by path."""
-    head = model.get_output_embeddings()
-    named = model.named_modules()
-    return {name: m.weight.detach() for name, m in named if isinstance(m, nn.Linear) and m is not head}
+    """Weights [out, in] of the adapted layers by path."""
+    return {path: layer.weight.detach() for path, layer in target_layers(model).items()}
 
 
 def base_seconds(weights: list[torch.Tensor], repeats: int) -> tuple[list[float], list[float]]:

@@ -27,6 +27,7 @@ from transformers import GenerationConfig
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.engine.tokenization import encode
 from sigmix.svf.decomposition import cached_decompose
+from sigmix.svf.tuner import target_layers
 from sigmix.tasks.base import Sample, Task
 from sigmix.train.config import TrainConfig
 from sigmix.train.objectives import advantages, learning_rate
@@ -46,8 +47,7 @@ class Dense:
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, config: TrainConfig, new_tokens: int) -> None:
         self.model, self.tokenizer, self.task, self.config = model, tokenizer, task, config
-        head = model.get_output_embeddings()
-        self.modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        self.modules = target_layers(model)
         self.base: dict[str, torch.Tensor] = {}
         self.factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.z: dict[str, nn.Parameter] = {}

@@ -35,6 +35,7 @@ from sigmix.models.memory import budget, empty_model, measure_rates
 from sigmix.models.quantization import load_weights
 from sigmix.svf.checkpoint import Stream
 from sigmix.svf.decomposition import cached_decompose, decompose
+from sigmix.svf.tuner import target_layers
 from sigmix.utils.io import write_json
 
 AIMS = {
@@ -183,10 +184,8 @@ def _main(given: str) -> None:
         Stream(folder, str(folder), kind).decompose("cpu")
     else:
         model: Any = load_weights(folder, str(folder), kind, torch.device("cpu"))
-        head = model.get_output_embeddings()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not head:
-                cached_decompose(module.weight.data)
+        for layer in target_layers(model).values():
+            cached_decompose(layer.weight.data)
     print(json.dumps({"imported": imported, "peak": high_water(), "seconds": time.perf_counter() - begun}))
 
 

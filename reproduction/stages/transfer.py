@@ -19,6 +19,7 @@ from reproduction.names import BASE, single
 from reproduction.report import NOT_RUN, Report, table
 from sigmix.errors import ExpertError
 from sigmix.experts.expert import Expert
+from sigmix.svf.tuner import target_layers
 
 BASES = ("requantised", "tuned", "same")
 
@@ -60,16 +61,13 @@ def moved(expert: Expert, order: str, seed: int = 0) -> Expert:
 
 @torch.no_grad()
 def requantise(model: Any) -> None:
-    """Round every linear layer but the head to GGUF's Q4_0 and back, in place."""
+    """Round the adapted layers to GGUF's Q4_0 and back, in place."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            whole = module.weight.float().cpu().numpy()
-            packed = quantize(whole, GGMLQuantizationType.Q4_0)
-            module.weight.copy_(torch.from_numpy(dequantize(packed, GGMLQuantizationType.Q4_0)))
+    for layer in target_layers(model).values():
+        packed = quantize(layer.weight.float().cpu().numpy(), GGMLQuantizationType.Q4_0)
+        layer.weight.copy_(torch.from_numpy(dequantize(packed, GGMLQuantizationType.Q4_0)))
 
 
 def who(base: str, order: str, task: str) -> str:

@@ -1,8 +1,9 @@
-"""sigmix.svf.config"""
+"""Configuration of SVF for PEFT."""
 
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
@@ -11,7 +12,7 @@ from sigmix.errors import ConfigError
 
 
 class SigmixPeftType(str, enum.Enum):
-    """Peft type of singular-value fine-tuning; hashes and compares like the string "SVF"."""
+    """PEFT type of singular-value fine-tuning; hashes and compares like the string "SVF"."""
 
     SVF = "SVF"
 
@@ -21,14 +22,14 @@ class SVFConfig(PeftConfig):
     """Configuration of singular-value fine-tuning (arXiv 2501.06252, section 3.1).
 
     Attributes:
-        target_modules: "all-linear" (all linear layers but the output head), "attention", "mlp", a list of module
-            names or suffixes, or a regular expression over the full path. In a vision-language model all of these
-            mean its language backbone; a layer outside of it is adapted only where its full path is in the list.
+        target_modules: "all-linear" (all linear layers but the output head), "attention", "mlp", a module name or
+            suffix such as "q_proj", a list of them, or a regular expression over the full path. In a vision-language
+            model all of these select from its language backbone; layers outside of it need their full path in a list.
         layers_to_transform: indices of the layers to adapt, one index, or "half": every second layer, beginning with
-            the first (the paper adapts half of a 70B's layers without saying which). None: all.
-        layers_pattern: name of the list of layers when it cannot be inferred (as in PEFT).
+            the first (the paper adapts half of the layers of a 70B model). None: all.
+        layers_pattern: name of the list of layers where it cannot be inferred (as in PEFT).
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
-        exclude: the same as `exclude_modules`, shorter.
+        exclude: alias of `exclude_modules`.
         cache: keep decompositions in the user's cache folder.
     """
 
@@ -49,5 +50,11 @@ class SVFConfig(PeftConfig):
         if isinstance(self.layers_to_transform, str) and self.layers_to_transform != "half":
             raise ConfigError(f"layers_to_transform must be indices or 'half', not {self.layers_to_transform!r}")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), (list, tuple, set)):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
                 setattr(self, name, sorted(value))
+            elif isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ConfigError(f"{name}: invalid regular expression {value!r}: {error}") from error

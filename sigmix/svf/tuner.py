@@ -1,43 +1,49 @@
-"""SVF as a PEFT tuner: `SVFConfig` and `SVFModel`, registered with PEFT when this module is imported.
+"""SVF as a PEFT tuner, and the one place that decides which layers are adapted.
 
     from peft import get_peft_model
     from sigmix import SVFConfig
     model = get_peft_model(base, SVFConfig(target_modules="all-linear"))     # trains z and nothing else
 
-There is one way into a model: PEFT does injection, target matching, saving and loading. `register_peft_method` insists
-on PEFT's own enum, so the registration fills PEFT's mappings with an enum member of ours; a process that loads an SVF
-adapter through plain PEFT must have imported sigmix first.
+PEFT does injection, saving and loading. `register_peft_method` accepts members of PEFT's own enum only, so `register`
+fills PEFT's mappings directly; ``import sigmix`` calls it as soon as PEFT is imported.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from peft import mapping
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, match_target_against_key
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sigmix.errors import ConfigError
-from sigmix.models.multimodal import backbone
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.models.multimodal import backbone, bare
 from sigmix.models.weights import OFFLOADED, kind
 from sigmix.svf.config import SigmixPeftType, SVFConfig
+from sigmix.svf.functional import mix_z
 from sigmix.svf.layer import SVFLinear
 
-ATTENTION = re.compile(r"(^|[._])(self_attn|attn|attention|self_attention|crossattention)([._]|$)")
+Linear: TypeAlias = "nn.Linear | Conv1D"
 
-
-MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn|block_sparse_moe|shared_expert|experts)([._]|$)")
+SHORTHANDS = {
+    "all-linear": re.compile(""),
+    "attention": re.compile(r"(^|[._])(self_attn|attn|attention|self_attention|crossattention)([._]|$)"),
+    "mlp": re.compile(r"(^|[._])(mlp|feed_forward|ffn|block_sparse_moe|shared_expert|experts)([._]|$)"),
+}
+"""Values of ``target_modules`` that are no names: patterns of module paths. None of them matches the output head."""
 
 
 class SVFModel(BaseTuner):
-    """The tuner that replaces targeted linear layers by `SVFLinear`."""
+    """PEFT tuner that replaces targeted linear layers by `SVFLinear`."""
 
     prefix = "svf_"
     tuner_layer_cls = SVFLinear
@@ -45,34 +51,12 @@ class SVFModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> SVFConfig:
         assert isinstance(peft_config, SVFConfig)
-        # PEFT's own shorthand "all-linear" is resolved later by PEFT; ours and the layer selection, which PEFT allows
-        # only with a list, are resolved here to full module names
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
-        targets = peft_config.target_modules
-        # with the original layers wrapped by another adapter, names end in .base_layer
-        linear = {n.removesuffix(".base_layer"): m for n, m in self.model.named_modules() if _is_linear(m)}
-        paths = set() if isinstance(targets, str) else set(targets)
-        inside = None if paths and paths <= linear.keys() else backbone(self.model)
-        if inside is None and peft_config.layers_to_transform is None and targets not in ("attention", "mlp"):
-            return peft_config
-        if inside is not None:
-            linear = {n: m for n, m in linear.items() if n.startswith(f"{inside[0]}.") or n in paths}
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        if head is not None and hasattr(head, "base_layer"):
-            head = head.base_layer
-        names = [name for name, module in linear.items() if _targeted(name, targets, module is head)]
-        if names and peft_config.layers_to_transform is not None:
-            names = _in_layers(names, list(linear), peft_config, model_config)
-        if not names:
-            raise ConfigError(
-                f"no linear layer of this {model_config.get('model_type', 'model')}"
-                + (f"'s language backbone, {inside[0]}," if inside is not None else "")
-                + f" matches {targets!r}"
-                + (f" in layers {at}" if (at := peft_config.layers_to_transform) is not None else ""),
-                remedy="name the modules, for example target_modules=['q_proj', 'v_proj']",
-            )
-        peft_config.target_modules = sorted(names)
+        layers = target_layers(self.model, peft_config)
+        if peft_config.layers_to_transform is not None:
+            peft_config.layers_to_transform = sorted(set(_layer_numbers(layers, peft_config).values()))
+        elif isinstance(peft_config.target_modules, list) and backbone(self.model, strict=False) is None:
+            return peft_config  # PEFT matches names as `target_layers` does
+        peft_config.target_modules = sorted(layers)
         return peft_config
 
     def _create_and_replace(
@@ -92,14 +76,14 @@ class SVFModel(BaseTuner):
         if target is not embedding and getattr(target, "weight", target) is getattr(embedding, "weight", None):
             raise ConfigError(
                 f"{current_key} shares its weight with the input embedding, which a merge would change too",
-                remedy="leave it out, or untie the two (tie_word_embeddings=False)",
+                remedy="exclude it, or untie the two (tie_word_embeddings=False)",
             )
         if isinstance(target, SVFLinear):
             target.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
         else:
             new = SVFLinear(target, adapter_name, inference_mode=peft_config.inference_mode, cache=peft_config.cache)
             if kind(target) == OFFLOADED:
-                setattr(parent, target_name, new)  # PEFT would send z after the weight, to the meta device
+                setattr(parent, target_name, new)  # PEFT would move z to the weight's device, which is meta
             else:
                 self._replace_module(parent, target_name, new, target)
             target = new
@@ -115,16 +99,14 @@ class SVFModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names cannot be used in training mode")
-        known = {name for layer in svf_layers(self.model).values() for name in layer.svf_z} | {"__base__"}
-        if unknown := set(adapter_names) - known:
+        layers = svf_layers(self.model).values()
+        if unknown := set(adapter_names) - {name for layer in layers for name in layer.svf_z} - {"__base__"}:
             raise ValueError(f"adapters that do not exist: {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams")
         if isinstance(beams, int) and beams > 1:
             adapter_names = [name for name in adapter_names for _ in range(beams)]
         hook = partial(_pass_adapter_names, adapter_names=adapter_names)
-        handles = [
-            layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in svf_layers(self.model).values()
-        ]
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:
             yield
         finally:
@@ -132,15 +114,13 @@ class SVFModel(BaseTuner):
                 handle.remove()
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """Add an adapter whose z is 1 + Σ weights·(z - 1) over existing adapters."""
-        from sigmix.svf.functional import mix_z
-
+        """Add an adapter with z = 1 + Σ weights·(z - 1) over existing adapters."""
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters that do not exist: {', '.join(missing)}")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"{len(adapters)} adapters need as many weights, and one at least, not {len(weights)}")
+            raise ValueError(f"{len(adapters)} adapters need as many weights and at least one, not {len(weights)}")
         if adapter_name in self.peft_config:
-            raise ValueError(f"there is an adapter {adapter_name!r} already")
+            raise ValueError(f"adapter {adapter_name!r} exists already")
         layers = {p: m for p, m in svf_layers(self.model).items() if any(name in m.svf_z for name in adapters)}
         mixed = {}
         for path, layer in layers.items():
@@ -152,27 +132,145 @@ class SVFModel(BaseTuner):
         config.target_modules, config.layers_to_transform = sorted(layers), None
         self.peft_config[adapter_name] = config
         for path, layer in layers.items():
-            layer.add_z(adapter_name).weight.data.copy_(mixed[path])  # which adapters are active stays as it is
+            layer.add_z(adapter_name).weight.data.copy_(mixed[path])  # active adapters stay as they are
             layer.svf_z[adapter_name].requires_grad_(False)
 
 
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+# ---------------------------------------------------------------------- which layers are adapted
+
+
+def target_layers(model: nn.Module, config: SVFConfig | None = None) -> dict[str, Linear]:
+    """Return the linear layers that a config adapts, by their path in the base model, in the model's order.
+
+    Args:
+        model: plain or wrapped by PEFT (base layers are returned), loaded or on the meta device.
+        config: default: ``SVFConfig()``, all linear layers but the output head.
+
+    Raises:
+        UnknownNameError: a name in ``target_modules`` that no linear layer has.
+        ConfigError: no layer is left, or ``layers_to_transform`` do not exist.
+        BaseModelError: a vision-language model with an unknown language backbone.
+    """
+    config = SVFConfig() if config is None else config
+    model = bare(model)
+    every = layers = linear_layers(model)
+    targets = "all-linear" if config.target_modules is None else config.target_modules
+    full = set(targets) & layers.keys() if isinstance(targets, list) else set()
+    # full paths reach every layer; everything else means the language backbone of a vision-language model
+    inside = None if full and len(full) == len(targets) else backbone(model)
+    if inside is not None:
+        layers = {path: layer for path, layer in layers.items() if path.startswith(f"{inside[0]}.") or path in full}
+    where = f"this {getattr(getattr(model, 'config', None), 'model_type', 'model')}"
+    where += "" if inside is None else f"'s language backbone {inside[0]}"
+
+    if isinstance(targets, str) and targets.lower() in SHORTHANDS:
+        pattern, head = SHORTHANDS[targets.lower()], _head(model, config)
+        paths = [path for path, layer in layers.items() if layer is not head and pattern.search(path)]
+    elif isinstance(targets, str):
+        paths = [path for path in layers if _named(path, targets)]
+        paths = paths or [path for path in layers if re.fullmatch(targets, path)]
+        if not paths and re.fullmatch(r"[\w.]+", targets):
+            raise _unknown(targets, model, layers, where)
+    else:
+        for name in targets:
+            if not any(_named(path, name) for path in every):
+                raise _unknown(name, model, layers, where)
+        paths = [path for path in layers if any(_named(path, name) for name in targets)]
+    if paths and config.layers_to_transform is not None:
+        numbers = _layer_numbers(layers, config)
+        selected = _selected(config.layers_to_transform, set(numbers.values()))
+        paths = [path for path in paths if numbers.get(path) in selected]
+    if isinstance(excluded := config.exclude_modules or [], str):
+        paths = [path for path in paths if not re.fullmatch(excluded, path)]
+    else:
+        paths = [path for path in paths if not any(_named(path, name) for name in excluded)]
+    if not paths:
+        at = config.layers_to_transform
+        raise ConfigError(
+            f"target_modules {targets!r} match no linear layer of {where}" + (f" in layers {at}" if at else ""),
+            remedy="name the modules, for example target_modules=['q_proj', 'v_proj']",
+        )
+    return {path: layers[path] for path in paths}
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """Return all linear layers of the base model by path: base layers of adapted ones, adapters' own left out."""
+    found: dict[str, Linear] = {}
+    adapters: set[int] = set()
+    for name, module in bare(model).named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base, inner = module.get_base_layer(), cast(nn.Module, module).modules()
+            adapters.update(id(child) for child in inner if child is not base)
+        elif isinstance(module, (nn.Linear, Conv1D)) and id(module) not in adapters:
+            found[base_path(name)] = module
+    return found
+
+
+def _layer_numbers(layers: Iterable[str], config: SVFConfig) -> dict[str, int]:
+    """{path: index of its layer}; PEFT's own ``layers_to_transform`` skips regular expressions and full names."""
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    index = re.compile(rf"(?:^|\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r"(?:^|\.)(\d+)\.")
+    return {path: int(match[1]) for path in layers if (match := index.search(path))}
+
+
+def _selected(layers: list[int] | int | str, existing: set[int]) -> set[int]:
+    if layers == "half":
+        return {number for number in existing if number % 2 == 0}
+    selected: set = set(layers) if isinstance(layers, list) else {layers}
+    if not selected or (selected - existing):
+        raise ConfigError(
+            f"layers_to_transform selects {sorted(selected - existing, key=str) if selected else 'no layers'}, "
+            f"but the layers of this model are {sorted(existing)}",
+            remedy="give their indices, or 'half', or leave it out for all",
+        )
+    return selected
+
+
+def _head(model: nn.Module, config: SVFConfig) -> nn.Module | None:
+    get: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get()
+    if head is None and config.task_type == "SEQ_CLS":
+        head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
+    return getattr(head, "base_layer", head)
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _unknown(name: str, model: nn.Module, layers: dict[str, Linear], where: str) -> ConfigError | UnknownNameError:
+    module = next((m for path, m in model.named_modules() if _named(base_path(path), name)), None)
+    if module is not None and not isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)):
+        return ConfigError(f"target module {name} is a {type(module).__name__}, not a torch.nn.Linear or Conv1D")
+    length = name.count(".") + 1
+    known = {".".join(path.split(".")[-length:]) for path in layers}
+    return UnknownNameError("target module", name, known, remedy=f"name linear layers of {where}")
+
+
+# ---------------------------------------------------------------------- adapted layers of a model
+
+
 def svf_layers(model: nn.Module) -> dict[str, SVFLinear]:
-    """All adapted layers by their path in the base model, as experts name them."""
+    """Return all adapted layers by their path in the base model."""
     return {base_path(name): m for name, m in model.named_modules() if isinstance(m, SVFLinear)}
 
 
 def base_path(name: str) -> str:
-    """A module path inside a PEFT model, as the base model names it."""
+    """Return the path in the base model of a module inside a PEFT model."""
     return name.removeprefix("base_model.model.").removesuffix(".base_layer").replace(".base_layer.", ".")
 
 
 def coverage(model: nn.Module) -> dict[str, Any]:
-    """What is adapted and what is not.
+    """Report which weights of an adapted model are adapted.
 
     Returns:
-        adapted: {path: [out, in]}; numbers: how many z there are; not_adapted: {path: reason} for weights of two or
-        more dimensions that stay as they are (embeddings, the output head, routers, fused experts, all of vision);
-        share: adapted weights over all of the base's.
+        adapted: {path: [out, in]}; numbers: count of all z; not_adapted: {path: reason} for weights of two or more
+        dimensions without an adapter (embeddings, output head, routers, fused experts, vision); share: adapted
+        weights over all of the base's.
     """
     layers = svf_layers(model)
     inside = {id(layer.get_base_layer().weight) for layer in layers.values()}
@@ -180,9 +278,7 @@ def coverage(model: nn.Module) -> dict[str, Any]:
     skipped: dict[str, str] = {}
     total = adapted = sum(layer.out_features * layer.in_features for layer in layers.values())
     for name, parameter in model.named_parameters():
-        if ".svf_z." in name:
-            continue
-        if id(parameter) in inside:
+        if ".svf_z." in name or id(parameter) in inside:
             continue
         total += parameter.numel()
         if parameter.ndim < 2:
@@ -190,7 +286,7 @@ def coverage(model: nn.Module) -> dict[str, Any]:
         path = base_path(name.removesuffix(".weight"))
         if parameter.ndim == 3:
             skipped[path] = "fused experts (a 3-D parameter, not linear layers)"
-        elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
+        elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
             skipped[path] = "embedding or output head"
         elif language is not None and not name.startswith(f"{language[0]}."):
             skipped[path] = "vision tower or projector"
@@ -204,51 +300,8 @@ def coverage(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, SVFLinear)
-
-
-def _targeted(name: str, targets: list[str] | str, head: bool) -> bool:
-    if targets in ("attention", "mlp", "all-linear"):
-        pattern = {"attention": ATTENTION, "mlp": MLP}.get(targets)
-        return not head and (pattern is None or bool(pattern.search(name)))
-    if isinstance(targets, str):
-        return bool(match_target_against_key(targets, name))
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _in_layers(names: list[str], every: list[str], config: SVFConfig, model_config: dict) -> list[str]:
-    """The names in the layers that ``config`` asks for; PEFT ignores layers for regular expressions and full names."""
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    index = re.compile(rf"(?:^|\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r"(?:^|\.)(\d+)\.")
-    layer = {name: int(found[1]) for name in every if (found := index.search(name))}
-    if config.layers_to_transform == "half":
-        config.layers_to_transform = list(range(0, _layer_count(model_config), 2))
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else wanted
-    if not wanted or (unknown := set(wanted) - set(layer.values())):
-        raise ConfigError(
-            f"layers_to_transform asks for {sorted(unknown, key=str) if wanted else 'no layers'}, "
-            f"and the layers of this model are {sorted(set(layer.values()))}",
-            remedy="give their indices, or 'half', or leave it out for all",
-        )
-    return [name for name in names if layer.get(name) in wanted]
-
-
-def _layer_count(model_config: dict) -> int:
-    for source in (model_config, model_config.get("text_config") or {}):
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
-            if source.get(key):
-                return int(source[key])
-    raise ConfigError("the number of layers is not in this model's config", remedy="give layers_to_transform as a list")
-
-
 def register() -> None:
-    """Enter SVF in PEFT's mappings; safe to call more than once."""
+    """Register SVF with PEFT. Idempotent."""
     # PEFT's enum cannot be extended
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[SigmixPeftType.SVF] = SVFConfig  # type: ignore[index]
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[SigmixPeftType.SVF] = SVFModel  # type: ignore[index]

@@ -60,18 +60,18 @@ def test_a_weighted_adapter_has_a_config_of_its_own(pair):
 
 
 @pytest.mark.parametrize(
-    "names, alphas, new, words",
+    "names, alphas, new",
     [
-        (["default", "nobody"], [1.0, 1.0], "x", "nobody"),
-        (["default", "second"], [1.0], "x", "as many weights"),
-        ([], [], "x", "one at least"),
-        (["default"], [1.0], "second", "already"),
-        (["default"], [float("nan")], "x", "finite"),
+        (["default", "nobody"], [1.0, 1.0], "x"),
+        (["default", "second"], [1.0], "x"),
+        ([], [], "x"),
+        (["default"], [1.0], "second"),
+        (["default"], [float("nan")], "x"),
     ],
 )
-def test_weighted_adapters_that_cannot_be(pair, names, alphas, new, words):
+def test_weighted_adapters_that_cannot_be(pair, names, alphas, new):
     adapters, second = set(pair.peft_config), logits(pair, IDS)
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(ValueError):
         pair.add_weighted_adapter(names, alphas, new)
     assert set(pair.peft_config) == adapters
     assert not any("x" in layer.svf_z for layer in svf_layers(pair).values())
