@@ -58,7 +58,7 @@ class Dense:
             self.factors[name] = (u.to(weight.dtype), s, v.to(weight.dtype))
             self.z[name] = nn.Parameter(torch.ones_like(s))
             module.weight.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.z.values(), lr=config.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.z.values(), lr=config.learning_rate, weight_decay=0.0)
         self.pad = tokenizer.pad_token_id
         # no end ids: every answer has the same length
         model.generation_config = GenerationConfig(
@@ -95,14 +95,14 @@ class Dense:
                 logp = self._logp(ids[part], mask[part], width)
                 chosen = logp.gather(-1, ids[part][:, -width:, None])[..., 0].sum(1)
                 kl = (logp.exp() * (logp - base)).sum((1, 2))
-                loss = -(advantage[part] * chosen - self.config.kl_weight * kl).sum() / len(ids)
+                loss = -(advantage[part] * chosen - self.config.beta * kl).sum() / len(ids)
                 loss.backward()
                 total += float(loss.detach())
         with self._timed("gradient of z"):
             for name, module in self.modules.items():
                 self.compose(name).backward(module.weight.grad)
                 module.weight.grad = None
-        norm = nn.utils.clip_grad_norm_(self.z.values(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.z.values(), self.config.max_grad_norm)
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate(self.config, number)
         self.optimizer.step()
@@ -115,7 +115,7 @@ class Dense:
 
     def _roll(self, number: int, samples: Sequence[Sample]) -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
         prompts = [encode(self.tokenizer, sample.prompt, sample.system) for sample in samples]
-        group = self.config.group
+        group = self.config.num_generations
         rows = [prompt for prompt in prompts for _ in range(group)]
         ids, mask = left_pad(rows, self.pad, torch.device("cpu"))
         with torch.random.fork_rng(devices=[]):

@@ -69,14 +69,14 @@ class Setting:
 
     def samples(self, number: int) -> list[Sample]:
         """The prompts of a round; the same for all contestants."""
-        prompts = self.batch // self.config().group
+        prompts = self.batch // self.config().num_generations
         return get_task(self.task).samples("train", prompts, seed=self.seed + number)
 
     def config(self, policy: str = "svf", **options: Any) -> TrainConfig:
         """The laptop preset with a policy, and what differs from it."""
         return make_config(
-            "laptop", task=self.task, base=self.base, policy=policy, batch=self.batch, group=self.group,
-            seed=self.seed, lora_rank=16, **options,
+            "laptop", task=self.task, base=self.base, policy=policy, generation_batch_size=self.batch,
+            num_generations=self.group, seed=self.seed, lora_r=16, **options,
         )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def agreement(setting: Setting) -> dict[str, Any]:
     policy gradient counts however few answers are right. Nothing is clipped.
     """
     single = replace(setting, dtype="float32", batch=min(setting.batch, 16))
-    ours, dense = contestant(single, "ours", clip=1e30), contestant(single, "dense", clip=1e30)
+    ours, dense = (contestant(single, name, max_grad_norm=1e30) for name in ("ours", "dense"))
     assert isinstance(ours, Loop)
     assert isinstance(dense, Dense)
     mine = ours.policy.parameters()
@@ -237,7 +237,12 @@ def run(repeats: int | None = None, dtype: str | None = None, memory: bool = Tru
         "time_vs_floor": ratio(seconds["ours"], seconds["floor"]),
     }
     raw = {
-        "setting": {**here.__dict__, "group": ours.config.group, "warmup": WARMUP, "training": ours.config.to_dict()},
+        "setting": {
+            **here.__dict__,
+            "group": ours.config.num_generations,
+            "warmup": WARMUP,
+            "training": ours.config.to_dict(),
+        },
         "seconds": seconds,
         "agreement_float32": agreed,
         "flops_of_our_step": flops,

@@ -42,7 +42,7 @@ def with_classifier(lab: Lab, bank: Bank, steps: int) -> Bank:
 
 def _train_classifier(lab: Lab, bank: Bank, steps: int) -> None:
     task = DispatchTask(bank, data_dir=lab.data_dir)
-    settings: dict[str, Any] = {**lab.scale.training, "steps": steps, "eval_every": steps}
+    settings: dict[str, Any] = {**lab.scale.training, "max_steps": steps, "eval_steps": steps}
     config = make_config(lab.scale.preset, **settings, task=DISPATCH, base=lab.scale.base, seed=lab.scale.seeds[0])
     run = RunDir(lab.work / "runs" / f"classifier-{bank.folder.name}")
     model, tokenizer = lab.base()

@@ -151,8 +151,8 @@ class Lab:
         made = self.task(task)
         options = {**self.scale.training, **self.scale.kinds[kind].options}
         config = make_config(
-            self.scale.preset, **options, task=task, base=self.scale.base, lr=rate, seed=seed,
-            start=None if start is None else str(start),
+            self.scale.preset, **options, task=task, base=self.scale.base, learning_rate=rate,
+            seed=seed, init_from=None if start is None else str(start),
         )  # fmt: skip
         model, tokenizer = self.base()
         run = RunDir(folder)
@@ -168,7 +168,7 @@ class Lab:
                 "name": name, "kind": kind, "task": task, "seed": seed, "lr": rate, "after": list(after),
                 "outcome": outcome, "best": trainer.best, "seconds": round(trainer.seconds, 1),
                 "parameters": sum(p.numel() for p in trainer.policy.parameters().values()),
-                "config": replace(trainer.config, start=None).to_dict(), "commit": commit(),
+                "config": replace(trainer.config, init_from=None).to_dict(), "commit": commit(),
                 "history": [_short(entry) for entry in run.history()],
             },
         )  # fmt: skip

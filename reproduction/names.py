@@ -97,6 +97,12 @@ def kl_of(run: Mapping) -> float:
     return float(last[-1]) if last else 0.0
 
 
+def kl_coefficient(run: Mapping) -> float:
+    """The run's `TrainConfig.beta`; records of the published results carry its former name, ``kl_weight``."""
+    config = run["config"]
+    return float(config["beta"] if "beta" in config else config["kl_weight"])
+
+
 def single(store: Store, scale: Scale, kind: str, task: str, seed: int) -> str | None:
     """Name of the run at the chosen learning rate; None before the sweep ran."""
     lr = chosen_lr(store, scale, kind)

@@ -39,10 +39,10 @@ class Kind:
 QV = ["q_proj", "v_proj"]
 
 
-LORA = {"policy": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+LORA = {"policy": "lora", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 
-GOLD = {"objective": "sft", "group": 1, "kl_weight": 0.0}
+GOLD = {"objective": "sft", "num_generations": 1, "beta": 0.0}
 
 
 SVF_LRS, LORA_LRS = (6e-4, 2e-3, 6e-3), (3e-4, 1e-3, 3e-3)
@@ -53,21 +53,21 @@ KINDS: dict[str, Kind] = {
     "svf-sft": Kind("SVF, next token", GOLD, SVF_LRS),
     "lora-rl": Kind("LoRA 16 on all, policy gradient", LORA, LORA_LRS),
     "lora-sft": Kind("LoRA 16 on all, next token", {**LORA, **GOLD}, LORA_LRS),
-    "lora-qv-rl": Kind("LoRA 16 on q and v, policy gradient", {**LORA, "targets": QV}, LORA_LRS),
-    "lora-qv-sft": Kind("LoRA 16 on q and v, next token", {**LORA, **GOLD, "targets": QV}, LORA_LRS),
+    "lora-qv-rl": Kind("LoRA 16 on q and v, policy gradient", {**LORA, "target_modules": QV}, LORA_LRS),
+    "lora-qv-sft": Kind("LoRA 16 on q and v, next token", {**LORA, **GOLD, "target_modules": QV}, LORA_LRS),
     # as many numbers as SVF has on the default model: 115,200 against 97,920
     "lora-small-rl": Kind(
         "LoRA 2 on q and v, policy gradient",
-        {**LORA, "lora_rank": 2, "lora_alpha": 4, "targets": QV},
+        {**LORA, "lora_r": 2, "lora_alpha": 4, "target_modules": QV},
         (1e-3, 3e-3, 1e-2),
     ),
     "lora-kl-rl": Kind("LoRA 16 on all, at SVF's KL", LORA, (), "lora-rl", "svf-rl"),
-    "svf-qv-rl": Kind("SVF on q and v, policy gradient", {"targets": QV}, (), "svf-rl"),
-    "svf-mlp-rl": Kind("SVF on the MLP, policy gradient", {"targets": "mlp"}, (), "svf-rl"),
+    "svf-qv-rl": Kind("SVF on q and v, policy gradient", {"target_modules": QV}, (), "svf-rl"),
+    "svf-mlp-rl": Kind("SVF on the MLP, policy gradient", {"target_modules": "mlp"}, (), "svf-rl"),
     "svf-none": Kind("no baseline", {"baseline": "none"}, (), "svf-rl"),
     "svf-mean": Kind("mean of the batch", {"baseline": "mean"}, (), "svf-rl"),
-    "svf-k3": Kind("leave-one-out, k3", {"kl": "k3"}, (), "svf-rl"),
-    "svf-reference": Kind("reference's sigmoid", {"parameterisation": "reference"}, (6e-3, 2e-2, 6e-2)),
+    "svf-k3": Kind("leave-one-out, k3", {"kl_estimator": "k3"}, (), "svf-rl"),
+    "svf-reference": Kind("reference's sigmoid", {"parametrization": "reference"}, (6e-3, 2e-2, 6e-2)),
 }  # fmt: skip
 
 
@@ -125,8 +125,8 @@ SCALES: dict[str, Scale] = {
         conflict=("larger", "smallest-of-three"),
         few_shot="time-24h",
         # some tasks find their form first and their answers late; a cosine over so few steps ends before that
-        training={"steps": 24, "eval_every": 8, "schedule": "constant"},
-        larger_training={"batch": 32},
+        training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
+        larger_training={"generation_batch_size": 32},
     ),
     # the paper's tasks; of its preset, steps, clip and baseline are ours, to fit a GPU's hours; any base by --base
     "gpu": Scale(
@@ -139,7 +139,13 @@ SCALES: dict[str, Scale] = {
         conflict=None,
         few_shot="arc-challenge",
         preset="paper",
-        training={"steps": 60, "eval_every": 20, "clip": 1.0, "group": 4, "baseline": "leave-one-out"},
+        training={
+            "max_steps": 60,
+            "eval_steps": 20,
+            "max_grad_norm": 1.0,
+            "num_generations": 4,
+            "baseline": "leave-one-out",
+        },
         n=2000,
         validation=200,
     ),
@@ -155,7 +161,13 @@ SCALES: dict[str, Scale] = {
         seeds=(0, 1),
         n=6,
         validation=3,
-        training={"steps": 1, "eval_every": 1, "batch": 4, "eval_n": 3, "max_new_tokens": 3},
+        training={
+            "max_steps": 1,
+            "eval_steps": 1,
+            "generation_batch_size": 4,
+            "max_eval_samples": 3,
+            "max_new_tokens": 3,
+        },
         shots=(3, 10),
         search={"population": 4, "iterations": 1},
         classifier_steps=1,

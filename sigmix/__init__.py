@@ -18,6 +18,8 @@ _HOMES = {
     "Bank": "sigmix.experts.bank",
     "Mix": "sigmix.experts.mix",
     "Engine": "sigmix.engine",
+    "Trainer": "sigmix.train.trainer",
+    "TrainConfig": "sigmix.train.config",
     "SigmixError": "sigmix.errors",
 }
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # `as`, so that strict checkers see a public name
     from sigmix.models.loading import load_base
     from sigmix.svf.config import SVFConfig
     from sigmix.svf.tuner import SVFModel
+    from sigmix.train.config import TrainConfig
+    from sigmix.train.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -72,8 +72,9 @@ class FewShot:
         scale, made = lab.scale, lab.task(task)
         steps = scale.ia3_steps
         config = make_config(
-            scale.preset, task=task, base=scale.base, policy="ia3", objective="sft", kl_weight=0.0, batch=shots,
-            group=1, lr=lr, steps=steps, schedule="constant",
+            scale.preset, task=task, base=scale.base, policy="ia3", objective="sft", beta=0.0,
+            generation_batch_size=shots, num_generations=1, learning_rate=lr, max_steps=steps,
+            lr_scheduler_type="constant",
         )  # fmt: skip
         model, tokenizer = lab.base()
         policy = make_policy(model, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reproduction.lab import Lab
-from reproduction.names import accuracies, chosen_lr, kl_of, next_rate, swept
+from reproduction.names import accuracies, chosen_lr, kl_coefficient, kl_of, next_rate, swept
 from reproduction.report import NOT_RUN, Report, table
 
 
@@ -32,7 +32,7 @@ class Sweep:
             cells = []
             for lr, run in tried.items():
                 text = f"{lr:g}: {100 * run['best']['accuracy']:.1f}"
-                text += f" (KL {kl_of(run):.2f})" if run["config"]["kl_weight"] else ""
+                text += f" (KL {kl_of(run):.2f})" if kl_coefficient(run) else ""
                 text += "" if run["outcome"] == "done" else ", ended early"
                 cells.append(f"**{text}**" if lr == best else text)
             rows.append([kind.label, "; ".join(cells) or NOT_RUN])

@@ -28,29 +28,29 @@ def train(
     preset: str = typer.Option("laptop", help="laptop (ours, two cores) or paper (Table 6)."),
     run: Path = typer.Option(None, help="Folder for checkpoints and metrics. Default: runs/NAME."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the run's checkpoint."),
-    seed: int = typer.Option(None, help="Of everything random."),
+    seed: int = typer.Option(None, help="Random seed."),
     objective: str = typer.Option(None, help="reinforce (Eq. 1) or sft (next token on gold replies)."),
     policy: str = typer.Option(None, help="svf, or lora in the same loop for comparison."),
-    steps: int = typer.Option(None, help="Optimiser steps."),
-    batch: int = typer.Option(None, help="Answers a step."),
-    group: int = typer.Option(None, help="Answers per prompt."),
-    lr: float = typer.Option(None, help="Peak learning rate (AdamW)."),
-    schedule: str = typer.Option(None, help="cosine or constant."),
-    clip: float = typer.Option(None, help="Largest gradient norm."),
-    kl_weight: float = typer.Option(None, help="λ, weight of the KL to the base."),
-    kl: str = typer.Option(None, help="exact or k3."),
+    max_steps: int = typer.Option(None, help="Optimizer steps."),
+    generation_batch_size: int = typer.Option(None, help="Completions per optimizer step, over all processes."),
+    num_generations: int = typer.Option(None, help="Completions per prompt."),
+    per_device_train_batch_size: int = typer.Option(None, help="Rows per pass in each process; bounds memory."),
+    learning_rate: float = typer.Option(None, help="Peak learning rate (AdamW)."),
+    lr_scheduler_type: str = typer.Option(None, help="cosine or constant."),
+    max_grad_norm: float = typer.Option(None, help="Maximum gradient norm."),
+    beta: float = typer.Option(None, help="KL coefficient."),
+    kl_estimator: str = typer.Option(None, help="exact or k3."),
     baseline: str = typer.Option(None, help="none, mean or leave-one-out."),
-    temperature: float = typer.Option(None, help="Of the rollouts; 0 is greedy."),
-    max_new_tokens: int = typer.Option(None, help="Answer budget. Default: the task's."),
-    eval_every: int = typer.Option(None, help="Steps between validations."),
-    eval_n: int = typer.Option(None, help="Validation items."),
-    patience: int = typer.Option(None, help="Validations without a new best before stopping; 0 never."),
-    train_n: int = typer.Option(None, help="Distinct training prompts."),
-    micro: int = typer.Option(None, help="Rows per pass; bounds memory."),
+    temperature: float = typer.Option(None, help="Sampling temperature of the rollouts; 0 is greedy."),
+    max_new_tokens: int = typer.Option(None, help="Maximum tokens of a completion. Default: the task's."),
+    eval_steps: int = typer.Option(None, help="Optimizer steps between validations."),
+    max_eval_samples: int = typer.Option(None, help="Validation items."),
+    early_stopping_patience: int = typer.Option(None, help="Validations without improvement; 0 never stops early."),
+    max_train_samples: int = typer.Option(None, help="Distinct training prompts."),
     targets: str = typer.Option(None, help="all-linear, attention, mlp, or comma-separated module names."),
     layers: str = typer.Option(None, help="half, or comma-separated layer numbers."),
-    form_reward: float = typer.Option(None, help="Added to -1 for a wrong reply of the right form."),
-    parameterisation: str = typer.Option(None, help="direct (z = 1 + p) or reference (sigmoid)."),
+    format_reward: float = typer.Option(None, help="Bonus on the reward -1 of a wrong reply of the right form."),
+    parametrization: str = typer.Option(None, help="direct (z = 1 + p) or reference (sigmoid)."),
     kl_limit: float = typer.Option(None, help="KL per token that counts as collapse."),
     test_n: int = typer.Option(300, help="Held-out test items at the end, base and expert on the same; 0: none."),
     data_dir: Path = typer.Option(None, help="Local JSONL data instead of the hub."),
@@ -80,11 +80,15 @@ def train(
         else:
             made = get_task(task, data_dir=data_dir, allow_code=allow_code)
         config = make_config(
-            preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, steps=steps, batch=batch,
-            group=group, lr=lr, schedule=schedule, clip=clip, kl_weight=kl_weight, kl=kl, baseline=baseline,
-            temperature=temperature, max_new_tokens=max_new_tokens, eval_every=eval_every, eval_n=eval_n,
-            patience=patience, train_n=train_n, micro=micro, targets=read_targets(targets), layers=read_layers(layers),
-            parameterisation=parameterisation, form_reward=form_reward, kl_limit=kl_limit, quantization=quantization,
+            preset, task=made.name, base=base, seed=seed, objective=objective, policy=policy, max_steps=max_steps,
+            generation_batch_size=generation_batch_size, num_generations=num_generations,
+            per_device_train_batch_size=per_device_train_batch_size, learning_rate=learning_rate,
+            lr_scheduler_type=lr_scheduler_type, max_grad_norm=max_grad_norm, beta=beta, kl_estimator=kl_estimator,
+            baseline=baseline, temperature=temperature, max_new_tokens=max_new_tokens, eval_steps=eval_steps,
+            max_eval_samples=max_eval_samples, early_stopping_patience=early_stopping_patience,
+            max_train_samples=max_train_samples, target_modules=read_targets(targets),
+            layers_to_transform=read_layers(layers), parametrization=parametrization, format_reward=format_reward,
+            kl_limit=kl_limit, quantization=quantization,
         )  # fmt: skip
         placed = read_device_map(device_map)
         if placed is not None and (shard or processes.count > 1):
@@ -137,7 +141,7 @@ def _run(
         config.base, dtype, place, quantization_config=config.quantization, device_map=device_map
     )  # fmt: skip
     with contextlib.ExitStack() as shown:
-        progress = processes.main and shown.enter_context(Progress(config.steps, f"training {name}", tensorboard))
+        progress = processes.main and shown.enter_context(Progress(config.max_steps, f"training {name}", tensorboard))
         listener = progress.on_entry if progress else None
         trainer = Trainer(model, tokenizer, task, config, folder, name, listener, processes, shard)
         expert = trainer.fit(resume)

@@ -1,158 +1,177 @@
-"""One frozen configuration for a training run, its presets, and the checks on it."""
+"""Configuration of a training run, with the names of TRL's `GRPOConfig` and transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sigmix.errors import ConfigError, UnknownNameError
 
-CHOICES = {
-    "objective": ("reinforce", "sft"),
-    "policy": ("svf", "lora", "ia3"),
-    "baseline": ("none", "mean", "leave-one-out"),
-    "kl": ("exact", "k3"),
-    "parameterisation": ("direct", "reference"),
-}
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """Return a dataclass field with a help text and limits (`choices`, `ge`, `gt`, `lt`) in its metadata."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that decides a run; two runs with equal configurations give the same expert, bit for bit on CPU.
+    """Configuration of a training run.
 
-    The objective (Eq. 1 of the paper, reward in [-1, 1]):
-        J = mean over answers of [ (r - b) Σₜ log π(yₜ) - kl_weight Σₜ KLₜ(π_W' ‖ π_W) ]
+    Two runs with equal configurations give the same expert, bit for bit on a CPU. Each field's ``metadata`` holds its
+    help text and its limits; the options of ``sigmix train`` are generated from them.
 
-    Attributes:
-        task: spec of the task. base: name of the base. seed: of everything random.
-        dtype: of the base's weights, such as "float32"; None: as the base is loaded, which the trainer records.
-        quantization: of the base, see `load_base`; z then learns in the gain form.
-        steps: optimiser steps. batch: answers per step. group: answers per prompt; batch / group prompts a step.
-        lr: peak learning rate (AdamW, no weight decay). schedule: cosine to zero over `steps`, or constant.
-        clip: largest norm of the gradient. kl_weight: λ. kl: "exact" (sum over the vocabulary) or "k3" (sampled).
-        baseline: "none", "mean" of the batch, or "leave-one-out" in the group (in the batch if group is 1).
-        temperature: of the rollouts; 0 is greedy. max_new_tokens: None takes the task's.
-        eval_every: steps between validations. eval_n: validation items. patience: validations without a new best
-            before stopping; 0 never stops. train_n: distinct training prompts; None: as many as the steps use, or all
-            of a finite set.
-        micro: rows per forward/backward pass; bounds memory, changes no result but rounding.
-        targets: target_modules of `SVFConfig`. layers: None, "half" or indices.
-        form_reward: added to the reward -1 of a wrong reply from which the verifier could read an answer. A small model
-            asked for one word writes sentences, so that at first no reply at all is right; this lets it find the form.
-            It never makes a wrong reply as good as a right one, and evaluation does not know it.
-        parameterisation: "direct" (z = 1 + p) or "reference" (sigmoid, see `svf.gains.reference_z`).
-        kl_limit: mean KL in nats per token beyond which the run counts as collapsed; without effect at kl_weight 0,
-            where the base is not run at all.
-        start: folder of a saved expert or adapter whose parameters the run starts from, as training one adapter on
-            several tasks in turn does; the KL is still to the base.
-        lora_rank, lora_alpha, lora_dropout: of the LoRA policy.
+    The objective (Eq. 1 of arXiv 2501.06252, reward r in [-1, 1], baseline b):
+
+        J = mean over completions of [ (r - b) Σₜ log π(yₜ) - beta Σₜ KLₜ(π_W' ‖ π_W) ]
+
+    Raises:
+        ConfigError: a value is out of its limits, or two options cannot be combined.
     """
 
-    task: str
-    base: str = "smollm2-135m"
-    dtype: str | None = None
-    quantization: str | None = None
-    preset: str = "laptop"
-    seed: int = 0
-    objective: str = "reinforce"
-    policy: str = "svf"
-    steps: int = 40
-    batch: int = 64
-    group: int = 4
-    lr: float = 2e-3
-    schedule: str = "cosine"
-    clip: float = 1.0
-    kl_weight: float = 0.05
-    kl: str = "exact"
-    baseline: str = "leave-one-out"
-    temperature: float = 1.0
-    max_new_tokens: int | None = None
-    eval_every: int = 10
-    eval_n: int = 128
-    patience: int = 0
-    train_n: int | None = None
-    micro: int = 64
-    targets: str | list[str] = "all-linear"
-    layers: str | list[int] | None = None
-    parameterisation: str = "direct"
-    form_reward: float = 0.5
-    kl_limit: float = 10.0
-    start: str | None = None
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
+    task: str = field(metadata={"help": "Task to learn: a name that `sigmix tasks` lists, rg:NAME, or file.py:NAME."})
+    base: str = _option("smollm2-135m", "Base model: smollm2-135m, a hub name, a folder or a .gguf file.")
+    dtype: str | None = _option(None, "dtype of the base's weights, such as float32. Default: the faster one here.")
+    quantization: str | None = _option(None, "Quantization of the base's linear layers: int8, int4 or nf4.")
+    preset: str = _option("laptop", "Preset of defaults: laptop (two CPU cores) or paper (Table 6).")
+    seed: int = _option(0, "Random seed.")
+    objective: str = _option(
+        "reinforce", "Training objective: reinforce (Eq. 1) or sft (next token on gold replies).",
+        choices=("reinforce", "sft"),
+    )  # fmt: skip
+    policy: str = _option(
+        "svf", "Adapter to train: svf, or PEFT's lora or ia3 for comparison.", choices=("svf", "lora", "ia3")
+    )
+    max_steps: int = _option(40, "Optimizer steps.", ge=1)
+    generation_batch_size: int = _option(
+        64, "Completions per optimizer step, over all processes; a multiple of num_generations.", ge=1
+    )
+    num_generations: int = _option(4, "Completions per prompt.", ge=1)
+    per_device_train_batch_size: int = _option(
+        64, "Rows per forward and backward pass in each process. Bounds memory; gradients are accumulated.", ge=1
+    )
+    learning_rate: float = _option(2e-3, "Peak learning rate of AdamW (without weight decay).", gt=0)
+    lr_scheduler_type: str = _option(
+        "cosine", "Learning rate schedule: cosine (to zero over max_steps) or constant.", choices=("cosine", "constant")
+    )
+    max_grad_norm: float = _option(1.0, "Maximum gradient norm.", gt=0)
+    beta: float = _option(0.05, "KL coefficient; 0 skips the reference model.", ge=0)
+    kl_estimator: str = _option(
+        "exact", "KL estimator: exact (sum over the vocabulary) or k3 (of the sampled tokens).", choices=("exact", "k3")
+    )
+    baseline: str = _option(
+        "leave-one-out",
+        "Reward baseline: none, mean (of the batch), or leave-one-out (of the prompt's other completions, or of the "
+        "batch's if num_generations is 1).",
+        choices=("none", "mean", "leave-one-out"),
+    )
+    temperature: float = _option(1.0, "Sampling temperature of the rollouts; 0 is greedy.", ge=0)
+    max_new_tokens: int | None = _option(None, "Maximum tokens of a completion. Default: the task's.")
+    eval_steps: int = _option(10, "Optimizer steps between validations.", ge=1)
+    max_eval_samples: int = _option(128, "Validation items.", ge=1)
+    early_stopping_patience: int = _option(
+        0, "Validations without improvement before training stops; 0 disables early stopping.", ge=0
+    )
+    max_train_samples: int | None = _option(None, "Distinct training prompts. Default: as many as the steps use.")
+    target_modules: str | list[str] = field(
+        default="all-linear",
+        metadata={
+            "help": "Modules to adapt: all-linear, attention, mlp, or comma-separated module names.",
+            "option": "--targets",
+        },
+    )
+    layers_to_transform: str | list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to adapt: half, or comma-separated layer numbers. Default: all.",
+            "option": "--layers",
+        },
+    )
+    # rewards well-formed but wrong replies, since a small model's first replies are often all malformed
+    format_reward: float = _option(
+        0.5, "Bonus on the reward -1 of a wrong reply from which the grader could read an answer.", ge=0, lt=1
+    )
+    parametrization: str = _option(
+        "direct", "Parametrization of z: direct (z = 1 + p) or reference (sigmoid, as in the public implementation).",
+        choices=("direct", "reference"),
+    )  # fmt: skip
+    kl_limit: float = _option(10.0, "Mean KL in nats per token above which the run is stopped as collapsed.", gt=0)
+    init_from: str | None = _option(None, "Folder of a saved expert or adapter with the initial parameters.")
+    lora_r: int = _option(16, "Rank of LoRA.", ge=1)
+    lora_alpha: int = _option(32, "Scale of LoRA.")
+    lora_dropout: float = _option(0.0, "Dropout of LoRA.", ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("steps", "batch", "group", "eval_every", "eval_n", "micro"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "clip", "kl_limit"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        if not (self.kl_weight >= 0 and self.temperature >= 0 and self.patience >= 0):
-            raise ConfigError("kl_weight, temperature and patience cannot be negative")
-        if not 0 <= self.form_reward < 1:
-            raise ConfigError(f"form_reward must be in [0, 1), not {self.form_reward}")
-        if self.schedule not in ("cosine", "constant"):
-            raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}")
-        if self.batch % self.group:
-            raise ConfigError(f"batch {self.batch} is not a multiple of group {self.group}")
-        if self.policy != "svf" and (self.layers is not None or self.parameterisation != "direct"):
+        for option in dataclasses.fields(self):
+            _check(option.name, getattr(self, option.name), option.metadata)
+        if self.generation_batch_size % self.num_generations:
             raise ConfigError(
-                f"layers and parameterisation belong to the svf policy; {self.policy} adapts all of its targets"
+                f"generation_batch_size {self.generation_batch_size} is not a multiple of num_generations "
+                f"{self.num_generations}"
             )
-        if self.policy != "svf" and self.quantization is not None:
-            raise ConfigError(f"a quantised base is for the svf policy, not {self.policy}")
-        if self.policy == "ia3" and self.targets != "all-linear":
-            raise ConfigError("ia3 adapts the modules that PEFT's own table names; leave targets out")
-        if self.start is not None and self.parameterisation != "direct":
-            raise ConfigError("start goes with the direct parameterisation only")
-        if self.baseline == "leave-one-out" and self.batch == 1:
-            raise ConfigError("a leave-one-out baseline needs a batch of at least 2")
+        if self.baseline == "leave-one-out" and self.generation_batch_size == 1:
+            raise ConfigError("a leave-one-out baseline needs a generation_batch_size of at least 2")
+        if self.init_from is not None and self.parametrization != "direct":
+            raise ConfigError("init_from requires the direct parametrization")
+        if self.policy == "svf":
+            return
+        if self.layers_to_transform is not None or self.parametrization != "direct":
+            raise ConfigError(f"layers_to_transform and parametrization are options of policy svf, not {self.policy}")
+        if self.quantization is not None:
+            raise ConfigError(f"a quantized base requires policy svf, not {self.policy}")
+        if self.policy == "ia3" and self.target_modules != "all-linear":
+            raise ConfigError("target_modules cannot be set with policy ia3, which adapts the modules of PEFT's table")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         return dataclasses.asdict(self)
 
     def difference(self, other: dict[str, Any]) -> list[str]:
-        """Names of the fields in which a stored configuration differs from this one."""
+        """Return the names of the fields that differ from a stored configuration."""
         mine = self.to_dict()
         return sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
 
 
+def _check(name: str, value: Any, limits: Any) -> None:
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    # written so that NaN fails every comparison
+    if "ge" in limits and not value >= limits["ge"]:
+        raise ConfigError(f"{name} must be at least {limits['ge']}, not {value}")
+    if "gt" in limits and not value > limits["gt"]:
+        raise ConfigError(f"{name} must be above {limits['gt']}, not {value}")
+    if "lt" in limits and not value < limits["lt"]:
+        raise ConfigError(f"{name} must be below {limits['lt']}, not {value}")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # ours, for two CPU cores; chosen on validation accuracy only
-    "laptop": {},
-    # Table 6 and appendix A.1 of the paper; λ is one of 0, 0.1, 0.2, 0.3 by validation
+    "laptop": {},  # for two CPU cores; chosen by validation accuracy
+    # Table 6 and appendix A.1 of the paper, where beta is one of 0, 0.1, 0.2, 0.3 by validation
     "paper": {
-        "batch": 256,
-        "group": 1,
-        "lr": 2e-3,
-        "clip": 1e-3,
-        "kl_weight": 0.1,
+        "generation_batch_size": 256,
+        "num_generations": 1,
+        "learning_rate": 2e-3,
+        "max_grad_norm": 1e-3,
+        "beta": 0.1,
         "baseline": "none",
-        "form_reward": 0.0,
-        "steps": 200,
-        "eval_n": 512,
-        "patience": 5,
+        "format_reward": 0.0,
+        "max_steps": 200,
+        "max_eval_samples": 512,
+        "early_stopping_patience": 5,
     },
 }
 
 
-def make_config(preset: str = "laptop", **given: Any) -> TrainConfig:
-    """A configuration from a preset and what differs from it; values of None in ``given`` count as not given.
+def make_config(preset: str = "laptop", **options: Any) -> TrainConfig:
+    """Return the configuration of a preset with some options replaced; an option of None keeps the preset's value.
 
     Raises:
-        UnknownNameError: no such preset or option. ConfigError: a value that cannot work.
+        UnknownNameError: no such preset or option. ConfigError: a value is invalid.
     """
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)
-    given = {key: value for key, value in given.items() if value is not None}
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    for name in given.keys() - fields:
-        raise UnknownNameError("training option", name, fields)
-    return TrainConfig(**{**PRESETS[preset], "preset": preset, **given})
+    options = {name: value for name, value in options.items() if value is not None}
+    names = {option.name for option in dataclasses.fields(TrainConfig)}
+    for name in options.keys() - names:
+        raise UnknownNameError("training option", name, names)
+    return TrainConfig(**{**PRESETS[preset], "preset": preset, **options})

@@ -422,7 +422,7 @@ def _check_shardable(base: Any, config: TrainConfig, processes: Processes) -> No
             "a base is sharded over several processes, and this is one",
             remedy="start them with accelerate launch or torchrun, or leave out --shard",
         )
-    if config.policy != "svf" or config.parameterisation != "direct":
+    if config.policy != "svf" or config.parametrization != "direct":
         raise ConfigError("--shard goes with the svf policy in its direct parameterisation only")
     kinds = {weights.kind(module) for module in linears(base).values()}
     if unfit := sorted(kinds & {weights.QUANTISED, weights.OFFLOADED}):
@@ -434,7 +434,7 @@ def _check_shardable(base: Any, config: TrainConfig, processes: Processes) -> No
 
 
 def _targets(config: TrainConfig) -> SVFConfig:
-    return SVFConfig(target_modules=config.targets, layers_to_transform=config.layers)
+    return SVFConfig(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)
 
 
 def _decompose_share(base: nn.Module, config: TrainConfig, processes: Processes) -> list[str]:
@@ -575,9 +575,7 @@ def _fill(module: nn.Module, meaning: Mapping[int, torch.Tensor]) -> None:
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta:
                 value = meaning[id(parameter)].data
-                part.register_parameter(
-                    name, made.setdefault(id(parameter), nn.Parameter(value, requires_grad=False))
-                )
+                part.register_parameter(name, made.setdefault(id(parameter), nn.Parameter(value, requires_grad=False)))
     for layer in svf_layers(module).values():
         if layer.svf_short is None:
             layer.ensure_factors()

@@ -170,9 +170,9 @@ def sft_loss(stats: TokenStats, tokens: Tensor, kl_weight: float, total: int) ->
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of a step (from 0): cosine from `lr` to zero over `steps`, or constant."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
 
 
 def _scores(model: Any, prompts: list[list[int]], answers: torch.Tensor) -> int:
@@ -201,7 +201,7 @@ class Learner:
         self.policy, self.actor, self.config, self.max_new_tokens = policy, actor, config, max_new_tokens
         self.processes = processes or Processes()
         self.parameters = policy.parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=0.0)
 
     def step(self, number: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Take step `number` on some samples; returns figures of the step (before the update).
@@ -222,7 +222,7 @@ class Learner:
             for name, value in found.items():
                 totals[name] += value
         self.processes.add_up(list(self.parameters.values()))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         rate = learning_rate(config, number)
         figures = self._figures(rollouts, totals, float(norm), rate)
         if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
@@ -242,7 +242,7 @@ class Learner:
         if config.policy == "lora" and config.lora_dropout:
             # so that a resumed run drops the same; of one process, see `shared_policy`
             torch.manual_seed(row_seed(config.seed, number, -1))
-        prompts_at_once = max(config.micro // group, 1)
+        prompts_at_once = max(config.per_device_train_batch_size // group, 1)
         mine = self.processes.share(len(rollouts.prompts))
         for start in range(mine.start, mine.stop, prompts_at_once):
             stop = min(start + prompts_at_once, mine.stop)
@@ -252,10 +252,10 @@ class Learner:
             stats = self._stats(prompts, ids, mask, group)
             usable = ~rollouts.rewards[part].isnan()
             if config.objective == "sft":
-                loss = sft_loss(stats, mask.sum(1), config.kl_weight, max(known, 1))
+                loss = sft_loss(stats, mask.sum(1), config.beta, max(known, 1))
             else:
                 stats.kl = stats.kl * usable
-                loss = reinforce_loss(stats, advantage[part], config.kl_weight, max(known, 1))
+                loss = reinforce_loss(stats, advantage[part], config.beta, max(known, 1))
             loss.backward()
             totals["loss"] += float(loss.detach())
             totals["kl"] += float(stats.kl.detach().sum())
@@ -268,10 +268,10 @@ class Learner:
         config, mine = self.config, self.processes.share(len(samples))
         if config.objective == "sft":
             return self.actor.gold(samples[mine])
-        rows = range(mine.start * config.group, mine.stop * config.group)
+        rows = range(mine.start * config.num_generations, mine.stop * config.num_generations)
         seeds = [row_seed(config.seed, number, row) for row in rows]
         sampling = Sampling(self.max_new_tokens, config.temperature, 1.0, seeds)
-        return self.actor.roll(samples[mine], sampling, config.group, config.form_reward)
+        return self.actor.roll(samples[mine], sampling, config.num_generations, config.format_reward)
 
     def _stats(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor, group: int) -> TokenStats:
         model, pad = self.policy.model, self.actor.pad_id
@@ -286,12 +286,12 @@ class Learner:
 
         reference = None
         with short_attention(model, _scores(model, prompts, ids)):
-            if self.config.kl_weight > 0:
+            if self.config.beta > 0:
                 with torch.no_grad(), self.policy.reference():
                     reference = logits()
             with self.policy.learning():
                 learnt = logits()
-        stats = token_stats(learnt, reference, ids, mask, self.config.kl)
+        stats = token_stats(learnt, reference, ids, mask, self.config.kl_estimator)
         return TokenStats(stats.logprob.cpu(), stats.kl.cpu(), stats.entropy.cpu())
 
     def _figures(self, rollouts: Rollouts, totals: Any, norm: float, rate: float) -> dict[str, float]:

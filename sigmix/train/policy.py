@@ -73,10 +73,10 @@ class SVFPolicy:
     sharded = False
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
-        targets = SVFConfig(target_modules=config.targets, layers_to_transform=config.layers)
+        targets = SVFConfig(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)
         self.model = self._wrapped(base, targets)
         self.layers = svf_layers(self.model)
-        self.direct = config.parameterisation == "direct"
+        self.direct = config.parametrization == "direct"
         if not self.direct:
             random = torch.Generator().manual_seed(config.seed)
             for layer in self.layers.values():
@@ -207,10 +207,10 @@ def _peft_config(config: TrainConfig) -> PeftConfig:
     if config.policy == "ia3":
         return IA3Config()
     return LoraConfig(
-        r=config.lora_rank,
+        r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.targets,
+        target_modules=config.target_modules,
     )
 
 

@@ -81,17 +81,17 @@ class Trainer:
         self.task, self.config, self.run, self.name = task, config, run, name
         self.listener = listener or (lambda entry: None)
         self.max_new_tokens = config.max_new_tokens or task.max_new_tokens
-        prompts = config.batch // config.group
-        self.train = task.samples("train", config.train_n or prompts * config.steps, seed=config.seed)
-        self.validation = task.samples("validation", config.eval_n, seed=0)
+        prompts = config.generation_batch_size // config.num_generations
+        self.train = task.samples("train", config.max_train_samples or prompts * config.max_steps, seed=config.seed)
+        self.validation = task.samples("validation", config.max_eval_samples, seed=0)
         ends = end_ids(model, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         if shard:
             check_text([*self.train, *self.validation])
         self.policy = shared_policy(model, config, self.processes, shard)
-        if (start := config.start) is not None:
+        if (start := config.init_from) is not None:
             self.processes.gather(lambda: self.policy.start_from(Path(start)))
-            self.processes.check_equal(self.policy.z(), f"start {start}", "give all machines the same folder")
+            self.processes.check_equal(self.policy.z(), f"init_from {start}", "give all machines the same folder")
         contiguous_head(self.policy.model)
         self.actor = Actor(self.policy.model, tokenizer, task, ends, pad)
         self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens, self.processes)
@@ -152,14 +152,14 @@ class Trainer:
         if self.best["accuracy"] < 0:
             self._validate()
             self._stable = self._state()
-        while self.step < config.steps and not self._patience_spent():
+        while self.step < config.max_steps and not self._patience_spent():
             started = time.perf_counter()
             figures = self.learner.step(self.step, self.stream.step(self.step))
             self.seconds += time.perf_counter() - started
             self._emit({"kind": "step", "step": self.step, "seconds": self.seconds, **figures})
             self.processes.alike(functools.partial(self._check, figures))
             self.step += 1
-            if self.step % config.eval_every == 0 or self.step == config.steps:
+            if self.step % config.eval_steps == 0 or self.step == config.max_steps:
                 started = time.perf_counter()
                 self._validate()
                 self.seconds += time.perf_counter() - started
@@ -170,7 +170,7 @@ class Trainer:
                 self._saved = time.monotonic()
 
     def _patience_spent(self) -> bool:
-        return bool(self.config.patience) and self.bad >= self.config.patience
+        return bool(self.config.early_stopping_patience) and self.bad >= self.config.early_stopping_patience
 
     def _validate(self) -> None:
         result = self.evaluate(self.validation)
@@ -236,13 +236,13 @@ class Trainer:
             raise DivergedError(
                 f"step {self.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: the run diverged; "
                 f"{where}",
-                remedy="lower --lr, or raise --kl-weight",
+                remedy="lower --learning-rate, or raise --beta",
             )
         if figures["kl"] > self.config.kl_limit:
             raise DivergedError(
                 f"step {self.step}: {figures['kl']:.2f} nats per token from the base (limit {self.config.kl_limit}): "
                 f"the policy collapsed; {where}",
-                remedy="lower --lr, raise --kl-weight, or raise --kl-limit if that is meant",
+                remedy="lower --learning-rate, raise --beta, or raise --kl-limit if that is meant",
             )
         constant = figures["most_common"] >= 0.95 and figures["right"] < 0.9 and self.config.objective == "reinforce"
         self.constant = getattr(self, "constant", 0) + 1 if constant else 0
@@ -250,7 +250,7 @@ class Trainer:
             raise DivergedError(
                 f"step {self.step}: for 5 steps nearly all sampled answers were the same text (entropy "
                 f"{figures['entropy']:.3f} nats per token): the policy collapsed to a constant; {where}",
-                remedy="raise --kl-weight, lower --lr, or check that no constant answer wins the task",
+                remedy="raise --beta, lower --learning-rate, or check that no constant answer wins the task",
             )
 
     # ------------------------------------------------------------------ state
@@ -282,14 +282,15 @@ class Trainer:
 
 
 def check_batch(config: TrainConfig, count: int) -> None:
-    """Raise `ConfigError` unless `count` processes get equally many prompts of each step."""
-    prompts = config.batch // config.group
+    """Raise `ConfigError` unless a step's prompts divide evenly among `count` processes."""
+    prompts = config.generation_batch_size // config.num_generations
     if prompts % count:
-        fitting = [n for n in range(1, count) if prompts % n == 0]
+        fitting = max(n for n in range(1, count) if prompts % n == 0)
+        multiple = config.num_generations * count
         raise ConfigError(
-            f"batch {config.batch} in groups of {config.group} is {prompts} prompts a step, which {count} processes "
-            "cannot share evenly",
-            remedy=f"give a --batch that is a multiple of {config.group * count}, or start {fitting[-1]} of them",
+            f"the {prompts} prompts of a step (generation_batch_size / num_generations) cannot be divided evenly among "
+            f"{count} processes",
+            remedy=f"set --generation-batch-size to a multiple of {multiple}, or start {fitting} processes",
         )
 
 

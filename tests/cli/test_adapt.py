@@ -92,8 +92,9 @@ def test_a_classification_expert_is_trained_and_used(run, home, tmp_path):
     add_expert(bank, base, "adder", task="addition?digits=1", domain="arithmetic", description="Adds.")
     where = ("--base", base, "--bank", bank.folder)
     done = run(
-        "train", "--task", "dispatch", "--out", bank.folder / "judge", "--run", tmp_path / "run", *where, "--steps", 1,
-        "--batch", 4, "--group", 2, "--eval-every", 1, "--eval-n", 4, "--test-n", 4, "--max-new-tokens", 2,
+        "train", "--task", "dispatch", "--out", bank.folder / "judge", "--run", tmp_path / "run", *where,
+        "--max-steps", 1, "--generation-batch-size", 4, "--num-generations", 2, "--eval-steps", 1,
+        "--max-eval-samples", 4, "--test-n", 4, "--max-new-tokens", 2,
     )  # fmt: skip
     assert done.code == 0, done.err
     meta = Bank(bank.folder)["judge"].meta

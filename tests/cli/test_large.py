@@ -69,8 +69,18 @@ def test_eval_on_a_quantised_base(run, refused, home):
 def test_training_on_a_quantised_base_makes_an_expert_of_it(run, refused, home, tmp_path):
     pytest.importorskip("torchao")
     out = tmp_path / "bank" / "small"
-    asked = ["train", "--task", "addition?digits=1", "--base", home.base, "--steps", "2", "--batch", "4"]
-    asked += ["--eval-n", "4", "--max-new-tokens", "2", "--test-n", "4", "--run", tmp_path / "run"]
+    asked = [
+        "train",
+        "--task",
+        "addition?digits=1",
+        "--base",
+        home.base,
+        "--max-steps",
+        "2",
+        "--generation-batch-size",
+        "4",
+    ]
+    asked += ["--max-eval-samples", "4", "--max-new-tokens", "2", "--test-n", "4", "--run", tmp_path / "run"]
     asked += ["--quantization", "int8"]
     assert run(*asked, "--out", out, "--json").code == 0
     meta = json.loads((out / "sigmix.json").read_text())
@@ -112,8 +122,18 @@ def test_a_device_map_from_a_file(run, home, places):
 
 
 def test_training_under_a_device_map(run, refused, home, places):
-    asked = ["train", "--task", "addition?digits=1", "--base", home.base, "--steps", "1", "--batch", "4"]
-    asked += ["--eval-n", "4", "--max-new-tokens", "2", "--test-n", "0", "--run", places / "run"]
+    asked = [
+        "train",
+        "--task",
+        "addition?digits=1",
+        "--base",
+        home.base,
+        "--max-steps",
+        "1",
+        "--generation-batch-size",
+        "4",
+    ]
+    asked += ["--max-eval-samples", "4", "--max-new-tokens", "2", "--test-n", "0", "--run", places / "run"]
     asked += ["--out", places / "bank" / "mapped", "--device-map", places / "cpu.json"]
     assert "for one process" in refused(*asked, "--shard")
     assert run(*asked).code == 0

@@ -17,8 +17,8 @@ from sigmix.experts.expert import Expert
 from sigmix.models.loading import load_base
 
 pytestmark = pytest.mark.usefixtures("cache")
-QUICK = ["--steps", "2", "--batch", "8", "--group", "4", "--eval-every", "1", "--eval-n", "4", "--test-n", "5",
-         "--max-new-tokens", "3"]  # fmt: skip
+QUICK = ["--max-steps", "2", "--generation-batch-size", "8", "--num-generations", "4", "--eval-steps", "1",
+         "--max-eval-samples", "4", "--test-n", "5", "--max-new-tokens", "3"]  # fmt: skip
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_run_folder_that_cannot_be_written(sigmix, tmp_path):
 
 
 def test_bad_options_are_one_line(sigmix, tmp_path):
-    assert refused(sigmix("--out", "sums", "--lr", "-1"), "lr must be above 0")
+    assert refused(sigmix("--out", "sums", "--learning-rate", "-1"), "learning_rate must be above 0")
     assert refused(sigmix("--out", "sums", "--preset", "papers"), "'papers'", "paper")
     assert refused(sigmix("--out", "Sums!"), "Sums!")
     assert refused(sigmix("--out", "sums", task="additoin"), "additoin", "addition")
@@ -191,7 +191,9 @@ def test_bad_options_are_one_line(sigmix, tmp_path):
 def test_a_used_run_and_another_configuration(sigmix):
     assert sigmix("--out", "a/sums", "--run", "run", "--test-n", 0)[0] == 0
     assert refused(sigmix("--out", "b/sums", "--run", "run"), "holds a run already", "--resume")
-    assert refused(sigmix("--out", "b/sums", "--run", "run", "--resume", "--lr", 0.1), "lr differ")
+    assert refused(
+        sigmix("--out", "b/sums", "--run", "run", "--resume", "--learning-rate", 0.1), "learning_rate differ"
+    )
     code, _, err = sigmix("--out", "b/sums", "--run", "run", "--resume", "--test-n", 0)
     assert code == 0, err
 

@@ -34,7 +34,7 @@ FENCE = re.compile(
 )
 SHELL = re.compile(r"[|<>&;$*]")
 SHORTER = {
-    "train": "--steps 1 --batch 8 --eval-n 4 --test-n 4",
+    "train": "--max-steps 1 --generation-batch-size 8 --max-eval-samples 4 --test-n 4",
     "eval": "--n 4",
     "search": "--population 2 --iterations 1 --settings light",
     "probe": "--per-label 12",

@@ -35,7 +35,7 @@ def swept(store: Store, scale: Scale, kind: str, found: dict[float, tuple[float,
     for lr, (accuracy, kl) in found.items():
         record = {
             "kind": kind, "task": scale.sweep, "seed": scale.seeds[0], "lr": lr, "after": [], "outcome": "done",
-            "best": {"accuracy": accuracy, "step": 2}, "parameters": 5, "seconds": 1.0, "config": {"kl_weight": 0.1},
+            "best": {"accuracy": accuracy, "step": 2}, "parameters": 5, "seconds": 1.0, "config": {"beta": 0.1},
             "history": [{"kind": "step", "step": 1, "kl": kl}, {"kind": "step", "step": 2, "kl": 99.0}], **changes,
         }  # fmt: skip
         name = run_name(record["kind"], lr, record["task"], record["seed"], record["after"])

@@ -40,8 +40,9 @@ class Letter(Task):
 
 
 # answers of two tokens to 32 prompts; z of a tiny model must move far to change anything, so the rate is high
-DEFAULTS = {"task": "letter", "base": "tiny", "steps": 6, "batch": 32, "group": 4, "lr": 0.05, "clip": 1e9,
-            "eval_every": 2, "eval_n": 16, "form_reward": 0.0}  # fmt: skip
+DEFAULTS = {"task": "letter", "base": "tiny", "max_steps": 6, "generation_batch_size": 32, "num_generations": 4,
+            "learning_rate": 0.05, "max_grad_norm": 1e9, "eval_steps": 2, "max_eval_samples": 16,
+            "format_reward": 0.0}  # fmt: skip
 
 
 def config(**changes) -> TrainConfig:

@@ -34,7 +34,7 @@ def test_a_run_is_made_once_and_its_record_says_how(home):
     assert (folder / "adapter_model.safetensors").exists()
     record = home.store.run(name)
     assert (record["kind"], record["task"], record["seed"], record["lr"]) == ("lora-rl", "larger", 1, 1e-3)
-    assert record["config"]["lora_rank"] == 16
+    assert record["config"]["lora_r"] == 16
     assert record["parameters"] == 29_696
     assert record["outcome"] == "done"
     (folder.parent / "metrics.jsonl").write_text("")  # a second run would need it
@@ -46,8 +46,8 @@ def test_a_run_is_made_once_and_its_record_says_how(home):
 def test_a_run_that_was_cut_goes_on(home, tmp_path, monkeypatch):
     from sigmix.train.trainer import Trainer
 
-    whole = lab(tmp_path / "whole", training={**home.scale.training, "steps": 3})
-    cut = lab(tmp_path / "cut", training={**home.scale.training, "steps": 3})
+    whole = lab(tmp_path / "whole", training={**home.scale.training, "max_steps": 3})
+    cut = lab(tmp_path / "cut", training={**home.scale.training, "max_steps": 3})
     name, _ = whole.trained("svf-rl", "larger", 0, 0.05)
     emit = Trainer._emit
 
@@ -73,7 +73,7 @@ def test_a_run_that_was_cut_goes_on(home, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_is_a_result(home):
-    wild = lab(home.work / "wild", training={**home.scale.training, "steps": 4, "kl_limit": 1e-9, "kl_weight": 0.1})
+    wild = lab(home.work / "wild", training={**home.scale.training, "max_steps": 4, "kl_limit": 1e-9, "beta": 0.1})
     name, folder = wild.trained("svf-rl", "larger", 0, 0.5)
     assert "collapsed" in wild.store.run(name)["outcome"]
     assert folder.exists()

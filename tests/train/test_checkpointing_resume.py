@@ -18,9 +18,9 @@ pytestmark = pytest.mark.usefixtures("cache")
 # where a listener stops the run: at the first validation, in the first step, within, at and after a checkpoint
 PLACES = [("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("step", 5),
           ("validation", 6)]  # fmt: skip
-OPTIONS = [{}, {"parameterisation": "reference"}, {"policy": "lora", "lr": 0.01, "lora_dropout": 0.2},
-           {"policy": "ia3", "lr": 0.01},
-           {"objective": "sft", "schedule": "constant"}]  # fmt: skip
+OPTIONS = [{}, {"parametrization": "reference"}, {"policy": "lora", "learning_rate": 0.01, "lora_dropout": 0.2},
+           {"policy": "ia3", "learning_rate": 0.01},
+           {"objective": "sft", "lr_scheduler_type": "constant"}]  # fmt: skip
 
 
 class Stop(BaseException):
@@ -101,7 +101,7 @@ def test_stopped_again_and_again(tiny, tiny_tokenizer, tmp_path, whole):
 
 
 def test_patience_counts_across_a_stop(tiny, tiny_tokenizer, tmp_path, whole):
-    options = {"task": Hopeless(), "patience": 3, "steps": 12}
+    options = {"task": Hopeless(), "early_stopping_patience": 3, "max_steps": 12}
     expected = whole(**options)
     assert [entry["step"] for entry in expected[0] if entry["kind"] == "validation"] == [0, 2, 4, 6]
     for place in (("validation", 0), ("validation", 4), ("step", 5)):
@@ -118,7 +118,9 @@ def test_a_finished_run_resumes_to_its_result(tiny, tiny_tokenizer, tmp_path):
     assert again == expert
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", 0.01), ("seed", 1), ("steps", 8), ("kl", "k3")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", 0.01), ("seed", 1), ("max_steps", 8), ("kl_estimator", "k3")]
+)
 def test_another_configuration_is_named(tiny, tiny_tokenizer, tmp_path, name, value):
     with pytest.raises(KeyboardInterrupt):
         trainer(tiny(), tiny_tokenizer, tmp_path, at(("step", 1), KeyboardInterrupt())).fit()
@@ -127,7 +129,7 @@ def test_another_configuration_is_named(tiny, tiny_tokenizer, tmp_path, name, va
 
 
 def test_a_checkpoint_holds_no_pickle(tiny, tiny_tokenizer, tmp_path):
-    trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+    trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["state.json", "state.safetensors"]
     state = json.loads((tmp_path / "checkpoint/state.json").read_text())
     assert state["step"] == 2

@@ -61,15 +61,43 @@ class Shown(Graded):
 
 # architecture, sharded, what differs from the configuration; of 15 validation items one process gets 7, the other 8
 CASES = {
-    "groups": ("llama", False, {"eval_n": 15}),
-    "batch-mean": ("qwen2", False, {"group": 1, "baseline": "mean", "kl": "k3", "micro": 8}),
-    "next-token": ("llama", False, {"objective": "sft", "batch": 8, "group": 1}),
-    "lora": ("llama", False, {"policy": "lora", "lr": 0.002, "batch": 8}),
-    "images": ("llava", False, {"batch": 8, "group": 2, "eval_n": 5, "steps": 2}),
-    "int8": ("qwen2", False, {"quantization": "int8", "batch": 8, "group": 2, "eval_n": 5, "steps": 2}),
-    "nf4": ("llama", False, {"quantization": "nf4", "batch": 8, "group": 2, "eval_n": 5, "steps": 2}),
-    "sharded": ("gemma3", True, {"eval_n": 15, "group": 2, "micro": 4}),
-    "sharded-gpt2": ("gpt2", True, {"batch": 16}),
+    "groups": ("llama", False, {"max_eval_samples": 15}),
+    "batch-mean": (
+        "qwen2",
+        False,
+        {"num_generations": 1, "baseline": "mean", "kl_estimator": "k3", "per_device_train_batch_size": 8},
+    ),
+    "next-token": ("llama", False, {"objective": "sft", "generation_batch_size": 8, "num_generations": 1}),
+    "lora": ("llama", False, {"policy": "lora", "learning_rate": 0.002, "generation_batch_size": 8}),
+    "images": (
+        "llava",
+        False,
+        {"generation_batch_size": 8, "num_generations": 2, "max_eval_samples": 5, "max_steps": 2},
+    ),
+    "int8": (
+        "qwen2",
+        False,
+        {
+            "quantization": "int8",
+            "generation_batch_size": 8,
+            "num_generations": 2,
+            "max_eval_samples": 5,
+            "max_steps": 2,
+        },
+    ),
+    "nf4": (
+        "llama",
+        False,
+        {
+            "quantization": "nf4",
+            "generation_batch_size": 8,
+            "num_generations": 2,
+            "max_eval_samples": 5,
+            "max_steps": 2,
+        },
+    ),
+    "sharded": ("gemma3", True, {"max_eval_samples": 15, "num_generations": 2, "per_device_train_batch_size": 4}),
+    "sharded-gpt2": ("gpt2", True, {"generation_batch_size": 16}),
 }
 CASES = {name: case for name, case in CASES.items() if find_spec(QUANTIZATIONS.get(name, "torch"))}
 SHARDED = [name for name, case in CASES.items() if case[1]]
@@ -88,7 +116,7 @@ def base(arch: str, folder: str, quantization: str | None = None):
 def train(case: str, folder: str, alone: bool = False) -> None:
     """One case's run in this process, and what this process saw of it."""
     arch, shard, changes = CASES[case]
-    settings = config(**{"steps": 3, "lr": 0.02, **changes})
+    settings = config(**{"max_steps": 3, "learning_rate": 0.02, **changes})
     run = RunDir(Path(folder) / case)
     spread = shard and not alone
     task = Shown() if arch == "llava" else Graded()
@@ -121,7 +149,7 @@ def trouble(folder: str) -> None:
     told = {}
 
     def begin(name, model, tokenizer, task=None, shard=False, voice=False, **changes):
-        settings = config(**{"batch": 8, "eval_n": 2, **changes})
+        settings = config(**{"generation_batch_size": 8, "max_eval_samples": 2, **changes})
         processes = Processes.launched()
         try:
             with processes.one_voice() if voice else contextlib.nullcontext():
@@ -147,13 +175,13 @@ def trouble(folder: str) -> None:
     paths = [path for path in linears(model) if path != "lm_head"]
     z = {path: torch.full((min(shape_of(linears(model)[path])),), 1.0 + rank) for path in paths}
     Expert("start", z).save_pretrained(f"{folder}/start-{rank}")
-    begin("start", model, plain[1], start=f"{folder}/start-{rank}")
+    begin("start", model, plain[1], init_from=f"{folder}/start-{rank}")
     # told once
-    begin("nowhere", *base("llama", folder), shard=True, voice=True, start=f"{folder}/nowhere")
+    begin("nowhere", *base("llama", folder), shard=True, voice=True, init_from=f"{folder}/nowhere")
     model = build_tiny()
     model._no_split_modules = None
     begin("blocks", model, plain[1], shard=True, voice=True)
-    begin("collapse", *base("llama", folder), shard=True, voice=True, lr=1.0, kl_limit=1e-9)
+    begin("collapse", *base("llama", folder), shard=True, voice=True, learning_rate=1.0, kl_limit=1e-9)
     state = torch.distributed.is_initialized()
     own = ["an object"]
     told["own"] = state and Processes.launched().gather(lambda: own)[rank] is own
@@ -261,7 +289,7 @@ def told(runs):
         ("turned-sharded", ["ProcessError: process 1 of 2 holds another decomposition of model.layers.0."]),
         ("dropout", ["ConfigError: with lora_dropout 0.1 the result would depend on the number of processes"]),
         ("images-sharded", ["ConfigError: --shard reads text only, and sample", "leave out --shard"]),
-        ("start", ["ProcessError: start ", "process 1 of 2 holds other numbers than process 0"]),
+        ("start", ["ProcessError: init_from ", "process 1 of 2 holds other numbers than process 0"]),
     ],
 )
 def test_runs_that_would_not_be_one_run_do_not_begin(told, runs, name, parts):
@@ -407,8 +435,9 @@ def fatal(tmp_path_factory):
 def arguments(folder, name, *more):
     """Of sigmix train for a run in ``folder/NAME``: a step sees 4 prompts, 2 in each of two processes."""
     return ["train", "--task", folder / "fatal.py:Fatal", "--base", folder / "base", "--out", folder / name / "x",
-            "--run", folder / name / "run", "--steps", 5, "--batch", 16, "--group", 4, "--eval-every", 2,
-            "--lr", "0.02", "--eval-n", 4, "--test-n", 4, "--dtype", "float32", *more]  # fmt: skip
+            "--run", folder / name / "run", "--max-steps", 5, "--generation-batch-size", 16, "--num-generations", 4,
+            "--eval-steps", 2, "--learning-rate", "0.02", "--max-eval-samples", 4, "--test-n", 4, "--dtype", "float32",
+            *more]  # fmt: skip
 
 
 def plan(folder, rank, step, what):
@@ -497,12 +526,12 @@ def test_an_error_in_one_process_ends_all(fatal, tmp_path, shard):
 
 
 def test_bad_input_is_told_once(fatal, tmp_path):
-    codes = in_processes(2, command, *arguments(fatal, "odd", "--batch", 12), folder=tmp_path)
+    codes = in_processes(2, command, *arguments(fatal, "odd", "--generation-batch-size", 12), folder=tmp_path)
     assert codes == [2, 2]
     assert said(tmp_path, 1) == []
     (line,) = said(tmp_path, 0)
-    assert "3 prompts a step, which 2 processes cannot share evenly" in line
-    assert "multiple of 8, or start 1" in line
+    assert "--generation-batch-size" in line
+    assert "8" in line
     assert not (fatal / "odd/run").exists()
 
 

@@ -58,7 +58,7 @@ def oracle(model, z, rollouts, options, replies=None):
             logprob = logprob + mine.log_prob(torch.tensor(options_.index(token)))
             kl = kl + kl_divergence(mine, theirs)
         gain = logprob / len(answer) if options.objective == "sft" else advantage[i] * logprob
-        total = total - (gain - options.kl_weight * kl) / sum(known)
+        total = total - (gain - options.beta * kl) / sum(known)
     total.backward()
     return float(total), {path: value.grad for path, value in z.items()}
 
@@ -86,22 +86,31 @@ class Unscorable(Letter):
 
 
 CASES = [
-    ("llama", {"baseline": "none", "kl_weight": 0.0}),
-    ("llama", {"baseline": "mean", "kl_weight": 0.3, "micro": 4}),
-    ("llama", {"baseline": "leave-one-out", "group": 1, "batch": 12}),
-    ("gpt2", {"baseline": "leave-one-out", "kl_weight": 2.0}),
-    ("qwen3", {"baseline": "leave-one-out", "micro": 1}),
-    ("llama", {"objective": "sft", "group": 1, "batch": 6, "kl_weight": 0.2, "micro": 4}),
+    ("llama", {"baseline": "none", "beta": 0.0}),
+    ("llama", {"baseline": "mean", "beta": 0.3, "per_device_train_batch_size": 4}),
+    ("llama", {"baseline": "leave-one-out", "num_generations": 1, "generation_batch_size": 12}),
+    ("gpt2", {"baseline": "leave-one-out", "beta": 2.0}),
+    ("qwen3", {"baseline": "leave-one-out", "per_device_train_batch_size": 1}),
+    (
+        "llama",
+        {
+            "objective": "sft",
+            "num_generations": 1,
+            "generation_batch_size": 6,
+            "beta": 0.2,
+            "per_device_train_batch_size": 4,
+        },
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arch", "options"), CASES)
 def test_gradient_equals_the_oracles(tiny, tiny_tokenizer, arch, options):
     task = AnyLetter()
-    options = {"batch": 12, "group": 4, **options}
+    options = {"generation_batch_size": 12, "num_generations": 4, **options}
     ours = learner(tiny(arch).double(), tiny_tokenizer, task, **options)
     shake(ours.policy)
-    samples = task.samples("train", ours.config.batch // ours.config.group)
+    samples = task.samples("train", ours.config.generation_batch_size // ours.config.num_generations)
     z = ours.policy.z()
     with ours.policy.acting():
         rollouts = ours._rollouts(0, samples)
@@ -118,7 +127,15 @@ class Chosen(AnyLetter):
 
 def test_a_policy_over_given_replies_says_nothing_else_and_has_the_oracles_gradient(tiny, tiny_tokenizer):
     task = Chosen()
-    ours = learner(tiny("llama").double(), tiny_tokenizer, task, batch=24, group=4, micro=8, kl_weight=0.3)
+    ours = learner(
+        tiny("llama").double(),
+        tiny_tokenizer,
+        task,
+        generation_batch_size=24,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        beta=0.3,
+    )
     ours.max_new_tokens = 4
     shake(ours.policy)
     samples = task.samples("train", 6)
@@ -134,7 +151,7 @@ def test_a_policy_over_given_replies_says_nothing_else_and_has_the_oracles_gradi
 
 
 def test_unscorable_answers_take_no_part(tiny, tiny_tokenizer):
-    options = {"batch": 24, "group": 4, "baseline": "none", "kl_weight": 0.5}
+    options = {"generation_batch_size": 24, "num_generations": 4, "baseline": "none", "beta": 0.5}
     task = Letter("w")
     ours = learner(tiny(), tiny_tokenizer, task, **options)
     shake(ours.policy)
@@ -154,7 +171,7 @@ def test_unscorable_answers_take_no_part(tiny, tiny_tokenizer):
 
 def test_nothing_scorable_is_no_gradient(tiny, tiny_tokenizer):
     task = Unscorable()
-    ours = learner(tiny(), tiny_tokenizer, task, kl_weight=1.0)
+    ours = learner(tiny(), tiny_tokenizer, task, beta=1.0)
     shake(ours.policy)
     before = ours.policy.z()
     figures = ours.step(0, task.samples("train", 8))
@@ -163,7 +180,7 @@ def test_nothing_scorable_is_no_gradient(tiny, tiny_tokenizer):
 
 
 def gradients(tiny, tokenizer, **options):
-    ours = learner(tiny(), tokenizer, Letter("w"), form_reward=0.5, **options)
+    ours = learner(tiny(), tokenizer, Letter("w"), format_reward=0.5, **options)
     shake(ours.policy)
     figures = ours.step(0, Letter().samples("train", 8))
     return {path: p.grad.clone() for path, p in ours.parameters.items()}, figures
@@ -171,9 +188,9 @@ def gradients(tiny, tokenizer, **options):
 
 @pytest.mark.parametrize("objective", ["reinforce", "sft"])
 def test_micro_batches_change_nothing(tiny, tiny_tokenizer, objective):
-    whole, figures = gradients(tiny, tiny_tokenizer, objective=objective, micro=32)
+    whole, figures = gradients(tiny, tiny_tokenizer, objective=objective, per_device_train_batch_size=32)
     for micro in (1, 4, 12):
-        parts, others = gradients(tiny, tiny_tokenizer, objective=objective, micro=micro)
+        parts, others = gradients(tiny, tiny_tokenizer, objective=objective, per_device_train_batch_size=micro)
         for path, gradient in whole.items():
             scale = float(gradient.abs().max())
             # float32 sums in another order
@@ -183,9 +200,9 @@ def test_micro_batches_change_nothing(tiny, tiny_tokenizer, objective):
 
 
 def test_the_kl_weight_pulls_towards_the_base(tiny, tiny_tokenizer):
-    zero, _ = gradients(tiny, tiny_tokenizer, kl_weight=0.0, baseline="none")
-    one, _ = gradients(tiny, tiny_tokenizer, kl_weight=1.0, baseline="none")
-    two, _ = gradients(tiny, tiny_tokenizer, kl_weight=2.0, baseline="none")
+    zero, _ = gradients(tiny, tiny_tokenizer, beta=0.0, baseline="none")
+    one, _ = gradients(tiny, tiny_tokenizer, beta=1.0, baseline="none")
+    two, _ = gradients(tiny, tiny_tokenizer, beta=2.0, baseline="none")
     ours = learner(tiny(), tiny_tokenizer)
     shake(ours.policy)
     away = {path: z - 1 for path, z in ours.policy.z().items()}
@@ -199,13 +216,13 @@ def test_the_kl_weight_pulls_towards_the_base(tiny, tiny_tokenizer):
 
 
 def test_the_first_step_from_the_base_has_no_kl(tiny, tiny_tokenizer):
-    ours = learner(tiny(), tiny_tokenizer, kl_weight=1.0)
+    ours = learner(tiny(), tiny_tokenizer, beta=1.0)
     assert ours.step(0, Letter().samples("train", 8))["kl"] == pytest.approx(0, abs=1e-6)
     assert ours.step(1, Letter().samples("train", 8))["kl"] > 1e-4
 
 
 def test_clip_and_learning_rate_reach_the_update(tiny, tiny_tokenizer):
-    ours = learner(tiny(), tiny_tokenizer, clip=1e-3, lr=0.01, steps=4)
+    ours = learner(tiny(), tiny_tokenizer, max_grad_norm=1e-3, learning_rate=0.01, max_steps=4)
     samples = Letter().samples("train", 8)
     for step in range(4):
         before = ours.policy.z()
@@ -227,7 +244,7 @@ def test_steps_are_deterministic(tiny, tiny_tokenizer):
 
 
 def test_greedy_rollouts_and_the_budget(tiny, tiny_tokenizer):
-    ours = learner(tiny(), tiny_tokenizer, temperature=0.0, group=4)
+    ours = learner(tiny(), tiny_tokenizer, temperature=0.0, num_generations=4)
     with ours.policy.acting():
         rollouts = ours._rollouts(0, Letter().samples("train", 8))
     for start in range(0, 32, 4):

@@ -16,8 +16,8 @@ from sigmix.train.policy import make_policy
 
 pytestmark = pytest.mark.usefixtures("cache")
 IDS = torch.arange(4, 40).reshape(2, 18)
-KINDS = [{}, {"parameterisation": "reference"}, {"policy": "lora"}, {"policy": "ia3"},
-         {"kl": "k3", "layers": [1], "targets": "mlp"}]  # fmt: skip
+KINDS = [{}, {"parametrization": "reference"}, {"policy": "lora"}, {"policy": "ia3"},
+         {"kl_estimator": "k3", "layers_to_transform": [1], "target_modules": "mlp"}]  # fmt: skip
 
 
 class Even(Letter):
@@ -110,9 +110,9 @@ def test_direct_starts_at_the_base_and_stays_above_zero(tiny):
 
 
 def test_reference_parameterisation(tiny):
-    policy = make_policy(tiny(), config(parameterisation="reference", seed=4))
-    again = make_policy(tiny(), config(parameterisation="reference", seed=4))
-    other = make_policy(tiny(), config(parameterisation="reference", seed=5))
+    policy = make_policy(tiny(), config(parametrization="reference", seed=4))
+    again = make_policy(tiny(), config(parametrization="reference", seed=4))
+    other = make_policy(tiny(), config(parametrization="reference", seed=5))
     for path, p in policy.parameters().items():
         assert torch.equal(p, again.parameters()[path])
         assert not torch.equal(p, other.parameters()[path])
@@ -126,7 +126,7 @@ def test_reference_parameterisation(tiny):
         assert float(restored) == pytest.approx(float(s.sum()), rel=1e-5)  # float32 sums of 64 numbers
 
 
-@pytest.mark.parametrize("kind", [{}, {"parameterisation": "reference"}])
+@pytest.mark.parametrize("kind", [{}, {"parametrization": "reference"}])
 def test_the_stored_expert_gives_the_logits_of_training(tiny, tmp_path, kind):
     policy = make_policy(tiny(), config(**kind))
     shake(policy, width=1.0)
@@ -148,13 +148,13 @@ def test_the_stored_expert_gives_the_logits_of_training(tiny, tmp_path, kind):
 
 def test_pefts_own_take_no_options_of_svf():
     for policy in ("lora", "ia3"):
-        for options in ({"layers": "half"}, {"parameterisation": "reference"}):
+        for options in ({"layers_to_transform": "half"}, {"parametrization": "reference"}):
             with pytest.raises(ConfigError, match=policy):
                 config(policy=policy, **options)
     with pytest.raises(ConfigError, match="ia3"):
-        config(policy="ia3", targets="mlp")
-    with pytest.raises(ConfigError, match="start"):
-        config(parameterisation="reference", start="somewhere")
+        config(policy="ia3", target_modules="mlp")
+    with pytest.raises(ConfigError, match="init_from"):
+        config(parametrization="reference", init_from="somewhere")
 
 
 @pytest.mark.parametrize("kind", [{}, {"policy": "lora"}, {"policy": "ia3"}])

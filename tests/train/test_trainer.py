@@ -70,7 +70,7 @@ def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
 
 def test_the_best_by_validation_is_returned_not_the_last(tiny, tiny_tokenizer, tmp_path):
     kept = {}
-    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([3, 5, 8, 8]), eval_n=10)
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([3, 5, 8, 8]), max_eval_samples=10)
     run.listener = lambda entry: kept.update({run.step: run.policy.z()} if entry["kind"] == "validation" else {})
     expert = run.fit()
     assert run.best == {"accuracy": 0.8, "step": 4}  # of equal ones the earlier
@@ -94,7 +94,7 @@ class Graded(Scripted):
 
 def test_where_replies_are_right_in_part_the_mean_score_chooses(tiny, tiny_tokenizer, tmp_path):
     task = Graded([(3, 0), (2, 6), (3, 4), (4, 1)])
-    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=task, eval_n=10)
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=task, max_eval_samples=10)
     expert = run.fit()
     # more score with fewer full marks; then as much score with more full marks; then full marks alone
     assert [entry["best"] for entry in entries(run, "validation")] == [True, True, True, False]
@@ -103,12 +103,20 @@ def test_where_replies_are_right_in_part_the_mean_score_chooses(tiny, tiny_token
 
 
 def test_a_base_that_nothing_beats_is_the_expert(tiny, tiny_tokenizer, tmp_path):
-    expert = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([9, 1, 1, 1]), eval_n=10).fit()
+    expert = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([9, 1, 1, 1]), max_eval_samples=10).fit()
     assert all(torch.equal(z, torch.ones_like(z)) for z in expert.z.values())
 
 
 def test_patience_stops(tiny, tiny_tokenizer, tmp_path):
-    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([3, 5, 4, 5, 9, 9]), eval_n=10, patience=2, steps=10)
+    run = trainer(
+        tiny(),
+        tiny_tokenizer,
+        tmp_path,
+        task=Scripted([3, 5, 4, 5, 9, 9]),
+        max_eval_samples=10,
+        early_stopping_patience=2,
+        max_steps=10,
+    )
     run.fit()
     assert run.step == 6
     assert [entry["accuracy"] for entry in entries(run, "validation")] == [0.3, 0.5, 0.4, 0.5]
@@ -120,17 +128,18 @@ def test_test_items_are_not_touched(tiny, tiny_tokenizer, tmp_path):
             assert split != "test"
             return super().samples(split, n, seed)
 
-    trainer(tiny(), tiny_tokenizer, tmp_path, task=Watched(), steps=2).fit()
+    trainer(tiny(), tiny_tokenizer, tmp_path, task=Watched(), max_steps=2).fit()
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"policy": "lora", "lr": 0.01}, {"objective": "sft", "group": 1, "batch": 16},
-     {"parameterisation": "reference", "lr": 0.3}],
+    [{}, {"policy": "lora", "learning_rate": 0.01},
+     {"objective": "sft", "num_generations": 1, "generation_batch_size": 16},
+     {"parametrization": "reference", "learning_rate": 0.3}],
 )  # fmt: skip
 def test_a_tiny_model_learns(tiny, tiny_tokenizer, tmp_path, options):
-    run = trainer(tiny(), tiny_tokenizer, tmp_path, steps=30, eval_every=10, batch=options.pop("batch", 64),
-                  kl_weight=0.01, kl_limit=20.0, **options)  # fmt: skip
+    options = {"generation_batch_size": 64, **options}
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=30, eval_steps=10, beta=0.01, kl_limit=20.0, **options)
     run.fit()
     accuracy = [entry["accuracy"] for entry in entries(run, "validation")]
     assert accuracy[0] <= 0.2
@@ -161,7 +170,7 @@ class Poisoned(Letter):
 
 def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_path):
     run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Poisoned(3 * 32), baseline="mean")
-    with pytest.raises(DivergedError, match=r"step 3: loss nan.*diverged.*best -> lower --lr"):
+    with pytest.raises(DivergedError, match=r"step 3: loss nan.*diverged.*best -> lower --learning-rate"):
         run.fit()
     best = Expert.from_pretrained(tmp_path / "best", base=tiny())
     assert best.meta["training"]["step"] in (0, 2)
@@ -171,7 +180,7 @@ def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_p
 
 
 def test_kl_limit(tiny, tiny_tokenizer, tmp_path):
-    run = trainer(tiny(), tiny_tokenizer, tmp_path, lr=0.5, kl_limit=0.05, form_reward=0.5, steps=20)
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, learning_rate=0.5, kl_limit=0.05, format_reward=0.5, max_steps=20)
     with pytest.raises(DivergedError, match=r"nats per token from the base \(limit 0.05\): the policy collapsed"):
         run.fit()
     assert entries(run, "step")[-1]["kl"] > 0.05
@@ -181,7 +190,7 @@ def test_kl_limit(tiny, tiny_tokenizer, tmp_path):
 
 def test_a_constant_answer_is_diagnosed(tiny, tiny_tokenizer, tmp_path):
     # greedy answers to one prompt are all alike, and the letter is one that never comes
-    options = {"temperature": 0.0, "train_n": 1, "steps": 20, "lr": 1e-4}
+    options = {"temperature": 0.0, "max_train_samples": 1, "max_steps": 20, "learning_rate": 1e-4}
     run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Letter("\n"), **options)
     with pytest.raises(DivergedError, match=r"step 4: for 5 steps .* collapsed to a constant"):
         run.fit()
@@ -193,7 +202,16 @@ def test_a_constant_answer_that_is_right_is_fine(tiny, tiny_tokenizer, tmp_path)
         def score(self, sample, reply):
             return Score.of(True, reply)
 
-    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Anything(), temperature=0.0, train_n=1, steps=8, lr=1e-4)
+    run = trainer(
+        tiny(),
+        tiny_tokenizer,
+        tmp_path,
+        task=Anything(),
+        temperature=0.0,
+        max_train_samples=1,
+        max_steps=8,
+        learning_rate=1e-4,
+    )
     run.fit()
     assert run.step == 8
 
@@ -217,10 +235,10 @@ def test_a_configuration_for_another_dtype_is_refused(tiny, tiny_tokenizer, tmp_
 
 
 def test_a_used_folder_is_refused_without_resume(tiny, tiny_tokenizer, tmp_path):
-    trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+    trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(OutputError, match=r"holds a run already -> add --resume"):
-        trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+        trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -240,11 +258,11 @@ def test_two_processes_cannot_write_one_folder(tiny, tiny_tokenizer, tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match="another training run is writing to"):
-            trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+            trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
         assert not (tmp_path / "config.json").exists()
     finally:
         other.communicate()
-    trainer(tiny(), tiny_tokenizer, tmp_path, steps=2).fit()
+    trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
 
 
 def test_a_folder_that_cannot_be(tmp_path):

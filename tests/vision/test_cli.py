@@ -49,7 +49,8 @@ def test_images_for_a_text_base(place, home, refused):
 
 def test_train_and_evaluate(place, run):
     options = ("--task", "easy_vqa", "--data-dir", place, "--base", place / "seeing")
-    steps = ("--steps", 1, "--batch", 8, "--eval-n", 2, "--test-n", 4, "--dtype", "float32", "--layers", "half")
+    steps = ("--max-steps", 1, "--generation-batch-size", 8, "--max-eval-samples", 2, "--test-n", 4,
+             "--dtype", "float32", "--layers", "half")  # fmt: skip
     done = run("train", *options, *steps, "--out", place / "bank/looks", "--run", place / "run", "--json")
     assert done.json["test"]["n"] == 4, done.err
     expert = Expert.from_pretrained(place / "bank/looks")

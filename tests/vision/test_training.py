@@ -54,8 +54,8 @@ def trainer(folder, task, seed=1, **changes):
     with torch.no_grad():
         model.lm_head.weight.mul_(0.2)  # or a random model is so sure of one colour that it never tries another
     config = TrainConfig(
-        task="easy_vqa", base="tiny", steps=40, batch=64, group=4, lr=0.04, kl_weight=0.0, eval_every=40, eval_n=24,
-        form_reward=0.0,
+        task="easy_vqa", base="tiny", max_steps=40, generation_batch_size=64, num_generations=4,
+        learning_rate=0.04, beta=0.0, eval_steps=40, max_eval_samples=24, format_reward=0.0,
     )  # fmt: skip
     log = []
     config = dataclasses.replace(config, **changes)
@@ -124,7 +124,14 @@ def test_what_it_learnt_is_to_look(trained):
 
 def test_a_resumed_run_with_images_is_the_same_run(trained, tmp_path):
     _, _, _, task = trained
-    small = {"steps": 2, "eval_every": 1, "eval_n": 1, "batch": 4, "group": 2, "kl_weight": 0.1}
+    small = {
+        "max_steps": 2,
+        "eval_steps": 1,
+        "max_eval_samples": 1,
+        "generation_batch_size": 4,
+        "num_generations": 2,
+        "beta": 0.1,
+    }
     whole, _ = trainer(tmp_path / "whole", task, **small)
     whole.fit()
     halted, _ = trainer(tmp_path / "halted", task, **small)
@@ -156,8 +163,8 @@ def test_a_step_on_other_kinds_of_models(trained, tmp_path, kind, objective):
     task = trained[3]
     model, processor = vlm(kind, max_position_embeddings=512)
     config = TrainConfig(
-        task="easy_vqa", base="tiny", steps=1, batch=4, group=2, lr=0.05, eval_every=1, eval_n=2, micro=4,
-        objective=objective, form_reward=0.0,
+        task="easy_vqa", base="tiny", max_steps=1, generation_batch_size=4, num_generations=2, learning_rate=0.05,
+        eval_steps=1, max_eval_samples=2, per_device_train_batch_size=4, objective=objective, format_reward=0.0,
     )  # fmt: skip
     made = Trainer(model, bind(processor), task, config, RunDir(tmp_path), "one")
     sample = task.samples("train", 1)[0]
