@@ -188,8 +188,8 @@ class Session:
             self.mix = decision.mix
             print(f"({explained(decision)})", flush=True)
         pieces = self.engine.stream(
-            ids, self.mix, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
-            seed=self.seed + self.turns,
+            ids, self.mix, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
+            temperature=self.temperature, top_p=self.top_p, seed=self.seed + self.turns,
         )  # fmt: skip
         try:
             with contextlib.closing(pieces):

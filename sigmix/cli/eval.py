@@ -89,8 +89,8 @@ def evaluate(
 
     with Ticker("base", len(first) * len({"base", *(one.id for one in mixes)})) as ticker:
         figures, results = run(
-            engine, made, mixes, split=split, n=n, seed=seed, temperature=temperature,  # type: ignore[arg-type]
-            max_new_tokens=max_new_tokens, batch_size=batch, progress=ticker.advance,
+            engine, made, mixes, split=split, n=n, seed=seed, do_sample=temperature > 0,  # type: ignore[arg-type]
+            temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch, progress=ticker.advance,
         )  # fmt: skip
     if out is not None:
         save(out, figures, results)

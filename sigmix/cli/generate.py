@@ -81,8 +81,8 @@ def generate(
     mixes = [decisions[number].mix if number in decisions else next(fixed) for number in range(len(prompts))]
     with working("answering"):
         answers = engine.generate(
-            rows, mixes, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_p=top_p, seeds=[seed + number for number in range(len(rows))], stop=[mark for mark in stop if mark],
+            rows, mixes, max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature, top_p=top_p,
+            seeds=[seed + number for number in range(len(rows))], stop_strings=[mark for mark in stop if mark],
             form=form, keep_errors=True,
         )  # fmt: skip
     figures = [

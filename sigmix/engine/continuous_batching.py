@@ -44,7 +44,7 @@ class Member:
     """One answer under way.
 
     Attributes:
-        ids: the prompt. mix: what answers. max_new_tokens, temperature, top_p, seed: see `Sampling`.
+        ids: the prompt. mix: what answers. max_new_tokens, temperature, top_p, seed: see `SamplingParams`.
         top: how many of the most probable tokens `take` is told. take: called with every token.
         remember: keep what was read, so that a prompt that goes on from this answer is not read again as a whole.
         answer: token ids so far. context: whatever the caller wants to find here again.

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from sigmix.engine import scoring
+from sigmix.engine.base import Prompt
 from sigmix.engine.cpu_kernels import PACKED_BYTES as PACKED
 from sigmix.engine.cpu_kernels import contiguous_head
 from sigmix.engine.detokenizer import decoded, held_back
 from sigmix.engine.execution import MERGED_BYTES as BUDGET
 from sigmix.engine.execution import States
-from sigmix.engine.generation import Generation, Row, Sampling, batches, check_options, decode
+from sigmix.engine.generation import Generation, Row, SamplingParams, batches, check_options, decode
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import PREFIX_BYTES as PREFIXES
 from sigmix.engine.prefix_cache import Entry, Prefixes, StoredPrefix, common_prefix, prefill
@@ -26,9 +28,6 @@ from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import as_ids, whole
-
-Prompt = str | Sequence[int]
-
 
 WORTH = 16
 """Tokens that a batch must share beyond the chat template's beginning for these to be kept too."""
@@ -127,10 +126,11 @@ class Engine:
         mix: Mix | str | Sequence[Mix | str] | None = None,
         *,
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
         form: str | None = None,
         chat: bool | None = None,
         batch_size: int = 64,
@@ -141,8 +141,9 @@ class Engine:
         Args:
             prompts: B user turns, or token-id lists.
             mix: one for all, or one for each; None is the base.
-            temperature: 0 is greedy. seeds: B integers, one random stream for each row; default: the row's index.
-            stop: strings that end an answer (they are cut off its text).
+            do_sample: sample with `temperature` and `top_p`; False: greedy decoding, which ignores both.
+            seeds: B random seeds, one per row; default: the row's index.
+            stop_strings: strings that end an answer; they are cut off its text.
             form: None picks merged for one mix; for several factored, or merged mix by mix where each has many rows; on
                 a quantised or offloaded base gain.
             chat: apply the chat template; None: if there is one.
@@ -152,7 +153,7 @@ class Engine:
             ContextError: a prompt that cannot fit, unless ``keep_errors``. UnknownNameError, ExpertError: see `z`.
             ConfigError: bad options.
         """
-        check_options(max_new_tokens, temperature, top_p, stop)
+        check_options(max_new_tokens, do_sample, temperature, top_p, stop_strings)
         if isinstance(prompts, str):
             raise ConfigError("prompts must be a list, not one string", remedy="generate([prompt])[0]")
         if batch_size < 1:
@@ -176,10 +177,10 @@ class Engine:
         }
         good = [number for number in range(len(rows)) if number not in failed]
         for part in batches(good, mixes, batch_size, form if self.states.mixed == "factored" else "gain"):
-            sampling = Sampling(max_new_tokens, temperature, top_p, [seeds[n] for n in part])
-            *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop, form)
+            sampling = SamplingParams(max_new_tokens, do_sample, temperature, top_p, [seeds[n] for n in part])
+            *_, last = self._decode([rows[n] for n in part], [mixes[n] for n in part], sampling, stop_strings, form)
             for n, end in zip(part, last, strict=True):
-                text = decoded(self.tokenizer, end.ids, stop)
+                text = decoded(self.tokenizer, end.ids, stop_strings)
                 done[n] = Generation(text, end.ids, end.logprobs, mixes[n], len(rows[n]), end.finish)
         return [done[number] for number in range(len(rows))]
 
@@ -190,22 +191,23 @@ class Engine:
         mix: Mix | str | None = None,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
         chat: bool | None = None,
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; the pieces joined are `generate`'s text."""
-        check_options(max_new_tokens, temperature, top_p, stop)
+        check_options(max_new_tokens, do_sample, temperature, top_p, stop_strings)
         row = self.encode(prompt, chat=chat)
         check_context(self.model, row, max_new_tokens)
-        sampling = Sampling(max_new_tokens, temperature, top_p, [seed])
+        sampling = SamplingParams(max_new_tokens, do_sample, temperature, top_p, [seed])
         told = ""
-        for rows in self._decode([row], self.mixes(mix, 1), sampling, stop, None):
-            text = decoded(self.tokenizer, rows[0].ids, stop)
+        for rows in self._decode([row], self.mixes(mix, 1), sampling, stop_strings, None):
+            text = decoded(self.tokenizer, rows[0].ids, stop_strings)
             # an unfinished multi-byte character decodes to U+FFFD, and a stop string may be under way: hold those back
-            held = "" if rows[0].finish else held_back(text, stop)
+            held = "" if rows[0].finish else held_back(text, stop_strings)
             shown = text[: len(text) - len(held)]
             if shown.startswith(told) and len(shown) > len(told):
                 yield shown[len(told) :]
@@ -223,8 +225,22 @@ class Engine:
         with self._turn_of(self.mixes(mix, len(input_ids)), form):
             return self.model(**whole(self.model, input_ids, attention_mask), use_cache=False).logits
 
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+    ) -> list[list[float]]:
+        """Return the natural log-probability of each token of each completion (token ids, none empty)."""
+        return scoring.score(self, prompts, completions, mix)
+
+    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> torch.Tensor:
+        """Return float32 [N, len(layers), d]: the base's hidden state at each prompt's last token, after given numbers
+        of layers."""
+        return scoring.hidden(self, prompts, layers)
+
     def _decode(
-        self, rows: list[list[int]], mixes: list[Mix], sampling: Sampling, stop: Sequence[str], form: str | None
+        self, rows: list[list[int]], mixes: list[Mix], sampling: SamplingParams, stop: Sequence[str], form: str | None
     ) -> Iterator[list[Row]]:
         # a stop string has at most a token for each byte; a few more, because it can begin inside an earlier token
         window = 8 + max((len(mark.encode()) for mark in stop), default=0)

@@ -40,12 +40,23 @@ class Generation:
     error: ContextError | None = None
 
 
-def check_options(max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
+def check_options(
+    max_new_tokens: int, do_sample: bool, temperature: float, top_p: float, stop_strings: Sequence[str]
+) -> None:
     """Raise `ConfigError` for options of generation that cannot work."""
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
-    if isinstance(stop, str) or not all(stop):
-        raise ConfigError(f"stop must be a list of strings that are not empty, not {stop!r}", remedy="stop=['END']")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be in (0, 1], not {top_p}")
+    if do_sample and not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"temperature must be positive and finite, not {temperature}", remedy="do_sample=False for greedy decoding"
+        )
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise ConfigError(
+            f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}",
+            remedy="stop_strings=['END']",
+        )
 
 
 def batches(rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: str | None) -> Iterator[list[int]]:
@@ -68,11 +79,12 @@ def batches(rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: st
 
 
 @dataclass
-class Sampling:
-    """How tokens are chosen: temperature 0 is greedy; `top_p` keeps the smallest set of that probability."""
+class SamplingParams:
+    """Options of a batch, named as in transformers' `GenerationConfig`; seeds: one for each row."""
 
     max_new_tokens: int = 64
-    temperature: float = 0.0
+    do_sample: bool = False
+    temperature: float = 1.0
     top_p: float = 1.0
     seeds: Sequence[int] | None = None
 
@@ -89,7 +101,7 @@ class Row:
 def decode(
     model: Any,
     state: Prefilled,
-    sampling: Sampling,
+    sampling: SamplingParams,
     ends: Sequence[int],
     stopped: Callable[[int, Row], bool] | None = None,
     on_drop: Callable[[list[int]], None] | None = None,
@@ -111,7 +123,7 @@ def decode(
     device, count = state.logits.device, len(state.logits)
     rows = [Row() for _ in range(count)]
     seeds = list(sampling.seeds) if sampling.seeds is not None else list(range(count))
-    draws = uniforms(seeds, sampling.max_new_tokens).to(device) if sampling.temperature > 0 else None
+    draws = uniforms(seeds, sampling.max_new_tokens).to(device) if sampling.do_sample else None
     active = list(range(count))
     logits, mask, lengths = state.logits, state.mask, state.lengths
     growing(state.cache, sampling.max_new_tokens)
@@ -196,7 +208,7 @@ def _sample(scores: torch.Tensor, temperature: float, top_p: float, draw: torch.
 def complete(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     ends: Sequence[int],
     pad_id: int,
     group: int = 1,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sigmix.engine.engine import Engine, Prompt
-from sigmix.engine.generation import Sampling, decode
+from sigmix.engine.base import Prompt
+from sigmix.engine.generation import SamplingParams, decode
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import answer_logits, left_pad
 from sigmix.engine.tokenization import check_context
@@ -25,6 +25,8 @@ from sigmix.models.multimodal import whole
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from sigmix.engine.engine import Engine
 
 
 Mixes = Mix | str | Sequence[Mix | str] | None
@@ -51,6 +53,39 @@ def next_logits(
     return torch.cat(found) if found else torch.empty(0, 0)
 
 
+@torch.no_grad()
+def score(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[int]],
+    mix: Mixes = None,
+    *,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """Natural log-probability of every token of given completions.
+
+    Args:
+        completions: token ids, one completion per prompt, none empty.
+
+    Raises:
+        ConfigError: an empty completion, or another number of completions than prompts. ContextError: both do not fit.
+    """
+    _check(prompts, completions)
+    found: list[list[float]] = []
+    for rows, mixes in _batches(engine, prompts, mix, batch_size):
+        part = completions[len(found) : len(found) + len(rows)]
+        for row, one in zip(rows, part, strict=True):
+            check_context(engine.model, row, len(one))
+        with engine.under(mixes) as keep:
+            found += _logprobs(engine, engine.read(rows, mixes, keep), part)
+    return found
+
+
+def _check(prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> None:
+    if len(completions) != len(prompts) or not all(completions):
+        raise ConfigError(f"expected {len(prompts)} completions, one per prompt and none empty, not {len(completions)}")
+
+
 def replies_and_logprobs(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -70,8 +105,7 @@ def replies_and_logprobs(
     Raises:
         ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
     """
-    if len(answers) != len(prompts) or not all(answers):
-        raise ConfigError("every prompt needs one answer of at least one token")
+    _check(prompts, answers)
     texts: list[str] = []
     found: list[list[float]] = []
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
@@ -81,7 +115,7 @@ def replies_and_logprobs(
         with engine.under(mixes) as keep, torch.no_grad():
             state = engine.read(rows, mixes, keep)
             found += _logprobs(engine, copy.deepcopy(state), part)
-            *_, done = decode(engine.model, state, Sampling(max_new_tokens), engine.ends, on_drop=keep)
+            *_, done = decode(engine.model, state, SamplingParams(max_new_tokens), engine.ends, on_drop=keep)
         texts += [engine.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
     return texts, found
 

@@ -181,7 +181,8 @@ def run(
     split: Split = "test",
     n: int = 300,
     seed: int = 0,
-    temperature: float = 0.0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
@@ -196,8 +197,8 @@ def run(
         progress: called with (items answered, mix id) after each batch.
 
     Returns:
-        JSON figures: task, split, seed, n, temperature, max_new_tokens, base, best_constant ({"reply", "accuracy"}, or
-        {} if too costly), notes, seconds, and results: for each mixture `Result.summary`, ``mix`` (its id),
+        JSON figures: task, split, seed, n, temperature (0: greedy), max_new_tokens, base, best_constant ({"reply",
+        "accuracy"}, or {} if too costly), notes, seconds, and results: per mixture `Result.summary`, ``mix`` (id),
         ``weights``, ``no_answer`` (scored replies without an extractable answer), ``truncated`` (replies cut at
         max_new_tokens), ``seconds`` and ``paired`` (`compare` with the base model; None for the base model itself).
         And {mix id: `Result`}.
@@ -221,7 +222,7 @@ def run(
         started = time.monotonic()
         answers = answer_samples(
             runner, samples, mix, rows=rows, batch_size=batch_size, seed=seed, max_new_tokens=limit,
-            temperature=temperature,
+            do_sample=do_sample, temperature=temperature,
             progress=None if progress is None else lambda count, mix=mix: progress(count, mix.id),  # type: ignore[misc]
         )  # fmt: skip
         result = evaluate(task, samples, lambda _, answers=answers: [one.text for one in answers])  # type: ignore[misc]
@@ -243,7 +244,7 @@ def run(
         "split": split,
         "seed": seed,
         "n": len(samples),
-        "temperature": temperature,
+        "temperature": temperature if do_sample else 0.0,
         "max_new_tokens": limit,
         "base": base_name(engine),
         "best_constant": constant_baseline(task, samples),

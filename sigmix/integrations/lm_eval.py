@@ -261,8 +261,8 @@ class SigmixLM(HFLM):
                 for part in self._batches(order, sizes.__getitem__, disable_tqdm):
                     seeds = [torch.initial_seed() + number for number in part]
                     answers = self.engine.generate(
-                        [ids[number] for number in part], [mixes[number] for number in part], stop=stop, seeds=seeds,
-                        form=self.form, batch_size=len(part), **options,
+                        [ids[number] for number in part], [mixes[number] for number in part], seeds=seeds,
+                        stop_strings=stop, form=self.form, batch_size=len(part), **options,
                     )  # fmt: skip
                     for number, answer in zip(part, answers, strict=True):
                         texts[number] = answer.text
@@ -327,11 +327,12 @@ def generation(given: Mapping[str, Any], most: int, tokenizer: Any) -> tuple[dic
     wanted = dict(normalize_gen_kwargs(dict(given), most))
     stop = [mark for mark in handle_stop_sequences(wanted.pop("until", None), eos=None) if mark]
     wanted.pop("do_sample", None)  # without it the temperature is 0 by now
+    temperature = float(wanted.pop("temperature", 0) or 0)
     options = {
-        "max_new_tokens": int(wanted.pop("max_gen_toks")), "temperature": float(wanted.pop("temperature", 0) or 0),
+        "max_new_tokens": int(wanted.pop("max_gen_toks")), "do_sample": temperature > 0, "temperature": temperature,
         "top_p": float(wanted.pop("top_p", 1) or 1),
     }  # fmt: skip
-    if not options["temperature"]:
+    if not options["do_sample"]:
         wanted.pop("top_k", None)  # of no effect on greedy answers
     for name, value in wanted.items():
         if value not in NOTHING.get(name, ()):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sigmix.engine.cpu_kernels import short_attention
-from sigmix.engine.generation import Sampling
+from sigmix.engine.generation import SamplingParams
 from sigmix.engine.prefix_cache import answer_logits, prefill
 from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
@@ -270,7 +270,7 @@ class Learner:
             return self.actor.gold(samples[mine])
         rows = range(mine.start * config.num_generations, mine.stop * config.num_generations)
         seeds = [row_seed(config.seed, number, row) for row in rows]
-        sampling = Sampling(self.max_new_tokens, config.temperature, 1.0, seeds)
+        sampling = SamplingParams(self.max_new_tokens, config.temperature > 0, config.temperature, 1.0, seeds)
         return self.actor.roll(samples[mine], sampling, config.num_generations, config.format_reward)
 
     def _stats(self, prompts: list[list[int]], ids: torch.Tensor, mask: torch.Tensor, group: int) -> TokenStats:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sigmix.engine.constrained import Choices
-from sigmix.engine.generation import Row, Sampling, complete
+from sigmix.engine.generation import Row, SamplingParams, complete
 from sigmix.engine.tokenization import check_context, encode, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
@@ -110,7 +110,9 @@ class Actor:
             self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system, images=sample.images)
         return self._encoded[sample.id]
 
-    def roll(self, samples: Sequence[Sample], sampling: Sampling, group: int, form_reward: float = 0.0) -> Rollouts:
+    def roll(
+        self, samples: Sequence[Sample], sampling: SamplingParams, group: int, form_reward: float = 0.0
+    ) -> Rollouts:
         """`group` sampled answers to each sample, scored; see `TrainConfig.form_reward`."""
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
@@ -133,7 +135,7 @@ class Actor:
         for start in range(0, len(samples), batch):
             part = [self.encode(sample) for sample in samples[start : start + batch]]
             found += complete(
-                self.model, part, Sampling(max_new_tokens), self.ends, self.pad_id, choices=self.choices
+                self.model, part, SamplingParams(max_new_tokens), self.ends, self.pad_id, choices=self.choices
             )
         return found
 

@@ -7,7 +7,7 @@ import torch
 from helpers_engine import rows
 
 from sigmix.engine.constrained import NEVER, Choices
-from sigmix.engine.generation import Sampling, complete
+from sigmix.engine.generation import SamplingParams, complete
 from sigmix.errors import ConfigError
 
 REPLIES = [[5, 6, 2], [5, 7, 2], [5, 2], [8, 2]]
@@ -48,7 +48,7 @@ def test_answers_are_constrained_token_by_token():
 def test_every_answer_is_one_of_them(tiny_llama, temperature):
     choices = Choices(REPLIES)
     prompts = rows([14, 22, 11, 17], shared=9) * 4
-    sampling = Sampling(5, temperature, 1.0, list(range(16)))
+    sampling = SamplingParams(5, temperature > 0, temperature, 1.0, list(range(16)))
     done = complete(tiny_llama, prompts, sampling, [2], pad_id=0, choices=choices)
     assert {tuple(row.ids) for row in done} <= {tuple(ids) for ids in REPLIES}
     if temperature == 50.0:  # then all options at a fork are nearly alike

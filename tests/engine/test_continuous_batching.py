@@ -34,8 +34,8 @@ def member(ids, mix="base", take=None, **options) -> Member:
 
 def expected(engine, one: Member):
     (found,) = engine.generate(
-        [one.ids], one.mix, max_new_tokens=one.max_new_tokens, temperature=one.temperature, top_p=one.top_p,
-        seeds=[one.seed], form="factored",
+        [one.ids], one.mix, max_new_tokens=one.max_new_tokens, do_sample=one.temperature > 0,
+        temperature=one.temperature, top_p=one.top_p, seeds=[one.seed], form="factored",
     )  # fmt: skip
     return found
 

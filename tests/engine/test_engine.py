@@ -95,17 +95,17 @@ def test_max_new_tokens(speaker):
 )
 def test_stop_strings(speaker, stop, text, used):
     engine, prompt = speaker("one END two\nthree")
-    (answer,) = engine.generate([prompt], stop=stop)
+    (answer,) = engine.generate([prompt], stop_strings=stop)
     assert answer.text == text
     assert answer.finish == "stop"
     assert len(answer.ids) == used
-    assert "".join(engine.stream(prompt, stop=stop, max_new_tokens=64)) == text
+    assert "".join(engine.stream(prompt, stop_strings=stop, max_new_tokens=64)) == text
 
 
 def test_a_long_stop_string_of_many_tokens_per_character(byte_speaker):
     mark = "この文で終わりです。"  # 10 characters, 30 tokens
     engine, prompt = byte_speaker(f"yes{mark} and more of it")
-    (answer,) = engine.generate([prompt], stop=[mark])
+    (answer,) = engine.generate([prompt], stop_strings=[mark])
     assert (answer.text, answer.finish, len(answer.ids)) == ("yes", "stop", 33)
 
 
@@ -114,7 +114,7 @@ def test_stop_strings_end_rows_of_a_batch_separately(tiny, tiny_tokenizer):
     prompts = rows([14, 22, 11, 17])
     free = engine.generate(prompts, max_new_tokens=24)
     mark = next(c for c in free[0].text if any(c not in g.text for g in free[1:]))
-    for before, after in zip(free, engine.generate(prompts, max_new_tokens=24, stop=[mark]), strict=True):
+    for before, after in zip(free, engine.generate(prompts, max_new_tokens=24, stop_strings=[mark]), strict=True):
         assert after.text == before.text.split(mark)[0]
         assert after.ids == before.ids[: len(after.ids)]
 
@@ -138,7 +138,7 @@ def test_stream_joins_to_generates_text(byte_speaker, text, budget):
 
 def test_stream_holds_back_what_may_become_a_stop_string(speaker):
     engine, prompt = speaker("a STOLE b STOP c")
-    pieces = list(engine.stream(prompt, stop=["STOP"], max_new_tokens=64))
+    pieces = list(engine.stream(prompt, stop_strings=["STOP"], max_new_tokens=64))
     assert "".join(pieces) == "a STOLE b "
     assert "STOL" in pieces  # shown only once it cannot be the mark any more
     assert not any(piece in ("S", "T", "O") for piece in pieces)
@@ -147,7 +147,7 @@ def test_stream_holds_back_what_may_become_a_stop_string(speaker):
 def test_stream_under_a_mix_and_a_seed(tiny, tiny_tokenizer):
     bank = {"math": expert(tiny("llama"), "math", 1)}
     engine = Engine(tiny("llama"), tiny_tokenizer, bank)
-    options = {"max_new_tokens": 20, "temperature": 1.0}
+    options = {"max_new_tokens": 20, "do_sample": True}
     (whole,) = engine.generate(["What?"], "math", seeds=[4], **options)
     assert "".join(engine.stream("What?", "math", seed=4, **options)) == whole.text
     (base,) = engine.generate(["What?"], seeds=[4], **options)
@@ -252,10 +252,10 @@ def test_an_expert_is_checked_again_when_the_bank_changes(engine, tiny):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.1}, "top_p"),
+        ({"do_sample": True, "temperature": -0.1}, "temperature"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p"),
+        ({"do_sample": True, "top_p": 1.1}, "top_p"),
         ({"form": "fused"}, "unknown form 'fused'"),
         ({"mix": ["math"]}, "1 mixes for 2 prompts"),
         ({"mix": ["math", None], "form": "merged"}, "one mix"),
@@ -263,7 +263,7 @@ def test_an_expert_is_checked_again_when_the_bank_changes(engine, tiny):
         ({"seeds": [1]}, "1 seeds for 2 prompts"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": -1}, "batch_size"),
-        ({"stop": ["a", ""]}, "stop"),
+        ({"stop_strings": ["a", ""]}, "stop"),
     ],
 )
 def test_bad_options(engine, options, message):
@@ -272,7 +272,8 @@ def test_bad_options(engine, options, message):
 
 
 def test_bad_options_of_a_stream(engine):
-    for options in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 2.0}, {"stop": [""]}):
+    bad = {"do_sample": True, "temperature": -1.0}
+    for options in ({"max_new_tokens": 0}, bad, {**bad, "temperature": 1.0, "top_p": 2.0}, {"stop_strings": [""]}):
         with pytest.raises(ConfigError):
             list(engine.stream([5, 6], **options))
 
@@ -281,4 +282,4 @@ def test_one_string_is_not_a_list_of_prompts_or_marks(engine):
     with pytest.raises(ConfigError, match="list"):
         engine.generate("What?")
     with pytest.raises(ConfigError, match="list"):
-        engine.generate(["What?"], stop="END")
+        engine.generate(["What?"], stop_strings="END")

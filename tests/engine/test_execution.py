@@ -133,20 +133,20 @@ def test_one_mix_for_all_in_every_form(made, form):
 
 
 def test_batches_do_not_matter(made):
-    whole = made.engine.generate(PROMPTS, MIXES, max_new_tokens=8, temperature=1.0, seeds=[5, 6, 7, 8])
+    whole = made.engine.generate(PROMPTS, MIXES, max_new_tokens=8, do_sample=True, seeds=[5, 6, 7, 8])
     for size in (1, 3):
         parts = made.engine.generate(
-            PROMPTS, MIXES, max_new_tokens=8, temperature=1.0, seeds=[5, 6, 7, 8], batch_size=size
+            PROMPTS, MIXES, max_new_tokens=8, do_sample=True, seeds=[5, 6, 7, 8], batch_size=size
         )
         assert tokens(parts) == tokens(whole)
-    single = made.engine.generate(PROMPTS[2:3], MIXES[2], max_new_tokens=8, temperature=1.0, seeds=[7])
+    single = made.engine.generate(PROMPTS[2:3], MIXES[2], max_new_tokens=8, do_sample=True, seeds=[7])
     assert tokens(single) == tokens(whole[2:3])
 
 
 def test_default_seeds_are_the_rows_numbers(made):
-    given = made.engine.generate(PROMPTS, temperature=1.0, max_new_tokens=6, seeds=[0, 1, 2, 3])
-    assert tokens(made.engine.generate(PROMPTS, temperature=1.0, max_new_tokens=6)) == tokens(given)
-    assert tokens(made.engine.generate(PROMPTS, temperature=1.0, max_new_tokens=6, batch_size=2)) == tokens(given)
+    given = made.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6, seeds=[0, 1, 2, 3])
+    assert tokens(made.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6)) == tokens(given)
+    assert tokens(made.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6, batch_size=2)) == tokens(given)
 
 
 # ------------------------------------------------------------------ the base stays

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_engine import alone, greedy, rows
 
-from sigmix.engine.generation import Row, Sampling, complete, decode
+from sigmix.engine.generation import Row, SamplingParams, complete, decode
 from sigmix.engine.prefix_cache import prefill
 
 PROMPTS = rows([14, 22, 11, 17], shared=9)
@@ -21,7 +21,7 @@ def answers(model, prompts, sampling, ends=(), group=1):
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "mixtral"])
 def test_greedy_equals_transformers(tiny, arch):
     model = tiny(arch)
-    for prompt, row in zip(PROMPTS, answers(model, PROMPTS, Sampling(12), ends=[2]), strict=True):
+    for prompt, row in zip(PROMPTS, answers(model, PROMPTS, SamplingParams(12), ends=[2]), strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         assert row.ids == theirs[0, len(prompt) :].tolist()
@@ -31,14 +31,14 @@ def test_greedy_equals_transformers(tiny, arch):
 def test_greedy_across_a_sliding_window(tiny):
     model = tiny("gemma3", num_hidden_layers=7)
     prompts = rows([44, 25, 30], shared=20)  # one beyond the window of 32, two that cross it while answering
-    for prompt, row in zip(prompts, answers(model, prompts, Sampling(16)), strict=True):
+    for prompt, row in zip(prompts, answers(model, prompts, SamplingParams(16)), strict=True):
         assert row.ids == greedy(model, prompt, 16)[0]
 
 
 def test_rows_leave_at_their_end_and_change_no_other(tiny_llama):
-    free = answers(tiny_llama, PROMPTS, Sampling(12))
+    free = answers(tiny_llama, PROMPTS, SamplingParams(12))
     ends = [free[0].ids[2], free[1].ids[6]]
-    bounded = answers(tiny_llama, PROMPTS, Sampling(12), ends)
+    bounded = answers(tiny_llama, PROMPTS, SamplingParams(12), ends)
     lengths = set()
     for prompt, row in zip(PROMPTS, bounded, strict=True):
         ids, logprobs = greedy(tiny_llama, prompt, 12, ends)
@@ -54,7 +54,7 @@ def test_dropped_rows_are_announced_with_those_that_stay(tiny_llama):
     stop_after = [2, 5, 1, 5]
     state = prefill(tiny_llama, PROMPTS, pad_id=0)
     with torch.no_grad():
-        *_, done = decode(tiny_llama, state, Sampling(5), [], lambda i, row: len(row.ids) >= stop_after[i],
+        *_, done = decode(tiny_llama, state, SamplingParams(5), [], lambda i, row: len(row.ids) >= stop_after[i],
                           lambda stay: told.append(list(stay)))  # fmt: skip
     assert [len(row.ids) for row in done] == stop_after
     assert told == [[0, 1, 3], [1, 3]]
@@ -64,21 +64,21 @@ def test_dropped_rows_are_announced_with_those_that_stay(tiny_llama):
 def test_every_step_yields_the_same_growing_rows(tiny_llama):
     with torch.no_grad():
         steps = [([len(r.ids) for r in done], id(done)) for done in
-                 decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), Sampling(3), [])]  # fmt: skip
+                 decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), SamplingParams(3), [])]  # fmt: skip
     assert [lengths for lengths, _ in steps] == [[1, 1], [2, 2], [3, 3]]
     assert len({identity for _, identity in steps}) == 1
 
 
 def test_nothing_to_generate(tiny_llama):
     with torch.no_grad():
-        assert list(decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), Sampling(0), [])) == []
+        assert list(decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), SamplingParams(0), [])) == []
 
 
 # ------------------------------------------------------------------ sampling
 
 
 def sampled(model, prompts, seeds, new=10, **changes):
-    return answers(model, prompts, Sampling(new, **{"temperature": 1.0, **changes}, seeds=seeds))
+    return answers(model, prompts, SamplingParams(new, **{"do_sample": True, **changes}, seeds=seeds))
 
 
 def test_a_sampled_row_does_not_depend_on_its_batch_mates(tiny_llama):
@@ -101,7 +101,7 @@ def test_seeds_decide(tiny_llama):
 
 
 def test_answers_of_one_prompt_stand_beside_each_other(tiny_llama):
-    sampling = Sampling(6, 1.0, seeds=list(range(12)))
+    sampling = SamplingParams(6, True, seeds=list(range(12)))
     grouped = answers(tiny_llama, PROMPTS, sampling, group=3)
     for i, row in enumerate(grouped):
         assert row.ids == sampled(tiny_llama, [PROMPTS[i // 3]], [i], new=6)[0].ids
@@ -140,7 +140,7 @@ def test_top_p_keeps_the_smallest_set(tiny_llama):
 
 def test_a_low_temperature_is_nearly_greedy(tiny_llama):
     cold = sampled(tiny_llama, PROMPTS, [1, 2, 3, 4], temperature=1e-3)
-    assert [row.ids for row in cold] == [row.ids for row in answers(tiny_llama, PROMPTS, Sampling(10))]
+    assert [row.ids for row in cold] == [row.ids for row in answers(tiny_llama, PROMPTS, SamplingParams(10))]
 
 
 def test_row_starts_empty():

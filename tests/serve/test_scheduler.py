@@ -172,8 +172,8 @@ def test_two_hundred_at_once_under_fifty_mixtures(started, alone):
         box.wait()
     for one, box in kept:
         (whole,) = alone.generate(
-            [one.ids], one.mix, max_new_tokens=one.max_new_tokens, temperature=one.temperature, top_p=one.top_p,
-            seeds=[one.seed], form="factored",
+            [one.ids], one.mix, max_new_tokens=one.max_new_tokens, do_sample=one.temperature > 0,
+            temperature=one.temperature, top_p=one.top_p, seeds=[one.seed], form="factored",
         )  # fmt: skip
         assert isinstance(box.all[0], Started)
         assert box.ids() == whole.ids
@@ -197,7 +197,7 @@ def test_several_answers_and_a_stop_string(started, alone):
     texts = []
     for index in range(3):
         (whole,) = alone.generate(
-            [one.ids], "math", max_new_tokens=12, temperature=1.0, seeds=[40 + index], form="factored"
+            [one.ids], "math", max_new_tokens=12, do_sample=True, seeds=[40 + index], form="factored"
         )
         assert box.ids(index) == whole.ids
         texts.append(whole.text)

@@ -1,0 +1,60 @@
+"""Protocols of an inference engine; `sigmix.engine.Engine` is the implementation on transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from sigmix.engine.generation import Generation
+    from sigmix.experts.bank import Bank
+    from sigmix.experts.mix import Mix
+
+Prompt = str | Sequence[int]
+"""A user turn, or token ids as `Engine.encode` returns them."""
+
+
+class InferenceEngine(Protocol):
+    """Generation and scoring under mixtures of experts, one mixture per prompt."""
+
+    @property
+    def bank(self) -> Bank | Mapping[str, Any]:
+        """Experts by name."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the base model."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        **options: Any,
+    ) -> list[Generation]:
+        """Generate one completion per prompt. ``mix``: one for all, or one per prompt; None: the base model."""
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+    ) -> list[list[float]]:
+        """Return the natural log-probability of each token of each completion (token ids)."""
+
+
+class HiddenStatesEngine(InferenceEngine, Protocol):
+    """An engine that also returns hidden states of the base model."""
+
+    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> torch.Tensor:
+        """Return float32 [N, len(layers), d]: the base's hidden state at each prompt's last token, after given
+        numbers of layers."""
