@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sigmix.svf.registration import register_lazily
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -36,6 +38,9 @@ if TYPE_CHECKING:  # `as`, so that strict checkers see a public name
     from sigmix.svf.tuner import SVFModel
     from sigmix.train.config import TrainConfig
     from sigmix.train.trainer import Trainer
+
+
+register_lazily()  # so that PEFT loads SVF adapters after ``import sigmix``
 
 
 def __getattr__(name: str) -> Any:

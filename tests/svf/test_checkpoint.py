@@ -12,7 +12,7 @@ from helpers_tiny import ARCHITECTURES, build_tiny, build_tokenizer
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sigmix.errors import BaseModelError, ConfigError, OutputError
+from sigmix.errors import BaseModelError, ConfigError, OutputError, UnknownNameError
 from sigmix.models.loading import load_base
 from sigmix.models.memory import model_plan
 from sigmix.svf import checkpoint as streaming
@@ -59,7 +59,7 @@ def test_targets_and_layers_are_those_of_the_config(tmp_path):
     paths = [matrix.path for matrix in Stream.open(folder, targets="attention", layers="half").matrices]
     assert len(paths) == 4
     assert all(path.startswith("model.layers.0.self_attn.") for path in paths)
-    with pytest.raises(ConfigError, match="nothing_proj"):
+    with pytest.raises(UnknownNameError, match="nothing_proj"):
         Stream.open(folder, targets=["nothing_proj"], layers=[0])
 
 
