@@ -30,7 +30,7 @@ def run(name: str, **options: Any) -> dict[str, Any]:
         UnknownNameError: there is no such benchmark.
     """
     if name not in BENCHES:
-        raise UnknownNameError("bench", name, BENCHES, remedy="sigmix bench --list")
+        raise UnknownNameError("bench", name, BENCHES, remedy="python -m benchmarks --list")
     if options.pop("stream", False):
         if name != "decompose":
             raise ConfigError(f"{name} streams nothing", remedy="leave out --stream, or run decompose")

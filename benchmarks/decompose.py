@@ -1,4 +1,4 @@
-"""``sigmix bench decompose``: the decomposition of weights, cold, from the cache, and against LAPACK.
+"""``python -m benchmarks decompose``: the decomposition of weights, cold, from the cache, and against LAPACK.
 
 Base: every adapted matrix of the default base, into an empty temporary cache (cold) and out of it (warm: reading, and
 hashing the weight that names the entry; the files are in the page cache).

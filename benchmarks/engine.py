@@ -1,4 +1,4 @@
-"""``sigmix bench engine``: `Engine.generate` on the base against transformers' `generate`, in tokens per second.
+"""``python -m benchmarks engine``: tokens per second of `Engine.generate` and of transformers' `generate`.
 
 Both answer the same chat prompts greedily, with a key-value cache and without end tokens, so that the work is equal.
 The peer is a model of its own, as `from_pretrained` gives it: nothing of ours is in it, no packed weights either. In

@@ -1,4 +1,4 @@
-"""``sigmix bench export``: the memory of a merged export, and a mix in llama.cpp against our engine.
+"""``python -m benchmarks export``: the memory of a merged export, and a mix in llama.cpp against our engine.
 
 Memory: the largest resident size (VmHWM) of a process that streams a merged export, against one that loads the base
 with transformers and saves it again, the least that any way with a whole model in memory needs (nothing is merged).

@@ -1,4 +1,4 @@
-"""``sigmix bench mixed``: a batch in which every row has a mixture of its own.
+"""``python -m benchmarks mixed``: a batch in which every row has a mixture of its own.
 
 32 requests of the bank's tasks under 32 different mixtures of all its experts, answered with 24 tokens each, prefill
 included. The contestants, on the same requests in the same dtype:
@@ -6,7 +6,7 @@ included. The contestants, on the same requests in the same dtype:
     exact      ours, all rows in one batch, factored form
     new        the same under mixtures that no round had before: nothing is kept of what the prompts begin with
     truncated  the truncated form, its plan fitted before on training prompts: the cheapest of those that
-               `sigmix bench truncation` lists whose KL to the exact model is under 0.01 on validation prompts
+               `python -m benchmarks truncation` lists whose KL to the exact model is under 0.01 on validation prompts
     base       the same batch on the base, the same engine
     swap       one request after the other: compose and load its weights, answer, put the base back
     lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters

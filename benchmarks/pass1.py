@@ -1,4 +1,4 @@
-"""``sigmix bench pass1``: what choosing costs, as a share of both passes.
+"""``python -m benchmarks pass1``: what choosing costs, as a share of both passes.
 
 64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A, B and D decide on the same requests;
 a strategy that this bank has nothing for (no probe, no classification expert) is left out and said so. The template's

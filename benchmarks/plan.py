@@ -1,4 +1,4 @@
-"""``sigmix bench plan``: what `sigmix doctor --plan` says of the default base against what is measured.
+"""``python -m benchmarks plan``: what `sigmix doctor --plan` says of the default base against what is measured.
 
     train    one REINFORCE step of `bench.train_step` (32 answers of 8 tokens, groups of 4): peak memory, seconds
     serve    16 requests under 16 mixtures in the factored form, 200 tokens read, 16 written: peak memory, tokens
@@ -6,8 +6,8 @@
 
 Each is measured in a process of its own: the kernel's high-water mark beyond what importing took, and seconds of a
 second run after one that warms up. Rates for the plan's times are measured between the two. Decomposition is in
-``sigmix bench decompose --stream``. The packed copies, merged weights and prefixes that an engine may keep are switched
-off here: they are budgets that a user sets, and no part of the plan.
+``python -m benchmarks decompose --stream``. The packed copies, merged weights and prefixes that an engine may keep are
+switched off here: they are budgets that a user sets, and no part of the plan.
 """
 
 from __future__ import annotations

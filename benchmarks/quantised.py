@@ -1,4 +1,4 @@
-"""``sigmix bench quantised``: bundled experts, trained on the plain base, on its 8-bit and 4-bit forms.
+"""``python -m benchmarks quantised``: bundled experts, trained on the plain base, on its 8-bit and 4-bit forms.
 
 For each quantisation and each expert, in the basis that the expert was trained in (`sigmix.experts.original_basis`):
 

@@ -1,4 +1,4 @@
-"""``sigmix bench search``: one CEM iteration in mixed batches against weights swapped for every candidate.
+"""``python -m benchmarks search``: one CEM iteration in mixed batches against weights swapped for every candidate.
 
 32 candidates on 10 examples of the bank's first task. Ours scores all 320 rows, each under its own mixture, in mixed
 batches (`FewShotSearch.values`); the swap composes and loads the weights of one candidate after the other, as the

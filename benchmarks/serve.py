@@ -1,4 +1,4 @@
-"""``sigmix bench serve``: our server against `transformers serve` on the same base, streams over loopback.
+"""``python -m benchmarks serve``: our server against `transformers serve` on the same base, streams over loopback.
 
 Both run as processes of their own; 1, 8 and 32 clients each send one streamed request after another. Ours answers with
 one expert for all, with a different mixture for every client, and with `auto`; the peer, which has no experts, with the

@@ -1,4 +1,4 @@
-"""``sigmix bench decompose --stream``: peak memory of streaming a checkpoint against loading the whole model.
+"""``python -m benchmarks decompose --stream``: peak memory of streaming a checkpoint against loading the whole model.
 
 Each contestant is a process of its own with an empty cache of decompositions:
 

@@ -1,4 +1,4 @@
-"""``sigmix bench train-step``: what one REINFORCE step costs.
+"""``python -m benchmarks train-step``: what one REINFORCE step costs.
 
 A step is rollout, reference, loss, backward and update on two-digit addition: 64 answers, grouped by prompt as the
 ``laptop`` preset has it (ours reads a prompt once for its group, and what all prompts share once for all). The

@@ -1,4 +1,4 @@
-"""``sigmix bench truncation``: what the truncated form saves, and what it gets wrong.
+"""``python -m benchmarks truncation``: what the truncated form saves, and what it gets wrong.
 
 A plan is fitted on training prompts of the bank's tasks, and cut to a series of error budgets. For each: the expected
 error, the KL from the exact model to the truncated one in nats per answer token, on validation prompts under random

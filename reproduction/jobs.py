@@ -56,4 +56,4 @@ def run_jobs(stages: Sequence[tuple[str, Sequence[str]]], command: Sequence[str]
 
 def stage_command(flags: Sequence[str]) -> list[str]:
     """The command of one stage, to which its name is added."""
-    return [sys.executable, "-m", "sigmix", "reproduce", *flags, "--no-tables", "--only"]
+    return [sys.executable, "-m", "reproduction", *flags, "--no-tables", "--only"]

@@ -7,6 +7,7 @@ bootstrap over seeds and items together, since both were drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import numpy as np
 from reproduction.names import BASE, chosen_lr, single
 from reproduction.scale import Scale
 from reproduction.store import Store
-from sigmix.errors import ConfigError
 from sigmix.evals.accuracy import Result, compare
 from sigmix.evals.statistics import paired_seeds, seeds_interval, wilson
 
@@ -22,14 +22,22 @@ NOT_RUN = "not run"
 
 
 class Report:
-    """What the tables are made with.
+    """Stored results of a scale, formatted for tables.
 
     Args:
-        store: items. scale: what was to be run.
+        folder: where plots are written.
     """
 
-    def __init__(self, store: Store, scale: Scale) -> None:
-        self.store, self.scale = store, scale
+    def __init__(self, store: Store, scale: Scale, folder: Path | None = None) -> None:
+        self.store, self.scale, self.folder = store, scale, folder or store.folder
+
+    def picture(self, name: str) -> Path:
+        """Return the path of a plot."""
+        return self.folder / f"{self.scale.name}-{name}.png"
+
+    def image(self, text: str, name: str) -> str:
+        """Return the Markdown image of a plot, relative to the page of tables."""
+        return f"![{text}]({self.picture(name).name})"
 
     # ------------------------------------------------------------------ one cell
 
@@ -90,20 +98,6 @@ class Report:
             return NOT_RUN
         mean, low, high = paired_seeds(a, b)
         return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-    def figure(self, key: str) -> str:
-        """Accuracy of ``TASK/base``, ``TASK/KIND/SEED`` or ``TASK/KIND`` (mean over the seeds), such as 62.0.
-
-        Raises:
-            ConfigError: it was not measured.
-        """
-        task, kind, *seed = key.split("/")
-        seeds = [int(one) for one in seed] or None
-        names = [BASE] if kind == BASE else self.names(kind, task, seeds) if kind in self.scale.kinds else []
-        found = [one for name in names if (one := self.result(task, name)) is not None]
-        if not found:
-            raise ConfigError(f"a text asks for the figure {key!r}, which was not measured")
-        return f"{100 * mean([one.accuracy for one in found]):.1f}"
 
     def base(self, task: str) -> str:
         """The base's accuracy."""

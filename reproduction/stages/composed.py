@@ -180,7 +180,7 @@ def plots(report: Report) -> None:
     left.legend(fontsize=5)
     right.set(xlabel="KL to the base per token", ylabel=f"mean accuracy, {len(report.scale.tasks)} mixed (validation)")
     right.legend(fontsize=6)
-    save_png(canvas, report.store.folder / "composition.png")
+    save_png(canvas, report.picture("composition"))
 
 
 def _spread(values: Sequence[float]) -> str:

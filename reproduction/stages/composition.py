@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
 from reproduction.blend import Blend
 from reproduction.compose import average, geometry, total, tune
 from reproduction.lab import Lab
-from reproduction.report import Report, mean
+from reproduction.report import Report
 from reproduction.stages import composed
-from reproduction.stages.groups import EVERY_SEED, crossed, fact, groups, kinds, retention, rows_of, seeds, who
+from reproduction.stages.groups import EVERY_SEED, crossed, fact, groups, kinds, seeds
 
 
 class Composition:
@@ -64,28 +64,7 @@ class Composition:
             "curves": "Common α on validation: accuracy and KL",
         }
         parts = [f"### {head}\n\n{self.parts[name](report)}" for name, head in heads.items()]
-        return "\n\n".join([*parts, "![Composition](composition.png)"])
-
-    def figure(self, report: Report, key: Sequence[str]) -> str | None:
-        """A figure for a sentence.
-
-        ``KIND/MODE/GROUP`` is the mean accuracy over members and seeds, GROUP a number of experts or "conflict"; behind
-        it ``/TASK``: on that task alone; ``/kept``: the share of the gain that is left. None if it was not measured.
-        """
-        kind, mode, which, *more = key
-        scale = report.scale
-        every = groups(scale, kind, scale.seeds[0])
-        conflict = scale.conflict or ()
-        group = conflict if which == "conflict" else next(g for g in every if len(g) == int(which) and g != conflict)
-        if more == ["kept"]:
-            kept = retention(report, kind, group, mode)
-            return f"{100 * mean(kept):.0f}" if kept else None
-        if more:
-            names = [who(report, kind, seed, group, mode) for seed in seeds(scale, kind)]
-            found = [one for name in names if (one := report.result(more[0], name)) is not None]
-            return f"{100 * mean([one.accuracy for one in found]):.1f}" if found else None
-        rows = rows_of(report, kind, group, mode)
-        return f"{100 * mean([mean(own) for own in rows.values()]):.1f}" if rows else None
+        return "\n\n".join([*parts, report.image("Composition", "composition")])
 
     def plots(self, report: Report) -> None:
         """Retention by the number of experts; accuracy by KL."""

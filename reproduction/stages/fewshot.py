@@ -123,7 +123,7 @@ class FewShot:
         told = ", ".join(f"{name} {alpha:.2f}" for name, alpha in means.items())
         accuracy = report.accuracy(task, self.who("layer", 10))
         found = f"α per layer on 10 examples (Figure 7): accuracy {accuracy}; mean α over the layers: {told}."
-        return f"{found}\n\n![α per layer](layers.png)"
+        return f"{found}\n\n{report.image('α per layer', 'layers')}"
 
     def plots(self, report: Report) -> None:
         """α by layer and expert."""
@@ -136,4 +136,4 @@ class FewShot:
         drawn = axes.imshow([about["weights"][name] for name in names], aspect="auto", cmap="viridis", vmin=0)
         axes.set(yticks=range(len(names)), yticklabels=names, xlabel="layer", title="α found on 10 examples")
         canvas.colorbar(drawn)
-        save_png(canvas, report.store.folder / "layers.png")
+        save_png(canvas, report.picture("layers"))

@@ -58,7 +58,7 @@ class Spectra:
         head = ["matrix", "r", *(f"top {share:.0%}" for share in SHARES)]
         return (
             "Share of the variance Σs² in per cent, mean over the layers (least to most).\n\n" + table(head, rows)
-            + "\n\n![Singular values](spectra.png)"
+            + "\n\n" + report.image("Singular values", "spectra")
         )  # fmt: skip
 
     def plots(self, report: Report) -> None:
@@ -77,4 +77,4 @@ class Spectra:
             panel.set_title(kind, fontsize=8)
             panel.tick_params(labelsize=6)
         canvas.suptitle("singular values over the largest, by rank as a share; darker is deeper", fontsize=8)
-        save_png(canvas, report.store.folder / "spectra.png")
+        save_png(canvas, report.picture("spectra"))

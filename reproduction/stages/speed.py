@@ -1,5 +1,5 @@
-"""Speed on a GPU: the benches of `sigmix bench`, with the device beside every figure. On a CPU they are in
-``results/speed.md`` already, so without a GPU the rows say "not run"."""
+"""Speed on a GPU: benchmarks with the device in every row. Without a GPU the rows stay "not run"; CPU results are in
+``benchmarks/README.md``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Speed:
         for bench in BENCHES:
             if lab.store.fact(f"bench-{bench}") is None:
                 done = subprocess.run(
-                    [sys.executable, "-m", "sigmix", "bench", bench, "--json"],
+                    [sys.executable, "-m", "benchmarks", bench, "--json"],
                     capture_output=True,
                     text=True,
                     check=False,

@@ -212,7 +212,6 @@ class Dispatch:
                 items = figures.pop("items")
                 short = [[one["truth"], one["label"]] for one in items]
                 lab.store.write_fact(f"dispatch-{letter}", {**figures, "items": short})
-                plot(figures, lab.store.folder / f"dispatch-{letter}.png")
                 lab.say(f"dispatch {letter}: {100 * figures['accuracy']:.1f}")
 
     def tables(self, report: Report) -> str:
@@ -234,5 +233,11 @@ class Dispatch:
                 low, high = wilson(right, len(own))
                 cells.append(f"{right} of {len(own)}: {100 * right / len(own):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
             rows.append([truth or "all", *cells])
-        pictures = "\n".join(f"![Confusion of strategy {letter}](dispatch-{letter}.png)" for letter in done)
-        return table(["a request is", *self.letters], rows) + "\n\n" + pictures
+        pictures = [report.image(f"Confusion of strategy {letter}", f"dispatch-{letter}") for letter in done]
+        return table(["a request is", *self.letters], rows) + "\n\n" + "\n".join(pictures)
+
+    def plots(self, report: Report) -> None:
+        """Plot the confusion matrices."""
+        for letter in self.letters:
+            if figures := report.store.fact(f"dispatch-{letter}"):
+                plot(figures, report.picture(f"dispatch-{letter}"))

@@ -55,7 +55,7 @@ class Table1:
             table(["kind", "numbers", "lr", *scale.tasks], rows)
             + "\n\nSVF by policy gradient less each other kind, on the same items:\n\n"
             + table(["less", *scale.tasks], differences)
-            + "\n\n![Validation accuracy by step](learning.png)"
+            + "\n\n" + report.image("Validation accuracy by step", "learning")
         )
 
     def plots(self, report: Report) -> None:
@@ -75,7 +75,7 @@ class Table1:
         panels[0].set_ylabel("validation accuracy")
         if panels[0].lines:
             panels[0].legend(fontsize=5)
-        save_png(canvas, report.store.folder / "learning.png")
+        save_png(canvas, report.picture("learning"))
 
 
 class Table4:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
+from reproduction.__main__ import app
 from reproduction.lab import Lab
 from reproduction.names import run_name
 from reproduction.scale import SCALES, Scale
 from reproduction.store import Store
+from sigmix.cli.app import run as run_app
 from sigmix.evals.accuracy import Item, Result
 from sigmix.tasks.base import Sample
 
@@ -46,3 +49,14 @@ def lab(tmp_path, base: str | None = None, **changes) -> Lab:
     """A lab of the smoke scale."""
     scale = replace(SCALES["smoke"], **({"base": base} if base else {}), **changes)
     return Lab(scale, Store(tmp_path / "out"), tmp_path / "work", say=lambda line: None)
+
+
+def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """Run ``python -m reproduction`` in this process; return its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["reproduction", *words])
+    code = 0
+    try:
+        run_app(app, "reproduction")
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import threading
 import time
 
 import pytest
-from helpers_reproduce import lab
+from helpers_reproduce import call, lab
 
 from reproduction.jobs import run_jobs
 from reproduction.store import Store
@@ -85,18 +84,16 @@ def test_what_another_process_is_making_is_waited_for(tmp_path):
     other.wait(20)
 
 
-def test_stages_side_by_side_give_what_one_process_gives(tmp_path, cache, monkeypatch):
-    from sigmix.cli import main
-
+@pytest.mark.slow
+def test_stages_side_by_side_give_what_one_process_gives(tmp_path, cache, monkeypatch, capsys):
     stores = []
     for jobs in ("1", "2"):
         out = tmp_path / jobs
         words = ["--scale", "smoke", "--out", str(out), "--work", str(tmp_path / f"work{jobs}"), "--jobs", jobs]
-        monkeypatch.setattr(sys, "argv", ["sigmix", "reproduce", *words, "--only", "transfer", "--only", "spectra"])
-        with contextlib.suppress(SystemExit):
-            main()
-        stores.append(Store(out))
-        assert (out / "tables.md").exists()
+        code, _, err = call(monkeypatch, capsys, *words, "--only", "transfer", "--only", "spectra")
+        assert code == 0, err
+        stores.append(Store(out / "smoke"))
+        assert (out / "smoke.md").exists()
     one, two = ({path.relative_to(store.folder) for path in store.folder.rglob("*.*")} for store in stores)
     assert one == two
     for task in ("addition", "larger"):

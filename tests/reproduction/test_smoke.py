@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+import shutil
 
 import pytest
+from helpers_reproduce import call
 
-from reproduction.page import fill
 from reproduction.scale import SCALES
 from reproduction.stages import stages
-from reproduction.store import Store
-from sigmix.cli import main
-from sigmix.errors import ConfigError
 
 QUESTIONS = [
     {"id": str(n), "question": {"stem": f"What is {n}?", "choices": [{"text": "a", "label": "A"},
@@ -39,20 +36,17 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_all_stages(tmp_path, data, cache, monkeypatch, capsys):
+    out_folder = tmp_path / "out"
+
     def run(*words: str) -> tuple[int, str, str]:
-        words = ("--scale", "smoke", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words)
-        monkeypatch.setattr(sys, "argv", ["sigmix", "reproduce", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        words = ("--scale", "smoke", "--out", str(out_folder), "--work", str(tmp_path / "work"), *words)
+        return call(monkeypatch, capsys, *words)
 
     code, out, err = run("--data-dir", str(data))
     assert code == 0, err
-    page = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    page = (out_folder / "smoke.md").read_text(encoding="utf-8")
     for stage in stages().values():
         assert f"## {stage.title}" in page
     smoke = SCALES["smoke"]
@@ -60,30 +54,29 @@ def test_all_stages(tmp_path, data, cache, monkeypatch, capsys):
     # speed, which needs a GPU; the pair in conflict for a third kind, in four modes; the full search on three examples
     assert page.count("not run") == 3 + 4 + 1
     for task in (*smoke.tasks, *smoke.unseen, "arc-easy", "openbookqa"):
-        assert (tmp_path / "out" / "cells" / task / "base.jsonl.gz").exists()
+        assert (out_folder / "smoke" / "cells" / task / "base.jsonl").exists()
     for picture in ("composition", "spectra", "dispatch-D"):
-        assert (tmp_path / "out" / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (out_folder / f"smoke-{picture}.png").read_bytes()[:4] == b"\x89PNG"
 
-    store = Store(tmp_path / "out")
-    for key in ("svf-rl/sum/2", "lora-rl/tuned/2/addition", "svf-rl/average/conflict"):
-        filled = fill(f"<!-- smoke=composition/{key} -->?<!-- = -->", store, smoke)
-        assert re.fullmatch(r"<!-- .* -->\d+\.\d<!-- = -->", filled)
-    with pytest.raises(ConfigError, match="lora-small-rl"):
-        fill("<!-- smoke=composition/lora-small-rl/sum/2/none -->?<!-- = -->", store, smoke)
-
-    made = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    made = {path: path.read_bytes() for path in out_folder.rglob("*") if path.is_file()}
     code, out, err = run("--data-dir", str(data))
     assert code == 0, err
     assert "trained" not in out
     assert {path: path.read_bytes() for path in made} == made
-    (tmp_path / "out" / "tables.md").unlink()
-    assert run("--report")[0] == 0
-    assert (tmp_path / "out" / "tables.md").read_text(encoding="utf-8") == page
 
-    code, _, err = run("--only", "tabel1")
+    # the same tables from the archive alone
+    assert run("--report", "--pack")[0] == 0
+    shutil.rmtree(out_folder / "smoke")
+    (out_folder / "smoke.md").unlink()
+    assert run("--report")[0] == 0
+    assert (out_folder / "smoke.md").read_text(encoding="utf-8") == page
+    assert not (out_folder / "smoke").exists()
+
+
+def test_wrong_names_end_with_code_2(tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "--out", str(tmp_path), "--only", "tabel1")
     assert code == 2
     assert "table1" in err
-    monkeypatch.setattr(sys, "argv", ["sigmix", "reproduce", "--scale", "huge"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert "laptop" in capsys.readouterr().err
+    code, _, err = call(monkeypatch, capsys, "--out", str(tmp_path), "--scale", "huge")
+    assert code == 2
+    assert "laptop" in err
