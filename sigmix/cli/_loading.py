@@ -147,8 +147,9 @@ def open_engine(
 
 def _decompose(model: Any) -> None:
     """Fill the cache of decompositions with a progress bar; the engine would do the same in silence."""
+    from sigmix.models.digests import weight_digest
     from sigmix.models.multimodal import backbone
-    from sigmix.svf.decomposition import cache_path, cached_decompose, weight_digest
+    from sigmix.svf.decomposition import cache_path, cached_decompose
     from sigmix.svf.linears import linears, matrix_of
 
     head, inside = model.get_output_embeddings(), backbone(model)
@@ -171,10 +172,10 @@ def folder_of(name: str, bank: Path | None) -> Path | str:
         UnknownNameError: neither. ExpertError: a folder without an expert.
     """
     from sigmix.errors import ExpertError
-    from sigmix.experts.hub import names_repo
+    from sigmix.experts.hub import is_repo_id
 
     path = Path(name).expanduser()
-    if names_repo(name):
+    if is_repo_id(name):
         return name
     if (path / "adapter_config.json").is_file():
         return path

@@ -135,7 +135,7 @@ def _config(name: str) -> Any:
     from sigmix.errors import BaseModelError
     from sigmix.models.default import DEFAULT, SMOLLM2, offline
     from sigmix.models.gguf import models_dir
-    from sigmix.models.hub import base_names, near_paths, own_token, scrubbed, shows
+    from sigmix.models.hub import base_names, hub_errors, near_paths
     from sigmix.models.loading import HUB_NAME
     from sigmix.utils.logging import quiet
 
@@ -154,14 +154,8 @@ def _config(name: str) -> Any:
         where, options = path.parent, {"gguf_file": path.name}
     elif path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
         raise BaseModelError(f"there is no base at {name!r}{near_paths(path)}", remedy=base_names())
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
-    except Exception as error:  # the hub's, transformers' and the system's errors
-        key = own_token()
-        why = scrubbed(str(error), key).split("\n")[0][:200]
-        told = BaseModelError(f"the config of {name!r} cannot be had: {why}", remedy=base_names())
-        raise told from (None if shows(error, key) else error)
+    with hub_errors(name, BaseModelError, action="read the config of", instead=base_names()), quiet():
+        return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
 
 
 def text(base: dict[str, Any], plan: bool) -> list[str]:

@@ -42,16 +42,16 @@ def listed(bank: Path = BANK, as_json: bool = JSON) -> None:
     opened = open_bank(bank)
     rows = listing(opened)
     if as_json:
-        emit({"bank": opened.where, "experts": rows}, True, "")
+        emit({"bank": opened.source, "experts": rows}, True, "")
         return
     if not rows:
-        typer.echo(f"{opened.where} has no experts; sigmix train --help shows how to make one")
+        typer.echo(f"{opened.source} has no experts; sigmix train --help shows how to make one")
         return
     cells = [
         [row["name"], row.get("domain"), _metric(row.get("metrics")), (row.get("base") or {}).get("name"), _state(row)]
         for row in rows
     ]
-    table(f"experts in {opened.where}", ["name", "domain", "accuracy", "base", "state"], cells)
+    table(f"experts in {opened.source}", ["name", "domain", "accuracy", "base", "state"], cells)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -216,10 +216,10 @@ def push(
     """Commit an expert and its card to the hub, as whoever `hf auth login` or HF_TOKEN says."""
     from sigmix.cli._loading import folder_of
     from sigmix.experts.expert import Expert
-    from sigmix.experts.hub import check_repo
+    from sigmix.experts.hub import check_repo_id
     from sigmix.experts.hub import push as pushed
 
-    check_repo(repo)
+    check_repo_id(repo)
     expert = Expert.from_pretrained(folder_of(name, bank))
     with working(f"pushing {name}"):
         options = {"private": private, "revision": revision, "commit_message": message}

@@ -1,11 +1,11 @@
-"""`Expert`: an immutable set of z with its provenance, loaded from, saved to and checked against a base.
+"""`Expert`: an immutable set of z with its provenance, loaded from, saved to and checked against a base model.
 
     expert = Expert.from_model(peft_model, name="arithmetic", meta={"domain": "arithmetic"})
     expert.save_pretrained("experts/arithmetic")
-    expert = Expert.from_pretrained("experts/arithmetic", base=model)      # raises unless it was made on this very base
+    expert = Expert.from_pretrained("experts/arithmetic", base=model)    # raises unless it was made on this very base
     expert.push_to_hub("user/arithmetic");  Expert.from_pretrained("user/arithmetic")
 
-What it does not do: apply itself. `sigmix.engine` and PEFT do that.
+`sigmix.engine` and PEFT apply it.
 """
 
 from __future__ import annotations
@@ -22,29 +22,27 @@ import torch
 from torch import nn
 
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
-from sigmix.experts import hub as remote
-from sigmix.experts import serialization as directory
-from sigmix.experts.fingerprint import TOLERANCE, Sketch, compare, fingerprint, foreign, sketch, sketch_of
-from sigmix.experts.hub import push
-from sigmix.experts.metadata import check_authors, check_meta, check_name, check_z, digest_of, freeze, thaw
-from sigmix.experts.original_basis import Original, basis_of, check_recorded, original_of
+from sigmix.experts import hub, serialization
+from sigmix.experts.fingerprint import TOLERANCE, Sketch, compare, fingerprint, mismatch, sketch, sketch_of
+from sigmix.experts.metadata import check_author_meta, check_meta, check_name, check_z, digest_of, freeze, thaw
+from sigmix.experts.original_basis import check_recorded, original_of, recorded_basis
 from sigmix.svf.linears import describe, factors_of, linears, matrix_of, shape_of
 from sigmix.svf.tuner import svf_layers
-from sigmix.utils.io import write_json, write_text
+from sigmix.utils.io import write_text
 
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One z per adapted matrix, and where it came from. Two experts are equal if name, z and metadata are.
+    """One z per adapted matrix, with its provenance. Experts are equal if name, z and metadata are.
 
     Attributes:
         name: lower-case letters, digits, ``.``, ``_``, ``-``.
-        z: {module path in the base: float32 [r] on the CPU}, r = min(out, in); copies, to be read only.
+        z: {module path in the base: float32 [r] on the CPU}, r = min(out, in); do not modify.
         meta: read-only; keys as in `sigmix.experts.metadata`.
-        origin: "user/name@commit" if it was loaded from the hub, else None; no part of what it is.
+        origin: "user/name@commit" if loaded from the hub, else None; ignored by equality.
 
     Raises:
-        ExpertError: the name, a z (NaN, infinite, negative, no float vector) or the metadata cannot be.
+        ExpertError: invalid name, z (NaN, infinite, negative, not a float vector) or metadata.
     """
 
     name: str
@@ -59,34 +57,33 @@ class Expert:
         object.__setattr__(self, "z", MappingProxyType(z))
         object.__setattr__(self, "meta", freeze(self.meta))
 
-    # ------------------------------------------------------------------ making
+    # ------------------------------------------------------------------ construction
 
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike[str], base: nn.Module | None = None, *, revision: str | None = None,
         token: str | None = None,
     ) -> Expert:  # fmt: skip
-        """Read an expert's directory, ours or one that PEFT or TRL saved, or one on the hub.
+        """Load an expert from a folder (saved by sigmix, PEFT or TRL) or from the hub.
 
         Args:
-            path: a folder, or text of the form "user/name" where there is no such folder: a model on the hub, which is
-                fetched into the hub's own cache (offline: found there).
-            base: check it against this model at once (`check`).
-            revision, token: of the hub; default: the main branch, and whoever is logged in.
+            path: a folder; or "user/name" if there is no such folder: a hub model, downloaded into the hub's cache.
+            base: run `check` against this model.
+            revision: branch, tag or commit on the hub. token: default: that of ``hf auth login`` or ``HF_TOKEN``.
 
         Raises:
-            ExpertError: damaged, incomplete, or no SVF adapter. FingerprintError: made on another base.
-            HubError: the hub has it not, refuses, or cannot be reached. ConfigError: a revision of a folder.
+            ExpertError: damaged, incomplete, or not an SVF adapter. FingerprintError: made on another base.
+            HubError: not found, refused or unreachable. ConfigError: a revision of a folder.
         """
-        if remote.names_repo(path):
-            found = remote.fetch(os.fspath(path), revision, token)
-            expert = cls(*remote.read(found), origin=f"{found.repo}@{found.revision}")
+        if hub.is_repo_id(path):
+            snapshot = hub.download(os.fspath(path), revision, token)
+            expert = cls(*hub.read(snapshot), origin=f"{snapshot.repo}@{snapshot.revision}")
         elif revision is not None:
             raise ConfigError(
-                f"{os.fspath(path)!r} is no hub model, so it has no revision {revision!r}", remedy="give 'user/name'"
+                f"{os.fspath(path)!r} is not a hub model, so it has no revision {revision!r}", remedy="give 'user/name'"
             )
         else:
-            expert = cls(*directory.read(Path(path).expanduser()))
+            expert = cls(*serialization.read(Path(path).expanduser()))
         if base is not None:
             expert.check(base)
         return expert
@@ -95,40 +92,45 @@ class Expert:
     def from_model(
         cls, model: nn.Module, adapter: str = "default", *, name: str, meta: Mapping[str, Any] | None = None
     ) -> Expert:
-        """The expert that a PEFT model's adapter is: its effective z, the base's fingerprint, sketches.
+        """Extract the effective z of a PEFT model's adapter, with the base's fingerprint and sketches.
 
         Args:
             model: a PEFT model or one with `SVFLinear` layers injected; merged or not.
             meta: task, domain, description, objective, seed, commit, metrics, license, training.
 
         Raises:
-            ExpertError: nothing is adapted, or z cannot be an expert's. UnknownNameError: no such adapter or key.
+            ExpertError: nothing is adapted, or z is invalid. UnknownNameError: no such adapter or metadata key.
         """
-        authors = check_authors(meta)
+        author_meta = check_author_meta(meta)
         layers = svf_layers(model)
-        known = {one for layer in layers.values() for one in layer.svf_z}
-        if not known:
+        adapters = {adapter for layer in layers.values() for adapter in layer.svf_z}
+        if not adapters:
             raise ExpertError("the model has no SVF layer", remedy="wrap it: get_peft_model(model, SVFConfig())")
-        if adapter not in known:
-            raise UnknownNameError("adapter", adapter, known)
+        if adapter not in adapters:
+            raise UnknownNameError("adapter", adapter, adapters)
         z = {path: layer.effective_z([adapter]) for path, layer in layers.items() if adapter in layer.svf_z}
-        return cls(name, z, authors).sealed(model)
+        return cls(name, z, author_meta).sealed(model)
 
     def with_meta(self, **changes: Any) -> Expert:
-        """The same expert with other author metadata, such as ``metrics=[…]``; None removes a key.
+        """Return a copy with other author metadata, such as ``metrics=[…]``; None removes a key.
 
         Raises:
-            UnknownNameError: a key that authors cannot set.
+            UnknownNameError: not a key that authors set.
         """
-        meta = {**thaw(self.meta), **check_authors(changes)}
+        meta = {**thaw(self.meta), **check_author_meta(changes)}
         return replace(self, meta={key: value for key, value in meta.items() if value is not None}, origin=None)
 
-    # ------------------------------------------------------------------ reading
+    # ------------------------------------------------------------------ properties
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """Recorded base model: name, dtype, fingerprint; empty if unknown."""
+        return self.meta.get("base") or {}
 
     @property
     def verified(self) -> bool:
-        """Whether it knows the base that it was made on, so that `check` can tell."""
-        return bool((self.meta.get("base") or {}).get("fingerprint"))
+        """Whether a fingerprint of its base is recorded, which `check` needs."""
+        return bool(self.base.get("fingerprint"))
 
     @cached_property
     def digest(self) -> str:
@@ -136,10 +138,10 @@ class Expert:
         return digest_of(self.z)
 
     def gain(self, path: str) -> torch.Tensor:
-        """z - 1 of one matrix, float32 [r].
+        """Return z - 1 of one matrix, float32 [r].
 
         Raises:
-            UnknownNameError: the expert does not adapt it.
+            UnknownNameError: not an adapted matrix.
         """
         if path not in self.z:
             raise UnknownNameError("matrix", path, self.z)
@@ -154,101 +156,106 @@ class Expert:
         return hash((self.name, self.digest))
 
     def __repr__(self) -> str:
-        base = (self.meta.get("base") or {}).get("name", "unknown")
+        base = self.base.get("name", "unknown")
         return f"Expert({self.name!r}, {len(self.z)} matrices, base={base!r}, verified={self.verified})"
 
-    # ------------------------------------------------------------------ writing and checking
+    # ------------------------------------------------------------------ saving
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
-        """Write the directory, whole or not at all; equal experts give equal bytes.
+        """Write the expert's folder atomically; equal experts give equal bytes.
 
         Raises:
             OutputError: ``path`` holds other files than an expert's, or cannot be written.
         """
         path = Path(path).expanduser()
-        directory.write(path, self.name, self.z, self.meta)
+        serialization.write(path, self.name, self.z, self.meta)
         return path
 
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool = False, revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:  # fmt: skip
-        """Commit it to the hub's model ``repo_id``, "user/name", which is made if need be; returns that page's address.
-
-        Paths on this machine, such as a base's folder, are cut to their last part (`sigmix.experts.hub`).
+        """Upload the expert in one commit and return the URL of its page. See `sigmix.experts.hub.push`.
 
         Args:
-            token: default: whoever is logged in (``hf auth login``, ``HF_TOKEN``). private: if it is made now.
-            revision: a branch, made if need be. commit_message: of the commit.
+            repo_id: "user/name"; created if missing. token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+            private: create it private. revision: a branch, created if missing.
 
         Raises:
-            ConfigError: no "user/name". OutputError: the model holds other things, or is public against ``private``.
-            HubError: the hub refuses or cannot be reached.
+            ConfigError: not "user/name". OutputError: the repository has other files, or is public although ``private``
+            is set. HubError: the hub refuses or cannot be reached.
         """
-        made = push(
+        return hub.push(
             self.name, self.z, self.meta, repo_id, token=token, private=private, revision=revision,
             commit_message=commit_message,
-        )  # fmt: skip
-        return made.url
+        ).url  # fmt: skip
+
+    # ------------------------------------------------------------------ checks against a base
 
     def check(self, base: nn.Module, *, sketches: bool = True, tolerance: float = TOLERANCE) -> None:
-        """Raise unless this expert means on ``base`` what it meant where it was made.
+        """Raise unless this expert was made on ``base`` and its singular vectors are the same there.
 
-        The fingerprint is compared, every matrix must be there with the right size, and the sketches must come out as
-        stored. An expert that is not `verified` has only its matrices checked. On a quantised base that was given its
-        original's basis (`sigmix.experts.original_basis`) an expert made on the original is held to the original.
+        Compares the fingerprint, the paths and sizes of all matrices, and the sketches. An expert without a recorded
+        fingerprint has only its matrices checked. A quantized base under
+        `sigmix.experts.original_basis.use_original_basis` accepts experts of the original weights.
 
         Args:
-            base: a model in any state that `fingerprint` understands.
-            sketches: False skips the sketches and with them the decomposition of a base that is not adapted yet.
+            base: a model in any state that `fingerprint` supports.
+            sketches: False skips the sketches, and the decomposition of a base that is not adapted yet.
             tolerance: see `sigmix.experts.fingerprint.TOLERANCE`.
 
         Raises:
             FingerprintError: made on another base. ExpertError: a matrix is missing or differs in size or basis.
         """
-        mine = self.meta.get("base") or {}
+        recorded = self.base.get("fingerprint")
         original = original_of(base)
-        if original is not None and original.fingerprint != mine.get("fingerprint"):
+        if original is not None and original.fingerprint != recorded:
             original = None
-        if mine.get("fingerprint") and original is None and (found := fingerprint(base)) != mine["fingerprint"]:
-            raise foreign(self.name, mine, {**describe(base), "fingerprint": found})
-        check_recorded(self.name, mine.get("basis"), base)
+        if recorded and original is None and (found := fingerprint(base)) != recorded:
+            raise mismatch(self.name, self.base, {**describe(base), "fingerprint": found})
+        check_recorded(self.name, self.base.get("basis"), base)
         layers = self._layers(base)
-        for path, stored in (self.meta.get("sketches") or {}).items() if sketches and self.verified else ():
-            found_sketch = self._sketch(path, layers[path], original)
-            compare(self.name, path, Sketch.from_json(stored), found_sketch, tolerance)
+        if not sketches or not self.verified:
+            return
+        for path, stored in (self.meta.get("sketches") or {}).items():
+            module = layers[path]
+            factors = factors_of(module)
+            if original is not None and path in original.left:
+                current = sketch_of(path, original.left[path], shape_of(module), factors, self.z[path])
+            else:
+                # float32: its error is about 1e-5 of the norm, far below the tolerance, at a fraction of the cost
+                current = sketch(path, matrix_of(module), factors, self.z[path], torch.float32)
+            compare(self.name, path, Sketch.from_json(stored), current, tolerance)
 
     def sealed(self, base: nn.Module) -> Expert:
-        """This expert with the base's name and fingerprint, matrix sizes and sketches: from now on it is held to it.
+        """Return a copy bound to ``base``: with its name, fingerprint, matrix sizes and sketches.
 
         Raises:
-            ExpertError: it adapts what the base does not have, or with another size.
+            ExpertError: a matrix is missing in the base or differs in size.
         """
         layers = self._layers(base)
-        made = {
-            "base": {**describe(base), "fingerprint": fingerprint(base), **basis_of(base)},
-            "matrices": {path: list(shape_of(layers[path])) for path in self.z},
-            "sketches": {path: self._sketch(path, layers[path]).to_json() for path in self.z},
+        computed = {
+            "base": {**describe(base), "fingerprint": fingerprint(base), **recorded_basis(base)},
+            "matrices": {path: list(shape_of(layer)) for path, layer in layers.items()},
+            "sketches": {
+                path: sketch(path, matrix_of(layer), factors_of(layer), self.z[path]).to_json()
+                for path, layer in layers.items()
+            },
         }
-        return replace(self, meta={**thaw(self.meta), **made}, origin=None)
-
-    def _sketch(self, path: str, module: nn.Module, original: Original | None = None) -> Sketch:
-        if original is not None and path in original.left:
-            return sketch_of(path, original.left[path], shape_of(module), factors_of(module), self.z[path])
-        return sketch(path, matrix_of(module), factors_of(module), self.z[path])
+        return replace(self, meta={**thaw(self.meta), **computed}, origin=None)
 
     def _layers(self, base: nn.Module) -> dict[str, nn.Module]:
-        """The base's layers that this expert adapts, sizes checked."""
-        every = linears(base)
-        remedy = f"load the base that it was made on: {(self.meta.get('base') or {}).get('name', 'not recorded')}"
-        layers = {path: every[path] for path in self.z if path in every}
-        if missing := [path for path in self.z if path not in layers]:
-            near = UnknownNameError("matrix", missing[0], every).message
+        """Return the base's layers that this expert adapts, after a check of their sizes."""
+        available = linears(base)
+        remedy = f"load the base that it was made on: {self.base.get('name', 'not recorded')}"
+        if missing := [path for path in self.z if path not in available]:
+            near = UnknownNameError("matrix", missing[0], available).message
             raise ExpertError(
                 f"expert {self.name!r} does not fit this base, which lacks {len(missing)} of its {len(self.z)} "
                 f"matrices: {near}",
                 remedy=remedy,
             )
+        layers = {path: available[path] for path in self.z}
         for path, module in layers.items():
             rows, columns = shape_of(module)
             if len(self.z[path]) != min(rows, columns):
@@ -263,25 +270,24 @@ class Expert:
 def seal(
     path: str | os.PathLike[str], base: nn.Module, *, name: str | None = None, meta: Mapping[str, Any] | None = None
 ) -> Expert:
-    """Add ``sigmix.json`` (and a model card, if there is no README.md) to a directory that PEFT or TRL saved.
+    """Add ``sigmix.json`` (and a model card, if there is no README.md) to a folder that PEFT or TRL saved.
 
-    The caller vouches that ``base`` is what the adapter was trained on; from then on it is held to it. A directory that
-    is sealed already is checked against ``base`` and left as it is.
+    The caller asserts that the adapter was trained on ``base``. A sealed folder is checked against ``base`` instead.
 
     Args:
-        name: default: the folder's name, made valid. meta: as in `Expert.from_model`.
+        name: default: derived from the folder. meta: as in `Expert.from_model`.
 
     Raises:
-        ExpertError: the directory or its fit. FingerprintError: sealed for another base. OutputError: not writable.
+        ExpertError: damaged, or does not fit. FingerprintError: sealed for another base. OutputError: not writable.
     """
     path = Path(path).expanduser()
     expert = Expert.from_pretrained(path)
     if expert.verified:
         expert.check(base)
         return expert
-    expert = Expert(name or expert.name, expert.z, {**thaw(expert.meta), **check_authors(meta)}).sealed(base)
-    write_json(path / directory.META, directory.sigmix_json(expert.name, expert.z, thaw(expert.meta)))
-    if not (path / directory.CARD).exists():
-        numbers = sum(len(value) for value in expert.z.values())
-        write_text(path / directory.CARD, directory.card(expert.name, thaw(expert.meta), len(expert.z), numbers))
+    expert = Expert(name or expert.name, expert.z, {**thaw(expert.meta), **check_author_meta(meta)}).sealed(base)
+    files = serialization.contents(expert.name, expert.z, expert.meta)
+    write_text(path / serialization.META, files[serialization.META].decode())
+    if not (path / serialization.CARD).exists():
+        write_text(path / serialization.CARD, files[serialization.CARD].decode())
     return expert

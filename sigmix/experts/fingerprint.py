@@ -1,9 +1,11 @@
-"""The fingerprint of a base: SHA-256 over the path, shape and values of every parameter.
+"""Fingerprints of base models and sketches of experts.
 
-It answers one question: is this the base that the expert was made on? Values are hashed as float32, so an exact upcast
-(bfloat16 loaded as float32) is the same base, and a rounding (float32 loaded as bfloat16) is another one. A quantised
-weight counts as its dequantised values, so a quantised base is another base than the one that it was made of, and an
-offloaded weight as what lies on the disk.
+The **fingerprint** is a SHA-256 over the path, shape and values of every parameter. Values are hashed as float32, so an
+exact upcast (bfloat16 loaded as float32) is the same base and a rounding is another one. A quantized weight counts as
+its dequantized values, an offloaded one as its values on disk.
+
+A **sketch** holds 8 random projections qᵀ Δ p and the norm ‖Δ‖_F of an expert's change of a matrix,
+Δ = U diag(s(z - 1)) Vᵀ. It detects a decomposition with other singular vectors than those that z was trained in.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,39 +23,32 @@ import torch
 from torch import nn
 
 from sigmix.errors import ExpertError, FingerprintError
-from sigmix.models.weights import is_quantised
-from sigmix.svf.decomposition import Factors, weight_digest
+from sigmix.models.digests import parameter_digest
+from sigmix.svf.decomposition import Factors
 from sigmix.svf.linears import dtype_and_quantization, parameters, readers
-
-SAMPLES = 64
-
-
-# id of a tensor -> (the tensor, weakly, so that a reused id is noticed; its state when it was hashed; its digest)
-_KNOWN: dict[int, tuple[weakref.ref, tuple, str]] = {}
 
 
 def fingerprint(model: nn.Module, fresh: bool = False) -> str:
-    """Hex SHA-256 of a base, the same whether it is plain, PEFT-wrapped, adapted or merged.
+    """Return the hex SHA-256 of a base, the same whether it is plain, PEFT-wrapped, adapted or merged.
 
-    Digests are remembered per parameter until it changes: an in-place operation, another storage, or other values at
-    64 places spread over it (edits through ``.data`` leave no other trace; PEFT's merging of a LoRA is such an edit).
+    Adapter parameters (z too) do not count; tied weights count once. Digests of unchanged parameters are remembered
+    (`sigmix.models.digests`).
 
     Args:
-        model: the base, in any of these states. Adapter parameters (z too) do not count; tied weights count once.
-        fresh: read all values again, whatever is remembered.
+        fresh: hash all values again.
 
     Raises:
         ExpertError: weights on the meta device.
     """
-    found, elsewhere = parameters(model), readers(model)
+    found, read = parameters(model), readers(model)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        digests = pool.map(lambda one: _digest(one, fresh, elsewhere.get(id(one))), found.values())
+        digests = pool.map(lambda one: parameter_digest(one, read.get(id(one)), fresh), found.values())
         pairs = zip(found.items(), digests, strict=True)
         return combined((name, tuple(parameter.shape), digest) for (name, parameter), digest in pairs)
 
 
 def combined(parts: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
-    """The fingerprint of (name, shape, digest) of every parameter, sorted by name, tied ones once."""
+    """Return the fingerprint of (name, shape, digest) of every parameter, sorted by name, tied ones once."""
     total = hashlib.sha256(b"sigmix-base-v1\n")
     for name, shape, digest in parts:
         total.update(f"{name} {shape} {digest}\n".encode())
@@ -62,78 +56,52 @@ def combined(parts: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
 
 
 def short(full: str | None) -> str:
-    """The first twelve digits of a fingerprint, for messages."""
+    """Return the first twelve digits of a fingerprint, for messages."""
     return full[:12] if full else "unknown"
 
 
-def _digest(parameter: torch.Tensor, fresh: bool, read: Callable[[], torch.Tensor] | None) -> str:
-    state = _state(parameter)
-    known = _KNOWN.get(id(parameter))
-    if not fresh and known is not None and known[0]() is parameter and known[1] == state:
-        return known[2]
-    digest = weight_digest(parameter if read is None else read())
-    key = id(parameter)
-    _KNOWN[key] = (weakref.ref(parameter, lambda _: _KNOWN.pop(key, None)), state, digest)
-    return digest
-
-
-def _state(parameter: torch.Tensor) -> tuple:
-    about = parameter._version, parameter.dtype, tuple(parameter.shape)
-    if parameter.is_meta:
-        return about
-    if is_quantised(parameter) and parameter.is_floating_point():  # torchao's: the numbers lie in tensors inside
-        return *about, *(getattr(parameter, name).data_ptr() for name in parameter.__tensor_flatten__()[0])  # type: ignore[attr-defined]
-    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].float().cpu().numpy().tobytes()
-    return *about, parameter.data_ptr(), sample
-
-
-def foreign(name: str, mine: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
-    """The error for an expert that was made on another base, with what to do about it.
+def mismatch(name: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
+    """Return the error for an expert of another base.
 
     Args:
-        name: the expert's. mine, found: its base and the one at hand: name, dtype, fingerprint.
+        name: the expert's. recorded, found: its base and the present one: name, dtype, fingerprint.
     """
 
-    def shown(base: Mapping[str, Any]) -> str:
+    def describe(base: Mapping[str, Any]) -> str:
         dtype = f" in {base['dtype']}" if base.get("dtype") else ""
         return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
 
-    remedy = f"load the base that it was made on: load_base({mine.get('name')!r})"
-    if mine.get("name") == found["name"]:
-        remedy = "the name is the same, but the weights are not: "
-        dtype, quantization = dtype_and_quantization(mine.get("dtype"))
-        if quantization is not None and mine["dtype"] != found["dtype"]:
-            remedy += f"load it as the expert had it, with dtype={dtype!r}, quantization_config={quantization!r}"
+    if recorded.get("name") != found["name"]:
+        remedy = f"load the base that it was made on: load_base({recorded.get('name')!r})"
+    else:
+        remedy = "same name, other weights: "
+        dtype, quantization = dtype_and_quantization(recorded.get("dtype"))
+        if quantization is not None and recorded["dtype"] != found["dtype"]:
+            remedy += f"load it with dtype={dtype!r}, quantization_config={quantization!r}"
         elif " in " in found["dtype"]:
             remedy += (
-                "this one is quantised; to use the expert in its own basis here, call "
-                "sigmix.experts.original_basis.use_original_basis(model), or on the command line add --basis original"
+                "this one is quantized; to use the expert in the basis of the original weights, call "
+                "sigmix.experts.original_basis.use_original_basis(model), or add --basis original"
             )
-        elif mine.get("dtype") not in (None, found["dtype"]):
-            remedy += f"load it with dtype={mine['dtype']!r}, in which the expert was made, or wider"
+        elif recorded.get("dtype") not in (None, found["dtype"]):
+            remedy += f"load it with dtype={recorded['dtype']!r}, in which the expert was made, or wider"
         else:
-            remedy += "another revision, or weights changed after loading; load the base afresh"
-    what = f"expert {name!r} was made on {shown(mine)}, but this base is {shown(found)}"
-    return FingerprintError(what, remedy=remedy)
-
-
-# --- Sketches: eight numbers per matrix that tell whether a z still means what it meant where it was trained.
+            remedy += "another revision, or weights changed after loading; load the base again"
+    message = f"expert {name!r} was made on {describe(recorded)}, but this base is {describe(found)}"
+    return FingerprintError(message, remedy=remedy)
 
 
 PROBES = 8
-
-
 TOLERANCE = 1e-3
-"""Largest deviation that passes, as a share of ‖Δ‖_F. Measured on 20 matrices of SmolLM2-135M against our own factors:
-another algorithm in float64 deviates by at most 5e-8, LAPACK's float32 SVD by 3e-4, so every honest decomposition
-passes. Half a unit in the last place of bfloat16 is 2e-3 (a basis rounded to it: 1e-3 to 3e-3), so what passes is less
-than a bfloat16 merge could tell apart. One average pair of 576 vectors, turned by 45 degrees, gives about 4e-2."""
+"""Largest deviation that passes, as a share of ‖Δ‖_F. Measured on 20 matrices of SmolLM2-135M: another algorithm in
+float64 deviates by at most 5e-8, LAPACK's float32 SVD by 3e-4. Half a unit in the last place of bfloat16 is 2e-3, so a
+deviation that passes is below what a bfloat16 merge resolves. One average pair of 576 vectors, rotated by 45 degrees,
+gives about 4e-2."""
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Probes of one matrix's delta.
+    """Probes of the change of one matrix.
 
     Attributes:
         norm: ‖Δ‖_F = √Σ (s(z - 1))².
@@ -144,61 +112,63 @@ class Sketch:
     values: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"norm": self.norm, "values": list(self.values)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], owner: str = "sigmix.json") -> Sketch:
-        """The inverse of `to_json`; ``owner`` is for the message.
+        """Parse `to_json`'s result; ``owner`` is for the message.
 
         Raises:
             ExpertError: not a norm and eight finite numbers.
         """
         try:
-            made = cls(float(value["norm"]), tuple(float(number) for number in value["values"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ExpertError(
-                f"{owner}: not a sketch: {value!r}", remedy="restore sigmix.json, or seal the expert again"
-            ) from error
-        if len(made.values) != PROBES or not all(map(math.isfinite, (made.norm, *made.values))):
-            raise ExpertError(
-                f"{owner}: a sketch has a norm and {PROBES} finite numbers, not {value!r}",
-                remedy="restore sigmix.json, or seal the expert again",
-            )
-        return made
+            found = cls(float(value["norm"]), tuple(float(number) for number in value["values"]))
+            if len(found.values) == PROBES and all(map(math.isfinite, (found.norm, *found.values))):
+                return found
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise ExpertError(
+            f"{owner}: a sketch has a norm and {PROBES} finite values, not {value!r}",
+            remedy="restore sigmix.json, or seal the expert again",
+        )
 
 
-def sketch(path: str, weight: torch.Tensor, factors: Factors, z: torch.Tensor) -> Sketch:
-    """Sketch of z [r] on a weight [out, in] with its factors, in float64. z = 1 gives zeros.
+def sketch(
+    path: str, weight: torch.Tensor, factors: Factors, z: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> Sketch:
+    """Return the sketch of z [r] on a weight [out, in] with its factors; z = 1 gives zeros.
 
-    Only one side is square, so U diag(s) is W V (or V diag(s) is Wᵀ U), and the probes meet W before anything else:
-    the cost is 16 products of W with a vector and no product of matrices.
+    Only one side of the factors is square: U diag(s) is W V, and V diag(s) is Wᵀ U. The probes are multiplied by W
+    first, so the cost is 16 matrix-vector products, in ``dtype``.
     """
-    return sketch_of(path, left_probes(path, weight, factors), (weight.shape[0], weight.shape[1]), factors, z)
+    first = left_probes(path, weight, factors, dtype)
+    return sketch_of(path, first, (weight.shape[0], weight.shape[1]), factors, z)
 
 
-def left_probes(path: str, weight: torch.Tensor, factors: Factors) -> torch.Tensor:
-    """qᵀ W V [8, r] where the short side is V, pᵀ Wᵀ U [8, r] where it is U: all that a sketch needs of W; float64."""
-    left, right = probes(path, weight.shape[0], weight.shape[1])
-    wide, basis = weight.detach().double().cpu(), factors.short.double().cpu()
-    return ((left @ wide) if factors.side == "in" else (right @ wide.T)) @ basis
+def left_probes(
+    path: str, weight: torch.Tensor, factors: Factors, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Return qᵀ W V [8, r] if the short side is V, pᵀ Wᵀ U [8, r] if it is U: all a sketch needs of W."""
+    left, right = (probe.to(dtype) for probe in probes(path, weight.shape[0], weight.shape[1]))
+    values, basis = weight.detach().to(dtype).cpu(), factors.short.to(dtype).cpu()
+    return ((left @ values) if factors.side == "in" else (right @ values.T)) @ basis
 
 
 def sketch_of(
     path: str, first: torch.Tensor, shape: tuple[int, int], factors: Factors, z: torch.Tensor
 ) -> Sketch:
-    """Sketch of z [r] from the `left_probes` of a weight of this shape, without the weight."""
+    """Return the sketch of z [r] from the `left_probes` of a weight of this shape, without the weight."""
     left, right = probes(path, *shape)
-    basis = factors.short.double().cpu()
-    second = (right if factors.side == "in" else left) @ basis
+    dtype = first.dtype
+    second = (right if factors.side == "in" else left).to(dtype) @ factors.short.to(dtype).cpu()
     gain = z.detach().double().cpu() - 1
-    values = (first * gain * second).sum(1)
     norm = float((factors.s.double().cpu() * gain).norm())
-    return Sketch(norm, tuple(values.tolist()))
+    return Sketch(norm, tuple((first * gain * second).sum(1).tolist()))
 
 
 def deviation(stored: Sketch, found: Sketch) -> float:
-    """Estimated ‖Δ - Δ'‖_F as a share of the larger norm; 0 where both deltas are zero."""
+    """Return the estimated ‖Δ - Δ'‖_F as a share of the larger norm; 0 if both changes are zero."""
     scale = max(stored.norm, found.norm)
     if scale == 0:
         return 0.0
@@ -207,29 +177,29 @@ def deviation(stored: Sketch, found: Sketch) -> float:
 
 
 def compare(owner: str, path: str, stored: Sketch, found: Sketch, tolerance: float = TOLERANCE) -> float:
-    """The deviation of one matrix.
+    """Return the `deviation` of one matrix.
 
     Args:
-        owner: the expert's name, for the message. path: the matrix.
+        owner: name of the expert, path: of the matrix, for the message.
 
     Raises:
-        ExpertError: it is above ``tolerance``; names the matrix and the figure.
+        ExpertError: above ``tolerance``.
     """
     share = deviation(stored, found)
     if not share <= tolerance:
         raise ExpertError(
             f"expert {owner!r}: the singular vectors of {path} are not those that it was trained in: its weight change "
-            f"deviates by {share:.2g} of its own norm (tolerance {tolerance:.2g})",
-            remedy="run `sigmix cache clear` to have the decomposition computed again; if that does not help, this "
-            "machine rotates near-equal singular values: copy the cache of the machine that trained the expert",
+            f"deviates by {share:.2g} of its norm (tolerance {tolerance:.2g})",
+            remedy="run `sigmix cache clear` to recompute the decomposition; if that does not help, this machine "
+            "rotates near-equal singular values: copy the cache of the machine that trained the expert",
         )
     return share
 
 
 def probes(path: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standard normal probes q [8, rows] and p [8, columns], float64, fixed by path and shape.
+    """Return standard normal probes q [8, rows] and p [8, columns], float64, determined by path and shape.
 
-    They come from SHAKE-256 and Box-Muller, not from a library's generator, whose stream may change between versions.
+    They come from SHAKE-256 and Box-Muller, because a library's generator may change between versions.
     """
     numbers = torch.from_numpy(_normals(f"sigmix-sketch-v1:{path}:{rows}x{columns}", PROBES * (rows + columns)))
     left, right = numbers.split([PROBES * rows, PROBES * columns])

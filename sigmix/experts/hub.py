@@ -1,11 +1,8 @@
-"""Experts on the Hugging Face hub: fetching one, and a collection of them as a folder.
+"""Experts on the Hugging Face hub: download, upload, and collections as banks.
 
-An expert there is a model repository with the files of `sigmix.experts.serialization`. Only those four are ever
-fetched, so
-no pickle and no code. Where the hub is (``HF_ENDPOINT``), its cache (``HF_HOME``) and who asks (``hf auth login`` or
-``HF_TOKEN``) is the business of `huggingface_hub`.
-
-What it does not do: make or change collections; ``hf collections`` does.
+An expert is a model repository with the files of `sigmix.experts.serialization`. Only those four are downloaded, so
+neither pickles nor code. Endpoint, cache and login are huggingface_hub's (``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``).
+Collections are read only; ``hf collections`` edits them.
 """
 
 from __future__ import annotations
@@ -14,42 +11,32 @@ import contextlib
 import hashlib
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from sigmix.errors import ConfigError, ExpertError, HubError, OutputError, SigmixError
-from sigmix.experts import serialization as directory
+from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
+from sigmix.experts import serialization
 from sigmix.experts.metadata import COMPUTED, thaw
-from sigmix.experts.model_card import REPO, without_path
+from sigmix.experts.model_card import REPO_ID, without_path
+from sigmix.experts.serialization import CARD, CONFIG, META, WEIGHTS
 from sigmix.models.default import offline
-from sigmix.models.hub import explain, near_paths, scrubbed, shows, status_of
+from sigmix.models.hub import hub_errors, near_paths, status_of
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_dir, file_lock, write_json, writing
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
-"""A collection's slug: "user/title-" and 24 hexadecimal digits."""
+FILES = (CONFIG, WEIGHTS, META, CARD)
+MAX_BYTES = 1 << 30
+"""Largest file that is downloaded; experts have a few MB."""
+RECORD = ".sigmix-hub.json"
+"""Written by `download_bank`: {"source", "experts": {name: {"repo", "revision"}}}."""
 
 
-FILES = (directory.CONFIG, directory.WEIGHTS, directory.META, directory.CARD)
-
-
-SMALL = (directory.CONFIG, directory.META, directory.CARD)
-
-
-LARGEST = 1 << 30
-"""Bytes of a file that is fetched at most: experts take a few MB."""
-
-
-NOTE = ".sigmix-hub.json"
-"""In a folder that `gather` made: {"source", "experts": {name: {"repo", "revision"}}}."""
-
-
-class Fetched(NamedTuple):
-    """A snapshot in the hub's cache: its folder, the repository, and the commit's hash."""
+class Snapshot(NamedTuple):
+    """A downloaded expert: its folder in the hub's cache, the repository, and the commit hash."""
 
     folder: Path
     repo: str
@@ -57,194 +44,191 @@ class Fetched(NamedTuple):
 
 
 class NoExpertError(ExpertError):
-    """A hub model that holds no expert."""
+    """Hub model that is not an SVF adapter."""
 
 
-def names_repo(path: object) -> bool:
-    """Whether it reads as "user/name" and is no path that exists: what exists wins."""
-    return isinstance(path, str) and bool(REPO.fullmatch(path)) and not Path(path).expanduser().exists()
+def is_repo_id(path: object) -> bool:
+    """Return whether ``path`` has the form "user/name" and is not an existing path, which takes precedence."""
+    return isinstance(path, str) and bool(REPO_ID.fullmatch(path)) and not Path(path).expanduser().exists()
 
 
-def names_collection(path: object) -> bool:
-    """Whether it reads as a collection's slug and is no path that exists."""
-    return names_repo(path) and bool(COLLECTION.fullmatch(str(path)))
+def is_collection(path: object) -> bool:
+    """Return whether ``path`` has the form of a collection slug and is not an existing path."""
+    return is_repo_id(path) and bool(COLLECTION.fullmatch(str(path)))
 
 
-def fetch(repo: str, revision: str | None = None, token: str | None = None) -> Fetched:
+def check_repo_id(repo_id: object) -> None:
+    """Raise `ConfigError` unless ``repo_id`` has the form "user/name"."""
+    if not isinstance(repo_id, str) or not REPO_ID.fullmatch(repo_id):
+        raise ConfigError(f"{repo_id!r} is not a hub id of the form user/name", remedy="for example 'user/addition'")
+
+
+# ---------------------------------------------------------------------- download
+
+
+def download(repo_id: str, revision: str | None = None, token: str | None = None) -> Snapshot:
     """Download an expert into the hub's own cache, or find it there.
 
     Args:
-        revision: a branch, a tag or a commit's hash; default: the main branch as it is now (offline: as it was last).
+        revision: branch, tag or commit hash; default: the current main branch (offline: the cached one).
 
     Raises:
-        HubError: the hub has it not, refuses, or cannot be reached and the cache has it not.
-        NoExpertError: it holds something else. ExpertError: it is incomplete, or a file is larger than `LARGEST`.
+        HubError: not found, refused, or unreachable and not cached. NoExpertError: not an SVF adapter.
+        ExpertError: incomplete, or a file larger than `MAX_BYTES`.
     """
     import huggingface_hub
 
-    def snapshot(files: Sequence[str], at: str | None) -> Path:
-        with asking(repo, token, revision) as key:
+    no_expert = NoExpertError(f"the hub model {repo_id!r} is not an expert: no {CONFIG}", remedy="check the name")
+    with _hub(repo_id, token, hint=near_paths(Path(repo_id)), instead="give an expert's folder") as key:
+
+        def snapshot(files: Sequence[str], commit: str | None) -> Path:
             return Path(
                 huggingface_hub.snapshot_download(
-                    repo, revision=at, allow_patterns=list(files), local_files_only=offline(), token=key
+                    repo_id, revision=commit, allow_patterns=list(files), local_files_only=offline(), token=key
                 )
             )
 
-    none = NoExpertError(
-        f"the hub model {repo!r} is no expert: it has no {directory.CONFIG}", remedy="give an expert's repository"
-    )
-    # the list of files, which a gated model shows too, so that a base whose terms nobody accepted is known for one
-    listed = _files(repo, revision, token)
-    if listed is not None and directory.CONFIG not in listed:
-        raise none
-    _check_sizes(repo, listed or {})
-    # first what is small: a model that is no expert may have weights of many gigabytes
-    folder = snapshot(SMALL, revision)
-    config = folder / directory.CONFIG
-    if not config.is_file():
-        raise none
-    kind = directory.read_json(config).get("peft_type")
-    if kind != "SVF":
-        raise NoExpertError(
-            f"the hub model {repo!r} holds a {kind or 'PEFT'} adapter, not SVF, so it has no z",
-            remedy="load it with PEFT; sigmix experts are trained with SVFConfig",
-        )
-    folder = snapshot(FILES, folder.name)
-    if not (folder / directory.WEIGHTS).is_file():
+        sizes = _file_sizes(repo_id, revision, key)
+        if sizes and CONFIG not in sizes:  # known without downloading, so a gated base model is no error in a bank
+            raise no_expert
+        for file in FILES:
+            if (size := sizes.get(file) or 0) > MAX_BYTES:
+                raise ExpertError(
+                    f"{file} of the hub model {repo_id!r} has {size / 1e9:.1f} GB, too much for an expert",
+                    remedy=f"check the repository; to use it anyway: hf download {repo_id}, and give that folder",
+                )
+        # the small files first: other adapters may have gigabytes of weights
+        folder = snapshot((CONFIG, META, CARD), revision)
+        if not (folder / CONFIG).is_file():
+            raise no_expert
+        if (kind := serialization.read_json(folder / CONFIG).get("peft_type")) != "SVF":
+            raise NoExpertError(f"the hub model {repo_id!r} is a {kind} adapter, not SVF", remedy="load it with PEFT")
+        folder = snapshot(FILES, folder.name)
+    if not (folder / WEIGHTS).is_file():
         raise ExpertError(
-            f"the hub model {repo!r} is no complete expert: it has no {directory.WEIGHTS}; weights of another kind, "
-            "such as pickled ones, are not fetched",
-            remedy="have its author save it with safetensors",
+            f"the hub model {repo_id!r} has no {WEIGHTS}, and pickled weights are not downloaded",
+            remedy="save it with safetensors",
         )
-    return Fetched(folder, repo, folder.name)
+    return Snapshot(folder, repo_id, folder.name)
 
 
-def read(found: Fetched) -> directory.Contents:
-    """What a snapshot holds, checked like any expert's directory.
+def read(snapshot: Snapshot) -> serialization.Contents:
+    """Read a downloaded expert.
 
     Raises:
-        ExpertError: names the repository and what is wrong with it.
+        ExpertError: names the repository.
     """
     try:
-        return directory.read(found.folder, found.repo.split("/")[-1])
+        return serialization.read(snapshot.folder, snapshot.repo.split("/")[-1])
     except ExpertError as error:
-        raise ExpertError(f"the hub's expert {found.repo!r}: {error.message}", remedy=error.remedy) from error
+        raise ExpertError(f"the hub model {snapshot.repo!r}: {error.message}", remedy=error.remedy) from error
 
 
-def gather(source: str | Sequence[str], token: str | None = None) -> Path:
-    """A folder in our cache with the experts of a collection, or of several repositories, as they are on the hub now.
+def download_bank(source: str | Sequence[str], token: str | None = None) -> Path:
+    """Copy the experts of a collection, or of several repositories, into a folder of our cache and return it.
 
-    Models of a collection that are no experts, such as their base, are left out. The folder is made once for the same
-    commits and never changed; without the hub, it is the one that was made last.
+    Models of a collection that are not experts, such as their base, are skipped. The folder is keyed by the commits and
+    never changed. If the hub is unreachable, a collection resolves to its last folder.
 
     Args:
-        source: a collection's slug, or experts' repositories.
+        source: a collection's slug, or the experts' repositories.
 
     Raises:
-        HubError, ExpertError: see `fetch`. ExpertError: there are no experts, or two have the same name.
+        HubError, ExpertError: see `download`. ExpertError: no experts, or two of the same name.
     """
-    short = re.sub(r"[^\w.-]+", "--", source) if isinstance(source, str) else "experts"
-    last = cache_dir() / "banks" / f"{short}.json"
-    found: list[Fetched] = []
+    is_slug = isinstance(source, str)
+    prefix = re.sub(r"[^\w.-]+", "--", source) if isinstance(source, str) else "experts"
+    last = cache_dir() / "banks" / f"{prefix}.json"
     if isinstance(source, str):
-        label, listed = source, _listed(source, token)
-        if listed is None:
-            return _last(source, last)
-        repos = listed
+        label, items = source, _collection_models(source, token)
+        if items is None:
+            return _last_folder(source, last)
+        repos = items
     else:
         repos = list(dict.fromkeys(source))
-        if not repos:
-            raise ConfigError("no repositories of experts were named", remedy="for example ['user/addition']")
-        for repo in repos:
-            check_repo(repo)
         label = ", ".join(repos)
+        if not repos:
+            raise ConfigError("the list of repositories is empty", remedy="for example ['user/addition']")
+        for repo in repos:
+            check_repo_id(repo)
+    snapshots = []
     for repo in repos:
         try:
-            found.append(fetch(repo, token=token))
+            snapshots.append(download(repo, token=token))
         except NoExpertError:
-            if not isinstance(source, str):
+            if not is_slug:
                 raise
-    if not found:
+    if not snapshots:
         raise ExpertError(
-            f"the collection {label!r} holds no experts",
+            f"the collection {label!r} has no experts",
             remedy=f"push one and add it: hf collections add-item {label} user/name model",
         )
-    key = hashlib.sha256("\n".join(sorted(f"{one.repo}@{one.revision}" for one in found)).encode()).hexdigest()[:16]
-    folder = last.parent / f"{short}-{key}"
+    commits = "\n".join(sorted(f"{one.repo}@{one.revision}" for one in snapshots))
+    folder = last.parent / f"{prefix}-{hashlib.sha256(commits.encode()).hexdigest()[:16]}"
     with file_lock(last.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
-            _copy(found, folder, label)
-    if isinstance(source, str):
+            _copy_bank(snapshots, folder, label)
+    if is_slug:
         write_json(last, {"source": source, "folder": folder.name})
     return folder
 
 
 def pull(source: str, out: Path, revision: str | None = None, token: str | None = None) -> list[dict[str, str]]:
-    """Copy an expert, or the experts of a collection each into a folder of its own, to the new folder ``out``.
+    """Copy an expert, or each expert of a collection into its own subfolder, to the new folder ``out``.
 
     Returns:
         One row per expert: name, repo, revision, path.
 
     Raises:
-        OutputError: there is something at ``out``. ConfigError: a collection with a revision. Else as `gather`.
+        OutputError: ``out`` exists. ConfigError: a collection with a revision. Else as `download_bank`.
     """
     if out.exists() or out.is_symlink():
-        raise OutputError(f"there is something at {out} already", remedy="give another --out, or remove it first")
+        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
     if COLLECTION.fullmatch(source):
         if revision is not None:
             raise ConfigError(f"{source!r} is a collection, which has no revisions", remedy="leave out --revision")
-        made = gather(source, token)
-        rows = [{"name": name, **one, "path": str(out / name)} for name, one in note(made)["experts"].items()]
+        folder = download_bank(source, token)
+        rows = [{"name": name, **one, "path": str(out / name)} for name, one in record(folder)["experts"].items()]
         with atomic_dir(out) as temporary:
             for row in rows:
-                shutil.copytree(made / row["name"], temporary / row["name"])
+                shutil.copytree(folder / row["name"], temporary / row["name"])
         return rows
-    check_repo(source)
-    one = fetch(source, revision, token)
-    name = read(one).name
+    check_repo_id(source)
+    snapshot = download(source, revision, token)
+    name = read(snapshot).name
     with atomic_dir(out) as temporary:
-        _copy_files(one, temporary)
-    return [{"name": name, "repo": one.repo, "revision": one.revision, "path": str(out)}]
+        _copy(snapshot, temporary)
+    return [{"name": name, "repo": snapshot.repo, "revision": snapshot.revision, "path": str(out)}]
 
 
-def note(folder: Path) -> dict[str, Any]:
-    """What `gather` noted in a folder; an empty object for any other."""
-    return directory.read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+def record(folder: Path) -> dict[str, Any]:
+    """Return the `RECORD` of a folder made by `download_bank`; empty for any other folder."""
+    return serialization.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
-def _files(repo: str, revision: str | None, token: str | None) -> dict[str, int | None] | None:
-    """{file: bytes, if the hub says} of a model; None if the hub does not tell, and then fetching says why."""
+def _file_sizes(repo_id: str, revision: str | None, token: str | None) -> dict[str, int | None]:
+    """Return {file: bytes} of a repository; empty if the request fails, which the download then reports."""
     import huggingface_hub
 
     if offline():
-        return None
+        return {}
     try:
-        with asking(repo, token, revision) as key:
-            about = huggingface_hub.HfApi(token=key).model_info(repo, revision=revision, files_metadata=True)
-    except HubError:
-        return None
-    return {file.rfilename: file.size for file in about.siblings or ()}
+        info = huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError):
+        return {}
+    return {file.rfilename: file.size for file in info.siblings or ()}
 
 
-def _check_sizes(repo: str, listed: Mapping[str, int | None]) -> None:
-    for file in FILES:
-        if (count := listed.get(file) or 0) > LARGEST:
-            raise ExpertError(
-                f"the {file} of the hub's {repo!r} has {count / 1e9:.1f} GB, as no expert has, so it was not fetched",
-                remedy="ask its author what it is; hf download fetches it all the same, and its folder can be loaded",
-            )
-
-
-def _listed(slug: str, token: str | None) -> list[str] | None:
-    """The models of a collection; None if the hub cannot be asked."""
+def _collection_models(slug: str, token: str | None) -> list[str] | None:
+    """Return the models of a collection, or None if the hub is unreachable."""
     import huggingface_hub
 
-    if not REPO.fullmatch(slug):
-        raise ConfigError(f"{slug!r} is no collection's slug", remedy="it is the end of its address: user/title-<id>")
+    if not REPO_ID.fullmatch(slug):
+        raise ConfigError(f"{slug!r} is not a collection slug", remedy="give the end of its address: user/title-<id>")
     if offline():
         return None
     try:
-        with asking(slug, token, what="collection") as key:
+        with _hub(slug, token, action="read the collection") as key:
             items = huggingface_hub.HfApi(token=key).get_collection(slug).items
     except HubError as error:
         status = status_of(error.__cause__)
@@ -254,61 +238,67 @@ def _listed(slug: str, token: str | None) -> list[str] | None:
     return [item.item_id for item in items if item.item_type == "model"]
 
 
-def _last(slug: str, noted: Path) -> Path:
-    """The folder that was made of a collection last."""
-    found = directory.read_json(noted).get("folder") if noted.is_file() else None
-    folder = noted.parent / str(found)
-    if found is None or not folder.is_dir():
+def _last_folder(slug: str, last: Path) -> Path:
+    name = serialization.read_json(last).get("folder") if last.is_file() else None
+    folder = last.parent / str(name)
+    if name is None or not folder.is_dir():
         why = "offline mode is set" if offline() else "the hub cannot be reached"
         raise HubError(
             f"the collection {slug!r} is not in the cache, and {why}",
-            remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE to download it, or check the network",
+            remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE, or check the network",
         )
     return folder
 
 
-def _copy(found: Sequence[Fetched], folder: Path, label: str) -> None:
-    """Copies and not links: the hub's cache may be cleared while a bank is in use."""
-    names: dict[str, Fetched] = {}
-    for one in found:
+def _copy_bank(snapshots: Sequence[Snapshot], folder: Path, label: str) -> None:
+    """Copy, not link: the hub's cache may be cleared while a bank is in use."""
+    by_name: dict[str, Snapshot] = {}
+    for one in snapshots:
         name = read(one).name
-        if name in names:
+        if name in by_name:
             raise ExpertError(
-                f"two experts of {label} are called {name!r}: {names[name].repo} and {one.repo}",
+                f"two experts of {label} are named {name!r}: {by_name[name].repo} and {one.repo}",
                 remedy='remove one, or open a list without it: Bank.from_hub(["user/name", …])',
             )
-        names[name] = one
+        by_name[name] = one
     with atomic_dir(folder) as temporary:
-        for name, one in names.items():
+        for name, one in by_name.items():
             (temporary / name).mkdir()
-            _copy_files(one, temporary / name)
-        experts = {name: {"repo": names[name].repo, "revision": names[name].revision} for name in sorted(names)}
-        write_json(temporary / NOTE, {"source": label, "experts": experts})
+            _copy(one, temporary / name)
+        experts = {name: {"repo": by_name[name].repo, "revision": by_name[name].revision} for name in sorted(by_name)}
+        write_json(temporary / RECORD, {"source": label, "experts": experts})
 
 
-def _copy_files(found: Fetched, folder: Path) -> None:
+def _copy(snapshot: Snapshot, folder: Path) -> None:
     for file in FILES:
-        if (found.folder / file).is_file():
+        if (snapshot.folder / file).is_file():
             with writing(folder / file):
-                shutil.copyfile(found.folder / file, folder / file)
+                shutil.copyfile(snapshot.folder / file, folder / file)
 
 
-# --- Pushing an expert to the Hugging Face hub.
+@contextlib.contextmanager
+def _hub(name: str, token: str | None, **options: Any) -> Iterator[str | None]:
+    """`hub_errors` for experts, without progress bars and warnings for files this small."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    level, disabled = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if not disabled:
+        disable_progress_bars()
+    try:
+        with hub_errors(name, HubError, token=token, **options) as key:
+            yield key
+    finally:
+        logging.set_verbosity(level)
+        if not disabled:
+            enable_progress_bars()
 
 
-PART = r"[^\s/\\\"'?&,;]+"
-
-
-PATHS = re.compile(
-    r"(?<![\w+.-])(?P<address>(?!file:)[A-Za-z][\w+.-]+://[^\s/\"'][^\s\"']*)"
-    r"|(?<![\w/.~\\])(?:(?:file|[A-Za-z][\w+.-]+(?=:///)):/+(?:[A-Za-z]:[/\\]+)?|[A-Za-z]:[/\\]+|\\{2,}|~?/|\.[/\\]"
-    rf"|(?:{PART}[/\\])*?(?:\.\.[/\\])+)(?P<path>{PART}(?:[/\\]+{PART})*)[/\\]?"
-)
-"""A path of some machine, from its root to its last part; or an address, which is none."""
+# ---------------------------------------------------------------------- upload
 
 
 class Pushed(NamedTuple):
-    """The repository's page, the commit's hash, and whether anything had changed."""
+    """URL of the repository, commit hash, and whether anything changed."""
 
     url: str
     revision: str
@@ -316,192 +306,96 @@ class Pushed(NamedTuple):
 
 
 def push(
-    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo: str, *, token: str | None = None,
+    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo_id: str, *, token: str | None = None,
     private: bool = False, revision: str | None = None, commit_message: str | None = None,
 ) -> Pushed:  # fmt: skip
-    """Commit an expert to a repository, which is made if it does not exist: all files in one commit or none.
+    """Upload an expert in one commit; the repository and the branch are created if missing.
 
-    Paths on this machine are cut to their last part (`published`), so what is loaded again may have another base name;
-    z and fingerprint are the same. What the repository holds is looked at first, and the commit is refused if somebody
-    else commits in between.
+    Local paths in the metadata are shortened (`public_metadata`). The commit is refused if another one came in between.
 
     Raises:
-        ConfigError: no "user/name". OutputError: the repository holds more than an expert, or is public and ``private``
-        was asked for. HubError: the hub refuses or cannot be reached.
+        ConfigError: not "user/name". OutputError: the repository has files other than an expert's, or is public
+        although ``private`` is set. HubError: the hub refuses or cannot be reached.
     """
     import huggingface_hub
 
-    check_repo(repo)
+    check_repo_id(repo_id)
     if offline():
         raise HubError(
-            f"cannot push to {repo!r}: offline mode is set", remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"
+            f"cannot push to {repo_id!r}: offline mode is set", remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"
         )
-    files = directory.contents(name, z, published(meta), repo)
-    adding = [huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=files[file]) for file in FILES]
-    with asking(repo, token, revision, writes=True) as key:
+    files = serialization.contents(name, z, public_metadata(meta), repo_id)
+    additions = [huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=files[file]) for file in FILES]
+    with _hub(repo_id, token, action="push to") as key:
         api = huggingface_hub.HfApi(token=key)
-        page = api.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo).private:
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        head = api.model_info(repo_id)
+        if private and not head.private:
             raise OutputError(
-                f"the hub model {repo!r} exists and is public, so nothing was pushed to it",
+                f"the hub model {repo_id!r} exists and is public, so nothing was pushed",
                 remedy="make it private in its settings, or give another name",
             )
-        fresh = False
-        try:
-            before = api.model_info(repo, revision=revision)
-        except huggingface_hub.errors.RevisionNotFoundError:
-            before, fresh = api.model_info(repo), True  # what a new branch begins with
-        _check_others(repo, [file.rfilename for file in before.siblings or ()])
-        if fresh:
-            api.create_branch(repo, branch=str(revision), revision=before.sha)
-        done = api.create_commit(
-            repo, adding, commit_message=commit_message or f"Expert {name}", revision=revision, parent_commit=before.sha
-        )
-    return Pushed(str(page), done.oid, done.oid != before.sha)
+        new_branch = False
+        if revision is not None:
+            try:
+                head = api.model_info(repo_id, revision=revision)
+            except huggingface_hub.errors.RevisionNotFoundError:
+                new_branch = True
+        _check_files(repo_id, [file.rfilename for file in head.siblings or ()])
+        if new_branch:
+            api.create_branch(repo_id, branch=str(revision), revision=head.sha)
+        commit = api.create_commit(
+            repo_id, additions, commit_message=commit_message or f"Expert {name}", revision=revision,
+            parent_commit=head.sha,
+        )  # fmt: skip
+    return Pushed(str(url), commit.oid, commit.oid != head.sha)
 
 
-def published(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as the world may see it: paths on this machine, such as a base's folder, cut to their last part."""
-
-    home = str(Path.home())
-
-    def last(found: re.Match[str]) -> str:
-        if found["address"]:
-            return found[0]
-        parts = re.split(r"[/\\]+", found["path"])
-        if f"/{found['path']}" == home or (len(parts) == 2 and parts[0].lower() in ("home", "users")):
-            return "~"  # somebody's own folder is called as they are
-        return found[0] if len(parts) == 1 else parts[-1]
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [cut(item) for item in value]
-        if isinstance(value, str):
-            # a blank ends a path, as far as one can tell, but not in what is known for one
-            return PATHS.sub(last, value.replace(home, "~") if " " in home else value)
-        return value
-
-    plain = thaw(meta)
-    made = {key: value if key in COMPUTED else cut(value) for key, value in plain.items()}
-    if (plain.get("base") or {}).get("name"):
-        name = plain["base"]["name"]
-        made["base"] = {**plain["base"], "name": "~" if cut(name) == "~" else without_path(name)}
-    return made
-
-
-def _check_others(repo: str, files: Sequence[str]) -> None:
-    """As for a folder: a repository with other things in it is not an expert's, and its card not ours to replace."""
-    allowed = {*directory.FILES, ".gitattributes", "LICENSE", "LICENSE.md"}
+def _check_files(repo_id: str, files: Sequence[str]) -> None:
+    allowed = {*serialization.FILES, ".gitattributes", "LICENSE", "LICENSE.md"}
     others = sorted(file for file in files if file not in allowed)
-    if directory.CONFIG in files and directory.META not in files:
-        others.insert(0, f"the {directory.CONFIG} of another adapter")
+    if CONFIG in files and META not in files:
+        others.insert(0, f"the {CONFIG} of another adapter")
     if others:
         raise OutputError(
-            f"the hub model {repo!r} holds more than an expert, such as {others[0]}; its card would be replaced",
+            f"the hub model {repo_id!r} has other files than an expert's, such as {others[0]}",
             remedy="give the name of a new repository, or remove the other files there",
         )
 
 
-# --- Asking the Hugging Face hub: as whom, and what its refusals say.
+PART = r"[^\s/\\\"'?&,;]+"
+PATHS = re.compile(
+    r"(?<![\w+.-])(?P<address>(?!file:)[A-Za-z][\w+.-]+://[^\s/\"'][^\s\"']*)"
+    r"|(?<![\w/.~\\])(?:(?:file|[A-Za-z][\w+.-]+(?=:///)):/+(?:[A-Za-z]:[/\\]+)?|[A-Za-z]:[/\\]+|\\{2,}|~?/|\.[/\\]"
+    rf"|(?:{PART}[/\\])*?(?:\.\.[/\\])+)(?P<path>{PART}(?:[/\\]+{PART})*)[/\\]?"
+)
+"""A local path, from its root to its last part; or a URL, which is kept."""
 
 
-def check_repo(repo: object) -> None:
-    """Raise `ConfigError` unless ``repo`` reads as "user/name"."""
-    if not isinstance(repo, str) or not REPO.fullmatch(repo):
-        raise ConfigError(
-            f"{repo!r} is no name of a hub model: it needs a user or an organisation, and a name",
-            remedy="for example 'user/addition'",
-        )
+def public_metadata(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata in which every local path is shortened to its last part, and home folders to ``~``."""
+    home = str(Path.home())
 
+    def last_part(match: re.Match[str]) -> str:
+        if match["address"]:
+            return match[0]
+        parts = re.split(r"[/\\]+", match["path"])
+        if f"/{match['path']}" == home or (len(parts) == 2 and parts[0].lower() in ("home", "users")):
+            return "~"  # the last part of a home folder is a user name
+        return match[0] if len(parts) == 1 else parts[-1]
 
-@contextlib.contextmanager
-def asking(
-    name: str, token: str | None, revision: str | None = None, *, writes: bool = False, what: str = "hub model"
-) -> Iterator[str | None]:
-    """Yield the token to ask with (None: nobody's), and turn the hub's refusals into one clear `HubError`.
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, str):
+            # PATHS ends a path at a blank, so a home folder with blanks goes first
+            return PATHS.sub(last_part, value.replace(home, "~") if " " in home else value)
+        return value
 
-    Raises:
-        ConfigError: a token that cannot be one.
-    """
-    from huggingface_hub import constants, get_token
-
-    own = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-    key = (token or own or "").strip() or None
-    if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
-        # the HTTP client would quote it in its own error
-        raise ConfigError(
-            "the token for the hub holds blanks or letters that no token has", remedy="run: hf auth login, or mend it"
-        )
-    try:
-        with _silent():
-            yield key
-    except SigmixError:
-        raise
-    except Exception as error:
-        found = _refusal(error, name, revision, writes, what)
-        if found is None and not shows(error, key):
-            raise
-        message, remedy = found or (f"asking the hub about {name!r} failed: {error}", "run it again, or: hf auth login")
-        raise HubError(scrubbed(message, key), remedy=remedy) from (None if shows(error, key) else error)
-
-
-def _refusal(
-    error: Exception, name: str, revision: str | None, writes: bool, what: str
-) -> tuple[str, str] | None:
-    from huggingface_hub import constants
-
-    status = status_of(error) or status_of(error.__cause__)
-    if what == "collection" and status in (401, 404):
-        return f"there is no folder and no public collection {name!r}", (
-            "check the slug, the end of its address; if it is private, run: hf auth login"
-        )
-    if not writes:
-        return explain(error, name, revision=revision, hint=near_paths(Path(name)), instead="give an expert's folder")
-    owner = name.split("/")[0]
-    if status == 401:
-        return f"the hub does not let you push to {name!r}: it wants a valid token", (
-            f"run: hf auth login, or set HF_TOKEN; {constants.ENDPOINT}/settings/tokens makes one that may write"
-        )
-    if status == 403:
-        return f"your token may not push to {name!r}", (
-            f"take one that may write to {owner!r}, from {constants.ENDPOINT}/settings/tokens, or push under your name"
-        )
-    if status == 404:
-        return f"the hub has no {owner!r} to push {name!r} to, or your token may not see it", "check the name"
-    if status == 409 or status == 412:
-        return f"the hub refuses {name!r} ({status}): somebody else is changing it", "run it again"
-    if status == 400 or isinstance(error, ValueError):
-        return f"the hub refuses what was pushed to {name!r}: {error}", "mend that and run it again"
-    if status is None and not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
-        if not isinstance(error, RuntimeError):  # what the library makes of a transfer that fails
-            return None
-        return f"the upload to {name!r} failed: {error}", "run it again"
-    if status is None:
-        return f"cannot reach the hub to push to {name!r} ({type(error).__name__})", "check the network, run it again"
-    return f"the hub failed on {name!r} with status {status}", "run it again later"
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No progress bars and no notes of the library for files this small; its settings come back afterwards."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
-
-    level, hidden = logging.get_verbosity(), are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        if not hidden:
-            disable_progress_bars()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(level)
-            if not hidden:
-                enable_progress_bars()
+    plain = thaw(meta)
+    public = {key: value if key in COMPUTED else shorten(value) for key, value in plain.items()}
+    if name := (plain.get("base") or {}).get("name"):
+        public["base"] = {**plain["base"], "name": "~" if shorten(name) == "~" else without_path(name)}
+    return public

@@ -1,18 +1,18 @@
-"""Looking at experts: what `sigmix experts list | show | verify | diff` print. Every result is JSON-able.
+"""Inspection of experts: the JSON-able results of `sigmix experts list | show | verify | diff`.
 
-Two experts are compared in two spaces. Gain space takes z - 1 as it is. Weight space takes s ⊙ (z - 1), which is the
-change of the weight itself: U and V are orthonormal, so ⟨Δa, Δb⟩_F = Σ s² gₐ g_b.
+Two experts are compared in gain space, z - 1, and in weight space, s ⊙ (z - 1), which is the change of the weight: U
+and V are orthonormal, so ⟨Δa, Δb⟩_F = Σ s² gₐ g_b.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sigmix.errors import ExpertError, SigmixError
 from sigmix.experts.bank import Bank
@@ -23,9 +23,9 @@ from sigmix.svf.linears import factors_of, linears
 
 
 def listing(bank: Bank) -> list[dict[str, Any]]:
-    """One row per expert: name, path, domain, description, base, verified, matrices, numbers, metrics, problem.
+    """Return one row per expert: name, path, domain, description, base, verified, matrices, numbers, metrics, problem.
 
-    A damaged expert has its ``problem`` filled in and nothing that could not be read, so one never hides the others.
+    The row of a damaged expert has its name, path and ``problem`` only.
     """
     rows = []
     for name in bank.names():
@@ -38,9 +38,9 @@ def listing(bank: Bank) -> list[dict[str, Any]]:
 
 
 def show(expert: Expert, top: int = 5) -> dict[str, Any]:
-    """One expert: metadata, size, statistics of its gains over all and per matrix, the matrices that it moves most.
+    """Return metadata, size, and statistics of the gains, overall and per matrix.
 
-    "Moves" is ‖Δ‖_F where sketches hold it, else ‖z - 1‖.
+    ``top`` matrices are ranked by ‖Δ‖_F if the expert has sketches, else by ‖z - 1‖.
     """
     sketches = expert.meta.get("sketches") or {}
     sizes = expert.meta.get("matrices") or {}
@@ -49,28 +49,28 @@ def show(expert: Expert, top: int = 5) -> dict[str, Any]:
         change = {"weight_change": sketches[path]["norm"]} if path in sketches else {}
         layers[path] = {"shape": thaw(sizes.get(path)), "r": len(z), **_statistics(z.double() - 1), **change}
     key = "weight_change" if sketches else "norm"
-    moved = sorted(layers, key=lambda path: -layers[path][key])[:top]
-    every = torch.cat([z.double() - 1 for z in expert.z.values()])
-    known = ("task", "objective", "seed", "commit", "license", "training", "carried_from")
+    ranked = sorted(layers, key=lambda path: -layers[path][key])[:top]
+    gains = torch.cat([z.double() - 1 for z in expert.z.values()])
+    keys = ("task", "objective", "seed", "commit", "license", "training", "carried_from")
     return {
         "name": expert.name,
         **_summary(expert),
-        **{name: thaw(expert.meta.get(name)) for name in known},
-        "bytes": 4 * every.numel(),
+        **{key: thaw(expert.meta.get(key)) for key in keys},
+        "bytes": 4 * gains.numel(),
         "digest": expert.digest,
         "origin": expert.origin,
-        "gain": _statistics(every),
-        "top": [{"path": path, key: layers[path][key]} for path in moved],
+        "gain": _statistics(gains),
+        "top": [{"path": path, key: layers[path][key]} for path in ranked],
         "layers": layers,
     }
 
 
 def verify(path: str | os.PathLike[str], base: nn.Module | None = None) -> dict[str, Any]:
-    """Check an expert's directory, and against a base if one is given; never raises for what is wrong with it.
+    """Check an expert's folder, and against a base if one is given, without raising.
 
     Returns:
-        path, ok, name, verified (it knows its base), checked (what was looked at) and problems (in words, empty if ok).
-        An expert that does not know its base is ok on its own, but not as proof that it belongs to ``base``.
+        path, ok, name, verified (a fingerprint is recorded), checked (list of checks) and problems (messages).
+        An expert without a fingerprint can be ok, which does not prove that it was made on ``base``.
     """
     report: dict[str, Any] = {
         "path": str(Path(path)), "ok": False, "name": None, "verified": False, "checked": [], "problems": [],
@@ -82,9 +82,7 @@ def verify(path: str | os.PathLike[str], base: nn.Module | None = None) -> dict[
             report["checked"].append("checksum")
         if base is not None:
             expert.check(base)
-            report["checked"].append("matrices")
-            if expert.verified:
-                report["checked"] += ["fingerprint", "sketches"]
+            report["checked"] += ["matrices", *(["fingerprint", "sketches"] if expert.verified else [])]
     except SigmixError as error:
         report["problems"].append(str(error))
     report["ok"] = not report["problems"]
@@ -92,20 +90,19 @@ def verify(path: str | os.PathLike[str], base: nn.Module | None = None) -> dict[
 
 
 def diff(a: Expert, b: Expert, base: nn.Module | None = None) -> dict[str, Any]:
-    """How two experts differ. A matrix that only one of them adapts counts as zero gain in the other.
+    """Compare two experts. A matrix that only one of them adapts has zero gain in the other.
 
     Args:
-        base: gives the singular values and so exact figures in weight space, per matrix too. Without it weight space is
-            estimated from the sketches, over all matrices only: 8 probes a matrix, so the cosine of n matrices is
-            uncertain by about 1/√(8n).
+        base: its singular values give exact figures in weight space, per matrix too. Without it they are estimated from
+            the sketches, overall only: with 8 probes a matrix, the cosine over n matrices has an error of 1/√(8n).
 
     Returns:
-        a, b: names. identical: every z equal bit for bit. same_base: their fingerprints agree (None: one is unknown).
-        gain, weight: each {"cosine", "norm_a", "norm_b", "distance"}, where distance is ‖a - b‖ / max(‖a‖, ‖b‖); weight
-        also has "estimated"; it is None without a base or sketches. matrices: {path: {"gain": …, "weight": … or None}}.
+        a, b: names. identical: every z equal bit for bit. same_base: equal fingerprints (None: one is missing).
+        gain, weight: each {"cosine", "norm_a", "norm_b", "distance"} with distance ‖a - b‖ / max(‖a‖, ‖b‖); weight also
+        has "estimated", and is None without a base or sketches. matrices: {path: {"gain": …, "weight": … or None}}.
 
     Raises:
-        ExpertError: matrices of one name have different sizes, or an expert does not fit ``base``.
+        ExpertError: matrices of one path have different sizes, or an expert does not fit ``base``.
     """
     paths = sorted({*a.z, *b.z})
     gains = {path: _gains(a, b, path) for path in paths}
@@ -117,50 +114,46 @@ def diff(a: Expert, b: Expert, base: nn.Module | None = None) -> dict[str, Any]:
         a.check(base, sketches=False)
         b.check(base, sketches=False)
         layers = linears(base)
-        moved = {}
+        changes = {}
         for path, (left, right) in gains.items():
             s = factors_of(layers[path]).s.double().cpu()
-            moved[path] = (s * left, s * right)
-            matrices[path]["weight"] = _compare(*moved[path])
-        weight = {**_compare(*_joined(moved)), "estimated": False}
+            changes[path] = (s * left, s * right)
+            matrices[path]["weight"] = _compare(*changes[path])
+        weight = {**_compare(*_concatenated(changes.values())), "estimated": False}
     elif a.meta.get("sketches") and b.meta.get("sketches"):
-        weight = _estimated(a.meta["sketches"], b.meta["sketches"], paths)
-    prints = [(e.meta.get("base") or {}).get("fingerprint") for e in (a, b)]
+        weight = _estimate(a.meta["sketches"], b.meta["sketches"], paths)
+    fingerprints = [expert.base.get("fingerprint") for expert in (a, b)]
     return {
         "a": a.name,
         "b": b.name,
         "identical": a.digest == b.digest,
-        "same_base": prints[0] == prints[1] if all(prints) else None,
-        "gain": _compare(*_joined(gains)),
+        "same_base": fingerprints[0] == fingerprints[1] if all(fingerprints) else None,
+        "gain": _compare(*_concatenated(gains.values())),
         "weight": weight,
         "matrices": matrices,
     }
 
 
 def _summary(expert: Expert) -> dict[str, Any]:
-    meta = expert.meta
     return {
-        "domain": meta.get("domain"),
-        "description": meta.get("description"),
-        "base": thaw(meta.get("base")),
+        "domain": expert.meta.get("domain"),
+        "description": expert.meta.get("description"),
+        "base": thaw(expert.meta.get("base")),
         "verified": expert.verified,
         "matrices": len(expert.z),
         "numbers": sum(len(z) for z in expert.z.values()),
-        "metrics": thaw(meta.get("metrics") or []),
+        "metrics": thaw(expert.meta.get("metrics") or []),
     }
 
 
-def _statistics(gain: torch.Tensor) -> dict[str, float]:
+def _statistics(gain: Tensor) -> dict[str, float]:
     return {
-        "mean": float(gain.mean()),
-        "std": float(gain.std(correction=0)),
-        "min": float(gain.min()),
-        "max": float(gain.max()),
-        "norm": float(gain.norm()),
-    }
+        "mean": float(gain.mean()), "std": float(gain.std(correction=0)), "min": float(gain.min()),
+        "max": float(gain.max()), "norm": float(gain.norm()),
+    }  # fmt: skip
 
 
-def _gains(a: Expert, b: Expert, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _gains(a: Expert, b: Expert, path: str) -> tuple[Tensor, Tensor]:
     sizes = {len(expert.z[path]) for expert in (a, b) if path in expert.z}
     if len(sizes) > 1:
         raise ExpertError(
@@ -172,27 +165,29 @@ def _gains(a: Expert, b: Expert, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return left, right
 
 
-def _joined(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([left for left, _ in pairs.values()]), torch.cat([right for _, right in pairs.values()])
+def _concatenated(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    lefts, rights = zip(*pairs, strict=True)
+    return torch.cat(lefts), torch.cat(rights)
 
 
-def _compare(left: torch.Tensor, right: torch.Tensor) -> dict[str, float | None]:
+def _compare(left: Tensor, right: Tensor) -> dict[str, float | None]:
     return _figures(float(left.norm()), float(right.norm()), float(left @ right), float((left - right).norm()))
 
 
 def _figures(norm_a: float, norm_b: float, inner: float, distance: float) -> dict[str, float | None]:
     scale = max(norm_a, norm_b)
-    # the cosine with nothing is undefined, not zero
+    # the cosine with a zero vector is undefined, not zero
     cosine = max(-1.0, min(1.0, inner / (norm_a * norm_b))) if norm_a and norm_b else None
     return {"cosine": cosine, "norm_a": norm_a, "norm_b": norm_b, "distance": distance / scale if scale else 0.0}
 
 
-def _estimated(first: Mapping[str, Any], second: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """Overall figures in weight space from the sketches: E[(qᵀAp)(qᵀBp)] = ⟨A, B⟩_F, and norms are stored exactly."""
+def _estimate(first: Mapping[str, Any], second: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """Estimate the figures in weight space from sketches: E[(qᵀAp)(qᵀBp)] = ⟨A, B⟩_F; norms are stored exactly."""
     none = {"norm": 0.0, "values": (0.0,) * PROBES}
     pairs = [(first.get(path, none), second.get(path, none)) for path in paths]
     norm_a = sum(x["norm"] ** 2 for x, _ in pairs) ** 0.5
     norm_b = sum(y["norm"] ** 2 for _, y in pairs) ** 0.5
-    inner = sum(u * v for x, y in pairs for u, v in zip(x["values"], y["values"], strict=True)) / PROBES
-    distance = sum((u - v) ** 2 for x, y in pairs for u, v in zip(x["values"], y["values"], strict=True)) / PROBES
+    values = [(u, v) for x, y in pairs for u, v in zip(x["values"], y["values"], strict=True)]
+    inner = sum(u * v for u, v in values) / PROBES
+    distance = sum((u - v) ** 2 for u, v in values) / PROBES
     return {**_figures(norm_a, norm_b, inner, distance**0.5), "estimated": True}

@@ -1,9 +1,9 @@
-"""`Mix`: which experts, in what shares. z' = 1 + Σₖ αₖ (zₖ - 1), so the empty mix is the base.
+"""`Mix`: a mixture of experts, z' = 1 + Σₖ αₖ (zₖ - 1); the empty one is the base.
 
     Mix.parse("addition:0.7 + larger:0.3")    Mix.parse("addition")    Mix.parse("base")
     Mix({"arithmetic": [0.7, 0.2, …]})           α per layer;  {"arithmetic": {path: 0.7, …}} per matrix
 
-Equal mixes have equal ids, whatever the order or spelling they were written in, so the id is a key for caches.
+Equal mixtures have equal ids, whatever their order or spelling, so an id is a cache key.
 """
 
 from __future__ import annotations
@@ -17,41 +17,39 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
 from sigmix.experts.metadata import NAME, check_name
 from sigmix.svf.functional import mix_z
 
+if TYPE_CHECKING:
+    from sigmix.experts.bank import Bank
+    from sigmix.experts.expert import Expert
+
 Alpha: TypeAlias = "float | Sequence[float] | Mapping[str, float]"
 
-
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-
-
-# a weight that is no number matches too, so that the message can be about it
+# a weight that is not a number matches too, for a better error
 TERM = re.compile(rf"\s*(?P<name>{NAME.pattern})\s*(?::\s*(?P<alpha>{NUMBER}|[^\s:+]*))?\s*(?P<end>\+|$)")
-
-
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-
-
 EXAMPLE = "for example 'addition:0.7+larger:0.3', 'addition' or 'base'"
 
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """An immutable mixture of experts. Equal (and hashed alike) if the non-zero weights are.
+    """An immutable mixture of experts; equal, with equal hashes, if the non-zero weights are.
 
     Attributes:
-        weights: {expert: α}, names sorted, zeros dropped. α is a float (the whole model), a tuple of floats (one per
-            layer, by the first number in a matrix's path) or a mapping {matrix path: float} (absent ones are 0). Any
-            finite number is allowed, negative ones and those above 1 too. A weight of ``base`` has no effect.
+        weights: {expert: α}, names sorted, zeros dropped. α is a float (whole model), a tuple of floats (per layer, by
+            the first number in a matrix's path) or a mapping {matrix path: float} (missing ones are 0). Any finite
+            number is allowed, negative ones and those above 1 too. A weight of ``base`` has no effect.
 
     Raises:
-        ConfigError: an α that is not finite. ExpertError: a name that no expert can have.
+        ConfigError: an α that is not finite. ExpertError: an invalid name.
     """
 
     weights: Mapping[str, Alpha] = field(default_factory=dict)
@@ -59,36 +57,36 @@ class Mix:
     def __post_init__(self) -> None:
         names = sorted((name for name in self.weights if name != "base"), key=str)  # the base's gain is zero
         clean = {check_name(name): _alpha(name, self.weights[name]) for name in names}
-        object.__setattr__(self, "weights", MappingProxyType({n: a for n, a in clean.items() if not _zero(a)}))
+        object.__setattr__(self, "weights", MappingProxyType({n: a for n, a in clean.items() if not _is_zero(a)}))
 
-    # ------------------------------------------------------------------ making
+    # ------------------------------------------------------------------ construction
 
     @classmethod
     def base(cls) -> Mix:
-        """The empty mix: the base itself."""
+        """Return the empty mixture: the base itself."""
         return cls({})
 
     @classmethod
     def one(cls, name: str) -> Mix:
-        """One expert at weight 1, as it was trained."""
+        """Return one expert at weight 1, as it was trained."""
         return cls({name: 1.0})
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """A mix from ``name:weight+name:weight``; a name alone has weight 1, and ``base`` adds nothing.
+        """Parse ``name:weight+name:weight``; a name alone has weight 1, and ``base`` adds nothing.
 
         Raises:
-            ConfigError: quotes the part that cannot be read and says where it stands.
+            ConfigError: quotes the invalid part and its position.
         """
         weights: dict[str, float] = {}
-        place = 0
+        position = 0
         while True:
-            match = TERM.match(text, place)
+            match = TERM.match(text, position)
             if match is None:
-                part = re.split(r"\+(?=\s*[a-z])", text[place:])[0].strip()
+                part = re.split(r"\+(?=\s*[a-z])", text[position:])[0].strip()
                 found = repr(part) if part else "nothing"
                 raise ConfigError(
-                    f"mix {text!r}: expected name:weight, found {found} at character {place + 1}", remedy=EXAMPLE
+                    f"mix {text!r}: expected name:weight, found {found} at character {position + 1}", remedy=EXAMPLE
                 )
             name, alpha = match["name"], match["alpha"]
             if alpha is not None and (not re.fullmatch(NUMBER, alpha) or not math.isfinite(float(alpha))):
@@ -98,13 +96,13 @@ class Mix:
             if name in weights:
                 raise ConfigError(f"mix {text!r} names {name} twice", remedy="add its weights up and name it once")
             weights[name] = 1.0 if alpha is None else float(alpha)
-            place = match.end()
+            position = match.end()
             if not match["end"]:
                 return cls(weights)
 
     @classmethod
     def from_json(cls, value: str | Mapping[str, Any]) -> Mix:
-        """The inverse of `to_json`, from its result or from that as text.
+        """Return the mixture of `to_json`'s result, given as an object or as text.
 
         Raises:
             ConfigError: not an object with ``weights``.
@@ -122,19 +120,19 @@ class Mix:
             )
         return cls(value["weights"])
 
-    # ------------------------------------------------------------------ reading
+    # ------------------------------------------------------------------ properties
 
     @cached_property
     def id(self) -> str:
-        """Canonical text: sorted names with the shortest numbers that read back exactly, or ``base``.
+        """Canonical text: sorted names with the shortest exact numbers, or ``base``.
 
-        Weights per layer or matrix are shown as ``name:layers~<hash>`` or ``name:matrices~<hash>``: an id to compare,
-        which `parse` refuses; use `to_json` to keep such a mix.
+        Weights per layer or matrix are shown as ``name:layers~<hash>`` or ``name:matrices~<hash>``, which `parse`
+        refuses; store such a mixture with `to_json`.
         """
-        return "+".join(_shown(name, alpha) for name, alpha in self.weights.items()) or "base"
+        return "+".join(_term(name, alpha) for name, alpha in self.weights.items()) or "base"
 
     def to_json(self) -> dict[str, Any]:
-        """{"weights": {name: number, list or {path: number}}}."""
+        """Return {"weights": {name: number, list or {path: number}}}."""
         plain = {
             name: dict(a) if isinstance(a, Mapping) else list(a) if isinstance(a, tuple) else a
             for name, a in self.weights.items()
@@ -142,7 +140,7 @@ class Mix:
         return {"weights": plain}
 
     def alpha(self, name: str, path: str) -> float:
-        """α of an expert at one matrix; 0 for an expert that is not in the mix.
+        """Return α of an expert at one matrix; 0 for an expert that is not in the mixture.
 
         Raises:
             ConfigError: weights per layer, and the matrix is in none of those layers.
@@ -153,47 +151,51 @@ class Mix:
         if isinstance(alpha, tuple):
             number = LAYER.search(path)
             if number is None or int(number[1]) >= len(alpha):
-                where = "belongs to no layer" if number is None else f"is in layer {number[1]}"
+                problem = "is in no layer" if number is None else f"is in layer {number[1]}"
                 raise ConfigError(
-                    f"{name} has weights for layers 0 to {len(alpha) - 1}, but {path} {where}",
+                    f"{name} has weights for layers 0 to {len(alpha) - 1}, but {path} {problem}",
                     remedy="give one weight per layer of the model, or weights per matrix",
                 )
             return alpha[int(number[1])]
         return alpha  # type: ignore[return-value]
 
-    def z(self, bank: Mapping[str, Any], layers: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Effective z of every matrix of a model.
+    def z(
+        self, bank: Mapping[str, Expert] | Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return the effective z of every matrix of a model.
 
         Args:
-            bank: {name: Expert}, a `Bank`, or {name: {path: z}}.
-            layers: {matrix path: r}, all that the model has adapted.
+            bank: {name: Expert}, such as a `Bank`, or {name: {path: z}}.
+            layers: {matrix path: r} of all adapted matrices of the model.
 
         Returns:
-            {path: float32 [r]} for every path of ``layers``. A single expert at weight 1 comes bit for bit as it is
-            stored; where nothing acts z is exactly 1. An expert that does not adapt a matrix has z = 1 there.
+            {path: float32 [r]} for every path of ``layers``. A single expert at weight 1 is bit for bit as stored;
+            without an acting expert z is exactly 1. An expert that does not adapt a matrix has z = 1 there.
 
         Raises:
-            UnknownNameError: an expert that ``bank`` does not have. ConfigError: weights that name other matrices.
-            ExpertError: an expert that adapts what is not in ``layers``, or with another size.
+            UnknownNameError: an expert missing in ``bank``. ConfigError: weights for other matrices.
+            ExpertError: an expert adapts a matrix that is not in ``layers``, or with another size.
         """
         layout = Layout(layers)
-        made = self.flat_z(layout, {name: layout.flat(name, self._z_of(name, bank)) for name in self.weights})
-        return {path: z.clone() for path, z in layout.split(made).items()}
+        flats = {}
+        for name in self.weights:
+            if name not in bank:
+                raise UnknownNameError("expert", name, bank, remedy="`sigmix experts list` lists them")
+            expert: Any = bank[name]
+            flats[name] = layout.flat(name, getattr(expert, "z", expert))
+        return {path: z.clone() for path, z in layout.split(self.flat_z(layout, flats)).items()}
 
-    def flat_z(self, layout: Layout, flats: Mapping[str, Flat]) -> torch.Tensor:
-        """`z` as one vector [R]; ``flats`` has all experts of the mix.
+    def flat_z(self, layout: Layout, flats: Mapping[str, Flat]) -> Tensor:
+        """Return `z` as one vector [R]; ``flats`` has all experts of the mixture.
 
         Raises:
-            ConfigError: weights that name other matrices or layers.
+            ConfigError: weights for other matrices or layers.
         """
         for name, alpha in self.weights.items():
-            check_matrices(name, alpha, layout.layers)
+            if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layout.layers]):
+                near = UnknownNameError("matrix", odd[0], layout.layers).message
+                raise ConfigError(f"the weights of {name}: {near}", remedy="use the model's module paths")
         return layout.mix(self.weights, self.alpha, flats)
-
-    def _z_of(self, name: str, bank: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-        if name not in bank:
-            raise UnknownNameError("expert", name, bank, remedy="`sigmix experts list` shows what there is")
-        return getattr(bank[name], "z", bank[name])
 
     def __eq__(self, other: object) -> bool:
         return self.to_json() == other.to_json() if isinstance(other, Mix) else NotImplemented
@@ -206,6 +208,29 @@ class Mix:
 
     def __repr__(self) -> str:
         return f"Mix({self.id!r})"
+
+
+def read_mix(text: str, bank: Bank | None = None) -> Mix:
+    """Parse a mixture from its text or from a ``.json`` file.
+
+    Args:
+        bank: look the experts up here.
+
+    Raises:
+        ConfigError: invalid text or file. UnknownNameError: an expert missing in ``bank``.
+    """
+    path = Path(text).expanduser()
+    if path.suffix == ".json":
+        try:
+            mix = Mix.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"cannot read the mix {path}: {problem}", remedy="give a file, or a:0.7+b:0.3") from error
+    else:
+        mix = Mix.parse(text)
+    for name in mix.weights if bank is not None else ():
+        bank.path(name)  # type: ignore[union-attr]
+    return mix
 
 
 def _alpha(name: str, alpha: Any) -> float | tuple[float, ...] | Mapping[str, float]:
@@ -234,11 +259,11 @@ def _finite(alpha: Any) -> float:
     return number + 0.0  # -0.0 becomes 0.0
 
 
-def _zero(alpha: Any) -> bool:
+def _is_zero(alpha: Any) -> bool:
     return not any(alpha.values() if isinstance(alpha, Mapping) else alpha if isinstance(alpha, tuple) else [alpha])
 
 
-def _shown(name: str, alpha: Any) -> str:
+def _term(name: str, alpha: Any) -> str:
     if not isinstance(alpha, float):
         kind = "matrices" if isinstance(alpha, Mapping) else "layers"
         content = sorted(alpha.items()) if isinstance(alpha, Mapping) else list(alpha)
@@ -247,51 +272,19 @@ def _shown(name: str, alpha: Any) -> str:
     return name if alpha == 1 else f"{name}:{repr(alpha).removesuffix('.0').replace('e+', 'e')}"
 
 
-# --- A mix as users write it: "a:0.7+b:0.3", or a file that holds one as JSON.
-
-
-def read_mix(text: str, bank: Any = None) -> Mix:
-    """A `Mix` from its text or from a ``.json`` file; its experts are looked up in ``bank``.
-
-    Args:
-        bank: a `Bank`; None looks nothing up.
-
-    Raises:
-        ConfigError: neither. UnknownNameError: an expert that the bank does not have.
-    """
-    path = Path(text).expanduser()
-    if path.suffix == ".json":
-        try:
-            mix = Mix.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ConfigError(f"cannot read the mix {path}: {why}", remedy="give a file, or a:0.7+b:0.3") from error
-    else:
-        mix = Mix.parse(text)
-    for name in mix.weights if bank is not None else ():
-        bank.path(name)
-    return mix
-
-
-# --- Experts and mixtures as one vector over all adapted matrices of a model, so that mixing costs a few vector sums.
-
-
-Tensor = torch.Tensor
-
-
 @dataclass(frozen=True)
 class Flat:
-    """z of one expert: float32 [R], 1 where it adapts nothing, and which of the M matrices it adapts."""
+    """z of one expert as float32 [R], 1 where it adapts nothing, and which of the M matrices it adapts."""
 
     z: Tensor
     adapted: tuple[bool, ...]
 
 
 class Layout:
-    """Where each matrix's z lies in the vector [R] of a whole model, R = Σ r.
+    """Positions of every matrix's z in one vector [R] over the model, R = Σ r, so that mixing takes few vector sums.
 
     Args:
-        layers: {matrix path: r}, all that the model has adapted.
+        layers: {matrix path: r} of all adapted matrices of the model.
     """
 
     def __init__(self, layers: Mapping[str, int]) -> None:
@@ -299,10 +292,10 @@ class Layout:
         self.sizes = list(self.layers.values())
 
     def flat(self, name: str, z: Mapping[str, Tensor]) -> Flat:
-        """An expert's z as one vector.
+        """Return an expert's z as one vector.
 
         Raises:
-            ExpertError: it adapts what the model has not adapted, or with another size.
+            ExpertError: it adapts a matrix that the model has not adapted, or with another size.
         """
         for path, value in z.items():
             if path not in self.layers:
@@ -319,47 +312,37 @@ class Layout:
         return Flat(torch.cat(parts) if parts else torch.ones(0), tuple(path in z for path in self.layers))
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """{path: [..., r]} of a vector [..., R]; views."""
+        """Return {path: [..., r]}, views of a vector [..., R]."""
         return dict(zip(self.layers, flat.split(self.sizes, -1), strict=True))
 
-    def mix(self, weights: Mapping[str, Any], alpha: Callable[[str, str], float], flats: Mapping[str, Flat]) -> Tensor:
-        """Effective z [R] of a mixture of experts, z' = 1 + Σₖ αₖ (zₖ - 1).
+    def mix(
+        self, weights: Mapping[str, Alpha], alpha: Callable[[str, str], float], flats: Mapping[str, Flat]
+    ) -> Tensor:
+        """Return the effective z [R], z' = 1 + Σₖ αₖ (zₖ - 1).
 
-        One expert alone at weight 1 comes back bit for bit, at every matrix where that is so; where nothing acts z is
-        exactly 1.
+        At matrices with a single expert at weight 1, z is bit for bit as stored; without an acting expert it is 1.
 
         Args:
-            weights: {expert: α}, a float for the whole model or anything else for finer ones.
-            alpha: (expert, matrix path) -> α, asked for the finer ones.
+            weights: {expert: α}, a float for the whole model, anything else for finer ones.
+            alpha: (expert, matrix path) -> α, called for the finer ones.
             flats: of all those experts.
         """
         if not weights:
             return torch.ones(sum(self.sizes))
         if all(isinstance(a, float) for a in weights.values()) and all(all(flats[name].adapted) for name in weights):
-            return mix_z([flats[name].z for name in weights], list(weights.values()))
+            return mix_z([flats[name].z for name in weights], list(weights.values()))  # type: ignore[arg-type]
         parts = {name: flats[name].z.split(self.sizes) for name in weights}
-        made = []
-        for place, (path, r) in enumerate(self.layers.items()):
-            acting = [name for name in weights if flats[name].adapted[place]]
-            zs = [parts[name][place] for name in acting]
-            made.append(mix_z(zs, [alpha(name, path) for name in acting]) if acting else torch.ones(r))
-        return torch.cat(made)
+        mixed = []
+        for index, (path, r) in enumerate(self.layers.items()):
+            acting = [name for name in weights if flats[name].adapted[index]]
+            zs = [parts[name][index] for name in acting]
+            mixed.append(mix_z(zs, [alpha(name, path) for name in acting]) if acting else torch.ones(r))
+        return torch.cat(mixed)
 
-    def alphas(self, weights: Mapping[str, Any], alpha: Callable[[str, str], float]) -> Tensor:
-        """float64 [K, M], α of every expert of a mixture at every matrix; see `mix`."""
+    def alphas(self, weights: Mapping[str, Alpha], alpha: Callable[[str, str], float]) -> Tensor:
+        """Return float64 [K, M], α of every expert at every matrix; see `mix`."""
         rows = [
             [a] * len(self.sizes) if isinstance(a, float) else [alpha(name, path) for path in self.layers]
             for name, a in weights.items()
         ]
         return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.sizes))
-
-
-def check_matrices(name: str, alpha: Any, layers: Mapping[str, int]) -> None:
-    """Refuse weights per matrix that name other matrices.
-
-    Raises:
-        ConfigError: names the first one and the nearest that there are.
-    """
-    if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layers]):
-        near = UnknownNameError("matrix", odd[0], layers).message
-        raise ConfigError(f"the weights of {name}: {near}", remedy="use the model's module paths")

@@ -1,7 +1,7 @@
-"""The model card of an expert: README.md with the YAML header that the Hugging Face hub reads.
+"""Model card of an expert: README.md with the YAML header of the Hugging Face hub.
 
-The header is what `huggingface_hub.ModelCardData` makes of it, so `ModelCard.load` reads it back, the metrics as
-``eval_results``: their ``metric_args`` hold n, interval and whatever else was recorded with the value.
+The header is built by `huggingface_hub.ModelCardData`, so `ModelCard.load` reads it back, the metrics as
+``eval_results``; their ``metric_args`` hold n, interval and all other fields of the metric.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sigmix.experts.metadata import thaw
 from sigmix.models.default import DEFAULT
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 DEFAULT_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
 LICENSE_OF_DEFAULT = "apache-2.0"
-
-
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
-"""A model's name on the hub: "user/name"."""
-
-
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
+"""A hub id "user/name"."""
 LICENSES = frozenset("""
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
@@ -35,8 +32,7 @@ LICENSES = frozenset("""
     mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl
     zlib
 """.split())
-"""What the hub takes as ``license``; anything else stands there as "other" with its name."""
-
+"""License ids of the hub; anything else becomes "other" with ``license_name``."""
 
 CARD = """\
 ---
@@ -60,24 +56,22 @@ engine = Engine(model, tokenizer, bank=Bank("{bank}"))
 engine.generate(["…"], mix=Mix.parse("{name}"))
 ```
 
-It is also a PEFT adapter: after `import sigmix.svf.tuner`, `PeftModel.from_pretrained(base, {folder})` loads it.
+It is also a PEFT adapter: after `import sigmix`, `PeftModel.from_pretrained(base, {folder})` loads it.
 """
-
-
 FROM_FILE = f"""
 `{DEFAULT}` is {DEFAULT_ON_HUB} as sigmix reads it from a 4-bit file;
 the original's weights are another base."""
 
 
-def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str | None = None) -> str:
-    """README.md of an expert; the same text for the same expert.
+def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo_id: str | None = None) -> str:
+    """Return README.md of an expert; equal experts give equal text.
 
     Args:
-        meta: the expert's metadata. count: matrices. numbers: components of z over all matrices.
-        repo: its name on the hub, if it is made for that; the lines of code then load it from there.
+        count: number of matrices. numbers: components of z over all matrices.
+        repo_id: hub id that the example loads from; default: a folder.
     """
     base = dict(meta.get("base") or {})
-    shown = without_path(str(base.get("name") or "an unknown base"))
+    base_name = without_path(str(base.get("name") or "an unknown base"))
     metrics = [dict(metric) for metric in meta.get("metrics") or ()]
     facts = {
         "Task": meta.get("task"), "Domain": meta.get("domain"), "Objective": meta.get("objective"),
@@ -87,12 +81,8 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str
     if carried := dict(meta.get("carried_from") or {}):
         basis = "the same weights" if carried.get("basis") == "same" else "other weights, by index order"
         facts["Carried from"] = f"{without_path(str(carried.get('base')))} ({basis})"
+    lines = [f"- {key}: {line(value)}" for key, value in facts.items() if value not in (None, "", {}, ())]
     fingerprint = base.get("fingerprint")
-    fits = (
-        f"It fits this base only (fingerprint `{fingerprint[:12]}`)."
-        if fingerprint
-        else "Nothing recorded which base exactly it was made on."
-    )
     return CARD.format(
         header=_header(name, base.get("name"), meta, metrics),
         title=line(name),
@@ -100,45 +90,67 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo: str
         description=str(meta.get("description") or "An expert made by singular-value fine-tuning (arXiv 2501.06252)."),
         count=count,
         numbers=numbers,
-        base=shown,
-        fits=fits,
-        default=FROM_FILE if shown == DEFAULT else "",
-        facts=_facts(facts),
+        base=base_name,
+        fits=f"It fits this base only (fingerprint `{fingerprint[:12]}`)."
+        if fingerprint
+        else "The exact base is not recorded.",
+        default=FROM_FILE if base_name == DEFAULT else "",
+        facts="\n".join(lines) + "\n\n" if lines else "",
         metrics=_table(metrics),
-        bank=repo or "folder/of/experts",
-        folder=json.dumps(repo) if repo else "this_folder",
+        bank=repo_id or "folder/of/experts",
+        folder=json.dumps(repo_id) if repo_id else "this_folder",
     )
 
 
 def header(
-    base: Any, relation: str, library: str | None, tags: list[str], license_: Any = None, **more: Any
+    base: str | None, relation: str, library: str | None, tags: list[str], license_: str | None = None, **more: Any
 ) -> str:
-    """The YAML of a card without its ``---``; whatever a user writes stays in its place.
+    """Return the YAML of a card without its ``---``.
 
     Args:
-        base: its name; what is not on the hub is left out. relation: "adapter", "finetune": what this is to it.
-        license_: as somebody wrote it; what the hub does not know becomes "other" with a name.
+        base: its name; omitted unless it is on the hub. relation: to the base: "adapter" or "finetune".
+        license_: free text; an id unknown to the hub becomes "other" with a name.
         more: other fields of `huggingface_hub.ModelCardData`.
     """
     from huggingface_hub import ModelCardData
 
-    there = on_hub(base)
+    base_model = on_hub(base)
     text = str(license_).strip().lower() if license_ else None
     known = text is None or text in LICENSES
-    data = ModelCardData(
-        base_model=there,
-        base_model_relation=relation if there else None,
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
         library_name=library,
         tags=tags,
         license=text if known else "other",
         license_name=None if known else re.sub(r"[^a-z0-9.+-]+", "-", text or "").strip("-"),
         **more,
-    )
-    return data.to_yaml(line_break="\n").strip("\n")
+    ).to_yaml(line_break="\n").strip("\n")
 
 
-def _header(name: str, base: Any, meta: Mapping[str, Any], metrics: list[dict]) -> str:
-    results = _results(name, meta, metrics)
+def on_hub(base: str | None) -> str | None:
+    """Return the base's hub id, or None if it is a folder or a file."""
+    text = str(base or "")
+    if text == DEFAULT:
+        return DEFAULT_ON_HUB
+    return text if REPO_ID.fullmatch(text) and not text.lower().endswith(".gguf") else None
+
+
+def line(value: Any) -> str:
+    """Return a value as text on one line."""
+    if isinstance(value, (Mapping, list, tuple)):
+        value = json.dumps(thaw(value), ensure_ascii=False)
+    return " ".join(str(value).split())
+
+
+def without_path(base: str) -> str:
+    """Return a base's name; of a local path only the last part."""
+    is_path = base.startswith(("/", "~", ".")) or "\\" in base or base[1:3] == ":/"
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if is_path else base
+
+
+def _header(name: str, base: str | None, meta: Mapping[str, Any], metrics: list[dict[str, Any]]) -> str:
+    results = _eval_results(name, meta, metrics)
     tags = ["sigmix", "svf", "singular-value-fine-tuning", *([meta["domain"]] if meta.get("domain") else [])]
     return header(
         base, "adapter", "peft", tags, meta.get("license"),
@@ -148,49 +160,35 @@ def _header(name: str, base: Any, meta: Mapping[str, Any], metrics: list[dict]) 
     )  # fmt: skip
 
 
-def _results(name: str, meta: Mapping[str, Any], metrics: list[dict]) -> list[Any]:
-    """The metrics as `huggingface_hub.EvalResult`; one without a number is none."""
+def _eval_results(name: str, meta: Mapping[str, Any], metrics: list[dict[str, Any]]) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     task = line(meta.get("task") or meta.get("domain") or name)
-    found = []
+    results = []
     for metric in metrics:
         value = metric.get("value")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        called = line(metric.get("name") or "score")
-        words = called.lower().split()
+        label = line(metric.get("name") or "score")
+        words = label.lower().split()
         args = {key: thaw(more) for key, more in metric.items() if key not in ("name", "value") and more is not None}
-        found.append(
+        results.append(
             EvalResult(
                 task_type="text-generation",
                 task_name=task,
                 dataset_type=task,
                 dataset_name=task,
                 dataset_split=next((word for word in ("test", "validation", "train") if word in words), None),
-                metric_type="accuracy" if "accuracy" in words else re.sub(r"\W+", "_", called.lower()),
-                metric_name=called,
+                metric_type="accuracy" if "accuracy" in words else re.sub(r"\W+", "_", label.lower()),
+                metric_name=label,
                 metric_value=value,
                 metric_args=args or None,
             )
         )
-    return found
+    return results
 
 
-def on_hub(base: Any) -> str | None:
-    """The base's name on the hub; None where it was a folder or a file."""
-    text = str(base or "")
-    if text == DEFAULT:
-        return DEFAULT_ON_HUB
-    return text if REPO.fullmatch(text) and not text.lower().endswith(".gguf") else None
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    lines = [f"- {key}: {line(value)}" for key, value in facts.items() if value not in (None, "", {}, ())]
-    return "\n".join(lines) + "\n\n" if lines else ""
-
-
-def _table(metrics: list[dict]) -> str:
+def _table(metrics: list[dict[str, Any]]) -> str:
     if not metrics:
         return ""
     columns = list(dict.fromkeys(["name", *(key for metric in metrics for key in metric)]))
@@ -207,16 +205,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "–".join(_cell(item) for item in value)
     return line(value).replace("|", "\\|")
-
-
-def line(value: Any) -> str:
-    """A value on one line, as text."""
-    if isinstance(value, (Mapping, list, tuple)):
-        value = json.dumps(thaw(value), ensure_ascii=False)
-    return " ".join(str(value).split())
-
-
-def without_path(base: str) -> str:
-    """A base's name; of a folder or file the last part: its path means nothing elsewhere and is nobody's business."""
-    is_path = base.startswith(("/", "~", ".")) or "\\" in base or base[1:3] == ":/"
-    return re.split(r"[/\\]", base.rstrip("/\\"))[-1] if is_path else base

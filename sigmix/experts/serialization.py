@@ -1,12 +1,12 @@
-"""The directory of an expert: a PEFT adapter with one file more.
+"""The folder of an expert: a PEFT adapter with one file more.
 
     adapter_config.json         peft_type "SVF", the adapted modules, the base's name; for PEFT
-    adapter_model.safetensors   z and nothing else, under PEFT's names base_model.model.<path>.svf_z.weight
-    sigmix.json                 what `sigmix.experts.metadata` describes, and a checksum of z
-    README.md                   the model card
+    adapter_model.safetensors   z only, under PEFT's names base_model.model.<path>.svf_z.weight
+    sigmix.json                 metadata (`sigmix.experts.metadata`) and a checksum of z
+    README.md                   model card
 
-The same expert always gives the same bytes. A directory without ``sigmix.json``, as PEFT and TRL save it, is read too.
-Pickled weights are refused: unpickling runs whatever code the file holds.
+Equal experts give equal bytes. A folder without ``sigmix.json``, as PEFT and TRL save it, is read too. Pickled weights
+are refused: unpickling executes code.
 """
 
 from __future__ import annotations
@@ -39,25 +39,15 @@ from sigmix.experts.model_card import card
 from sigmix.utils.io import atomic_dir, check_writable
 
 CONFIG, WEIGHTS, META, CARD = "adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"
-
-
 CURVE = "curve.png"
-
-
 FILES = (CONFIG, WEIGHTS, META, CARD, CURVE)
-
-
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
-
+KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.svf_z\.weight")
 NUMBERS = re.compile(r"\[\n\s+((?:-?[\d.eE+-]+,\n\s+)*-?[\d.eE+-]+)\n\s+\]")
 
 
-KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.svf_z\.weight")
-
-
 class Contents(NamedTuple):
-    """What a directory holds, checked: see `sigmix.experts.expert.Expert`."""
+    """Contents of a folder, checked; the arguments of `sigmix.experts.expert.Expert`."""
 
     name: str
     z: dict[str, torch.Tensor]
@@ -65,170 +55,144 @@ class Contents(NamedTuple):
 
 
 def read(path: Path, name: str | None = None) -> Contents:
-    """Read and check an expert's directory.
+    """Read and check an expert's folder.
 
     Args:
-        name: what an adapter without ``sigmix.json`` is called; default: as its folder.
+        name: of an adapter without ``sigmix.json``; default: derived from the folder.
 
     Raises:
-        ExpertError: whatever is wrong with it; one message for each case.
+        ExpertError: missing, incomplete, damaged, or not an SVF adapter.
     """
-    config = _config(path)
-    z = _z(path)
-    found = path / META
-    if not found.is_file():
+    config = _read_config(path)
+    z = _read_z(path)
+    file = path / META
+    if not file.is_file():
         base = config.get("base_model_name_or_path")
         return Contents(name_from_folder(name or path.resolve().name), z, {"base": {"name": base}} if base else {})
-    meta = read_json(found)
-    check_schema(meta, str(found))
-    called, digest = check_name(meta["name"]), meta["z_sha256"]
+    meta = read_json(file)
+    check_schema(meta, str(file))
+    name, digest = check_name(meta["name"]), meta["z_sha256"]
     meta = {key: value for key, value in meta.items() if key not in ("schema", "name", "z_sha256")}
     check_meta(meta, z, str(path))
     if digest != digest_of(z):
         raise ExpertError(
-            f"{path / WEIGHTS} was changed after it was saved: its checksum is not the one in {META}",
-            remedy=f"restore the file; if the change is meant, delete {META} and seal the expert again",
+            f"{path / WEIGHTS} does not match its checksum in {META}",
+            remedy=f"restore the file; if the change is intended, delete {META} and seal the expert again",
         )
-    return Contents(called, z, meta)
+    return Contents(name, z, meta)
 
 
 def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Write an expert's directory, whole or not at all; an earlier expert of ours at ``path`` is replaced.
+    """Write an expert's folder atomically; an earlier expert at ``path`` is replaced.
 
     Raises:
-        OutputError: ``path`` holds anything else, or cannot be written.
+        OutputError: ``path`` holds other files, or cannot be written.
     """
-    check_place(path)
+    _check_replaceable(path)
     with atomic_dir(path) as temporary:
         for file, content in contents(name, z, meta).items():
             (temporary / file).write_bytes(content)
 
 
 def contents(
-    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo: str | None = None
+    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo_id: str | None = None
 ) -> dict[str, bytes]:
-    """{file name: bytes} of an expert's directory; ``repo``: its name on the hub, for the card."""
+    """Return {file name: bytes} of an expert's folder; ``repo_id``: its hub id, for the card."""
     plain = thaw(meta)
-    texts = {
-        CONFIG: dump(peft_config(z, (plain.get("base") or {}).get("name"))),
-        META: dump(sigmix_json(name, z, plain)),
-        CARD: card(name, plain, len(z), sum(len(value) for value in z.values()), repo),
+    config = {
+        "base_model_name_or_path": (plain.get("base") or {}).get("name"),
+        "inference_mode": True,
+        "peft_type": "SVF",
+        "target_modules": sorted(z),  # full paths, so that PEFT adapts exactly these
+        "task_type": "CAUSAL_LM",
     }
-    # not save_file: that writes through a memory map, where a full disk kills the process
-    weights = save({key_of(path): z[path] for path in sorted(z)}, metadata={"format": "pt"})
-    return {WEIGHTS: weights, **{file: text.encode() for file, text in texts.items()}}
-
-
-def check_place(path: Path) -> None:
-    """Raise `OutputError` if ``path`` is a folder with anything but an expert's own files: saving would delete it."""
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in FILES) if path.is_dir() else []
-    if others:
-        raise OutputError(
-            f"{path} holds more than an expert, such as {others[0]}; saving would delete it",
-            remedy="give a new folder, or remove the other files",
-        )
+    tables = {key: plain.pop(key) for key in COMPUTED if key in plain and key != "base"}  # long, so they come last
+    record = {"schema": SCHEMA, "name": name, "z_sha256": digest_of(z), **plain, **tables}
+    readme = card(name, plain, len(z), sum(len(value) for value in z.values()), repo_id)
+    # not save_file, which writes through a memory map: a full disk would kill the process
+    weights = save({f"base_model.model.{path}.svf_z.weight": z[path] for path in sorted(z)}, {"format": "pt"})
+    return {
+        WEIGHTS: weights, CONFIG: dump(config).encode(), META: dump(record).encode(), CARD: readme.encode(),
+    }  # fmt: skip
 
 
 def check_free(path: str | os.PathLike[str], *, replace: bool = False) -> None:
-    """Raise `OutputError` unless an expert can be saved at ``path``: for before the work that makes it, not after.
+    """Raise `OutputError` unless an expert can be saved at ``path``; call it before a long run.
 
     Args:
-        replace: an expert may be there already.
+        replace: allow an existing expert.
     """
     path = Path(path)
     if (path / CONFIG).exists() and not replace:
         raise OutputError(f"{path} holds an expert already", remedy="give another --out, or remove it first")
-    check_place(path)
+    _check_replaceable(path)
     check_writable(path)
 
 
-def peft_config(z: Mapping[str, torch.Tensor], base: str | None) -> dict[str, Any]:
-    """Contents of ``adapter_config.json``; full module paths, so that loading adapts these layers and no others."""
-    return {
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "peft_type": "SVF",
-        "target_modules": sorted(z),
-        "task_type": "CAUSAL_LM",
-    }
-
-
-def sigmix_json(name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Contents of ``sigmix.json``: what people read first, the long tables last."""
-    long = {key: meta[key] for key in COMPUTED if key in meta and key != "base"}
-    head = {key: value for key, value in meta.items() if key not in long}
-    return {"schema": SCHEMA, "name": name, "z_sha256": digest_of(z), **head, **long}
-
-
-def key_of(path: str) -> str:
-    """PEFT's name of the tensor that holds a matrix's z."""
-    return f"base_model.model.{path}.svf_z.weight"
+def _check_replaceable(path: Path) -> None:
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in FILES) if path.is_dir() else []
+    if others:
+        raise OutputError(
+            f"{path} has other files than an expert's, such as {others[0]}; saving would delete them",
+            remedy="give a new folder, or remove the other files",
+        )
 
 
 def dump(value: Any) -> str:
-    """Indented JSON, with innermost lists on one line so that sketches do not fill thousands of lines."""
+    """Return indented JSON with innermost lists of numbers on one line, so that sketches stay short."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     # a line break inside brackets is never part of a string, where JSON writes it as \n
     return NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object.
 
     Raises:
-        ExpertError: names the file and the place of the error.
+        ExpertError: names the file and the position of the error.
     """
+    remedy = "restore it or save the expert again"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ExpertError(
-            f"{file} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}",
-            remedy="mend that place, or restore the file",
-        ) from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ExpertError(f"{file} is not valid JSON: {error.msg} at {where}", remedy=remedy) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ExpertError(f"{file} cannot be read: {error}", remedy="restore the file") from error
+        raise ExpertError(f"{file} cannot be read: {error}", remedy=remedy) from error
     if not isinstance(value, dict):
-        raise ExpertError(f"{file} must hold a JSON object, not {type(value).__name__}", remedy="restore the file")
+        raise ExpertError(f"{file} must hold a JSON object, not {type(value).__name__}", remedy=remedy)
     return value
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        what = f"{path} is a file, but an expert is a folder" if path.exists() else f"there is no expert at {path}"
-        remedy = "give the expert's folder, or its name on the hub as 'user/name'"
-        raise ExpertError(f"{what} with {CONFIG} and {WEIGHTS}{_near(path)}", remedy=remedy)
+        problem = f"{path} is a file, not an expert's folder" if path.exists() else f"no expert at {path}"
+        raise ExpertError(f"{problem}{_near(path)}", remedy="give the expert's folder, or its hub id 'user/name'")
     if not (path / CONFIG).is_file():
-        raise ExpertError(
-            f"{path} is no expert: {CONFIG} is missing; {_holds(path)}", remedy="give the expert's folder"
-        )
+        raise ExpertError(f"{path} has no {CONFIG}; {_listing(path)}", remedy="give the expert's folder")
     config = read_json(path / CONFIG)
-    kind = config.get("peft_type")
-    if kind != "SVF":
-        raise ExpertError(
-            f"{path} holds a {kind or 'PEFT'} adapter, not SVF, so it has no z",
-            remedy="load it with PEFT; sigmix experts are trained with SVFConfig",
-        )
+    if (kind := config.get("peft_type")) != "SVF":
+        raise ExpertError(f"{path} is a {kind or 'PEFT'} adapter, not SVF", remedy="load it with PEFT")
     return config
 
 
-def _z(path: Path) -> dict[str, torch.Tensor]:
+def _read_z(path: Path) -> dict[str, torch.Tensor]:
     file = path / WEIGHTS
     if not file.is_file():
         if pickled := sorted(entry.name for entry in path.iterdir() if entry.suffix in PICKLES):
             raise ExpertError(
-                f"{path} has {pickled[0]} but no {WEIGHTS}; pickled weights are refused, for they can run any code",
+                f"{path} has {pickled[0]} but no {WEIGHTS}; pickled weights are refused, as they can execute code",
                 remedy="save it again with safetensors: model.save_pretrained(folder, safe_serialization=True)",
             )
-        raise ExpertError(f"{path} is no complete expert: {WEIGHTS} is missing; {_holds(path)}", remedy="restore it")
+        raise ExpertError(f"{path} has no {WEIGHTS}; {_listing(path)}", remedy="restore it")
     z: dict[str, torch.Tensor] = {}
     try:
         with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-            for key in names:
+            for key in tensors.keys():  # noqa: SIM118
                 match = KEY.fullmatch(key)
                 if match is None:
                     raise ExpertError(
-                        f"{file} holds {key}, which is no z; an expert holds only z",
+                        f"{file} has a tensor {key} other than z",
                         remedy="save the SVF adapter alone, without modules_to_save or embeddings",
                     )
                 z[match["path"]] = tensors.get_tensor(key)
@@ -237,9 +201,9 @@ def _z(path: Path) -> dict[str, torch.Tensor]:
     return check_z(z, str(file))
 
 
-def _holds(path: Path) -> str:
-    there = sorted(entry.name for entry in path.iterdir())
-    return f"it holds {', '.join(there[:8])}{', …' if len(there) > 8 else ''}" if there else "it is empty"
+def _listing(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"it holds {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else "it is empty"
 
 
 def _near(path: Path) -> str:

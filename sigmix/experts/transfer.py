@@ -1,16 +1,13 @@
-"""Experts carried to another model: z that was learnt on a text model, put into a vision model's language backbone.
+"""Transfer of experts to another model: z learned on a text model, used in a vision-language model's backbone.
 
-The paper evaluates OK-VQA with experts trained on text (section 4). z means something only in the singular vectors of
-the weights that it was made on, so what an expert does in the other model is compared first, matrix by matrix: by its
-sketches, which hold what it did where it was made (`sigmix.experts.fingerprint`), or by the weights themselves where
-the old
-base is at hand. Where the backbone is the same, the carried expert is the same change of the same weights. A LLaVA
-usually tuned its language model, so there it is not: such an expert is refused, unless it is carried on purpose, in the
-order of the singular values, as in the paper's Table 5. It says so in its metadata:
+The paper evaluates OK-VQA with experts trained on text (section 4). z is bound to the singular vectors of its weights,
+so the matrices are compared first: by the expert's sketches, or by the weights if the old base is given. If the
+backbone has the same weights, the carried expert makes the same change. A backbone that was fine-tuned is refused,
+unless ``force`` pairs the singular values by index, as in the paper's Table 5. The result records its origin:
 
     carried_from    {"name", "base", "fingerprint", "digest", "basis": "same" | "differs", "deviation", "metrics"}
 
-Figures that were measured on the old base stay under ``carried_from``: the carried expert has none of its own yet.
+Metrics measured on the old base stay under ``carried_from``: the carried expert has none of its own.
 """
 
 from __future__ import annotations
@@ -34,11 +31,11 @@ from sigmix.svf.tuner import base_path
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the same z changes another model's weights otherwise.
+    """Relative differences between the matrices of two models.
 
     Attributes:
-        deviations: {path in the old base: ‖Δ - Δ'‖ or ‖W - W'‖ as a share of the larger norm, see ``by``}.
-        by: "sketches" or "weights".
+        deviations: {path in the old base: ‖Δ - Δ'‖ or ‖W - W'‖ as a share of the larger norm}.
+        by: "sketches" (Δ) or "weights" (W).
     """
 
     deviations: Mapping[str, float]
@@ -46,15 +43,15 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether every matrix is the same, within what two honest decompositions differ by."""
+        """Whether every matrix is the same within the tolerance of sketches."""
         return max(self.deviations.values()) <= TOLERANCE
 
     def figures(self) -> dict[str, Any]:
-        """by, median, largest, where (the matrix of the largest), same (matrices within tolerance), matrices."""
+        """Return by, median, largest, where (matrix of the largest), same (matrices within tolerance), matrices."""
         worst = max(self.deviations, key=self.deviations.__getitem__)
         return {
             "by": self.by, "median": statistics.median(self.deviations.values()), "largest": self.deviations[worst],
-            "where": worst, "same": sum(one <= TOLERANCE for one in self.deviations.values()),
+            "where": worst, "same": sum(share <= TOLERANCE for share in self.deviations.values()),
             "matrices": len(self.deviations), "tolerance": TOLERANCE,
         }  # fmt: skip
 
@@ -62,61 +59,62 @@ class Comparison:
 def carry(
     expert: Expert, model: nn.Module, *, base: nn.Module | None = None, force: bool = False, name: str | None = None
 ) -> Expert:
-    """An expert as one of another model, sealed to that model.
+    """Return the expert for another model, sealed to that model.
 
     Args:
-        model: where it goes: a vision-language model, whose language backbone is meant, or a text model.
-        base: the base that it was made on: its weights are compared. None: the expert's sketches are.
+        model: the target: a text model, or a vision-language model with a language backbone.
+        base: the base that the expert was made on: compare its weights. None: compare the expert's sketches.
         force: carry it although the weights differ.
         name: of the carried expert; default: the same.
 
     Raises:
-        ExpertError: a matrix that the model has not, or of another size; weights that differ, or cannot be compared
-            (an expert without sketches, and no ``base``), unless ``force``. FingerprintError: not made on ``base``.
+        ExpertError: a matrix is missing or has another size; or, unless ``force``, the weights differ or cannot be
+            compared (no sketches and no ``base``). FingerprintError: not made on ``base``.
     """
-    paths = paths_in(expert.z, model, expert.name)
+    paths = map_paths(expert.z, model, expert.name)
     layers = linears(model)
-    for path, other in paths.items():
-        shape = shape_of(layers[other])
+    for path, target in paths.items():
+        shape = shape_of(layers[target])
         if len(expert.z[path]) != min(shape):
             raise ExpertError(
-                f"expert {expert.name!r} cannot go to this model: z of {path} has {len(expert.z[path])} components, "
-                f"and {other} is {'×'.join(map(str, shape))}",
+                f"expert {expert.name!r} does not fit this model: z of {path} has {len(expert.z[path])} components, "
+                f"and {target} is {'×'.join(map(str, shape))}",
                 remedy="choose a model whose language backbone has the same sizes",
             )
-    found = compare(expert, model, base, paths)
-    if not force and (found is None or not found.same):
-        raise ExpertError(_refusal(expert, model, found), remedy="carry it on purpose with --force (force=True)")
-    mine = thaw(expert.meta.get("base") or {})
+    comparison = compare(expert, model, base, paths)
+    same = comparison is not None and comparison.same
+    if not same and not force:
+        raise ExpertError(_difference(expert, model, comparison), remedy="to carry it anyway: --force (force=True)")
     meta = {k: v for k, v in thaw(expert.meta).items() if k not in ("base", "matrices", "sketches", "metrics")}
     meta["carried_from"] = {
-        "name": expert.name, "base": mine.get("name"), "fingerprint": mine.get("fingerprint"), "digest": expert.digest,
-        "basis": "same" if found is not None and found.same else "differs",
-        "deviation": None if found is None else found.figures(), "metrics": thaw(expert.meta.get("metrics", [])),
+        "name": expert.name, "base": expert.base.get("name"), "fingerprint": expert.base.get("fingerprint"),
+        "digest": expert.digest, "basis": "same" if same else "differs",
+        "deviation": None if comparison is None else comparison.figures(),
+        "metrics": thaw(expert.meta.get("metrics", [])),
     }  # fmt: skip
-    return Expert(name or expert.name, {other: expert.z[path] for path, other in paths.items()}, meta).sealed(model)
+    return Expert(name or expert.name, {target: expert.z[path] for path, target in paths.items()}, meta).sealed(model)
 
 
-def paths_in(paths: Iterable[str], model: nn.Module, owner: str = "the expert") -> dict[str, str]:
-    """{path in a text model: path of the same matrix in ``model``}: what follows the backbone's own path is the same.
+def map_paths(paths: Iterable[str], model: nn.Module, owner: str = "the expert") -> dict[str, str]:
+    """Return {path in a text model: path of the same matrix in ``model``}; both share what follows the backbone's path.
 
     Raises:
-        ExpertError: a matrix that the backbone has not.
+        ExpertError: the backbone lacks a matrix.
     """
-    wanted = list(paths)
-    inside = backbone(bare(model))
-    root = base_path(inside[0]) + "." if inside is not None else ""
-    there = [path for path in linears(model) if path.startswith(root)]
-    heads = ["", *_beginnings([path.removeprefix(root) for path in there])]
-    # a text model calls its layers model.layers, a backbone inside another model layers: they share what follows
-    cuts = ["", *_beginnings(wanted)]
-    maps = [{path: f"{root}{head}{path.removeprefix(cut)}" for path in wanted} for cut in cuts for head in heads]
-    best = max(maps, key=lambda found: len(set(found.values()) & set(there)))
-    if missing := [path for path, other in best.items() if other not in there]:
+    sources = list(paths)
+    inner = backbone(bare(model))
+    root = base_path(inner[0]) + "." if inner is not None else ""
+    targets = [path for path in linears(model) if path.startswith(root)]
+    # layers are model.layers in a text model and layers in a backbone: try all combinations of prefixes
+    heads = ["", *_prefixes([path.removeprefix(root) for path in targets])]
+    cuts = ["", *_prefixes(sources)]
+    maps = [{path: f"{root}{head}{path.removeprefix(cut)}" for path in sources} for cut in cuts for head in heads]
+    best = max(maps, key=lambda candidate: len(set(candidate.values()) & set(targets)))
+    if missing := [path for path, target in best.items() if target not in targets]:
+        where = f"the model's language backbone, {root[:-1]}," if root else "the model"
         raise ExpertError(
-            f"expert {owner!r} adapts {missing[0]}, and the model has no such matrix"
-            + (f" in its language backbone, {root[:-1]}" if root else "")
-            + f"; {len(missing)} of {len(wanted)} are missing",
+            f"expert {owner!r} adapts {missing[0]}, but {where} has no such matrix; {len(missing)} of {len(sources)} "
+            "are missing",
             remedy="choose a model whose language backbone is of the same architecture",
         )
     return best
@@ -125,34 +123,33 @@ def paths_in(paths: Iterable[str], model: nn.Module, owner: str = "the expert") 
 def compare(
     expert: Expert, model: nn.Module, base: nn.Module | None = None, paths: Mapping[str, str] | None = None
 ) -> Comparison | None:
-    """How alike the matrices are that an expert was made on and those of another model; None: nothing to go by.
+    """Compare the matrices that an expert was made on with another model's; None without sketches and base.
 
     Args:
-        base: compares weights; else sketches. paths: as `paths_in` gives them.
+        base: compare its weights, else the sketches. paths: from `map_paths`.
 
     Raises:
         FingerprintError, ExpertError: the expert was not made on ``base``.
     """
-    paths = paths if paths is not None else paths_in(expert.z, model, expert.name)
+    paths = paths if paths is not None else map_paths(expert.z, model, expert.name)
     layers = linears(model)
     if base is not None:
         expert.check(base, sketches=False)
         old = linears(base)
-        gaps = {path: _gap(matrix_of(old[path]), matrix_of(layers[other])) for path, other in paths.items()}
-        return Comparison(gaps, "weights")
+        weights = {path: _distance(matrix_of(old[path]), matrix_of(layers[other])) for path, other in paths.items()}
+        return Comparison(weights, "weights")
     stored = expert.meta.get("sketches") or {}
     if not expert.verified or not stored:
         return None
-    gaps = {}
-    for path, other in paths.items():
-        layer = layers[other]
-        # the probes are those of the old path: the same probes, z and weight give the same eight numbers
-        found = sketch(path, matrix_of(layer), factors_of(layer), expert.z[path])
-        gaps[path] = deviation(Sketch.from_json(stored[path]), found)
-    return Comparison(gaps, "sketches")
+    deviations = {}
+    for path, target in paths.items():
+        # probes of the old path: equal probes, z and weight give equal sketches
+        current = sketch(path, matrix_of(layers[target]), factors_of(layers[target]), expert.z[path])
+        deviations[path] = deviation(Sketch.from_json(stored[path]), current)
+    return Comparison(deviations, "sketches")
 
 
-def _gap(old: torch.Tensor, new: torch.Tensor) -> float:
+def _distance(old: torch.Tensor, new: torch.Tensor) -> float:
     if old.shape != new.shape:
         return float("inf")
     first, second = old.detach().float().cpu(), new.detach().float().cpu()
@@ -160,26 +157,22 @@ def _gap(old: torch.Tensor, new: torch.Tensor) -> float:
     return float((first - second).norm()) / scale if scale else 0.0
 
 
-def _beginnings(paths: list[str]) -> list[str]:
-    """What all paths begin with before the first number, such as ``model.`` and ``model.layers.``, shortest first."""
-    words = paths[0].split(".") if paths else []
-    number = next((place for place, word in enumerate(words) if word.isdigit()), len(words) - 1)
-    made = [".".join(words[:count]) + "." for count in range(1, number + 1)]
-    return [one for one in made if all(path.startswith(one) for path in paths)]
+def _prefixes(paths: list[str]) -> list[str]:
+    """Return the common prefixes of all paths before the first number, such as ``model.`` and ``model.layers.``."""
+    parts = paths[0].split(".") if paths else []
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    prefixes = [".".join(parts[:count]) + "." for count in range(1, number + 1)]
+    return [prefix for prefix in prefixes if all(path.startswith(prefix) for path in paths)]
 
 
-def _refusal(expert: Expert, model: nn.Module, found: Comparison | None) -> str:
-    where = f"{describe(model)['name']}"
-    if found is None:
-        return (
-            f"expert {expert.name!r} has no sketches, so whether {where} has the weights that it was made on cannot be "
-            "told without its base (--from BASE)"
-        )
-    figures = found.figures()
-    what = "its weight changes" if found.by == "sketches" else "the weights"
+def _difference(expert: Expert, model: nn.Module, comparison: Comparison | None) -> str:
+    target = describe(model)["name"]
+    if comparison is None:
+        return f"expert {expert.name!r} has no sketches to compare with {target}; its base is needed (--from BASE)"
+    figures = comparison.figures()
+    quantity = "its weight changes" if comparison.by == "sketches" else "the weights"
     return (
-        f"expert {expert.name!r} was made on {(expert.meta.get('base') or {}).get('name')}, and the language backbone "
-        f"of {where} has other weights: {what} differ by {figures['median']:.2g} of their norm (median), by "
-        f"{figures['largest']:.2g} at most ({figures['where']}); {figures['same']} of {figures['matrices']} matrices "
-        "are the same"
+        f"expert {expert.name!r} was made on {expert.base.get('name')}, and the language backbone of {target} has "
+        f"other weights: {quantity} differ by {figures['median']:.2g} of their norm (median), {figures['largest']:.2g} "
+        f"at most ({figures['where']}); {figures['same']} of {figures['matrices']} matrices are the same"
     )

@@ -19,11 +19,12 @@ from sigmix.errors import BaseModelError, ExpertError, FingerprintError, Unknown
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import Sketch, combined, compare, short, sketch
 from sigmix.experts.mix import Mix
+from sigmix.models.digests import weight_digest
 from sigmix.models.loading import load_base, locate
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import backbone
 from sigmix.svf.checkpoint import DTYPES, ON_DISK, cast_as_loaded, loaded_dtype, placed, widens
-from sigmix.svf.decomposition import Factors, weight_digest
+from sigmix.svf.decomposition import Factors
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.linears import LINEAR, dtype_and_quantization, factors_of, matrix_of, shape_of
 from sigmix.utils.cache import MANIFEST, verify

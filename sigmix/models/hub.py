@@ -1,147 +1,154 @@
-"""Bases from the Hugging Face hub: download into the hub's own cache, and name what went wrong.
+"""Hugging Face hub: download a base model into the hub's own cache, and translate the hub's errors.
 
-Also the hints that a name which leads nowhere gets. Only configs, tokenizers and the safetensors that transformers
-loads are fetched: some makers keep the same weights a second time beside them, or in a folder.
+Only configs, tokenizers and the safetensors that transformers loads are downloaded: some repositories hold the same
+weights a second time, in other formats or in folders.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from sigmix.errors import BaseModelError
+from sigmix.errors import BaseModelError, ConfigError, SigmixError
 from sigmix.models.default import DEFAULT, offline
 
 HUB_FILES = ("model.safetensors", "model*-of-*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-
-
-FOLDERS = ("*/*",)
-"""Never fetched; in these patterns a star stands for slashes too."""
+IGNORED = ("*/*",)  # in the hub's patterns a star matches slashes too
 
 
 def hub_folder(name: str, revision: str | None) -> Path:
-    """Download a hub model into the hub's own cache, or find it there, and return its folder."""
+    """Download a base model into the hub's own cache, or find it there, and return its folder.
+
+    Raises:
+        BaseModelError: not found, gated, or unreachable and not cached; the cache cannot be written.
+    """
     import huggingface_hub
 
     typo = difflib.get_close_matches(name.split("/")[-1].lower(), [DEFAULT], n=1, cutoff=0.6)
     hint = f"; did you mean {DEFAULT!r}?" if typo else near_paths(Path(name))
-    try:
+    with hub_errors(name, BaseModelError, hint=hint, instead=base_names()) as token:
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(FOLDERS),
-                local_files_only=offline(),
+                name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(IGNORED),
+                local_files_only=offline(), token=token,
             )
         )  # fmt: skip
-    except Exception as error:
-        found, key = explain(error, name, revision=revision, hint=hint, instead=base_names()), own_token()
-        if found is None and not shows(error, key):
-            raise
-        message, remedy = found or (f"the hub model {name!r} cannot be had: {error}", "run it again, or: hf auth login")
-        raise BaseModelError(scrubbed(message, key), remedy=remedy) from (None if shows(error, key) else error)
 
 
-def explain(
-    error: Exception, name: str, *, revision: str | None = None, hint: str = "", instead: str = "give a folder"
-) -> tuple[str, str] | None:
-    """What a failed request to the hub says to a person, and the remedy; None for an error that is not the hub's.
+@contextlib.contextmanager
+def hub_errors(
+    name: str,
+    error_class: type[SigmixError],
+    *,
+    action: str = "download",
+    token: str | None = None,
+    hint: str = "",
+    instead: str = "",
+) -> Iterator[str | None]:
+    """Yield the token to send, and re-raise huggingface_hub's errors with its own message and one line of remedy.
+
+    The token appears neither in the message nor in a chained exception, even if a proxy echoes it. Other errors pass.
 
     Args:
-        name: what was asked for. hint: appended where the name may be wrong. instead: what else can be given.
-    """
-    from huggingface_hub import constants, errors
+        name: repository or collection. action: verb for the message, such as "push to".
+        token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+        hint: appended to the message. instead: appended to the remedy: an alternative to the hub.
 
-    url = f"{constants.ENDPOINT}/{name}"
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"the hub model {name!r} is gated: its owner wants you to accept its terms first",
-            f"accept them at {url}, then run: hf auth login",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"there is no folder and no public hub model {name!r}{hint}",
-            f"check the name; if the model is private, run: hf auth login; or {instead}",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the hub model {name!r} has no revision {revision!r}", f"see {url}/commits for those it has"
-    if isinstance(error, errors.HFValidationError):
-        return f"{name!r} cannot be a hub name: {error}", instead
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return (
-            f"the disk is full: {name!r} does not fit into {constants.HF_HUB_CACHE}",
-            "free some space, or set HF_HOME to another disk",
-        )
-    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return (
-            f"{name!r} cannot be written to the hub's cache {constants.HF_HUB_CACHE}: {error.strerror}",
-            "set HF_HOME to a folder that you can write to",
-        )
-    # httpx, under whatever name this release of huggingface_hub has it, is not among the operating system's errors
-    if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
-        return None
-    if offline():
-        return (
-            f"{name!r} is no local folder and not in the hub's cache, and offline mode is set{hint}",
-            "unset SIGMIX_OFFLINE and HF_HUB_OFFLINE to download it, or give a folder",
-        )
-    # a hub that cannot be reached lets the download look into the cache, and only that finds nothing
-    status = status_of(error) or status_of(error.__cause__)
-    if status == 401:
-        return f"the hub wants a valid token for {name!r}", "run: hf auth login, or set HF_TOKEN"
-    if status == 403:
-        return (
-            f"the hub refuses {name!r} to your token (403)",
-            f"look at {constants.ENDPOINT}/settings/tokens for what it may do, or run: hf auth login",
-        )
-    if status == 429:
-        return f"the hub refuses {name!r} for now: too many requests (429)", "run it again in a few minutes"
-    if status is not None:
-        return f"the hub failed on {name!r} with status {status}", f"run it again later, or {instead}"
-    return (
-        f"cannot reach the hub for {name!r} ({type(error).__name__}), and it is not in the hub's cache{hint}",
-        f"check the network and run it again, or {instead}",
-    )
+    Raises:
+        error_class: an error of the hub, the network or the hub's cache. ConfigError: a malformed token.
+    """
+    token = None if offline() else _token(token)
+    try:
+        yield token
+    except SigmixError:
+        raise
+    except Exception as error:
+        remedy, exposed = _remedy(error, name), _shows(error, token)
+        if remedy is None and not exposed:
+            raise
+        if status_of(error) is None and status_of(error.__cause__) is not None:
+            text = str(error.__cause__)  # the download falls back to the cache, and only that error is raised
+        else:
+            text = str(error) or type(error).__name__
+        text = " ".join([line for line in text.splitlines() if line.strip()][:2]).rstrip(".")
+        message = f"cannot {action} {name!r}: {text}{hint}"
+        if token:
+            message = message.replace(token, "<token>")
+        remedy = f"{remedy or 'run: hf auth login'}{f'; or {instead}' if instead else ''}"
+        raise error_class(message, remedy=remedy) from (None if exposed else error)
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status of an answer that became an exception, or None."""
+    """Return the HTTP status of an error response, or None."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def own_token() -> str | None:
-    """The token that huggingface_hub asks with when it is given none."""
-    from huggingface_hub import get_token
+def _remedy(error: Exception, name: str) -> str | None:
+    """Return the fix for an error of huggingface_hub, or None if the error is not one of its own."""
+    from huggingface_hub import constants, errors
 
-    return (get_token() or "").strip() or None
+    url = f"{constants.ENDPOINT}/{name}"
+    status = status_of(error) or status_of(error.__cause__)
+    if isinstance(error, errors.GatedRepoError):
+        return f"accept its terms at {url}, then run: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"choose a revision from {url}/commits"
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        return "check the name; if it is private, run: hf auth login"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "free some space, or set HF_HOME to another disk"
+    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return f"set HF_HOME to a folder that you can write to (now {constants.HF_HUB_CACHE})"
+    if isinstance(error, ValueError):  # an invalid name, or a model card that the hub rejects
+        return "correct it and run it again"
+    if not isinstance(error, (OSError, RuntimeError)) and not type(error).__module__.startswith("httpx"):
+        return None  # RuntimeError: a failed upload
+    if offline():
+        return "unset SIGMIX_OFFLINE and HF_HUB_OFFLINE to download it, or give a folder"
+    if status in (401, 403):
+        return f"run: hf auth login, with a token from {constants.ENDPOINT}/settings/tokens that has the permission"
+    if status == 429:
+        return "run it again in a few minutes"
+    return "run it again" if status is not None else "check the network and run it again"
 
 
-def shows(error: BaseException | None, key: str | None) -> bool:
-    """Whether any error of a chain has the token ``key`` in its words: a proxy may send back what it was sent."""
+def _token(given: str | None) -> str | None:
+    """Return the token to send. Malformed ones are refused here: the HTTP client would quote them in its error."""
+    from huggingface_hub import constants, get_token
+
+    stored = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    token = (given or stored or "").strip() or None
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigError("the token for the hub has invalid characters", remedy="run: hf auth login")
+    return token
+
+
+def _shows(error: BaseException | None, token: str | None) -> bool:
+    """Return whether any error of a chain contains the token: a proxy may echo it."""
     seen: set[int] = set()
-    while key and error is not None and id(error) not in seen:
+    while token and error is not None and id(error) not in seen:
         seen.add(id(error))
-        if key in f"{error} {error!r}":
+        if token in f"{error} {error!r}":
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def scrubbed(text: str, key: str | None) -> str:
-    """``text`` without the token ``key``."""
-    return text.replace(key, "<token>") if key else text
-
-
 def base_names() -> str:
-    """What a base can be given as, for remedies."""
+    """Return the valid ways to name a base model, for remedies."""
     return f"give {DEFAULT!r}, a model folder, a .gguf file or a hub name like 'Qwen/Qwen3-0.6B'"
 
 
 def near_paths(path: Path) -> str:
-    """A hint ("; nearest: …") with the entries beside ``path`` whose names come close, or an empty string."""
+    """Return a hint ("; nearest: …") with similar names beside ``path``, or an empty string."""
     try:
-        there = sorted(entry.name for entry in path.parent.iterdir())
+        entries = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         return f"; the folder {path.parent} does not exist" if len(path.parts) > 2 or path.is_absolute() else ""
-    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, entries, n=3, cutoff=0.5)
     return f"; nearest: {', '.join(str(path.parent / entry) for entry in near)}" if near else ""

@@ -73,12 +73,16 @@ def load_base(
     """
     import torch
 
+    from sigmix.models.digests import digests_file, recall_digests
+
     if device is not None and device_map is not None:
         raise ConfigError("both a device and a device map given", remedy="give one of them")
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
     config = _check_folder(folder, label)
+    settings = (torch_dtype, target.type, quantization_config, device_map)
+    digests = digests_file(folder, *settings)
     model: Any = load_weights(
         folder, label, torch_dtype, target, auto_class=auto_class(config), quantization_config=quantization_config,
         device_map=device_map, offload_folder=offload_folder,
@@ -86,6 +90,8 @@ def load_base(
     tokenizer = _load_tokenizer(folder, label, config)
     _align_special_tokens(model, tokenizer)
     model.eval().requires_grad_(False)
+    if digests is not None and digests == digests_file(folder, *settings):  # unchanged while it was read
+        recall_digests(model, digests)
     model.sigmix_base = {"name": label, "source": str(folder), "kind": kind}
     if quantization_config is not None:
         dtype_name = str(torch_dtype).removeprefix("torch.")

@@ -31,10 +31,11 @@ import torch
 from peft import inject_adapter_in_model
 
 from sigmix.errors import BaseModelError, ConfigError, OutputError
+from sigmix.models.digests import weight_digest
 from sigmix.models.loading import dtype_of, locate
 from sigmix.models.memory import empty_model, entry_bytes
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.decomposition import METHOD, cache_path, cached_decompose, weight_digest
+from sigmix.svf.decomposition import METHOD, cache_path, cached_decompose
 from sigmix.svf.tuner import svf_layers
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import free_bytes, write_json

@@ -17,7 +17,6 @@ tells a rotated basis from the one that it was trained in (`sigmix.experts.finge
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sigmix.errors import CacheError, ConfigError
+from sigmix.models.digests import weight_digest
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_file
 
@@ -94,17 +94,6 @@ class Factors:
             units = units - loud @ (loud.T @ units)
         basis, triangle = torch.linalg.qr(units)
         return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-
-
-def weight_digest(weight: torch.Tensor) -> str:
-    """Hex SHA-256 of a weight's shape and values as float32, so that an exact upcast has the same digest."""
-    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    flat = weight.detach().reshape(-1)
-    step = 1 << 24
-    for start in range(0, flat.numel(), step):
-        block = flat[start : start + step].to(device="cpu", dtype=torch.float32).contiguous()
-        digest.update(block.numpy().data)
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ConfigError
 from sigmix.models import weights
+from sigmix.models.digests import layer_digest
 from sigmix.svf.decomposition import cached_decompose, read_factors
 from sigmix.svf.functional import Gain, Scale, mix_z, scaled, truncate
 
@@ -128,7 +129,8 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         if (named := getattr(base, "sigmix_basis", None)) is not None:  # of another weight, see experts.original
             factors = read_factors(named, (self.out_features, self.in_features))
         else:
-            factors = cached_decompose(self.matrix(), cache=self._cache)
+            digest = layer_digest(base) if self._cache and self._kept is None else None
+            factors = cached_decompose(self.matrix(), digest, cache=self._cache)
         dtype = self.dtype if self.dtype in (torch.float64, torch.float16, torch.bfloat16) else torch.float32
         self.svf_short = factors.short.to(device=self.device, dtype=dtype).contiguous()
         self.svf_s = factors.s.to(self.device)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ExpertError
 from sigmix.models import weights
+from sigmix.models.digests import layer_digest
 from sigmix.models.multimodal import bare
 from sigmix.svf.decomposition import Factors, cached_decompose, read_factors
 from sigmix.svf.layer import SVFLinear
@@ -64,11 +65,12 @@ def factors_of(module: nn.Module) -> Factors:
     if (named := getattr(layer, "sigmix_basis", None)) is not None:
         return read_factors(named, shape_of(module))
     if not isinstance(module, SVFLinear):
-        return cached_decompose(matrix_of(module))
+        return cached_decompose(matrix_of(module), layer_digest(module))
     module.ensure_factors()
     if module.svf_short is not None and module.svf_short.dtype in (torch.float32, torch.float64):
         return Factors(module.svf_short.float(), module.svf_s, module.side)
-    return cached_decompose(module.matrix(), cache=module._cache)
+    digest = layer_digest(layer) if module._kept is None else None
+    return cached_decompose(module.matrix(), digest, cache=module._cache)
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:

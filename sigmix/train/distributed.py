@@ -34,8 +34,8 @@ from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.models import weights
+from sigmix.models.digests import weight_digest
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.decomposition import weight_digest
 from sigmix.svf.linears import factors_of, linears
 from sigmix.svf.tuner import svf_layers
 from sigmix.tasks.base import Sample

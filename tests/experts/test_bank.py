@@ -40,6 +40,9 @@ def test_names_lookup_and_iteration(folder):
     assert bank["sums"] == simple("sums", domain="arithmetic")
     assert bank["sums"] is bank["sums"]
     assert bank.get("nothing") is None
+    assert bank.get("nothing", 3) == 3
+    with pytest.raises(KeyError):
+        bank["nothing"]
     assert [expert.name for expert in bank.values()] == bank.names()
     assert "products, reading, sums" in repr(bank)
 
@@ -50,7 +53,7 @@ def test_looking_at_names_loads_nothing(folder):
     assert "sums" in bank
     assert bank == bank
     assert bank["reading"].name == "reading"
-    with pytest.raises(ExpertError, match="truncated or damaged"):
+    with pytest.raises(ExpertError, match="adapter_model.safetensors"):
         bank["sums"]
 
 
@@ -63,15 +66,15 @@ def test_only_adapter_folders_count(folder):
 
 
 def test_an_unknown_name_lists_the_nearest(folder):
-    with pytest.raises(UnknownNameError, match=r"unknown expert 'sum'; nearest: sums -> .*sigmix experts list"):
+    with pytest.raises(UnknownNameError, match="'sum'.* sums -> .*sigmix experts list"):
         Bank(folder)["sum"]
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ExpertError, match="folder of experts .*none does not exist"):
+    with pytest.raises(ExpertError, match="none"):
         Bank(tmp_path / "none")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExpertError, match="is a file, not a folder"):
+    with pytest.raises(ExpertError, match="file"):
         Bank(tmp_path / "file", create=True)
 
 
@@ -82,7 +85,7 @@ def test_an_empty_bank(tmp_path):
     assert bank.domains() == {}
     bank.check(build_tiny())
     assert Mix.base().z(bank, {"a": 3})["a"].tolist() == [1, 1, 1]
-    with pytest.raises(UnknownNameError, match="there are none"):
+    with pytest.raises(UnknownNameError, match="'a'"):
         bank["a"]
 
 
@@ -93,7 +96,7 @@ def test_adding(folder):
     assert bank["code"] is expert
     assert Bank(folder)["code"] == expert
     assert bank.names() == sorted(bank.names())
-    with pytest.raises(OutputError, match="already has 'code'"):
+    with pytest.raises(OutputError, match="'code'"):
         bank.add(expert)
     bank.add(expert.with_meta(domain="python"), replace=True)
     assert Bank(folder)["code"].meta["domain"] == bank["code"].meta["domain"] == "python"
@@ -126,7 +129,7 @@ def test_refresh_sees_what_others_changed(folder):
 
 def test_two_experts_of_one_name(folder):
     shutil.copytree(folder / "sums", folder / "copy")
-    with pytest.raises(ExpertError, match="are called 'sums': copy and sums"):
+    with pytest.raises(ExpertError, match="'sums'.*copy and sums"):
         Bank(folder)
 
 
@@ -147,7 +150,7 @@ def test_check_compares_every_expert_with_the_base(tmp_path):
     bank.add(made(base, "one"))
     bank.add(made(base, "two", seed=2))
     bank.check(build_tiny())
-    with pytest.raises(FingerprintError, match="'one' was made on"):
+    with pytest.raises(FingerprintError, match="'one'"):
         bank.check(build_tiny(seed=1))
 
 
@@ -156,7 +159,7 @@ def test_bundled_is_found_in_the_package_or_in_the_checkout(tmp_path, monkeypatc
     (package / "experts").mkdir(parents=True)
     monkeypatch.setattr(module, "__file__", str(package / "experts" / "bank.py"))
     simple("a").save_pretrained(tmp_path / "site" / "experts" / "a")
-    with pytest.raises(ExpertError, match="has no experts with it"):
+    with pytest.raises(ExpertError, match="sigmix"):
         Bank.bundled()  # a folder of that name beside an installed package belongs to somebody else
     (tmp_path / "site" / "pyproject.toml").write_text("")
     assert Bank.bundled().names() == ["a"]

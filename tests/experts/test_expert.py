@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -88,7 +89,7 @@ def test_one_of_several_adapters(tiny_llama):
 
 
 def test_a_model_without_svf_has_no_expert(tiny_llama):
-    with pytest.raises(ExpertError, match="no SVF layer"):
+    with pytest.raises(ExpertError, match="SVFConfig"):
         Expert.from_model(get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])), name="a")
 
 
@@ -132,33 +133,33 @@ def test_metadata_can_be_replaced_but_not_invented(tiny_llama):
     "name", ["", "Arithmetic", "../up", "a/b", "a\\b", ".hidden", "-a", "a b", "a+b", "a:1", "ä", 7]
 )
 def test_names_that_cannot_be(name):
-    with pytest.raises(ExpertError, match="is no name for an expert"):
+    with pytest.raises(ExpertError, match=re.escape(repr(name))):
         Expert(name, {"a": torch.ones(3)})
 
 
 def test_the_name_base_is_taken():
-    with pytest.raises(ExpertError, match="'base': it stands for the base"):
+    with pytest.raises(ExpertError, match="'base'"):
         Expert("base", {"a": torch.ones(3)})
 
 
 @pytest.mark.parametrize(
-    "z,says",
+    "z,names",
     [
-        (torch.tensor([1.0, float("nan")]), "holds 1 NaN or infinite"),
-        (torch.tensor([1.0, float("inf")]), "holds 1 NaN or infinite"),
-        (torch.tensor([1.0, -0.25]), r"negative in 1 components \(lowest -0.25\)"),
-        (torch.ones(2, 2), r"vector of floats, not \(2, 2\)"),
-        (torch.ones(2, dtype=torch.int64), "vector of floats, not .*int64"),
-        ([1.0], "vector of floats, not list"),
+        (torch.tensor([1.0, float("nan")]), " 1 NaN"),
+        (torch.tensor([1.0, float("inf")]), " 1 NaN"),
+        (torch.tensor([1.0, -0.25]), "negative.*-0.25"),
+        (torch.ones(2, 2), r"\(2, 2\)"),
+        (torch.ones(2, dtype=torch.int64), "int64"),
+        ([1.0], "list"),
     ],
 )
-def test_values_that_cannot_be(z, says):
-    with pytest.raises(ExpertError, match=f"expert 'x': z of layer.a .*{says}"):
+def test_values_that_cannot_be(z, names):
+    with pytest.raises(ExpertError, match=f"'x'.*layer.a .*{names}"):
         Expert("x", {"layer.a": z})
 
 
 def test_no_z_at_all_is_an_error():
-    with pytest.raises(ExpertError, match="no z at all"):
+    with pytest.raises(ExpertError, match="'x'"):
         Expert("x", {})
 
 
@@ -168,23 +169,23 @@ def test_other_floats_are_converted(dtype):
 
 
 @pytest.mark.parametrize(
-    "meta,says",
+    "meta,names",
     [
         ({"seed": float("nan")}, "JSON"),
         ({"task": object()}, "JSON"),
-        ({"metrics": "high"}, "'metrics' must be a list"),
-        ({"metrics": ["high"]}, "every entry of 'metrics'"),
-        ({"domain": 3}, "'domain' must be text"),
-        ({"base": {"fingerprint": 5}}, "'base' must hold text only; 'fingerprint' is not"),
-        ({"base": "smollm2-135m"}, "'base' must be an object"),
-        ({"sketches": {"a": {"norm": 1}}}, "sketch of a: not a sketch"),
-        ({"matrices": {"b": [2, 2]}}, "name different matrices"),
-        ({"matrices": {"a": [2]}}, r"must be \[out, in\]"),
-        ({"matrices": {"a": [5, 4]}}, "has 3 components, but a matrix of 5×4 has 4"),
+        ({"metrics": "high"}, "'metrics'"),
+        ({"metrics": ["high"]}, "'metrics'"),
+        ({"domain": 3}, "'domain'"),
+        ({"base": {"fingerprint": 5}}, "'base'.*'fingerprint'"),
+        ({"base": "smollm2-135m"}, "'base'"),
+        ({"sketches": {"a": {"norm": 1}}}, "a: .*sketch"),
+        ({"matrices": {"b": [2, 2]}}, "'matrices'"),
+        ({"matrices": {"a": [2]}}, r" a .*\[out, in\]"),
+        ({"matrices": {"a": [5, 4]}}, " a .*3.*5×4"),
     ],
 )
-def test_metadata_that_cannot_be(meta, says):
-    with pytest.raises(ExpertError, match=says):
+def test_metadata_that_cannot_be(meta, names):
+    with pytest.raises(ExpertError, match=f"'x'.*{names}"):
         Expert("x", {"a": torch.ones(3)}, meta)
 
 
@@ -211,7 +212,7 @@ def test_saving_replaces_an_expert_and_nothing_else(tiny_llama, tmp_path):
     expert.with_meta(domain="sums").save_pretrained(tmp_path / "a")
     assert Expert.from_pretrained(tmp_path / "a").meta["domain"] == "sums"
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"notes\.txt; saving would delete it"):
+    with pytest.raises(OutputError, match=r"notes\.txt"):
         expert.save_pretrained(tmp_path / "a")
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "cache"]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from helpers_experts import adapted
 from helpers_tiny import ARCHITECTURES, build_tiny
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from sigmix.errors import ExpertError
 from sigmix.experts.fingerprint import fingerprint
+from sigmix.models import digests
+from sigmix.models.loading import load_base
 from sigmix.svf.linears import linears, matrix_of
 from sigmix.svf.tuner import svf_layers
 
@@ -96,3 +101,63 @@ def test_linears_are_named_as_in_the_base_and_give_the_original_weight(tiny):
     assert set(found) == set(plain)
     assert all(torch.equal(matrix_of(found[path]), plain[path]) for path in plain)
     assert plain["transformer.h.0.attn.c_attn"].shape == (192, 64)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Grows with every hashed weight; small checkpoints store their digests on disk too."""
+    calls = []
+    hash_weight = digests.weight_digest
+    monkeypatch.setattr(digests, "MIN_BYTES", 0)
+    monkeypatch.setattr(digests, "weight_digest", lambda weight: calls.append(1) or hash_weight(weight))
+    return calls
+
+
+def test_an_unchanged_checkpoint_is_hashed_once(model_folder, hashed):
+    model, _ = load_base(model_folder, dtype="float32")
+    first = fingerprint(model)
+    assert len(hashed) == len(list(model.parameters()))
+    hashed.clear()
+    again, _ = load_base(model_folder, dtype="float32")
+    wrapped = adapted(again)  # the keys of the decomposition cache are these digests too
+    assert fingerprint(wrapped) == first
+    assert not hashed
+    assert fingerprint(again, fresh=True) == first == fingerprint(build_tiny())
+    narrow, _ = load_base(model_folder, dtype="bfloat16")
+    assert fingerprint(narrow) != first
+
+
+@pytest.mark.parametrize("edit", ["in place", "through .data", "replaced"])
+def test_an_edited_weight_of_a_known_checkpoint_is_another_base(model_folder, hashed, edit):
+    before = fingerprint(load_base(model_folder, dtype="float32")[0])
+    model, _ = load_base(model_folder, dtype="float32")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        if edit == "in place":
+            weight[0, 0] += 1e-3
+        elif edit == "through .data":
+            weight.data += 1e-3
+        else:
+            model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight + 1e-3)
+    assert fingerprint(model) == fingerprint(model, fresh=True) != before
+    assert fingerprint(load_base(model_folder, dtype="float32")[0]) == before
+
+
+def test_a_changed_file_of_a_known_checkpoint_is_another_base(model_folder, hashed):
+    before = fingerprint(load_base(model_folder, dtype="float32")[0])
+    file = model_folder / "model.safetensors"
+    stat = file.stat()
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size and time of modification
+    assert file.stat().st_size == stat.st_size
+    model, _ = load_base(model_folder, dtype="float32")
+    assert fingerprint(model) == fingerprint(model, fresh=True) != before
+
+
+def test_a_damaged_file_of_digests_is_computed_again(model_folder, hashed, cache):
+    before = fingerprint(load_base(model_folder, dtype="float32")[0])
+    (file,) = (cache / "svd" / "ledgers").glob("weights-*.json")
+    file.write_text('{"lm_head.weight": 3')
+    assert fingerprint(load_base(model_folder, dtype="float32")[0]) == before

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
-from sigmix.experts import hub as publish
-from sigmix.experts import hub as remote
+from sigmix.experts import hub as module
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 
@@ -74,14 +74,14 @@ def test_branches_and_commits(hub):
     assert Expert.from_pretrained("user/sums", revision="v2").meta["domain"] == "numbers"
     made(domain="later").push_to_hub("user/sums", token=hub.writer)
     assert Expert.from_pretrained("user/sums", revision=first).meta["domain"] == "arithmetic"
-    with pytest.raises(HubError, match="'user/sums' has no revision 'v3'.*user/sums/commits"):
+    with pytest.raises(HubError, match="'user/sums'.*v3.*user/sums/commits"):
         Expert.from_pretrained("user/sums", revision="v3")
 
 
 def test_a_private_expert_is_seen_by_its_owner_only(hub, monkeypatch):
     made().push_to_hub("user/sums", token=hub.writer, private=True)
     assert hub.repos["user/sums"].private
-    with pytest.raises(HubError, match="no public hub model 'user/sums'.*if the model is private, run: hf auth login"):
+    with pytest.raises(HubError, match="'user/sums'.*run: hf auth login"):
         Expert.from_pretrained("user/sums")
     assert Expert.from_pretrained("user/sums", token=hub.reader) == made()
     monkeypatch.setenv("HF_TOKEN", hub.reader)
@@ -90,7 +90,7 @@ def test_a_private_expert_is_seen_by_its_owner_only(hub, monkeypatch):
 
 def test_nothing_private_is_pushed_to_a_public_model(hub):
     made().push_to_hub("user/sums", token=hub.writer)
-    with pytest.raises(OutputError, match="exists and is public, so nothing was pushed"):
+    with pytest.raises(OutputError, match="'user/sums'.*public"):
         made(domain="secret").push_to_hub("user/sums", token=hub.writer, private=True)
     assert not any(b"secret" in content for content in hub.files("user/sums").values())
 
@@ -104,14 +104,14 @@ def test_nothing_private_is_pushed_to_a_public_model(hub):
 )
 def test_a_model_that_is_something_else_is_left_alone(hub, there, names):
     hub.add("user/model", there)
-    with pytest.raises(OutputError, match=f"'user/model' holds more than an expert, such as .*{names}"):
+    with pytest.raises(OutputError, match=f"'user/model'.*{names}"):
         made().push_to_hub("user/model", token=hub.writer)
     assert hub.files("user/model")["README.md"] == b"# mine"
 
 
 def test_what_is_refused_leaves_no_branch(hub):
     hub.add("user/model", {"pytorch_model.bin": b"x"})
-    with pytest.raises(OutputError, match="holds more than an expert"):
+    with pytest.raises(OutputError, match="pytorch_model.bin"):
         made().push_to_hub("user/model", token=hub.writer, revision="v2")
     assert set(hub.repos["user/model"].branches) == {"main"}
 
@@ -120,14 +120,14 @@ def test_what_is_refused_leaves_no_branch(hub):
 def test_a_commit_in_between_is_not_overwritten(hub, monkeypatch, revision):
     made().push_to_hub("user/sums", token=hub.writer)
     made().push_to_hub("user/sums", token=hub.writer, revision=revision)
-    checked = publish._check_others
+    checked = module._check_files
 
     def late(repo, there):
         checked(repo, there)
         hub.repos[repo].commit({"README.md": b"# theirs"}, revision or "main")
 
-    monkeypatch.setattr(publish, "_check_others", late)
-    with pytest.raises(HubError, match="somebody else is changing it"):
+    monkeypatch.setattr(module, "_check_files", late)
+    with pytest.raises(HubError, match="'user/sums'.* -> run it again"):
         made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision=revision)
     assert hub.files("user/sums", revision or "main")["README.md"] == b"# theirs"
 
@@ -168,14 +168,14 @@ def test_a_folder_that_exists_wins(hub, tmp_path, monkeypatch):
     assert Expert.from_pretrained("user/sums").meta["domain"] == "local"
     assert Bank("user").names() == ["sums"]
     assert not hub.requests
-    with pytest.raises(ConfigError, match="is no hub model, so it has no revision 'v2'"):
+    with pytest.raises(ConfigError, match="'user/sums'.*'v2'"):
         Expert.from_pretrained("user/sums", revision="v2")
 
 
 def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made().save_pretrained(tmp_path / "bank" / "sums")
-    with pytest.raises(HubError, match="no folder and no public hub model 'bank/sum'; nearest: bank/sums"):
+    with pytest.raises(HubError, match="'bank/sum'.*nearest: bank/sums"):
         Expert.from_pretrained("bank/sum")
     for name in ("sums", "a/b/c", "./bank/sum", "../x", "user/", "user/..", "", "user/sums\n", "usér/sums"):
         with pytest.raises((ExpertError, HubError)) as caught:
@@ -187,7 +187,7 @@ def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("repo", ["sums", "a/b/c", "/user/sums", "user/", "", "user/sums?x"])
 def test_a_name_that_nothing_can_be_pushed_to(hub, repo):
-    with pytest.raises(ConfigError, match="is no name of a hub model.*for example"):
+    with pytest.raises(ConfigError, match=re.escape(repr(repo))):
         made().push_to_hub(repo, token=hub.writer)
     assert not hub.requests
 
@@ -205,27 +205,27 @@ def test_only_an_experts_own_files_are_fetched(hub, tmp_path):
 
 def test_models_that_are_no_experts(hub, tmp_path):
     hub.add("org/base", {"config.json": b"{}", "model.safetensors": b"large", "README.md": b"# base"})
-    with pytest.raises(ExpertError, match="'org/base' is no expert: it has no adapter_config.json"):
+    with pytest.raises(ExpertError, match="'org/base'.*adapter_config.json"):
         Expert.from_pretrained("org/base")
     hub.add("org/lora", {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"large"})
-    with pytest.raises(ExpertError, match="'org/lora' holds a LORA adapter, not SVF"):
+    with pytest.raises(ExpertError, match="'org/lora'.*LORA.*SVF"):
         Expert.from_pretrained("org/lora")
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
     pickled = files(tmp_path)
     pickled["adapter_model.bin"] = pickled.pop("adapter_model.safetensors")
     hub.add("org/pickled", pickled)
-    with pytest.raises(ExpertError, match="has no adapter_model.safetensors; weights of another kind, such as pickled"):
+    with pytest.raises(ExpertError, match="'org/pickled'.*adapter_model.safetensors"):
         Expert.from_pretrained("org/pickled")
 
 
 def test_what_is_wrong_with_the_files_is_said_of_the_model(hub, tmp_path):
     broken = files(tmp_path)
     hub.add("user/cut", {**broken, "adapter_model.safetensors": broken["adapter_model.safetensors"][:40]})
-    with pytest.raises(ExpertError, match="the hub's expert 'user/cut': .*truncated or damaged"):
+    with pytest.raises(ExpertError, match="'user/cut': .*adapter_model.safetensors"):
         Expert.from_pretrained("user/cut")
     edited = broken["sigmix.json"].replace(b'"z_sha256": "', b'"z_sha256": "0')
     hub.add("user/edited", {**broken, "sigmix.json": edited})
-    with pytest.raises(ExpertError, match="the hub's expert 'user/edited': .*changed after it was saved"):
+    with pytest.raises(ExpertError, match="'user/edited': .*checksum"):
         Expert.from_pretrained("user/edited")
 
 
@@ -248,9 +248,9 @@ def test_offline_the_cache_is_used(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = len(hub.requests)
     assert Expert.from_pretrained("user/sums") == made()
-    with pytest.raises(HubError, match="'user/other' is no local folder and not in the hub's cache, and offline mode"):
+    with pytest.raises(HubError, match="'user/other'.*unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"):
         Expert.from_pretrained("user/other")
-    with pytest.raises(HubError, match="cannot push to 'user/sums': offline mode is set"):
+    with pytest.raises(HubError, match="'user/sums'.*unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"):
         made().push_to_hub("user/sums", token=hub.writer)
     assert len(hub.requests) == before
 
@@ -260,7 +260,7 @@ def test_without_a_network_the_cache_is_used(hub):
     Expert.from_pretrained("user/sums")
     hub.close()
     assert Expert.from_pretrained("user/sums") == made()
-    with pytest.raises(HubError, match="cannot reach the hub for 'user/other'.*check the network"):
+    with pytest.raises(HubError, match="'user/other'.*check the network"):
         Expert.from_pretrained("user/other")
 
 
@@ -277,25 +277,25 @@ def test_a_bank_over_a_collection(hub, collection, tmp_path, opened):
     assert collection in repr(bank)
     assert Bank(bank.folder).names() == bank.names()  # as whoever needs a folder sees it
     assert not [path for _, path, _ in hub.requests if path.endswith("model.safetensors") and "org/base" in path]
-    with pytest.raises(OutputError, match=f"{collection} is on the hub, so 'new' cannot be added"):
+    with pytest.raises(OutputError, match=f"{collection}.*'new'"):
         bank.add(made("new"))
 
 
 def test_a_gated_base_in_a_collection_is_left_out_like_any_other(hub, collection, tmp_path):
     hub.repos["org/base"].gated = True
     assert Bank(collection).names() == ["reading", "sums"]
-    with pytest.raises(ExpertError, match="'org/base' is no expert"):
+    with pytest.raises(ExpertError, match="'org/base'"):
         Expert.from_pretrained("org/base")
     hub.add("dora/more", files(tmp_path, "more")).gated = True  # it is an expert, and not left out in silence
     hub.collect(collection, "org/base", "alice/sums", "dora/more")
-    with pytest.raises(HubError, match="'dora/more' is gated"):
+    with pytest.raises(HubError, match="'dora/more'.*accept its terms"):
         Bank(collection)
 
 
 def test_a_file_that_no_expert_has_is_not_fetched(hub, tmp_path, monkeypatch):
     hub.add("alice/sums", files(tmp_path, "sums"))
-    monkeypatch.setattr(remote, "LARGEST", 5)
-    with pytest.raises(ExpertError, match=r"of the hub's 'alice/sums' has .* GB, as no expert has.* -> .*hf download"):
+    monkeypatch.setattr(module, "MAX_BYTES", 5)
+    with pytest.raises(ExpertError, match="'alice/sums'.* GB.* -> .*hf download"):
         Expert.from_pretrained("alice/sums")
     assert not [path for _, path, _ in hub.requests if "/resolve/" in path]
 
@@ -316,14 +316,14 @@ def test_a_bank_stays_what_it_was_and_a_new_one_is_what_the_collection_is_now(hu
 def test_a_bank_of_models_by_name(hub, collection, monkeypatch):
     bank = Bank.from_hub(["bob/reading-v2", "alice/sums", "bob/reading-v2"])
     assert bank.names() == ["reading", "sums"]
-    with pytest.raises(OutputError, match="bob/reading-v2, alice/sums is on the hub"):
+    with pytest.raises(OutputError, match="bob/reading-v2, alice/sums"):
         bank.add(made("new"))
     monkeypatch.setenv("SIGMIX_OFFLINE", "1")
     assert Bank.from_hub(["alice/sums", "bob/reading-v2"]).names() == ["reading", "sums"]
     monkeypatch.delenv("SIGMIX_OFFLINE")
-    with pytest.raises(ExpertError, match="'org/base' is no expert"):
+    with pytest.raises(ExpertError, match="'org/base'"):
         Bank.from_hub(["alice/sums", "org/base"])
-    with pytest.raises(ConfigError, match="no repositories"):
+    with pytest.raises(ConfigError, match="user/addition"):
         Bank.from_hub([])
 
 
@@ -337,25 +337,25 @@ def test_without_the_hub_a_collection_is_what_it_was_last(hub, collection, monke
     else:
         hub.fail(".", 500)
     assert Bank(collection)["sums"] == made("sums")
-    with pytest.raises(HubError, match="is not in the cache, and"):
+    with pytest.raises(HubError, match=collection[:-1] + "0"):
         Bank(collection[:-1] + "0")
 
 
 def test_collections_that_cannot_be_a_bank(hub, collection, tmp_path):
     hub.add("carol/sums", files(tmp_path, "sums", domain="other"))
     hub.collect(SLUG, "alice/sums", "carol/sums")
-    with pytest.raises(ExpertError, match="two experts of .* called 'sums': alice/sums and carol/sums -> .*from_hub"):
+    with pytest.raises(ExpertError, match="'sums': alice/sums and carol/sums -> .*from_hub"):
         Bank(SLUG)
     hub.collect(SLUG, "org/base")
-    with pytest.raises(ExpertError, match="holds no experts -> .*hf collections add-item"):
+    with pytest.raises(ExpertError, match="hf collections add-item"):
         Bank(SLUG)
-    with pytest.raises(HubError, match="no public collection"):
+    with pytest.raises(HubError, match=f"{SLUG[:-1]}0"):
         Bank(SLUG[:-1] + "0")
     hub.add("dora/sums", files(tmp_path)).gated = True
     hub.collect(SLUG, "dora/sums")
-    with pytest.raises(HubError, match=f"'dora/sums' is gated.*accept them at {hub.url}/dora/sums"):
+    with pytest.raises(HubError, match=f"'dora/sums'.*accept its terms at {hub.url}/dora/sums"):
         Bank(SLUG)
-    with pytest.raises(ConfigError, match="is no collection's slug"):
+    with pytest.raises(ConfigError, match="'skills'"):
         Bank.from_hub("skills")
 
 

@@ -60,45 +60,45 @@ def test_what_works_leaves_no_token_behind(hub, watched):
 
 
 @pytest.mark.parametrize(
-    "place, status, says",
+    "place, status, remedy",
     [
-        ("repos/create", 401, "does not let you push to 'user/sums': it wants a valid token -> run: hf auth login"),
-        ("repos/create", 403, "your token may not push to 'user/sums' -> take one that may write to 'user'"),
-        ("repos/create", 404, "the hub has no 'user' to push 'user/sums' to"),
-        ("validate-yaml", 400, "the hub refuses what was pushed to 'user/sums'"),
-        ("commit", 409, r"the hub refuses 'user/sums' \(409\): somebody else is changing it -> run it again"),
-        ("commit", 500, "the hub failed on 'user/sums' with status 500 -> run it again later"),
-        ("lfs/objects", 403, "your token may not push to 'user/sums'"),
-        ("PUT /lfs", 403, "your token may not push to 'user/sums'"),
+        ("repos/create", 401, "run: hf auth login"),
+        ("repos/create", 403, "run: hf auth login, with a token from .*settings/tokens"),
+        ("repos/create", 404, "check the name"),
+        ("validate-yaml", 400, "run it again"),
+        ("commit", 409, "run it again"),
+        ("commit", 500, "run it again"),
+        ("lfs/objects", 403, "run: hf auth login"),
+        ("PUT /lfs", 403, "run: hf auth login"),
     ],
 )
-def test_refused_pushes(hub, watched, place, status, says):
+def test_refused_pushes(hub, watched, place, status, remedy):
     for echo in (False, True):  # a bad proxy may send back what it was sent
         hub.failures.clear()
         hub.fail(place, status, echo)
         error = watched(lambda: made().push_to_hub("user/sums", token=hub.writer), hub.writer)
         assert isinstance(error, HubError)
-        with pytest.raises(HubError, match=says):
+        with pytest.raises(HubError, match=f"'user/sums'.* -> .*{remedy}"):
             raise error
     repo = hub.repos.get("user/sums")
     assert repo is None or set(repo.commits[repo.at("main")]) == {".gitattributes"}
 
 
 @pytest.mark.parametrize(
-    "status, says",
+    "status, remedy",
     [
-        (401, "the hub wants a valid token for 'user/sums' -> run: hf auth login"),
-        (403, r"the hub refuses 'user/sums' to your token \(403\)"),
-        (404, "the hub failed on 'user/sums' with status 404"),
-        (429, r"too many requests \(429\) -> run it again in a few minutes"),
-        (500, "the hub failed on 'user/sums' with status 500 -> run it again later"),
+        (401, "run: hf auth login"),
+        (403, "run: hf auth login"),
+        (404, "check the name"),
+        (429, "run it again in a few minutes"),
+        (500, "run it again"),
     ],
 )
-def test_refused_loads(hub, watched, status, says):
+def test_refused_loads(hub, watched, status, remedy):
     hub.fail("api/models", status, echo=True)
     error = watched(lambda: Expert.from_pretrained("user/sums", token=hub.reader), hub.reader)
     assert isinstance(error, HubError)
-    with pytest.raises(HubError, match=says):
+    with pytest.raises(HubError, match=f"'user/sums'.* -> .*{remedy}"):
         raise error
 
 
@@ -111,19 +111,19 @@ def test_no_hub_at_all(hub, watched):
     ):
         error = watched(work, hub.writer)
         assert isinstance(error, HubError)
-        assert "reach" in str(error)
 
 
 def test_who_may_what(hub, watched):
     error = watched(lambda: made().push_to_hub("user/sums", token=hub.reader), hub.reader)
-    assert "your token may not push" in str(error)
+    assert "hf auth login" in error.remedy
     error = watched(lambda: made().push_to_hub("somebody/sums", token=hub.writer), hub.writer)
-    assert "take one that may write to 'somebody'" in str(error)
+    assert "'somebody/sums'" in error.message
+    assert "hf auth login" in error.remedy
     unknown = hub.writer.upper()
     error = watched(lambda: made().push_to_hub("user/sums", token=unknown), unknown)
-    assert "it wants a valid token" in str(error)
+    assert "hf auth login" in error.remedy
     error = watched(lambda: made().push_to_hub("user/sums"))
-    assert "it wants a valid token" in str(error)
+    assert "hf auth login" in error.remedy
     assert not hub.repos
 
 
@@ -136,7 +136,7 @@ def test_a_token_that_cannot_be_one_is_refused_unseen(hub, watched, monkeypatch,
     ):
         error = watched(work, token, "secr")
         assert isinstance(error, ConfigError)
-        assert "blanks or letters that no token has" in str(error)
+        assert "hf auth login" in error.remedy
     assert not hub.requests
 
 
@@ -151,7 +151,7 @@ def test_no_token_is_sent_where_the_library_is_told_not_to(hub, monkeypatch):
     made().push_to_hub("user/sums", token=hub.writer, private=True)
     monkeypatch.setenv("HF_TOKEN", hub.reader)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    with pytest.raises(HubError, match="no public hub model"):
+    with pytest.raises(HubError, match="'user/sums'"):
         Expert.from_pretrained("user/sums")
 
 

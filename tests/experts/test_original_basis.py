@@ -109,7 +109,7 @@ def test_an_expert_trained_in_the_original_basis_says_so(folder, tmp_path):
     again = Expert.from_pretrained(expert.save_pretrained(tmp_path / "mine"))
     again.check(trained_on)
     for sketches in (True, False):
-        with pytest.raises(ExpertError, match="in the basis of its original weights.* -> call .*--basis original"):
+        with pytest.raises(ExpertError, match="--basis original"):
             again.check(quantised(), sketches=sketches)
 
 
@@ -123,5 +123,5 @@ def test_a_decomposition_that_has_gone_is_never_replaced_by_another_ones(folder,
 
 
 def test_only_a_quantised_base_has_an_original(folder):
-    with pytest.raises(ConfigError, match="quantised"):
+    with pytest.raises(ConfigError, match="quantization_config"):
         use_original_basis(load_base(folder)[0])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sigmix.experts.hub import published
+from sigmix.experts.hub import public_metadata
 
 
 def shown(text: str) -> str:
-    return published({"training": {"out": [text]}})["training"]["out"][0]
+    return public_metadata({"training": {"out": [text]}})["training"]["out"][0]
 
 
 @pytest.mark.parametrize(
@@ -66,5 +66,5 @@ def test_ones_own_home_wherever_it_is(monkeypatch):
     assert shown("/home/alice smith/data/x") == "x"
     assert shown("/home/alice smith") == "~"
     monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/alice"))
-    assert published({"base": {"name": "/srv/people/alice", "dtype": "float32"}})["base"]["name"] == "~"
-    assert published({"base": {"name": "/srv/people/alice/tiny"}})["base"]["name"] == "tiny"
+    assert public_metadata({"base": {"name": "/srv/people/alice", "dtype": "float32"}})["base"]["name"] == "~"
+    assert public_metadata({"base": {"name": "/srv/people/alice/tiny"}})["base"]["name"] == "tiny"

@@ -56,24 +56,24 @@ def refused(folder, match, base=None):
 
 def test_no_such_folder(folder):
     missing = folder.with_name("aritmetic")
-    refused(missing, "there is no expert at .*aritmetic with adapter_config.json .*has arithmetic")
+    refused(missing, "aritmetic.*has arithmetic")
     refused(missing / "a", "no folder .*aritmetic either")
 
 
 def test_a_file_is_no_folder(folder):
-    refused(folder / "README.md", "is a file, but an expert is a folder")
+    refused(folder / "README.md", "file")
 
 
 def test_missing_files(folder):
     (folder / "adapter_model.safetensors").unlink()
-    refused(folder, r"adapter_model\.safetensors is missing; it holds README\.md, adapter_config\.json, sigmix\.json")
+    refused(folder, r"adapter_model\.safetensors; it holds README\.md, adapter_config\.json, sigmix\.json")
     (folder / "adapter_config.json").unlink()
-    refused(folder, r"adapter_config\.json is missing; it holds README\.md, sigmix\.json")
+    refused(folder, r"adapter_config\.json; it holds README\.md, sigmix\.json")
 
 
 def test_an_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"adapter_config\.json is missing; it is empty")
+    refused(tmp_path / "empty", r"adapter_config\.json; it is empty")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1000])
@@ -88,7 +88,7 @@ def test_edited_weights(folder):
         tensors[KEY][3] += 1e-3
 
     edit_z(folder, change)
-    refused(folder, r"changed after it was saved: its checksum is not the one in sigmix\.json")
+    refused(folder, r"adapter_model\.safetensors.*checksum.*sigmix\.json")
 
 
 def test_one_flipped_bit(folder):
@@ -102,7 +102,7 @@ def test_one_flipped_bit(folder):
 def test_pickles_are_refused_and_not_opened(plain):
     (plain / "adapter_model.safetensors").unlink()
     (plain / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
-    refused(plain, r"adapter_model\.bin but no adapter_model\.safetensors; pickled weights are refused")
+    refused(plain, r"adapter_model\.bin but no adapter_model\.safetensors.* -> .*safe_serialization=True")
 
 
 def test_a_pickle_beside_safetensors_is_ignored(plain):
@@ -130,14 +130,14 @@ def test_integers_are_refused_and_half_precision_is_converted(plain):
     edit_z(plain, lambda tensors: tensors.update({KEY: tensors[KEY].half()}))
     assert Expert.from_pretrained(plain).z[PATH].dtype == torch.float32
     edit_z(plain, lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int32)}))
-    refused(plain, "must be a vector of floats, not .*int32")
+    refused(plain, f"{PATH}.*int32")
 
 
 def test_a_wrong_length(folder, plain):
     edit_z(folder, lambda tensors: tensors.update({KEY: torch.ones(63)}))
-    refused(folder, f"z of {PATH} has 63 components, but a matrix of 64×64 has 64")
+    refused(folder, f"{PATH}.*63.*64×64")
     edit_z(plain, lambda tensors: tensors.update({KEY: torch.ones(63)}))
-    refused(plain, f"z of {PATH} has 63 components, but the matrix is 64×64", base=build_tiny())
+    refused(plain, f"{PATH}.*63.*64×64", base=build_tiny())
 
 
 def test_a_matrix_that_the_base_lacks(plain):
@@ -147,17 +147,17 @@ def test_a_matrix_that_the_base_lacks(plain):
 
 def test_a_matrix_that_sigmix_json_lacks(folder):
     edit_z(folder, lambda tensors: tensors.pop(KEY))
-    refused(folder, f"z and 'matrices' name different matrices, 1 in all, such as {PATH}")
+    refused(folder, f"'matrices'.*{PATH}")
 
 
 def test_other_tensors_than_z(plain):
     edit_z(plain, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
-    refused(plain, r"holds base_model\.model\.lm_head\.weight, which is no z")
+    refused(plain, r"base_model\.model\.lm_head\.weight")
 
 
 def test_another_kind_of_adapter(tmp_path):
     get_peft_model(build_tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    refused(tmp_path / "lora", "holds a LORA adapter, not SVF")
+    refused(tmp_path / "lora", "LORA")
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "sigmix.json"])
@@ -173,21 +173,21 @@ def test_invalid_json_names_file_and_place(folder, file):
 def test_schema_versions(folder):
     file = folder / "sigmix.json"
     edit_json(file, schema=2)
-    refused(folder, r"has schema 2, but this version of sigmix reads up to 1 -> .*upgrade")
+    refused(folder, "schema 2.* -> .*upgrade")
     for bad in (None, "1", 0, True):
         edit_json(file, schema=bad)
-        refused(folder, "no valid 'schema' number")
+        refused(folder, "'schema'")
 
 
 @pytest.mark.parametrize("key", ["name", "z_sha256"])
 def test_keys_that_must_be_there(folder, key):
     edit_json(folder / "sigmix.json", **{key: None})
-    refused(folder, f"lacks '{key}'")
+    refused(folder, f"no '{key}'")
 
 
 def test_a_name_that_leads_elsewhere(folder):
     edit_json(folder / "sigmix.json", name="../../etc")
-    with pytest.raises(ExpertError, match="is no name for an expert"):
+    with pytest.raises(ExpertError, match="etc"):
         Expert.from_pretrained(folder)
 
 
@@ -195,19 +195,19 @@ def test_a_damaged_sketch(folder):
     value = json.loads((folder / "sigmix.json").read_text())
     value["sketches"][PATH]["values"] = [1.0]
     edit_json(folder / "sigmix.json", sketches=value["sketches"])
-    refused(folder, f"sketch of {PATH}: a sketch has a norm and 8 finite numbers")
+    refused(folder, PATH)
 
 
 def test_a_false_sketch_is_found_on_the_base(folder):
     value = json.loads((folder / "sigmix.json").read_text())
     value["sketches"][PATH]["values"][0] += value["sketches"][PATH]["norm"]
     edit_json(folder / "sigmix.json", sketches=value["sketches"])
-    with pytest.raises(ExpertError, match=f"singular vectors of {PATH}"):
+    with pytest.raises(ExpertError, match=PATH):
         Expert.from_pretrained(folder, base=build_tiny())
 
 
 def test_another_base(folder):
-    with pytest.raises(FingerprintError, match="'arithmetic' was made on"):
+    with pytest.raises(FingerprintError, match="'arithmetic'"):
         Expert.from_pretrained(folder, base=build_tiny(seed=1))
 
 

@@ -37,14 +37,14 @@ def refused(kind, status):
 
 def test_a_gated_model_says_where_to_accept_and_how_to_log_in(monkeypatch):
     hub_answers(monkeypatch, refused(hub_errors.GatedRepoError, 403))
-    with pytest.raises(BaseModelError, match="gated.*https://huggingface.co/org/model, then run: hf auth login"):
+    with pytest.raises(BaseModelError, match="-> .*//huggingface.co/org/model, then run: hf auth login"):
         load_base("org/model")
 
 
 def test_a_model_that_the_hub_does_not_have(monkeypatch, model_folder):
     hub_answers(monkeypatch, refused(hub_errors.RepositoryNotFoundError, 404))
     monkeypatch.chdir(model_folder.parent)
-    with pytest.raises(BaseModelError, match="no public hub model 'tiny-lama'; nearest: tiny-llama"):
+    with pytest.raises(BaseModelError, match="'tiny-lama'.*nearest: tiny-llama"):
         load_base("tiny-lama")
     with pytest.raises(BaseModelError, match="did you mean 'smollm2-135m'"):
         load_base("smollm-135m")
@@ -52,14 +52,14 @@ def test_a_model_that_the_hub_does_not_have(monkeypatch, model_folder):
 
 def test_a_revision_that_the_hub_does_not_have(monkeypatch):
     hub_answers(monkeypatch, refused(hub_errors.RevisionNotFoundError, 404))
-    with pytest.raises(BaseModelError, match="no revision 'v9'"):
+    with pytest.raises(BaseModelError, match="'org/model'.* -> .*org/model/commits"):
         load_base("org/model", revision="v9")
 
 
 def test_no_network_is_named(monkeypatch):
     hub_answers(monkeypatch, hub_errors.LocalEntryNotFoundError("no connection"))
     monkeypatch.setattr(hub, "offline", lambda: False)
-    with pytest.raises(BaseModelError, match="cannot reach the hub for 'org/model'.*check the network"):
+    with pytest.raises(BaseModelError, match="'org/model'.* -> check the network"):
         load_base("org/model")
 
 
@@ -72,20 +72,20 @@ def test_offline_mode_asks_the_network_for_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setenv("SIGMIX_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
-    with pytest.raises(BaseModelError, match="offline mode is set.*unset SIGMIX_OFFLINE"):
+    with pytest.raises(BaseModelError, match="'org/model'.* -> unset SIGMIX_OFFLINE"):
         load_base("org/model")
     assert asked["local_files_only"] is True
 
 
 def test_a_full_disk_under_the_hubs_cache_is_named(monkeypatch):
     hub_answers(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(BaseModelError, match="the disk is full.*HF_HOME"):
+    with pytest.raises(BaseModelError, match="'org/model'.*No space left on device.* -> .*HF_HOME"):
         load_base("org/model")
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
     hub_answers(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
-    with pytest.raises(BaseModelError, match="cannot be written to the hub's cache .*Permission denied.*HF_HOME"):
+    with pytest.raises(BaseModelError, match="'org/model'.*Permission denied.* -> .*HF_HOME"):
         load_base("org/model")
 
 

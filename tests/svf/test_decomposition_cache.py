@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sigmix.errors import CacheError, ConfigError, OutputError
+from sigmix.models.digests import weight_digest
 from sigmix.svf import decomposition as module
-from sigmix.svf.decomposition import cache_path, cached_decompose, decompose, weight_digest
+from sigmix.svf.decomposition import cache_path, cached_decompose, decompose
 
 pytestmark = pytest.mark.usefixtures("cache")
 
