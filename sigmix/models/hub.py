@@ -74,7 +74,8 @@ def hub_errors(
             text = str(error.__cause__)  # the download falls back to the cache, and only that error is raised
         else:
             text = str(error) or type(error).__name__
-        text = " ".join([line for line in text.splitlines() if line.strip()][:2]).rstrip(".")
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("For more information")]
+        text = " ".join(lines[:2]).rstrip(".")
         message = f"cannot {action} {name!r}: {text}{hint}"
         if token:
             message = message.replace(token, "<token>")
