@@ -19,7 +19,6 @@ BENCHES = {
     "decompose": "the base's matrices, cold and from the cache; a 4096×14336 matrix against torch.linalg.svd; with "
     "--stream peak memory of streaming a checkpoint against loading the whole model",
     "quantised": "experts of the plain base on its 8-bit and 4-bit forms: KL, accuracy, size and speed",
-    "plan": "what `sigmix doctor --plan` says of training and serving the base against what is measured",
 }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import typer
 
+from sigmix.cli import run as run_app
 from sigmix.cli._console import emit
 from sigmix.cli._options import JSON
-from sigmix.cli.app import run as run_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

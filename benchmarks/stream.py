@@ -9,9 +9,7 @@ Bases: the default one, and two random Llamas of bfloat16 matrices that differ i
 and 24 layers: 51 and 202 MB), because a stream's peak must not depend on depth. Peaks are the kernel's high-water mark
 (VmHWM) beyond what the process had with its libraries loaded, those that load on first use too.
 
-The plan of `sigmix.models.memory` is compared with the streams: memory, disk, and for the default base time, from
-rates that
-are measured between the contestants.
+Memory and disk of the streams are compared with `sigmix.models.memory.model_plan`.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from benchmarks.harness import Aim, device, report, say
 from benchmarks.peak import high_water
 from sigmix.errors import SigmixError
 from sigmix.models.loading import dtype_of, locate
-from sigmix.models.memory import budget, empty_model, measure_rates
+from sigmix.models.memory import empty_model, model_plan
 from sigmix.models.quantization import load_weights
 from sigmix.svf.checkpoint import Stream
 from sigmix.svf.decomposition import cached_decompose, decompose
@@ -82,11 +80,8 @@ def run(
                     peak = done["peak"] - done["imported"]
                     told = f"{peak / 1e6:.0f} MB beyond imports, {done['seconds']:.3g} s"
                     say(f"round {number + 1}, {name}, {how}: {told}")
-                if name == "default":
-                    found["rates"] = measure_rates("cpu", kind)
             rounds.append(found)
-        plans = {name: budget(_config(path), None, kind)["decompose"] for name, path in bases.items()}
-        timed = [budget(_config(folder), one["rates"], kind)["decompose"]["seconds"] for one in rounds]
+        plans = {name: _plan(path, kind) for name, path in bases.items()}
 
     def beyond(name: str) -> list[int]:
         return [one[name]["peak"] - one[name]["imported"] for one in rounds]
@@ -95,7 +90,7 @@ def run(
         return [x / y for x, y in zip(a, b, strict=True)]
 
     few, many = (f"{depth} layers" for depth in depths)
-    planned = [plans["default"]["peak_bytes"]] * repeats
+    planned = [plans["default"]["decompose_bytes"]] * repeats
     files = [one["default, stream"]["files"] for one in rounds]
     ratios = {
         "peak_against_whole_default": over(beyond("default, stream"), beyond("default, whole")),
@@ -106,14 +101,12 @@ def run(
         ),
         "plan_memory_against_measured": over(planned, beyond("default, stream")),
         "plan_disk_against_measured": over([plans["default"]["disk_bytes"]] * repeats, files),
-        "plan_seconds_against_measured": over(timed, [one["default, stream"]["seconds"] for one in rounds]),
     }
     raw = {
         "base": base,
         "random": {"width": width, "inside": inside, "depths": list(depths)},
-        "rounds": [{k: vars(v) if k == "rates" else v for k, v in one.items()} for one in rounds],
+        "rounds": rounds,
         "plans": plans,
-        "planned_seconds": timed,
     }
     aims = {name: aim for name, aim in AIMS.items() if name in ratios}
     return report("decompose-stream", where, ratios, aims, raw)
@@ -170,6 +163,11 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _plan(folder: Path, dtype: str) -> dict[str, Any]:
+    model = empty_model(_config(folder))
+    return model_plan(model, target_layers(model), dtype)
 
 
 def _main(given: str) -> None:

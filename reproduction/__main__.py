@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from sigmix.cli.app import run
+from sigmix.cli import run
 
 HERE = Path(__file__).parent
 ONLY = typer.Option([], help="A stage; may be repeated. Default: all.")

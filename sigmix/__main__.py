@@ -1,6 +1,6 @@
 """``python -m sigmix``."""
 
-from sigmix.cli.app import main
+from sigmix.cli import main
 
 if __name__ == "__main__":
     main()

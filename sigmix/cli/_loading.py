@@ -1,177 +1,108 @@
-"""What commands open: a bank, mixes, a base, an engine; and what their options mean as text."""
+"""Read option values, and open the base models, banks, mixtures and engines that they name."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sigmix.cli._console import Ticker, working
+from sigmix.cli._console import Progress, working
+from sigmix.errors import ConfigError, ExpertError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sigmix.engine import Engine
+    from sigmix.experts.bank import Bank
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.mix import Mix
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Pause garbage collection while modules are imported: its passes take a fifth of the time of importing PEFT."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def read_targets(text: str | None) -> list[str] | str | None:
-    """``target_modules`` from --targets: a word, a regular expression, or names with commas between them."""
+    """Return ``target_modules`` from --targets: a keyword or regular expression, or comma-separated names."""
     return text.split(",") if text and "," in text else text
 
 
 def read_layers(text: str | None) -> list[int] | str | None:
-    """``layers_to_transform`` from --layers.
+    """Return ``layers_to_transform`` from --layers.
 
     Raises:
         ConfigError: neither "half" nor numbers.
     """
-    from sigmix.errors import ConfigError
-
     if not text or text == "half":
         return text
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--layers must be half or numbers like 0,2,4, not {text!r}") from None
+        raise ConfigError(f"--layers must be half or numbers such as 0,2,4, not {text!r}") from None
 
 
-def open_bank(folder: Path | None) -> Any:
-    """The bank in a folder or of a collection on the hub, or the bundled one."""
-    from sigmix.experts.bank import Bank
-
-    with working("opening the experts"):
-        # as text, which can name a collection where there is no such folder
-        return Bank(folder.as_posix()) if folder is not None else Bank.bundled()
-
-
-def read_mix(text: str, bank: Any = None) -> Any:
-    """A `Mix` from "a:0.7+b:0.3" or from a file that holds one as JSON; its experts are looked up in ``bank``.
+def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
+    """Return ``device_map`` of `load_base` from --device-map: None, "auto", or {module: device} from a JSON file.
 
     Raises:
-        ConfigError: neither. UnknownNameError: an expert that the bank does not have.
+        ConfigError: unreadable file or invalid content.
     """
-    from sigmix.experts.mix import read_mix as read
-
-    return read(text, bank)
-
-
-def open_mixes(texts: Sequence[str], folder: Path | None, wanted: bool = False) -> tuple[list[Any], Any]:
-    """The mixes and the bank that they need (None if no bank was asked for or is ``wanted``, and all are the base)."""
-    mixes = [read_mix(text) for text in texts]
-    needed = wanted or folder is not None or any(mix.weights for mix in mixes)
-    bank: Any = open_bank(folder) if needed else None
-    for name in [name for mix in mixes for name in mix.weights]:
-        bank.path(name)  # there is a bank if any mix has an expert
-    return mixes, bank
-
-
-def read_device_map(text: str | None) -> Any:
-    """What ``--device-map`` says, as `load_base` takes it: None, "auto", or the {module: device} of a JSON file.
-
-    Raises:
-        ConfigError: no such file, or another content.
-    """
-    from sigmix.errors import ConfigError
-
     if text is None or text == "auto":
         return text
-    remedy = 'auto, or a file like {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
+    remedy = 'give auto, or a file such as {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
     try:
-        made = json.loads(Path(text).expanduser().read_text(encoding="utf-8"))
+        places = json.loads(Path(text).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--device-map {text} cannot be read: {why}", remedy=remedy) from error
-    devices = made.values() if isinstance(made, dict) else ()
+    devices = places.values() if isinstance(places, dict) else ()
     if not devices or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in devices):
         raise ConfigError(f"--device-map {text} holds no object of modules and devices", remedy=remedy)
-    return made
+    return places
 
 
-def open_base(
-    base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own",
-    device_map: str | None = None,
-) -> Any:  # fmt: skip
-    """(model, tokenizer) of a base, quantised or not, in the basis asked for; shown as work on stderr.
+def open_bank(folder: Path | None) -> Bank:
+    """Return the bank in a folder or of a collection on the hub, or the bundled one."""
+    with working("loading the experts"):
+        with importing():
+            from sigmix.experts.bank import Bank
 
-    Args:
-        device_map: see `read_device_map`.
-
-    Raises:
-        ConfigError: a basis that there is not, or "original" for a base that is not quantised. Others: see `load_base`.
-    """
-    from sigmix.experts.original_basis import check_basis
-
-    check_basis(basis, quantization)
-    placed = read_device_map(device_map)
-    with working(f"loading {base}"):
-        from sigmix.models.loading import load_base
-
-        model, tokenizer = load_base(base, dtype, quantization_config=quantization, device_map=placed)
-    if basis == "original":
-        from sigmix.experts.original_basis import use_original_basis
-
-        with Ticker("reading the original weights", 0) as ticker:
-            use_original_basis(model, lambda *_: ticker.advance())
-    else:
-        _decompose(model)
-    return model, tokenizer
+        return Bank(folder.as_posix()) if folder is not None else Bank.bundled()  # text may name a collection
 
 
-def base_of(base: str, experts: Sequence[Any], dtype: str | None = None, quantization: str | None = None) -> Any:
-    """The model of a base, for comparing it with experts: without more words in the dtype and quantisation in which the
-    first of them that says so was made; shown as work on stderr.
+def open_mixes(texts: Sequence[str], folder: Path | None, need_bank: bool = False) -> tuple[list[Mix], Bank | None]:
+    """Return mixtures and their bank; the bank is None if it is not given and every mixture is the base model.
 
     Raises:
-        See `load_base`.
+        ConfigError: invalid expression. UnknownNameError: expert that is not in the bank.
     """
-    from sigmix.svf.linears import dtype_and_quantization
+    from sigmix.experts.mix import read_mix
 
-    told = [(expert.meta.get("base") or {}).get("dtype") for expert in experts]
-    made, kept = dtype_and_quantization(next((one for one in told if one), None))
-    with working(f"loading {base}"):
-        from sigmix.models.loading import load_base
-
-        return load_base(base, dtype or made, quantization_config=quantization or kept)[0]
-
-
-def open_engine(
-    base: str, bank: Any, mixes: Sequence[Any] = (), quantization: str | None = None, basis: str = "own",
-    device_map: str | None = None,
-) -> Any:  # fmt: skip
-    """An `Engine` on a base, see `open_base`; experts in ``mixes`` are checked against the base at once."""
-    model, tokenizer = open_base(base, None, quantization, basis, device_map)
-    with working("checking the experts"):
-        from sigmix.engine import Engine
-
-        engine = Engine(model, tokenizer, bank)
-        for mix in mixes:
-            engine.z(mix)
-    return engine
+    mixes = [read_mix(text) for text in texts]
+    if not (need_bank or folder is not None or any(mix.weights for mix in mixes)):
+        return mixes, None
+    bank = open_bank(folder)
+    for name in [name for mix in mixes for name in mix.weights]:
+        bank.path(name)
+    return mixes, bank
 
 
-def _decompose(model: Any) -> None:
-    """Fill the cache of decompositions with a progress bar; the engine would do the same in silence."""
-    from sigmix.models.digests import weight_digest
-    from sigmix.models.multimodal import backbone
-    from sigmix.svf.decomposition import cache_path, cached_decompose
-    from sigmix.svf.linears import linears, matrix_of
-
-    head, inside = model.get_output_embeddings(), backbone(model)
-    root = f"{inside[0]}." if inside is not None else ""
-    layers = [module for path, module in linears(model).items() if path.startswith(root) and module is not head]
-    if layers and not cache_path(weight_digest(matrix_of(layers[-1]))).exists():
-        with Ticker("decomposing the base, once", len(layers)) as ticker:
-            for module in layers:
-                cached_decompose(matrix_of(module))
-                ticker.advance()
-
-
-# --- What the name of an expert on the command line means.
-
-
-def folder_of(name: str, bank: Path | None) -> Path | str:
-    """Resolve an expert argument to a folder, a name in the bank, or a hub id.
+def expert_source(name: str, bank: Path | None) -> Path | str:
+    """Resolve an expert argument to a folder or a hub id: a path, user/name, or a name in the bank.
 
     Raises:
-        UnknownNameError: neither. ExpertError: a folder without an expert.
+        UnknownNameError: no such name in the bank. ExpertError: a folder without an expert.
     """
-    from sigmix.errors import ExpertError
     from sigmix.experts.hub import is_repo_id
 
     path = Path(name).expanduser()
@@ -185,26 +116,77 @@ def folder_of(name: str, bank: Path | None) -> Path | str:
     return open_bank(bank).path(name)
 
 
-# --- What commands share about strategies: opening one by its letter, and saying what it decided.
+def open_expert(name: str, bank: Path | None) -> Expert:
+    """Load the expert that an argument names; see `expert_source`."""
+    with importing():
+        from sigmix.experts.expert import Expert
+
+    return Expert.from_pretrained(expert_source(name, bank))
 
 
-AUTO = "auto"
-
-
-LETTERS = {"A": "prompt", "B": "classifier", "D": "probe"}
-
-
-def open_strategy(engine: Any, choice: str = AUTO) -> Any:
-    """A strategy for an engine's bank, by letter, name or "auto".
+def open_base(
+    base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own",
+    device_map: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
+    """Load a base model and its tokenizer, and compute decompositions that are missing in the cache.
 
     Raises:
-        UnknownNameError: no such strategy. Others: see the strategies.
+        ConfigError: invalid basis or device map. Others: see `load_base`.
     """
-    from sigmix.adapt.two_pass import open_strategy as opened
+    places = read_device_map(device_map)
+    with working(f"loading {base}"):
+        with importing():
+            from sigmix.experts.original_basis import check_basis, use_original_basis
+            from sigmix.models.loading import load_base
 
-    return opened(engine, choice)
+        check_basis(basis, quantization)
+        model, tokenizer = load_base(base, dtype, quantization_config=quantization, device_map=places)
+    if basis == "original":
+        with Progress("reading the original checkpoint, once", 0) as progress:
+            use_original_basis(model, lambda *_: progress.advance())
+    else:
+        _decompose(model)
+    return model, tokenizer
 
 
-def explained(decision: Any) -> str:
-    """ "larger: the probe says comparing (99%)"."""
-    return f"{decision.mix.id}: {decision.reason}"
+def open_model_of(
+    experts: Sequence[Expert], base: str, dtype: str | None = None, quantization: str | None = None
+) -> PreTrainedModel:
+    """Load a base model in the dtype and quantization that the experts record, unless others are given."""
+    from sigmix.models.loading import load_base
+    from sigmix.svf.linears import dtype_and_quantization
+
+    recorded = [(expert.meta.get("base") or {}).get("dtype") for expert in experts]
+    own_dtype, own_quantization = dtype_and_quantization(next((one for one in recorded if one), None))
+    with working(f"loading {base}"):
+        return load_base(base, dtype or own_dtype, quantization_config=quantization or own_quantization)[0]
+
+
+def open_engine(
+    base: str, bank: Bank | None, mixes: Sequence[Mix] = (), quantization: str | None = None, basis: str = "own",
+    device_map: str | None = None,
+) -> Engine:  # fmt: skip
+    """Return an `Engine` on a base model; the experts in ``mixes`` are checked against the base model at once."""
+    model, tokenizer = open_base(base, None, quantization, basis, device_map)
+    with working("checking the experts"):
+        from sigmix.engine import Engine
+
+        engine = Engine(model, tokenizer, bank)
+        for mix in mixes:
+            engine.z(mix)
+    return engine
+
+
+def _decompose(model: Any) -> None:
+    """Decompose the matrices of a base model that are missing in the cache, with a progress bar."""
+    from sigmix.models.digests import weight_digest
+    from sigmix.svf.decomposition import cache_path, cached_decompose
+    from sigmix.svf.linears import matrix_of
+    from sigmix.svf.tuner import target_layers
+
+    layers = list(target_layers(model).values())
+    if layers and not cache_path(weight_digest(matrix_of(layers[-1]))).exists():
+        with Progress("decomposing the base model, once", len(layers)) as progress:
+            for layer in layers:
+                cached_decompose(matrix_of(layer))
+                progress.advance()

@@ -1,38 +1,123 @@
-"""sigmix.cli._options"""
+"""Options that several commands share, and options generated from a configuration class."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import typer
+from typer.core import TyperCommand
 
-from sigmix.cli._loading import AUTO
+DEFAULT = "smollm2-135m"
+MIXTURE = "a:0.7+b:0.3, an expert, a .json file"
 
-BASE = typer.Option("smollm2-135m", help="Base: smollm2-135m, a hub name, a folder or a .gguf file.")
-
-
-JSON = typer.Option(False, "--json", help="Print one JSON object.")
-
-
+BASE = typer.Option(DEFAULT, help="Base model: smollm2-135m, a hub name, a folder or a .gguf file.")
 BANK = typer.Option(None, help="Folder of experts, or a collection on the hub (its slug). Default: the bundled bank.")
-
-
-QUANTIZATION = typer.Option(None, help="Keep the base's linear layers in fewer bits: int8, int4 or nf4.")
-
-
+JSON = typer.Option(False, "--json", help="Print one JSON object.")
+DATA_DIR = typer.Option(None, help="Folder of local JSONL data, used in place of the hub.")
+ALLOW_CODE = typer.Option(False, "--allow-code", help="Allow code tasks to execute generated programs.")
+QUANTIZATION = typer.Option(None, help="Quantize the base model's linear layers: int8, int4 or nf4.")
 DEVICE_MAP = typer.Option(
-    None, metavar="auto|FILE.json", help="Where the base's parts go: spread by itself, or {module: device} in a file."
+    None, metavar="auto|FILE.json", help="Placement of the base model: auto, or a JSON file {module: device}."
 )
-
-
-DTYPE = typer.Option(None, help="Of the base's weights. Default: the one that the expert was made in.")
-
-
-AS_MADE = typer.Option(None, "--quantization", help="int8, int4 or nf4. Default: that of the expert's base, if any.")
-
-
-BASIS = typer.Option("own", help="Of a quantised base: own, or original for experts made on the base unquantised.")
-
-
+BASIS = typer.Option(
+    "own", help="SVD basis of a quantized base model: own, or original for experts of the unquantized one."
+)
+EXPERT_DTYPE = typer.Option(None, "--dtype", help="dtype of the base model. Default: the dtype in the expert's record.")
+EXPERT_QUANTIZATION = typer.Option(
+    None, "--quantization", help="int8, int4 or nf4. Default: the quantization in the expert's record."
+)
 STRATEGY = typer.Option(
-    AUTO,
-    help="How auto chooses: A (prompt), B (classifier), D (probe); auto: the bank's probe, else classifier, else A.",
+    "auto",
+    help="Strategy of --mix auto: A (prompt), B (classifier) or D (probe). Default: the bank's probe, else its "
+    "classifier, else A.",
 )
+TEMPERATURE = typer.Option(0.0, min=0.0, help="Sampling temperature; 0 is greedy.")
+TOP_P = typer.Option(1.0, help="Cumulative probability of nucleus sampling.")
+SYSTEM = typer.Option(None, help="System message. Default: the chat template's own.")
+TARGETS = typer.Option("all-linear", help="Modules: all-linear, attention, mlp, or comma-separated names.")
+LAYERS = typer.Option(None, help="half, or comma-separated layer numbers. Default: all.")
+
+
+def generated_command(
+    function: Callable[..., None], source: Callable[[], type], exclude: tuple[str, ...] = ()
+) -> type[TyperCommand]:
+    """Return a command class that adds an option for each field of a class to those of ``function``.
+
+    The options are generated, and ``source`` is called, when the command runs or prints its help, so that listing the
+    commands imports nothing. ``function`` takes them as ``**keywords``; None stands for an option that is not given.
+
+    Args:
+        source: imports and returns a dataclass or a pydantic model.
+        exclude: fields without an option, such as those that ``function`` has as parameters.
+    """
+
+    class Generated(TyperCommand):
+        @functools.cached_property
+        def _command(self) -> Any:
+            parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+            own = [one for one in parameters if one.kind is not one.VAR_KEYWORD]
+            names = {one.name for one in own} | set(exclude)
+            every = own + [option for option in options_from(source()) if option.name not in names]
+
+            def call(**values: Any) -> None:
+                function(**values)
+
+            call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+            call.__annotations__ = {one.name: one.annotation for one in every}
+            single = typer.Typer(add_completion=False, rich_markup_mode=None)
+            single.command()(call)
+            return typer.main.get_command(single)
+
+        def get_params(self, ctx: Any) -> Any:
+            return self._command.get_params(ctx)
+
+        def invoke(self, ctx: Any) -> Any:
+            return self._command.invoke(ctx)
+
+    return Generated
+
+
+def options_from(cls: type) -> Iterator[inspect.Parameter]:
+    """Yield a keyword parameter with a `typer.Option` for each field of a dataclass or a pydantic model.
+
+    The help text is a dataclass field's ``metadata["help"]``, or a pydantic field's description; the option is named
+    like the field, or as ``metadata["option"]`` says. Defaults are shown, and None is passed: the class applies them.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, text, default, option in _fields(cls):
+        annotation, choices = _plain_type(hints[name])
+        flag = option or f"--{name.replace('_', '-')}"
+        if annotation is bool:
+            flag += f"/--no-{flag.removeprefix('--')}"
+        if default is not None and default is not False and default != "":
+            text = f"{text} Default: {default}."
+        info = typer.Option(None, flag, help=text, metavar="|".join(choices) or None, show_default=False)
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation)
+
+
+def _fields(cls: type) -> Iterator[tuple[str, str, Any, str | None]]:
+    if dataclasses.is_dataclass(cls):
+        for field in dataclasses.fields(cls):
+            default = None if field.default is dataclasses.MISSING else field.default
+            yield field.name, field.metadata.get("help", ""), default, field.metadata.get("option")
+        return
+    for name, field in cls.model_fields.items():  # type: ignore[attr-defined]
+        default = field.default if isinstance(field.default, (str, int, float, Path)) else None
+        yield name, field.description or "", default, None
+
+
+def _plain_type(hint: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return a type that typer accepts, and the choices of a Literal; ``str | list[int] | None`` is read as text."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [one for one in typing.get_args(hint) if one is not type(None)]
+        hint = members[0]
+    if typing.get_origin(hint) is typing.Literal:
+        return str, typing.get_args(hint)
+    return hint, ()

@@ -1,105 +1,91 @@
-"""`sigmix adapt`: a mixture for a task from a few examples (strategy C), or what a bank has fitted to it: the probe of
-strategy D, the truncated form."""
+"""`sigmix adapt`: search a mixture on labelled examples (strategy C), or fit a bank's probe (D) or truncation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sigmix.cli._console import Ticker, emit, working
-from sigmix.cli._loading import open_bank, open_engine
-from sigmix.cli._options import BANK, BASE, JSON
+from sigmix.cli import app
+from sigmix.cli._console import Progress, emit, working
+from sigmix.cli._loading import importing, open_bank, open_engine
+from sigmix.cli._options import BANK, BASE, DATA_DIR, JSON
+from sigmix.errors import ConfigError, OutputError, UnknownNameError
 
-EXAMPLES = typer.Option(None, help='JSONL with {"prompt": …, "answer": …} a line; all of them are used.')
+if TYPE_CHECKING:
+    from sigmix.adapt import Example, FewShotSearch
 
-
-EXPERT = typer.Option([], help="An expert to mix; may be repeated. Default: all of the bank.")
-
-
-DATA = typer.Option(None, help="Local JSONL data instead of the hub.")
-
-
-def add(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(epilog="Example: sigmix adapt --examples my.jsonl --out mix.json; sigmix chat --mix mix.json")(adapt)
+    Labelled = tuple[list[Example], Callable[[Example, str], float], int]
 
 
+@app.command(epilog="Example: sigmix adapt --examples my.jsonl --out mix.json; sigmix chat --mix mix.json")
 def adapt(
-    examples: Path = EXAMPLES,
-    task: str = typer.Option(None, help="Take --shots training items of a task, with its verifier, as examples."),
+    examples: Path = typer.Option(None, help='JSONL file with {"prompt": …, "answer": …} per line.'),
+    task: str = typer.Option(None, help="Task that gives --shots training items and their grader."),
     shots: int = typer.Option(10, min=1, help="Items of --task."),
-    score: str = typer.Option("exact", help="How replies to --examples are judged: exact (text) or number."),
-    out: Path = typer.Option(None, help="File for the mix (JSON), which every --mix takes; with z an expert's folder."),
-    expert: list[str] = EXPERT,
-    method: str = typer.Option("cem", help="cem, cma-es or swarm."),
+    score: str = typer.Option("exact", help="Grader of --examples: exact (text) or number."),
+    out: Path = typer.Option(None, help="JSON file for the mixture; for --granularity z the new expert's folder."),
+    expert: list[str] = typer.Option([], help="Expert to mix; may be repeated. Default: all of the bank."),
+    method: str = typer.Option("cem", help="Search method: cem, cma-es or swarm."),
     settings: str = typer.Option("full", help="full (up to 100 rounds of 32) or light (8 rounds of 16)."),
-    granularity: str = typer.Option("model", help="α per model, layer or matrix; z: the swarm moves z itself."),
-    normalised: bool = typer.Option(False, "--normalised", help="α of every layer or matrix sum to 1."),
-    low: float = typer.Option(0.0, help="Least α."),
-    high: float = typer.Option(1.0, help="Largest α."),
-    population: int = typer.Option(None, help="Mixtures a round."),
-    iterations: int = typer.Option(None, help="Rounds at most."),
-    patience: int = typer.Option(None, help="Rounds without a new best before it stops."),
-    max_new_tokens: int = typer.Option(None, min=1, help="Longest reply. Default: the task's, or 16."),
-    seed: int = typer.Option(0, help="Of the search, and of drawing --task's items."),
-    fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the bank's probe on its experts' training prompts."),
-    per_label: int = typer.Option(200, min=4, help="Training prompts a label for --fit-probe."),
-    fit_truncation: bool = typer.Option(False, "--fit-truncation", help="Fit the truncated form of mixtures."),
-    error_budget: float = typer.Option(0.1, help="Share of what experts do that --fit-truncation may lose."),
-    prompts: int = typer.Option(96, min=1, help="Training prompts for --fit-truncation."),
-    data_dir: Path = DATA,
+    granularity: str = typer.Option("model", help="α per model, layer or matrix; z: a swarm moves z itself."),
+    normalised: bool = typer.Option(False, "--normalised", help="α of each layer or matrix sums to 1."),
+    low: float = typer.Option(0.0, help="Minimum α."),
+    high: float = typer.Option(1.0, help="Maximum α."),
+    population: int = typer.Option(None, help="Mixtures per round."),
+    iterations: int = typer.Option(None, help="Maximum rounds."),
+    patience: int = typer.Option(None, help="Rounds without improvement before the search stops."),
+    max_new_tokens: int = typer.Option(None, min=1, help="Maximum tokens of a reply. Default: the task's, or 16."),
+    seed: int = typer.Option(0, help="Random seed of the search and of the items."),
+    fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the probe on the experts' training prompts."),
+    per_label: int = typer.Option(200, min=4, help="Training prompts per label, with --fit-probe."),
+    fit_truncation: bool = typer.Option(False, "--fit-truncation", help="Fit the truncated form."),
+    error_budget: float = typer.Option(0.1, help="Maximum relative error of the truncated form."),
+    prompts: int = typer.Option(96, min=1, help="Training prompts, with --fit-truncation."),
+    data_dir: Path = DATA_DIR,
     base: str = BASE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
-    """Search a mixture on labelled examples, or fit the probe that chooses experts, or the truncated form."""
-    from sigmix.errors import ConfigError, OutputError
-    from sigmix.experts.metadata import check_name
-    from sigmix.utils.io import check_writable, write_json
+    """Search a mixture on labelled examples, or fit the bank's probe or its truncated form."""
+    with importing():
+        from sigmix.adapt import FewShotSearch
+        from sigmix.adapt.few_shot import SETTINGS
+        from sigmix.evals.accuracy import provenance
+        from sigmix.experts.metadata import check_name
+        from sigmix.utils.io import check_writable, write_json
 
     if fit_probe + fit_truncation + bool(examples or task) != 1:
         raise ConfigError(
-            "give --examples, or --task, or --fit-probe, or --fit-truncation",
-            remedy="sigmix adapt --help shows examples",
+            "give one of --examples, --task, --fit-probe and --fit-truncation", remedy="see sigmix adapt --help"
         )
     if examples and task:
         raise ConfigError("--examples and --task exclude each other")
     if fit_probe:
-        figures, text = _probe(base, bank, out, per_label, seed, data_dir)
-        emit(figures, as_json, text)
+        emit(*_fit_probe(base, bank, out, per_label, seed, data_dir, as_json))
         return
     if fit_truncation:
-        figures, text = _truncation(base, bank, out, error_budget, prompts, seed, data_dir)
-        emit(figures, as_json, text)
+        emit(*_fit_truncation(base, bank, out, error_budget, prompts, seed, data_dir, as_json))
         return
     if granularity == "z":
         if out is None or out.suffix == ".json":
             raise ConfigError("--out must be a folder for the new expert", remedy="for example --out experts/mine")
         check_name(out.name)
     elif out is None or out.suffix != ".json":
-        raise ConfigError("--out must be a .json file for the mix", remedy="for example --out mix.json")
+        raise ConfigError("--out must be a .json file for the mixture", remedy="for example --out mix.json")
     if out.exists():
         raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
     check_writable(out)
-    given, judge, longest = _from_task(task, shots, seed, data_dir) if task else _from_file(examples, score)
+    labelled, grade, longest = _task_examples(task, shots, seed, data_dir) if task else _file_examples(examples, score)
     engine = open_engine(base, open_bank(bank))
-
-    from sigmix.adapt import FewShotSearch
-    from sigmix.adapt.few_shot import SETTINGS
-    from sigmix.evals.accuracy import provenance
-
-    with Ticker("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as ticker:
-
-        def progress(entry: dict[str, Any]) -> None:
-            ticker.advance(1, f"best {entry['best']:.2f}")
-
+    with Progress("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as progress:
         search = FewShotSearch(
-            engine, given, judge, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
+            engine, labelled, grade, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
             high=high, method=method, settings=settings, population=population, iterations=iterations,
-            patience=patience, max_new_tokens=max_new_tokens or longest, seed=seed, progress=progress,
+            patience=patience, max_new_tokens=max_new_tokens or longest, seed=seed,
+            progress=lambda entry: progress.advance(1, f"best {entry['best']:.2f}"),
         )  # fmt: skip
         mix = search.fit()
     evidence = search.evidence()
@@ -108,68 +94,70 @@ def adapt(
         "examples": [one.prompt for one in search.examples], **provenance(),
     }  # fmt: skip
     if granularity == "z":
-        what = _save_expert(search, out, task, figures)
+        made = _save_expert(search, out, task, figures)
     else:
         write_json(out, figures)
-        what = mix.id
-    text = f"{out}: {what}\naccuracy on the {len(given)} examples {evidence['accuracy']:.2f}"
+        made = mix.id
+    text = f"{out}: {made}\naccuracy on the {len(labelled)} examples {evidence['accuracy']:.2f}"
     text += f", {evidence['candidates']} mixtures in {evidence['rounds']} rounds"
     if "warning" in evidence:
         text += f"\nnote: {evidence['warning']}"
     emit(figures, as_json, text)
 
 
-def _save_expert(search: Any, out: Path, task: str | None, figures: dict[str, Any]) -> str:
-    """Save what a search that moved z made, as an expert; says what it is."""
-    from sigmix.errors import ConfigError
+def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: dict[str, Any]) -> str:
+    """Save the z that a swarm found as an expert.
+
+    Raises:
+        ConfigError: no z is better than the best mixture.
+    """
     from sigmix.experts.expert import Expert
 
     if search.expert is None:
         raise ConfigError(
-            f"no moved z was better on the examples than {figures['mix']}, so there is no new expert",
-            remedy="use that one, or search longer",
+            f"no z is better on the examples than the mixture {figures['mix']}, so there is no new expert",
+            remedy="use that mixture, or search longer",
         )
-    names = ", ".join(search.space.starts)
+    space: Any = search.space
+    names = ", ".join(space.starts)
     meta = {
         "description": f"Found by a particle swarm between {names} on {len(search.examples)} examples.",
         "objective": "few-shot swarm", "seed": search.seed, "license": "Apache-2.0",
-        "training": {"search": figures["search"], "started_from": list(search.space.starts)},
+        "training": {"search": figures["search"], "started_from": list(space.starts)},
+        **({"task": task} if task else {}),
     }  # fmt: skip
-    if task:
-        meta["task"] = task
     Expert(out.name, search.expert.z).with_meta(**meta).sealed(search.engine.model).save_pretrained(out)
     return f"a new expert between {names}"
 
 
-def _from_file(path: Path, score: str) -> tuple[list[Any], Callable[..., float], int]:
+def _file_examples(path: Path, score: str) -> Labelled:
     from sigmix.adapt import Example
-    from sigmix.errors import UnknownNameError
     from sigmix.tasks.data import local_rows
     from sigmix.tasks.graders import exact, strict_number
 
-    judges = {"exact": exact, "number": strict_number}
-    if score not in judges:
-        raise UnknownNameError("way to judge replies", score, judges)
-    given = [
+    graders = {"exact": exact, "number": strict_number}
+    if score not in graders:
+        raise UnknownNameError("grader", score, graders)
+    examples = [
         Example(str(row.get("prompt", "question", kind=str)), str(row.get("answer", "gold", kind=(str, int, float))))
         for row in local_rows(path)
     ]
-    return given, lambda example, reply: judges[score](reply, example.gold).value or 0.0, 16
+    return examples, lambda example, reply: graders[score](reply, example.gold).value or 0.0, 16
 
 
-def _from_task(name: str, shots: int, seed: int, data_dir: Path | None) -> tuple[list[Any], Callable[..., float], int]:
+def _task_examples(name: str, shots: int, seed: int, data_dir: Path | None) -> Labelled:
     from sigmix.adapt import Example
     from sigmix.tasks.registry import get_task
 
     task = get_task(name, data_dir=data_dir)
     samples = task.samples("train", shots, seed=seed)
-    given = [Example(sample.prompt, sample.gold, sample, sample.images) for sample in samples]
-    return given, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
+    examples = [Example(sample.prompt, sample.gold, sample, sample.images) for sample in samples]
+    return examples, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
 
 
-def _probe(
-    base: str, bank: Path | None, out: Path | None, per_label: int, seed: int, data_dir: Path | None
-) -> tuple[dict[str, Any], str]:
+def _fit_probe(
+    base: str, bank: Path | None, out: Path | None, per_label: int, seed: int, data_dir: Path | None, as_json: bool
+) -> tuple[dict[str, Any], bool, str]:
     from sigmix.adapt.probe import FILE, fit_probe
     from sigmix.evals.dispatch import FOREIGN, requests
     from sigmix.utils.io import check_writable
@@ -190,12 +178,13 @@ def _probe(
         "threshold": probe.threshold, **dict(probe.facts),
     }  # fmt: skip
     text = f"{path}: layer {probe.depth}, threshold {probe.threshold:.2f}, validation accuracy "
-    return figures, text + f"{probe.facts['validation_accuracy']:.3f} over {', '.join(probe.labels)}"
+    return figures, as_json, text + f"{probe.facts['validation_accuracy']:.3f} over {', '.join(probe.labels)}"
 
 
-def _truncation(
-    base: str, bank: Path | None, out: Path | None, budget: float, count: int, seed: int, data_dir: Path | None
-) -> tuple[dict[str, Any], str]:
+def _fit_truncation(
+    base: str, bank: Path | None, out: Path | None, budget: float, count: int, seed: int, data_dir: Path | None,
+    as_json: bool,
+) -> tuple[dict[str, Any], bool, str]:  # fmt: skip
     from sigmix.adapt.base import skills
     from sigmix.engine.truncation import FILE, check_budget, fit, save_truncation
     from sigmix.evals.dispatch import prompts_of_experts
@@ -214,4 +203,4 @@ def _truncation(
         "truncation": str(path), "expected_error": plan.error, "extra_work": plan.cost, "experts": list(plan.experts),
         **plan.facts,
     }  # fmt: skip
-    return figures, f"{path}: {plan.describe()}"
+    return figures, as_json, f"{path}: {plan.describe()}"

@@ -1,4 +1,4 @@
-"""`sigmix decompose`."""
+"""`sigmix decompose`: decompositions of a base model, computed one matrix at a time."""
 
 from __future__ import annotations
 
@@ -6,50 +6,33 @@ from typing import Any
 
 import typer
 
-from sigmix.cli._console import Ticker, emit, size, working
+from sigmix.cli import app
+from sigmix.cli._console import Progress, emit, size, working
 from sigmix.cli._loading import read_layers, read_targets
-from sigmix.cli._options import BASE, JSON
+from sigmix.cli._options import BASE, JSON, LAYERS, TARGETS
+from sigmix.errors import ConfigError
 
 
-def add(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(epilog="Example: sigmix decompose --base smollm2-135m --targets attention")(decompose)
-
-
+@app.command(epilog="Example: sigmix decompose --base smollm2-135m --targets attention")
 def decompose(
     base: str = BASE,
-    dtype: str = typer.Option(None, help="That the base will be loaded in, such as bfloat16."),
-    device: str = typer.Option(None, help="Where it is done, such as cuda:0. Default: a GPU if there is one."),
-    targets: str = typer.Option("all-linear", help="all-linear, attention, mlp, or comma-separated module names."),
-    layers: str = typer.Option(None, help="half, or comma-separated layer numbers. Default: all."),
+    dtype: str = typer.Option(None, help="dtype in which the base model will be loaded, such as bfloat16."),
+    device: str = typer.Option(None, help="Device, such as cuda:0. Default: a GPU if there is one."),
+    targets: str = TARGETS,
+    layers: str = LAYERS,
     as_json: bool = JSON,
 ) -> None:
-    """Decompose a base's matrices into the cache, one after the other: memory for a few of them, whatever the model.
-
-    Loading the base later finds them there. Stopped in the middle, it goes on from where it was.
-    """
-    from sigmix.errors import ConfigError
-
-    modules: Any = read_targets(targets)
-    chosen: Any = read_layers(layers)
-    with working(f"reading {base}'s config and headers"):
-        import torch
-
+    """Decompose the matrices of a base model into the cache, reading one at a time; resumes after an interruption."""
+    target_modules: Any = read_targets(targets)
+    layers_to_transform: Any = read_layers(layers)
+    with working(f"reading the config of {base}"):
         from sigmix.svf.checkpoint import Stream
         from sigmix.utils.cache import cache_dir
 
-        try:
-            where = torch.device(device) if device else None
-        except RuntimeError as error:
-            raise ConfigError(f"there is no device {device!r}", remedy="cpu, cuda or cuda:1, say") from error
-        if where is not None and where.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"no GPU for --device {device} here", remedy="leave --device out")
-        if where is not None and not _computes(where):
-            remedy = "cpu, or a GPU that is here, such as cuda:0"
-            raise ConfigError(f"nothing can be decomposed on --device {device} here", remedy=remedy)
-        stream = Stream.open(base, dtype, modules, chosen)
-    with Ticker(f"decomposing {base}", len(stream.matrices)) as ticker:
-        done = stream.decompose(where, lambda matrix, _: ticker.advance())
+        where = _device(device)
+        stream = Stream.open(base, dtype, target_modules, layers_to_transform)
+    with Progress(f"decomposing {base}", len(stream.matrices)) as progress:
+        done = stream.decompose(where, lambda *_: progress.advance())
     figures = {
         "base": stream.label,
         "dtype": str(stream.dtype).removeprefix("torch."),
@@ -63,16 +46,26 @@ def decompose(
     }
     text = (
         f"{stream.label} in {figures['dtype']}: {done.computed} of {len(stream.matrices)} matrices decomposed, "
-        f"{done.cached} were there; {size(done.bytes)} written in {done.seconds:.1f} s"
+        f"{done.cached} were cached; {size(done.bytes)} written in {done.seconds:.1f} s"
     )
     emit(figures, as_json, text)
 
 
-def _computes(device: Any) -> bool:
-    """Whether a device is here and computes in float64, as decomposing does."""
+def _device(name: str | None) -> Any:
+    """Return a device that computes in float64, as decompositions are.
+
+    Raises:
+        ConfigError: unknown or unusable device.
+    """
     import torch
 
+    if name is None:
+        return None
     try:
-        return bool(torch.ones(2, dtype=torch.float64, device=device).sum().item() == 2)
-    except Exception:  # each kind of device has its own
-        return False
+        device = torch.device(name)
+        usable = torch.ones(2, dtype=torch.float64, device=device).sum().item() == 2
+    except Exception:  # the class depends on the device
+        usable = False
+    if not usable:
+        raise ConfigError(f"--device {name} cannot be used on this machine", remedy="give cpu, or a GPU such as cuda:0")
+    return device

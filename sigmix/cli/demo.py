@@ -1,42 +1,40 @@
-"""`sigmix demo`: what the experts change, measured in front of you. Nothing is trained."""
+"""`sigmix demo`: accuracy of the base model and of each expert on held-out items. Nothing is trained."""
 
 from __future__ import annotations
 
-import functools
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sigmix.cli._console import Ticker, accuracy, emit, note, table
+from sigmix.cli import app
+from sigmix.cli._console import Progress, accuracy, emit, note, table
 from sigmix.cli._loading import open_bank, open_engine
 from sigmix.cli._options import BANK, BASE, JSON
+from sigmix.errors import ExpertError, SigmixError
 
-LONGEST = 64  # tokens; a task that reasons at length would take the demo's four minutes alone
+if TYPE_CHECKING:
+    from sigmix.experts.bank import Bank
+    from sigmix.tasks.base import Task
 
-
-SHOWN = 2
-
-
-def add(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(epilog="Example: sigmix demo --quick")(demo)
+MAX_NEW_TOKENS = 64  # tasks with longer answers are skipped: one would take several minutes
+EXAMPLES = 2
 
 
+@app.command(epilog="Example: sigmix demo --quick")
 def demo(
-    n: int = typer.Option(100, min=SHOWN, help="Held-out items for each expert."),
-    quick: bool = typer.Option(False, "--quick", help="25 items for each expert."),
-    seed: int = typer.Option(0, help="Of the drawing of items."),
+    n: int = typer.Option(100, min=EXAMPLES, help="Held-out items per expert."),
+    quick: bool = typer.Option(False, "--quick", help="25 items per expert."),
+    seed: int = typer.Option(0, help="Random seed of the items."),
     base: str = BASE,
     bank: Path = BANK,
     as_json: bool = JSON,
 ) -> None:
-    """The base beside each of its experts on questions that neither was trained on."""
-    from sigmix.errors import ExpertError, SigmixError
-
+    """Compare the base model with each of its experts on questions that neither was trained on."""
     started = time.monotonic()
     experts = open_bank(bank)
     if not len(experts):
@@ -48,18 +46,19 @@ def demo(
     from sigmix.evals.accuracy import compare, constant_baseline, run
     from sigmix.experts.mix import Mix
 
-    wanted = 25 if quick else n
+    n = 25 if quick else n
     rows: list[dict[str, Any]] = []
-    with Ticker("evaluating", 2 * wanted * len(tasks)) as ticker:
+    with Progress("evaluating", 2 * n * len(tasks)) as progress:
         for name, task in tasks.items():
             if not sys.stderr.isatty():
-                note(f"{name}: {wanted} test items of {task.name}, base and expert")
+                note(f"{name}: {n} test items of {task.name}, base model and expert")
+
+            def advance(count: int, mix: str, name: str = name) -> None:
+                progress.advance(count, f"{name} ({mix})")
+
             try:
-                figures, results = run(
-                    engine, task, [Mix.one(name)], n=wanted, seed=seed,
-                    progress=functools.partial(_tick, ticker, name),
-                )  # fmt: skip
-            except SigmixError as error:  # one expert that does not fit hides no others
+                figures, results = run(engine, task, [Mix.one(name)], n=n, seed=seed, progress=advance)
+            except SigmixError as error:  # an expert that does not fit does not hide the others
                 skipped[name] = str(error)
                 continue
             before, after = (results[one["mix"]] for one in figures["results"])
@@ -70,88 +69,79 @@ def demo(
                 "n": figures["n"],
                 "base": before.summary(),
                 "tuned": after.summary(),
-                "best_constant": constant_baseline(task, task.samples("test", wanted, seed=seed)),
+                "best_constant": constant_baseline(task, task.samples("test", n, seed=seed)),
                 "paired": compare(after, before, seed),
                 "no_answer": [one["no_answer"] for one in figures["results"]],
                 "examples": [
                     {"prompt": b.prompt, "gold": b.gold, "base": b.reply, "base_right": b.score == 1.0,
                      "expert": a.reply, "expert_right": a.score == 1.0}
-                    for b, a in zip(before.items[:SHOWN], after.items[:SHOWN], strict=True)
+                    for b, a in zip(before.items[:EXAMPLES], after.items[:EXAMPLES], strict=True)
                 ],
             }  # fmt: skip
             rows.append(row)
             if not as_json:
-                _examples(row)
-    figures = {
-        "base": base, "seed": seed, "experts": rows, "skipped": skipped,
-        "seconds": round(time.monotonic() - started, 1),
-    }  # fmt: skip
+                _print_examples(row)
+    seconds = round(time.monotonic() - started, 1)
     if as_json:
-        emit(figures, True, "")
-        return
-    _table(figures)
+        emit({"base": base, "seed": seed, "experts": rows, "skipped": skipped, "seconds": seconds}, True, "")
+    else:
+        _print_table(rows, skipped, seconds)
 
 
-def _tick(ticker: Ticker, name: str, count: int, mix: str) -> None:
-    ticker.advance(count, f"{name} ({mix})")
-
-
-def _tasks(bank: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The experts' tasks that can be measured here, and for the others why not."""
+def _tasks(bank: Bank) -> tuple[dict[str, Task], dict[str, str]]:
+    """Return the experts' tasks that can be measured quickly, and for the others the reason."""
     from sigmix.adapt.base import DISPATCH
-    from sigmix.errors import SigmixError
     from sigmix.tasks.registry import get_task
 
-    found, skipped = {}, {}
+    tasks: dict[str, Task] = {}
+    skipped: dict[str, str] = {}
     for name in bank.names():
         try:
-            if bank[name].meta.get("domain") == DISPATCH:  # it chooses experts and answers nothing
+            if bank[name].meta.get("domain") == DISPATCH:  # chooses experts and answers nothing
                 continue
             spec = bank[name].meta.get("task")
             if not isinstance(spec, str):
-                skipped[name] = "it names no task"
+                skipped[name] = "its record names no task"
                 continue
             task = get_task(spec)
-            if task.costly or task.max_new_tokens > LONGEST:
+            if task.costly or task.max_new_tokens > MAX_NEW_TOKENS:
                 skipped[name] = f"{spec} takes too long for a demo: sigmix eval --task '{spec}' --expert {name}"
                 continue
             task.samples("test", 1)
-            found[name] = task
+            tasks[name] = task
         except SigmixError as error:
             skipped[name] = str(error)
-        except Exception as error:  # a task of the user's own may fail in any way
+        except Exception as error:  # of a user's own task
             skipped[name] = f"{type(error).__name__}: {error}"
-    return found, skipped
+    return tasks, skipped
 
 
-def _examples(row: dict[str, Any]) -> None:
+def _print_examples(row: Mapping[str, Any]) -> None:
+    cells = [
+        [one["prompt"], *(f"{one[kind].strip()}\n({'right' if one[f'{kind}_right'] else 'wrong'})"
+                          for kind in ("base", "expert"))]
+        for one in row["examples"]
+    ]  # fmt: skip
+    table(f"{row['expert']}: the first {len(cells)} test questions", ["question", "base", row["expert"]], cells)
+
+
+def _print_table(rows: list[dict[str, Any]], skipped: Mapping[str, str], seconds: float) -> None:
     cells = []
-    for one in row["examples"]:
-        marks = ["right" if one[f"{who}_right"] else "wrong" for who in ("base", "expert")]
-        cells.append([one["prompt"], f"{one['base'].strip()}\n({marks[0]})", f"{one['expert'].strip()}\n({marks[1]})"])
-    title = f"{row['expert']}: the first {len(cells)} test questions"
-    table(title, ["question", "base", row["expert"]], cells)
-
-
-def _table(figures: dict[str, Any]) -> None:
-    rows = []
-    for row in figures["experts"]:
+    for row in rows:
         constant = row["best_constant"].get("accuracy")
-        rows.append(
-            [
-                row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
-                "-" if constant is None else f"{constant:.3f}", f"{row['paired']['p']:.1g}",
-                "{} -> {}".format(*row["no_answer"]),
-            ]
-        )  # fmt: skip
+        cells.append([
+            row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
+            "-" if constant is None else f"{constant:.3f}", f"{row['paired']['p']:.1g}",
+            "{} -> {}".format(*row["no_answer"]),
+        ])  # fmt: skip
     columns = ["expert", "domain", "n", "base [95 %]", "expert [95 %]", "best constant", "McNemar p", "no answer"]
     if rows:
-        table("accuracy on held-out test items", columns, rows)
-        typer.echo("no answer: replies, of the base -> of the expert, without an answer in the form that was asked for")
-    for name, why in figures["skipped"].items():
+        table("accuracy on held-out test items", columns, cells)
+        typer.echo("no answer: replies (base -> expert) from which no answer in the requested form can be read")
+    for name, why in skipped.items():
         typer.echo(f"not shown: {name}: {why}")
-    typer.echo(f"{figures['seconds']:.0f} s, nothing was trained. Try next:")
-    best = max(figures["experts"], key=lambda row: row["paired"]["difference"], default=None)
+    typer.echo(f"{seconds:.0f} s, nothing was trained. Try next:")
+    best = max(rows, key=lambda row: row["paired"]["difference"], default=None)
     if best is None:
         typer.echo("  sigmix experts list\n  sigmix doctor\n  sigmix chat")
         return

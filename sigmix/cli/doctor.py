@@ -1,8 +1,9 @@
-"""What `sigmix doctor` finds: packages, machine, cache, dtype, and what a base would need. Nothing is changed."""
+"""`sigmix doctor`: installed packages, machine, cache, dtype, and the memory and disk that a base model needs."""
 
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import json
 import os
 import platform
 import re
@@ -12,111 +13,91 @@ from typing import Any
 
 import typer
 
-from sigmix.cli import _planning as planning
+from sigmix.cli import app
 from sigmix.cli._console import emit, size, working
-from sigmix.cli._options import JSON
+from sigmix.cli._options import DEFAULT, JSON
+
+REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?(?P<pin>[^;)]*)\)?\s*(?:;(?P<marker>.*))?")
+
+_LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128}
+_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "meta-llama/Meta-Llama-3-8B-Instruct": {**_LLAMA3, **_8B},
+    "meta-llama/Meta-Llama-3-70B-Instruct": {**_LLAMA3, **_70B},
+    "mistralai/Mistral-7B-Instruct-v0.3": {**_LLAMA3, **_8B, "model_type": "mistral", "vocab_size": 32768},
+}  # fmt: skip
+"""Published configs of the default base model and of the paper's gated ones, for when they are not in the cache."""
 
 
-def add(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(epilog="Example: sigmix doctor --base meta-llama/Meta-Llama-3-70B-Instruct --plan --gpus 8")(doctor)
-
-
+@app.command(epilog="Example: sigmix doctor --base meta-llama/Meta-Llama-3-70B-Instruct --plan --gpus 8")
 def doctor(
     base: str = typer.Option(
-        None, help="What this base would need: smollm2-135m, a hub name, a folder, a .gguf file, a config.json."
+        DEFAULT, help="Base model: smollm2-135m, a hub name, a folder, a .gguf file or a config.json."
     ),
-    plan: bool = typer.Option(
-        False, "--plan", help="Its matrices; memory, disk and time to decompose, train and serve it."
-    ),
-    dtype: str = typer.Option(None, help="With --plan: of the weights. Default: as the base would be loaded here."),
-    quantization: str = typer.Option(None, help="With --plan: linear layers in int8, int4 or nf4."),
-    gpus: int = typer.Option(1, min=1, help="With --plan: devices that the layers are spread over."),
-    gpu_memory: float = typer.Option(None, min=0.1, help="With --plan: GB of each device. Default: of the GPU here."),
-    batch: int = typer.Option(64, min=1, help="With --plan: answers of a training step."),
-    prompt: int = typer.Option(64, min=1, help="With --plan: tokens of a training prompt."),
-    answer: int = typer.Option(16, min=1, help="With --plan: tokens of a training answer."),
-    requests: int = typer.Option(32, min=1, help="With --plan: requests that are served together."),
-    context: int = typer.Option(1000, min=1, help="With --plan: tokens of each request."),
+    plan: bool = typer.Option(False, "--plan", help="Show matrices, and memory to decompose, train and serve."),
+    dtype: str = typer.Option(None, help="dtype of the weights, with --plan. Default: the one used on this machine."),
+    quantization: str = typer.Option(None, help="Quantization with --plan: int8, int4 or nf4."),
+    gpus: int = typer.Option(1, min=1, help="Number of GPUs over which layers are spread, with --plan."),
+    gpu_memory: float = typer.Option(None, min=0.1, help="GB per GPU, with --plan. Default: that of this machine's."),
     as_json: bool = JSON,
 ) -> None:
-    """What is installed and missing, what this machine has, and what a base would need of it; downloads no weights."""
-    from sigmix.cli import _planning as planning
-    from sigmix.cli import doctor as diagnose
+    """Check the installation and this machine, and count what a base model needs; downloads no weights."""
     from sigmix.errors import SigmixError
-    from sigmix.models.default import DEFAULT
-    from sigmix.models.memory import Load
 
     figures: dict[str, Any] = {
-        "packages": diagnose.packages(),
-        "machine": diagnose.machine(),
-        "cache": diagnose.cache(),
-        "dtype": diagnose.dtype(),
-    }
-    failed: SigmixError | None = None
+        "packages": packages(), "machine": machine(), "cache": cache(), "dtype": default_dtype(),
+    }  # fmt: skip
+    failure: SigmixError | None = None
     try:
-        with working("reading the base's config"):
-            read = planning.read_config(base or DEFAULT)
+        with working("reading the config"):
             kind = (plan and dtype) or figures["dtype"]["chosen"] or "bfloat16"
-            kept = quantization if plan else None
             cuda = bool(figures["machine"]["gpu"]) or (plan and (gpus > 1 or gpu_memory is not None))
-            figures["base"] = planning.needs(base or DEFAULT, read, figures["machine"], kind, kept, cuda)
-        if plan:
-            load = Load(batch, min(4, batch), prompt, answer, requests, context)
-            with working("measuring this machine"):
-                figures["base"]["budget"] = planning.budget_of(
-                    read[0], figures["machine"], kind, gpus, gpu_memory, load, kept, cuda
-                )
+            figures["base"] = needs(base, kind, quantization if plan else None, cuda, figures["machine"])
+            if plan:
+                figures["base"]["per_gpu"] = per_gpu(figures["base"]["plan"], gpus, gpu_memory, figures["machine"])
     except SigmixError as error:
-        failed = error
+        failure = error
         figures["base"] = {"name": base, "problem": str(error)}
-    # a plan is of a machine to come: that it does not fit this one is its answer, not a problem
-    figures["problems"] = diagnose.problems(figures | ({"base": {}} if plan else {}))
-    emit(figures, as_json, diagnose.text(figures, plan))
-    if failed is not None:
-        raise failed
+    figures["problems"] = problems(figures, plan)
+    emit(figures, as_json, "\n".join(_lines(figures, plan)))
+    if failure is not None:
+        raise failure
     if figures["problems"]:
         raise SigmixError(f"{len(figures['problems'])} problems, the first: {figures['problems'][0]}")
 
 
-CORE = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "rich", "typer")
-
-
-REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?(?P<pin>[^;)]*)\)?\s*(?:;(?P<marker>.*))?")
-
-
 def packages() -> dict[str, Any]:
-    """python, core and extras: {name: {"version", "wanted", "ok"}}, and for each extra the command that installs it."""
+    """Return versions and requirements of core packages and extras: {name: {"version", "wanted", "ok"}}."""
     core: dict[str, Any] = {}
     extras: dict[str, dict[str, Any]] = {}
     try:
-        wanted = metadata.requires("sigmix") or []
-        installed = metadata.version("sigmix")
+        requirements, installed = metadata.requires("sigmix") or [], metadata.version("sigmix")
     except metadata.PackageNotFoundError:  # run from a checkout
-        wanted, installed = list(CORE), None
-    for line in wanted:
+        requirements, installed = ["torch", "transformers", "peft", "typer"], None
+    for line in requirements:
         match = REQUIREMENT.match(line)
         if match is None or match["name"] == "sigmix":
             continue
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", match["marker"] or "")
-        row = _package(match["name"], match["pin"].strip())
-        if extra is None:
-            core[match["name"]] = row
-        else:
-            extras.setdefault(extra[1], {})[match["name"]] = row
+        rows = core if extra is None else extras.setdefault(extra[1], {})
+        rows[match["name"]] = _package(match["name"], match["pin"].strip())
     return {
         "sigmix": installed,
         "python": platform.python_version(),
         "core": core,
         "extras": {
             name: {
-                "packages": rows,
-                "ok": all(row["ok"] for row in rows.values()),
+                "packages": rows, "ok": all(row["ok"] for row in rows.values()),
                 "install": f"pip install 'sigmix[{name}]'",
             }
             for name, rows in sorted(extras.items())
         },
-    }
+    }  # fmt: skip
 
 
 def _package(name: str, pin: str) -> dict[str, Any]:
@@ -128,13 +109,13 @@ def _package(name: str, pin: str) -> dict[str, Any]:
         from packaging.specifiers import SpecifierSet
 
         fits = SpecifierSet(pin).contains(version, prereleases=True)
-    except Exception:  # no `packaging`, or a version that it cannot read: installed is all that is known
+    except Exception:  # `packaging` is missing, or cannot parse the version
         fits = True
     return {"version": version, "wanted": pin, "ok": fits}
 
 
 def machine() -> dict[str, Any]:
-    """cpu cores this process may use, memory, free disk at the cache; bytes, None where the system does not say."""
+    """Return CPU cores of this process, memory, free disk space at the cache and the GPU; bytes, None if unknown."""
     from sigmix.utils.cache import cache_dir
     from sigmix.utils.io import free_bytes
 
@@ -151,8 +132,8 @@ def machine() -> dict[str, Any]:
 
 def _memory(key: str) -> int | None:
     try:
-        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
-        return int(found[1]) * 1024 if found else None
+        match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
+        return int(match[1]) * 1024 if match else None
     except OSError:
         pages = "SC_PHYS_PAGES" if key == "MemTotal" else "SC_AVPHYS_PAGES"
         try:
@@ -168,47 +149,142 @@ def _gpu() -> dict[str, Any] | None:
         if not torch.cuda.is_available():
             return None
         return {"name": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.get_device_properties(0).total_memory}
-    except Exception:  # a torch that does not load is reported with the packages
+    except Exception:  # a torch that cannot be imported is reported with the dtype
         return None
 
 
 def cache() -> dict[str, Any]:
-    """The cache folder, whether it can be written, bytes of each kind, and the models in it."""
+    """Return the cache folder, whether it is writable, bytes of each kind, and its models."""
     from sigmix.utils.cache import KINDS, cache_dir, entries
     from sigmix.utils.io import existing
 
-    found = entries()
-    folder = cache_dir()
-    there = existing(folder)
+    every = entries()
+    parent = existing(cache_dir())
     return {
-        "folder": str(folder),
-        "writable": os.access(there, os.W_OK) and there.is_dir(),
-        "bytes": {kind: sum(entry.bytes for entry in found if entry.kind == kind) for kind in KINDS},
-        "models": [{"name": entry.name, "bytes": entry.bytes} for entry in found if entry.kind == "models"],
+        "folder": str(cache_dir()),
+        "writable": os.access(parent, os.W_OK) and parent.is_dir(),
+        "bytes": {kind: sum(entry.bytes for entry in every if entry.kind == kind) for kind in KINDS},
+        "models": [{"name": entry.name, "bytes": entry.bytes} for entry in every if entry.kind == "models"],
     }
 
 
-def dtype() -> dict[str, Any]:
-    """In what dtype a base is loaded here, and why."""
+def default_dtype() -> dict[str, Any]:
+    """Return the dtype in which base models are loaded on this machine, and the reason."""
     try:
         import torch
 
-        from sigmix.models.loading import default_dtype
+        from sigmix.models.loading import default_dtype as measured
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = str(default_dtype(device)).removeprefix("torch.")
+        chosen = str(measured(device)).removeprefix("torch.")
     except Exception as error:
-        return {"chosen": None, "why": f"torch does not load: {error}"}
+        return {"chosen": None, "why": f"torch cannot be imported: {error}"}
+    fast = chosen == "bfloat16"
     if device == "cuda":
-        why = "the GPU computes bfloat16 natively" if chosen == "bfloat16" else "the GPU has no native bfloat16"
+        why = "the GPU computes bfloat16 natively" if fast else "the GPU has no native bfloat16"
     else:
-        faster = "faster" if chosen == "bfloat16" else "not faster"
-        why = f"bfloat16 was measured {faster} than float32 on this CPU with this torch"
+        why = f"bfloat16 was measured {'faster' if fast else 'not faster'} than float32 on this CPU"
     return {"chosen": chosen, "device": device, "why": why}
 
 
-def problems(figures: dict[str, Any]) -> list[str]:
-    """What keeps sigmix from working here, each with the command that mends it. Missing extras are no problem."""
+def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan of a base model, see `sigmix.models.memory.model_plan`, and whether it fits this machine.
+
+    Raises:
+        BaseModelError: no config, or not of a causal language model. ConfigError: unknown dtype or quantization.
+    """
+    from sigmix.models.memory import empty_model, model_plan
+    from sigmix.svf.tuner import target_layers
+
+    config, source = read_config(name)
+    model = empty_model(config)
+    plan = model_plan(model, target_layers(model), dtype, quantization, cuda)
+    memory, disk = has["memory_available_bytes"], plan["weights_bf16_bytes"] + plan["disk_bytes"]
+    forms = {form: plan["weights_bytes"] + extra for form, extra in plan["form_bytes"].items()}
+    return {
+        "name": name,
+        "config": source,
+        "plan": plan,
+        "memory_bytes": forms,
+        "fits_memory": {form: None if memory is None else needed < memory for form, needed in forms.items()},
+        "disk_bytes": disk,
+        "fits_disk": disk < has["disk_free_bytes"],
+    }
+
+
+def per_gpu(plan: dict[str, Any], gpus: int, gpu_memory: float | None, has: dict[str, Any]) -> dict[str, Any]:
+    """Return bytes per GPU of training and of each form, with layers spread evenly, and whether they fit."""
+    available = int(gpu_memory * 1e9) if gpu_memory is not None else (has["gpu"] or {}).get("memory_bytes")
+    needed = {"train": plan["train_bytes"]}
+    needed |= {f"serve, {form}": plan["weights_bytes"] + extra for form, extra in plan["form_bytes"].items()}
+    needed = {name: count // gpus for name, count in needed.items()}
+    fits = {name: None if available is None else count < available for name, count in needed.items()}
+    return {"gpus": gpus, "memory_bytes": available, "bytes": needed, "fits": fits}
+
+
+def read_config(name: str) -> tuple[Any, str]:
+    """Return the config of a base model, and its source.
+
+    Args:
+        name: as for `load_base`, or a folder with a config.json, or such a file.
+
+    Raises:
+        BaseModelError: the config cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    from sigmix.errors import BaseModelError
+    from sigmix.models.default import SMOLLM2
+    from sigmix.models.gguf import models_dir
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return AutoConfig.for_model(values.pop("model_type"), **values), f"the file {path}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(
+                f"{path} is no config of a model in transformers: {error}",
+                remedy="give a model's config.json, with its model_type",
+            ) from error
+    published = next((key for key in CONFIGS if key.lower() == name.lower()), None)
+    if published is not None and not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        folder = models_dir() / SMOLLM2.member_sha256
+        if published == DEFAULT and (folder / "config.json").is_file():
+            return AutoConfig.from_pretrained(folder, local_files_only=True), "the model's own"
+        if published == DEFAULT or not isinstance(try_to_load_from_cache(published, "config.json"), str):
+            values = dict(CONFIGS[published])
+            return AutoConfig.for_model(values.pop("model_type"), **values), "published sizes (not downloaded)"
+    return _own_config(name, path), "the model's own"
+
+
+def _own_config(name: str, path: Path) -> Any:
+    from transformers import AutoConfig
+
+    from sigmix.errors import BaseModelError
+    from sigmix.models.default import offline
+    from sigmix.models.hub import base_names, hub_errors, near_paths
+    from sigmix.models.loading import HUB_NAME
+    from sigmix.utils.logging import quiet
+
+    options: dict[str, Any] = {}
+    where: Any = name
+    if path.is_dir():
+        where = path
+        if not (path / "config.json").is_file():
+            raise BaseModelError(f"{name} is no model folder: config.json is missing", remedy=base_names())
+    elif path.is_file() and path.suffix.lower() == ".gguf":
+        where, options = path.parent, {"gguf_file": path.name}
+    elif path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
+        raise BaseModelError(f"there is no base model at {name!r}{near_paths(path)}", remedy=base_names())
+    with hub_errors(name, BaseModelError, action="read the config of", instead=base_names()), quiet():
+        return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
+
+
+def problems(figures: dict[str, Any], plan: bool = False) -> list[str]:
+    """Return what prevents sigmix from working here, each with its remedy; with ``plan``, the base is for elsewhere."""
     found = []
     if not (3, 10) <= sys.version_info[:2] < (3, 14):
         found.append(f"Python {figures['packages']['python']} is not supported -> use 3.10 to 3.13")
@@ -218,35 +294,71 @@ def problems(figures: dict[str, Any]) -> list[str]:
             found.append(f"{state} -> pip install '{name}{row['wanted']}'")
     if not figures["cache"]["writable"]:
         folder = figures["cache"]["folder"]
-        found.append(f"the cache {folder} cannot be written -> set SIGMIX_CACHE to a folder that can")
-    if figures["base"].get("fits_disk") is False:
+        found.append(f"the cache {folder} is not writable -> set SIGMIX_CACHE to a writable folder")
+    base = figures["base"]
+    if base.get("fits_disk") is False and not plan:
         free = size(figures["machine"]["disk_free_bytes"])
         found.append(
-            f"{figures['base']['name']} needs {size(figures['base']['disk_bytes'])} of disk, {free} are free "
+            f"{base['name']} needs {size(base['disk_bytes'])} of disk space, {free} are free "
             "-> set SIGMIX_CACHE to another disk, or: sigmix cache clear"
         )
     return found
 
 
-def text(figures: dict[str, Any], plan: bool) -> str:
-    """The findings for a person."""
+def _lines(figures: dict[str, Any], plan: bool) -> list[str]:
     packs, has, stored = figures["packages"], figures["machine"], figures["cache"]
-    lines = [f"python {packs['python']}, sigmix {packs['sigmix'] or 'run from its source'}"]
+    lines = [f"python {packs['python']}, sigmix {packs['sigmix'] or 'from source'}"]
     lines += [f"  {name:<18} {row['version'] or 'MISSING'}" for name, row in packs["core"].items()]
     for name, extra in packs["extras"].items():
         missing = [one for one, row in extra["packages"].items() if not row["ok"]]
         state = f"missing or too old: {', '.join(missing)} -> {extra['install']}" if missing else "installed"
         lines.append(f"extra {name}: {state}")
-    memory = "unknown memory"
+    memory = "unknown"
     if has["memory_bytes"]:
-        memory = f"{size(has['memory_bytes'])} of memory ({size(has['memory_available_bytes'] or 0)} available)"
-    disk = f"{size(has['disk_free_bytes'])} of disk free"
-    lines.append(f"machine: {has['system']}, {has['cores']} cores, {memory}, {disk}")
-    lines.append(f"GPU: {has['gpu']['name']}" if has["gpu"] else "GPU: none")
-    held = ", ".join(f"{kind} {size(count)}" for kind, count in stored["bytes"].items())
-    lines.append(f"cache: {stored['folder']}: {held}")
+        memory = f"{size(has['memory_bytes'])} ({size(has['memory_available_bytes'] or 0)} available)"
+    disk = size(has["disk_free_bytes"])
+    lines.append(f"machine: {has['system']}, {has['cores']} cores, memory {memory}, free disk space {disk}")
+    lines.append(f"GPU: {has['gpu']['name'] if has['gpu'] else 'none'}")
+    used = ", ".join(f"{kind} {size(count)}" for kind, count in stored["bytes"].items())
+    lines.append(f"cache: {stored['folder']}: {used}")
     lines += [f"  {model['name']} {size(model['bytes'])}" for model in stored["models"]]
-    lines.append(f"dtype: {figures['dtype']['chosen']}, because {figures['dtype']['why']}")
-    lines += planning.text(figures["base"], plan)
+    lines.append(f"dtype: {figures['dtype']['chosen']} ({figures['dtype']['why']})")
+    lines += _base_lines(figures["base"], plan)
     lines += [f"PROBLEM: {problem}" for problem in figures["problems"]]
-    return "\n".join(lines if figures["problems"] else [*lines, "everything that sigmix needs is here"])
+    return lines if figures["problems"] else [*lines, "no problems"]
+
+
+def _base_lines(base: dict[str, Any], plan: bool) -> list[str]:
+    if "plan" not in base:
+        return [f"base: {base['problem']}"]
+    counts = base["plan"]
+    kept = f", {counts['quantization']}" if counts["quantization"] else ""
+    forms = ", ".join(f"{form} {size(count)}" for form, count in base["memory_bytes"].items())
+    expert = f"{counts['z_parameters']:,} parameters per expert ({size(counts['expert_bytes'])})"
+    lines = [
+        f"base {base['name']}: {counts['parameters']:,} parameters, {counts['matrices']} adapted matrices, {expert}",
+        f"  memory of weights and factors by form ({counts['dtype']}{kept}): {forms}",
+        f"  disk: weights {size(counts['weights_bf16_bytes'])}, decompositions {size(counts['disk_bytes'])}",
+    ]
+    if base["config"] != "the model's own":
+        lines.append(f"  config: {base['config']}")
+    if short := [form for form, fits in base["fits_memory"].items() if fits is False]:
+        lines.append(f"  more than the available memory: {', '.join(short)}")
+    if not plan:
+        return lines
+    lines += [f"  {one['count']:>4} × [{one['out']}, {one['in']}]" for one in counts["by_shape"]]
+    lines += [f"  not adapted: {one['count']} × {one['name']} {one['shape']}: {one['why']}"
+              for one in counts["not_adapted"]]  # fmt: skip
+    lines.append(f"  decompose, one matrix at a time: about {size(counts['decompose_bytes'])} of memory")
+    lines.append(f"  train: {size(counts['train_bytes'])} for weights, factors, z and its optimizer state")
+    if counts["kv_bytes_per_1000_tokens"]:
+        lines[-1] += f", and about {size(counts['activation_bytes_per_1000_tokens'])} per 1,000 tokens of a pass"
+        lines.append(f"  serve: a form's memory, and a KV cache of {size(counts['kv_bytes_per_1000_tokens'])} per "
+                     "1,000 tokens")  # fmt: skip
+    share = base["per_gpu"]
+    if share["gpus"] > 1 or share["memory_bytes"] is not None:
+        words = {True: " (fits)", False: " (TOO MUCH)", None: ""}
+        amounts = [f"{name} {size(count)}{words[share['fits'][name]]}" for name, count in share["bytes"].items()]
+        limit = f" of {size(share['memory_bytes'])}" if share["memory_bytes"] is not None else ""
+        lines.append(f"  on each of {share['gpus']} GPUs{limit}, about: {', '.join(amounts)}")
+    return lines

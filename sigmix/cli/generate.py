@@ -1,155 +1,125 @@
-"""`sigmix generate` and `sigmix chat`."""
+"""`sigmix generate`: answers to prompts on the command line, in a file or on stdin."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from sigmix.cli import _options as shared
+from sigmix.cli import app
 from sigmix.cli._console import emit, note, working
-from sigmix.cli._loading import AUTO, explained, open_engine, open_mixes, open_strategy
-from sigmix.cli._options import BANK, BASE, BASIS, DEVICE_MAP, JSON, QUANTIZATION, STRATEGY
-from sigmix.cli.chat import chat
+from sigmix.cli._loading import open_engine, open_mixes
+from sigmix.errors import ConfigError, DataError
 
-PROMPT = typer.Argument(None, help="User turns, one answer each. None: standard input is one.")
-
-
-MIX = typer.Option(["base"], help="a:0.7+b:0.3, a name, a .json file, or auto; once for all, or once for each prompt.")
+EXAMPLE = 'for example: sigmix generate "What is 17 + 25?"'
 
 
-FILE = typer.Option(None, help="Read prompts from a file, one a line.")
-
-
-IMAGE = typer.Option([], help="An image file, shown before the prompt; once for all prompts, or once for each.")
-
-
-STOP = typer.Option([], help="Text that ends an answer; may be repeated.")
-
-
-def add(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.command(epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3')(generate)
-    app.command(epilog="Example: sigmix chat --mix addition")(chat)
-
-
+@app.command(epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3')
 def generate(
-    prompt: list[str] = PROMPT,
-    mix: list[str] = MIX,
-    file: Path = FILE,
-    image: list[Path] = IMAGE,
-    max_new_tokens: int = typer.Option(64, min=1, help="Longest answer."),
-    temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
-    top_p: float = typer.Option(1.0, help="Sample from the smallest set of this probability."),
-    seed: int = typer.Option(0, help="Prompt number i is sampled with seed + i."),
-    stop: list[str] = STOP,
-    system: str = typer.Option(None, help="System turn. Default: the chat template's own."),
-    raw: bool = typer.Option(False, "--raw", help="Continue the bare text: no chat template."),
-    form: str = typer.Option(None, help="merged, factored, gain or truncated (fitted before). Default: the cheapest."),
-    strategy: str = STRATEGY,
-    explain: bool = typer.Option(False, "--explain", help="Say which experts auto chose, and why."),
-    base: str = BASE,
-    quantization: str = QUANTIZATION,
-    basis: str = BASIS,
-    device_map: str = DEVICE_MAP,
-    bank: Path = BANK,
-    as_json: bool = JSON,
+    prompt: list[str] = typer.Argument(None, help="Prompts. Default: stdin, as one prompt."),
+    mix: list[str] = typer.Option(
+        ["base"], help=f"Mixture: {shared.MIXTURE}, auto, or base; once, or once for each prompt."
+    ),
+    file: Path = typer.Option(None, help="File of prompts, one per line."),
+    image: list[Path] = typer.Option([], help="Image shown before the prompt; once, or once for each prompt."),
+    max_new_tokens: int = typer.Option(64, min=1, help="Maximum tokens of an answer."),
+    temperature: float = shared.TEMPERATURE,
+    top_p: float = shared.TOP_P,
+    seed: int = typer.Option(0, help="Random seed; prompt i is sampled with seed + i."),
+    stop: list[str] = typer.Option([], help="Stop string; may be repeated."),
+    system: str = shared.SYSTEM,
+    raw: bool = typer.Option(False, "--raw", help="Continue the prompt without a chat template."),
+    form: str = typer.Option(None, help="merged, factored, gain or truncated. Default: the fastest."),
+    strategy: str = shared.STRATEGY,
+    explain: bool = typer.Option(False, "--explain", help="Print the mixtures that auto chose, with reasons."),
+    base: str = shared.BASE,
+    quantization: str = shared.QUANTIZATION,
+    basis: str = shared.BASIS,
+    device_map: str = shared.DEVICE_MAP,
+    bank: Path = shared.BANK,
+    as_json: bool = shared.JSON,
 ) -> None:
-    """Answer prompts with the base, a mix of experts, or whatever each request needs (--mix auto)."""
+    """Answer prompts with the base model, a mixture of experts, or a mixture chosen per request (--mix auto)."""
     prompts = _prompts(prompt or [], file)
-    _counts(len(mix), len(prompts))
-    shown = _images(image, len(prompts))
+    for option, values in (("--mix", mix), ("--image", image)):
+        if len(values) not in (0, 1, len(prompts)):
+            raise ConfigError(
+                f"{len(values)} {option} for {len(prompts)} prompts", remedy="give it once, or once for each prompt"
+            )
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
-    given, experts = open_mixes([text for text in mix if text != AUTO], bank, AUTO in mix)
-    engine = open_engine(base, experts, given, quantization, basis, device_map)
+    images = _images(image, len(prompts))
+    explicit, experts = open_mixes([text for text in texts if text != "auto"], bank, "auto" in texts)
+    engine = open_engine(base, experts, explicit, quantization, basis, device_map)
+
+    from sigmix.adapt.two_pass import TwoPass
+
     if form == "truncated":
         from sigmix.engine.truncation import bank_truncation
 
         engine.truncation = bank_truncation(engine)
         note(engine.truncation.describe())
-    chat = False if raw else None
-    rows = [engine.encode(text, system, chat, own) for text, own in zip(prompts, shown, strict=True)]
-    asked = [number for number, text in enumerate(texts) if text == AUTO]
-    decisions = {}
-    if asked:
-        chooser = open_strategy(engine, strategy)
-        with working("choosing experts"):
-            decisions = dict(zip(asked, chooser.decide([prompts[number] for number in asked]), strict=True))
-    fixed = iter(given if len(mix) == len(prompts) else given * len(prompts))
-    mixes = [decisions[number].mix if number in decisions else next(fixed) for number in range(len(prompts))]
-    with working("answering"):
-        answers = engine.generate(
-            rows, mixes, max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature, top_p=top_p,
-            seeds=[seed + number for number in range(len(rows))], stop_strings=[mark for mark in stop if mark],
+    chat_template = False if raw else None
+    rows = [engine.encode(text, system, chat_template, own) for text, own in zip(prompts, images, strict=True)]
+    parsed = iter(explicit)
+    with working("generating"):
+        answers = TwoPass(engine, strategy).generate(
+            prompts, ["auto" if text == "auto" else next(parsed) for text in texts], inputs=rows,
+            max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature, top_p=top_p,
+            seeds=[seed + number for number in range(len(rows))], stop_strings=[text for text in stop if text],
             form=form, keep_errors=True,
         )  # fmt: skip
-    figures = [
-        {
+    figures: list[dict[str, Any]] = []
+    for text, source, answer in zip(prompts, texts, answers, strict=True):
+        one = answer.generation
+        figures.append({
             "prompt": text, "text": one.text, "ids": one.ids, "logprobs": one.logprobs, "mix": one.mix.id,
             "finish": one.finish, "prompt_tokens": one.prompt_tokens,
             "error": str(one.error) if one.error else None,
-            "decision": decisions[number].to_json() if number in decisions else None,
-        }
-        for number, (text, one) in enumerate(zip(prompts, answers, strict=True))
-    ]  # fmt: skip
-    if explain:
-        for number, decision in decisions.items():
-            note(f"{_short(prompts[number])}: {explained(decision)}")
-    failed = [one.error for one in answers if one.error is not None]
-    if len(failed) == len(answers):
-        raise failed[0]
-    text = answers[0].text
-    if len(answers) > 1:
-        text = "\n\n".join(f"> {p}\n[{a.mix.id}] {a.text}" for p, a in zip(prompts, answers, strict=True))
-    emit({"base": base, "answers": figures}, as_json, text)
-    if failed:  # after the answers to the others
-        raise failed[0]
+            "decision": answer.decision.to_json() if source == "auto" else None,
+        })  # fmt: skip
+        if explain and source == "auto":
+            note(f"{_short(text)}: {answer.decision.mix.id}: {answer.decision.reason}")
+    failures = [answer.generation.error for answer in answers if answer.generation.error is not None]
+    if len(failures) < len(answers):
+        shown = [f"> {one['prompt']}\n[{one['mix']}] {one['text']}" for one in figures]
+        emit({"base": base, "answers": figures}, as_json, "\n\n".join(shown) if len(shown) > 1 else figures[0]["text"])
+    if failures:
+        raise failures[0]
 
 
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    from sigmix.errors import ConfigError, DataError
-
-    if given and file is not None:
-        raise ConfigError("prompts were given both as arguments and with --file", remedy="give one of them")
+def _prompts(prompts: list[str], file: Path | None) -> list[str]:
+    if prompts and file is not None:
+        raise ConfigError("prompts are given both as arguments and with --file", remedy="give one of them")
     if file is not None:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise DataError(f"cannot read prompts from {file}: {why}") from error
-        given = [line for line in text.splitlines() if line.strip()]
-        if not given:
-            raise DataError(f"{file} has no prompts", remedy="write one prompt a line")
-    elif not given:
+        prompts = [line for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise DataError(f"{file} has no prompts", remedy="write one prompt per line")
+    elif not prompts:
         if sys.stdin is None or sys.stdin.isatty():
-            raise ConfigError("no prompt", remedy='for example: sigmix generate "What is 17 + 25?"')
-        given = [sys.stdin.read().rstrip("\n")]
-    if not all(text.strip() for text in given):
-        raise ConfigError("the prompt is empty", remedy='for example: sigmix generate "What is 17 + 25?"')
-    return given
+            raise ConfigError("no prompt", remedy=EXAMPLE)
+        prompts = [sys.stdin.read().rstrip("\n")]
+    if not all(text.strip() for text in prompts):
+        raise ConfigError("the prompt is empty", remedy=EXAMPLE)
+    return prompts
+
+
+def _images(files: list[Path], prompts: int) -> list[Any]:
+    if not files:
+        return [()] * prompts
+    from sigmix.utils.images import pictures
+
+    loaded = [pictures(path) for path in files]
+    return loaded if len(loaded) == prompts else loaded * prompts
 
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 60 else line[:57] + "..."
-
-
-def _images(given: Sequence[Path], prompts: int) -> list[Any]:
-    from sigmix.errors import ConfigError
-    from sigmix.utils.images import pictures
-
-    if len(given) not in (0, 1, prompts):
-        raise ConfigError(
-            f"{len(given)} images for {prompts} prompts", remedy="give --image once, or once for each prompt"
-        )
-    found = [pictures(path) for path in given]  # before a model is loaded
-    return found if len(found) == prompts else (found or [()]) * prompts
-
-
-def _counts(mixes: int, prompts: int) -> None:
-    from sigmix.errors import ConfigError
-
-    if mixes not in (1, prompts):
-        raise ConfigError(f"{mixes} mixes for {prompts} prompts", remedy="give --mix once, or once for each prompt")

@@ -7,7 +7,6 @@ import torch
 
 from benchmarks import quantised, run, stream
 from sigmix.errors import ConfigError, SigmixError
-from sigmix.models.memory import Rates
 from sigmix.models.quantization import load_weights
 from sigmix.svf.checkpoint import Stream
 
@@ -44,8 +43,6 @@ def test_the_report_of_streaming(model_folder, monkeypatch):
         return {"imported": 100, "peak": 110 if how == "stream" else 200, "seconds": 2.0, "files": 150_000}
 
     monkeypatch.setattr(stream, "measured", measured)
-    rates = Rates("cpu", "float32", 1e9, 1e9, 1e9, 1e9, {16: 1e-3, 64: 0.01})
-    monkeypatch.setattr(stream, "measure_rates", lambda *_: rates)
     result = run("decompose", stream=True, base=str(model_folder), depths=(1, 2), width=64, inside=96, repeats=2)
     assert len(asked) == 2 * 6
     ratios = {name: one["median"] for name, one in result["ratios"].items()}
@@ -53,7 +50,6 @@ def test_the_report_of_streaming(model_folder, monkeypatch):
     assert ratios["stream_peak_2_against_1_layers"] == 1
     planned = result["raw"]["plans"]["default"]["disk_bytes"]
     assert ratios["plan_disk_against_measured"] == pytest.approx(planned / 150_000)
-    assert ratios["plan_seconds_against_measured"] == pytest.approx(result["raw"]["planned_seconds"][0] / 2)
 
 
 def test_only_decompose_streams():

@@ -166,7 +166,7 @@ def test_bad_adapt_input(refused, home, bank, tmp_path):
     file.write_text('{"prompt": "a", "answer": "b"}\n')
     assert "exact" in refused("adapt", "--examples", file, "--score", "same", *out, *where)
     (tmp_path / "m.json").write_text("mine")
-    assert "exists already" in refused("adapt", "--examples", file, *out, *where)
+    assert "m.json" in refused("adapt", "--examples", file, *out, *where)
     assert (tmp_path / "m.json").read_text() == "mine"
 
 
@@ -241,7 +241,7 @@ def test_a_swarm_that_moves_z_saves_an_expert_that_every_command_takes(run, home
     assert run("adapt", *options, "--method", "swarm", "--out", bank / "found", *common).code == 2  # it is there
     refused = run("adapt", *options, "--method", "cem", "--out", bank / "other", *common)
     assert refused.code == 2
-    assert "by the swarm" in "".join(refused.err)
+    assert "swarm" in "".join(refused.err)
     assert run("adapt", *options, "--method", "swarm", "--out", "x.json", *common).code == 2
 
 

@@ -115,11 +115,11 @@ def test_programs_need_permission_before_anything_runs(refused, home, tmp_path):
 def test_out_is_checked_before_the_work(refused, home, tmp_path):
     at = ("--base", home.base, "--n", 3)
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused("eval", "--task", TASK, "--out", tmp_path / "file" / "out", *at)
-    assert "cannot write" in refused("eval", "--task", TASK, "--out", tmp_path / "file", *at)
+    assert str(tmp_path / "file") in refused("eval", "--task", TASK, "--out", tmp_path / "file" / "out", *at)
+    assert str(tmp_path / "file") in refused("eval", "--task", TASK, "--out", tmp_path / "file", *at)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "summary.json").write_text("{}")
-    assert "holds summary.json already" in refused("eval", "--task", TASK, "--out", tmp_path / "old", *at)
+    assert "summary.json" in refused("eval", "--task", TASK, "--out", tmp_path / "old", *at)
 
 
 # ---------------------------------------------------------------------- tasks
@@ -137,7 +137,7 @@ def test_one_task_with_samples_and_validation(run):
     assert figures["name"] == TASK
     assert len(figures["samples"]) == 2
     assert figures["validation"]["ok"]
-    assert "validation: sound" in run("tasks", TASK, "--validate").out
+    assert "validation: passed" in run("tasks", TASK, "--validate").out
     assert "license" in run("tasks", TASK).out
 
 
@@ -155,11 +155,11 @@ def test_a_task_of_the_users_whose_verifier_is_not_sound(run, refused, tmp_path)
     )
     line = refused("tasks", f"{file}:Lax", "--validate", silent=False)
     assert "wrong reply" in line
-    assert "NOT SOUND" in run("tasks", f"{file}:Lax", "--validate").out
+    assert "FAILED" in run("tasks", f"{file}:Lax", "--validate").out
     assert run("tasks", f"{file}:Lax").code == 0
 
 
 def test_tasks_refuses(refused, tmp_path):
     assert "nearest: addition" in refused("tasks", "adition")
-    assert "needs a task's name" in refused("tasks", "--validate")
-    assert "not found" in refused("tasks", "gsm8k", "--data-dir", tmp_path)
+    assert "sigmix tasks" in refused("tasks", "--validate")
+    assert str(tmp_path) in refused("tasks", "gsm8k", "--data-dir", tmp_path)

@@ -54,14 +54,14 @@ def test_verify(experts, home):
     assert report["checked"] == ["files", "values", "checksum"]
     report = experts("verify", home.bank / "arithmetic", "--base", home.base, "--json").json
     assert report["checked"][-2:] == ["fingerprint", "sketches"]
-    assert "in order" in experts("verify", "arithmetic").out
+    assert "valid" in experts("verify", "arithmetic").out
 
 
 def test_verify_reports_what_is_wrong_and_exits_2(run, refused, home, tmp_path):
     shutil.copytree(home.bank / "arithmetic", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
     assert "adapter_model.safetensors" in refused("experts", "verify", tmp_path / "broken", silent=False)
-    assert "NOT IN ORDER" in run("experts", "verify", tmp_path / "broken").out
+    assert "INVALID" in run("experts", "verify", tmp_path / "broken").out
     line = refused("experts", "verify", home.bank / "arithmetic", "--base", home.other, silent=False)
     assert "was made on" in line
 
@@ -70,8 +70,8 @@ def test_seal_binds_a_folder_that_peft_saved(run, refused, home, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(home.bank / "arithmetic", folder)
     (folder / "sigmix.json").unlink()
-    assert "does not know its base" in run("experts", "verify", folder).out
-    assert "--seal needs --base" in refused("experts", "verify", folder, "--seal")
+    assert "unverified" in run("experts", "verify", folder).out
+    assert "--base" in refused("experts", "verify", folder, "--seal")
     report = run("experts", "verify", folder, "--base", home.base, "--seal", "--json").json
     assert report["sealed"]
     assert report["verified"]

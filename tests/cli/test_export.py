@@ -47,9 +47,8 @@ def test_lora(export, tmp_path):
     assert done.json["error"] == 0
     assert "exact" in done.err[-1]
     done = export("lora", "--mix", MIX, "--out", tmp_path / "eight", "--rank", "8", "--vllm")
-    # the error is told before the work, the measured difference after
-    assert "% of the change is lost" in done.err[-1]
-    assert "verified with peft: logits differ by" in done.out
+    # the error of the truncation is printed before the export, the measured difference after
+    assert "verified with peft" in done.out
     record = json.loads((tmp_path / "eight" / "sigmix_export.json").read_text())
     assert record["rank"] == 8
     assert f"{record['error']:.2%}" in done.err[-1]
@@ -75,7 +74,7 @@ def test_gguf(export, run, home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["merged", "--mix", "base"], "base itself"),
+        (["merged", "--mix", "base"], "--mix addition"),
         (["merged", "--mix", "arithmetc"], "nearest: arithmetic"),
         (["merged", "--mix", "reading", "--shard-size", "5"], "no size"),
         (["merged", "--mix", "reading", "--dtype", "int9"], "unknown dtype"),
@@ -141,7 +140,7 @@ def test_a_check_that_does_not_fit_into_memory_is_left_out_and_said(export, tmp_
     assert "verified" not in done
     assert re.search(r"needs \d.* of memory, and 100 kB are available", done["not_verified"])
     assert (tmp_path / "merged" / "README.md").is_file()
-    assert "not verified: that needs" in export("lora", "--mix", "reading", "--out", tmp_path / "lora").out
+    assert "not verified: it needs" in export("lora", "--mix", "reading", "--out", tmp_path / "lora").out
 
 
 @pytest.mark.parametrize("kind", ["merged", "lora"])
@@ -151,7 +150,8 @@ def test_a_full_disk_is_noticed_before_the_work(run, home, tmp_path, monkeypatch
     out = tmp_path / "out"
     done = run("export", kind, "--mix", "reading", "--out", out, "--base", home.base, "--bank", home.bank)
     assert done.code == 2
-    assert "1e-06 GB are free there" in done.err[-1]
+    assert str(out) in done.err[-1]
+    assert "1e-06 GB" in done.err[-1]
     assert not out.exists()
 
 
@@ -195,9 +195,9 @@ def test_a_base_that_must_be_loaded_whole_is_told(run, tmp_path, monkeypatch, ho
     arguments = ("export", "merged", "--mix", "one", "--bank", bank.folder, "--no-verify")
     done = run(*arguments, "--base", base, "--out", tmp_path / "out")
     assert done.code == 0
-    assert any("loaded whole once" in line for line in done.err)
+    assert any("loading it once" in line for line in done.err)
     own = ("--mix", "reading", "--base", home.base, "--bank", home.bank)
     done = run("export", "merged", *own, "--out", tmp_path / "own", "--no-verify")
     assert done.code == 0
-    assert not any("loaded whole" in line for line in done.err)
+    assert not any("loading it once" in line for line in done.err)
 

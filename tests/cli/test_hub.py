@@ -37,7 +37,7 @@ def test_push_and_pull(online, hub, home, tmp_path):
     assert figures["url"] == f"{hub.url}/user/sums"
     assert figures["revision"] == hub.repos["user/sums"].branches["main"]
     assert figures["changed"]
-    assert "nothing to change" in online("experts", "push", home.bank / "arithmetic", "user/sums").out
+    assert "unchanged" in online("experts", "push", home.bank / "arithmetic", "user/sums").out
     rows = online("experts", "pull", "user/sums", "--out", tmp_path / "sums", "--json").json["experts"]
     assert rows == [
         {"name": "arithmetic", "repo": "user/sums", "revision": figures["revision"], "path": str(tmp_path / "sums")}
@@ -90,7 +90,7 @@ def test_a_collection_is_a_bank_everywhere(online, hub, home, tmp_path, monkeypa
         (["pull", SLUG], "user/skills-0123456789abcdef01234567"),
         (["pull", SLUG, "--revision", "v2"], "is a collection, which has no revisions"),
         (["show", "user/nothing"], "'user/nothing'"),
-        (["verify", "user/nothing", "--seal", "--base", "x"], "is on the hub, where nothing can be sealed"),
+        (["verify", "user/nothing", "--seal", "--base", "x"], "sigmix experts pull user/nothing"),
         (["list", "--bank", SLUG], "user/skills-0123456789abcdef01234567"),
     ],
 )

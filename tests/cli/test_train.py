@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sigmix.cli.app import main
+from sigmix.cli import main
 from sigmix.experts.expert import Expert
 from sigmix.models.loading import load_base
 

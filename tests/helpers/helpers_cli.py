@@ -64,7 +64,7 @@ def run(home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) ->
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def call(*arguments: object, stdin: str = "") -> SimpleNamespace:
-        from sigmix.cli.app import main
+        from sigmix.cli import main
 
         monkeypatch.setattr(sys, "argv", ["sigmix", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))

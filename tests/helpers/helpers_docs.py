@@ -135,7 +135,7 @@ class Reader:
 
     def _inside(self, words: list[str]) -> None:
         """A sigmix command in this process, which saves its imports."""
-        from sigmix.cli.app import main
+        from sigmix.cli import main
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", words)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sigmix.cli.app", "sigmix.train.trainer", "sigmix.models.loading"])
+context.set_forkserver_preload(["sigmix.cli", "sigmix.train.trainer", "sigmix.models.loading"])
 SECONDS = 120
 
 
@@ -55,7 +55,7 @@ def _begin(environment: dict[str, str], folder: str, rank: int, work: Callable, 
 
 def command(*arguments: object) -> None:
     """The command line, as ``python -m sigmix``."""
-    from sigmix.cli.app import main
+    from sigmix.cli import main
 
     sys.argv = ["sigmix", *map(str, arguments)]
     main()

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from sigmix.cli._planning import read_config
+from sigmix.cli.doctor import read_config
 from sigmix.errors import BaseModelError
 from sigmix.models import hub
 from sigmix.models.loading import load_base

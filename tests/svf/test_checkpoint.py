@@ -19,7 +19,7 @@ from sigmix.svf import checkpoint as streaming
 from sigmix.svf import decomposition as module
 from sigmix.svf.checkpoint import Stream
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.tuner import svf_layers
+from sigmix.svf.tuner import svf_layers, target_layers
 from sigmix.utils.safetensors import Shards
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -179,7 +179,8 @@ def test_the_plan_of_the_disk_is_what_is_written(tmp_path, cache):
     done = stream.decompose()
     files = sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
     assert done.bytes == files
-    planned = model_plan(build_tiny(hidden_size=128, intermediate_size=256).config)["disk_bytes"]
+    model = build_tiny(hidden_size=128, intermediate_size=256)
+    planned = model_plan(model, target_layers(model))["disk_bytes"]
     assert abs(planned - files) <= 40 * len(stream.matrices)  # of about 800,000
 
 

@@ -24,7 +24,7 @@ from helpers_vision import shape, vlm
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from sigmix.cli.app import main
+from sigmix.cli import main
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.models import weights

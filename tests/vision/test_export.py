@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from sigmix import Bank, Mix, load_base
 from sigmix.export.merged import export_merged
 from sigmix.export.source import Source
-from sigmix.models.memory import model_plan
+from sigmix.models.memory import empty_model, model_plan
 from sigmix.svf.checkpoint import Stream
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.linears import linears, matrix_of
-from sigmix.svf.tuner import svf_layers
+from sigmix.svf.tuner import svf_layers, target_layers
 
 pytest_plugins = ["helpers_cli"]
 KINDS = ["llava", "qwen2_vl"]
@@ -27,7 +27,8 @@ def test_plan_and_stream_are_of_what_is_adapted(kind, tmp_path):
 
     folder = saved(tmp_path, kind)
     adapted = svf_layers(get_peft_model(vlm(kind)[0], SVFConfig()))
-    plan = model_plan(AutoConfig.from_pretrained(folder))
+    model = empty_model(AutoConfig.from_pretrained(folder))
+    plan = model_plan(model, target_layers(model))
     assert plan["matrices"] == len(adapted) == 14
     assert plan["z_parameters"] == sum(layer.r for layer in adapted.values())
     assert plan["parameters"] == vlm(kind)[0].num_parameters()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 import typer
 
-from sigmix.cli import app as application
+from sigmix import cli
 from sigmix.errors import DivergedError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -25,8 +27,8 @@ def every_command(group, path=()):
 
 
 def test_help_of_every_command_has_an_example(run):
-    application._commands()
-    paths = list(every_command(typer.main.get_command(application.app)))
+    cli.load_commands()
+    paths = list(every_command(typer.main.get_command(cli.app)))
     mine = "demo generate chat eval tasks experts doctor cache".split()
     assert {path[0] for path in paths} >= {*mine, "train"}
     for path in paths:
@@ -38,9 +40,9 @@ def test_help_of_every_command_has_an_example(run):
 
 def test_experts_in_examples_are_there(run):
     """What the help shows can be typed as it stands."""
-    application._commands()
+    cli.load_commands()
     named = set()
-    for path in every_command(typer.main.get_command(application.app)):
+    for path in every_command(typer.main.get_command(cli.app)):
         example = run(*path, "--help").out.partition("Example: ")[2].replace("\n", " ")
         for mix in re.findall(r"--(?:mix|expert) (\S+)", example):
             named |= set() if mix.endswith(".json") else set(Mix.parse(mix).weights)
@@ -88,6 +90,12 @@ def test_wrong_usage_is_one_line(refused, arguments, expected):
     assert expected in refused(*arguments)
 
 
+def exit_code(application):
+    with pytest.raises(SystemExit) as left:
+        cli.run(application, "sigmix", ["fail"])
+    return left.value.code
+
+
 def failing(error):
     def command() -> None:
         raise error
@@ -103,20 +111,55 @@ def failing(error):
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_failures(run, monkeypatch, error, code, line):
+def test_failures(capsys, error, code, line):
     broken = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     broken.callback()(lambda: None)
     broken.command("fail")(failing(error))
-    monkeypatch.setattr(application, "app", broken)
-    done = run("fail")
-    assert done.code == code
-    assert len(done.err) == 1
-    assert line in done.err[0]
+    assert exit_code(broken) == code
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1
+    assert line in err[0]
 
 
-def test_a_commands_own_exit_code_counts(run, monkeypatch):
+def test_the_exit_code_of_a_command_is_kept():
     broken = typer.Typer(rich_markup_mode=None)
     broken.callback()(lambda: None)
     broken.command("fail")(failing(typer.Exit(3)))
-    monkeypatch.setattr(application, "app", broken)
-    assert run("fail").code == 3
+    assert exit_code(broken) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("experts", "list"), ("generate", "hi", "--max-new-tokens", "2"), ("serve",)])
+def test_nothing_but_the_output_is_printed(home, tmp_path, command):
+    """torchao, bitsandbytes and torch log about kernels on import; none of it reaches stderr."""
+    options = ["--bank", home.bank] + ([] if command[0] == "experts" else ["--base", home.base])
+    if command[0] == "serve":
+        options += ["--state", tmp_path, "--port", "-1"]  # ends after its imports
+    environment = {**os.environ, "SIGMIX_CACHE": str(home.cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sigmix", *command, *map(str, options)], env=environment, capture_output=True, text=True
+    )
+    if command[0] == "serve":
+        assert done.returncode == 2
+        assert done.stderr.startswith("sigmix: port")
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert done.returncode == 0
+        assert done.stderr == ""
+        assert done.stdout
+
+
+@pytest.mark.slow
+def test_bitsandbytes_is_imported_only_for_a_quantized_base(home):
+    pytest.importorskip("bitsandbytes")
+    code = (
+        "import sys; from sigmix.cli import main\n"
+        "try: main()\n"
+        "finally: print('bitsandbytes.functional' in sys.modules, file=sys.stderr)"
+    )
+    environment = {**os.environ, "SIGMIX_CACHE": str(home.cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, "generate", "hi", "--base", home.base, "--max-new-tokens", "2"]
+    for options, loaded in (([], "False"), (["--quantization", "nf4"], "True")):
+        done = subprocess.run([*map(str, command), *options], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.split() == [loaded]
