@@ -10,7 +10,7 @@ from reproduction.lab import Lab
 from reproduction.names import run_name
 from reproduction.scale import SCALES, Scale
 from reproduction.store import Store
-from sigmix.cli.app import run as run_app
+from sigmix.cli import run as run_app
 from sigmix.evals.accuracy import Item, Result
 from sigmix.tasks.base import Sample
 
