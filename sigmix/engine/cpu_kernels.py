@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sigmix.models.weights import is_quantised
+from sigmix.models.weights import is_quantized
 from sigmix.svf.functional import scaled
 from sigmix.svf.layer import SVFLinear
 
@@ -121,7 +121,7 @@ class Packing:
         size = sum(module.weight.nbytes for module in linears)
         size += sum(2 * layer.r * (layer.in_features + layer.out_features) for layer in layers.values())
         kinds = {(module.weight.device.type, module.weight.dtype) for module in linears}
-        plain = not any(is_quantised(module.weight) for module in linears)
+        plain = not any(is_quantized(module.weight) for module in linears)
         self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
         self._known: dict[Any, tuple[Any, Pack]] = {}

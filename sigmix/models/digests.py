@@ -84,7 +84,7 @@ def layer_digest(layer: nn.Module) -> str | None:
     parameter: torch.Tensor = layer.weight  # type: ignore[assignment]
     if isinstance(layer, Conv1D) or parameter.is_meta:
         return None
-    return parameter_digest(parameter, partial(weights.value, layer) if weights.is_quantised(parameter) else None)
+    return parameter_digest(parameter, partial(weights.value, layer) if weights.is_quantized(parameter) else None)
 
 
 def digests_file(folder: Path, *settings: object) -> Path | None:
@@ -119,7 +119,7 @@ def recall_digests(model: nn.Module, file: Path) -> None:
     values: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor] | None]] = {}
     seen: set[int] = set()  # of tied parameters the first name counts
     for path, module in model.named_modules():
-        quantized = isinstance(module, (nn.Linear, Conv1D)) and weights.kind(module) == weights.QUANTISED
+        quantized = isinstance(module, (nn.Linear, Conv1D)) and weights.kind(module) == weights.QUANTIZED
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta and id(parameter) not in seen:  # meta: offloaded to files that may change
                 seen.add(id(parameter))
@@ -144,7 +144,7 @@ def _state(parameter: torch.Tensor) -> tuple:
     about = parameter._version, parameter.dtype, tuple(parameter.shape)
     if parameter.is_meta:
         return about
-    if weights.is_quantised(parameter) and parameter.is_floating_point():  # torchao's: the data is in inner tensors
+    if weights.is_quantized(parameter) and parameter.is_floating_point():  # torchao's: the data is in inner tensors
         names = parameter.__tensor_flatten__()[0]  # type: ignore[attr-defined]
         return *about, *(getattr(parameter, name).data_ptr() for name in names)
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()

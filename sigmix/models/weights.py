@@ -1,14 +1,11 @@
-"""What a linear layer's weight is, wherever and however it is kept.
+"""The weight of a linear layer, however it is stored.
 
-    plain        a float tensor: the weight itself, no copy
-    quantised    torchao's tensor subclasses, bitsandbytes' 4-bit layers: the dequantised weight W_q, a copy
-    offloaded    left on disk or on the CPU by accelerate, on the meta device between passes: a copy, read when asked
+    plain        a float tensor: returned as it is, without a copy
+    quantized    torchao's tensor subclasses, bitsandbytes' 4-bit layers: the dequantized weight W_q, a copy
+    offloaded    on disk or CPU between passes (accelerate), on the meta device meanwhile: a copy
 
-A quantised or offloaded weight is never kept: whoever asks for its values gets them once and lets them go. What is
-asked in every pass (shape, dtype, device) is known without them.
-
-What it does not do: checkpoints whose layers are no `torch.nn.Linear` (GPTQ's and AWQ's own classes), and bitsandbytes'
-LLM.int8(), which rounds activations too, see `sigmix.models.quantization`.
+Copies are never cached. Shape, dtype and device are read without the values. Not supported: checkpoints with layer
+classes of their own (GPTQ, AWQ), and bitsandbytes' LLM.int8(), see `sigmix.models.quantization`.
 """
 
 from __future__ import annotations
@@ -16,54 +13,51 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import BaseModelError
 
-PLAIN, QUANTISED, OFFLOADED, META = "plain", "quantised", "offloaded", "meta"
-
-
-Tensor = torch.Tensor
+PLAIN, QUANTIZED, OFFLOADED, META = "plain", "quantized", "offloaded", "meta"
 
 
 def kind(layer: nn.Module) -> str:
-    """`PLAIN`, `QUANTISED`, `OFFLOADED`, or `META` where there are no values at all (yet)."""
+    """Return `PLAIN`, `QUANTIZED`, `OFFLOADED`, or `META` for a layer without values."""
     weight: Any = layer.weight
     if weight.is_meta:
-        return OFFLOADED if _map(layer) is not None else META
-    return QUANTISED if is_quantised(weight) else PLAIN
+        return OFFLOADED if is_offloaded(layer) else META
+    return QUANTIZED if is_quantized(weight) else PLAIN
 
 
-def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is kept in fewer bits than it computes in."""
-    # bitsandbytes keeps integers; torchao's subclasses say the dtype that they compute in
-    return not weight.is_floating_point() or (type(weight) not in (Tensor, nn.Parameter) and _subclass(weight))
+def is_quantized(weight: Tensor) -> bool:
+    """Return True for a weight stored in fewer bits than it computes in."""
+    # bitsandbytes stores integers; torchao's subclasses have the dtype that they compute in
+    return not weight.is_floating_point() or (type(weight) not in (Tensor, nn.Parameter) and _is_subclass(weight))
 
 
-def _subclass(weight: Any) -> bool:
-    # every tensor has a dequantize; only a subclass that keeps other numbers, unlike DTensor, has one of its own
+def _is_subclass(weight: Any) -> bool:
+    # every tensor has a dequantize method; only quantized subclasses (not DTensor) override it
     return hasattr(weight, "__tensor_flatten__") and type(weight).dequantize is not Tensor.dequantize
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a `torch.nn.Linear`, one of its quantised kin, or a `Conv1D`."""
+    """Return (out, in) of a `torch.nn.Linear`, a quantized linear layer, or a `Conv1D`."""
     if isinstance(layer, Conv1D):
         return layer.weight.shape[1], layer.weight.shape[0]
-    found: Any = layer
-    return found.out_features, found.in_features
+    linear: Any = layer
+    return linear.out_features, linear.in_features
 
 
 def device(layer: nn.Module) -> torch.device:
-    """Where the layer computes; for an offloaded one not where its weight lies."""
+    """Return the device that the layer computes on, also for an offloaded one."""
     weight: Any = layer.weight
-    if weight.is_meta and _map(layer) is not None:
-        return torch.device(_hook(layer).execution_device)
+    if weight.is_meta and (hook := _offload_hook(layer)) is not None:
+        return torch.device(hook.execution_device)
     return weight.device
 
 
 def dtype(layer: nn.Module) -> torch.dtype:
-    """What the layer computes in."""
+    """Return the dtype that the layer computes in."""
     weight: Any = layer.weight
     if weight.is_floating_point():
         return weight.dtype
@@ -71,23 +65,24 @@ def dtype(layer: nn.Module) -> torch.dtype:
 
 
 def value(layer: nn.Module) -> Tensor:
-    """The weight's values, as the layer stores them ([out, in]; `Conv1D` [in, out]), in a float dtype.
+    """Return the weight in a float dtype, laid out as in the layer: [out, in], for a `Conv1D` [in, out].
 
     Raises:
-        BaseModelError: quantised in a way that is not known here.
+        BaseModelError: unsupported quantization.
     """
-    what, weight = kind(layer), _data(layer.weight)
+    what = kind(layer)
+    weight: Any = layer.weight.data  # a quantized subclass, too, without the class of a parameter
     if what == OFFLOADED:
-        weight = _map(layer)["weight"].to(device(layer))
-    if what in (PLAIN, META) or (what == OFFLOADED and not is_quantised(weight)):
+        weight = offloaded_parameter(layer, "weight").to(device(layer))  # type: ignore[union-attr]
+    if what in (PLAIN, META) or (what == OFFLOADED and not is_quantized(weight)):
         return weight
-    return dequantised(layer, weight)
+    return _dequantize(layer, weight)
 
 
 @torch.no_grad()
-def dequantised(layer: nn.Module, weight: Any) -> Tensor:
-    """W_q [out, in]: what ``layer`` computes is W_q x up to rounding."""
-    if _subclass(weight):
+def _dequantize(layer: nn.Module, weight: Any) -> Tensor:
+    """Return W_q [out, in]; the layer computes W_q x up to rounding."""
+    if _is_subclass(weight):
         return weight.dequantize()
     state = getattr(layer.weight, "quant_state", None)
     if state is not None and not getattr(state, "packing_format_for_cpu", False):
@@ -95,41 +90,31 @@ def dequantised(layer: nn.Module, weight: Any) -> Tensor:
 
         return dequantize_4bit(weight, state).to(dtype(layer))
     raise BaseModelError(
-        f"a weight of {type(layer).__name__} in {weight.dtype} cannot be dequantised"
+        f"a weight of {type(layer).__name__} in {weight.dtype} cannot be dequantized"
         + (", because bitsandbytes has repacked it for this CPU" if state is not None else ""),
-        remedy="load it with load_base(…, quantization_config=…), which keeps such weights as they are",
+        remedy="load it with load_base(…, quantization_config=…), which prevents that",
     )
 
 
 def bias(layer: nn.Module) -> Tensor | None:
-    """The bias [out] on the device where the layer computes, or None."""
-    found: Any = layer.bias
-    if found is not None and found.is_meta and _map(layer) is not None:
-        return _map(layer)["bias"].to(device(layer))
-    return found
+    """Return the bias [out] on the device that the layer computes on, or None."""
+    stored: Any = layer.bias
+    if stored is not None and stored.is_meta and is_offloaded(layer):
+        return offloaded_parameter(layer, "bias").to(device(layer))  # type: ignore[union-attr]
+    return stored
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps a module's own parameters elsewhere between passes; nothing is read to tell."""
-    return _map(module) is not None
+    """Return True if accelerate stores the module's own parameters elsewhere between passes. Reads no values."""
+    return _offload_hook(module) is not None
 
 
-def offloaded(module: nn.Module, name: str) -> Tensor | None:
-    """A copy of a direct parameter of ``module`` that accelerate has offloaded; None if it is not offloaded."""
-    held = _map(module)
-    return None if held is None else held[name]
+def offloaded_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a copy of an offloaded parameter of ``module`` itself, or None if it is not offloaded."""
+    hook = _offload_hook(module)
+    return None if hook is None else hook.weights_map[name]
 
 
-def _data(weight: Any) -> Tensor:
-    # .data of torchao's subclasses is the same object without its parameter's class
-    return weight.data
-
-
-def _hook(layer: nn.Module) -> Any:
+def _offload_hook(layer: nn.Module) -> Any:
     hook = getattr(layer, "_hf_hook", None)
     return next((one for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None), None)
-
-
-def _map(layer: nn.Module) -> Any:
-    hook = _hook(layer)
-    return None if hook is None else hook.weights_map

@@ -101,7 +101,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     @property
     def gain_only(self) -> bool:
         """Whether the base layer is quantised or offloaded, so that its weight is not at hand."""
-        return weights.kind(self.get_base_layer()) in (weights.QUANTISED, weights.OFFLOADED)
+        return weights.kind(self.get_base_layer()) in (weights.QUANTIZED, weights.OFFLOADED)
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +151,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     def _refuse(self, form: str) -> None:
         if self.gain_only:
-            kept = "quantised" if weights.kind(self.get_base_layer()) == weights.QUANTISED else "offloaded"
+            kept = "quantised" if weights.kind(self.get_base_layer()) == weights.QUANTIZED else "offloaded"
             raise ConfigError(
                 f"the {form} form needs the weight itself, but this base is {kept}",
                 remedy="use form='gain', or load the base whole, without quantization or offloading",

@@ -115,7 +115,7 @@ def readers(model: nn.Module) -> dict[int, Callable[[], torch.Tensor]]:
     found: dict[int, Callable[[], torch.Tensor]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight" and isinstance(module, LINEAR) and weights.kind(module) == weights.QUANTISED:
+            if name == "weight" and isinstance(module, LINEAR) and weights.kind(module) == weights.QUANTIZED:
                 found[id(parameter)] = partial(weights.value, module)
             elif parameter.is_meta and weights.is_offloaded(module):
                 found[id(parameter)] = partial(_read, module, name)
@@ -125,7 +125,7 @@ def readers(model: nn.Module) -> dict[int, Callable[[], torch.Tensor]]:
 def _read(module: nn.Module, name: str) -> torch.Tensor:
     if name == "weight" and isinstance(module, LINEAR):
         return weights.value(module)  # it may be quantised too
-    return weights.offloaded(module, name)  # type: ignore[return-value]
+    return weights.offloaded_parameter(module, name)  # type: ignore[return-value]
 
 
 def describe(model: nn.Module) -> dict[str, str]:

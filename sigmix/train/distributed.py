@@ -425,7 +425,7 @@ def _check_shardable(base: Any, config: TrainConfig, processes: Processes) -> No
     if config.policy != "svf" or config.parametrization != "direct":
         raise ConfigError("--shard goes with the svf policy in its direct parameterisation only")
     kinds = {weights.kind(module) for module in linears(base).values()}
-    if unfit := sorted(kinds & {weights.QUANTISED, weights.OFFLOADED}):
+    if unfit := sorted(kinds & {weights.QUANTIZED, weights.OFFLOADED}):
         raise ConfigError(
             f"--shard splits plain weights, and this base is {unfit[-1]}",
             remedy="leave out --shard, or load the base without quantization and offloading",

@@ -26,7 +26,7 @@ def test_a_weight_that_is_spread_over_processes_is_not_quantised(mesh):
     layer = nn.Linear(4, 6, bias=False)
     whole = layer.weight.detach().clone()
     layer.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
-    assert not weights.is_quantised(layer.weight)
+    assert not weights.is_quantized(layer.weight)
     assert weights.kind(layer) == weights.PLAIN
     assert torch.equal(weights.value(layer).full_tensor(), whole)
 
@@ -37,6 +37,6 @@ def test_tensors_of_tensors_are_quantised_only_if_they_say_how_to_undo_it():
             return self.a + self.b
 
     whole = torch.randn(6, 4)
-    assert not weights.is_quantised(TwoTensor(whole, whole))
-    assert weights.is_quantised(Halves(whole / 2, whole / 2))
-    assert weights.is_quantised(torch.ones(2, 2, dtype=torch.int8))
+    assert not weights.is_quantized(TwoTensor(whole, whole))
+    assert weights.is_quantized(Halves(whole / 2, whole / 2))
+    assert weights.is_quantized(torch.ones(2, 2, dtype=torch.int8))
