@@ -1,9 +1,8 @@
-"""Vision-language bases: what makes a folder one, its processor, and where its language backbone is.
+"""Vision-language bases: their processor, their language backbone, and images in prompts.
 
 A vision-language model is a vision tower, a projector and a language model (the backbone) that reads the projected
-image as if it were words. SVF acts on the backbone, as in section 4 of the paper; tower and projector stay as they
-are. `sigmix.models.loading.load_base` loads such a model like any other: its tokenizer knows the processor that it
-came with.
+image vectors in place of token embeddings. SVF adapts the backbone (paper, section 4). A prompt is a list of token
+ids; the ids of an image's tokens are negative and derived from its content, so caches keyed by ids keep working.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,19 @@ from sigmix.errors import BaseModelError, ConfigError
 from sigmix.utils.images import Picture
 from sigmix.utils.logging import quiet
 
+PROCESSOR = "sigmix_processor"
+
+TESTED = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
+
+BUDGET = 1 << 30
+"""Bytes of image vectors kept for a model: some 200 images of LLaVA-1.5-7B in bfloat16."""
+
+PLACE_BITS, KEY_BITS = 16, 46
+"""Bits of a negative id: the position within the image, and the hash of image and processor."""
+
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrappers; adapted layers stay in it."""
+    """Return the model inside PEFT's wrappers, with its adapted layers."""
     while True:
         if isinstance(model, BaseTuner):
             model = model.model
@@ -38,34 +48,31 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
-PROCESSOR = "sigmix_processor"
-
-
 def is_vision(config: Mapping[str, Any]) -> bool:
-    """Whether ``config.json`` is of a vision-language model that transformers can load."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+    """Return True if ``config.json`` is that of a vision-language model that transformers can load."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as VISION
 
     built = config.get("architectures") or []
-    fits = any(name in KNOWN.values() for name in built) if built else config.get("model_type") in KNOWN
+    fits = any(name in VISION.values() for name in built) if built else config.get("model_type") in VISION
     return fits and bool(config.get("vision_config")) and not config.get("is_encoder_decoder")
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:
-    """The transformers class that loads a folder with this ``config.json``."""
+    """Return transformers' auto class for a folder with this ``config.json``."""
     import transformers
 
-    name = "AutoModelForImageTextToText" if is_vision(config) else "AutoModelForCausalLM"
-    return getattr(transformers, name)
+    return transformers.AutoModelForImageTextToText if is_vision(config) else transformers.AutoModelForCausalLM
 
 
 def load_tokenizer(folder: Path, label: str) -> Any:
-    """The tokenizer of a vision-language folder, bound to its processor.
+    """Load the tokenizer of a vision-language folder, bound to its processor.
 
     Raises:
-        BaseModelError: Pillow (for Qwen-VL torchvision too) is missing, or there is no processor that can be loaded.
+        BaseModelError: Pillow (or torchvision, for Qwen-VL) is missing, or the processor cannot be loaded.
     """
     from transformers import AutoProcessor
 
+    remedy = "the folder needs preprocessor_config.json or processor_config.json beside the tokenizer's files"
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
@@ -76,19 +83,15 @@ def load_tokenizer(folder: Path, label: str) -> Any:
         ) from error
     except Exception as error:
         raise BaseModelError(
-            f"the processor of {label} cannot be loaded: {type(error).__name__}: {error}",
-            remedy="the folder needs preprocessor_config.json or processor_config.json beside the tokenizer's files",
+            f"the processor of {label} cannot be loaded: {type(error).__name__}: {error}", remedy=remedy
         ) from error
     if not hasattr(processor, "image_processor"):
-        raise BaseModelError(
-            f"{label} has a vision tower but no image processor",
-            remedy="the folder needs preprocessor_config.json or processor_config.json beside the tokenizer's files",
-        )
+        raise BaseModelError(f"{label} has a vision tower but no image processor", remedy=remedy)
     return bind(processor)
 
 
 def bind(processor: Any) -> Any:
-    """A processor's tokenizer, padding on the left, from which `processor_of` finds the processor again."""
+    """Return a processor's tokenizer, padding on the left, from which `processor_of` returns the processor."""
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     setattr(tokenizer, PROCESSOR, processor)
@@ -96,57 +99,43 @@ def bind(processor: Any) -> Any:
 
 
 def processor_of(tokenizer: Any) -> Any:
-    """The processor that a tokenizer came with, or None for a text model's."""
+    """Return the processor that a tokenizer belongs to, or None for a text model's."""
     return getattr(tokenizer, PROCESSOR, None)
 
 
 def backbone(model: Any, strict: bool = True) -> tuple[str, Any] | None:
-    """Path and module of a vision-language model's language backbone; None for a text model.
+    """Return path and module of a vision-language model's language backbone; None for a text model.
 
     Args:
-        model: plain, or with adapted layers, or wrapped by PEFT, whose prefix is then in the path.
-        strict: False gives None where the backbone cannot be told apart.
+        model: plain, or with adapted layers, or wrapped by PEFT, which prefixes the path.
+        strict: raise if the backbone cannot be identified; otherwise return None.
 
     Raises:
-        BaseModelError: it has a vision tower, but its backbone cannot be told apart.
+        BaseModelError: it has a vision tower, but its backbone cannot be identified.
     """
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "vision_config", None):
         return None
-    found = model.get_decoder() if hasattr(model, "get_decoder") else model
-    path = next((name for name, module in model.named_modules() if module is found), "")
-    if not path or any(part in path for part in ("vision", "visual", "image")):
-        if not strict:
-            return None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    if path and not any(part in path for part in ("vision", "visual", "image")):
+        return path, decoder
+    if strict:
         raise BaseModelError(
             f"the language backbone of this {config.model_type} cannot be told apart from its vision tower",
             remedy="give target_modules as full module paths",
         )
-    return path, found
-
-
-# --- Images in prompts: an image's tokens are ids below zero, which this image alone has.
-
-
-BUDGET = 1 << 30
-"""Bytes of image vectors that are kept for a model: some 200 images of LLaVA-1.5-7B in bfloat16."""
-
-
-TESTED = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
-
-
-PLACE_BITS = 16
-
-
-KEY_BITS = 46
+    return None
 
 
 @dataclass(eq=False)
 class ShownImage:
-    """One image as one processor cuts it up.
+    """An image as one processor splits it into tokens.
 
     Attributes:
-        key: of content and processor. tokens: how many ids it takes. grid: [1, 3] of Qwen-VL's patches, else None.
+        key: hash of content and processor.
+        tokens: number of token ids.
+        grid: [1, 3] of Qwen-VL's patches, else None.
     """
 
     key: int
@@ -156,15 +145,15 @@ class ShownImage:
     grid: torch.Tensor | None = None
 
     def pixels(self) -> dict[str, torch.Tensor]:
-        """What the processor makes of the image, placeholders included."""
+        """Return the processor's output for the image, placeholder ids included."""
         token = self.processor.image_token
         return dict(self.processor(text=[token], images=[self.picture.open()], return_tensors="pt"))
 
 
 class ImagePrompt(list):
-    """Token ids of a prompt with images; it keeps its images known as long as it lives.
+    """Token ids of a prompt with images; keeps its images alive.
 
-    A pickle or copy has the ids alone: images and processor stay in the process that reads them.
+    A pickle or copy holds the ids alone: images and processor stay in the process that read them.
     """
 
     def __init__(self, ids: Sequence[int], shown: Sequence[ShownImage]) -> None:
@@ -176,19 +165,17 @@ class ImagePrompt(list):
 
 
 _KNOWN: weakref.WeakValueDictionary[int, ShownImage] = weakref.WeakValueDictionary()
-
-
 _VECTORS: weakref.WeakKeyDictionary[Any, Vectors] = weakref.WeakKeyDictionary()
 
 
 def with_images(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> list[int]:
-    """Token ids of what a processor made of one prompt and its images.
+    """Return the token ids of one prompt with images.
 
     Args:
         inputs: the processor's output, a batch of one.
 
     Raises:
-        ConfigError: the placeholders are not those of the images.
+        ConfigError: the placeholders do not match the images.
     """
     ids = inputs["input_ids"][0].tolist()
     token = _image_token(processor)
@@ -196,7 +183,7 @@ def with_images(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> lis
     runs = _runs(places) if len(pictures) != 1 else [places]
     if len(runs) != len(pictures) or not all(runs):
         raise ConfigError(
-            f"this model's template keeps {len(runs)} places apart for {len(pictures)} images",
+            f"this model's chat template separates {len(runs)} images of the {len(pictures)} given",
             remedy="give one image to a prompt",
         )
     if not pictures:
@@ -212,38 +199,38 @@ def with_images(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> lis
 
 
 def as_ids(prompt: Sequence[int]) -> list[int]:
-    """A prompt given as ids; one with images stays what it is."""
+    """Return a prompt of ids as a list; an `ImagePrompt` is returned unchanged."""
     return prompt if isinstance(prompt, ImagePrompt) else list(prompt)
 
 
 def embedded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Arguments with which a model reads ids [N, R]: the ids, or embeddings [N, R, d] where images are among them."""
+    """Return ``input_ids`` [N, R], or ``inputs_embeds`` [N, R, d] if there are images among the ids."""
     if not bool((ids < 0).any()):
         return {"input_ids": ids}
     base = bare(model)
     if base not in _VECTORS:
         _VECTORS[base] = Vectors(base)
-    found = model.get_input_embeddings()(ids.clamp_min(0))
-    vectors = _VECTORS[base].of(ids[ids < 0]).to(found.device, found.dtype)
-    return {"inputs_embeds": found.masked_scatter((ids < 0)[..., None], vectors)}
+    embeddings = model.get_input_embeddings()(ids.clamp_min(0))
+    vectors = _VECTORS[base].of(ids[ids < 0]).to(embeddings.device, embeddings.dtype)
+    return {"inputs_embeds": embeddings.masked_scatter((ids < 0)[..., None], vectors)}
 
 
 def whole(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """Arguments of one pass over whole prompts [N, R], padded where the mask [N, R] is 0, without a cache."""
+    """Return the arguments of one pass over whole prompts [N, R] with padding mask [N, R], without a KV cache."""
     positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp_min(0)
     used = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    places = grid_positions(model, [row[own].tolist() for row, own in zip(ids, used, strict=True)])
-    if places is not None:
+    grid = grid_positions(model, [row[own].tolist() for row, own in zip(ids, used, strict=True)])
+    if grid is not None:
         positions = ids.new_zeros(3, *ids.shape)
-        for number, own in enumerate(places):
+        for number, own in enumerate(grid):
             positions[:, number, used[number]] = own.to(ids.device)
     return {**embedded(model, ids), "attention_mask": mask, "position_ids": positions}
 
 
 def grid_positions(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor] | None:
-    """Positions int64 [3, length] (time, height, width) of every row; None where they are simply 0, 1, 2, …
+    """Return positions int64 [3, length] (time, height, width) of every row; None where they are simply 0, 1, 2, …
 
-    In Qwen-VL a token of an image has three positions, and the text after an image goes on from the largest.
+    In Qwen-VL a token of an image has three positions, and the text after an image continues from the largest.
     """
     inner = getattr(bare(model), "model", None)
     if not hasattr(inner, "get_rope_index") or not any(min(row, default=0) < 0 for row in rows):
@@ -312,14 +299,14 @@ class Vectors:
 
 
 def _known(processor: Any, picture: Picture, tokens: int, grid: torch.Tensor | None) -> ShownImage:
-    mark = f"{picture.digest} {processor.image_processor.to_json_string()} {tokens}"
-    key = int(hashlib.sha256(mark.encode()).hexdigest(), 16) >> (256 - KEY_BITS)
-    found = _KNOWN.get(key)
-    if found is None:
+    content = f"{picture.digest} {processor.image_processor.to_json_string()} {tokens}"
+    key = int(hashlib.sha256(content.encode()).hexdigest(), 16) >> (256 - KEY_BITS)
+    image = _KNOWN.get(key)
+    if image is None:
         if tokens >> PLACE_BITS:
-            raise ConfigError(f"{picture.name} takes {tokens} tokens; {1 << PLACE_BITS} are too many")
-        found = _KNOWN[key] = ShownImage(key, picture, tokens, processor, grid)
-    return found
+            raise ConfigError(f"{picture.name} takes {tokens} tokens; the limit is {(1 << PLACE_BITS) - 1}")
+        image = _KNOWN[key] = ShownImage(key, picture, tokens, processor, grid)
+    return image
 
 
 def _image_token(processor: Any) -> int:
@@ -328,35 +315,26 @@ def _image_token(processor: Any) -> int:
 
 
 def _runs(places: Sequence[int]) -> list[list[int]]:
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and place == runs[-1][-1] + 1:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return runs
+    """Split ascending numbers into runs of consecutive ones."""
+    return [[place for _, place in run] for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
 
 
 def _positions(inner: Any, row: Sequence[int]) -> torch.Tensor:
     length, row = len(row), list(row)
     keys = [(-1 - one) >> PLACE_BITS if one < 0 else None for one in row]
-    images, before = [], None
-    for key in keys:
-        if key is not None and key != before:
-            images.append(_KNOWN[key])
-        before = key
-    if row[-1] < 0:  # a prefix may end inside an image, whose positions are those of the whole
+    images = [_KNOWN[key] for key, _ in groupby(keys) if key is not None]
+    if row[-1] < 0:  # a prefix that ends inside an image has the positions of the whole image
         place = (-1 - row[-1]) & ((1 << PLACE_BITS) - 1)
         row += [-1] * (images[-1].tokens - place - 1)
-    below = torch.tensor([one < 0 for one in row])
+    is_image = torch.tensor([one < 0 for one in row])
     ids = torch.tensor(row).clamp_min(0)[None]
     grids = torch.cat([image.grid for image in images if image.grid is not None]) if images else None
-    found, _ = inner.get_rope_index(ids, below.int()[None], image_grid_thw=grids)
-    return found[:, 0, :length]
+    positions, _ = inner.get_rope_index(ids, is_image.int()[None], image_grid_thw=grids)
+    return positions[:, 0, :length]
 
 
 def _state(model: Any) -> tuple:
-    """Changes when a weight outside the language backbone was cast, moved or edited in place."""
+    """Return what changes when a weight outside the language backbone is cast, moved or edited in place."""
     inside = backbone(model)
     root = f"{inside[0]}." if inside is not None else " "
     return tuple(
@@ -369,23 +347,22 @@ def _check_frozen(model: Any) -> None:
     for name, module in model.named_modules():
         if inside is not None and isinstance(module, BaseTunerLayer) and not name.startswith(f"{inside[0]}."):
             raise ConfigError(
-                f"{name} is adapted, which is outside the language backbone: an image would be another one under every "
-                "mix",
+                f"{name} is adapted outside the language backbone, so image vectors would depend on the mixture",
                 remedy="adapt the language backbone alone, the default of SVFConfig, or use the model through PEFT",
             )
 
 
 def _check_sound(model: Any, processor: Any, inputs: dict[str, torch.Tensor], vectors: torch.Tensor) -> None:
-    """Compare with the model's own way of reading an image: it may do more than put vectors in place of tokens."""
+    """Raise unless the model reads an image through its input embeddings alone, as far as its logits show."""
     own = model(**inputs, use_cache=False).logits[0, -1].float()
     ids = inputs["input_ids"]
-    found = model.get_input_embeddings()(ids)
-    found = found.masked_scatter((ids == _image_token(processor))[..., None], vectors.to(found.dtype))
-    ours = model(inputs_embeds=found, use_cache=False).logits[0, -1].float()
+    embeddings = model.get_input_embeddings()(ids)
+    embeddings = embeddings.masked_scatter((ids == _image_token(processor))[..., None], vectors.to(embeddings.dtype))
+    ours = model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].float()
     gap = float((own - ours).abs().max() / own.abs().max())
     if not gap <= 0.02:
         raise BaseModelError(
-            f"{model.config.model_type} reads images in more ways than through its input embeddings (logits differ by "
-            f"{gap:.1%}), which sigmix does not do",
-            remedy=f"use one of {', '.join(TESTED)}; text alone works",
+            f"{model.config.model_type} does not read images through its input embeddings alone (logits differ by "
+            f"{gap:.1%})",
+            remedy=f"use one of {', '.join(TESTED)}; prompts without images work",
         )

@@ -173,7 +173,7 @@ def test_a_model_that_reads_images_otherwise_is_refused(monkeypatch):
         return out
 
     monkeypatch.setattr(other.model, "forward", twice)
-    with pytest.raises(BaseModelError, match="reads images in more ways"):
+    with pytest.raises(BaseModelError, match="llava"):
         other.generate([other.encode("what?", images=shape("red"))], max_new_tokens=2)
 
 
@@ -186,7 +186,7 @@ def test_an_image_that_depends_on_the_mix_is_refused():
     wrapped = get_peft_model(model, SVFConfig(target_modules=["q_proj", "model.multi_modal_projector.linear_1"]))
     engine = Engine(wrapped, bind(processor))
     assert engine.generate(["text"], max_new_tokens=1)
-    with pytest.raises(ConfigError, match=r"multi_modal_projector.* is adapted, which is outside"):
+    with pytest.raises(ConfigError, match="multi_modal_projector"):
         engine.generate([engine.encode("what?", images=shape("red"))], max_new_tokens=1)
 
 
