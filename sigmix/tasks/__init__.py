@@ -1,6 +1,6 @@
-"""Tasks: samples with verifiers. See `base` for the contract and `registry` for finding and adding tasks.
+"""Tasks: samples with graders. See `base` for the interface and `registry` for finding and adding tasks.
 
-Nothing here imports torch; reasoning-gym, math-verify and datasets are imported only when a task needs them.
+No module here imports torch; reasoning-gym, math-verify and datasets are imported only by the tasks that need them.
 """
 
 from __future__ import annotations

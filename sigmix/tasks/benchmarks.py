@@ -1,14 +1,15 @@
-"""`BenchmarkTask`: a published data set, local or from the hub, with splits that are disjoint by content.
+"""Published data sets as tasks: GSM8K, SVAMP, MATH, ARC, OpenBookQA, BoolQ; local files or the Hugging Face hub.
 
-A subclass says where the rows are and turns one into a `Sample`. A sample that is in two splits stays in the one that
-is measured on (test before validation before train), and `notes` counts what was dropped. Content means the prompt
-as shown: near duplicates (SVAMP's variations of one story) are not found.
+A sample that is in two splits stays in the one that is measured on (test before validation before train), and `notes`
+counts what was dropped. Content means the prompt as shown: near duplicates (SVAMP's variations of one story) are not
+found.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,18 +31,21 @@ from sigmix.tasks.graders import (
 from sigmix.tasks.registry import register
 
 PRIORITY = ("test", "validation", "train")
+SAME_NAMES = {"train": "train", "validation": "validation", "test": "test"}
+REASON = 'Think step by step. End with "#### " and the number.'
+ONLY = "Answer with the number only."
 
 
 class BenchmarkTask(Task):
-    """A subclass sets the class attributes and writes `sample`.
+    """A published data set. Subclasses set the class attributes and implement `sample`.
 
     Attributes:
-        files: split to path below the data folder. A split that is missing is made from "train" by content hash.
-        hub: the data set's id on the hub.
-        hub_configs: its configurations, joined.
+        files: split to path below the data folder. A missing split is made from "train" by content hash.
+        hub: id of the data set on the hub.
+        hub_configs: its configurations, concatenated.
         hub_splits: split to the hub's name for it.
-        image_column: the column that holds images, if there is one; see `hub_rows`.
-        only_test: the benchmark has no training data at all.
+        image_column: name of the image column, if any; see `hub_rows`.
+        only_test: there is no training data.
 
     `notes` is complete after the first call of `samples`.
     """
@@ -59,7 +63,7 @@ class BenchmarkTask(Task):
 
     @abstractmethod
     def sample(self, row: Row) -> Sample | None:
-        """The row as a sample; None leaves it out (say why in the class's docstring)."""
+        """Convert a row to a sample; None leaves it out (give the reason in the class's docstring)."""
 
     def splits(self) -> tuple[Split, ...]:
         return ("test",) if self.only_test else super().splits()
@@ -71,19 +75,20 @@ class BenchmarkTask(Task):
     @functools.cached_property
     def tables(self) -> dict[str, list[Sample]]:
         """Split to samples in the file's order, checked and without shared content."""
-        tables = self.divide({split: self._convert(rows) for split, rows in self._rows().items()})
+        rows = self._rows()
+        tables = self.divide({split: [s for row in part if (s := self.sample(row))] for split, part in rows.items()})
         seen: dict[str, str] = {}
         for split in (name for name in PRIORITY if name in tables):
             kept = []
-            dropped: dict[str, int] = {}
+            repeats: Counter[str] = Counter()
             for sample in tables[split]:
                 if sample.id in seen:
-                    dropped[seen[sample.id]] = dropped.get(seen[sample.id], 0) + 1
-                if sample.id not in seen or split == "test":  # a test set stays as published, repeats and all
+                    repeats[seen[sample.id]] += 1
+                if sample.id not in seen or split == "test":  # a test set stays as published, with its repeats
                     kept.append(sample)
                 seen.setdefault(sample.id, split)
             tables[split] = kept
-            for other, count in dropped.items():
+            for other, count in repeats.items():
                 again = "repeats within it" if other == split else f"also in {other}"
                 done = "kept in" if split == "test" else "dropped from"
                 self.notes.append(f"{count} samples {done} {split}: {again}")
@@ -92,37 +97,29 @@ class BenchmarkTask(Task):
         return tables
 
     def divide(self, tables: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
-        """Make the splits that the source lacks, by content hash; override for a benchmark's own rule."""
+        """Create the splits that the source lacks, by content hash; override for a benchmark's own rule."""
         if self.only_test:
             return tables
         if set(tables) == {"all"}:
-            return self._by_hash(
-                tables["all"],
-                (0.6, 0.2, 0.2),
-                "the source has one split only: 60 % train, 20 % validation, 20 % test by content hash",
-            )
+            note = "the source has one split only: 60 % train, 20 % validation, 20 % test by content hash"
+            return self._by_hash(tables["all"], (0.6, 0.2, 0.2), note)
         if "validation" not in tables:
-            # The training share alone is cut, so samples shared with test are still seen, and dropped, afterwards.
-            made = self._by_hash(
-                tables["train"], (0.9, 0.1, 0.0), "no official validation split: 10 % of train by content hash"
-            )
-            tables = {"train": made["train"], "validation": made["validation"], "test": tables["test"]}
+            # only train is divided, so samples shared with test are still seen, and dropped, afterwards
+            note = "no official validation split: 10 % of train by content hash"
+            tables = {**self._by_hash(tables["train"], (0.9, 0.1, 0.0), note), "test": tables["test"]}
         return tables
 
     def _by_hash(self, samples: list[Sample], shares: tuple[float, float, float], note: str) -> dict[str, list[Sample]]:
         self.notes.append(note)
         tables: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
         for sample in samples:
-            # "key" is the question without its instruction: another style must not move an item to another split
+            # "key" hashes the question without its instruction: another style must not move it to another split
             tables[hash_split(sample.meta.get("key", sample.id), shares)].append(sample)
         return tables
 
-    def _convert(self, rows: list[Row]) -> list[Sample]:
-        return [sample for row in rows if (sample := self.sample(row)) is not None]
-
     def _rows(self) -> dict[str, list[Row]]:
-        wanted = ", ".join(dict.fromkeys(self.files.values()))
-        remedy = f"put {wanted} into a folder (one JSON object a line) and give it with --data-dir"
+        paths = ", ".join(dict.fromkeys(self.files.values()))
+        remedy = f"put {paths} into a folder (one JSON object a line) and give it with --data-dir"
         if self.data_dir is None:
             if not self.hub:
                 raise DataError(f"task {self.name} is not on the hub", remedy=remedy)
@@ -142,25 +139,16 @@ class BenchmarkTask(Task):
         return {split: local_rows(path) for split, path in files.items()}
 
     def local_files(self, folder: Path) -> dict[str, Path]:
-        """Split to file; override where the layout depends on what is there."""
+        """Return the file of each split; override if the layout depends on what is there."""
         return {split: folder / name for split, name in self.files.items()}
 
 
-# --- The text benchmarks of the Transformer² paper and their neighbours: GSM8K, MATH, SVAMP, ARC, OpenBookQA, BoolQ.
-
-
-REASON = 'Think step by step. End with "#### " and the number.'
-
-
-ONLY = "Answer with the number only."
-
-
 class WordProblemTask(BenchmarkTask):
-    """A story with a number for an answer.
+    """Word problems with a number for an answer.
 
     Args:
         data_dir: local data, or None for the hub.
-        style: "final" lets the model reason and reads the final number; "strict" asks for the number alone.
+        style: "final" lets the model reason and grades the final number; "strict" requires the number alone.
     """
 
     domain = "arithmetic"
@@ -187,20 +175,11 @@ class WordProblemTask(BenchmarkTask):
     def wrong_replies(self, sample: Sample) -> list[str]:
         gold, other = sample.gold, str(float(sample.gold) + 1).removesuffix(".0")
         return [
-            *super().wrong_replies(sample),
-            other,
-            f"{gold}\n#### {other}",
-            f"#### {gold}\n#### {other}",
-            f"The answer is {other}, not {gold}.",
-            f"{other} or {gold}",
-            f"{gold} or {other}",
-            f"The answer is {other} or {gold}.",
-            f"The answer is not {gold}.",
-            f"It cannot be {gold}; it is {other}.",
-            rf"\boxed{{{other}}} and then \boxed{{{gold}}}",
-            f"{gold}7",
-            str(1 - 2 * float(gold)),
-        ]
+            *super().wrong_replies(sample), other, f"{gold}\n#### {other}", f"#### {gold}\n#### {other}",
+            f"The answer is {other}, not {gold}.", f"{other} or {gold}", f"{gold} or {other}",
+            f"The answer is {other} or {gold}.", f"The answer is not {gold}.", f"It cannot be {gold}; it is {other}.",
+            rf"\boxed{{{other}}} and then \boxed{{{gold}}}", f"{gold}7", str(1 - 2 * float(gold)),
+        ]  # fmt: skip
 
 
 @register("gsm8k")
@@ -245,14 +224,9 @@ class Math(BenchmarkTask):
     files: ClassVar = {"train": "math/train.jsonl", "test": "math/test.jsonl"}
     hub = "EleutherAI/hendrycks_math"
     hub_configs = (
-        "algebra",
-        "counting_and_probability",
-        "geometry",
-        "intermediate_algebra",
-        "number_theory",
-        "prealgebra",
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
         "precalculus",
-    )
+    )  # fmt: skip
 
     def sample(self, row: Row) -> Sample:
         solution = row.get("solution", kind=str)
@@ -268,20 +242,15 @@ class Math(BenchmarkTask):
     def wrong_replies(self, sample: Sample) -> list[str]:
         other = r"\boxed{-98765.4321}"
         answer = sample.meta["answer"]
-        # no "It is not \boxed{...}" here: a boxed answer is what the task asks for, whatever stands around it
+        # no "It is not \boxed{...}" here: a boxed answer counts, whatever stands around it
         return [
-            sample.prompt,
-            f"It is not {answer}, or is it?",
-            other,
-            f"{sample.gold} or {other}",
-            f"{answer} but {other}",
-            r"\boxed{}",
-            rf"\boxed{{{answer}",
-        ]
+            sample.prompt, f"It is not {answer}, or is it?", other, f"{sample.gold} or {other}",
+            f"{answer} but {other}", r"\boxed{}", rf"\boxed{{{answer}",
+        ]  # fmt: skip
 
 
 class ChoiceTask(BenchmarkTask):
-    """A question with labelled choices. The prompt always shows letters; data labelled 1 to 4 are relabelled."""
+    """A question with labelled choices; the prompt shows letters, also for data with labels 1 to 4."""
 
     max_new_tokens = 8
     domain = "knowledge"
@@ -304,11 +273,8 @@ class ChoiceTask(BenchmarkTask):
         if isinstance(question, dict):  # the publishers' own files
             inner = Row(question, row.where)
             pairs = [Row(choice, row.where) for choice in inner.get("choices", kind=list)]
-            return (
-                inner.get("stem", kind=str),
-                [str(pair.get("label")) for pair in pairs],
-                [str(pair.get("text")) for pair in pairs],
-            )
+            labels, texts = ([str(pair.get(field)) for pair in pairs] for field in ("label", "text"))
+            return inner.get("stem", kind=str), labels, texts
         choices = Row(row.get("choices", kind=dict), row.where)  # the hub's layout
         labels, texts = choices.get("label", kind=list), choices.get("text", kind=list)
         if len(labels) != len(texts):
@@ -334,14 +300,12 @@ def _arc(level: str) -> type[ChoiceTask]:
             "test": f"arc/ARC-{level}-Test.jsonl",
         }
         hub, hub_configs = "allenai/ai2_arc", (f"ARC-{level}",)
-        hub_splits: ClassVar = {"train": "train", "validation": "validation", "test": "test"}
+        hub_splits: ClassVar = SAME_NAMES
 
     return ARC
 
 
 register("arc-easy")(_arc("Easy"))
-
-
 register("arc-challenge")(_arc("Challenge"))
 
 
@@ -357,7 +321,7 @@ class OpenBookQA(ChoiceTask):
         "test": "openbookqa/test.jsonl",
     }
     hub, hub_configs = "allenai/openbookqa", ("main",)
-    hub_splits: ClassVar = {"train": "train", "validation": "validation", "test": "test"}
+    hub_splits: ClassVar = SAME_NAMES
 
 
 @register("boolq")
@@ -393,13 +357,6 @@ class BoolQ(BenchmarkTask):
     def wrong_replies(self, sample: Sample) -> list[str]:
         gold, other = sample.gold, "no" if sample.gold == "yes" else "yes"
         return [
-            *super().wrong_replies(sample),
-            other,
-            f"{gold} or {other}",
-            f"{gold}/{other}",
-            f"{other}, not {gold}",
-            f"{gold} and {other}",
-            f"{gold}{gold}",
-            "true",
-            "false",
-        ]
+            *super().wrong_replies(sample), other, f"{gold} or {other}", f"{gold}/{other}", f"{other}, not {gold}",
+            f"{gold} and {other}", f"{gold}{gold}", "true", "false",
+        ]  # fmt: skip

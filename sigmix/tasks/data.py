@@ -1,7 +1,4 @@
-"""Rows of a data set, from local JSONL files or from the Hugging Face hub, each knowing where it came from.
-
-Does not interpret fields; a missing one is a `DataError` that names file and line.
-"""
+"""Rows of a data set from a JSONL file or the Hugging Face hub; errors name file and line."""
 
 from __future__ import annotations
 
@@ -25,43 +22,43 @@ class Row:
     where: str
 
     def get(self, *names: str, kind: type | tuple[type, ...] = object) -> Any:
-        """The first field of ``names`` that is there.
+        """Return the first field of ``names`` that has a value.
 
         Raises:
-            DataError: none is there, or it is not of ``kind``.
+            DataError: there is none, or it is not of type ``kind``, or it is a blank string.
         """
         for name in names:
-            if self.data.get(name) is not None:
-                value = self.data[name]
+            if (value := self.data.get(name)) is not None:
                 if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
-                    raise DataError(f"{self.where}: field {name!r} holds {str(value)[:40]!r} ({type(value).__name__})")
+                    raise self.bad(f"field {name!r} holds {str(value)[:40]!r} ({type(value).__name__})")
                 return value
-        wanted, there = " or ".join(map(repr, names)), ", ".join(self.data) or "none"
-        raise DataError(f"{self.where}: no field {wanted}; it has {there}")
+        raise self.bad(f"no field {' or '.join(map(repr, names))}; it has {', '.join(self.data) or 'none'}")
 
     def bad(self, why: str) -> DataError:
-        """The error for a row whose content makes no sense."""
+        """Return the error for a row with invalid content."""
         return DataError(f"{self.where}: {why}")
 
 
 def local_rows(path: Path) -> list[Row]:
-    """All rows of a JSONL file; blank lines are skipped.
+    """Read all rows of a JSONL file in UTF-8, with or without a byte-order mark; blank lines are skipped.
 
     Raises:
-        DataError: cannot be read, not UTF-8, a line that is not a JSON object, or no rows.
+        DataError: the file cannot be read, a line is not a JSON object, or there are no rows.
     """
     rows = []
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
                 if not line.strip():
                     continue
                 try:
-                    data = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    data = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{number}: not JSON in UTF-8: {error}") from error
                 if not isinstance(data, dict):
-                    raise DataError(f"{path}:{number}: a JSON object is expected, not a {type(data).__name__}")
+                    raise DataError(f"{path}:{number}: expected a JSON object, not a {type(data).__name__}")
                 rows.append(Row(data, f"{path}:{number}"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
@@ -73,19 +70,19 @@ def local_rows(path: Path) -> list[Row]:
 def hub_rows(
     hub_id: str, configs: Sequence[str | None], split: str, remedy: str, image: str | None = None
 ) -> list[Row]:
-    """All rows of one split of a data set on the hub, its configurations one after the other.
+    """Load all rows of one split of a data set on the hub, with its configurations concatenated.
 
     Args:
-        image: a column of images: rows hold a `Picture` there, whose bytes stay on disk.
+        image: name of an image column; rows hold a `Picture` there, and its bytes stay on disk.
 
     Raises:
-        DataError: no `datasets` library, no network, no such data set, or no rows; carries ``remedy``.
+        DataError: no `datasets` library, no network, no such data set, or no rows; has ``remedy``.
     """
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{hub_id} comes from the hub, and the datasets library is not installed",
+            f"{hub_id} is on the hub, and the datasets library is not installed",
             remedy=f"pip install 'sigmix[tasks]', or {remedy}",
         ) from error
     rows = []
@@ -94,7 +91,7 @@ def hub_rows(
             table = datasets.load_dataset(hub_id, config, split=split)
         except Exception as error:  # the library raises its own, the hub's, requests' and OS errors
             raise DataError(
-                f"cannot get {hub_id} ({split}) from the Hugging Face hub: {str(error)[:200]}", remedy=remedy
+                f"cannot load {hub_id} ({split}) from the Hugging Face hub: {str(error)[:200]}", remedy=remedy
             ) from error
         where = f"{hub_id}/{config or 'default'}/{split} row"
         if image is None:
@@ -103,32 +100,34 @@ def hub_rows(
         if image not in table.column_names:
             raise DataError(f"{hub_id} ({split}) has no column {image!r}; it has {', '.join(table.column_names)}")
         table = table.cast_column(image, datasets.Image(decode=False))
-        shown = _Shown(table.select_columns([image]), image)
+        images = _ImageColumn(table.select_columns([image]), image)
         for number, data in enumerate(table.remove_columns([image])):
             name = f"{where} {number}"
-            rows.append(Row({**data, image: shown.picture(number, name, data.get("image_id"))}, name))
+            rows.append(Row({**data, image: images.picture(number, name, data.get("image_id"))}, name))
     if not rows:
         raise DataError(f"{hub_id} ({split}) has no rows", remedy=remedy)
     return rows
 
 
-class _Shown:
-    """Images of a table that is on disk, each read once for its digest and not kept."""
+class _ImageColumn:
+    """Images of a table on disk, each read once for its digest and not kept in memory."""
 
     def __init__(self, table: Any, column: str) -> None:
         self.table, self.column = table, column
-        self._read: dict[Any, tuple[str, functools.partial[bytes]]] = {}
+        self._first: dict[Any, tuple[str, functools.partial[bytes]]] = {}
 
     def picture(self, number: int, name: str, image_id: Any) -> Picture:
-        """The image of a row; rows of one ``image_id`` (None: not known) show the same one."""
-        found = self._read.get(image_id) if image_id is not None else None
-        if found is None:
+        """Return the image of a row; rows with the same ``image_id`` (None: unknown) share the first one's bytes.
+
+        Another row may have encoded the same image differently, so digest and bytes come from one row.
+        """
+        if image_id is None or image_id not in self._first:
             source = functools.partial(self._bytes, number, name)
-            found = hashlib.sha256(source()).hexdigest(), source
-            if image_id is not None:
-                self._read[image_id] = found
-        # with the digest the bytes that it is of: another row may have encoded the same image otherwise
-        digest, source = found
+            digest = hashlib.sha256(source()).hexdigest()
+            if image_id is None:
+                return Picture(digest, name, source)
+            self._first[image_id] = digest, source
+        digest, source = self._first[image_id]
         return Picture(digest, name, source)
 
     def _bytes(self, number: int, name: str) -> bytes:

@@ -1,7 +1,14 @@
-"""Verifiers for words, lines and JSON: the whole reply has to be the answer.
+"""Graders: functions from a reply and its gold answer to a `Score`.
 
-A verifier that looks for the answer inside the reply is won by replies that list every candidate or that say
-something false about the right word, so nothing here searches.
+    exact, one_of, exact_lines    text: the whole reply is the answer
+    json_only                     a JSON value
+    score_choice, score_yes_no    multiple choice
+    strict_number, score_final    a number alone, or the number that a reasoned reply ends in
+    math_equal                    LaTeX, compared by math-verify
+    vqa_accuracy                  agreement with ten people's answers
+
+Except for `score_final`, graders do not search for the answer inside the reply: a search accepts replies that list
+every candidate, or that state something false about the right word.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ FINAL_PUNCTUATION = ".!?"
 
 
 def normalise(text: str, *, casefold: bool = True) -> str:
-    """NFC, stripped, white space runs made one blank, casefolded, and without one final full stop, "!" or "?"."""
+    """Return ``text`` in NFC, stripped, white space collapsed, casefolded, without one final ".", "!" or "?"."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
     if text and text[-1] in FINAL_PUNCTUATION:
         text = text[:-1].rstrip()
@@ -30,45 +37,45 @@ def normalise(text: str, *, casefold: bool = True) -> str:
 
 
 def form(text: str) -> str:
-    """A text's form: runs of letters become "a", digits "9": "Kate" is "a", "1961-08-03" is "9999-99-99"."""
+    """Return ``text`` with runs of letters as "a" and digits as "9": "Kate" -> "a", "1961-08-03" -> "9999-99-99"."""
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d", "9", text))
 
 
 def exact(reply: str, gold: str, *, accept: Iterable[str] = (), casefold: bool = True) -> Score:
-    """1 if the normalised reply is the normalised gold, or one of ``accept``; else 0.
+    """Return 1 if the normalised reply equals the normalised gold or one of ``accept``.
 
-    A reply of another form (a sentence where a word was asked for) counts as no answer (``answer`` is None).
+    A reply of another form (a sentence in place of a word) has no answer (``answer`` is None).
     """
-    found = normalise(reply, casefold=casefold)
-    wanted = {normalise(text, casefold=casefold) for text in (gold, *accept)}
-    if form(found) not in {form(text) for text in wanted}:
+    answer = normalise(reply, casefold=casefold)
+    accepted = {normalise(text, casefold=casefold) for text in (gold, *accept)}
+    if form(answer) not in {form(text) for text in accepted}:
         return Score(0.0, None, f"not of the form of {gold!r}")
-    return Score.of(found in wanted, found, f"expected {gold!r}")
+    return Score.of(answer in accepted, answer, f"expected {gold!r}")
 
 
 def one_of(reply: str, gold: str, allowed: Iterable[str]) -> Score:
-    """Like `exact`, but an answer outside ``allowed`` counts as no answer (``answer`` is None)."""
-    found = normalise(reply)
-    known = {normalise(text) for text in allowed} | {normalise(gold)}
-    if found not in known:
-        return Score(0.0, None, f"the reply is none of {', '.join(sorted(known))}")
-    return Score.of(found == normalise(gold), found, f"expected {gold!r}")
+    """Grade like `exact`; a reply outside ``allowed`` has no answer (``answer`` is None)."""
+    answer = normalise(reply)
+    labels = {normalise(text) for text in allowed} | {normalise(gold)}
+    if answer not in labels:
+        return Score(0.0, None, f"the reply is none of {', '.join(sorted(labels))}")
+    return Score.of(answer == normalise(gold), answer, f"expected {gold!r}")
 
 
 def exact_lines(reply: str, gold: str) -> Score:
-    """1 if the reply has exactly the lines of gold: case counts, blanks at a line's end and around all do not."""
-    found = [line.rstrip() for line in reply.strip().splitlines()]
-    wanted = gold.strip().splitlines()
-    if [form(line) for line in found] != [form(line) for line in wanted]:
+    """Return 1 if the reply has the lines of gold; case counts, blanks at the ends of lines do not."""
+    lines = [line.rstrip() for line in reply.strip().splitlines()]
+    expected = gold.strip().splitlines()
+    if [form(line) for line in lines] != [form(line) for line in expected]:
         return Score(0.0, None, f"not of the form of {gold!r}")
-    return Score.of(found == wanted, "\n".join(found), f"expected {gold!r}")
+    return Score.of(lines == expected, "\n".join(lines), f"expected {gold!r}")
 
 
 def json_value(text: str) -> Any:
-    """Parse one JSON value that is the whole text.
+    """Parse a text that is one JSON value and nothing else.
 
     Raises:
-        ValueError: not JSON, something around it (a code fence too), NaN or infinity, or a key given twice.
+        ValueError: not JSON, text around it (a code fence too), NaN or infinity, or a repeated key.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -86,27 +93,22 @@ def json_value(text: str) -> Any:
 
 
 def json_only(reply: str, gold: str) -> Score:
-    """1 if the reply is nothing but a JSON value equal to gold's: key order is free; 31, "31", 31.0 and true differ."""
+    """Return 1 if the reply is a JSON value equal to gold's; key order is free, 31, "31", 31.0 and true differ."""
     try:
-        found = json_value(reply)
+        value = json_value(reply)
     except ValueError as error:
         return Score(0.0, None, f"not a JSON value alone: {error}")
-    canonical = json.dumps(found, sort_keys=True, ensure_ascii=False)
-    wanted = json.dumps(json_value(gold), sort_keys=True, ensure_ascii=False)
-    return Score.of(canonical == wanted, canonical, f"expected {wanted}")
-
-
-# --- Verifiers for multiple choice and for yes/no: the whole reply must be one label, however it is dressed.
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    expected = json.dumps(json_value(gold), sort_keys=True, ensure_ascii=False)
+    return Score.of(canonical == expected, canonical, f"expected {expected}")
 
 
 LETTERS = "ABCDEFGH"
-
-
 _LEAD = r"(?:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*)?"
 
 
 def relabel(labels: Sequence[str]) -> dict[str, str]:
-    """The data's labels (letters or digits, in the order shown) to the letters that the prompt shows.
+    """Map the data's labels (letters or digits, in the order shown) to the letters that the prompt shows.
 
     Raises:
         ValueError: fewer than 2, more than 8, or repeated labels.
@@ -117,102 +119,73 @@ def relabel(labels: Sequence[str]) -> dict[str, str]:
 
 
 def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | None = None) -> str | None:
-    """The one label that the reply is, or None.
+    """Return the label that the whole reply is, or None.
 
     Args:
-        reply: the whole reply.
         labels: as the prompt shows them.
         texts: label to choice text; allows "B. Paris".
     """
     text = re.sub(r"[*_`]", "", reply).strip()
     any_label = "|".join(re.escape(label) for label in labels)
-    # "(B" and "B)" both occur when a reply is cut short; the label decides, not the bracket
+    # "(B" and "B)" both occur in truncated replies
     match = re.fullmatch(rf"{_LEAD}[(\[]?\s*({any_label})\s*[)\]]?\s*[.:)]?\s*(.*)", text, re.IGNORECASE | re.DOTALL)
     if match is None:
         return None
-    label = next(known for known in labels if known.casefold() == match[1].casefold())
+    label = next(label for label in labels if label.casefold() == match[1].casefold())
     if not match[2].strip():
         return label
-    rest = normalise(match[2])
-    separated = not text[match.end(1) : match.start(2)].isalnum() and text[match.end(1) : match.start(2)] != ""
-    return label if texts is not None and separated and rest == normalise(re.sub(r"[*_`]", "", texts[label])) else None
+    between = text[match.end(1) : match.start(2)]
+    if texts is None or not between or between.isalnum():
+        return None
+    return label if normalise(match[2]) == normalise(re.sub(r"[*_`]", "", texts[label])) else None
 
 
 def score_choice(reply: str, gold: str, texts: Mapping[str, str]) -> Score:
-    """`parse_choice` against the gold label; ``texts`` maps every label shown to its choice."""
-    found = parse_choice(reply, list(texts), texts)
-    return Score.of(found == gold, found, f"expected {gold}" if found else "the reply is not one label")
+    """Compare `parse_choice` with the gold label; ``texts`` maps every label shown to its choice."""
+    label = parse_choice(reply, list(texts), texts)
+    return Score.of(label == gold, label, f"expected {gold}" if label else "the reply is not one label")
 
 
 def wrong_choices(gold: str, labels: Sequence[str]) -> list[str]:
-    """Replies that a search for the gold label would accept."""
+    """Return replies that a search for the gold label would accept."""
     others = [label for label in labels if label != gold]
     return [
-        *others,
-        "".join(labels),
-        " ".join(labels),
-        ", ".join(labels),
-        f"{gold} or {others[0]}",
-        f"{others[0]} or {gold}",
-        f"{gold}{others[0]}",
-        f"Not {gold}",
-        f"{others[0]}, not {gold}",
-        f"The answer is {others[-1]}, because {gold} is wrong.",
-        f"({gold}) ({others[0]})",
+        *others, "".join(labels), " ".join(labels), ", ".join(labels), f"{gold} or {others[0]}",
+        f"{others[0]} or {gold}", f"{gold}{others[0]}", f"Not {gold}", f"{others[0]}, not {gold}",
+        f"The answer is {others[-1]}, because {gold} is wrong.", f"({gold}) ({others[0]})",
         f"Both {gold} and {others[0]}",
-    ]
+    ]  # fmt: skip
 
 
 def score_yes_no(reply: str, gold: str) -> Score:
-    """Gold is "yes" or "no"; the reply must be that word alone, or behind "Answer:"; "true" is not "yes"."""
+    """Return 1 if the reply is the gold "yes" or "no", alone or after "Answer:"; "true" is not "yes"."""
     match = re.fullmatch(rf"{_LEAD}(yes|no)\s*[.!]?", re.sub(r"[*_`]", "", reply).strip(), re.IGNORECASE)
     if match is None:
         return Score(0.0, None, "the reply is not just yes or no")
     return Score.of(match[1].lower() == gold, match[1].lower(), f"expected {gold}")
 
 
-# --- Verifiers for numbers: `strict_number` for short answers, `final_number` for a reasoned reply's last word.
-
-
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-
-
 _PLAIN = re.compile(rf"(?P<sign>[-+]?)\s?(?:{_DIGITS})(?P<exp>[eE][-+]?\d{{1,3}})?(?:\s?/\s?(?P<over>\d+))?", re.ASCII)
-
-
 # A sign belongs to the number unless something stands right before it: "5-3" holds 5 and 3, "5 -3" holds 5 and -3.
 # The whole run of digits, points and commas is taken, so a malformed "1,2,3" is no number rather than the number 1.
 _IN_TEXT = re.compile(
     r"(?<![\w.,/])(?:(?<![\w)\]-])-)?[$€£]?(?:(?<=[$€£])-)?(?:\d|\.\d)(?:[\d,.]*\d)?(?:\s?/\s?\d+)?(?![\d/])", re.ASCII
 )
-
-
 _UNIT = r"(?:\s?%|\s?°\s?[CF]?|\s?[A-Za-z]+(?:[ -][A-Za-z]+){0,2})"
-
-
 _HASHES = re.compile(r"####\s*([^\n]*)")
-
-
 _ANSWER = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)\s*:?\s*", re.IGNORECASE)
-
-
 _RESULT = re.compile(r"^[\d\s+*/().,$×÷-]*=(.*)")  # "5 + 3 = 8" states 8
-
-
 _NEGATED = re.compile(r"\b(?:not|isn't|never|except)\s+[*$\\({]*$", re.IGNORECASE)
-
-
-# What sympy would work on for ever: huge exponents, towers, factorials, sums, products and binomials.
+# on these sympy may not terminate: huge exponents, towers, factorials, sums, products and binomials
 _HUGE = re.compile(
     r"\^\s*\{?\s*\d{4,}|\^\s*\{?[^{}]*\^|[\d)}]\s*!|\*\*|\\(?:sum|prod|int|lim)(?![a-z])|binom\D{0,3}\d{4,}"
 )
-
-
 MAX_DIGITS = 400  # Python refuses to print integers of more than 4,300 digits; no answer here is near that
 
 
 def parse_number(text: str, *, unit: bool = False) -> Fraction | None:
-    """The number that the whole text is, or None.
+    """Return the number that the whole text is, or None.
 
     Args:
         text: an optional sign, digits with well-formed thousands commas, decimals, an exponent, or a fraction.
@@ -233,30 +206,30 @@ def parse_number(text: str, *, unit: bool = False) -> Fraction | None:
 
 
 def strict_number(reply: str, gold: str) -> Score:
-    """1 if the whole reply (stripped, less one final full stop) is a number equal to gold; else 0."""
+    """Return 1 if the whole reply (stripped, less one final full stop) is a number equal to gold."""
     text = reply.strip()
-    found = parse_number(text[:-1] if text.endswith(".") else text)
-    if found is None:
+    number = parse_number(text[:-1] if text.endswith(".") else text)
+    if number is None:
         return Score(0.0, None, "the reply is not just a number")
-    return Score.of(found == parse_number(gold), str(found), f"expected {gold}")
+    return Score.of(number == parse_number(gold), str(number), f"expected {gold}")
 
 
 def numbers_in(text: str) -> list[tuple[Fraction, int, int]]:
-    """Every number in a text with its start and end, left to right."""
+    """Return every number in a text with its start and end, left to right."""
     found = []
     for match in _IN_TEXT.finditer(text.replace("\u2212", "-")):
-        value = parse_number(match[0], unit=True)
-        if value is not None:
-            found.append((value, match.start(), match.end()))
+        number = parse_number(match[0], unit=True)
+        if number is not None:
+            found.append((number, match.start(), match.end()))
     return found
 
 
 def final_number(reply: str) -> Fraction | None:
-    r"""The number that a reasoned reply ends in, or None.
+    r"""Return the number that a reasoned reply ends in, or None.
 
-    The first of these that is there decides: "#### 42", "\boxed{42}", the last "the answer is 42" (or "answer: 42"),
-    else the last number. The last is lax: it reads "29 is larger than 895" as 895, so short-answer tasks use
-    `strict_number`. Refused: two different "####" or boxed values, "41 or 42", and a number that "not" stands before.
+    The first of these that occurs decides: "#### 42", "\boxed{42}", the last "the answer is 42" (or "answer: 42"),
+    the last number. The last is lax: it reads "29 is larger than 895" as 895, so use `strict_number` for short
+    answers. Refused: two different "####" or boxed values, "41 or 42", and a number after "not".
     """
     for candidates in (_HASHES.findall(reply), boxed(reply)):
         if candidates:
@@ -267,8 +240,16 @@ def final_number(reply: str) -> Fraction | None:
     return _last(reply)
 
 
+def score_final(reply: str, gold: str) -> Score:
+    """Compare `final_number` with gold."""
+    number = final_number(reply)
+    if number is None:
+        return Score(0.0, None, "no single final number")
+    return Score.of(number == parse_number(gold, unit=True), str(number), f"expected {gold}")
+
+
 def boxed(text: str) -> list[str]:
-    r"""The contents of every \boxed{...}, braces matched; an unclosed one is left out."""
+    r"""Return the contents of every \boxed{...}, braces matched; unclosed ones are left out."""
     found = []
     for match in re.finditer(r"\\f?boxed\s*\{", text):
         depth, at = 1, match.end()
@@ -280,16 +261,8 @@ def boxed(text: str) -> list[str]:
     return found
 
 
-def score_final(reply: str, gold: str) -> Score:
-    """`final_number` against gold."""
-    found = final_number(reply)
-    if found is None:
-        return Score(0.0, None, "no single final number")
-    return Score.of(found == parse_number(gold, unit=True), str(found), f"expected {gold}")
-
-
 def math_equal(reply: str, gold: str) -> Score:
-    r"""1 if the reply's one \boxed{} answer (or, without any, the whole reply) equals gold by math-verify; else 0.
+    r"""Return 1 if the reply's one \boxed{} answer (or, without any, the whole reply) equals gold by math-verify.
 
     Source: huggingface/Math-Verify. Several different boxed answers are refused. math-verify's own time limit needs
     the main thread, so it is off, and answers longer than 400 characters or with huge exponents are refused instead.
@@ -304,35 +277,19 @@ def math_equal(reply: str, gold: str) -> Score:
     if re.search(r"\bnot\b", words) or (not boxed(reply) and re.search(r"[A-Za-z]{2}", words)):
         # math-verify picks the expression out of any sentence, also out of one that denies it
         return Score(0.0, None, "a sentence, not an answer")
-    if answer == gold.strip():  # also covers answers that no parser reads, such as "\text{east}"
+    if answer == gold.strip():  # also answers that no parser reads, such as "\text{east}"
         return Score(1.0, answer)
     if _HUGE.search(answer):
         return Score(0.0, answer, "an expression too large to evaluate")
-    math_verify = _math_verify()
-    wanted, found = (
-        math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False) for text in (gold, answer)
-    )
-    if not found:
+    expected, parsed = _parse_latex(gold), _parse_latex(answer)
+    if not parsed:
         return Score(0.0, answer, "math-verify reads no expression")
-    return Score.of(bool(math_verify.verify(wanted, found, timeout_seconds=None, raise_on_error=False)), answer, gold)
-
-
-def _whole(text: str) -> Fraction | None:
-    text = text.strip().strip("$*").removesuffix(".").strip().removesuffix(r"\%").removesuffix("\\")
-    value = parse_number(re.sub(r"\\(?:text|mathrm)\{[^{}]*\}$|\\[,;! $]", "", text).strip(), unit=True)
-    return _latex(text) if value is None and "\\" in text else value
-
-
-def _latex(text: str) -> Fraction | None:
-    if len(text) > MAX_DIGITS or "^" in text or _HUGE.search(text):
-        return None
-    parsed = _math_verify().parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)
-    value: Any = parsed[0] if parsed else None
-    return Fraction(int(value.p), int(value.q)) if getattr(value, "is_Rational", False) else None
+    equal = _math_verify().verify(expected, parsed, timeout_seconds=None, raise_on_error=False)
+    return Score.of(bool(equal), answer, gold)
 
 
 def _math_verify() -> Any:
-    """math-verify, without its warning at every call that time limits are off."""
+    """Import math-verify, without its warning at every call that time limits are off."""
     try:
         import math_verify
     except ImportError as error:
@@ -344,81 +301,69 @@ def _math_verify() -> Any:
     return math_verify
 
 
+def _parse_latex(text: str) -> list[Any]:
+    return _math_verify().parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)
+
+
+def _whole(text: str) -> Fraction | None:
+    text = text.strip().strip("$*").removesuffix(".").strip().removesuffix(r"\%").removesuffix("\\")
+    number = parse_number(re.sub(r"\\(?:text|mathrm)\{[^{}]*\}$|\\[,;! $]", "", text).strip(), unit=True)
+    if number is not None or "\\" not in text or len(text) > MAX_DIGITS or "^" in text or _HUGE.search(text):
+        return number
+    parsed = _parse_latex(text)
+    value: Any = parsed[0] if parsed else None
+    return Fraction(int(value.p), int(value.q)) if getattr(value, "is_Rational", False) else None
+
+
 def _first(text: str) -> Fraction | None:
     while match := _RESULT.match(text):
         text = match[1]
     found = numbers_in(text)
     if not found or re.match(r"\s*(?:not|isn't|never)\b", text, re.IGNORECASE):
         return None
-    return None if len(found) > 1 and _joined(text[found[0][2] : found[1][1]]) else found[0][0]
+    return None if len(found) > 1 and _is_or(text[found[0][2] : found[1][1]]) else found[0][0]
 
 
 def _last(text: str) -> Fraction | None:
     found = numbers_in(text)
     if not found or _NEGATED.search(text[: found[-1][1]]):
         return None
-    return None if len(found) > 1 and _joined(text[found[-2][2] : found[-1][1]]) else found[-1][0]
+    return None if len(found) > 1 and _is_or(text[found[-2][2] : found[-1][1]]) else found[-1][0]
 
 
-def _joined(between: str) -> bool:
+def _is_or(between: str) -> bool:
     return re.fullmatch(r"[\s,;]*(?:\bor\b|/|\|)[\s*$]*(?:maybe|perhaps|possibly)?[\s*$]*", between) is not None
 
 
-# --- VQA accuracy: how a reply to a question about an image is compared with what ten people answered.
-
-
+# VQA accuracy, as published: https://visualqa.org/evaluation.html
 NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-
-
 NUMBERS["none"] = "0"
-
-
 ARTICLES = ("a", "an", "the")
-
-
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-
-
 _FULL_STOP = re.compile(r"\.(?!\d)")
-
-
 _THOUSANDS = re.compile(r"\d,\d")
-
-
-_NOT = "are ca could did does do had has have is might must need ought should was were wo would ai sha".split()
-
-
-_WITH = {
-    "d": "he how it she that there they what where who you".split(),
-    "ll": "how it that there they what who why you".split(),
-    "re": "there they what why you".split(),
-    "s": "he how she that there what when where who why somebody someone".split(),
-    "ve": "could might must not should they what where who would you".split(),
+_NOT = "are ca could did does do did had has have is might must need ought should was were wo would ai sha".split()
+_SUFFIXES = {
+    "d": "he how it she that there they what where who you",
+    "ll": "how it that there they what who why you",
+    "re": "there they what why you",
+    "s": "he how she that there what when where who why somebody someone",
+    "ve": "could might must not should they what where who would you",
 }
-
-
-_WORDS = {"shed", "shes"}  # the published table leaves these alone
-
-
 CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NOT}
-
-
-CONTRACTIONS |= {f"{stem}{end}": f"{stem}'{end}" for end, stems in _WITH.items() for stem in stems}
-
-
+CONTRACTIONS |= {f"{stem}{end}": f"{stem}'{end}" for end, stems in _SUFFIXES.items() for stem in stems.split()}
 CONTRACTIONS |= {"weve": "we've", "oclock": "o'clock", "maam": "ma'am", "yall": "y'all", "twas": "'twas"}
+for _word in ("shed", "shes"):  # the published table leaves these alone
+    CONTRACTIONS.pop(_word, None)
 
 
-CONTRACTIONS = {plain: full for plain, full in CONTRACTIONS.items() if plain not in _WORDS}
-
-
-def normalised(answer: str) -> str:
-    """An answer as VQA accuracy compares it; "" where nothing is left."""
+def normalise_vqa(answer: str) -> str:
+    """Return an answer as VQA accuracy compares it; "" if nothing is left."""
     text = " ".join(answer.replace("’", "'").split()).lower()
     spaced = {mark for mark in PUNCTUATION if f"{mark} " in text or f" {mark}" in text}
     numbers = bool(_THOUSANDS.search(text))
     for mark in PUNCTUATION:
-        # a mark parts words ("black-and-white"), unless one like it stands beside a blank, or digits have commas
+        # a mark separates words ("black-and-white"), unless one like it stands beside a blank, or digits have commas
         text = text.replace(mark, "" if numbers or mark in spaced else " ")
     text = _FULL_STOP.sub("", text)
     words = [NUMBERS.get(word, word) for word in text.split()]
@@ -426,20 +371,20 @@ def normalised(answer: str) -> str:
 
 
 def vqa_accuracy(reply: str, answers: Sequence[str]) -> float:
-    """Accuracy of a reply in [0, 1] against people's answers (ten of them, as published; one at least)."""
-    found = normalised(reply)
-    same = sum(normalised(answer) == found for answer in answers)
-    if not found or not same:
+    """Return the accuracy of a reply in [0, 1] against people's answers (ten as published, at least one)."""
+    answer = normalise_vqa(reply)
+    same = sum(normalise_vqa(other) == answer for other in answers)
+    if not answer or not same:
         return 0.0
     if len(answers) == 1:
         return 1.0
-    # leaving out one of those who said it, or one of the others
+    # mean over the sets that leave one person out: one of those who agree, or one of the others
     without, with_all = min((same - 1) / 3, 1.0), min(same / 3, 1.0)
     return round((same * without + (len(answers) - same) * with_all) / len(answers), 12)
 
 
 def most_agreed(answers: Sequence[str]) -> str:
-    """The answer, as written, that most people gave; the first of those that equally many gave."""
-    counts = Counter(normalised(answer) for answer in answers)
+    """Return the most frequent answer, as written; of equally frequent ones the first."""
+    counts = Counter(normalise_vqa(answer) for answer in answers)
     most = max((count for key, count in counts.items() if key), default=0)
-    return next((answer for answer in answers if counts[normalised(answer)] == most and normalised(answer)), "")
+    return next((answer for answer in answers if counts[normalise_vqa(answer)] == most and normalise_vqa(answer)), "")

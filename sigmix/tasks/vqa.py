@@ -1,7 +1,7 @@
 """Questions about images: TextVQA and OK-VQA (section 4 of the paper), and easy-VQA.
 
-Images come from the hub's rows, or from files beside the JSONL: field ``image`` is a path from the JSONL's folder.
-An image's questions are never torn apart between training and validation.
+Images are in the hub's rows, or in files: field ``image`` of a JSONL row is a path relative to the JSONL's folder. All
+questions about an image are in the same split.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.benchmarks import BenchmarkTask
 from sigmix.tasks.data import Row
-from sigmix.tasks.graders import most_agreed, normalised, one_of, vqa_accuracy
+from sigmix.tasks.graders import most_agreed, normalise_vqa, one_of, vqa_accuracy
 from sigmix.tasks.registry import register
 from sigmix.utils.images import Picture, picture
 
@@ -20,11 +20,11 @@ ASK = "Answer the question using a single word or phrase."
 
 
 FORM_WORDS = 5
-"""A reply of more words, and of more than the longest accepted answer has, is not in the asked form."""
+"""A reply with more words than this and than the longest accepted answer has no answer."""
 
 
 class ImageQuestionTask(BenchmarkTask):
-    """A question about one image. A subclass says what rows hold and how replies are judged."""
+    """A question about one image."""
 
     domain = "vision"
     max_new_tokens = 10
@@ -36,7 +36,7 @@ class ImageQuestionTask(BenchmarkTask):
 
     def _make(self, row: Row, question: str, gold: str, **meta: Any) -> Sample:
         shown = self._picture(row)
-        # "key" decides the split: by the image, so that none is trained on and validated on
+        # "key" decides the split
         return Sample.make(f"{question.strip()}\n{ASK}", gold, images=[shown], key=shown.digest, **meta)
 
     def _picture(self, row: Row) -> Picture:
@@ -76,20 +76,15 @@ class EasyVQA(ImageQuestionTask):
         gold = sample.gold
         others = [answer for answer in self.answers if answer != gold]
         return [
-            *super().wrong_replies(sample),
-            *others,
-            ", ".join(self.answers),
-            f"{gold} or {others[0]}",
-            f"{others[0]} or {gold}",
-            f"{gold} {gold}",
-            f"The shape is not {gold}, it is {others[0]}.",
-        ]
+            *super().wrong_replies(sample), *others, ", ".join(self.answers), f"{gold} or {others[0]}",
+            f"{others[0]} or {gold}", f"{gold} {gold}", f"The shape is not {gold}, it is {others[0]}.",
+        ]  # fmt: skip
 
 
 class AgreementTask(ImageQuestionTask):
-    """Questions that ten people answered; `Score.value` is VQA accuracy, so a reply may be right in part.
+    """Questions that ten people answered; `Score.value` is VQA accuracy, so a reply may be partly right.
 
-    Where fewer than four agreed, no reply gets full marks, and the gold reply scores what is possible.
+    If fewer than four agreed, no reply gets full marks, and the gold reply gets the most possible.
     """
 
     def sample(self, row: Row) -> Sample | None:
@@ -100,8 +95,8 @@ class AgreementTask(ImageQuestionTask):
         return self._make(row, row.get("question", kind=str), gold, answers=answers)
 
     def score(self, sample: Sample, reply: str) -> Score:
-        answers, found = sample.meta["answers"], normalised(reply)
-        longest = max(FORM_WORDS, *(len(normalised(answer).split()) for answer in answers))
+        answers, found = sample.meta["answers"], normalise_vqa(reply)
+        longest = max(FORM_WORDS, *(len(normalise_vqa(answer).split()) for answer in answers))
         if not found or len(found.split()) > longest:
             return Score(0.0, None, "the reply is not a word or a phrase")
         value = vqa_accuracy(reply, answers)

@@ -12,7 +12,7 @@ from helpers_vision import shape
 
 from sigmix.errors import DataError
 from sigmix.tasks.base import Sample, content_id
-from sigmix.tasks.graders import most_agreed, normalised, vqa_accuracy
+from sigmix.tasks.graders import most_agreed, normalise_vqa, vqa_accuracy
 from sigmix.tasks.registry import get_task
 from sigmix.utils.images import picture
 
@@ -30,8 +30,8 @@ from sigmix.utils.images import picture
     ],
 )  # fmt: skip
 def test_answers_are_normalised_as_the_evaluation_does(answer, expected):
-    assert normalised(answer) == expected
-    assert normalised(expected) == expected
+    assert normalise_vqa(answer) == expected
+    assert normalise_vqa(expected) == expected
 
 
 def test_accuracy_is_the_mean_over_the_sets_that_leave_one_person_out():
