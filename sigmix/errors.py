@@ -70,7 +70,7 @@ class HubError(InputError, OSError):
 
 
 class TaskError(InputError):
-    """Task that cannot be built, or whose splits or verifier are unsound."""
+    """Task that cannot be built, or whose splits or grader are unsound."""
 
 
 class DataError(InputError):

@@ -4,22 +4,22 @@
     get_task("rg:chain_sum?max_terms=2", suffix="Answer with the number only.")
     get_task("my/task.py:double")          # a file with an @register'ed factory, an @skill, or a Task subclass
 
-Values are JSON where they parse as JSON and strings where they do not; "%26" and the like are decoded. A plug-in is a
-package with an entry point in the group ``sigmix.tasks`` that gives a factory or a Task subclass.
-
-A user's file and a plug-in are code and run with the user's rights: nothing here isolates them.
+Values are JSON if they parse as JSON, else strings; "%26" and the like are decoded. A plug-in is a package with an
+entry point in the group ``sigmix.tasks`` that is a factory or a Task subclass. Files and plug-ins run with the user's
+rights.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -29,27 +29,18 @@ from sigmix.tasks.base import Task
 
 Factory = Callable[..., Task]
 
-
 ENTRY_POINTS = "sigmix.tasks"
-
-
 _BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.benchmarks", "sigmix.tasks.programs", "sigmix.tasks.vqa")
-
-
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:?]+)")
 
-
 _built_in: dict[str, Factory] = {}
-
-
 _target = _built_in  # where `register` writes; a user's file gets its own table, so it can reuse any name
-
-
 _loaded = False
+_lock = threading.RLock()  # for the two above
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: make a factory (a function with options as keyword arguments, or a Task class) known as ``name``.
+    """Register a factory (a function with options as keyword arguments, or a Task class) under ``name``.
 
     Parameters called ``data_dir`` and ``allow_code`` receive those arguments of `get_task`.
 
@@ -59,9 +50,9 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
     def decorate(factory: Factory) -> Factory:
         if not name or set(name) & set(":?&= "):
-            raise TaskError(f"a task cannot be called {name!r}", remedy="leave out blanks and the characters : ? & =")
+            raise TaskError(f"invalid task name {name!r}", remedy="leave out blanks and the characters : ? & =")
         if name in _target:
-            raise TaskError(f"two tasks are called {name!r}", remedy="give one of them another name")
+            raise TaskError(f"two tasks are named {name!r}", remedy="give one of them another name")
         _target[name] = factory
         return factory
 
@@ -69,43 +60,38 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 
 def get_task(spec: str, data_dir: Path | None = None, allow_code: bool = False, **options: Any) -> Task:
-    """Build the task that ``spec`` names.
+    """Build a task.
 
     Args:
-        spec: ``NAME``, ``rg:NAME`` or ``path/to/file.py:NAME``, with options behind a question mark.
-        data_dir: folder with local data sets; without it they come from the Hugging Face hub.
-        allow_code: permit tasks to run the program in a reply (in a sandbox).
-        options: the same as in the spec, and stronger.
+        spec: ``NAME``, ``rg:NAME`` or ``path/to/file.py:NAME``, with options after a question mark.
+        data_dir: folder with local data sets; default: the Hugging Face hub.
+        allow_code: allow graders to run the program in a reply (in a sandbox).
+        options: override those in the spec.
 
     Raises:
-        UnknownNameError: no such task; the message has the nearest names.
-        ConfigError: an option that the task does not have or cannot take.
+        UnknownNameError: no such task.
+        ConfigError: an unknown or invalid option.
         TaskError: a user's file that cannot be loaded.
     """
-    name, found = parse_spec(spec)
-    found.update(options)
+    name, given = parse_spec(spec)
+    given.update(options)
     factory, fixed = _factory(name)
-    known = {
-        key: parameter
-        for key, parameter in inspect.signature(factory).parameters.items()
-        if key not in ("data_dir", "allow_code", *fixed)
-    }
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    for key in found:
-        if key not in known and not takes_any:
-            raise ConfigError(f"task {name} has no option {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+    context = {"data_dir": Path(data_dir) if data_dir is not None else None, "allow_code": allow_code}
     parameters = inspect.signature(factory).parameters
-    given = {"data_dir": Path(data_dir) if data_dir is not None else None, "allow_code": allow_code}
-    context = {key: value for key, value in given.items() if key in parameters}
-    task = factory(**fixed, **context, **found)
+    valid = {key: parameter for key, parameter in parameters.items() if key not in (*context, *fixed)}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in valid.values()):
+        for key in given:
+            if key not in valid:
+                raise ConfigError(f"task {name} has no option {key!r}; it has {', '.join(sorted(valid)) or 'none'}")
+    task = factory(**fixed, **{key: value for key, value in context.items() if key in parameters}, **given)
     if not isinstance(task, Task):
         raise TaskError(f"the factory of task {name} returned a {type(task).__name__}, not a Task")
-    task.name = format_spec(name, found)
+    task.name = format_spec(name, given)
     return task
 
 
 def task_names(families: bool = True) -> list[str]:
-    """All names that `get_task` knows, sorted. ``families=False`` leaves out ``rg:`` names (their import is slow)."""
+    """Return all names, sorted. ``families=False`` leaves out ``rg:`` names, which are slow to import."""
     names = {*_built_ins(), *_entry_points()}
     if families:
         from sigmix.tasks import procedural
@@ -115,7 +101,11 @@ def task_names(families: bool = True) -> list[str]:
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec into its name and options (`ConfigError` on an option without "=" or given twice)."""
+    """Split a spec into name and options.
+
+    Raises:
+        ConfigError: an option without "=", or given twice.
+    """
     name, _, query = spec.strip().partition("?")
     options: dict[str, Any] = {}
     for part in query.split("&") if query else []:
@@ -133,7 +123,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_spec(name: str, options: dict[str, Any]) -> str:
-    """The canonical spec: options sorted, values as JSON unless a bare string reads back as itself."""
+    """Return the canonical spec: options sorted, values as JSON unless a bare string reads back as itself."""
     return name + ("?" if options else "") + "&".join(f"{key}={_encode(options[key])}" for key in sorted(options))
 
 
@@ -148,6 +138,7 @@ def _encode(value: Any) -> str:
 
 
 def _factory(name: str) -> tuple[Factory, dict[str, Any]]:
+    """Return the factory of a task and the arguments that the name fixes."""
     if match := _FILE.fullmatch(name):
         return _from_file(Path(match["path"]), match["name"]), {}
     if name.startswith("rg:"):
@@ -167,10 +158,11 @@ def _factory(name: str) -> tuple[Factory, dict[str, Any]]:
 
 def _built_ins() -> dict[str, Factory]:
     global _loaded
-    if not _loaded:
-        _loaded = True  # before the imports: they call `register`, which must not come back here
-        for module in _BUILT_IN:
-            importlib.import_module(module)
+    with _lock:
+        if not _loaded:
+            for module in _BUILT_IN:
+                importlib.import_module(module)
+            _loaded = True
     return _built_in
 
 
@@ -178,43 +170,34 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
-@contextmanager
-def _collecting(table: dict[str, Factory]) -> Iterator[None]:
-    global _target
-    before, _target = _target, table
-    try:
-        yield
-    finally:
-        _target = before
-
-
 def _from_file(path: Path, name: str) -> Factory:
+    global _target
     if not path.is_file():
         raise TaskError(f"task file {path} does not exist", remedy="give the path of a Python file before the colon")
     _built_ins()  # first, or their registrations would land in the file's table
     module_name = "sigmix_user_task_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None  # a .py file always has a spec and a loader
-    assert module_spec.loader is not None
+    assert module_spec is not None and module_spec.loader is not None  # noqa: PT018  # true for every .py file
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickle look a class's module up by name
-    table: dict[str, Factory] = {}
-    try:
-        with _collecting(table):
+    registered: dict[str, Factory] = {}
+    with _lock:
+        before, _target = _target, registered
+        try:
             module_spec.loader.exec_module(module)
-    except SigmixError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task file {path} does not load: {type(error).__name__}: {error}") from error
+        except SigmixError:
+            raise
+        except Exception as error:
+            raise TaskError(f"task file {path} does not load: {type(error).__name__}: {error}") from error
+        finally:
+            _target = before
     classes = {
         key: value
         for key, value in vars(module).items()
-        if inspect.isclass(value)
-        and issubclass(value, Task)
+        if inspect.isclass(value) and issubclass(value, Task) and not inspect.isabstract(value)
         and value.__module__ == module_name
-        and not inspect.isabstract(value)
-    }
-    known: dict[str, Factory] = {**classes, **table}
-    if name not in known:
-        raise UnknownNameError(f"task in {path}", name, known)
-    return known[name]
+    }  # fmt: skip
+    factories: dict[str, Factory] = {**classes, **registered}
+    if name not in factories:
+        raise UnknownNameError(f"task in {path}", name, factories)
+    return factories[name]

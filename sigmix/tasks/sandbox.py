@@ -1,20 +1,20 @@
-"""Runs an untrusted Python program with its unit tests, in a process of its own that can do little harm.
+"""Run an untrusted Python program with its unit tests in a restricted process of its own.
 
-Always: a fresh ``python -I -S`` (no environment, no site-packages) in a session of its own and an empty temporary
-folder; limits on CPU time, memory, file size, open files and processes (none besides itself); no capabilities and no
-new privileges; a wall-clock limit. Output is thrown away. Printing, ``sys.exit(0)`` and ``os._exit(0)`` do not pass:
-success is a random token, which waits in a pipe and is sent back on another only after the tests have run.
+Always: a fresh ``python -I -S`` (no environment, no site-packages) in its own session and an empty temporary folder;
+limits on CPU time, memory, file size, open files and processes; no capabilities and no new privileges; a wall-clock
+limit. Output is discarded. Printing, ``sys.exit(0)`` and ``os._exit(0)`` do not pass: success is a random token in a
+pipe, sent back on another pipe only after the tests.
 
-On Linux, as far as the kernel allows (`guards` says how far):
+On Linux, as far as the kernel allows (see `guards`):
 
-- jail: namespaces without network, without other processes, and with a root folder that holds only the system's
-  libraries and the interpreter, read-only; user "nobody" if we are root.
+- jail: namespaces without network and other processes, and a root folder with only the system's libraries and the
+  interpreter, read-only; as user "nobody" if we are root.
 - namespaces: the same without the root folder; files that the user may read can be read.
-- plain (also macOS): only Python's own socket calls are blocked, which a program can get around.
+- plain (also macOS): only Python's own socket calls are blocked, which a program can bypass.
 
-What none of it stops: a program that hunts through its own process for the two pipes, replaces what the tests call,
-or returns objects that claim to equal everything (so a passed test is evidence, not proof); bugs in the kernel. For
-hostile programs use a virtual machine.
+Not prevented: a program that searches its own process for the two pipes, replaces what the tests call, or returns
+objects equal to everything (a passed test is evidence, not proof); kernel bugs. For hostile programs use a virtual
+machine.
 """
 
 from __future__ import annotations
@@ -38,27 +38,22 @@ from typing import Literal
 from sigmix.errors import ConfigError
 
 MEMORY = 512 << 20
-
-
 FILE_SIZE = 1 << 20
-
-
 OPEN_FILES = 32
-
-
 NOBODY = 65534
-
-
 _MAX_REPORT = 1 << 16
-
-
 _LAUNCHER = Path(__file__).with_name("sandbox_child.py")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``kind``: "passed"; "failed" (an assertion or an error, or it ended early); "timeout"; or "sandbox": not the
-    program's fault, nothing was learnt. ``detail`` is for a person."""
+    """Result of a run.
+
+    Attributes:
+        kind: "passed"; "failed" (an assertion or error, or it ended early); "timeout"; "sandbox" (a failure of the
+            sandbox itself, which says nothing about the program).
+        detail: for people.
+    """
 
     kind: Literal["passed", "failed", "timeout", "sandbox"]
     detail: str = ""
@@ -66,25 +61,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Guards:
-    """What isolates here: ``level`` as in the module's docstring; ``nobody``: programs run as that user, not as us."""
+    """Isolation on this machine: ``level`` as in the module's docstring; ``nobody``: programs run as that user."""
 
     level: Literal["jail", "namespaces", "plain"]
     nobody: bool
 
     @property
     def network(self) -> bool:
-        """The kernel, not only Python, keeps programs off the network."""
+        """The kernel, not only Python, blocks the network."""
         return self.level != "plain"
 
 
 def run_tests(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0, memory: int = MEMORY) -> Outcome:
-    """Run ``program`` and then ``tests`` in one namespace.
+    """Run ``program`` and then ``tests``, Python sources, in one namespace; tests raise if the program is wrong.
 
     Args:
-        program: Python source.
-        tests: Python source that raises if the program is wrong.
-        stdin: what the program reads from standard input.
-        timeout: CPU seconds; twice that, and one second, on the clock.
+        stdin: the program's standard input.
+        timeout: CPU seconds; the wall-clock limit is twice that and one second.
         memory: bytes of address space.
 
     Raises:
@@ -95,7 +88,7 @@ def run_tests(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0
 
 @functools.cache
 def guards() -> Guards:
-    """The strongest guards under which a trivial program runs on this machine; probed once.
+    """Return the strongest guards under which a trivial program runs on this machine; probed once.
 
     Raises:
         ConfigError: neither Linux nor macOS.
@@ -124,39 +117,22 @@ def _run(program: str, tests: str, stdin: str, timeout: float, memory: int, how:
         to_child, to_child_w = _pipe(opened)
         from_child, from_child_w = _pipe(opened)
         job = {
-            "program": program,
-            "tests": tests,
-            "cpu": max(1, round(timeout)),
-            "memory": memory,
-            "folder": folder,
-            "file_size": FILE_SIZE,
-            "open_files": OPEN_FILES,
-            "level": how.level,
+            "program": program, "tests": tests, "cpu": max(1, round(timeout)), "memory": memory, "folder": folder,
+            "file_size": FILE_SIZE, "open_files": OPEN_FILES, "level": how.level,
             "user": NOBODY if how.nobody else None,
-        }
+        }  # fmt: skip
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as text:
             source.write(json.dumps(job).encode())
             source.seek(0)
             text.write(stdin.encode("utf-8", "surrogatepass"))
             text.seek(0)
             os.write(to_child_w, token.encode())  # 32 bytes wait in the pipe's buffer until the tests have run
+            descriptors = (source.fileno(), to_child, from_child_w)
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-I",
-                    "-S",
-                    "-B",
-                    str(_LAUNCHER),
-                    *map(str, (source.fileno(), to_child, from_child_w)),
-                ],
-                stdin=text,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={},
-                pass_fds=(source.fileno(), to_child, from_child_w),
+                [sys.executable, "-I", "-S", "-B", str(_LAUNCHER), *map(str, descriptors)], pass_fds=descriptors,
+                stdin=text, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
                 start_new_session=True,
-            )
+            )  # fmt: skip
         for end in (to_child, from_child_w):
             os.close(end)
             opened.remove(end)
@@ -180,7 +156,7 @@ def _pipe(opened: list[int]) -> tuple[int, int]:
 
 
 def _read(end: int, deadline: float) -> tuple[bytes, bool]:
-    """Everything until the other side closes, and whether the deadline came first."""
+    """Read until the other side closes; also return True if the deadline came first."""
     report = b""
     while len(report) < _MAX_REPORT:
         left = deadline - time.monotonic()
@@ -195,7 +171,7 @@ def _read(end: int, deadline: float) -> tuple[bytes, bool]:
 
 def _outcome(report: bytes, late: bool, token: str, process: subprocess.Popen[bytes]) -> Outcome:
     lines = report.decode("utf-8", "replace").splitlines()
-    # "ready" is sent just before the program starts: what goes wrong earlier is ours, what goes wrong later its own
+    # "ready" is sent just before the program starts: an earlier failure is the sandbox's, a later one the program's
     if "ready" not in lines[:1]:
         return Outcome("sandbox", "no start in time" if late else (lines or ["the launcher died"])[0])
     if f"passed {token}" in lines[1:]:
@@ -213,7 +189,7 @@ def _outcome(report: bytes, late: bool, token: str, process: subprocess.Popen[by
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    # The launcher first: on SIGTERM it kills the PID namespace, where a program may have left the process group.
+    # the launcher first: on SIGTERM it kills the PID namespace, where a program may have left the process group
     with contextlib.suppress(ProcessLookupError, PermissionError):
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

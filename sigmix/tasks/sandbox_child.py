@@ -1,7 +1,7 @@
-"""The inner half of `sandbox`: locks itself in, then runs the program and the tests. Run as a script, never imported.
+"""The child process of `sandbox`: restricts itself, then runs program and tests. A script, never imported.
 
-Arguments: descriptors of the job (JSON), of the token's pipe, and of the report's pipe. Uses the standard library
-only, since it runs with ``-I -S``. Anything that goes wrong before "ready" is the sandbox's fault.
+Arguments: descriptors of the job (JSON), of the token's pipe and of the report's pipe. It runs with ``-I -S``, so it
+uses the standard library alone. A failure before "ready" is the sandbox's.
 """
 
 from __future__ import annotations
@@ -11,29 +11,16 @@ import os
 import signal
 import sys
 
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    0x00020000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
-
-
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-
-
 PR_SET_NO_NEW_PRIVS, CAPABILITY_VERSION_3 = 38, 0x20080522
-
-
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-
-
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 
 
 def system(call, *arguments):
-    """A call of the C library that must not fail."""
+    """Call a function of the C library; raise OSError if it fails."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -42,7 +29,7 @@ def system(call, *arguments):
 
 
 def enter_namespaces(mounts):
-    """No network, no other processes in sight, and (with ``mounts``) mounts of our own. Returns in a new process."""
+    """Unshare network, IPC and PID namespaces, and with ``mounts`` the mount namespace."""
     import ctypes
 
     flags = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID | (CLONE_NEWNS if mounts else 0)
@@ -55,7 +42,7 @@ def enter_namespaces(mounts):
 
 
 def become_child(keep):
-    """Fork, so that the new process is the first of its PID namespace: all others in there die with it."""
+    """Fork: the child is the first process of its PID namespace, and all others in it die with it."""
     child = os.fork()
     if child == 0:
         return
@@ -76,7 +63,7 @@ def become_child(keep):
 
 
 def build_root(root):
-    """Change the root to a folder that shows only the system's libraries and the interpreter, all read-only."""
+    """Change the root to a folder with only the system's libraries and the interpreter, read-only."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=32m,mode=755")
     for path in (*SYSTEM, *dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)), *DEVICES):
@@ -108,7 +95,7 @@ def mount(source, target, kind, flags, options=None):
 
 
 def block_sockets():
-    """Where there is no namespace: take Python's sockets away. A program can get around it."""
+    """Disable Python's sockets, where there is no namespace. A program can bypass it."""
     import _socket
 
     def refuse(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The contract itself: ids, splits, and a validation that finds bad verifiers."""
+"""The contract itself: ids, splits, and a validation that finds bad graders."""
 
 import random
 
@@ -11,7 +11,7 @@ from sigmix.tasks.base import hash_split
 
 
 class Parity(ProceduralTask):
-    """Numbers below ``size``; ``judge`` is the verifier."""
+    """Numbers below ``size``; ``judge`` is the grader."""
 
     def __init__(self, judge, size=1000):
         super().__init__()
@@ -55,7 +55,7 @@ def test_splits_are_disjoint_whatever_the_seed():
     assert sum(map(len, ids.values())) == 200
 
 
-def test_sound_verifier_passes():
+def test_a_sound_grader_passes():
     report = Parity(strict).validate(n=20)
     assert report.ok
     assert report.counts["samples"] == report.counts["gold_right"] == 20
@@ -64,14 +64,14 @@ def test_sound_verifier_passes():
 @pytest.mark.parametrize(
     ("judge", "found"),
     [
-        (lambda s, r: Score.of(s.gold in r, r), "wrong reply"),  # the lax verifier: finds the answer in any sentence
+        (lambda s, r: Score.of(s.gold in r, r), "wrong reply"),  # a lax grader: finds the answer in any sentence
         (lambda s, r: Score(1.0, r), "wrong reply ''"),
         (lambda s, r: Score(0.0, r), "gold"),
         (lambda s, r: Score(None, r), "gold"),
         (lambda s, r: Score(0.3, r) if r != s.gold else Score(1.0, r), "scores 0.3"),
     ],
 )
-def test_bad_verifiers_are_found(judge, found):
+def test_bad_graders_are_found(judge, found):
     report = Parity(judge).validate(n=5)
     assert not report.ok
     assert any(found in problem for problem in report.problems)

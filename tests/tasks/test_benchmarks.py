@@ -94,7 +94,7 @@ def test_mbpp_splits_as_published(data):
 def test_humaneval_has_only_a_test_split_and_takes_a_body(data):
     task = get_task("humaneval", data_dir=data, allow_code=True)
     assert task.splits() == ("test",)
-    with pytest.raises(ConfigError, match="no train split"):
+    with pytest.raises(ConfigError, match="train"):
         task.samples("train")
     sample = task.samples("test")[0]
     assert task.score(sample, "    return a + b").value == 1.0
@@ -154,11 +154,11 @@ def test_thousands_commas_in_gold(data):
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"question": "q"}', r"train\.jsonl:2: no field 'answer'; it has question"),
-        ("{broken", r"train\.jsonl:2: not JSON"),
-        ("[1]", r"train\.jsonl:2: a JSON object"),
+        ('{"question": "q"}', r"train\.jsonl:2: .*'answer'"),
+        ("{broken", r"train\.jsonl:2: "),
+        ("[1]", r"train\.jsonl:2: .*list"),
         ('{"question": "q", "answer": "no mark"}', r"train\.jsonl:2: .*####"),
-        ('{"question": "q", "answer": "#### many"}', r"train\.jsonl:2: .*not a number"),
+        ('{"question": "q", "answer": "#### many"}', r"train\.jsonl:2: .*many"),
         ('{"question": 3, "answer": "#### 1"}', ":2: field"),
         ('{"question": " ", "answer": "#### 1"}', ":2: field 'question'"),
     ],
@@ -186,18 +186,25 @@ def test_bad_choice_rows(data, row, match):
 
 def test_bytes_that_are_not_utf8(data):
     (data / "gsm8k/test.jsonl").write_bytes(b'{"question": "\xff"}\n')
-    with pytest.raises(DataError, match=r"test\.jsonl:1: not JSON in UTF-8"):
+    with pytest.raises(DataError, match=r"test\.jsonl:1: "):
         get_task("gsm8k", data_dir=data).samples("test")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_content(data):
+    file = data / "gsm8k/test.jsonl"
+    ids = [sample.id for sample in get_task("gsm8k", data_dir=data).samples("test")]
+    file.write_bytes(b"\xef\xbb\xbf\r\n" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert [sample.id for sample in get_task("gsm8k", data_dir=data).samples("test")] == ids
 
 
 def test_empty_and_missing_files(data):
     (data / "gsm8k/test.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match="has no rows"):
+    with pytest.raises(DataError, match=r"gsm8k/test\.jsonl"):
         get_task("gsm8k", data_dir=data).samples("test")
     (data / "gsm8k/test.jsonl").unlink()
-    with pytest.raises(DataError, match=r"gsm8k/test\.jsonl not found.*arc.*openai/gsm8k"):
+    with pytest.raises(DataError, match=r"gsm8k/test\.jsonl.*arc.*openai/gsm8k"):
         get_task("gsm8k", data_dir=data).samples("test")
-    with pytest.raises(DataError, match="not found"):
+    with pytest.raises(DataError, match="nowhere"):
         get_task("gsm8k", data_dir=data / "nowhere").samples("test")
 
 
@@ -213,7 +220,7 @@ def test_hub_out_of_reach(monkeypatch):
     with pytest.raises(DataError, match=r"openai/gsm8k.*no route.*--data-dir"):
         get_task("gsm8k").samples("test")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="not installed"):
+    with pytest.raises(DataError, match=r"pip install .sigmix\[tasks\]"):
         get_task("gsm8k").samples("test")
 
 
@@ -251,5 +258,5 @@ def test_ids_are_content(data):
 
 
 def test_bad_style(data):
-    with pytest.raises(ConfigError, match="final or strict"):
+    with pytest.raises(ConfigError, match="loose"):
         get_task("gsm8k?style=loose", data_dir=data)

@@ -51,7 +51,7 @@ def test_unknown_name_lists_the_nearest():
 def test_unknown_option_lists_the_valid_ones():
     with pytest.raises(ConfigError, match=r"digit'.*digits, negative"):
         get_task("subtraction?digit=2")
-    with pytest.raises(ConfigError, match="has none"):
+    with pytest.raises(ConfigError, match="x"):
         get_task("spell?x=1")
 
 
@@ -82,9 +82,9 @@ def test_users_file_may_reuse_a_name_and_define_a_class(tmp_path):
     ("text", "error", "match"),
     [
         ("1/0", TaskError, "ZeroDivisionError"), ("def f(:", TaskError, "SyntaxError"),
-        ("import sigmix_no_such_module", TaskError, "sigmix_no_such_module"), ("x = 1", UnknownNameError, "task in"),
-        ("from sigmix.tasks import register\nregister('t')(lambda: 3)", TaskError, "returned a int"),
-        ("from sigmix.tasks import register\nregister('a b')", TaskError, "cannot be called"),
+        ("import sigmix_no_such_module", TaskError, "sigmix_no_such_module"), ("x = 1", UnknownNameError, "broken"),
+        ("from sigmix.tasks import register\nregister('t')(lambda: 3)", TaskError, "int"),
+        ("from sigmix.tasks import register\nregister('a b')", TaskError, "a b"),
     ],
 )  # fmt: skip
 def test_broken_files(tmp_path, text, error, match):
@@ -97,7 +97,7 @@ def test_broken_files(tmp_path, text, error, match):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(TaskError, match="does not exist"):
+    with pytest.raises(TaskError, match=r"none\.py"):
         get_task(f"{tmp_path}/none.py:t")
 
 

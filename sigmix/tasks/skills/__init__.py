@@ -1,4 +1,4 @@
-"""Small generated tasks that a 135M-parameter model can learn: short prompts, short answers, strict verifiers.
+"""Small generated tasks that a 135M-parameter model can learn: short prompts and answers, strict graders.
 
 Each is a function from a seeded `random.Random` to an `Item`; `skill` turns it into a registered task. Importing this
 package registers all of them.

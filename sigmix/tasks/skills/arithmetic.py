@@ -2,153 +2,119 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 
 from sigmix.tasks.base import Score
 from sigmix.tasks.graders import strict_number
-from sigmix.tasks.skills.base import Item, skill
+from sigmix.tasks.skills.base import NUMBER_ONLY, Item, skill, wrong_candidates
 
-ONLY = "Answer with the number only."
+
+def number_or_equation(reply: str, gold: str, left: str) -> Score:
+    """Return 1 for the number alone or the equation of the question: "115" or "26 + 89 = 115"."""
+    question = re.escape(left).replace(r"\ ", r"\s*").replace(r"\*", r"[*x×]")
+    return strict_number(re.sub(rf"^\s*{question}\s*=", "", reply, count=1), gold)
+
+
+def number_list(reply: str, gold: str) -> Score:
+    """Return 1 if the reply is whole numbers between commas, those of gold in gold's order."""
+    text = reply.strip().removesuffix(".")
+    if not re.fullmatch(r"\d{1,15}(?:\s*,\s*\d{1,15})*", text):
+        return Score(0.0, None, "the reply is not just numbers between commas")
+    numbers = ", ".join(str(int(part)) for part in text.split(","))
+    return Score.of(numbers == gold, numbers, f"expected {gold}")
+
+
+arithmetic = functools.partial(skill, domain="arithmetic", grader=number_or_equation, max_new_tokens=16)
+comparing = functools.partial(skill, domain="comparing")
 
 
 def _number(rng: random.Random, digits: int) -> int:
-    """Exactly ``digits`` digits; a single digit is 1 to 9."""
+    """Draw a number of exactly ``digits`` digits; a single digit is 1 to 9."""
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
-def _sum_item(a: int, sign: str, b: int, result: int, key: str) -> Item:
+def _sum_item(a: int, sign: str, b: int, result: int, operands: tuple[int, int]) -> Item:
+    left = f"{a} {sign} {b}"
     wrong = [
-        str(result + 1),
-        str(-result - 1),
-        f"{a} {sign} {b} = {result + 1}",
-        f"{a} {sign} {b + 1} = {result}",
-        f"{result} = {result}",
-        f"{a} {sign} {b} = {result + 1} = {result}",
-        f"{result - 1} or {result}",
-        f"{a} {b}",
-        f"{a}{b}",
-        f"{result}, {result + 1}",
-        f"{a} is more than {b}",
-        f"It is {result + 10}, not {result}",
-    ]
-    return Item(f"What is {a} {sign} {b}? {ONLY}", str(result), wrong, {"left": f"{a} {sign} {b}"}, key=key)
+        str(result + 1), str(-result - 1), f"{left} = {result + 1}", f"{a} {sign} {b + 1} = {result}",
+        f"{result} = {result}", f"{left} = {result + 1} = {result}", f"{result - 1} or {result}", f"{a} {b}",
+        f"{a}{b}", f"{result}, {result + 1}", f"{a} is more than {b}", f"It is {result + 10}, not {result}",
+    ]  # fmt: skip
+    key = f"{min(operands)} {max(operands)}"
+    return Item(f"What is {left}? {NUMBER_ONLY}", str(result), wrong, {"left": left}, key=key)
 
 
-def _result(reply: str, gold: str, left: str) -> Score:
-    """The number alone, or the very equation that was asked for: "115" or "26 + 89 = 115", nothing else."""
-    asked = re.escape(left).replace(r"\ ", r"\s*").replace(r"\*", r"[*x×]")
-    return strict_number(re.sub(rf"^\s*{asked}\s*=", "", reply, count=1), gold)
-
-
-@skill(
-    "addition", domain="arithmetic", verify=_result, max_new_tokens=16, description="Add two numbers of a given length."
-)
+@arithmetic("addition", description="Add two numbers of a given length.")
 def addition(rng: random.Random, digits: int = 2) -> Item:
     a, b = _number(rng, digits), _number(rng, digits)
-    return _sum_item(a, "+", b, a + b, f"{min(a, b)} {max(a, b)}")
+    return _sum_item(a, "+", b, a + b, (a, b))
 
 
-@skill(
-    "subtraction",
-    domain="arithmetic",
-    verify=_result,
-    max_new_tokens=16,
-    description="Subtract two numbers of a given length; the result is negative only if asked for.",
+@arithmetic(
+    "subtraction", description="Subtract two numbers of a given length; the result is negative only if asked for."
 )
 def subtraction(rng: random.Random, digits: int = 2, negative: bool = False) -> Item:
     a, b = _number(rng, digits), _number(rng, digits)
     if not negative:
         a, b = max(a, b), min(a, b)
-    return _sum_item(a, "-", b, a - b, f"{min(a, b)} {max(a, b)}")
+    return _sum_item(a, "-", b, a - b, (a, b))
 
 
-@skill(
-    "multiplication",
-    domain="arithmetic",
-    verify=_result,
-    max_new_tokens=16,
-    description="Multiply a number from 2 to 9 with a number of a given length.",
-)
+@arithmetic("multiplication", description="Multiply a number from 2 to 9 with a number of a given length.")
 def multiplication(rng: random.Random, digits: int = 2) -> Item:
     a, b = rng.randrange(2, 10), max(2, _number(rng, digits))
     left, right = (a, b) if rng.random() < 0.5 else (b, a)
-    return _sum_item(left, "*", right, a * b, f"{min(a, b)} {max(a, b)}")
+    return _sum_item(left, "*", right, a * b, (a, b))
 
 
 def _distinct(rng: random.Random, count: int, digits: int) -> list[int]:
-    """Distinct numbers, half of the time of one length, so that the number of digits does not give the answer away."""
+    """Draw distinct numbers, half of the time of one length, so that the length does not give the answer away."""
     length = rng.randint(min(2, digits), digits)
-    found: list[int] = []
+    numbers: list[int] = []
     same = rng.random() < 0.5
-    while len(found) < count:
+    while len(numbers) < count:
         number = _number(rng, length if same else rng.randint(1, digits))
-        if number not in found:
-            found.append(number)
-    return found
+        if number not in numbers:
+            numbers.append(number)
+    return numbers
+
+
+def _sorted_key(numbers: list[int]) -> str:
+    return " ".join(map(str, sorted(numbers)))
 
 
 def _pick_item(question: str, numbers: list[int], gold: int, false_sentence: str) -> Item:
-    listed = " ".join(map(str, numbers))
-    wrong = [str(number) for number in numbers if number != gold]
-    wrong += [
-        listed,
-        listed.replace(" ", ", "),
-        listed.replace(" ", " or "),
-        false_sentence,
-        f"-{gold}",
-        f"not {gold} but {wrong[0]}",
-    ]
-    return Item(question, str(gold), wrong, key=" ".join(map(str, sorted(numbers))))
+    wrong = wrong_candidates([str(number) for number in numbers], str(gold), false_sentence, f"-{gold}")
+    return Item(f"{question} {NUMBER_ONLY}", str(gold), wrong, key=_sorted_key(numbers))
 
 
-@skill("larger", domain="comparing", verify=strict_number, description="Say which of two numbers is larger.")
+@comparing("larger", grader=strict_number, description="Say which of two numbers is larger.")
 def larger(rng: random.Random, digits: int = 3) -> Item:
     a, b = _distinct(rng, 2, digits)
-    return _pick_item(
-        f"Which number is larger, {a} or {b}? {ONLY}", [a, b], max(a, b), f"{min(a, b)} is larger than {max(a, b)}."
-    )
+    low, high = min(a, b), max(a, b)
+    return _pick_item(f"Which number is larger, {a} or {b}?", [a, b], high, f"{low} is larger than {high}.")
 
 
-@skill(
-    "smallest-of-three", domain="comparing", verify=strict_number, description="Say which of three numbers is smallest."
-)
+@comparing("smallest-of-three", grader=strict_number, description="Say which of three numbers is smallest.")
 def smallest_of_three(rng: random.Random, digits: int = 3) -> Item:
-    numbers = _distinct(rng, 3, digits)
-    return _pick_item(
-        f"Which number is the smallest: {numbers[0]}, {numbers[1]} or {numbers[2]}? {ONLY}",
-        numbers,
-        min(numbers),
-        f"{max(numbers)} is smaller than {min(numbers)}.",
-    )
+    a, b, c = numbers = _distinct(rng, 3, digits)
+    low, high = min(numbers), max(numbers)
+    question = f"Which number is the smallest: {a}, {b} or {c}?"
+    return _pick_item(question, numbers, low, f"{high} is smaller than {low}.")
 
 
-def number_list(reply: str, gold: str) -> Score:
-    """1 if the reply is just whole numbers between commas, those of gold in gold's order."""
-    text = reply.strip().removesuffix(".")
-    if not re.fullmatch(r"\d{1,15}(?:\s*,\s*\d{1,15})*", text):
-        return Score(0.0, None, "the reply is not just numbers between commas")
-    found = ", ".join(str(int(part)) for part in text.split(","))
-    return Score.of(found == gold, found, f"expected {gold}")
-
-
-@skill(
-    "sort-numbers",
-    domain="comparing",
-    verify=number_list,
-    max_new_tokens=20,
-    description="Put three numbers in ascending order.",
+@comparing(
+    "sort-numbers", grader=number_list, max_new_tokens=20, description="Put three numbers in ascending order."
 )
 def sort_numbers(rng: random.Random, digits: int = 2) -> Item:
     numbers = _distinct(rng, 3, digits)
-    gold = ", ".join(map(str, sorted(numbers)))
-    others = [", ".join(map(str, order)) for order in (sorted(numbers, reverse=True), numbers)]
-    wrong = [text for text in others if text != gold]
-    wrong += [gold.replace(", ", " "), f"{gold}, {numbers[0]}", gold.replace(", ", " < "), f"Sorted: {others[0]}"]
-    listed = ", ".join(map(str, numbers))
-    return Item(
-        f"Sort from smallest to largest: {listed}. Answer with the three numbers, separated by commas.",
-        gold,
-        wrong,
-        key=" ".join(map(str, sorted(numbers))),
+    ascending, descending, listed = (
+        ", ".join(map(str, order)) for order in (sorted(numbers), sorted(numbers, reverse=True), numbers)
     )
+    wrong = [text for text in (descending, listed) if text != ascending]
+    wrong += [ascending.replace(", ", " "), f"{ascending}, {numbers[0]}", ascending.replace(", ", " < ")]
+    wrong += [f"Sorted: {descending}"]
+    question = f"Sort from smallest to largest: {listed}. Answer with the three numbers, separated by commas."
+    return Item(question, ascending, wrong, key=_sorted_key(numbers))

@@ -1,12 +1,12 @@
-"""`skill`: ten lines make a task. A generator function gives an `Item`; its keyword arguments are the task's options.
+"""`skill`: a task in ten lines. A generator function returns an `Item`; its keyword arguments are the task's options.
 
-    @skill("double", domain="arithmetic", verify=strict_number, description="Double a number.")
+    @skill("double", domain="arithmetic", grader=strict_number, description="Double a number.")
     def double(rng, digits: int = 2):
         a = rng.randrange(1, 10**digits)
         return Item(f"What is twice {a}? Answer with the number only.", str(2 * a), wrong=[str(a)])
 
 Rules for a skill: no constant reply wins, no candidate's position gives the answer away, and ``wrong`` holds the
-replies that a lax verifier would take (the other candidate, all candidates, a false sentence with the right word).
+replies that a lax grader would accept (see `wrong_candidates`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +22,22 @@ from sigmix.errors import ConfigError
 from sigmix.tasks.base import ProceduralTask, Sample, Score
 from sigmix.tasks.registry import register
 
-Verify = Callable[..., Score]
+ONE_WORD = "Answer with one word."
+NUMBER_ONLY = "Answer with the number only."
+
+Grader = Callable[..., Score]
+"""``grader(reply, gold, **extra)``."""
 
 
 @dataclass
 class Item:
-    """What a generator returns.
+    """A generated question.
 
     Attributes:
         prompt, gold: as in `Sample`.
         wrong: replies that must score 0.
-        extra: keyword arguments for the verifier (e.g. ``accept``).
-        key: items with the same key stay in one split (e.g. "3 5" for 3+5 and 5+3); default: the prompt alone.
+        extra: keyword arguments for the grader (e.g. ``accept``).
+        key: items with the same key stay in one split (e.g. "3 5" for 3+5 and 5+3); default: the prompt.
     """
 
     prompt: str
@@ -43,13 +47,22 @@ class Item:
     key: str | None = None
 
 
-class SkillTask(ProceduralTask):
-    """A generated task around one generator function and one verifier ``verify(reply, gold, **extra)``."""
+def wrong_candidates(candidates: Sequence[str], gold: str, *more: str) -> list[str]:
+    """Return the other candidates, texts that name several, ``more`` (false sentences): replies that must score 0."""
+    others = [candidate for candidate in candidates if candidate != gold]
+    return [
+        *others, " ".join(candidates), ", ".join(candidates), " or ".join(candidates), f"{gold} or {others[0]}",
+        f"{others[0]} and {gold}", f"not {gold} but {others[0]}", f"not {others[0]} but {gold}", *more,
+    ]  # fmt: skip
 
-    def __init__(self, generate: Callable[..., Item], verify: Verify, label: str, options: dict[str, Any]) -> None:
+
+class SkillTask(ProceduralTask):
+    """A generated task with one generator function and one grader."""
+
+    def __init__(self, generate: Callable[..., Item], grader: Grader, label: str, options: dict[str, Any]) -> None:
         super().__init__()
         self._generate = functools.partial(generate, **options)
-        self._verify = verify
+        self._grader = grader
         self._label = label
 
     def stream(self, seed: int) -> Iterator[tuple[Sample, str | None]]:
@@ -57,22 +70,22 @@ class SkillTask(ProceduralTask):
         while True:
             item = self._generate(rng)
             sample = Sample.make(item.prompt, item.gold, wrong=item.wrong, extra=item.extra)
-            # the label keeps equal keys of different tasks from falling into the same split together
+            # with the label, equal keys of different tasks fall into different splits
             yield sample, None if item.key is None else f"{self._label} {item.key}"
 
     def score(self, sample: Sample, reply: str) -> Score:
-        return self._verify(reply, sample.gold, **sample.meta["extra"])
+        return self._grader(reply, sample.gold, **sample.meta["extra"])
 
     def wrong_replies(self, sample: Sample) -> list[str]:
         return [*super().wrong_replies(sample), f"{sample.gold} {sample.gold}", *sample.meta["wrong"]]
 
 
 def skill(
-    name: str, *, domain: str, verify: Verify, description: str, max_new_tokens: int = 8
+    name: str, *, domain: str, grader: Grader, description: str, max_new_tokens: int = 8
 ) -> Callable[[Callable[..., Item]], Callable[..., Item]]:
-    """Register a generator function as the task ``name``; returns the function unchanged.
+    """Register a generator function as the task ``name``; return the function unchanged.
 
-    Whole-number options must be at least 1, and an option of another type than its default's is a `ConfigError`.
+    Options must have the type of their default (else `ConfigError`); whole numbers must be from 1 to 12.
     """
 
     def decorate(generate: Callable[..., Item]) -> Callable[..., Item]:
@@ -81,7 +94,7 @@ def skill(
         def factory(**options: Any) -> SkillTask:
             for parameter in parameters:
                 _check_option(name, parameter, options.get(parameter.name, parameter.default))
-            task = SkillTask(generate, verify, name, options)
+            task = SkillTask(generate, grader, name, options)
             task.domain, task.description, task.max_new_tokens = domain, description, max_new_tokens
             return task
 

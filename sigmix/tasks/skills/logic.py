@@ -1,5 +1,8 @@
-"""Logic: order, truth values, parity, syllogisms, the odd one out. Two-valued answers are drawn first, half and half,
-and the question is built for them, so a constant reply gets one half and no more."""
+"""Logic: order, truth values, parity, syllogisms, the odd one out.
+
+Two-valued answers are drawn first, half and half, and the question is built for them, so a constant reply gets one
+half and no more.
+"""
 
 from __future__ import annotations
 
@@ -7,60 +10,35 @@ import functools
 import random
 
 from sigmix.tasks.graders import exact, one_of
-from sigmix.tasks.skills.base import Item, skill
+from sigmix.tasks.skills.base import ONE_WORD, Item, skill, wrong_candidates
 from sigmix.tasks.skills.words import CATEGORIES, NAMES, NONSENSE
 
-ONE_WORD = "Answer with one word."
+logic = functools.partial(skill, domain="logic")
 
 
-yes_no = functools.partial(one_of, allowed=("yes", "no"))
-
-
-true_false = functools.partial(one_of, allowed=("true", "false"))
-
-
-odd_even_word = functools.partial(one_of, allowed=("odd", "even"))
-
-
-def _two(prompt: str, gold: str, other: str, key: str | None = None) -> Item:
-    wrong = [
-        other,
-        f"{gold} or {other}",
-        f"{other}, {gold}",
-        f"{gold}/{other}",
-        f"{other} is {gold}",
-        f"not {other}",
-        f"{gold}, no, {other}",
-    ]
+def _two_valued(prompt: str, values: tuple[str, str], first: bool, key: str | None = None) -> Item:
+    gold, other = values if first else values[::-1]
+    wrong = wrong_candidates([gold, other], gold, f"{gold}/{other}", f"{other} is {gold}", f"not {other}")
     return Item(prompt, gold, wrong, key=key)
 
 
-@skill("transitive", domain="logic", verify=exact, description="Find the tallest or shortest of three people.")
+@logic("transitive", grader=exact, description="Find the tallest or shortest of three people.")
 def transitive(rng: random.Random) -> Item:
     people = rng.sample(NAMES, 3)  # tallest first
     sentences = []
     for taller, shorter in ((people[0], people[1]), (people[1], people[2])):
         # both wordings and both orders are as likely, so neither the first nor the last name wins
-        told = rng.random() < 0.5
-        sentences.append(f"{taller} is taller than {shorter}." if told else f"{shorter} is shorter than {taller}.")
+        is_taller = rng.random() < 0.5
+        sentences.append(f"{taller} is taller than {shorter}." if is_taller else f"{shorter} is shorter than {taller}.")
     rng.shuffle(sentences)
-    most = rng.random() < 0.5
-    gold = people[0] if most else people[2]
-    others = [name for name in people if name != gold]
-    wrong = [
-        *others,
-        " ".join(people),
-        " or ".join(people),
-        f"{gold} or {others[0]}",
-        f"{others[0]} is taller than {gold}",
-        f"{gold} is the {'shortest' if most else 'tallest'}",
-        f"not {gold} but {others[1]}",
-    ]
-    return Item(f"{' '.join(sentences)} Who is the {'tallest' if most else 'shortest'}? {ONE_WORD}", gold, wrong)
+    most, least = ("tallest", "shortest") if rng.random() < 0.5 else ("shortest", "tallest")
+    gold = people[0] if most == "tallest" else people[2]
+    wrong = wrong_candidates(people, gold, f"{people[1]} is taller than {gold}", f"{gold} is the {least}")
+    return Item(f"{' '.join(sentences)} Who is the {most}? {ONE_WORD}", gold, wrong)
 
 
 def _expression(rng: random.Random, value: bool, depth: int) -> str:
-    """A random expression of that value; at depth 0 the literal."""
+    """Draw an expression with that value; at depth 0 the literal."""
     if depth == 0:
         return str(value).lower()
     kind = rng.choice(("not", "and", "or"))
@@ -77,21 +55,28 @@ def _bracket(text: str) -> str:
     return f"({text})" if " " in text else text
 
 
-@skill("boolean", domain="logic", verify=true_false, description="Evaluate an expression of and, or and not.")
+TRUE_FALSE, ODD_EVEN, YES_NO = ("true", "false"), ("odd", "even"), ("yes", "no")
+
+
+@logic(
+    "boolean",
+    grader=functools.partial(one_of, allowed=TRUE_FALSE),
+    description="Evaluate an expression of and, or and not.",
+)
 def boolean(rng: random.Random, depth: int = 2) -> Item:
     value = rng.random() < 0.5
-    gold, other = ("true", "false") if value else ("false", "true")
-    return _two(f"Is this true or false: {_expression(rng, value, depth)}? {ONE_WORD}", gold, other)
+    return _two_valued(f"Is this true or false: {_expression(rng, value, depth)}? {ONE_WORD}", TRUE_FALSE, value)
 
 
-@skill("odd-even", domain="logic", verify=odd_even_word, description="Say whether a number is odd or even.")
+@logic(
+    "odd-even", grader=functools.partial(one_of, allowed=ODD_EVEN), description="Say whether a number is odd or even."
+)
 def odd_even(rng: random.Random, digits: int = 4) -> Item:
     number = rng.randrange(10 ** rng.randint(0, digits - 1), 10**digits)
-    gold, other = ("odd", "even") if number % 2 else ("even", "odd")
-    return _two(f"Is {number} odd or even? {ONE_WORD}", gold, other)
+    return _two_valued(f"Is {number} odd or even? {ONE_WORD}", ODD_EVEN, number % 2 == 1)
 
 
-# premises, what follows, what does not; each form is asked both ways, so the premises alone say nothing
+# premises, a valid and an invalid conclusion; both are used, so the premises alone do not give the answer away
 _FORMS = (
     ("All {a} are {b}. All {b} are {c}.", "all {a} are {c}", "all {c} are {a}"),
     ("All {a} are {b}. No {b} are {c}.", "no {a} are {c}", "some {a} are {c}"),
@@ -102,29 +87,27 @@ _FORMS = (
 )
 
 
-@skill("syllogism", domain="logic", verify=yes_no, description="Say whether a conclusion follows from two premises.")
+@logic(
+    "syllogism",
+    grader=functools.partial(one_of, allowed=YES_NO),
+    description="Say whether a conclusion follows from two premises.",
+)
 def syllogism(rng: random.Random) -> Item:
     a, b, c = rng.sample(NONSENSE, 3)
     premises, valid, invalid = rng.choice(_FORMS)
     follows = rng.random() < 0.5
     fill = {"a": a, "b": b, "c": c, "n": rng.choice(NAMES)}
-    said, asked = premises.format(**fill), (valid if follows else invalid).format(**fill)
-    gold, other = ("yes", "no") if follows else ("no", "yes")
-    return _two(f"{said} Does it follow that {asked}? Answer yes or no.", gold, other, key=said)
+    premises, conclusion = premises.format(**fill), (valid if follows else invalid).format(**fill)
+    question = f"{premises} Does it follow that {conclusion}? Answer yes or no."
+    return _two_valued(question, YES_NO, follows, key=premises)
 
 
-@skill("odd-one-out", domain="logic", verify=exact, description="Find the word that is of another kind than the rest.")
+@logic("odd-one-out", grader=exact, description="Find the word that is of another kind than the rest.")
 def odd_one_out(rng: random.Random) -> Item:
     kind, other = rng.sample(sorted(CATEGORIES), 2)
-    rest, gold = rng.sample(CATEGORIES[kind], 3), rng.choice(CATEGORIES[other])
-    words = [*rest, gold]
+    words = rng.sample(CATEGORIES[kind], 3)
+    gold = rng.choice(CATEGORIES[other])
+    words.append(gold)
     rng.shuffle(words)
-    wrong = [
-        *rest,
-        " ".join(words),
-        ", ".join(words),
-        f"{gold} or {rest[0]}",
-        f"{rest[0]}, not {gold}",
-        f"{gold} is of the same kind",
-    ]
+    wrong = wrong_candidates(words, gold, f"{gold} is of the same kind")
     return Item(f"Which word does not belong: {', '.join(words)}? {ONE_WORD}", gold, wrong, key=" ".join(sorted(words)))

