@@ -29,11 +29,11 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     """
     with importing():
         from sigmix.serve import Server, Service, load_settings
-        from sigmix.serve.observability import set_up
+        from sigmix.serve.observability import configure_logging
         from sigmix.tasks.graders import exact, strict_number
 
     settings = load_settings(config, **{name: None if value == [] else value for name, value in flags.items()})
-    set_up(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level, settings.log_format)
     bank = open_bank(settings.bank)
     model, tokenizer = open_base(
         settings.base, settings.dtype, settings.quantization, settings.basis, settings.device_map
@@ -47,7 +47,7 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     with working("warming up"):
         service.start()
     server = Server(service)
-    socket = server.config.bind_socket()
+    socket = server.bind()
     host, port = socket.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     note(f"sigmix serves {settings.base} with {len(bank)} experts at http://{shown}:{port} (Ctrl-C stops it)")

@@ -1,8 +1,6 @@
-"""An OpenAI-compatible server that adapts itself to each request; `sigmix serve` starts it.
+"""OpenAI-compatible server that chooses a mixture of experts for each request; started by `sigmix serve`.
 
-    from sigmix.serve import Server, Service, load_settings
-
-What it does not do: several processes. One process owns one model; run one server for each GPU.
+One process serves one model; run one server per GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The application (FastAPI): routes, errors in OpenAI's format, the page, and the server around it (uvicorn)."""
+"""ASGI application (FastAPI) and the uvicorn server that runs it."""
 
 from __future__ import annotations
 
-import logging
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,101 +15,107 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from sigmix.serve import routes
-from sigmix.serve.auth import Gate, patient
+from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
 from sigmix.serve.protocol import ApiError
 from sigmix.serve.service import Service
-
-log = logging.getLogger("sigmix.serve")
-
+from sigmix.serve.settings import Settings
 
 STATIC = Path(__file__).parent / "static"
 
+ERROR_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
-def create_app(service: Service) -> Any:
-    """The ASGI application of a service; it is started and closed with the application.
 
-    Args:
-        service: the server's parts.
-    """
+def create_app(service: Service) -> ASGIApp:
+    """Return the ASGI application of a service; its lifespan starts and closes the service."""
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        if not service.warm:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if not service.started:
             service.start()
         yield
         service.close()
 
-    app = FastAPI(title="sigmix", docs_url=None, redoc_url=None, lifespan=life)
+    app = FastAPI(title="sigmix", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(routes.router)
     app.include_router(routes.admin_router)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> Response:
+    async def index() -> Response:
         return FileResponse(STATIC / "index.html")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_exception_handler(ApiError, _api)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _failed)
-    gate = Gate(app, service.settings, service.keyring, service.metrics)
-    if not service.settings.origins:
-        return gate
-    # outside of the gate: a browser asks first without a key, and is to be able to read why it was refused
-    return CORSMiddleware(
-        gate, allow_origins=service.settings.origins, allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id", "retry-after"],
-    )  # fmt: skip
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    settings = service.settings
+    wrapped: ASGIApp = AuthMiddleware(app, settings, service.keys)
+    wrapped = TrustedHostMiddleware(wrapped, allowed_hosts=trusted_hosts(settings), www_redirect=False)
+    wrapped = RequestLogMiddleware(wrapped, service.metrics)
+    if settings.allowed_origins:  # outermost: preflight requests carry no key, and pages must be able to read errors
+        wrapped = CORSMiddleware(
+            wrapped, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )  # fmt: skip
+    return wrapped
 
 
-async def _api(_: Request, error: Any) -> Response:
-    return JSONResponse(error.body(), error.status, error.headers())
+def trusted_hosts(settings: Settings) -> list[str]:
+    """Return the accepted names of the ``Host`` header, against DNS rebinding; ["*"] accepts all."""
+    if settings.loopback:
+        return ["localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts]
+    return [settings.host, *settings.allowed_hosts] if settings.allowed_hosts else ["*"]
 
 
-async def _invalid(_: Request, error: Any) -> Response:
+async def _api_error(_: Request, error: Any) -> Response:
+    return error.response()
+
+
+async def _validation_error(_: Request, error: Any) -> Response:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
     message = first["msg"].removeprefix("Value error, ")
-    param = ".".join(place) or None
-    return JSONResponse(ApiError(400, f"{param or 'the body'}: {message}", param=param).body(), 400)
+    return ApiError(400, f"{param or 'body'}: {message}", param=param).response()
 
 
-async def _http(_: Request, error: Any) -> Response:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    body = ApiError(error.status_code, str(error.detail), code=code).body()
-    return JSONResponse(body, error.status_code, getattr(error, "headers", None))
-
-
-async def _failed(_: Request, error: Any) -> Response:
-    log.error("a request failed", exc_info=error)
-    return JSONResponse(ApiError(500, "the server failed on this request", "server_error", "internal").body(), 500)
+async def _http_error(_: Request, error: Any) -> Response:
+    body = ApiError(error.status_code, str(error.detail), code=ERROR_CODES.get(error.status_code)).body()
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that, told to stop, takes no new requests and lets answers end.
-
-    Args:
-        service: the server's parts. port: 0 takes a free one.
-    """
+    """uvicorn server that finishes running requests before it stops."""
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
         self.service = service
         super().__init__(
             uvicorn.Config(
-                create_app(service), host=settings.host, port=settings.port, log_config=None, access_log=False,
-                server_header=False, limit_concurrency=2 * settings.connections + 16, timeout_keep_alive=20,
-                timeout_graceful_shutdown=int(settings.grace_seconds) + 10, h11_max_incomplete_event_size=64 << 10,
-                http=patient(settings.body_seconds), proxy_headers=False,
+                create_app(service), host=settings.host, port=settings.port, http="h11", log_config=None,
+                access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=20,
+                limit_concurrency=settings.max_connections + 1, h11_max_incomplete_event_size=64 << 10,
+                timeout_graceful_shutdown=int(settings.shutdown_timeout) + 10,
             )
         )  # fmt: skip
 
+    def bind(self) -> socket.socket:
+        """Bind and return the listening socket.
+
+        Accepted connections inherit TCP_NODELAY; asyncio does not set it, and without it a streamed token can wait
+        40 ms for the acknowledgement of the previous one.
+        """
+        bound = self.config.bind_socket()
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return bound
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to close at the first signal; a second one ends the server at once."""
+        """Stop accepting requests at the first signal; exit at the second one."""
         threading.Thread(target=self.service.close, daemon=True).start()
         super().handle_exit(sig, frame)

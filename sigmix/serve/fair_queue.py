@@ -1,106 +1,112 @@
-"""Who is next: a queue in which no client waits because another one asks for more.
+"""Fair request queue (virtual token counter per client).
 
-Each client has a counter of the tokens that it was served, as in the virtual token counter of Sheng et al. (Fairness in
-Serving Large Language Models, OSDI 2024): the next request is the oldest of the client with the lowest counter, and a
-client that was away comes back with the lowest counter of those who are there, so that being away saves up nothing.
+Sheng et al., Fairness in Serving Large Language Models, OSDI 2024: each client has a counter of served tokens; the next
+request is the oldest one of the client with the lowest counter. A client that returns after being idle starts at the
+lowest counter of the active clients, so idle time earns no credit.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-READ, WRITTEN = 1.0, 2.0
-"""What a token of a prompt and one of an answer count: the paper's weights."""
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+"""Cost of a prompt token and of a generated token (section 3 of the paper)."""
 
 
 class HasClient(Protocol):
+    """Anything with a client name."""
+
     client: str
 
 
-Job = TypeVar("Job", bound=HasClient)
+R = TypeVar("R", bound=HasClient)
 
 
-class QueueFull(Exception):
-    """No more may wait. ``own``: it is this client who has too many."""
+class QueueFullError(Exception):
+    """Queue limit reached.
 
-    def __init__(self, own: bool) -> None:
-        super().__init__("this client has too many requests waiting" if own else "too many requests are waiting")
-        self.own = own
-
-
-class FairQueue(Generic[Job]):
-    """Jobs that wait.
-
-    Args:
-        limit: of all jobs. each: of one client's.
+    Attributes:
+        per_client: whether it is the limit per client.
     """
 
-    def __init__(self, limit: int, each: int) -> None:
-        self.limit, self.each = limit, each
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._served: dict[str, float] = {}
+    def __init__(self, per_client: bool) -> None:
+        super().__init__("too many queued requests of this client" if per_client else "too many queued requests")
+        self.per_client = per_client
+
+
+class FairQueue(Generic[R]):
+    """Queue of requests; not thread-safe.
+
+    Args:
+        max_size: limit of all requests.
+        max_size_per_client: limit of one client's requests.
+    """
+
+    def __init__(self, max_size: int, max_size_per_client: int) -> None:
+        self.max_size, self.max_size_per_client = max_size, max_size_per_client
+        self._queued: dict[str, deque[R]] = {}
         self._running: dict[str, int] = {}
+        self._counters: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, self._queued.values()))
 
-    def __iter__(self) -> Iterator[Job]:
-        for jobs in list(self._waiting.values()):
-            yield from list(jobs)
+    def __iter__(self) -> Iterator[R]:
+        for requests in list(self._queued.values()):
+            yield from list(requests)
 
-    def push(self, job: Job) -> None:
-        """Add a job.
+    def push(self, request: R) -> None:
+        """Append a request.
 
         Raises:
-            QueueFull: too many wait.
+            QueueFullError: one of the limits is reached.
         """
-        if len(self._waiting.get(job.client, ())) >= self.each:
-            raise QueueFull(own=True)
-        if len(self) >= self.limit:
-            raise QueueFull(own=False)
-        if not self._present(job.client):
-            others = [self._served.get(client, 0.0) for client in {*self._waiting, *self._running}]
-            self._served[job.client] = max(self._served.get(job.client, 0.0), min(others, default=0.0))
-        self._waiting.setdefault(job.client, deque()).append(job)
+        client, active = request.client, {*self._queued, *self._running}
+        if len(self._queued.get(client, ())) >= self.max_size_per_client:
+            raise QueueFullError(per_client=True)
+        if len(self) >= self.max_size:
+            raise QueueFullError(per_client=False)
+        if client not in active:
+            lowest = min((self._counters.get(other, 0.0) for other in active), default=0.0)
+            self._counters[client] = max(self._counters.get(client, 0.0), lowest)
+        self._queued.setdefault(client, deque()).append(request)
 
-    def pop(self, fits: Callable[[Job], bool]) -> Job | None:
-        """The next job, or None if there is none or the next one does not fit yet (no other overtakes it)."""
-        if not self._waiting:
+    def pop(self, fits: Callable[[R], bool]) -> R | None:
+        """Remove and return the next request; None if the queue is empty or that request does not fit.
+
+        No other request overtakes one that does not fit.
+        """
+        if not self._queued:
             return None
-        client = min(self._waiting, key=lambda name: self._served.get(name, 0.0))
-        job = self._waiting[client][0]
-        if not fits(job):
+        client = min(self._queued, key=lambda name: self._counters.get(name, 0.0))
+        request = self._queued[client][0]
+        if not fits(request):
             return None
-        self._take(job)
+        self.remove(request)
         self._running[client] = self._running.get(client, 0) + 1
-        return job
+        return request
 
-    def remove(self, job: Job) -> bool:
-        """Take a job out that waits; False if it does not."""
-        if job not in self._waiting.get(job.client, ()):
+    def remove(self, request: R) -> bool:
+        """Remove a queued request; return False if it is not queued."""
+        requests = self._queued.get(request.client, deque())
+        if request not in requests:
             return False
-        self._take(job)
+        requests.remove(request)
+        if not requests:
+            del self._queued[request.client]
         return True
 
-    def charge(self, client: str, read: int = 0, written: int = 0) -> None:
-        """Count tokens of a client's prompts and answers."""
-        self._served[client] = self._served.get(client, 0.0) + READ * read + WRITTEN * written
+    def charge(self, client: str, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
+        """Add served tokens to a client's counter."""
+        cost = PROMPT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
+        self._counters[client] = self._counters.get(client, 0.0) + cost
 
-    def done(self, client: str) -> None:
-        """A job that was popped has ended. When nobody is there any more the counters start anew."""
+    def finish(self, client: str) -> None:
+        """Mark one popped request of a client as finished. Counters are reset once no client is active."""
         self._running[client] -= 1
         if not self._running[client]:
             del self._running[client]
-        if not self._running and not self._waiting:
-            self._served.clear()
-
-    def _take(self, job: Job) -> None:
-        jobs = self._waiting[job.client]
-        jobs.remove(job)
-        if not jobs:
-            del self._waiting[job.client]
-
-    def _present(self, client: str) -> bool:
-        return client in self._waiting or client in self._running
+        if not self._running and not self._queued:
+            self._counters.clear()

@@ -1,4 +1,4 @@
-"""Prometheus metrics, in a registry of each server's own."""
+"""Prometheus metrics and structured logs. Prompts, replies and API keys are never logged."""
 
 from __future__ import annotations
 
@@ -8,103 +8,107 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sigmix.serve.scheduler import Job
-
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-MIXES = 50
-"""Mixes with a label of their own; more are counted together, so that clients cannot fill the memory with names."""
+MAX_MIX_LABELS = 50
+"""Mixtures with their own time series; others are counted together, to bound memory."""
 
 
 class Metrics:
-    """What a server counts.
+    """Metrics of one server, in a registry of its own.
 
     Args:
-        load: called for (rows under way, requests that wait).
+        load: returns (running sequences, queued requests).
     """
 
     def __init__(self, load: Callable[[], tuple[int, int]]) -> None:
-        self.registry = made = CollectorRegistry()
-        self.requests = Counter("sigmix_requests", "Requests by route and status.", ["route", "status"], registry=made)
-        self.seconds = Histogram(
-            "sigmix_request_seconds", "Seconds of a request.", ["route"], buckets=SECONDS, registry=made
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "sigmix_requests", "HTTP requests by route and status.", ["route", "status"], registry=registry
         )
-        self.waited = Histogram(
-            "sigmix_queue_seconds", "Seconds that a request waited.", buckets=SECONDS, registry=made
+        self.request_seconds = Histogram(
+            "sigmix_request_seconds", "Duration of HTTP requests.", ["route"], buckets=SECONDS, registry=registry
         )
-        self.first = Histogram(
-            "sigmix_first_token_seconds", "Seconds to the first token.", buckets=SECONDS, registry=made
+        self.queue_seconds = Histogram("sigmix_queue_seconds", "Time in the queue.", buckets=SECONDS, registry=registry)
+        self.first_token_seconds = Histogram(
+            "sigmix_first_token_seconds", "Time to first token.", buckets=SECONDS, registry=registry
         )
-        self.batch = Histogram("sigmix_batch_rows", "Answers that shared a step.", buckets=ROWS, registry=made)
-        self.distinct = Histogram("sigmix_batch_mixes", "Mixes that shared a step.", buckets=ROWS, registry=made)
-        self.tokens = Counter("sigmix_tokens", "Tokens read and written.", ["kind"], registry=made)
-        self.mixes = Counter("sigmix_mix_requests", "Requests by the mix that answered.", ["mix"], registry=made)
-        self.feedback = Counter("sigmix_feedback", "Rewards by sign.", ["sign"], registry=made)
-        Gauge("sigmix_rows", "Answers under way.", registry=made).set_function(lambda: load()[0])
-        Gauge("sigmix_waiting", "Requests that wait.", registry=made).set_function(lambda: load()[1])
-        self._known: set[str] = set()
+        self.batch_size = Histogram("sigmix_batch_rows", "Sequences per step.", buckets=SIZES, registry=registry)
+        self.batch_mixes = Histogram("sigmix_batch_mixes", "Mixtures per step.", buckets=SIZES, registry=registry)
+        self.tokens = Counter("sigmix_tokens", "Prompt and generated tokens.", ["kind"], registry=registry)
+        self.mixes = Counter("sigmix_mix_requests", "Requests by mixture.", ["mix"], registry=registry)
+        self.feedback = Counter("sigmix_feedback", "Rewards by sign.", ["sign"], registry=registry)
+        Gauge("sigmix_rows", "Running sequences.", registry=registry).set_function(lambda: load()[0])
+        Gauge("sigmix_waiting", "Queued requests.", registry=registry).set_function(lambda: load()[1])
+        self._mix_labels: set[str] = set()
 
-    def stepped(self, rows: int, tokens: int, waiting: int, mixes: int) -> None:
-        """A step of the batch."""
-        self.batch.observe(rows)
-        self.distinct.observe(mixes)
-        self.tokens.labels("written").inc(tokens)
+    def on_start(self, mix_id: str, prompt_tokens: int, queue_seconds: float) -> None:
+        """Record a request that leaves the queue."""
+        self.queue_seconds.observe(queue_seconds)
+        self.tokens.labels("prompt").inc(prompt_tokens)
+        if len(self._mix_labels) < MAX_MIX_LABELS:
+            self._mix_labels.add(mix_id)
+        self.mixes.labels(mix_id if mix_id in self._mix_labels else "(others)").inc()
 
-    def started(self, job: Job, waited: float) -> None:
-        """A request is under way."""
-        self.waited.observe(waited)
-        self.tokens.labels("read").inc(len(job.ids))
-        mix = "" if job.mix is None else job.mix.id
-        if mix not in self._known and len(self._known) >= MIXES:
-            mix = "(others)"
-        self._known.add(mix)
-        self.mixes.labels(mix).inc()
+    def on_step(self, batch_size: int, mixes: int, tokens: int) -> None:
+        """Record a decoding step."""
+        self.batch_size.observe(batch_size)
+        self.batch_mixes.observe(mixes)
+        self.tokens.labels("generated").inc(tokens)
 
     def text(self) -> bytes:
-        """Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-# --- Structured logs: one JSON object a line, with the request's id. No prompt, answer or key is ever logged.
+REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+
+_RECORD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
-REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
-
-
-OWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-
-
-class JsonLines(logging.Formatter):
-    """A record as JSON: time, level, logger, message, request id, and what was given as ``extra``."""
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: time, level, logger, message, request id, and the fields of ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        line: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage(),
         }  # fmt: skip
-        if REQUEST.get():
-            line["request"] = REQUEST.get()
-        line |= {key: value for key, value in vars(record).items() if key not in OWN}
+        if REQUEST_ID.get():
+            entry["request"] = REQUEST_ID.get()
+        entry |= {key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS}
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+            entry["error"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def set_up(level: str, form: str) -> None:
-    """Send the logs of this package and of uvicorn to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
-    )
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Handler that resolves `sys.stderr` for each record: it may be replaced or closed while threads still log."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Current standard error."""
+        return sys.stderr
+
+
+def configure_logging(level: str, format: str) -> None:
+    """Send the logs of sigmix and uvicorn to stderr.
+
+    Args:
+        level: debug, info, warning or error.
+        format: "json" or "text".
+    """
+    handler = StderrHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler.setFormatter(JsonFormatter() if format == "json" else text)
     for name in ("sigmix", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -1,106 +1,110 @@
-"""What requests hold. Fields that would change an answer and are not supported are refused, others are ignored."""
+"""OpenAI's schema: requests, responses, errors, and the objects that sigmix adds.
+
+Request fields that would change an answer and are not supported are rejected; all other unknown fields are ignored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import JSONResponse
 
 from sigmix.adapt import Decision
 from sigmix.errors import ContextError, InputError, OutputError, SigmixError, UnknownNameError
 from sigmix.serve.scheduler import Token
 
 MAX_TEXT = 1 << 20
+"""Characters of one text field."""
 
+MIN_LOGPROB = -9999.0
+"""Lowest log-probability in a response, as in OpenAI's API; JSON has no infinity."""
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
-
-
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
+# --- Requests
 
-class Asked(BaseModel):
-    """The base of all requests: unknown fields are ignored, as OpenAI's clients send more and more of them."""
+
+class RequestModel(BaseModel):
+    """Base class of request bodies."""
 
     model_config = ConfigDict(extra="ignore", strict=False)
 
 
-class Text(Asked):
-    """A part of a message."""
+class TextPart(RequestModel):
+    """Text part of a message."""
 
     type: Literal["text"]
     text: str = Field(max_length=MAX_TEXT)
 
 
-class Message(Asked):
-    """A turn of a conversation."""
+class ChatMessage(RequestModel):
+    """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Text] = Field(description="Text, or parts that are text.")
+    content: str | list[TextPart] = Field(description="Text, or a list of text parts.")
 
-    def words(self) -> str:
-        """The text of all parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def turn(self) -> dict[str, str]:
+        """Return the message as a chat template expects it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(Asked):
-    """How an answer is streamed."""
+class StreamOptions(RequestModel):
+    """Streaming options."""
 
     include_usage: bool = False
 
 
-class Sigmix(Asked):
-    """What only this server knows."""
+class SigmixOptions(RequestModel):
+    """Options that OpenAI's API does not have."""
 
-    policy: str | None = Field(
-        None, max_length=64, description="What `auto` decides by in this request: A, B, D or bandit."
-    )
+    strategy: str | None = Field(None, max_length=64, description="Strategy of `auto`: A, B, D or bandit.")
 
 
-class Generate(Asked):
-    """What chat and plain completions share."""
+class GenerationOptions(RequestModel):
+    """Fields of chat completions and of text completions."""
 
-    model: Name = Field("auto", description="auto, base, an expert, a saved mix, or a mix such as a:.7+b:.3.")
+    unsupported: ClassVar[tuple[str, ...]] = ("presence_penalty", "frequency_penalty", "logit_bias")
+
+    model: Name = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=256)
-    sigmix: Sigmix | None = None
+    sigmix: SigmixOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
 
-    @field_validator("stop")
-    @classmethod
-    def _stops(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > 16:
-            raise ValueError("at most 16 stop strings")
-        return value
-
     @model_validator(mode="after")
-    def _supported(self) -> Generate:
-        if self.presence_penalty or self.frequency_penalty:
-            raise ValueError("presence_penalty and frequency_penalty are not supported; leave them out or 0")
-        if self.logit_bias:
-            raise ValueError("logit_bias is not supported; leave it out")
+    def _reject_unsupported(self) -> GenerationOptions:
+        if found := [name for name in self.unsupported if getattr(self, name)]:
+            raise ValueError(f"unsupported: {', '.join(found)}; leave out")
         return self
 
-    def stops(self) -> tuple[str, ...]:
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
         """Stop strings."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class Chat(Generate):
+class ChatCompletionRequest(GenerationOptions):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=2048)
+    unsupported = (*GenerationOptions.unsupported, "tools", "functions")
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -109,66 +113,52 @@ class Chat(Generate):
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _plain(self) -> Chat:
-        if self.tools or self.functions:
-            raise ValueError("tools are not supported; leave them out")
+    def _check(self) -> ChatCompletionRequest:
         if self.response_format and self.response_format.get("type", "text") != "text":
-            raise ValueError("response_format can only be of type text")
+            raise ValueError("unsupported: response_format other than text")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise ValueError("top_logprobs requires logprobs: true")
         return self
 
-    def limit(self) -> int | None:
-        """Tokens of an answer."""
-        return self.max_completion_tokens or self.max_tokens
 
-
-class Completion(Generate):
+class CompletionRequest(GenerationOptions):
     """POST /v1/completions."""
+
+    unsupported = (*GenerationOptions.unsupported, "echo", "suffix")
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     suffix: str | None = None
-    best_of: int | None = None
-
-    @model_validator(mode="after")
-    def _plain(self) -> Completion:
-        if self.echo or self.suffix or (self.best_of or 1) > 1:
-            raise ValueError("echo, suffix and best_of are not supported; leave them out")
-        return self
-
-    def limit(self) -> int | None:
-        """Tokens of an answer."""
-        return self.max_tokens
+    best_of: int | None = Field(None, le=1)
 
 
-class LoadExpert(Asked):
+class LoadExpertRequest(RequestModel):
     """POST /v1/experts."""
 
     path: Name = Field(description="Folder of the expert, inside one of the allowed folders.")
 
 
-class SaveMix(Asked):
+class SaveMixRequest(RequestModel):
     """POST /v1/mixes."""
 
     name: Name
     mix: str | dict[str, Any] = Field(description="a:.7+b:.3, or {'weights': {…}} with α per layer or matrix.")
 
 
-class Labelled(Asked):
-    """An example of a task: a prompt and a right answer."""
+class LabelledExample(RequestModel):
+    """Prompt with its reference answer."""
 
     prompt: str = Field(min_length=1, max_length=MAX_TEXT)
     answer: str = Field(min_length=1, max_length=4096)
 
 
-class Adapt(Asked):
+class AdaptRequest(RequestModel):
     """POST /v1/adapt."""
 
-    examples: list[Labelled] = Field(min_length=1, max_length=1024)
-    name: Name | None = Field(None, description="Of the mix that is saved; default: one made of the job's id.")
-    score: str = Field("exact", max_length=64, description="How replies are judged: exact or number.")
+    examples: list[LabelledExample] = Field(min_length=1, max_length=1024)
+    name: Name | None = Field(None, description="Name of the saved mixture. Default: derived from the id.")
+    score: str = Field("exact", max_length=64, description="Grader of replies: exact or number.")
     method: Literal["cem", "cma-es"] = "cem"
     settings: Literal["light", "full"] = "light"
     granularity: Literal["model", "layer"] = "model"
@@ -176,180 +166,204 @@ class Adapt(Asked):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
-class Feedback(Asked):
+class FeedbackRequest(RequestModel):
     """POST /v1/feedback."""
 
     id: Name = Field(description="Id of the reply.")
-    reward: float = Field(ge=-1, le=1, description="1 is right, -1 is wrong.")
+    reward: float = Field(ge=-1, le=1, description="1 for a right reply, -1 for a wrong one.")
 
 
-# --- OpenAI's objects from what the batcher tells.
+# --- Responses
 
 
 @dataclass
 class Choice:
-    """One answer, collected."""
+    """One completion as received so far."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    finish: str = ""
+    finish_reason: str = ""
 
 
-def about(decision: Decision, waited: float) -> dict[str, Any]:
-    """The ``sigmix`` object of a reply: what was decided and why."""
+def decision_json(decision: Decision, queue_seconds: float) -> dict[str, Any]:
+    """Return the ``sigmix`` object of a response: the mixture and the reason for it."""
     evidence = dict(decision.evidence)
     return {
         "mix": decision.mix.id, **decision.mix.to_json(), "label": decision.label, "reason": decision.reason,
         "scores": evidence.pop("probabilities", None), "evidence": evidence, "pass1_tokens": decision.tokens,
-        "pass1_seconds": round(decision.seconds, 4), "waited_seconds": round(waited, 4),
+        "pass1_seconds": round(decision.seconds, 4), "queue_seconds": round(queue_seconds, 4),
     }  # fmt: skip
 
 
-def usage(read: int, written: int) -> dict[str, int]:
-    """The ``usage`` object; pass one's tokens are not in it, they stand in ``sigmix``."""
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-class Form:
-    """What chat and plain completions have in common.
+class ResponseBuilder:
+    """Builder of OpenAI's response objects.
 
     Args:
-        id: of the reply. model: as it was asked for. created: time of the request. fingerprint: of the base.
-        text_of: a token's text.
+        id: response id, without the prefix.
+        model: as in the request.
+        created: Unix time of the request.
+        fingerprint: of the base model.
+        token_text: maps a token id to its text.
+        logprobs: include log-probabilities.
     """
 
-    prefix = object = chunk = ""
+    prefix = object = chunk_object = ""
 
-    def __init__(self, id: str, model: str, created: int, fingerprint: str, text_of: Any) -> None:
-        self.head: dict[str, Any] = {"id": id, "created": created, "model": model, "system_fingerprint": fingerprint}
-        self.text_of = text_of
+    def __init__(
+        self, id: str, model: str, created: int, fingerprint: str, token_text: Callable[[int], str], logprobs: bool
+    ) -> None:
+        self.id, self.token_text, self.logprobs = self.prefix + id, token_text, logprobs
+        self._head = {"id": self.id, "created": created, "model": model, "system_fingerprint": fingerprint}
 
-    def whole(self, choices: Sequence[dict[str, Any]], counts: dict[str, int], sigmix: Any) -> dict[str, Any]:
-        """A reply that is not streamed."""
-        return {**self.head, "object": self.object, "choices": list(choices), "usage": counts, "sigmix": sigmix}
+    def response(self, choices: Sequence[Choice], usage: dict[str, int], sigmix: Any) -> dict[str, Any]:
+        """Return a whole response."""
+        listed = [self.choice(index, choice) for index, choice in enumerate(choices)]
+        return {**self._head, "object": self.object, "choices": listed, "usage": usage, "sigmix": sigmix}
 
-    def part(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One event of a stream."""
-        return {**self.head, "object": self.chunk, "choices": list(choices), **more}
+    def chunk(self, choices: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+        """Return one event of a stream."""
+        return {**self._head, "object": self.chunk_object, "choices": list(choices), **extra}
 
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """Return a whole choice."""
+        raise NotImplementedError
 
-class ChatForm(Form):
-    """chat.completion and chat.completion.chunk."""
+    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the choices of the first chunk."""
+        raise NotImplementedError
 
-    prefix, object, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        """Return new text of a streamed choice; ``offset`` is its position in the choice's text."""
+        raise NotImplementedError
 
-    def choice(self, index: int, found: Choice, logprobs: bool) -> dict[str, Any]:
-        """A whole answer."""
-        told = {"content": [self.told(token) for token in found.tokens], "refusal": None} if logprobs else None
-        message = {"role": "assistant", "content": found.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": told, "finish_reason": found.finish}
-
-    def first(self, index: int) -> dict[str, Any]:
-        """What a streamed answer begins with."""
-        return self.delta(index, {"role": "assistant", "content": ""})
-
-    def piece(self, index: int, text: str, tokens: Sequence[Token], logprobs: bool, _: int) -> dict[str, Any]:
-        """More of a streamed answer."""
-        told = {"content": [self.told(token) for token in tokens], "refusal": None} if logprobs else None
-        return {**self.delta(index, {"content": text}), "logprobs": told}
-
-    def last(self, index: int, finish: str) -> dict[str, Any]:
-        """What a streamed answer ends with."""
-        return self.delta(index, {}, finish)
-
-    @staticmethod
-    def delta(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        """A choice of a chunk."""
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-
-    def told(self, token: Token) -> dict[str, Any]:
-        """A token with its log-probability and the most probable ones."""
-        best = [self._one(id, logprob) for id, logprob in token.best]
-        return {**self._one(token.id, token.logprob), "top_logprobs": best}
-
-    def _one(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self.text_of(id)
-        known = None if "�" in text else list(text.encode())  # a part of a character has no text of its own
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": known}
+    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
+        """Return the end of a streamed choice."""
+        raise NotImplementedError
 
 
-class PlainForm(Form):
-    """text_completion."""
+class ChatResponseBuilder(ResponseBuilder):
+    """Builder of ``chat.completion`` and ``chat.completion.chunk``."""
 
-    prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
+    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, found: Choice, logprobs: bool) -> dict[str, Any]:
-        """A whole answer."""
-        told = self.told(found.tokens, 0) if logprobs else None
-        return {"index": index, "text": found.text, "logprobs": told, "finish_reason": found.finish}
-
-    def first(self, index: int) -> None:
-        """Nothing."""
-
-    def piece(self, index: int, text: str, tokens: Sequence[Token], logprobs: bool, offset: int) -> dict[str, Any]:
-        """More of a streamed answer."""
-        told = self.told(tokens, offset) if logprobs else None
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": None}
-
-    def last(self, index: int, finish: str) -> dict[str, Any]:
-        """What a streamed answer ends with."""
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": finish}
-
-    def told(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-        """Log-probabilities in the old format."""
-        texts = [self.text_of(token.id) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        best = [{self.text_of(id): max(logprob, -9999.0) for id, logprob in token.best} for token in tokens]
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
         return {
-            "tokens": texts, "token_logprobs": [max(token.logprob, -9999.0) for token in tokens],
-            "top_logprobs": best if any(best) else None, "text_offset": offsets,
+            "index": index, "message": message, "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": choice.finish_reason,
         }  # fmt: skip
 
+    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self._chunk_choice(index, {"role": "assistant", "content": ""}) for index in indices]
 
-# --- Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}.
+    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        return {**self._chunk_choice(index, {"content": text}), "logprobs": self._logprobs(tokens)}
+
+    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
+        return self._chunk_choice(index, {}, finish_reason)
+
+    @staticmethod
+    def _chunk_choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = [
+            {**self._token(token.id, token.logprob), "top_logprobs": [self._token(*top) for top in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        text = self.token_text(id)
+        encoded = None if "�" in text else list(text.encode())  # None: part of a character
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": encoded}
+
+
+class CompletionResponseBuilder(ResponseBuilder):
+    """Builder of ``text_completion``."""
+
+    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {**self.delta(index, choice.text, choice.tokens, 0), "finish_reason": choice.finish_reason}
+
+    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return []
+
+    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._logprobs(tokens, offset), "finish_reason": None}
+
+    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        texts = [self.token_text(token.id) for token in tokens]
+        top = [{self.token_text(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top} for token in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
+            "top_logprobs": top if any(top) else None,
+            "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
+        }
+
+
+def sse(value: Any) -> str:
+    """Format a value as a server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+# --- Errors
 
 
 class ApiError(Exception):
-    """What a client is told in place of an answer.
+    """Error response in OpenAI's format.
 
     Args:
-        status: HTTP status. message: what was found, what was expected, how to mend it.
-        kind: OpenAI's ``type``. code: a short name. param: the field of the request. retry: seconds to wait.
+        status: HTTP status.
+        message: one sentence.
+        type: OpenAI's error type.
+        code: OpenAI's error code.
+        param: request field that caused the error.
+        retry_after: seconds after which to repeat the request.
     """
 
     def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None,
-        param: str | None = None, retry: float | None = None,
+        self, status: int, message: str, type: str = "invalid_request_error", *, code: str | None = None,
+        param: str | None = None, retry_after: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
-        self.retry = retry
+        self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        """Return the JSON body."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def headers(self) -> dict[str, str]:
-        """Retry-After, where there is something to wait for."""
-        return {} if self.retry is None else {"Retry-After": str(max(1, round(self.retry + 0.5)))}
+    def response(self) -> JSONResponse:
+        """Return the HTTP response."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after + 0.5)))}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
 
 
-def from_sigmix(error: SigmixError, param: str | None = None) -> ApiError:
-    """Our own errors as a client sees them."""
+def api_error(error: SigmixError, param: str | None = None) -> ApiError:
+    """Convert an error of sigmix to an error response."""
     if isinstance(error, UnknownNameError):
         return ApiError(404, str(error), code="model_not_found" if param == "model" else "not_found", param=param)
     if isinstance(error, ContextError):
         return ApiError(400, str(error), code="context_length_exceeded", param=param)
     if isinstance(error, OutputError):
-        return ApiError(503, str(error), "server_error", "storage", param)
+        return ApiError(503, str(error), "server_error", code="storage", param=param)
     if isinstance(error, InputError):
         return ApiError(400, str(error), param=param)
     return ApiError(503, str(error), "server_error", param=param)
 
 
-def busy(message: str, retry: float) -> ApiError:
-    """429: come back later."""
-    return ApiError(429, message, "rate_limit_error", "rate_limit_exceeded", retry=retry)
+def rate_limited(message: str, retry_after: float) -> ApiError:
+    """Return a 429 error."""
+    return ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)

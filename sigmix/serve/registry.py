@@ -1,4 +1,4 @@
-"""What requests can name: experts of the bank, experts loaded while serving, saved mixes, `base` and `auto`."""
+"""Registry of served models: experts, saved mixtures, `base` and `auto`."""
 
 from __future__ import annotations
 
@@ -11,155 +11,154 @@ from sigmix.errors import ConfigError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import check_name
 from sigmix.experts.mix import Mix
-from sigmix.serve.store import State
+from sigmix.serve.store import Store
 
 AUTO, BASE = "auto", "base"
 
-
-EACH = 100
-"""Saved mixes of one client."""
+MAX_MIXES_PER_CLIENT = 100
 
 
-class Catalogue(Mapping[str, Expert]):
-    """Experts by name, as an engine's bank, and mixes by name.
+class ModelRegistry(Mapping[str, Expert]):
+    """Experts by name, usable as an engine's bank, and saved mixtures by name.
+
+    Readers need no lock: the dictionaries are replaced, never changed.
 
     Args:
-        bank: experts that are there from the start. state: keeps mixes. folders: that experts may be loaded from.
+        bank: initial experts.
+        store: persistent store of mixtures.
+        expert_folders: folders from which experts may be loaded.
     """
 
-    def __init__(self, bank: Mapping[str, Expert], state: State, folders: Sequence[Path] = ()) -> None:
-        self.state = state
-        self.folders = [Path(folder).expanduser().resolve() for folder in folders]
-        self.folder = getattr(bank, "folder", None)  # where strategies look for what was fitted for the bank
+    def __init__(self, bank: Mapping[str, Expert], store: Store, expert_folders: Sequence[Path] = ()) -> None:
+        self.store = store
+        self.expert_folders = [Path(folder).expanduser().resolve() for folder in expert_folders]
+        self.folder: Path | None = getattr(bank, "folder", None)  # strategies load their fitted files from here
         self._lock = threading.Lock()
-        self._experts: dict[str, Expert] = {name: bank[name] for name in bank}
-        self._mixes = state.mixes()
-
-    # ------------------------------------------------------------------ experts
+        self._experts: dict[str, Expert] = dict(bank.items())
+        self._mixes = store.mixes()
 
     def __getitem__(self, name: str) -> Expert:
-        try:
-            return self._experts[name]
-        except KeyError:
-            raise UnknownNameError("expert", name, self._experts, remedy="GET /v1/models lists them") from None
+        if name not in self._experts:
+            raise UnknownNameError("expert", name, self._experts, remedy="GET /v1/models lists all models")
+        return self._experts[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._experts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._experts))
+        return iter(self._experts)
 
     def __len__(self) -> int:
         return len(self._experts)
 
-    def read(self, given: str) -> Expert:
-        """An expert's folder, if it lies in one of the allowed ones and no part of the way is a link.
+    def experts(self) -> Mapping[str, Expert]:
+        """Return a snapshot of the experts."""
+        return self._experts
+
+    def load(self, folder: str) -> Expert:
+        """Load an expert from one of the allowed folders, without adding it.
+
+        Args:
+            folder: absolute, or relative to an allowed folder; must not contain ``..`` or symbolic links.
 
         Raises:
-            ExpertError: it does not, or is no expert. ConfigError: no folders are allowed.
+            ConfigError: no folders are allowed.
+            ExpertError: forbidden folder, or not an expert.
         """
-        if not self.folders:
-            raise ConfigError(
-                "this server loads no experts while it runs", remedy="start it with --expert-folder FOLDER"
-            )
-        wanted = Path(given)
-        if ".." in wanted.parts or "\0" in given:
-            raise ExpertError(f"the path {given!r} must not go up", remedy="name a folder inside an allowed one")
-        for root in self.folders:
-            path = wanted if wanted.is_absolute() else root / wanted
+        if not self.expert_folders:
+            raise ConfigError("loading experts is disabled", remedy="start the server with --expert-folders FOLDER")
+        given = Path(folder)
+        if ".." in given.parts or "\0" in folder:
+            raise ExpertError(f"invalid path {folder!r}", remedy="name a folder inside an allowed one, without '..'")
+        for root in self.expert_folders:
+            path = given if given.is_absolute() else root / given
             if path != root and path.is_relative_to(root) and path.is_dir():
-                inside = [*path.iterdir()]
-                way = [parent for parent in [path, *path.parents] if parent != root and parent.is_relative_to(root)]
-                if any(part.is_symlink() for part in [*way, *inside]):
-                    raise ExpertError(f"the path {given!r} holds a link", remedy="copy the expert's files themselves")
+                parents = [parent for parent in path.parents if parent != root and parent.is_relative_to(root)]
+                if any(part.is_symlink() for part in [path, *parents, *path.iterdir()]):
+                    raise ExpertError(f"{folder!r} contains a symbolic link", remedy="copy the files of the expert")
                 return Expert.from_pretrained(path)
-        raise ExpertError(
-            f"{given!r} is not a folder inside those that this server loads experts from",
-            remedy="name a folder inside an allowed one, by its name alone or in full",
-        )
+        raise ExpertError(f"{folder!r} is not inside an allowed folder", remedy="GET /v1/experts lists the folders")
 
     def add(self, expert: Expert) -> None:
-        """Take an expert in; it must have been checked against the base.
+        """Add an expert that has been checked against the base model.
 
         Raises:
-            ConfigError: its name is taken.
+            ConfigError: the name is taken.
         """
         with self._lock:
             if expert.name in self._experts or expert.name in self._mixes or expert.name in (AUTO, BASE):
-                raise ConfigError(f"the name {expert.name!r} is taken", remedy="unload the other one first")
+                raise ConfigError(f"the name {expert.name!r} is taken", remedy=f"DELETE /v1/experts/{expert.name}")
             self._experts = {**self._experts, expert.name: expert}
 
     def remove(self, name: str) -> None:
-        """Take an expert out; nobody may be using it.
+        """Remove an expert that no request uses.
 
         Raises:
-            UnknownNameError: there is none of that name.
+            UnknownNameError: no such expert.
         """
         with self._lock:
             self[name]
             self._experts = {other: expert for other, expert in self._experts.items() if other != name}
 
-    # ------------------------------------------------------------------ mixes
-
     def mixes(self) -> dict[str, tuple[Mix, dict[str, Any]]]:
-        """Saved mixes: {name: (mix, what is known about it)}."""
-        return dict(self._mixes)
+        """Return saved mixtures: {name: (mixture, metadata)}."""
+        return self._mixes
 
-    def check_free(self, name: str, client: str | None = None) -> None:
-        """Raise `ConfigError` or `ExpertError` if a client (None: an administrator) cannot call a mix so."""
+    def check_mix_name(self, name: str, client: str | None = None) -> None:
+        """Check that a client may save a mixture under a name.
+
+        Args:
+            client: None for an administrator, who may replace any mixture.
+
+        Raises:
+            ConfigError: the name is taken, or the client has too many mixtures.
+            ExpertError: not a valid name.
+        """
         if check_name(name) in self._experts or name in (AUTO, BASE):
-            raise ConfigError(f"the name {name!r} is an expert's or has a meaning of its own", remedy="give another")
+            raise ConfigError(f"the name {name!r} is taken", remedy="choose another name")
         if client is None:
             return
         if name in self._mixes and self._mixes[name][1].get("client") != client:
-            raise ConfigError(f"the name {name!r} is taken by a mix of somebody else", remedy="give another")
-        if sum(about.get("client") == client for _, about in self._mixes.values()) >= EACH:
-            raise ConfigError(f"{client} has {EACH} saved mixes already", remedy="have an administrator remove some")
+            raise ConfigError(f"the name {name!r} is taken by another client", remedy="choose another name")
+        if sum(metadata.get("client") == client for _, metadata in self._mixes.values()) >= MAX_MIXES_PER_CLIENT:
+            raise ConfigError(f"{client} has {MAX_MIXES_PER_CLIENT} saved mixtures", remedy="DELETE /v1/mixes/NAME")
 
-    def save_mix(self, name: str, mix: Mix, about: Mapping[str, Any], client: str | None = None) -> None:
-        """Save a mix under a name, replacing an older one of the same client (None: an administrator, any).
+    def save_mix(self, name: str, mix: Mix, metadata: Mapping[str, Any], client: str | None = None) -> None:
+        """Save a mixture under a name; see `check_mix_name`.
 
         Raises:
-            ConfigError, ExpertError: see `check_free`. OutputError: it cannot be written.
+            OutputError: the store cannot be written.
         """
         with self._lock:
-            self.check_free(name, client)
-            about = {**about, "client": client} if client is not None else dict(about)
-            self.state.save_mix(name, mix, about)
-            self._mixes = {**self._mixes, name: (mix, about)}
+            self.check_mix_name(name, client)
+            saved = {**metadata, "client": client} if client is not None else dict(metadata)
+            self.store.save_mix(name, mix, saved)
+            self._mixes = {**self._mixes, name: (mix, saved)}
 
-    def drop_mix(self, name: str) -> None:
-        """Forget a saved mix.
+    def delete_mix(self, name: str) -> None:
+        """Delete a saved mixture.
 
         Raises:
-            UnknownNameError: there is none of that name.
+            UnknownNameError: no such mixture.
         """
         with self._lock:
             if name not in self._mixes:
-                raise UnknownNameError("mix", name, self._mixes)
-            self.state.drop_mix(name)
-            self._mixes = {other: found for other, found in self._mixes.items() if other != name}
-
-    # ------------------------------------------------------------------ what a request asks for
+                raise UnknownNameError("mixture", name, self._mixes)
+            self.store.delete_mix(name)
+            self._mixes = {other: saved for other, saved in self._mixes.items() if other != name}
 
     def resolve(self, model: str) -> Mix | None:
-        """The mix that a request's ``model`` names; None for `auto`.
+        """Return the mixture of a request's ``model``; None for `auto`.
 
         Raises:
-            UnknownNameError: a name that nothing has. ConfigError: no mix can be read from it.
+            UnknownNameError: unknown model or expert.
+            ConfigError: not a valid mixture expression.
         """
         if model == AUTO:
             return None
-        if model in self._mixes:
-            mix = self._mixes[model][0]
-        else:
-            mix = Mix.parse(model)
+        mix = self._mixes[model][0] if model in self._mixes else Mix.parse(model)
         for name in mix.weights:
             if name not in self._experts:
-                known = [*self._experts, *self._mixes, AUTO, BASE]
-                raise UnknownNameError("model", name, known, remedy="GET /v1/models lists them")
+                models = [*self._experts, *self._mixes, AUTO, BASE]
+                raise UnknownNameError("model", name, models, remedy="GET /v1/models lists all models")
         return mix
-
-    def usable(self, mix: Mix) -> bool:
-        """Whether all experts of a mix are there."""
-        return all(name in self._experts for name in mix.weights)

@@ -1,282 +1,296 @@
-"""From a request to the batcher and back, whole or as a stream of server-sent events."""
+"""One generation request over HTTP: submission to the scheduler, then a whole response or a stream of events."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from sigmix.errors import OutputError, SigmixError
-from sigmix.serve.adaptation import arm_and_context
-from sigmix.serve.auth import Key
-from sigmix.serve.fair_queue import QueueFull
-from sigmix.serve.protocol import ApiError, ChatForm, Choice, Generate, PlainForm, about, busy, from_sigmix, usage
-from sigmix.serve.scheduler import Closing, Event, Failed, Finished, Job, Started, Token
+from sigmix.adapt.bandit import arm_and_context
+from sigmix.errors import SigmixError
+from sigmix.serve.auth import ApiKey
+from sigmix.serve.fair_queue import QueueFullError
+from sigmix.serve.protocol import (
+    ApiError,
+    Choice,
+    GenerationOptions,
+    ResponseBuilder,
+    api_error,
+    decision_json,
+    rate_limited,
+    sse,
+)
+from sigmix.serve.scheduler import (
+    ClosingError,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Started,
+    Token,
+    choice_seed,
+)
 from sigmix.serve.service import Service
 
 log = logging.getLogger("sigmix.serve")
 
+HEARTBEAT_SECONDS = 15.0
+"""Interval of comments in a silent stream, which keep proxies from closing the connection."""
 
-SILENCE = 15.0
-"""Seconds after which a stream that has nothing to say says so, to keep the connection open."""
-
-
-FAILED = {"model": 503, "mix": 404, "time": 504, "closing": 503, "internal": 500}
-
-
-class Gone(Exception):
-    """The client has left."""
+STATUS = {"model": 503, "mix": 404, "timeout": 504, "closing": 503, "internal": 500}
+"""HTTP status by the code of `Failed`."""
 
 
-class Answering:
-    """One request for text: several prompts, each with ``n`` answers, numbered through.
+class ClientDisconnected(Exception):
+    """The client closed the connection."""
+
+
+class RequestHandler:
+    """Handler of a chat or text completion with several prompts, each with ``n`` choices, numbered through.
 
     Args:
-        service: the server's parts. request: to notice that the client leaves. key: whose it is.
-        asked: what is wanted. prompts: (token ids, the user's turn) of each. form: how replies look.
-        top: most probable tokens to tell. logprobs: whether to tell log-probabilities at all.
+        service: parts of the server.
+        request: HTTP request, to detect a disconnect.
+        key: API key of the client.
+        options: parsed body.
+        prompts: (token ids, user turn) of each prompt.
+        builder: class of the response objects.
+        max_new_tokens: limit per choice; None: the server's default.
+        logprobs: include log-probabilities.
+        top_logprobs: number of most probable tokens per position.
 
     Raises:
-        ApiError: it cannot be answered.
+        ApiError: invalid request.
     """
 
     def __init__(
         self,
         service: Service,
         request: Request,
-        key: Key,
-        asked: Generate,
+        key: ApiKey,
+        options: GenerationOptions,
         prompts: Sequence[tuple[list[int], str]],
-        form: type[ChatForm] | type[PlainForm],
-        limit: int | None,
-        top: int,
+        builder: type[ResponseBuilder],
+        *,
+        max_new_tokens: int | None,
         logprobs: bool,
+        top_logprobs: int,
     ) -> None:
-        self.service, self.request, self.key, self.asked = service, request, key, asked
-        self.logprobs = logprobs
-        self.form = form(
-            form.prefix + uuid.uuid4().hex, asked.model, int(time.time()), service.fingerprint, service.token_text
-        )
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        settings = service.settings
-        if asked.n > settings.max_choices or len(prompts) > settings.max_choices:
-            message = f"this server gives {settings.max_choices} answers, or answers to as many prompts, at most"
-            raise ApiError(400, message, param="n")
-        if asked.n > settings.rows:
-            raise ApiError(400, f"n must be at most {settings.rows}", param="n")
+        self.service, self.request, self.key, self.options = service, request, key, options
+        settings, n = service.settings, options.n
+        if (limit := min(settings.max_choices, settings.max_batch_size)) < n:
+            raise ApiError(400, f"n must be at most {limit}", param="n")
+        if len(prompts) > settings.max_choices:
+            raise ApiError(400, f"at most {settings.max_choices} prompts per request", param="prompt")
         try:
-            mix = service.catalogue.resolve(asked.model)
+            mix = service.registry.resolve(options.model)
         except SigmixError as error:
-            raise from_sigmix(error, "model") from error
-        policy = (asked.sigmix.policy if asked.sigmix else None) or ""
+            raise api_error(error, "model") from error
         try:
-            policy = service.decider.check(policy)
-            lengths = [service.check_length(ids, limit) for ids, _ in prompts]
+            strategy = service.check_strategy((options.sigmix and options.sigmix.strategy) or "")
+            limits = [service.fit_context(ids, max_new_tokens) for ids, _ in prompts]
         except SigmixError as error:
-            raise from_sigmix(error) from error
-        most = key.max_new_tokens or settings.max_new_tokens
-        seed = asked.seed if asked.seed is not None else secrets.randbits(31)
-        temperature = settings.default_temperature if asked.temperature is None else asked.temperature
-        self.jobs = [
-            Job(
-                key.name, ids, mix, self._deliver(number), text, policy, asked.n, min(length, most), temperature,
-                1.0 if asked.top_p is None else asked.top_p, seed + number * asked.n, asked.stops(), top,
-                time.monotonic() + settings.request_seconds,
+            raise api_error(error) from error
+        seed = options.seed if options.seed is not None else secrets.randbits(31)
+        self.started_at = time.monotonic()
+        self.requests = [
+            GenerationRequest(
+                client=key.name,
+                ids=ids,
+                mix=mix,
+                on_event=self._receiver(number),
+                text=text,
+                strategy=strategy,
+                seeds=[choice_seed(seed, number * n + index) for index in range(n)],
+                max_new_tokens=min(limits[number], key.max_new_tokens or settings.max_new_tokens),
+                temperature=settings.default_temperature if options.temperature is None else options.temperature,
+                top_p=1.0 if options.top_p is None else options.top_p,
+                stop_strings=options.stop_strings,
+                top_logprobs=top_logprobs,
+                deadline=self.started_at + settings.request_timeout,
             )
-            for number, ((ids, text), length) in enumerate(zip(prompts, lengths, strict=True))
-        ]  # fmt: skip
-        self.choices = [Choice() for _ in range(asked.n * len(prompts))]
-        self.about: list[dict[str, Any] | None] = [None] * len(prompts)
-        self._first = True
-        self._since = time.monotonic()
+            for number, (ids, text) in enumerate(prompts)
+        ]
+        self.builder = builder(
+            uuid.uuid4().hex, options.model, int(time.time()), service.fingerprint, service.token_text, logprobs
+        )
+        self.choices = [Choice() for _ in range(n * len(prompts))]
+        self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def _deliver(self, number: int) -> Any:
-        def deliver(event: Event) -> None:
-            # the loop may be closed already when a server goes down
+    def _receiver(self, number: int) -> Callable[[Event], None]:
+        """Return a callback that moves events of prompt ``number`` from the scheduler's thread to the event loop."""
+
+        def receive(event: Event) -> None:
             try:
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, event))
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
             except RuntimeError:
-                log.debug("an event came after the end of the loop")
+                log.debug("event dropped: the event loop is closed")
 
-        return deliver
+        return receive
 
-    def submit(self) -> None:
-        """Hand the jobs to the batcher.
+    def _submit(self) -> None:
+        submitted: list[GenerationRequest] = []
+        try:
+            for request in self.requests:
+                self.service.scheduler.submit(request)
+                submitted.append(request)
+        except (QueueFullError, ClosingError) as error:
+            for request in submitted:
+                self.service.scheduler.cancel(request)
+            if isinstance(error, ClosingError):
+                message = "the server is shutting down"
+                raise ApiError(503, message, "server_error", code="closing", retry_after=5) from error
+            running, queued = self.service.scheduler.load()
+            raise rate_limited(str(error), 1 + queued / max(running, 1)) from error
+
+    async def _follow(self, heartbeat: float | None = None) -> AsyncGenerator[tuple[int, Event] | None, None]:
+        """Yield (prompt number, event) until all choices have finished; None after ``heartbeat`` silent seconds.
 
         Raises:
-            ApiError: too many wait, or the server is going down.
+            ClientDisconnected: the client closed the connection; its requests are cancelled.
         """
-        done: list[Job] = []
+        disconnected: asyncio.Future[Any] = asyncio.ensure_future(self._disconnected())
+        upcoming: asyncio.Future[Any] | None = None
+        unfinished = len(self.choices)
         try:
-            for job in self.jobs:
-                self.service.batcher.submit(job)
-                done.append(job)
-        except (QueueFull, Closing) as error:
-            for job in done:
-                self.service.batcher.cancel(job)
-            if isinstance(error, Closing):
-                raise ApiError(503, "the server is going down", "server_error", "closing", retry=5) from error
-            rows, waiting = self.service.batcher.load()
-            raise busy(str(error), 1 + waiting / max(rows, 1)) from error
-
-    # ------------------------------------------------------------------ events
-
-    async def events(self, silence: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
-        """What happens, until all is done; None after ``silence`` seconds in which nothing did.
-
-        Raises:
-            Gone: the client has left.
-        """
-        gone = asyncio.ensure_future(self._gone())
-        following: asyncio.Future[Any] | None = None
-        left = len(self.choices)
-        try:
-            while left:
-                following = following or asyncio.ensure_future(self.queue.get())
-                await asyncio.wait({gone, following}, timeout=silence, return_when=asyncio.FIRST_COMPLETED)
-                if following.done():
-                    number, event = following.result()
-                    following = None
-                    left -= isinstance(event, Finished)
+            while unfinished:
+                upcoming = upcoming or asyncio.ensure_future(self._events.get())
+                await asyncio.wait({disconnected, upcoming}, timeout=heartbeat, return_when=asyncio.FIRST_COMPLETED)
+                if upcoming.done():
+                    number, event = upcoming.result()
+                    upcoming = None
+                    unfinished -= isinstance(event, Finished)
                     yield number, event
-                    if isinstance(event, Failed):
-                        return
-                elif gone.done():
-                    raise Gone
+                elif disconnected.done():
+                    raise ClientDisconnected
                 else:
                     yield None
         finally:
-            gone.cancel()
-            if following is not None:
-                following.cancel()
-            for job in self.jobs:
-                self.service.batcher.cancel(job)
+            disconnected.cancel()
+            if upcoming is not None:
+                upcoming.cancel()
+            for request in self.requests:
+                self.service.scheduler.cancel(request)
 
-    async def _gone(self) -> None:
+    async def _disconnected(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
-    def _count(self, number: int, event: Event) -> Choice | None:
-        """Keep what an event says; returns the answer that it is about."""
-        if isinstance(event, Started):
-            self.about[number] = about(event.decision, event.waited)
-            self._note(event)
-            return None
-        if isinstance(event, Failed):
-            raise ApiError(
-                FAILED[event.kind], event.message, "server_error", event.kind, retry=5 if event.kind != "mix" else None
-            )
-        choice = self.choices[number * self.asked.n + event.index]
-        choice.text += event.piece
-        if isinstance(event, Token):
-            choice.tokens.append(event)
-            if self._first:
-                self._first = False
-                self.service.metrics.first.observe(time.monotonic() - self._since)
-        else:
-            choice.finish = event.reason
-        return choice
-
-    def _note(self, event: Started) -> None:
-        """Keep what feedback on this reply could be learned from; an answer does not fail because that fails."""
-        if len(self.choices) > 1:
-            return
-        arm, context = arm_and_context(event.decision)
-        try:
-            self.service.state.note_reply(self.form.head["id"], self.key.name, arm, context)
-        except (OutputError, SigmixError):
-            log.warning("a reply could not be noted for feedback", exc_info=True)
-
-    def _usage(self) -> dict[str, int]:
-        return usage(sum(len(job.ids) for job in self.jobs), sum(len(choice.tokens) for choice in self.choices))
-
-    def _sigmix(self) -> Any:
-        return self.about[0] if len(self.about) == 1 else self.about
-
-    # ------------------------------------------------------------------ answers
-
-    async def response(self) -> Response:
-        """The answer, whole or as a stream.
+    def _record(self, number: int, event: Event) -> None:
+        """Add an event to the response.
 
         Raises:
-            ApiError: there is none. A stream that has begun ends with an event that holds the error.
+            ApiError: the request failed.
         """
-        self.submit()
-        if not self.asked.stream:
-            try:
-                async for found in self.events():
-                    assert found is not None
-                    self._count(*found)
-            except Gone:
-                return Response(status_code=499)
-            made = [self.form.choice(i, choice, self.logprobs) for i, choice in enumerate(self.choices)]
-            return JSONResponse(self.form.whole(made, self._usage(), self._sigmix()))
-        events = self.events(SILENCE)
-        # the status can still say what is wrong until the first event of every prompt is there
-        early: list[tuple[int, Event]] = []
-        try:
-            async for found in events:
-                if found is None:
-                    continue
-                early.append(found)
-                if isinstance(found[1], Failed):
-                    self._count(*found)
-                break
-        except Gone:
-            return Response(status_code=499)
-        except ApiError:
-            await events.aclose()  # type: ignore[attr-defined]
-            raise
-        return StreamingResponse(self._stream(early, events), media_type="text/event-stream")
-
-    async def _stream(self, early: list[tuple[int, Event]], events: AsyncIterator[Any]) -> AsyncIterator[str]:
-        try:
-            for found in early:
-                for line in self._lines(*found):
-                    yield line
-            async for found in events:
-                if found is None:
-                    yield ": waiting\n\n"
-                    continue
-                for line in self._lines(*found):
-                    yield line
-            if self.asked.stream_options and self.asked.stream_options.include_usage:
-                yield _line(self.form.part([], usage=self._usage()))
-            yield "data: [DONE]\n\n"
-        except Gone:
+        if isinstance(event, Failed):
+            retry_after = None if event.code == "mix" else 5
+            raise ApiError(STATUS[event.code], event.message, "server_error", code=event.code, retry_after=retry_after)
+        if isinstance(event, Started):
+            self.decisions[number] = decision_json(event.decision, event.queue_seconds)
+            self._save_for_feedback(event)
             return
-        except ApiError as error:
-            yield _line(error.body())
-            yield "data: [DONE]\n\n"
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
-
-    def _lines(self, number: int, event: Event) -> list[str]:
-        choice = self._count(number, event)
-        if choice is None:
-            start = number * self.asked.n
-            first = [self.form.first(start + index) for index in range(self.asked.n)]
-            return [_line(self.form.part([one for one in first if one], sigmix=self.about[number]))]
-        assert isinstance(event, (Token, Finished))
-        index = number * self.asked.n + event.index
-        made = []
-        tokens = [event] if isinstance(event, Token) else []
-        if event.piece or (self.logprobs and tokens):
-            offset = len(choice.text) - len(event.piece)
-            made.append(self.form.piece(index, event.piece, tokens, self.logprobs, offset))
+        choice = self.choices[number * self.options.n + event.index]
+        choice.text += event.text
         if isinstance(event, Finished):
-            made.append(self.form.last(index, event.reason))
-        return [_line(self.form.part([one])) for one in made]
+            choice.finish_reason = event.reason
+            return
+        if not any(other.tokens for other in self.choices):
+            self.service.metrics.first_token_seconds.observe(time.monotonic() - self.started_at)
+        choice.tokens.append(event)
 
+    def _save_for_feedback(self, event: Started) -> None:
+        if len(self.choices) > 1:
+            return
+        try:
+            self.service.store.save_reply(self.builder.id, self.key.name, *arm_and_context(event.decision))
+        except SigmixError:
+            log.warning("reply not saved; it cannot receive feedback", exc_info=True)
 
-def _line(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    def _usage(self) -> dict[str, int]:
+        prompt = sum(len(request.ids) for request in self.requests)
+        completion = sum(len(choice.tokens) for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    async def respond(self) -> Response:
+        """Return the response.
+
+        Raises:
+            ApiError: the request failed. A stream that has begun ends with an error event instead.
+        """
+        self._submit()
+        return await (self._streamed() if self.options.stream else self._whole())
+
+    async def _whole(self) -> Response:
+        try:
+            async with aclosing(self._follow()) as events:
+                async for item in events:
+                    assert item is not None
+                    self._record(*item)
+        except ClientDisconnected:
+            return Response(status_code=499)
+        sigmix = self.decisions[0] if len(self.decisions) == 1 else self.decisions
+        return JSONResponse(self.builder.response(self.choices, self._usage(), sigmix))
+
+    async def _streamed(self) -> Response:
+        lines = self._lines()
+        try:
+            first = await anext(lines)  # an error in the first event still sets the status
+        except ClientDisconnected:
+            return Response(status_code=499)
+        return StreamingResponse(self._stream(first, lines), media_type="text/event-stream")
+
+    async def _stream(self, first: str, lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+        async with aclosing(lines):
+            yield first
+            try:
+                async for line in lines:
+                    yield line
+            except ClientDisconnected:
+                return
+            except ApiError as error:
+                yield sse(error.body())
+            yield "data: [DONE]\n\n"
+
+    async def _lines(self) -> AsyncGenerator[str, None]:
+        """Yield the events of a stream, without the end; heartbeats only after the first event.
+
+        Raises:
+            ApiError: the request failed.
+        """
+        started = False
+        async with aclosing(self._follow(HEARTBEAT_SECONDS)) as events:
+            async for item in events:
+                if item is not None:
+                    started = True
+                    self._record(*item)
+                    for chunk in self._chunks(*item):
+                        yield sse(chunk)
+                elif started:
+                    yield ": waiting\n\n"
+        if self.options.stream_options and self.options.stream_options.include_usage:
+            yield sse(self.builder.chunk([], usage=self._usage()))
+
+    def _chunks(self, number: int, event: Event) -> Iterator[dict[str, Any]]:
+        builder, n = self.builder, self.options.n
+        if isinstance(event, Started):
+            indices = range(number * n, (number + 1) * n)
+            yield builder.chunk(builder.first(indices), sigmix=self.decisions[number])
+            return
+        assert isinstance(event, (Token, Finished))
+        index = number * n + event.index
+        tokens = [event] if isinstance(event, Token) else []
+        if event.text or (builder.logprobs and tokens):
+            offset = len(self.choices[index].text) - len(event.text)
+            yield builder.chunk([builder.delta(index, event.text, tokens, offset)])
+        if isinstance(event, Finished):
+            yield builder.chunk([builder.last(index, event.reason)])

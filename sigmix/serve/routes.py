@@ -1,314 +1,314 @@
-"""The routes that clients use: OpenAI's, and ours beside them."""
+"""HTTP routes: OpenAI's API, sigmix's additions, and administration."""
 
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from sigmix.errors import SigmixError
+from sigmix.adapt import Example
+from sigmix.errors import ConfigError, SigmixError
+from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
-from sigmix.serve.auth import Key
-from sigmix.serve.fair_queue import QueueFull
+from sigmix.serve.adaptation import Adaptation
+from sigmix.serve.auth import ApiKey
+from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol import (
-    Adapt,
+    AdaptRequest,
     ApiError,
-    Chat,
-    ChatForm,
-    Completion,
-    Feedback,
-    LoadExpert,
-    PlainForm,
-    SaveMix,
-    busy,
-    from_sigmix,
+    ChatCompletionRequest,
+    ChatResponseBuilder,
+    CompletionRequest,
+    CompletionResponseBuilder,
+    FeedbackRequest,
+    LoadExpertRequest,
+    SaveMixRequest,
+    api_error,
+    rate_limited,
 )
 from sigmix.serve.registry import AUTO, BASE
-from sigmix.serve.request import Answering
+from sigmix.serve.request import RequestHandler
 from sigmix.serve.service import Service
 
-router = APIRouter()
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""``max_tokens`` of a text completion without one, as in OpenAI's API."""
+
+ADAPTATION_RETRY_SECONDS = 30.0
 
 
-def service_of(request: Request) -> Service:
-    """The server's parts."""
+def get_service(request: Request) -> Service:
+    """Return the server's parts."""
     return request.app.state.service
 
 
-def key_of(request: Request) -> Key:
-    """Whose request it is."""
+def get_key(request: Request) -> ApiKey:
+    """Return the API key of the client."""
     return request.state.key
 
 
-Parts = Annotated[Service, Depends(service_of)]
+def require_admin(request: Request) -> None:
+    """Reject clients without an administrator's key.
+
+    Raises:
+        ApiError: status 403.
+    """
+    if not get_key(request).admin:
+        raise ApiError(403, "administrator's key required", "permission_error", code="forbidden")
 
 
-Client = Annotated[Key, Depends(key_of)]
+ServiceDep = Annotated[Service, Depends(get_service)]
+KeyDep = Annotated[ApiKey, Depends(get_key)]
+
+router = APIRouter()
+admin_router = APIRouter(dependencies=[Depends(require_admin)])
+
+
+async def in_thread(param: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a blocking function in the thread pool; report an error of sigmix for the field ``param``."""
+    try:
+        return await run_in_threadpool(function, *args, **kwargs)
+    except SigmixError as error:
+        raise api_error(error, param) from error
+
+
+# --- Generation
 
 
 @router.post("/v1/chat/completions")
-async def chat(asked: Chat, request: Request, service: Parts, key: Client) -> Response:
-    """Answer a conversation."""
-    turns = [{"role": _role(turn.role), "content": turn.words()} for turn in asked.messages]
-    said = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
-    if not said.strip():
-        raise ApiError(400, "messages must hold a user's turn that is not empty", param="messages")
-    try:
-        ids = await run_in_threadpool(service.encode_chat, turns)
-    except SigmixError as error:
-        raise from_sigmix(error, "messages") from error
-    answering = Answering(
-        service, request, key, asked, [(ids, said)], ChatForm, asked.limit(), asked.top_logprobs or 0,
-        bool(asked.logprobs),
+async def chat_completions(body: ChatCompletionRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
+    """Generate the next message of a conversation."""
+    turns = [message.turn() for message in body.messages]
+    user = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
+    if not user.strip():
+        raise ApiError(400, "messages must contain a non-empty user message", param="messages")
+    ids = await in_thread("messages", service.encode_chat, turns)
+    handler = RequestHandler(
+        service, request, key, body, [(ids, user)], ChatResponseBuilder,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0,
     )  # fmt: skip
-    return await answering.response()
-
-
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role
+    return await handler.respond()
 
 
 @router.post("/v1/completions")
-async def completions(asked: Completion, request: Request, service: Parts, key: Client) -> Response:
-    """Go on from bare text, without a chat template."""
-    given = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
+async def completions(body: CompletionRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
+    """Continue bare text, without a chat template."""
+    given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
-    if len(given) > service.settings.max_choices:
-        raise ApiError(400, f"at most {service.settings.max_choices} prompts in a request", param="prompt")
-    if not given:
-        raise ApiError(400, "prompt must not be empty", param="prompt")
+    if not 1 <= len(given) <= service.settings.max_choices:
+        raise ApiError(400, f"prompt must hold 1 to {service.settings.max_choices} prompts", param="prompt")
+    vocabulary = service.engine.model.get_input_embeddings().weight.shape[0]
     prompts = []
-    for one in given:
-        if isinstance(one, str):
-            prompts.append((await run_in_threadpool(service.encode_text, one), one))
-        else:
-            ids = [int(token) for token in one]  # type: ignore[union-attr]
-            size = service.engine.model.get_input_embeddings().weight.shape[0]
-            if not all(0 <= token < size for token in ids):
-                raise ApiError(400, f"token ids must be from 0 to {size - 1}", param="prompt")
-            prompts.append((ids, await run_in_threadpool(service.decode, ids)))
-    top = asked.logprobs or 0
-    answering = Answering(
-        service, request, key, asked, prompts, PlainForm, asked.limit() or 16, top, asked.logprobs is not None
-    )
-    return await answering.response()
+    for prompt in given:
+        if isinstance(prompt, str):
+            prompts.append((await in_thread("prompt", service.encode_text, prompt), prompt))
+            continue
+        ids = [int(token) for token in prompt]  # type: ignore[union-attr]
+        if not all(0 <= token < vocabulary for token in ids):
+            raise ApiError(400, f"token ids must be between 0 and {vocabulary - 1}", param="prompt")
+        prompts.append((ids, await in_thread("prompt", service.decode, ids)))
+    handler = RequestHandler(
+        service, request, key, body, prompts, CompletionResponseBuilder,
+        max_new_tokens=body.max_tokens or DEFAULT_COMPLETION_TOKENS,
+        logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0,
+    )  # fmt: skip
+    return await handler.respond()
+
+
+# --- Models
 
 
 @router.get("/v1/models")
-async def models(service: Parts) -> dict[str, Any]:
-    """What `model` can be, besides mixes written out."""
+async def list_models(service: ServiceDep) -> dict[str, Any]:
+    """List all models: `auto`, `base`, experts and saved mixtures."""
     return {"object": "list", "data": _models(service)}
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, service: Parts) -> dict[str, Any]:
-    """One of them."""
-    for found in _models(service):
-        if found["id"] == name:
-            return found
+async def get_model(name: str, service: ServiceDep) -> dict[str, Any]:
+    """Return one model; ``name`` may be a mixture expression."""
+    for model in _models(service):
+        if model["id"] == name:
+            return model
     try:
-        mix = service.catalogue.resolve(name)
+        mix = service.registry.resolve(name)
     except SigmixError as error:
-        raise from_sigmix(error, "model") from error
+        raise api_error(error, "model") from error
     assert mix is not None
     return _model(service, name, "mix", mix=mix.id)
 
 
 def _models(service: Service) -> list[dict[str, Any]]:
-    catalogue = service.catalogue
-    found = [
-        _model(service, AUTO, "auto", policy=service.decider.default, policies=sorted(service.decider.strategies)),
+    models = [
+        _model(service, AUTO, "auto", strategy=service.default_strategy, strategies=sorted(service.strategies)),
         _model(service, BASE, "base", base=service.settings.base),
     ]
-    for name, expert in catalogue.items():
-        about = {key: expert.meta.get(key) for key in ("domain", "task", "description")}
-        found.append(_model(service, name, "expert", **about))
-    for name, (mix, about) in catalogue.mixes().items():
-        told = {key: value for key, value in about.items() if key != "client"}
-        found.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **told))
-    return found
+    for name, expert in service.registry.experts().items():
+        metadata = {key: expert.meta.get(key) for key in ("domain", "task", "description")}
+        models.append(_model(service, name, "expert", **metadata))
+    for name, (mix, saved) in service.registry.mixes().items():
+        metadata = {key: value for key, value in saved.items() if key != "client"}
+        models.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **metadata))
+    return models
 
 
-def _model(service: Service, name: str, kind: str, **more: Any) -> dict[str, Any]:
-    sigmix = {"kind": kind, **more}
+def _model(service: Service, name: str, kind: str, **metadata: Any) -> dict[str, Any]:
+    sigmix = {"kind": kind, **metadata}
     return {"id": name, "object": "model", "created": service.created, "owned_by": "sigmix", "sigmix": sigmix}
 
 
-# ------------------------------------------------------------------ adaptation and feedback
+# --- Adaptation and feedback
 
 
 @router.post("/v1/adapt", status_code=202)
-async def adapt(asked: Adapt, service: Parts, key: Client) -> dict[str, Any]:
-    """Search a mix on a few labelled examples, in the background."""
-    if len(asked.examples) > service.settings.max_examples:
+async def adapt(body: AdaptRequest, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
+    """Start a background search for a mixture on labelled examples."""
+    if len(body.examples) > service.settings.max_examples:
         raise ApiError(400, f"at most {service.settings.max_examples} examples", param="examples")
     id = f"adapt-{uuid.uuid4().hex}"
+    for example in body.examples:
+        ids = await in_thread("examples", service.encode_chat, [{"role": "user", "content": example.prompt}])
+        await in_thread("examples", service.fit_context, ids, body.max_tokens)
     try:
-        for example in asked.examples:
-            ids = await run_in_threadpool(service.encode_chat, [{"role": "user", "content": example.prompt}])
-            service.check_length(ids, asked.max_tokens)
-        made = service.adaptations.submit(
-            id, None if key.admin else key.name, asked.name or f"adapted-{id[-8:]}",
-            [(one.prompt, one.answer) for one in asked.examples], asked.score, method=asked.method,
-            settings=asked.settings, granularity=asked.granularity,
-            max_new_tokens=asked.max_tokens, seed=asked.seed,
-        )  # fmt: skip
+        adaptation = service.adaptations.submit(
+            id,
+            client=None if key.admin else key.name,
+            name=body.name or f"adapted-{id[-8:]}",
+            examples=[Example(example.prompt, example.answer) for example in body.examples],
+            grader=body.score,
+            method=body.method,
+            settings=body.settings,
+            granularity=body.granularity,
+            max_new_tokens=body.max_tokens,
+            seed=body.seed,
+        )
     except SigmixError as error:
-        raise from_sigmix(error, "examples") from error
-    except QueueFull as error:
-        raise busy("too many adaptations are waiting, of this client or in all", 30) from error
-    return made.to_json()
+        raise api_error(error, "examples") from error
+    except QueueFullError as error:
+        raise rate_limited("too many queued adaptations", ADAPTATION_RETRY_SECONDS) from error
+    return adaptation.to_json()
 
 
 @router.get("/v1/adapt/{id}")
-async def adaptation(id: str, service: Parts, key: Client) -> dict[str, Any]:
-    """How a search is doing."""
+async def get_adaptation(id: str, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
+    """Return status, trace and result of a search."""
     return _adaptation(service, id, key).to_json()
 
 
 @router.delete("/v1/adapt/{id}")
-async def cancel(id: str, service: Parts, key: Client) -> dict[str, Any]:
-    """Stop a search."""
-    found = _adaptation(service, id, key)
-    service.adaptations.cancel(found)
-    return found.to_json()
+async def cancel_adaptation(id: str, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
+    """Cancel a search."""
+    adaptation = _adaptation(service, id, key)
+    service.adaptations.cancel(adaptation)
+    return adaptation.to_json()
 
 
-def _adaptation(service: Service, id: str, key: Key) -> Any:
+def _adaptation(service: Service, id: str, key: ApiKey) -> Adaptation:
     try:
         return service.adaptations.get(id, None if key.admin else key.name)
     except SigmixError as error:
-        raise from_sigmix(error, "id") from error
+        raise api_error(error, "id") from error
 
 
 @router.post("/v1/feedback")
-async def feedback(asked: Feedback, service: Parts, key: Client) -> dict[str, Any]:
-    """How good an earlier reply was; the `bandit` policy learns from it."""
-    bandit = service.bandit
-    try:
-        found = await run_in_threadpool(service.state.reply, asked.id)
-        if found is None or (not key.admin and found["client"] != key.name):
-            raise ApiError(404, f"there is no reply {asked.id!r} that could get feedback", code="not_found", param="id")
-        learned = bandit is not None and found["arm"] is not None and found["context"] is not None
-        if learned:
-            assert bandit is not None
-            first = await run_in_threadpool(bandit.learn, asked.id, found["arm"], found["context"], asked.reward)
-        else:
-            first = await run_in_threadpool(service.state.learn, asked.id, asked.reward, "", None)
-    except SigmixError as error:
-        raise from_sigmix(error) from error
-    if not first:
-        raise ApiError(409, f"the reply {asked.id!r} has its feedback", code="conflict", param="id")
-    service.metrics.feedback.labels("good" if asked.reward > 0 else "bad" if asked.reward < 0 else "even").inc()
-    why = None if learned else "the reply's mix was asked for, or is of several experts, or the bank has no probe"
-    return {"id": asked.id, "object": "sigmix.feedback", "learned": learned, "reason": why}
+async def feedback(body: FeedbackRequest, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
+    """Reward an earlier reply; the strategy `bandit` learns from it."""
+    reply = await in_thread(None, service.store.reply, body.id)
+    if reply is None or (not key.admin and reply["client"] != key.name):
+        raise ApiError(404, f"no reply {body.id!r} that can receive feedback", code="not_found", param="id")
+    arm, context = reply["arm"], reply["context"]
+    learned = service.bandit is not None and arm is not None and context is not None
+    if learned:
+        assert service.bandit is not None
+        saved = await in_thread(None, service.bandit.learn, body.id, arm, context, body.reward)
+    else:
+        saved = await in_thread(None, service.store.learn, body.id, body.reward)
+    if not saved:
+        raise ApiError(409, f"reply {body.id!r} already has feedback", code="conflict", param="id")
+    service.metrics.feedback.labels("good" if body.reward > 0 else "bad" if body.reward < 0 else "even").inc()
+    reason = None if learned else "the mixture was given or has several experts, or the bank has no probe"
+    return {"id": body.id, "object": "sigmix.feedback", "learned": learned, "reason": reason}
 
 
 @router.get("/health")
-async def health(service: Parts) -> Response:
-    """200 once the server is warm and takes requests, else 503."""
-    state = "ok" if service.ready else "closing" if service.closing else "starting"
-    return JSONResponse({"status": state}, 200 if service.ready else 503)
+async def health(service: ServiceDep) -> Response:
+    """Return 200 once the server accepts requests, else 503."""
+    status = "ok" if service.ready else "closing" if service.closing else "starting"
+    return JSONResponse({"status": status}, 200 if service.ready else 503)
 
 
-def mix_of(value: str | dict[str, Any], service: Service) -> Mix:
-    """A mix that a request writes out.
-
-    Raises:
-        SigmixError: it is none, or names what is not there.
-    """
-    if isinstance(value, dict):
-        mix = Mix.from_json(value)
-    else:
-        found = service.catalogue.resolve(value)
-        if found is None:
-            raise ApiError(400, "auto is not a mix", param="mix")
-        mix = found
-    service.engine.z(mix)
-    return mix
-
-
-# --- The routes that administrators use: experts, saved mixes, metrics.
-
-
-def only_admins(request: Request) -> None:
-    """Refuse everybody else.
-
-    Raises:
-        ApiError: the key is a user's.
-    """
-    if not key_of(request).admin:
-        raise ApiError(403, "this needs an administrator's key", "permission_error", "forbidden")
-
-
-admin_router = APIRouter(dependencies=[Depends(only_admins)])
+# --- Administration
 
 
 @admin_router.get("/v1/experts")
-async def experts(service: Parts) -> dict[str, Any]:
-    """All experts with their cards' facts, how many requests each is answering, and where more can be loaded from."""
-    found = []
-    for name, expert in service.catalogue.items():
-        meta = {key: expert.meta.get(key) for key in ("domain", "task", "description", "licence", "metrics", "created")}
-        size = sum(z.numel() for z in expert.z.values())
-        about = {"id": name, "object": "sigmix.expert", "numbers": size, "digest": expert.digest}
-        found.append({**about, "answering": service.batcher.using(name), **_plain(meta)})
-    return {"object": "list", "data": found, "folders": [str(folder) for folder in service.catalogue.folders]}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "items"):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+async def list_experts(service: ServiceDep) -> dict[str, Any]:
+    """List the experts with their metadata and running requests, and the folders to load others from."""
+    keys = ("domain", "task", "description", "license", "metrics")
+    experts = [
+        {
+            "id": name,
+            "object": "sigmix.expert",
+            "numbers": sum(z.numel() for z in expert.z.values()),
+            "digest": expert.digest,
+            "answering": service.scheduler.users(name),
+            **{key: thaw(expert.meta.get(key)) for key in keys},
+        }
+        for name, expert in service.registry.experts().items()
+    ]
+    return {"object": "list", "data": experts, "folders": [str(folder) for folder in service.registry.expert_folders]}
 
 
 @admin_router.post("/v1/experts", status_code=201)
-async def load(asked: LoadExpert, service: Parts) -> dict[str, Any]:
+async def load_expert(body: LoadExpertRequest, service: ServiceDep) -> dict[str, Any]:
     """Load an expert from one of the allowed folders."""
-    try:
-        name = await run_in_threadpool(service.load_expert, asked.path)
-    except SigmixError as error:
-        raise from_sigmix(error, "path") from error
+    name = await in_thread("path", service.load_expert, body.path)
     return {"id": name, "object": "sigmix.expert", "loaded": True}
 
 
 @admin_router.delete("/v1/experts/{name}")
-async def unload(name: str, service: Parts) -> dict[str, Any]:
-    """Unload an expert that no request is using."""
+async def unload_expert(name: str, service: ServiceDep) -> dict[str, Any]:
+    """Unload an expert that no running request uses."""
     try:
         await run_in_threadpool(service.unload_expert, name)
+    except ConfigError as error:
+        raise ApiError(409, str(error), code="in_use") from error
     except SigmixError as error:
-        found = from_sigmix(error, "name")
-        raise ApiError(409, found.message, code="in_use") if found.status == 400 else found from error
+        raise api_error(error, "name") from error
     return {"id": name, "object": "sigmix.expert", "deleted": True}
 
 
 @admin_router.post("/v1/mixes", status_code=201)
-async def save(asked: SaveMix, service: Parts) -> dict[str, Any]:
-    """Give a mix a name, under which it can be asked for."""
-    try:
-        mix = await run_in_threadpool(mix_of, asked.mix, service)
-        await run_in_threadpool(service.catalogue.save_mix, asked.name, mix, {"made_by": "hand"})
-    except SigmixError as error:
-        raise from_sigmix(error, "mix") from error
-    return {"id": asked.name, "object": "sigmix.mix", "mix": mix.id, **mix.to_json()}
+async def save_mix(body: SaveMixRequest, service: ServiceDep) -> dict[str, Any]:
+    """Save a mixture under a name that requests can use as ``model``."""
+
+    def save() -> Mix:
+        mix = Mix.from_json(body.mix) if isinstance(body.mix, dict) else service.registry.resolve(body.mix)
+        if mix is None:
+            raise ConfigError("auto is not a mixture", remedy="name experts, for example a:0.7+b:0.3")
+        service.engine.z(mix)  # checks the experts and the shape of the weights
+        service.registry.save_mix(body.name, mix, {"made_by": "hand"})
+        return mix
+
+    mix = await in_thread("mix", save)
+    return {"id": body.name, "object": "sigmix.mix", "mix": mix.id, **mix.to_json()}
 
 
 @admin_router.delete("/v1/mixes/{name}")
-async def drop(name: str, service: Parts) -> dict[str, Any]:
-    """Forget a saved mix."""
-    try:
-        await run_in_threadpool(service.catalogue.drop_mix, name)
-    except SigmixError as error:
-        raise from_sigmix(error, "name") from error
+async def delete_mix(name: str, service: ServiceDep) -> dict[str, Any]:
+    """Delete a saved mixture."""
+    await in_thread("name", service.registry.delete_mix, name)
     return {"id": name, "object": "sigmix.mix", "deleted": True}
 
 
 @admin_router.get("/metrics")
-async def metrics(service: Parts) -> Response:
-    """Prometheus' text format."""
+async def metrics(service: ServiceDep) -> Response:
+    """Return Prometheus metrics."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

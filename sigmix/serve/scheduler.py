@@ -1,21 +1,26 @@
-"""What a request is to the batcher, and what the batcher tells about it."""
+"""Continuous-batching scheduler: the thread that owns the model.
+
+Between decoding steps it admits queued requests, chooses the mixtures of those with the model `auto`, and drops
+cancelled or expired ones. Events are delivered from this thread.
+"""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeVar
 
 import torch
 
-from sigmix.adapt import OTHER, Decision
+from sigmix.adapt import OTHER, Decision, TwoPass
+from sigmix.adapt.two_pass import AUTO
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import Member, Running
 from sigmix.engine.detokenizer import Pieces
@@ -24,209 +29,218 @@ from sigmix.errors import SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair_queue import FairQueue
+from sigmix.serve.observability import Metrics
+from sigmix.serve.settings import Settings
 
-NUMBERS = itertools.count()
+log = logging.getLogger("sigmix.serve")
+
+T = TypeVar("T")
+
+MAX_PREFILL_TOKENS = 1024
+"""Prompt tokens admitted between two steps."""
+
+# --- Requests and events
 
 
 @dataclass(frozen=True)
 class Started:
-    """Pass one is done. ``seconds`` that the request had waited before; prompts are being read."""
+    """The request left the queue; its mixture is decided."""
 
     decision: Decision
-    waited: float
+    queue_seconds: float
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of answer number ``index``; ``best`` are the most probable ones with natural log-probabilities."""
+    """Generated token of one choice.
+
+    Attributes:
+        index: of the choice.
+        top: most probable tokens, with natural log-probabilities.
+        text: text that became final with this token; may be empty.
+    """
 
     index: int
     id: int
     logprob: float
-    best: list[tuple[int, float]]
-    piece: str
+    top: list[tuple[int, float]]
+    text: str
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Answer number ``index`` ended: "stop" or "length"; ``piece`` is what was held back of its text."""
+    """End of one choice: "stop" or "length"; ``text`` is the rest of its text."""
 
     index: int
     reason: str
-    piece: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The whole request ended without an answer.
+    """End of the whole request without a result.
 
     Attributes:
-        kind: "model" (its logits were not finite), "mix" (an expert is gone), "time", "closing" or "internal".
+        code: "model" (logits are not finite), "mix" (mixture unavailable), "timeout", "closing" or "internal".
     """
 
-    kind: str
+    code: str
     message: str
 
 
-Event: TypeAlias = "Started | Token | Finished | Failed"
+Event = Started | Token | Finished | Failed
 
 
 @dataclass(eq=False)
-class Job:
-    """One request, with ``n`` answers to one prompt.
+class GenerationRequest:
+    """Prompt with one or more choices to generate.
 
     Attributes:
-        client: whose turn it counts as. ids: the prompt's tokens.
-        mix: what answers; None: ``policy`` decides on ``text``, the user's turn.
-        policy: name of what decides, see `sigmix.serve.adaptation`.
-        deadline: `time.monotonic` after which it is given up. deliver: told every event, in the batcher's thread.
-        members: of answers that are under way. context: whatever the caller wants to find here again.
+        client: client name, for fair queueing.
+        ids: token ids of the prompt.
+        mix: mixture; None: the strategy decides on ``text``.
+        on_event: receives every event, in the scheduler's thread.
+        text: user turn that the strategy sees.
+        strategy: name of the strategy.
+        seeds: one random seed per choice.
+        top_logprobs: number of most probable tokens to report.
+        deadline: `time.monotonic` after which the request is given up.
+        running: choices that are still decoding.
     """
 
     client: str
     ids: list[int]
     mix: Mix | None
-    deliver: Callable[[Event], None]
+    on_event: Callable[[Event], None]
     text: str = ""
-    policy: str = ""
-    n: int = 1
+    strategy: str = ""
+    seeds: Sequence[int] = (0,)
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    top: int = 0
+    stop_strings: tuple[str, ...] = ()
+    top_logprobs: int = 0
     deadline: float = float("inf")
-    number: int = field(default_factory=lambda: next(NUMBERS))
-    since: float = field(default_factory=time.monotonic)
-    members: list[Member] = field(default_factory=list)
-    context: Any = None
+    queued_at: float = field(default_factory=time.monotonic)
+    running: list[Member] = field(default_factory=list)
 
     @property
-    def width(self) -> int:
-        """Tokens that a row of it can come to."""
+    def max_length(self) -> int:
+        """Largest number of tokens of one sequence."""
         return len(self.ids) + self.max_new_tokens
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Of a batch.
+def choice_seed(seed: int, index: int) -> int:
+    """Return the random seed of choice ``index``: ``seed`` itself for the first one, else a hash of both.
 
-    Attributes:
-        rows: answers that decode together. tokens: rows times the tokens that the longest may come to; a job that is
-            larger runs alone. reading: prompt tokens that are admitted between two steps.
-        waiting, each: jobs that wait at most, in all and of one client.
+    With ``seed + index`` the choices of neighbouring seeds would repeat each other.
     """
-
-    rows: int = 32
-    tokens: int = 65536
-    reading: int = 1024
-    waiting: int = 256
-    each: int = 64
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits: torch's seeds are signed
 
 
-class Decides(Protocol):
-    """Pass one: a decision for each job, in order; called in the batcher's thread."""
-
-    def __call__(self, jobs: Sequence[Job]) -> list[Decision]: ...
+class ClosingError(Exception):
+    """The server is shutting down and accepts no requests."""
 
 
-class Watch(Protocol):
-    """Told what happens, for metrics."""
-
-    def stepped(self, rows: int, tokens: int, waiting: int, mixes: int) -> None: ...
-
-    def started(self, job: Job, waited: float) -> None: ...
+# --- Scheduler
 
 
-class Closing(Exception):
-    """The server is going down and takes no more jobs."""
-
-
-# --- The thread that owns the model: it admits jobs, decides on their mixes, and steps the batch that they share.
-
-
-log = logging.getLogger("sigmix.serve")
-
-
-class Batcher:
+class Scheduler:
     """Continuous batching for many clients.
 
     Args:
-        engine: its model is used by this thread alone, but for what goes through the engine's turnstile.
-        decide: pass one. limits: of the batch. form: see `Running`. watch: metrics.
+        engine: used by this thread, and between its steps by others.
+        strategies: {name: two-pass runner} for requests without a mixture.
+        settings: limits of queue and batch.
     """
 
-    def __init__(
-        self,
-        engine: SharedEngine,
-        decide: Decides,
-        limits: Limits | None = None,
-        form: str = "factored",
-        watch: Watch | None = None,
-    ) -> None:
-        self.engine, self.decide, self.watch = engine, decide, watch
-        self.limits = limits or Limits()
-        self.queue: FairQueue[Job] = FairQueue(self.limits.waiting, self.limits.each)
-        self._fresh = lambda: Running(engine, form)
-        self.running: Running = self._fresh()
-        self.jobs: set[Job] = set()  # under way
-        self._cancelled: deque[Job] = deque()
+    def __init__(self, engine: SharedEngine, strategies: Mapping[str, TwoPass], settings: Settings) -> None:
+        self.engine, self.strategies, self.settings = engine, strategies, settings
+        self.metrics = Metrics(self.load)
+        self.queue: FairQueue[GenerationRequest] = FairQueue(
+            settings.max_queue_size, settings.max_queue_size_per_client
+        )
+        self._new_batch = lambda: Running(engine, "truncated" if settings.form == "truncated" else "factored")
+        self.batch: Running = self._new_batch()
+        self._running: set[GenerationRequest] = set()
+        self._cancelled: deque[GenerationRequest] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # guards queue, _running, _cancelled, _calls and the two flags
         self._closing = self._stopped = False
-        self._written = 0
-        self._thread = threading.Thread(target=self._loop, name="sigmix-batcher", daemon=True)
+        self._generated = 0
+        self._thread = threading.Thread(target=self._loop, name="sigmix-scheduler", daemon=True)
 
-    # ------------------------------------------------------------------ from other threads
+    # Methods for other threads
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Add a job; its events come through ``job.deliver``.
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request.
 
         Raises:
-            QueueFull: too many wait. Closing: the server is going down.
+            QueueFullError: too many queued requests.
+            ClosingError: the server is shutting down.
         """
         with self._wake:
             if self._closing:
-                raise Closing
-            self.queue.push(job)
+                raise ClosingError
+            self.queue.push(request)
             self._wake.notify()
 
-    def cancel(self, job: Job) -> None:
-        """End a job without another event; one that has ended is passed over."""
+    def cancel(self, request: GenerationRequest) -> None:
+        """End a request without another event; no effect on a finished one."""
         with self._wake:
-            if not self.queue.remove(job):
-                self._cancelled.append(job)
+            if not self.queue.remove(request):
+                self._cancelled.append(request)
             self._wake.notify()
 
-    def call(self, work: Callable[[], Any]) -> Future[Any]:
-        """Let the batcher's thread do something between two steps, when no job is half admitted."""
-        future: Future[Any] = Future()
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the scheduler's thread between two steps.
+
+        Raises:
+            ClosingError: the server is shutting down.
+        """
+        future: Future[T] = Future()
         with self._wake:
             if self._stopped:
-                raise Closing
-            self._calls.append((future, work))
+                raise ClosingError
+            self._calls.append((future, function))
             self._wake.notify()
         return future
 
-    def using(self, name: str) -> int:
-        """Jobs under way whose mix has an expert; meant for `call`."""
-        return sum(job.mix is not None and name in job.mix.weights for job in self.jobs)
+    def running(self) -> list[GenerationRequest]:
+        """Return the admitted requests."""
+        with self._wake:
+            return list(self._running)
 
-    def close(self, patience: float) -> bool:
-        """Take no more jobs, finish those there are, give up what is left after ``patience`` seconds.
+    def users(self, expert: str) -> int:
+        """Return the number of running requests with a mixture that contains an expert."""
+        return sum(request.mix is not None and expert in request.mix.weights for request in self.running())
+
+    def load(self) -> tuple[int, int]:
+        """Return (running sequences, queued requests)."""
+        return len(self.batch), len(self.queue)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def close(self, timeout: float) -> bool:
+        """Stop accepting requests, finish the accepted ones, and give up the rest after ``timeout`` seconds.
 
         Returns:
-            Whether all were finished.
+            Whether all requests finished.
         """
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join(patience)
+        self._thread.join(timeout)
         finished = not self._thread.is_alive()
         with self._wake:
             self._stopped = True
@@ -234,257 +248,244 @@ class Batcher:
         self._thread.join()
         return finished
 
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
-
-    def load(self) -> tuple[int, int]:
-        """(rows under way, jobs that wait)."""
-        return len(self.running), len(self.queue)
-
-    # ------------------------------------------------------------------ the thread
+    # Methods of the scheduler's thread
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not self._busy():
-                    self._wake.wait()
-                if self._stopped or (self._closing and not self.queue and not self.jobs):
+                self._wake.wait_for(self._has_work)
+                if self._stopped or (self._closing and not self.queue and not self._running):
                     break
-                chosen = self._next()
-                dropped = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
-                calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            for future, work in calls:
+                admitted = self._select()
+                cancelled, self._cancelled = self._cancelled, deque()
+                calls, self._calls = self._calls, deque()
+            for future, function in calls:
                 try:
-                    self.running.rest()  # so that it can have the engine
-                    future.set_result(work())
+                    self.batch.rest()  # releases the engine
+                    future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
             try:
-                self._drop(dropped)
+                for request in cancelled:
+                    self._finish(request)
                 self._expire()
-                if chosen:
-                    self._begin(chosen)
-                if self.running:
+                if admitted:
+                    self._admit(admitted)
+                if self.batch:
                     self._step()
             except Exception:
-                log.exception("a step failed; its requests are given up")
-                self._give_up("internal", "the server failed on this batch of requests")
-        self._give_up("closing", "the server is going down")
+                log.exception("decoding step failed; its requests are given up")
+                self._abort("internal", "internal server error")
+        self._abort("closing", "the server is shutting down")
 
-    def _busy(self) -> bool:
-        waits = self.queue or self.jobs or self._cancelled or self._calls
-        return bool(waits) or self._closing or self._stopped
+    def _has_work(self) -> bool:
+        pending = self.queue or self._running or self._cancelled or self._calls
+        return bool(pending) or self._closing or self._stopped
 
-    def _next(self) -> list[Job]:
-        """Jobs to admit now; holds the lock."""
-        found: list[Job] = []
-        rows = sum(job.n for job in self.jobs)
-        widest = max((job.width for job in self.jobs), default=0)
-        reading = 0
+    def _select(self) -> list[GenerationRequest]:
+        """Pop the requests that fit into the batch now."""
+        limits, selected = self.settings, list[GenerationRequest]()
+        size = sum(len(request.seeds) for request in self._running)
+        length = max((request.max_length for request in self._running), default=0)
+        prefill = 0
 
-        def fits(job: Job) -> bool:
-            if not rows:
-                return True
-            wide = max(widest, job.width)
-            room = rows + job.n <= self.limits.rows and (rows + job.n) * wide <= self.limits.tokens
-            return room and (not found or reading + len(job.ids) <= self.limits.reading)
+        def fits(request: GenerationRequest) -> bool:
+            new_size = size + len(request.seeds)
+            return size == 0 or (
+                new_size <= limits.max_batch_size
+                and new_size * max(length, request.max_length) <= limits.max_batch_tokens
+                and (not selected or prefill + len(request.ids) <= MAX_PREFILL_TOKENS)
+            )
 
-        while (job := self.queue.pop(fits)) is not None:
-            found.append(job)
-            rows, widest, reading = rows + job.n, max(widest, job.width), reading + len(job.ids)
-            self.queue.charge(job.client, read=len(job.ids))
-        self.jobs.update(found)
-        return found
+        while (request := self.queue.pop(fits)) is not None:
+            selected.append(request)
+            size, length = size + len(request.seeds), max(length, request.max_length)
+            prefill += len(request.ids)
+            self.queue.charge(request.client, prompt_tokens=len(request.ids))
+        self._running.update(selected)
+        return selected
 
-    def _begin(self, jobs: Sequence[Job]) -> None:
-        self.running.rest()  # pass one uses the engine
+    def _admit(self, requests: Sequence[GenerationRequest]) -> None:
+        self.batch.rest()  # strategies use the engine
         now = time.monotonic()
-        undecided = [job for job in jobs if job.mix is None]
-        decided = dict(zip(map(id, undecided), self._decisions(undecided), strict=True))
-        members = []
-        for job in jobs:
-            decision = decided.get(id(job))
-            if decision is None:
-                assert job.mix is not None
-                decision = Decision(job.mix, "", "the request asked for it")
-            job.mix = decision.mix
+        new = []
+        for request, decision in zip(requests, self._decide(requests), strict=True):
             try:
-                self.engine.z(job.mix)
-            except SigmixError as error:  # an expert that was unloaded while the job waited
-                self._close(job, Failed("mix", str(error)))
-                continue
-            job.deliver(Started(decision, now - job.since))
-            if self.watch is not None:
-                self.watch.started(job, now - job.since)
-            job.members = [self._member(job, index) for index in range(job.n)]
-            members += job.members
-        if members:
-            self.running.join(members)
-            self._ended(members)
+                self.engine.z(decision.mix)  # the mixture's only check; an expert can be unloaded while it is queued
+            except SigmixError as error:
+                if request.mix is not None:
+                    self._finish(request, Failed("mix", str(error)))
+                    continue
+                decision = Decision(Mix.base(), OTHER, f"{decision.reason}; unavailable: {error}", decision.evidence)
+            request.mix = decision.mix
+            request.on_event(Started(decision, now - request.queued_at))
+            self.metrics.on_start(request.mix.id, len(request.ids), now - request.queued_at)
+            request.running = [self._sequence(request, index) for index in range(len(request.seeds))]
+            new += request.running
+        if new:
+            self.batch.join(new)
+            self._collect(new)
 
-    def _decisions(self, jobs: list[Job]) -> list[Decision]:
-        if not jobs:
-            return []
-        try:
-            return self.decide(jobs)
-        except Exception:
-            log.exception("pass one failed; the base answers")
-            return [Decision(Mix.base(), OTHER, "pass one failed, so the base answers") for _ in jobs]
+    def _decide(self, requests: Sequence[GenerationRequest]) -> list[Decision]:
+        decisions: dict[GenerationRequest, Decision] = {}
+        for strategy in dict.fromkeys(request.strategy for request in requests):
+            group = [request for request in requests if request.strategy == strategy]
+            mixes = [AUTO if request.mix is None else request.mix for request in group]
+            try:
+                decided = self.strategies[strategy].decide([request.text for request in group], mixes)
+            except Exception:
+                log.exception("strategy %s failed; using the base model", strategy)
+                failed = Decision(Mix.base(), OTHER, "the strategy failed")
+                decided = [Decision(r.mix, r.mix.id, "given") if r.mix is not None else failed for r in group]
+            decisions |= zip(group, decided, strict=True)
+        return [decisions[request] for request in requests]
 
-    def _member(self, job: Job, index: int) -> Member:
-        pieces = Pieces(self.engine.tokenizer, job.stop)
-        assert job.mix is not None
+    def _sequence(self, request: GenerationRequest, index: int) -> Member:
+        detokenizer = Pieces(self.engine.tokenizer, request.stop_strings)
+        assert request.mix is not None
 
-        def take(token: int, logprob: float, best: list[tuple[int, float]]) -> bool:
-            self._written += 1
-            piece = "" if token in self.engine.ends else pieces.add(token)
-            job.deliver(Token(index, token, logprob, best, piece))
-            return pieces.stopped is not None
+        def on_token(token: int, logprob: float, top: list[tuple[int, float]]) -> bool:
+            self._generated += 1
+            text = "" if token in self.engine.ends else detokenizer.add(token)
+            request.on_event(Token(index, token, logprob, top, text))
+            return detokenizer.stopped is not None
 
         return Member(
-            job.ids, job.mix, take, job.max_new_tokens, job.temperature, job.top_p, job.seed + index, job.top,
-            remember=index == 0, context=(job, index, pieces),
-        )  # fmt: skip
+            ids=request.ids,
+            mix=request.mix,
+            take=on_token,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seeds[index],
+            top=request.top_logprobs,
+            remember=index == 0,
+            context=(request, index, detokenizer),
+        )
 
     def _step(self) -> None:
-        members = list(self.running.members)
-        everyone = [member for job in self.jobs for member in job.members]  # a prompt's last part may be all it takes
-        before = self._written
-        self.running.step()
-        self._ended(everyone)
-        for job in {member.context[0] for member in members}:
-            self.queue.charge(job.client, written=sum(member.context[0] is job for member in members))
-        if self.watch is not None:
-            mixes = len({member.mix for member in members})
-            self.watch.stepped(len(members), self._written - before, len(self.queue), mixes)
-        if self.engine.turnstile.waiting:
-            self.running.rest()
+        before, batch = self._generated, list(self.batch.members)
+        running = [sequence for request in self._running for sequence in request.running]  # some still prefill
+        self.batch.step()
+        self._collect(running)
+        for sequence in batch:
+            self.queue.charge(sequence.context[0].client, output_tokens=1)
+        self.metrics.on_step(len(batch), len({sequence.mix for sequence in batch}), self._generated - before)
+        if self.engine.lock.waiting:
+            self.batch.rest()
 
-    def _ended(self, members: Sequence[Member]) -> None:
-        """Tell the jobs whose answers have ended."""
-        for member in members:
-            job, index, pieces = member.context
-            if not member.finish or member not in job.members:
+    def _collect(self, sequences: Sequence[Member]) -> None:
+        """Deliver the ends of sequences."""
+        for sequence in sequences:
+            request, index, detokenizer = sequence.context
+            if not sequence.finish or sequence not in request.running:
                 continue
-            if member.finish == "error":
-                self.running.leave(job.members)
-                job.members = []
-                self._close(job, Failed("model", f"under {member.mix.id} the model's values are not finite"))
+            if sequence.finish == "error":
+                self._finish(request, Failed("model", f"logits are not finite under {sequence.mix.id}"))
                 continue
-            job.members.remove(member)
-            job.deliver(Finished(index, member.finish, pieces.end()))
-            if not job.members:
-                self._close(job)
-
-    def _drop(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if job in self.jobs:
-                self.running.leave(job.members)
-                self._close(job)
+            request.running.remove(sequence)
+            request.on_event(Finished(index, sequence.finish, detokenizer.end()))
+            if not request.running:
+                self._finish(request)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self.jobs if job.deadline < now and job.members]:
-            self.running.leave(job.members)
-            self._close(job, Failed("time", "the answer took longer than this server allows"))
         with self._wake:
-            late = [job for job in self.queue if job.deadline < now]
-            for job in late:
-                self.queue.remove(job)
-        for job in late:
-            job.deliver(Failed("time", "the request waited longer than this server allows"))
+            late = [request for request in self.queue if request.deadline < now]
+            for request in late:
+                self.queue.remove(request)
+        for request in late:
+            request.on_event(Failed("timeout", "timeout in the queue"))
+        for request in [request for request in self._running if request.deadline < now]:
+            self._finish(request, Failed("timeout", "timeout during generation"))
 
-    def _close(self, job: Job, event: Any = None) -> None:
+    def _finish(self, request: GenerationRequest, event: Event | None = None) -> None:
+        """Remove an admitted request; no effect on a finished one."""
+        if request not in self._running:
+            return
+        if request.running:
+            self.batch.leave(request.running)
+            request.running = []
         with self._wake:
-            self.jobs.discard(job)
-            self.queue.done(job.client)
+            self._running.discard(request)
+            self.queue.finish(request.client)
         if event is not None:
-            job.deliver(event)
+            request.on_event(event)
 
-    def _give_up(self, kind: str, message: str) -> None:
-        """Fail all jobs under way, and those that wait if the server closes; begin with an empty batch."""
+    def _abort(self, code: str, message: str) -> None:
+        """Fail all running requests, and at shutdown the queued ones; start an empty batch."""
         try:
-            self.running.rest()
+            self.batch.rest()
         except Exception:
-            log.exception("the batch's state could not be left")
-        self.running = self._fresh()
-        for job in list(self.jobs):
-            self._close(job, Failed(kind, message))
-        if kind == "closing":
+            log.exception("the engine's state could not be restored")
+        self.batch = self._new_batch()
+        for request in list(self._running):
+            request.running = []
+            self._finish(request, Failed(code, message))
+        if code == "closing":
             with self._wake:
-                left = list(self.queue)
-                for job in left:
-                    self.queue.remove(job)
-            for job in left:
-                job.deliver(Failed(kind, message))
+                queued = list(self.queue)
+                for request in queued:
+                    self.queue.remove(request)
+            for request in queued:
+                request.on_event(Failed(code, message))
 
 
-# --- One model, several threads: whoever wants the engine gets it in the order of asking.
+# --- Sharing the engine between threads
 
 
-class Turnstile:
-    """A first-come, first-served lock. Python's own lets a busy thread take it again before those who wait wake up."""
+class FIFOLock:
+    """Lock granted in order of arrival; `threading.Lock` lets a busy thread reacquire it before others wake up."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._queue: deque[threading.Event] = deque()
-        self._held = False
+        self._mutex = threading.Lock()
+        self._tickets: deque[threading.Event] = deque()  # the first one holds the lock
 
     @property
     def waiting(self) -> int:
-        """How many threads wait."""
-        return len(self._queue)
+        """Number of blocked threads."""
+        return max(len(self._tickets) - 1, 0)
 
     def __enter__(self) -> None:
-        with self._lock:
-            if not self._held:
-                self._held = True
-                return
-            mine = threading.Event()
-            self._queue.append(mine)
-        mine.wait()
+        ticket = threading.Event()
+        with self._mutex:
+            self._tickets.append(ticket)
+            if self._tickets[0] is ticket:
+                ticket.set()
+        ticket.wait()
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            if self._queue:
-                self._queue.popleft().set()  # handed over: it stays held
-            else:
-                self._held = False
+        with self._mutex:
+            self._tickets.popleft()
+            if self._tickets:
+                self._tickets[0].set()
 
 
 class SharedEngine(Engine):
-    """An `Engine` for several threads: between entering and leaving `under` it belongs to one of them.
-
-    A thread must not enter it twice, nor call what takes the turnstile while it has entered.
-    """
+    """Engine for several threads: `under` and all that reads the weights hold a FIFO lock, which is not reentrant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.turnstile = Turnstile()
+        self.lock = FIFOLock()
         super().__init__(*args, **kwargs)
 
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:
-        """See `Engine.z`; an expert is checked against the base's own weights, which no other thread may have moved."""
-        with self.turnstile:
+        with self.lock:
             return super().z(mix)
 
     def check(self, expert: Expert) -> None:
-        """Check an expert that is in no bank yet; see `Expert.check`."""
-        with self.turnstile:
+        """Check an expert that is not in the bank; see `Expert.check`."""
+        with self.lock:
             expert.check(self.model)
 
     def known_beginning(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
-        """See `Engine.known_beginning`."""
-        with self.turnstile:
+        with self.lock:
             return super().known_beginning(ids, mix, form)
 
     def keep_beginning(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
-        """See `Engine.keep_beginning`."""
-        with self.turnstile:
+        with self.lock:
             super().keep_beginning(ids, mix, entry, form)
 
     @contextmanager
     def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
-        with self.turnstile, super()._turn_of(mixes, form) as entered:
+        with self.lock, super()._turn_of(mixes, form) as entered:
             yield entered

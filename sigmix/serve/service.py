@@ -1,4 +1,4 @@
-"""A server's parts and how they are put together, without HTTP."""
+"""Composition of a server's parts, without HTTP."""
 
 from __future__ import annotations
 
@@ -7,223 +7,226 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy
+from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy, TwoPass
+from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
-from sigmix.engine.tokenization import context_length, encode_turns, has_template
+from sigmix.engine.tokenization import check_context, context_length, encode_turns, has_template
 from sigmix.engine.truncation import bank_truncation
-from sigmix.errors import ConfigError, ContextError, ExpertError
+from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
+from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.mix import Mix
-from sigmix.serve.adaptation import BANDIT, Adaptations, Bandit, Decider, Judge
-from sigmix.serve.auth import Keyring
-from sigmix.serve.observability import Metrics
-from sigmix.serve.registry import Catalogue
-from sigmix.serve.scheduler import Batcher, Limits, SharedEngine
+from sigmix.serve.adaptation import AdaptationWorker, Grader
+from sigmix.serve.auth import ApiKeys
+from sigmix.serve.registry import ModelRegistry
+from sigmix.serve.scheduler import Scheduler, SharedEngine
 from sigmix.serve.settings import Settings
-from sigmix.serve.store import State
+from sigmix.serve.store import Store
 
 log = logging.getLogger("sigmix.serve")
 
+PREFIX_BYTES = 512 << 20
+"""Budget of the prefix cache: templates and conversations."""
 
-PREFIXES = 512 << 20
-"""Bytes of keys and values kept of templates and conversations."""
-
-
-class Service:
-    """All that a server needs but HTTP.
-
-    Args:
-        model, tokenizer: of a base. bank: {name: Expert}. settings: see `Settings`.
-        judges: {name: (reply, right answer) -> [0, 1]}, for adaptations.
-
-    Raises:
-        ConfigError: settings that cannot work with this bank. Others: experts or fitted files that do not fit the base.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, bank: Mapping[str, Any], settings: Settings, judges: Mapping[str, Judge]
-    ) -> None:
-        self.settings = settings
-        self.keyring = Keyring(settings.keys_file)
-        if not settings.loopback and not self.keyring.keys():
-            raise ConfigError(
-                f"{settings.host} can be reached from other machines, and there are no API keys",
-                remedy="make one: sigmix keys add NAME --admin, or listen on 127.0.0.1",
-            )
-        self.state = State(settings.state)
-        self.catalogue = Catalogue(bank, self.state, settings.expert_folders)
-        self.engine = SharedEngine(model, tokenizer, self.catalogue, keep_prefixes=PREFIXES)
-        self._encoder = copy.deepcopy(tokenizer)  # the batcher's thread decodes with the other one
-        self._encoding = threading.Lock()
-        self.context = context_length(model)
-        self.form = self.engine.states.mixed
-        if settings.form == "truncated":
-            self.engine.truncation = bank_truncation(self.engine)
-            self.form = "truncated"
-        self.decider = Decider(*self._strategies(), self.catalogue)
-        limits = Limits(settings.rows, settings.batch_tokens, waiting=settings.waiting, each=settings.waiting_each)
-        self.batcher = Batcher(self.engine, self.decider, limits, self.form)
-        self.metrics = Metrics(self.batcher.load)
-        self.batcher.watch = self.metrics
-        self.adaptations = Adaptations(self.engine, self.catalogue, judges)
-        self.fingerprint = f"fp_{short(fingerprint(model))}"
-        self.created = int(time.time())
-        self.closing = False
-        self.warm = False
-
-    def _strategies(self) -> tuple[dict[str, Strategy], str]:
-        """All that can be opened, and what "auto" is."""
-        found: dict[str, Strategy] = {}
-        if skills(self.catalogue):
-            found["A"] = PromptDispatch(self.engine)
-        for letter, kind in (("B", ClassifierDispatch), ("D", ProbeDispatch)):
-            try:
-                found[letter] = kind(self.engine)
-            except (ConfigError, ExpertError) as error:  # the bank has no such thing
-                log.info("strategy %s is not there: %s", letter, error.message)
-        if isinstance(probe := found.get("D"), ProbeDispatch):
-            found[BANDIT] = Bandit(probe, self.catalogue, self.state)
-        found = found or {"none": _Base()}
-        wanted = self.settings.policy
-        default = next(name for name in ("D", "B", "A", "none") if name in found) if wanted == "auto" else wanted
-        return found, default
-
-    @property
-    def bandit(self) -> Bandit | None:
-        """What learns from feedback, if the bank has a probe."""
-        found = self.decider.strategies.get(BANDIT)
-        return found if isinstance(found, Bandit) else None
-
-    # ------------------------------------------------------------------ life
-
-    def start(self) -> None:
-        """Warm up and take work."""
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
-        every = [Mix.base(), *(Mix.one(name) for name in self.catalogue)]
-        mixes = [mix for mix in every if self.form != "truncated" or self.engine.states.truncates(mix)]
-        self.engine.generate(["Hello"], "base", max_new_tokens=2)
-        self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2, form=self.form)
-        self.decider.strategies[self.decider.default].decide(["Hello"])
-        self.batcher.start()
-        self.adaptations.start()
-        self.warm = True
-
-    def close(self) -> None:
-        """Take no more work, finish what there is within the grace, and close the files. A second call does nothing."""
-        if self.closing:
-            return
-        self.closing = True
-        if self.warm:
-            self.adaptations.close()
-            if not self.batcher.close(self.settings.grace_seconds):
-                log.warning("some answers were given up")
-        self.state.close()
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self.warm and not self.closing and self.batcher.alive
-
-    # ------------------------------------------------------------------ prompts
-
-    def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, by the model's chat template, or as bare lines where it has none.
-
-        Raises:
-            ContextError: the template refuses these turns.
-        """
-        with self._encoding:
-            if not has_template(self._encoder):
-                return list(self._encoder("\n".join(turn["content"] for turn in turns))["input_ids"])
-            try:
-                return encode_turns(self._encoder, turns)
-            except Exception as error:  # jinja's, from inside the template
-                raise ContextError(f"the model's chat template refuses these messages: {error}") from error
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of bare text."""
-        with self._encoding:
-            return list(self._encoder(text)["input_ids"])
-
-    def check_length(self, ids: Sequence[int], wanted: int | None) -> int:
-        """How many tokens an answer may have.
-
-        Args:
-            wanted: as the request says; None: the server's default, less where the context ends before.
-
-        Raises:
-            ContextError: the prompt is empty or too long.
-        """
-        if not ids:
-            raise ContextError("the prompt is empty", remedy="give some text")
-        if self.settings.max_prompt_tokens is not None and len(ids) > self.settings.max_prompt_tokens:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens; this server takes {self.settings.max_prompt_tokens}",
-                remedy="shorten it",
-            )
-        room = None if self.context is None else self.context - len(ids)
-        if room is not None and room < (wanted or 1):
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens; with {wanted or 1} to answer it exceeds the model's context of "
-                f"{self.context}",
-                remedy="shorten it, or ask for fewer tokens",
-            )
-        if wanted is not None:
-            return min(wanted, self.settings.max_new_tokens)
-        most = min(self.settings.default_new_tokens, self.settings.max_new_tokens)
-        return most if room is None else min(most, room)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        with self._encoding:
-            return self._encoder.decode(list(ids), skip_special_tokens=True)
-
-    def token_text(self, token: int) -> str:
-        """A token as text."""
-        with self._encoding:
-            return self._encoder.decode([token])
-
-    # ------------------------------------------------------------------ experts
-
-    def load_expert(self, given: str) -> str:
-        """Load an expert from an allowed folder; returns its name. May be called in any thread.
-
-        Raises:
-            ConfigError, ExpertError, FingerprintError: it cannot be.
-        """
-        expert = self.catalogue.read(given)
-
-        def take_in() -> None:
-            self.engine.check(expert)
-            self.catalogue.add(expert)
-
-        self.batcher.call(take_in).result(timeout=120)
-        return expert.name
-
-    def unload_expert(self, name: str) -> None:
-        """Unload an expert that no request is using. May be called in any thread.
-
-        Raises:
-            UnknownNameError: there is none of that name. ConfigError: it is in use.
-        """
-
-        def take_out() -> None:
-            if used := self.batcher.using(name):
-                raise ConfigError(f"{name} is answering {used} requests", remedy="try again when they have ended")
-            self.catalogue.remove(name)
-
-        self.batcher.call(take_out).result(timeout=120)
+CALL_TIMEOUT = 120.0
+"""Seconds to wait for the scheduler's thread when an expert is loaded or unloaded."""
 
 
-class _Base:
-    """Pass one where there is nothing to choose from."""
+class BaseOnly:
+    """Strategy of an empty bank."""
 
     name = "none"
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        return [Decision(Mix.base(), OTHER, "there are no experts") for _ in prompts]
+        """Return the base model for each request."""
+        return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
+
+
+class Service:
+    """Engine, scheduler, registry, store and API keys of one server.
+
+    Args:
+        model, tokenizer: base model and its tokenizer.
+        bank: experts by name.
+        settings: see `Settings`.
+        graders: {name: (reply, reference answer) -> [0, 1]} for adaptations.
+
+    Raises:
+        ConfigError: settings that do not fit the bank, or a public address without API keys.
+        ExpertError, FingerprintError: experts or fitted files of another base model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        bank: Mapping[str, Expert],
+        settings: Settings,
+        graders: Mapping[str, Grader],
+    ) -> None:
+        self.settings = settings
+        self.keys = ApiKeys(settings.keys_file)
+        if not settings.loopback and not self.keys.keys():
+            raise ConfigError(
+                f"{settings.host} can be reached from other machines, but there are no API keys",
+                remedy="run `sigmix keys add NAME --admin`, or listen on 127.0.0.1",
+            )
+        self.store = Store(settings.state)
+        self.registry = ModelRegistry(bank, self.store, settings.expert_folders)
+        self.engine = SharedEngine(model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES)
+        if settings.form == "truncated":
+            self.engine.truncation = bank_truncation(self.engine)
+        self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
+        self._tokenizer_lock = threading.Lock()
+        self.context_length = context_length(model)
+        self.bandit: BanditDispatch | None = None
+        self.strategies = self._open_strategies()
+        self.default_strategy = settings.strategy
+        if settings.strategy == "auto":
+            self.default_strategy = next(name for name in ("D", "B", "A", "none") if name in self.strategies)
+        self.check_strategy(self.default_strategy)
+        self.scheduler = Scheduler(self.engine, self.strategies, settings)
+        self.metrics = self.scheduler.metrics
+        self.adaptations = AdaptationWorker(self.engine, self.registry, graders)
+        self.fingerprint = f"fp_{short(fingerprint(model))}"
+        self.created = int(time.time())
+        self.started = self.closing = False
+
+    def _open_strategies(self) -> dict[str, TwoPass]:
+        """Return the strategies that the bank supports."""
+        if not skills(self.registry):
+            return {"none": TwoPass(self.engine, BaseOnly())}
+        opened: dict[str, Strategy] = {"A": PromptDispatch(self.engine)}
+        for letter, strategy in (("B", ClassifierDispatch), ("D", ProbeDispatch)):
+            try:
+                opened[letter] = strategy(self.engine)
+            except (ConfigError, ExpertError) as error:
+                log.info("strategy %s is not available: %s", letter, error.message)
+        if isinstance(probe := opened.get("D"), ProbeDispatch):
+            opened["bandit"] = self.bandit = BanditDispatch(probe, self.registry, self.store)
+        return {name: TwoPass(self.engine, strategy) for name, strategy in opened.items()}
+
+    def check_strategy(self, name: str) -> str:
+        """Return the name of a strategy; "" and "auto" mean the default.
+
+        Raises:
+            UnknownNameError: the strategy is unknown, or the bank does not support it.
+        """
+        name = self.default_strategy if name in ("", "auto") else name
+        if name not in self.strategies:
+            raise UnknownNameError("strategy", name, [*self.strategies, "auto"])
+        return name
+
+    # Life cycle
+
+    def start(self) -> None:
+        """Warm up, then accept requests."""
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        mixes = [Mix.base(), *map(Mix.one, self.registry)]
+        self.engine.generate(["Hello"], max_new_tokens=2)
+        self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2)
+        self.strategies[self.default_strategy].decide(["Hello"])
+        self.scheduler.start()
+        self.started = True
+
+    def close(self) -> None:
+        """Stop accepting requests, finish the running ones, and close the store; a second call has no effect."""
+        if self.closing:
+            return
+        self.closing = True
+        if self.started:
+            self.adaptations.close()
+            if not self.scheduler.close(self.settings.shutdown_timeout):
+                log.warning("some requests did not finish before shutdown")
+        self.store.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self.started and not self.closing and self.scheduler.alive
+
+    # Tokenization
+
+    def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a conversation, by the chat template or, without one, of its lines.
+
+        Raises:
+            ContextError: the template rejects the conversation.
+        """
+        if not has_template(self._tokenizer):
+            return self.encode_text("\n".join(turn["content"] for turn in turns))
+        with self._tokenizer_lock:
+            try:
+                return encode_turns(self._tokenizer, turns)
+            except Exception as error:  # templates raise arbitrary errors
+                raise ContextError(f"the chat template rejects these messages: {error}") from error
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of bare text."""
+        with self._tokenizer_lock:
+            return list(self._tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids."""
+        with self._tokenizer_lock:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token: int) -> str:
+        """Return the text of one token."""
+        return self.decode([token], skip_special_tokens=False)
+
+    def fit_context(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
+        """Check a prompt against the context length; return the number of tokens to generate.
+
+        Args:
+            max_new_tokens: as requested; None: the default, less where the context ends earlier.
+
+        Raises:
+            ContextError: empty prompt, or too long with the requested tokens.
+        """
+        settings = self.settings
+        if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens; this server accepts {settings.max_prompt_tokens}",
+                remedy="shorten the prompt",
+            )
+        check_context(self.engine.model, list(ids), max_new_tokens or 1)
+        room = settings.max_new_tokens if self.context_length is None else self.context_length - len(ids)
+        return min(max_new_tokens or min(settings.default_new_tokens, room), settings.max_new_tokens)
+
+    # Experts
+
+    def load_expert(self, folder: str) -> str:
+        """Load an expert from an allowed folder and return its name.
+
+        Raises:
+            ConfigError, ExpertError, FingerprintError: see `ModelRegistry.load` and `Expert.check`.
+        """
+        expert = self.registry.load(folder)
+
+        def add() -> None:
+            self.engine.check(expert)
+            self.registry.add(expert)
+
+        self.scheduler.call(add).result(CALL_TIMEOUT)
+        return expert.name
+
+    def unload_expert(self, name: str) -> None:
+        """Unload an expert.
+
+        Raises:
+            UnknownNameError: no such expert.
+            ConfigError: running requests use it.
+        """
+
+        def remove() -> None:
+            if users := self.scheduler.users(name):
+                raise ConfigError(f"{users} running requests use {name}", remedy="repeat once they have finished")
+            self.registry.remove(name)
+
+        self.scheduler.call(remove).result(CALL_TIMEOUT)

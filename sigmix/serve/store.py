@@ -1,6 +1,6 @@
-"""What outlives a restart: saved mixes, replies that wait for feedback, and what feedback taught. One SQLite file.
+"""Persistent server state in one SQLite file: saved mixtures, replies open for feedback, learned bandit weights.
 
-Every change is one transaction, in write-ahead mode, so a killed server loses nothing that it had confirmed.
+Every change is one transaction in write-ahead mode, so a killed server loses nothing it has confirmed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from sigmix.experts.mix import Mix
 
 FILE = "serve.sqlite"
 
-
-TABLES = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS mixes (name TEXT PRIMARY KEY, mix TEXT NOT NULL, about TEXT NOT NULL, made REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS replies (
   id TEXT PRIMARY KEY, client TEXT NOT NULL, arm TEXT, context TEXT, made REAL NOT NULL, reward REAL
@@ -29,131 +28,126 @@ CREATE INDEX IF NOT EXISTS replies_made ON replies (made);
 CREATE TABLE IF NOT EXISTS learned (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
-
-KEPT = 100_000
-"""Replies that can still get feedback; older ones are forgotten."""
-
+MAX_REPLIES = 100_000
+"""Most recent replies that can receive feedback."""
 
 TRIM_EVERY = 1000
+"""Saved replies between two deletions of old ones."""
 
 
-class State:
-    """The file.
+class Store:
+    """SQLite store; safe for use from several threads.
 
     Args:
-        folder: where it is; made if it is not there.
+        folder: created if missing.
 
     Raises:
-        OutputError: it cannot be written. ConfigError: it is damaged.
+        OutputError: the folder or file cannot be written.
+        ConfigError: the file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / FILE
         self._lock = threading.Lock()
-        self._noted = 0
+        self._saved_replies = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}", remedy="give another --state") from error
-        with self._errors():
-            self._base = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            self._base.execute("PRAGMA journal_mode=WAL")
-            self._base.execute("PRAGMA synchronous=NORMAL")
-            found = self._base.execute("PRAGMA quick_check").fetchone()[0]
-            if found != "ok":
-                raise ConfigError(f"{self.path} is damaged: {found}", remedy="move it away; the server makes a new one")
-            self._base.executescript(TABLES)
+            raise OutputError(f"cannot write {folder}: {error.strerror}", remedy="choose another --state") from error
+        with self._translate_errors():
+            self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            if (result := self._db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(result)
+            self._db.executescript(SCHEMA)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            self._base.close()
-
-    # ------------------------------------------------------------------ mixes
+            self._db.close()
 
     def mixes(self) -> dict[str, tuple[Mix, dict[str, Any]]]:
-        """{name: (mix, what is known about it)}."""
-        with self._change() as base:
-            rows = base.execute("SELECT name, mix, about FROM mixes ORDER BY name").fetchall()
+        """Return {name: (mixture, metadata)}."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT name, mix, about FROM mixes ORDER BY name").fetchall()
         return {name: (Mix.from_json(mix), json.loads(about)) for name, mix, about in rows}
 
-    def save_mix(self, name: str, mix: Mix, about: dict[str, Any]) -> None:
-        """Save or replace a mix.
+    def save_mix(self, name: str, mix: Mix, metadata: dict[str, Any]) -> None:
+        """Save or replace a mixture.
 
         Raises:
-            OutputError: the disk is full or cannot be written; what was saved before is as it was.
+            OutputError: the disk is full or read-only; the previous mixture is kept.
         """
-        values = (name, json.dumps(mix.to_json()), json.dumps(about), time.time())
-        with self._change() as base:
-            base.execute("INSERT OR REPLACE INTO mixes VALUES (?, ?, ?, ?)", values)
+        values = (name, json.dumps(mix.to_json()), json.dumps(metadata), time.time())
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO mixes VALUES (?, ?, ?, ?)", values)
 
-    def drop_mix(self, name: str) -> bool:
-        """Forget a mix; False if there is none of that name."""
-        with self._change() as base:
-            return base.execute("DELETE FROM mixes WHERE name = ?", (name,)).rowcount > 0
+    def delete_mix(self, name: str) -> bool:
+        """Delete a mixture; return False if there is none of that name."""
+        with self._transaction() as db:
+            return db.execute("DELETE FROM mixes WHERE name = ?", (name,)).rowcount > 0
 
-    # ------------------------------------------------------------------ replies and feedback
-
-    def note_reply(self, reply: str, client: str, arm: str | None, context: dict[str, float] | None) -> None:
-        """A reply that may get feedback: which arm gave it, in which context."""
-        values = (reply, client, arm, None if context is None else json.dumps(context), time.time())
-        with self._change() as base:
-            base.execute(
-                "INSERT OR REPLACE INTO replies (id, client, arm, context, made) VALUES (?, ?, ?, ?, ?)", values
-            )
-            self._noted += 1
-            if self._noted % TRIM_EVERY == 0:
-                base.execute(
-                    "DELETE FROM replies WHERE id NOT IN (SELECT id FROM replies ORDER BY made DESC LIMIT ?)", (KEPT,)
+    def save_reply(self, reply_id: str, client: str, arm: str | None, context: dict[str, float] | None) -> None:
+        """Save the bandit's arm and context of a reply, for later feedback."""
+        values = (reply_id, client, arm, None if context is None else json.dumps(context), time.time())
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO replies (id, client, arm, context, made) VALUES (?, ?, ?, ?, ?)", values)
+            self._saved_replies += 1
+            if self._saved_replies % TRIM_EVERY == 0:
+                db.execute(
+                    "DELETE FROM replies WHERE id NOT IN (SELECT id FROM replies ORDER BY made DESC LIMIT ?)",
+                    (MAX_REPLIES,),
                 )
 
-    def reply(self, reply: str) -> dict[str, Any] | None:
-        """What was noted of a reply, and its ``reward`` (None: no feedback yet)."""
-        with self._change() as base:
-            row = base.execute("SELECT client, arm, context, reward FROM replies WHERE id = ?", (reply,)).fetchone()
+    def reply(self, reply_id: str) -> dict[str, Any] | None:
+        """Return client, arm, context and reward (None: no feedback yet) of a saved reply, or None."""
+        with self._transaction() as db:
+            row = db.execute("SELECT client, arm, context, reward FROM replies WHERE id = ?", (reply_id,)).fetchone()
         if row is None:
             return None
         client, arm, context, reward = row
         return {"client": client, "arm": arm, "context": json.loads(context) if context else None, "reward": reward}
 
-    def learn(self, reply: str, reward: float, name: str, value: Any) -> bool:
-        """A reply's reward, and what it makes of what is learned, both or neither; False, and nothing is changed, for a
-        reply that has a reward."""
-        with self._change() as base:
-            found = base.execute("UPDATE replies SET reward = ? WHERE id = ? AND reward IS NULL", (reward, reply))
-            if found.rowcount and value is not None:
-                base.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", (name, json.dumps(value)))
-            return found.rowcount > 0
+    def learn(self, reply_id: str, reward: float, name: str = "", value: Any = None) -> bool:
+        """Save a reply's reward and the state learned from it, in one transaction.
+
+        Args:
+            name, value: key and JSON value of the learned state; None saves the reward only.
+
+        Returns:
+            False, without any change, if the reply is unknown or has a reward.
+        """
+        with self._transaction() as db:
+            query = "UPDATE replies SET reward = ? WHERE id = ? AND reward IS NULL"
+            updated = db.execute(query, (reward, reply_id)).rowcount > 0
+            if updated and value is not None:
+                db.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", (name, json.dumps(value)))
+            return updated
 
     def learned(self, name: str) -> Any:
-        """What `learn` saved last under a name; None if nothing."""
-        with self._change() as base:
-            row = base.execute("SELECT value FROM learned WHERE name = ?", (name,)).fetchone()
+        """Return the value that `learn` saved last under a name, or None."""
+        with self._transaction() as db:
+            row = db.execute("SELECT value FROM learned WHERE name = ?", (name,)).fetchone()
         return json.loads(row[0]) if row else None
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors():
-            self._base.execute("BEGIN")
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._translate_errors():
+            self._db.execute("BEGIN")
             try:
-                yield self._base
+                yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                if self._base.in_transaction:
-                    self._base.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._base.execute("COMMIT")
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if getattr(self, "_base", None) is not None and self._base.in_transaction:
-                self._base.execute("ROLLBACK")
-            raise OutputError(
-                f"cannot write {self.path}: {error}", remedy="free some space, or give another --state"
-            ) from error
+            raise OutputError(f"cannot write {self.path}: {error}", remedy="free disk space or use --state") from error
         except sqlite3.DatabaseError as error:
-            raise ConfigError(
-                f"{self.path} is damaged: {error}", remedy="move it away; the server makes a new one"
-            ) from error
+            raise ConfigError(f"{self.path} is damaged: {error}", remedy=f"delete or move {self.path}") from error
