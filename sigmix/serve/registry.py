@@ -86,7 +86,7 @@ class ModelRegistry(Mapping[str, Expert]):
             ConfigError: the name is taken.
         """
         with self._lock:
-            if expert.name in self._experts or expert.name in self._mixes or expert.name in (AUTO, BASE):
+            if expert.name in self._experts or expert.name in self._mixes:
                 raise ConfigError(f"the name {expert.name!r} is taken", remedy=f"DELETE /v1/experts/{expert.name}")
             self._experts = {**self._experts, expert.name: expert}
 
@@ -114,7 +114,7 @@ class ModelRegistry(Mapping[str, Expert]):
             ConfigError: the name is taken, or the client has too many mixtures.
             ExpertError: not a valid name.
         """
-        if check_name(name) in self._experts or name in (AUTO, BASE):
+        if check_name(name) in self._experts:
             raise ConfigError(f"the name {name!r} is taken", remedy="choose another name")
         if client is None:
             return

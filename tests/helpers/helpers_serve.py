@@ -1,4 +1,4 @@
-"""A server on a tiny random model, in this process, on loopback."""
+"""Server on a tiny random model: in-process over ASGI (`Client`), or on a loopback socket (`Live`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
 
-from sigmix.serve import Server, Service, load_settings
+from sigmix.serve import Server, Service, create_app, load_settings
 
 NAMES = ("math", "code", "word")
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": 8}
 
 
 def bank() -> dict[str, Any]:
@@ -23,73 +25,154 @@ def bank() -> dict[str, Any]:
     return {name: expert(build_tiny(), name, seed) for seed, name in enumerate(NAMES, 1)}
 
 
-def judges() -> dict[str, Any]:
-    return {"exact": lambda reply, gold: float(reply.strip() == gold)}
-
-
 def make_service(folder, experts=None, **settings: Any) -> Service:
     """A service that is not started."""
-    made = load_settings(None, **{"state": folder / "state", "grace_seconds": 5.0, "port": 0, **settings})
-    return Service(build_tiny(), build_tokenizer(), bank() if experts is None else experts, made, judges())
+    made = load_settings(None, **{"state": folder / "state", "shutdown_timeout": 5.0, "port": 0, **settings})
+    graders = {"exact": lambda reply, gold: float(reply.strip() == gold)}
+    return Service(build_tiny(), build_tokenizer(), bank() if experts is None else experts, made, graders)
 
 
-class Live:
-    """A running server."""
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
+    """Poll a condition; fail after the timeout."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "timeout"
+        time.sleep(0.002)
+
+
+class Caller:
+    """Requests to a server; subclasses implement `send`."""
+
+    service: Service
+
+    def send(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, str, dict[str, str]]:
+        raise NotImplementedError
+
+    def call(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """(status, JSON or text, headers) of a request; a body of bytes is sent as it is."""
+        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        status, text, got = self.send(method, path, sent, {"content-type": "application/json", **named})
+        return status, json.loads(text) if "json" in got.get("content-type", "") else text, got
+
+    def chat(self, content: str = "one two", **more: Any) -> tuple[int, Any]:
+        """(status, response) of a chat completion."""
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 6, **more}
+        return self.call("POST", CHAT, body)[:2]
+
+    def stream(self, body: dict[str, Any], path: str = CHAT) -> list[dict[str, Any]]:
+        """JSON of a stream's events; it must end with [DONE]."""
+        status, text, headers = self.call("POST", path, {**body, "stream": True})
+        assert status == 200, text
+        assert headers["content-type"].startswith("text/event-stream")
+        lines = [part for part in text.split("\n\n") if part]
+        assert lines[-1] == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line.startswith("data: ")]
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Block the scheduler's thread inside the context."""
+        release = threading.Event()
+        self.service.scheduler.call(lambda: release.wait(30))
+        try:
+            yield
+        finally:
+            release.set()
+
+    @contextmanager
+    def queued_chats(self, count: int, **headers: str) -> Iterator[list[int]]:
+        """Hold the scheduler with ``count`` queued chats; yields the list that receives their status afterwards."""
+        statuses: list[int] = []
+        body = {**BODY, "model": "math"}
+        threads = [
+            threading.Thread(target=lambda: statuses.append(self.call("POST", CHAT, body, **headers)[0]))
+            for _ in range(count)
+        ]
+        with self.hold():
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(self.service.scheduler.queue) == count)
+            yield statuses
+        for thread in threads:
+            thread.join(30)
+
+
+class Client(Caller):
+    """In-process client."""
+
+    def __init__(self, service: Service) -> None:
+        from starlette.testclient import TestClient
+
+        self.service = service
+        self.url = "http://localhost"
+        self.http = TestClient(create_app(service), base_url=self.url, raise_server_exceptions=False)
+
+    def send(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, str, dict[str, str]]:
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        answer = self.http.request(method, path, content=body, headers=raw)
+        return answer.status_code, answer.text, dict(answer.headers)
+
+
+class Live(Caller):
+    """Running server on a socket."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         service.start()
         self.server = Server(service)
-        self.socket = self.server.config.bind_socket()
+        self.socket = self.server.bind()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
-        until = time.monotonic() + 20
-        while not self.server.started and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: self.server.started)
 
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(30)
         assert not self.thread.is_alive()
 
-    def call(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """(status, JSON or text, headers) of a request; a body that is bytes goes as it is."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
+    def send(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, str, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            link.request(method, path, sent, {"content-type": "application/json", **named})
-            answer = link.getresponse()
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
             text = answer.read().decode("utf-8", "replace")
-            found = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, text, {name.lower(): value for name, value in answer.getheaders()}
         finally:
-            link.close()
-        return answer.status, json.loads(text) if "json" in found.get("content-type", "") else text, found
-
-    def chat(self, content: str = "one two", **more: Any) -> tuple[int, Any]:
-        """(status, reply) of a chat completion."""
-        status, found, _ = self.call(
-            "POST",
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": content}], "max_tokens": 6, **more},
-        )
-        return status, found
+            connection.close()
 
 
-def raw(body: dict) -> bytes:
-    """A request as it goes over the wire."""
+def raw_chat(body: dict) -> bytes:
+    """Bytes of an HTTP request for a chat completion."""
     sent = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(sent)}\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(sent)}\r\n"
     return head.encode() + b"content-type: application/json\r\n\r\n" + sent
 
 
 @contextmanager
+def serving(folder, experts=None, **settings: Any) -> Iterator[Client]:
+    """In-process server, closed at the end."""
+    client = Client(make_service(folder, experts, **settings))
+    with client.http:
+        yield client
+
+
+@contextmanager
 def live(folder, experts=None, **settings: Any) -> Iterator[Live]:
-    """A running server, stopped at the end."""
-    made = Live(make_service(folder, experts, **settings))
+    """Server on a socket, stopped at the end."""
+    server = Live(make_service(folder, experts, **settings))
     try:
-        yield made
+        yield server
     finally:
-        made.stop()
+        server.stop()

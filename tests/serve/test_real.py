@@ -15,7 +15,7 @@ from sigmix.models.loading import load_base
 from sigmix.serve import Service, load_settings
 from sigmix.tasks import get_task
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 SKILLS = ("addition", "date-iso", "larger", "smallest-of-three", "where-is", "who-has")
 
 
@@ -29,7 +29,7 @@ def real(tmp_path_factory):
 
 
 def at_once(server: Live, asked: list[dict]) -> list[dict]:
-    """Replies to requests that are sent together."""
+    """Responses to concurrent requests."""
     got: list = [None] * len(asked)
 
     def send(place: int) -> None:
@@ -44,7 +44,7 @@ def at_once(server: Live, asked: list[dict]) -> list[dict]:
     return [found for _, found in got]
 
 
-def test_auto_finds_the_expert_and_the_expert_helps(real):
+def test_auto_chooses_the_expert_and_the_expert_helps(real):
     samples = [(task, sample) for task in SKILLS for sample in get_task(task).samples("test", 6, seed=0)]
     right = {"auto": 0, "base": 0}
     for model in right:
@@ -57,8 +57,8 @@ def test_auto_finds_the_expert_and_the_expert_helps(real):
     assert right["auto"] > right["base"] + len(samples) // 4
 
 
-def test_each_row_answers_as_it_does_alone(real):
-    """Mixtures, lengths and questions of all kinds together, against the same engine's answers one by one."""
+def test_rows_are_independent(real):
+    """Random mixtures, lengths and prompts in one batch, against the engine's outputs one by one."""
     draw = random.Random(0)
     asked = []
     for number in range(40):

@@ -1,4 +1,4 @@
-"""The batcher under load: every answer is the one that the request would get alone, none is lost, none is mixed up."""
+"""Scheduler under load: every request gets the output that it would get alone; none is lost or mixed up."""
 
 from __future__ import annotations
 
@@ -8,48 +8,67 @@ import threading
 import time
 
 import pytest
-from helpers_serve import NAMES, bank
+from helpers_serve import NAMES, bank, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
-from sigmix.adapt import OTHER, Decision
+from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import MERGE_AFTER
 from sigmix.experts.mix import Mix
-from sigmix.serve.fair_queue import QueueFull
-from sigmix.serve.scheduler import Batcher, Closing, Failed, Finished, Job, Limits, SharedEngine, Started, Token
+from sigmix.serve import load_settings
+from sigmix.serve.fair_queue import QueueFullError
+from sigmix.serve.scheduler import (
+    ClosingError,
+    Failed,
+    FIFOLock,
+    Finished,
+    GenerationRequest,
+    Scheduler,
+    SharedEngine,
+    Started,
+    Token,
+    choice_seed,
+)
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-class Box:
-    """Collects a job's events."""
+class Events:
+    """Collects a request's events."""
 
     def __init__(self) -> None:
-        self.events: queue.Queue = queue.Queue()
+        self.queue: queue.Queue = queue.Queue()
         self.all: list = []
 
     def __call__(self, event) -> None:
-        self.events.put(event)
+        self.queue.put(event)
 
-    def wait(self, answers: int = 1, timeout: float = 120) -> list:
-        ended = 0
-        while ended < answers:
-            event = self.events.get(timeout=timeout)
+    def wait(self, choices: int = 1, timeout: float = 120) -> list:
+        finished = 0
+        while finished < choices:
+            event = self.queue.get(timeout=timeout)
             self.all.append(event)
             if isinstance(event, Failed):
                 break
-            ended += isinstance(event, Finished)
+            finished += isinstance(event, Finished)
         return self.all
 
     def text(self, index: int = 0) -> str:
-        return "".join(e.piece for e in self.all if isinstance(e, (Token, Finished)) and e.index == index)
+        return "".join(e.text for e in self.all if isinstance(e, (Token, Finished)) and e.index == index)
 
     def ids(self, index: int = 0) -> list[int]:
         return [e.id for e in self.all if isinstance(e, Token) and e.index == index]
 
 
-def choose_math(jobs):
-    return [Decision(Mix.one("math"), "math", "a test says so") for _ in jobs]
+class Math:
+    """Strategy that chooses the expert math, or fails on the text "bad"."""
+
+    name = "math"
+
+    def decide(self, prompts):
+        if "bad" in prompts:
+            raise RuntimeError("bug")
+        return [Decision(Mix.one("math"), "math", "test") for _ in prompts]
 
 
 @pytest.fixture
@@ -63,23 +82,25 @@ def alone():
 
 
 @pytest.fixture
-def started(shared):
-    """A factory of running batchers, all closed at the end."""
-    made = []
+def start(shared):
+    """Factory of running schedulers, closed at the end."""
+    schedulers = []
 
-    def start(decide=choose_math, **limits) -> Batcher:
-        made.append(Batcher(shared, decide, Limits(**limits)))
-        made[-1].start()
-        return made[-1]
+    def make(**settings) -> Scheduler:
+        scheduler = Scheduler(shared, {"math": TwoPass(shared, Math())}, load_settings(None, **settings))
+        schedulers.append(scheduler)
+        scheduler.start()
+        return scheduler
 
-    yield start
-    for batcher in made:
-        batcher.close(0)
+    yield make
+    for scheduler in schedulers:
+        scheduler.close(0)
 
 
-def job(ids, mix="base", client="a", **more) -> tuple[Job, Box]:
-    box = Box()
-    return Job(client, ids, None if mix is None else Mix.parse(mix), box, **more), box
+def request(ids, mix="base", client="a", **options) -> tuple[GenerationRequest, Events]:
+    events = Events()
+    parsed = None if mix is None else Mix.parse(mix)
+    return GenerationRequest(client, ids, parsed, events, strategy="math", **options), events
 
 
 def random_ids(draw, length) -> list[int]:
@@ -87,7 +108,7 @@ def random_ids(draw, length) -> list[int]:
 
 
 def endless(engine, mix) -> list[int]:
-    """A prompt whose answer under a mix goes on for long."""
+    """A prompt with a long answer under a mixture."""
     draw = random.Random(1)
     while True:
         ids = random_ids(draw, 6)
@@ -99,240 +120,282 @@ def random_mix(draw) -> str:
     return "+".join(f"{name}:{draw.choice([-0.5, 0.3, 0.7, 1])}" for name in draw.sample(NAMES, draw.randrange(1, 4)))
 
 
-def test_a_mix_is_merged_when_it_has_answered_alone_for_some_time(started, shared, alone):
-    batcher = started()
+# --- Batching
+
+
+def test_a_mixture_is_merged_after_some_steps_alone(start, shared, alone):
+    scheduler = start()
     mix = Mix.parse("math:0.3+code:0.4")
     ids = endless(alone, mix.id)
-    for known in (False, True):
-        one, box = job(ids, mix.id, max_new_tokens=MERGE_AFTER - 10)
-        batcher.submit(one)
-        box.wait()
-        assert box.ids() == alone.generate([ids], mix.id, max_new_tokens=MERGE_AFTER - 10)[0].ids
-        assert batcher.call(lambda: shared.is_merged(mix)).result(20) == known
+    for merged in (False, True):
+        one, events = request(ids, mix.id, max_new_tokens=MERGE_AFTER - 10)
+        scheduler.submit(one)
+        events.wait()
+        assert events.ids() == alone.generate([ids], mix.id, max_new_tokens=MERGE_AFTER - 10)[0].ids
+        assert scheduler.call(lambda: shared.is_merged(mix)).result(20) == merged
 
 
-def test_mixes_that_share_steps_are_not_merged(started, shared, alone):
-    batcher = started()
-    boxes = []
+def test_mixtures_that_share_steps_are_not_merged(start, shared, alone):
+    scheduler = start()
+    received = []
     hold = threading.Event()
-    batcher.call(lambda: hold.wait(20))
+    scheduler.call(lambda: hold.wait(20))
     for mix in ("math:0.3", "code:0.4"):
-        one, box = job(endless(alone, mix), mix, max_new_tokens=2 * MERGE_AFTER)
-        batcher.submit(one)
-        boxes.append(box)
+        one, events = request(endless(alone, mix), mix, max_new_tokens=2 * MERGE_AFTER)
+        scheduler.submit(one)
+        received.append(events)
     hold.set()
-    for box in boxes:
-        assert len([e for e in box.wait() if isinstance(e, Token)]) == 2 * MERGE_AFTER
-    assert not any(batcher.call(lambda: [shared.is_merged(Mix.parse(m)) for m in ("math:0.3", "code:0.4")]).result(20))
+    for events in received:
+        assert len([e for e in events.wait() if isinstance(e, Token)]) == 2 * MERGE_AFTER
+    merged = scheduler.call(lambda: [shared.is_merged(Mix.parse(mix)) for mix in ("math:0.3", "code:0.4")])
+    assert not any(merged.result(20))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_short_answer_to_a_prompt_whose_beginning_is_known(started, alone, length):
-    batcher = started()
+def test_short_answer_after_a_cached_prefix(start, shared, alone, length):
+    scheduler = start()
     ids = random_ids(random.Random(3), 30)
-    first, box = job(ids, "math", max_new_tokens=4)
-    batcher.submit(first)
-    box.wait()
-    longer = ids + box.ids() + [5, 6, 7]
-    second, box = job(longer, "math", max_new_tokens=length)
-    assert batcher.call(lambda: batcher.engine.known_beginning(longer, second.mix, None) is not None).result(20)
-    batcher.submit(second)
-    box.wait(timeout=20)
-    assert box.ids() == alone.generate([longer], "math", max_new_tokens=length)[0].ids
-    assert not batcher.jobs
+    first, events = request(ids, "math", max_new_tokens=4)
+    scheduler.submit(first)
+    events.wait()
+    longer = ids + events.ids() + [5, 6, 7]
+    second, events = request(longer, "math", max_new_tokens=length)
+    assert scheduler.call(lambda: shared.known_beginning(longer, second.mix, None) is not None).result(20)
+    scheduler.submit(second)
+    events.wait(timeout=20)
+    assert events.ids() == alone.generate([longer], "math", max_new_tokens=length)[0].ids
+    wait_until(lambda: not scheduler.running())
 
 
-def test_two_hundred_at_once_under_fifty_mixtures(started, alone):
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_requests_under_many_mixtures(start, alone, count):
     draw = random.Random(0)
-    mixes = [random_mix(draw) for _ in range(49)] + ["base"]
-    batcher = started(rows=24, tokens=4096, reading=200, waiting=300, each=300)
-    wanted, threads = [], []
-    for number in range(200):
-        more = {"temperature": 0.7, "top_p": 0.9, "seed": number} if number % 5 == 0 else {}
-        one, box = job(
-            random_ids(draw, draw.choice([3, 8, 20, 60])), mixes[number % 50], f"client-{number % 7}",
-            max_new_tokens=draw.choice([1, 5, 12, 30]), **more,
+    mixes = [random_mix(draw) for _ in range(count // 4 - 1)] + ["base"]
+    scheduler = start(max_batch_size=24, max_batch_tokens=4096, max_queue_size=300, max_queue_size_per_client=300)
+    planned = []
+    for number in range(count):
+        options = {"temperature": 0.7, "top_p": 0.9, "seeds": [number]} if number % 5 == 0 else {}
+        one, events = request(
+            random_ids(draw, draw.choice([3, 8, 20, 60])), mixes[number % len(mixes)], f"client-{number % 7}",
+            max_new_tokens=draw.choice([1, 5, 12, 30]), **options,
         )  # fmt: skip
-        wanted.append((one, box, draw.random() < 0.2))
+        planned.append((one, events, draw.random() < 0.2))
 
     def send(part) -> None:
-        for one, _, dropped in part:
-            batcher.submit(one)
+        for one, _, cancelled in part:
+            scheduler.submit(one)
             time.sleep(random.random() / 200)
-            if dropped:
-                batcher.cancel(one)
+            if cancelled:
+                scheduler.cancel(one)
 
-    for start in range(8):
-        threads.append(threading.Thread(target=send, args=(wanted[start::8],)))
-        threads[-1].start()
+    threads = [threading.Thread(target=send, args=(planned[place::8],)) for place in range(8)]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join(60)
-    kept = [(one, box) for one, box, dropped in wanted if not dropped]
-    for _, box in kept:
-        box.wait()
-    for one, box in kept:
-        (whole,) = alone.generate(
+    kept = [(one, events) for one, events, cancelled in planned if not cancelled]
+    for one, events in kept:
+        events.wait()
+        (expected,) = alone.generate(
             [one.ids], one.mix, max_new_tokens=one.max_new_tokens, do_sample=one.temperature > 0,
-            temperature=one.temperature, top_p=one.top_p, seeds=[one.seed], form="factored",
+            temperature=one.temperature, top_p=one.top_p, seeds=list(one.seeds), form="factored",
         )  # fmt: skip
-        assert isinstance(box.all[0], Started)
-        assert box.ids() == whole.ids
-        assert box.text() == whole.text
-        assert box.all[-1].reason == whole.finish
-    until = time.monotonic() + 10
-    while (batcher.load() != (0, 0) or batcher.jobs) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert batcher.load() == (0, 0)
-    assert not batcher.jobs
-    for _, box, dropped in wanted:
-        if dropped:
-            assert not any(isinstance(event, Failed) for event in list(box.events.queue))
+        assert isinstance(events.all[0], Started)
+        assert events.ids() == expected.ids
+        assert events.text() == expected.text
+        assert events.all[-1].reason == expected.finish
+    wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
+    for _, events, cancelled in planned:
+        if cancelled:
+            assert not any(isinstance(event, Failed) for event in list(events.queue.queue))
 
 
-def test_several_answers_and_a_stop_string(started, alone):
-    batcher = started()
-    one, box = job(random_ids(random.Random(3), 9), "math", n=3, temperature=1.0, seed=40, max_new_tokens=12)
-    batcher.submit(one)
-    box.wait(3)
+def test_several_choices_and_stop_strings(start, alone):
+    scheduler = start()
+    seeds = [choice_seed(40, index) for index in range(3)]
+    options = {"seeds": seeds, "temperature": 1.0, "max_new_tokens": 12}
+    one, events = request(random_ids(random.Random(3), 9), "math", **options)
+    scheduler.submit(one)
+    events.wait(3)
     texts = []
     for index in range(3):
-        (whole,) = alone.generate(
-            [one.ids], "math", max_new_tokens=12, do_sample=True, seeds=[40 + index], form="factored"
+        (expected,) = alone.generate(
+            [one.ids], "math", max_new_tokens=12, do_sample=True, seeds=[seeds[index]], form="factored"
         )
-        assert box.ids(index) == whole.ids
-        texts.append(whole.text)
+        assert events.ids(index) == expected.ids
+        texts.append(expected.text)
     assert len(set(texts)) > 1
     mark = max(texts, key=len)[2:4]
-    two, box = job(one.ids, "math", n=3, temperature=1.0, seed=40, max_new_tokens=12, stop=(mark,))
-    batcher.submit(two)
-    box.wait(3)
-    for index, text in enumerate(texts):
-        assert box.text(index) == text.split(mark)[0]
+    two, events = request(one.ids, "math", stop_strings=(mark,), **options)
+    scheduler.submit(two)
+    events.wait(3)
+    assert [events.text(index) for index in range(3)] == [text.split(mark)[0] for text in texts]
 
 
-def test_pass_one_decides_and_may_fail(started, alone):
-    calls = []
+def test_choice_seeds():
+    assert choice_seed(7, 0) == 7
+    seeds = {choice_seed(seed, index) for seed in range(-50, 50) for index in range(20)}
+    assert len(seeds) == 2000
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert choice_seed(1, 1) == choice_seed(1, 1)
 
-    def decide(jobs):
-        calls.append(len(jobs))
-        if any(one.text == "bad" for one in jobs):
-            raise RuntimeError("a bug")
-        return choose_math(jobs)
 
-    batcher = started(decide)
+# --- Decisions
+
+
+def test_strategy_decides_and_may_fail(start, alone):
+    scheduler = start()
     ids = random_ids(random.Random(4), 8)
-    one, box = job(ids, None, text="good", max_new_tokens=5)
-    batcher.submit(one)
-    assert box.wait()[0].decision.label == "math"
-    assert box.ids() == alone.generate([ids], "math", max_new_tokens=5)[0].ids
-    two, box = job(ids, None, text="bad", max_new_tokens=5)
-    batcher.submit(two)
-    first = box.wait()[0]
-    assert (first.decision.mix, first.decision.label) == (Mix.base(), OTHER)
-    assert "failed" in first.decision.reason
-    assert box.ids() == alone.generate([ids], "base", max_new_tokens=5)[0].ids
+    one, events = request(ids, None, text="good", max_new_tokens=5)
+    scheduler.submit(one)
+    assert events.wait()[0].decision.label == "math"
+    assert events.ids() == alone.generate([ids], "math", max_new_tokens=5)[0].ids
+    two, events = request(ids, None, text="bad", max_new_tokens=5)
+    scheduler.submit(two)
+    decision = events.wait()[0].decision
+    assert (decision.mix, decision.label) == (Mix.base(), OTHER)
+    assert events.ids() == alone.generate([ids], "base", max_new_tokens=5)[0].ids
 
 
-def test_an_expert_that_is_gone_fails_its_own_request_only(started, shared, alone):
-    batcher = started()
+def test_an_unloaded_expert_fails_only_the_requests_that_name_it(start, shared, alone):
+    scheduler = start()
     ids = random_ids(random.Random(5), 8)
-    good, box = job(ids, "code", max_new_tokens=40)
-    batcher.submit(good)
-    lost, other = job(ids, "math", max_new_tokens=5)
+    good, kept = request(ids, "code", max_new_tokens=40)
+    scheduler.submit(good)
 
-    def forget():
+    def unload():
         shared.bank = {name: expert for name, expert in shared.bank.items() if name != "math"}
 
-    batcher.call(forget).result(10)
-    batcher.submit(lost)
-    (failed,) = other.wait()
-    assert (failed.kind, "math" in failed.message) == ("mix", True)
-    box.wait()
-    assert box.ids() == alone.generate([ids], "code", max_new_tokens=40)[0].ids
+    scheduler.call(unload).result(10)
+    lost, events = request(ids, "math", max_new_tokens=5)
+    scheduler.submit(lost)
+    (failed,) = events.wait()
+    assert (failed.code, "math" in failed.message) == ("mix", True)
+    automatic, events = request(ids, None, text="good", max_new_tokens=5)
+    scheduler.submit(automatic)
+    decision = events.wait()[0].decision
+    assert (decision.mix, decision.label) == (Mix.base(), OTHER)
+    assert "math" in decision.reason
+    kept.wait()
+    assert kept.ids() == alone.generate([ids], "code", max_new_tokens=40)[0].ids
 
 
-def test_a_step_that_fails_gives_its_requests_up_and_goes_on(started, shared, monkeypatch):
-    batcher = started()
+# --- Failures, limits, shutdown
+
+
+def test_a_failed_step_ends_only_its_requests(start, shared, monkeypatch):
+    scheduler = start()
     ids = random_ids(random.Random(6), 8)
-    real = shared.model.forward
+    forward = shared.model.forward
     broken = threading.Event()
 
-    def forward(*args, **kwargs):
+    def failing(*args, **kwargs):
         if broken.is_set():
             broken.clear()
             raise RuntimeError("out of memory")
-        return real(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(shared.model, "forward", forward)
+    monkeypatch.setattr(shared.model, "forward", failing)
     broken.set()
-    one, box = job(ids, "math", max_new_tokens=5)
-    batcher.submit(one)
-    assert box.wait()[-1].kind == "internal"
-    two, box = job(ids, "math", max_new_tokens=5)
-    batcher.submit(two)
-    assert isinstance(box.wait()[-1], Finished)
+    one, events = request(ids, "math", max_new_tokens=5)
+    scheduler.submit(one)
+    assert events.wait()[-1].code == "internal"
+    two, events = request(ids, "math", max_new_tokens=5)
+    scheduler.submit(two)
+    assert isinstance(events.wait()[-1], Finished)
 
 
-def test_ends_of_the_queue_and_of_time(started):
+def test_limits_of_queue_and_time(start):
     hold = threading.Event()
-    batcher = started(rows=1, waiting=3, each=2)
-    batcher.call(lambda: hold.wait(20))
+    scheduler = start(max_batch_size=1, max_queue_size=3, max_queue_size_per_client=2)
+    scheduler.call(lambda: hold.wait(20))
     ids = random_ids(random.Random(7), 5)
-    first, box = job(ids, "math", client="a", deadline=time.monotonic() - 1)
-    batcher.submit(first)
-    batcher.submit(job(ids, client="a")[0])
-    with pytest.raises(QueueFull) as full:
-        batcher.submit(job(ids, client="a")[0])
-    assert full.value.own
-    last, after = job(ids, client="b")
-    batcher.submit(last)
-    with pytest.raises(QueueFull):
-        batcher.submit(job(ids, client="c")[0])
+    late, events = request(ids, "math", client="a", deadline=time.monotonic() - 1)
+    scheduler.submit(late)
+    scheduler.submit(request(ids, client="a")[0])
+    with pytest.raises(QueueFullError) as full:
+        scheduler.submit(request(ids, client="a")[0])
+    assert full.value.per_client
+    last, after = request(ids, client="b")
+    scheduler.submit(last)
+    with pytest.raises(QueueFullError):
+        scheduler.submit(request(ids, client="c")[0])
     hold.set()
-    assert box.wait()[-1].kind == "time"
+    assert events.wait()[-1].code == "timeout"
     assert isinstance(after.wait()[-1], Finished)
 
 
-def test_closing_finishes_what_there_is(started):
-    batcher = started(rows=2)
-    boxes = []
+def test_users_can_be_counted_while_requests_come_and_go(start):
+    scheduler = start()
+    received = []
+    for number in range(60):
+        one, events = request(random_ids(random.Random(number), 4), "math", max_new_tokens=2)
+        scheduler.submit(one)
+        received.append(events)
+        assert 0 <= scheduler.users("math") <= 60  # iterates in this thread
+    for events in received:
+        events.wait()
+    wait_until(lambda: scheduler.users("math") == 0)
+
+
+def test_closing_finishes_accepted_requests(start):
+    scheduler = start(max_batch_size=2)
+    received = []
     for number in range(6):
-        one, box = job(random_ids(random.Random(number), 6), "math", max_new_tokens=10)
-        batcher.submit(one)
-        boxes.append(box)
-    assert batcher.close(60)
-    for box in boxes:
-        assert isinstance(box.wait()[-1], Finished)
-    with pytest.raises(Closing):
-        batcher.submit(job([5, 6])[0])
+        one, events = request(random_ids(random.Random(number), 6), "math", max_new_tokens=10)
+        scheduler.submit(one)
+        received.append(events)
+    assert scheduler.close(60)
+    for events in received:
+        assert isinstance(events.wait()[-1], Finished)
+    with pytest.raises(ClosingError):
+        scheduler.submit(request([5, 6])[0])
 
 
-def test_closing_gives_up_what_takes_too_long(started):
+def test_closing_gives_up_after_the_timeout(start):
     hold = threading.Event()
-    batcher = started(rows=1)
-    batcher.call(lambda: hold.wait(1))
-    one, box = job(random_ids(random.Random(1), 6), "math", max_new_tokens=200)
-    two, waiting = job(random_ids(random.Random(2), 6), "math", max_new_tokens=200)
-    batcher.submit(one)
-    batcher.submit(two)
-    assert not batcher.close(0)
-    assert box.wait()[-1].kind == "closing"
-    assert waiting.wait()[-1].kind == "closing"
+    scheduler = start(max_batch_size=1)
+    scheduler.call(lambda: hold.wait(1))
+    one, running = request(random_ids(random.Random(1), 6), "math", max_new_tokens=200)
+    two, queued = request(random_ids(random.Random(2), 6), "math", max_new_tokens=200)
+    scheduler.submit(one)
+    scheduler.submit(two)
+    assert not scheduler.close(0)
+    assert running.wait()[-1].code == "closing"
+    assert queued.wait()[-1].code == "closing"
 
 
-def test_a_search_goes_on_between_the_steps(started, shared):
-    from sigmix.adapt import FewShotSearch
+# --- Sharing the engine
 
-    batcher = started()
-    boxes = []
+
+def test_a_search_runs_between_the_steps(start, shared):
+    scheduler = start()
+    received = []
     for number in range(4):
-        one, box = job(random_ids(random.Random(number), 6), "code", max_new_tokens=150)
-        batcher.submit(one)
-        boxes.append(box)
-    search = FewShotSearch(
-        shared, [("one two", "three"), ("four", "five")], lambda *_: 0.0, settings="light", iterations=2, batch_size=8
-    )
-    mix = search.fit()
-    assert mix.id in search.known
-    for box in boxes:
-        assert isinstance(box.wait()[-1], Finished)
+        one, events = request(random_ids(random.Random(number), 6), "code", max_new_tokens=150)
+        scheduler.submit(one)
+        received.append(events)
+    examples = [("one two", "three"), ("four", "five")]
+    search = FewShotSearch(shared, examples, lambda *_: 0.0, settings="light", iterations=2, batch_size=8)
+    assert isinstance(search.fit(), Mix)
+    for events in received:
+        assert isinstance(events.wait()[-1], Finished)
+
+
+def test_lock_is_granted_in_order_of_arrival():
+    lock, order = FIFOLock(), []
+
+    def enter(number: int) -> None:
+        with lock:
+            order.append(number)
+
+    threads = []
+    with lock:
+        for number in range(8):
+            threads.append(threading.Thread(target=enter, args=(number,)))
+            threads[-1].start()
+            wait_until(lambda: lock.waiting == number + 1)  # noqa: B023
+    for thread in threads:
+        thread.join(5)
+    assert order == list(range(8))
+    assert lock.waiting == 0

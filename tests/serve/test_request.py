@@ -1,0 +1,204 @@
+"""Completions as clients see them: OpenAI's formats, streams, log-probabilities, seeds, invalid requests."""
+
+from __future__ import annotations
+
+import pytest
+from helpers_serve import BODY, CHAT, NAMES
+from helpers_tiny import build_tokenizer
+
+from sigmix.experts.mix import Mix
+
+
+def text_of(response, index: int = 0) -> str:
+    return response["choices"][index]["message"]["content"]
+
+
+@pytest.mark.parametrize("model", ["base", "math", "math:.7+code:.3", "code:-0.5"])
+def test_chat_equals_the_engine(server, alone, model):
+    status, found, headers = server.call("POST", CHAT, {**BODY, "model": model})
+    assert status == 200
+    assert headers["x-request-id"].startswith("req-")
+    (expected,) = alone.generate(["one two three"], model, max_new_tokens=8)
+    choice = found["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+    assert choice["finish_reason"] == expected.finish
+    assert found["usage"] == {
+        "prompt_tokens": expected.prompt_tokens, "completion_tokens": len(expected.ids),
+        "total_tokens": expected.prompt_tokens + len(expected.ids),
+    }  # fmt: skip
+    assert (found["object"], found["model"]) == ("chat.completion", model)
+    assert found["sigmix"]["mix"] == Mix.parse(model).id
+    assert found["sigmix"]["weights"] == Mix.parse(model).to_json()["weights"]
+
+
+def test_auto_reports_its_decision(server, alone):
+    status, found = server.chat("one two three", model="auto")
+    assert status == 200
+    decision = found["sigmix"]
+    assert decision["mix"] in {*NAMES, "base"}
+    assert decision["reason"]
+    assert decision["pass1_tokens"] > 0
+    assert decision["scores"].keys() >= {decision["label"]}
+    (expected,) = alone.generate(["one two three"], decision["mix"], max_new_tokens=6)
+    assert text_of(found) == expected.text
+
+
+@pytest.mark.parametrize("path, body", [(CHAT, BODY), ("/v1/completions", {"prompt": "one two", "max_tokens": 8})])
+def test_stream_equals_the_whole_response(server, path, body):
+    options = {**body, "model": "math", "n": 2, "temperature": 1.0, "seed": 5}
+    _, whole, _ = server.call("POST", path, options)
+    events = server.stream({**options, "stream_options": {"include_usage": True}}, path)
+    assert events[0]["sigmix"]["mix"] == "math"
+    assert len({event["id"] for event in events}) == 1
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"] == whole["usage"]
+    for index, choice in enumerate(whole["choices"]):
+        own = [c for event in events for c in event["choices"] if c["index"] == index]
+        text = "".join(c.get("text", "") or c.get("delta", {}).get("content", "") for c in own)
+        assert text == (choice["text"] if "text" in choice else choice["message"]["content"])
+        assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
+    if path == CHAT:
+        assert [c["delta"].get("role") for c in events[0]["choices"]] == ["assistant", "assistant"]
+
+
+def test_logprobs(server, alone):
+    status, found = server.chat("one two three", model="math", logprobs=True, top_logprobs=3)
+    assert status == 200
+    (expected,) = alone.generate(["one two three"], "math", max_new_tokens=6)
+    content = found["choices"][0]["logprobs"]["content"]
+    assert [token["logprob"] for token in content] == pytest.approx(expected.logprobs, abs=1e-3)
+    for token in content:
+        assert len(token["top_logprobs"]) == 3
+        assert token["top_logprobs"][0]["token"] == token["token"]
+        assert bytes(token["bytes"]).decode() == token["token"]
+    options = {"prompt": "one", "max_tokens": 4, "model": "math", "logprobs": 2}
+    _, plain, _ = server.call("POST", "/v1/completions", options)
+    old = plain["choices"][0]["logprobs"]
+    assert len(old["tokens"]) == len(old["token_logprobs"]) == len(old["top_logprobs"]) == len(old["text_offset"]) == 4
+    assert old["text_offset"][:2] == [0, len(old["tokens"][0])]
+    parts = [c["logprobs"] for event in server.stream(options, "/v1/completions") for c in event["choices"]]
+    assert [token for part in parts if part for token in part["tokens"]] == old["tokens"]
+    assert [offset for part in parts if part for offset in part["text_offset"]] == old["text_offset"]
+
+
+def test_several_prompts(server, alone):
+    options = {"max_tokens": 5, "model": "code"}
+    _, found, _ = server.call("POST", "/v1/completions", {**options, "prompt": ["one", "two three"], "n": 2})
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    for number, prompt in enumerate(["one", "two three"]):
+        (expected,) = alone.generate([prompt], "code", max_new_tokens=5, chat=False)
+        assert found["choices"][2 * number]["text"] == found["choices"][2 * number + 1]["text"] == expected.text
+    ids = build_tokenizer()("one")["input_ids"]
+    _, same, _ = server.call("POST", "/v1/completions", {**options, "prompt": ids})
+    assert same["choices"][0]["text"] == found["choices"][0]["text"]
+
+
+def test_seed_and_stop(server):
+    sampled = {"temperature": 1.5, "max_tokens": 12, "model": "math"}
+    texts = [text_of(server.chat(**sampled, seed=seed)[1]) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    mark = texts[0][3:5]
+    _, found = server.chat(**sampled, seed=1, stop=[mark])
+    assert text_of(found) == texts[0].split(mark)[0]
+    assert found["choices"][0]["finish_reason"] == "stop"
+
+
+def test_neighbouring_seeds_share_no_choice(server, alone):
+    sampled = {"temperature": 1.5, "max_tokens": 12, "model": "math"}
+    first, second = (server.chat(**sampled, seed=seed, n=3)[1] for seed in (1, 2))
+    texts = [text_of(response, index) for response in (first, second) for index in range(3)]
+    assert len(set(texts)) == 6
+    (expected,) = alone.generate(
+        ["one two"], "math", max_new_tokens=12, do_sample=True, temperature=1.5, seeds=[1], form="factored"
+    )
+    assert texts[0] == expected.text == text_of(server.chat(**sampled, seed=1)[1])
+
+
+def test_text_parts_and_system_message(server, alone):
+    parts = [{"type": "text", "text": "one two"}, {"type": "text", "text": " three"}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8, "model": "math"}
+    (expected,) = alone.generate(["one two three"], "math", max_new_tokens=8)
+    assert text_of(server.call("POST", CHAT, body)[1]) == expected.text
+    ids = alone.encode("one", system="two")
+    messages = [{"role": "developer", "content": "two"}, {"role": "user", "content": "one"}]
+    _, found, _ = server.call("POST", CHAT, {**body, "messages": messages})
+    assert found["usage"]["prompt_tokens"] == len(ids)
+    assert text_of(found) == alone.generate([ids], "math", max_new_tokens=8)[0].text
+
+
+USER = b'"messages": [{"role": "user", "content": "x"}]}'
+
+
+@pytest.mark.parametrize(
+    "body, status, word, param",
+    [
+        ({"messages": []}, 400, "", "messages"),
+        ({"messages": "hi"}, 400, "", "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role", None),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "user", "messages"),
+        ({**BODY, "model": "maths"}, 404, "math", "model"),
+        ({**BODY, "model": "math:x"}, 400, "", "model"),
+        ({**BODY, "temperature": -1}, 400, "", "temperature"),
+        ({**BODY, "top_p": 0}, 400, "", "top_p"),
+        ({**BODY, "n": 0}, 400, "", "n"),
+        ({**BODY, "n": 99}, 400, "", "n"),
+        ({**BODY, "max_tokens": 0}, 400, "", "max_tokens"),
+        ({**BODY, "max_tokens": 10**6}, 400, "context", None),
+        ({**BODY, "tools": [{}]}, 400, "tools", None),
+        ({**BODY, "response_format": {"type": "json_object"}}, 400, "response_format", None),
+        ({**BODY, "top_logprobs": 2}, 400, "logprobs", None),
+        ({**BODY, "presence_penalty": 1}, 400, "presence_penalty", None),
+        ({**BODY, "logit_bias": {"5": 1}}, 400, "logit_bias", None),
+        ({**BODY, "stop": [""]}, 400, "stop", None),
+        ({**BODY, "stop": ["x"] * 17}, 400, "stop", None),
+        ({**BODY, "sigmix": {"strategy": "Z"}}, 404, "strategy", None),
+        ({"messages": [{"role": "user", "content": "x " * 400}], "max_tokens": 4}, 400, "context", None),
+        (b"{", 400, "", None),
+        (b"\xff\xfe{}", 400, "", None),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "", None),
+        (b"[" * 100_000, 400, "", None),
+        (b"null", 400, "", None),
+        (b'{"\\ud800": 1}', 400, "", None),
+        (b'{"model": "\\ud800", ' + USER, 400, "", None),
+        (b'{"temperature": NaN, ' + USER, 400, "", None),
+        (b'{"top_p": Infinity, ' + USER, 400, "", None),
+        (b'{"seed": 1' + b"0" * 5000 + b", " + USER, 400, "", None),
+        (b'{"max_tokens": 1e400, ' + USER, 400, "", None),
+    ],
+)
+def test_invalid_requests(server, body, status, word, param):
+    got, found, _ = server.call("POST", CHAT, body)
+    assert got == status, found
+    error = found["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert word in error["message"] + str(error["param"])
+    if param:
+        assert error["param"] == param
+    stream = body if isinstance(body, bytes) else {**body, "stream": True}
+    assert server.call("POST", CHAT, stream)[0] == status
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": [10**9]}, {"prompt": []}, {"prompt": ""}, {"prompt": "x", "echo": True},
+             {"prompt": "x", "suffix": "y"}, {"prompt": "x", "best_of": 2}],
+)  # fmt: skip
+def test_invalid_completions(server, body):
+    assert server.call("POST", "/v1/completions", body)[0] == 400
+
+
+def test_unknown_fields_are_ignored(server):
+    assert server.call("POST", CHAT, {**BODY, "unknown": 1})[0] == 200
+
+
+def test_full_queue(server):
+    scheduler = server.service.scheduler
+    limits, scheduler.queue.max_size = scheduler.queue.max_size, 2
+    try:
+        with server.queued_chats(2) as statuses:
+            for stream in (False, True):
+                status, found, headers = server.call("POST", CHAT, {**BODY, "stream": stream})
+                assert (status, found["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert int(headers["retry-after"]) >= 1
+        assert statuses == [200, 200]
+    finally:
+        scheduler.queue.max_size = limits

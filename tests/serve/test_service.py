@@ -1,0 +1,75 @@
+"""Service without HTTP: strategies, context length, tokenization."""
+
+from __future__ import annotations
+
+import pytest
+from helpers_serve import bank, make_service
+
+from sigmix.adapt import TwoPass
+from sigmix.errors import ContextError, UnknownNameError
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture
+def service(tmp_path):
+    service = make_service(tmp_path, default_new_tokens=20, max_new_tokens=100, max_prompt_tokens=246)
+    yield service
+    service.close()
+
+
+def test_strategies_of_a_bank(service):
+    assert list(service.strategies) == ["A"]
+    assert isinstance(service.strategies["A"], TwoPass)
+    assert service.check_strategy("") == service.check_strategy("auto") == service.check_strategy("A") == "A"
+    with pytest.raises(UnknownNameError) as error:
+        service.check_strategy("B")
+    assert "A" in str(error.value)
+
+
+def test_an_unavailable_default_strategy(tmp_path):
+    with pytest.raises(UnknownNameError) as error:
+        make_service(tmp_path, strategy="bandit")
+    assert "bandit" in str(error.value)
+
+
+def test_empty_bank(tmp_path):
+    service = make_service(tmp_path, experts={})
+    (decision,) = service.strategies[service.default_strategy].decide(["one"])
+    assert decision.mix.id == "base"
+    service.close()
+
+
+@pytest.mark.parametrize(
+    "prompt, requested, expected", [(10, None, 20), (10, 50, 50), (10, 200, 100), (246, None, 10), (246, 10, 10)]
+)
+def test_number_of_new_tokens(service, prompt, requested, expected):
+    assert service.fit_context([5] * prompt, requested) == expected
+
+
+@pytest.mark.parametrize("prompt, requested", [(0, None), (246, 11), (247, 1), (100, 200)])
+def test_prompts_that_do_not_fit(service, prompt, requested):
+    with pytest.raises(ContextError):
+        service.fit_context([5] * prompt, requested)
+
+
+def test_bare_lines_without_a_chat_template(service):
+    service._tokenizer.chat_template = None
+    turns = [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]
+    assert service.encode_chat(turns) == service.encode_text("one\ntwo")
+
+
+def test_a_template_that_rejects_a_conversation(service):
+    service._tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ContextError) as error:
+        service.encode_chat([{"role": "user", "content": "one"}])
+    assert "roles must alternate" in str(error.value)
+
+
+def test_warm_up_covers_every_expert(service):
+    service.start()
+    assert service.ready
+    assert set(service.registry) == set(bank())
+    service.close()
+    service.close()
+    assert not service.ready

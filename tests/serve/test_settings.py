@@ -1,0 +1,50 @@
+"""Server settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from sigmix.errors import ConfigError
+from sigmix.serve.settings import Settings, load_settings
+
+
+def test_every_setting_is_described():
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_options_override_environment_and_file(tmp_path, monkeypatch):
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1111\nmax_batch_size = 4\nexpert_folders = ["/srv/experts"]\nstrategy = "B"\n')
+    monkeypatch.setenv("SIGMIX_SERVE_MAX_BATCH_SIZE", "5")
+    monkeypatch.setenv("SIGMIX_SERVE_PORT", "2222")
+    settings = load_settings(file, port=3333, host=None)
+    assert (settings.port, settings.max_batch_size, settings.strategy, settings.host) == (3333, 5, "B", "127.0.0.1")
+    assert [str(folder) for folder in settings.expert_folders] == ["/srv/experts"]
+    assert load_settings().strategy == "auto"
+
+
+@pytest.mark.parametrize(
+    "name, value", [("port", 99999), ("max_batch_size", 0), ("form", "fast"), ("allowed_origins", ["*"])]
+)
+def test_invalid_values(name, value):
+    with pytest.raises(ConfigError) as error:
+        load_settings(None, **{name: value})
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, named", [(None, "serve.toml"), ("port = = 3", "serve.toml"), ("prot = 3", "prot"), ("port = 'x'", "port")]
+)
+def test_invalid_files(tmp_path, content, named):
+    file = tmp_path / "serve.toml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_settings(file)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("host, loopback", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False),
+                                            ("10.0.0.1", False), ("example.org", False)])  # fmt: skip
+def test_loopback(host, loopback):
+    assert load_settings(None, host=host).loopback is loopback
