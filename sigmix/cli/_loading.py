@@ -86,7 +86,8 @@ def open_mixes(texts: Sequence[str], folder: Path | None, need_bank: bool = Fals
     Raises:
         ConfigError: invalid expression. UnknownNameError: expert that is not in the bank.
     """
-    from sigmix.experts.mix import read_mix
+    with importing():
+        from sigmix.experts.mix import read_mix
 
     mixes = [read_mix(text) for text in texts]
     if not (need_bank or folder is not None or any(mix.weights for mix in mixes)):
