@@ -98,13 +98,13 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
 
 
 def check_bank(engine: Any, bank: Mapping[str, Expert]) -> None:
-    """Check every expert that can be chosen against the engine's base model.
+    """Check the fingerprint of every expert that can be chosen; the engine checks its sketches when it is used.
 
     Raises:
         FingerprintError, ExpertError: an expert of another base, or a damaged one.
     """
     for name in skills(bank):
-        engine.z(Mix.one(name))
+        bank[name].check(engine.model, sketches=False)
 
 
 def decide_within(
