@@ -1,17 +1,17 @@
-"""sigmix as a model of EleutherAI's evaluation harness (lm-eval): any of its tasks under any mix, or a mix per request.
+"""sigmix as a model of EleutherAI's lm-evaluation-harness: any of its tasks under a mixture, or a mixture per request.
 
     sigmix lm-eval --tasks arc_easy --mix larger:.5+where-is:.5      # registers this model and runs the harness
-    lm_eval --model sigmix --model_args mix=auto --tasks arc_easy     # where the harness reads entry points
+    lm_eval --model sigmix --model_args mix=auto --tasks arc_easy     # through the entry point
 
-Requests, truncation and stop strings are treated as the harness's own ``hf`` model treats them, so the base gets the
-same numbers; forward passes and answers are the engine's, so rows of one batch may have a mix each. Log-softmax is in
-float32 always (``hf`` does so with softmax_dtype=float32).
+Requests, truncation and stop strings follow the harness's ``hf`` model, so the base scores the same. Forward passes and
+generation are the engine's, so every row of a batch may have its own mixture. Log-softmax is always in float32 (``hf``
+with softmax_dtype=float32).
 
-With ``mix=auto`` a strategy decides once for each distinct request: the last user turn where the harness applied the
-chat template, else the harness's whole context, few-shot examples included. A request without context is its own
-beginning where a text's likelihood is rolled over it (the first half of the context length), and else gets the base.
+With ``mix=auto`` a strategy decides once for each distinct request: on the last user turn if the harness applied a chat
+template, else on its whole context, few-shot examples included. For rolling likelihoods it sees the first half of the
+context length; other requests without context get the base.
 
-What it does not do: several processes, beam search, penalties on repetition, text after a thinking tag.
+Not supported: several processes, beam search, repetition penalties, text after a thinking tag.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from sigmix.adapt.base import OTHER, Decision, Strategy
-from sigmix.adapt.two_pass import AUTO, letter_of, open_strategy
+from sigmix.adapt.base import Decision
+from sigmix.adapt.two_pass import AUTO, TwoPass
 from sigmix.engine import Engine
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.engine.tokenization import context_length, has_template, in_parts, no_marks
@@ -46,30 +48,44 @@ from sigmix.models.loading import load_base
 from sigmix.models.multimodal import processor_of
 from sigmix.utils.io import check_writable, write_text
 
+HF_OPTIONS = ("max_length", "truncation", "add_bos_token", "prefix_token_id", "chat_template_args")
+"""Options of the harness's ``hf`` model that are passed on."""
+OPTIONS = ("base", "mix", "strategy", "bank", "dtype", "device", "form", "decisions", "batch_size", "max_batch_size",
+           "quantization", "basis")  # fmt: skip
+TOKEN_BUDGET = 8192
+"""Tokens of a batch, padding included, with batch_size "auto"."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1, None), "num_return_sequences": (1, None), "repetition_penalty": (1, 1.0, None),
+    "length_penalty": (1, 1.0, None), "use_cache": (True, None), "top_k": (0, None), "min_p": (0, 0.0, None),
+}  # fmt: skip
+"""Unsupported generation options, with the values that have no effect."""
+
+T = TypeVar("T")
+Row = tuple[Mix, list[int], list[int]]  # mixture, context and continuation as token ids
+
 
 @register_model("sigmix")
 class SigmixLM(HFLM):
-    """A base under a mix, or under what a strategy decides, for the harness.
+    """A base under a mixture, or under the choices of a strategy, as a model of the harness.
 
     Args:
-        base, dtype, device, quantization: as in `load_base`. bank: folder of experts; None: the bundled bank.
-        mix: "a:0.7+b:0.3", a name, "base", a ``.json`` file of a mix, or "auto".
-        strategy: what "auto" decides by: A, B, D, or "auto" (the bank's probe, else its classifier, else A). Given
-            without a mix it means ``mix=auto``.
-        form: how several mixes share a batch, "factored" or "gain"; None: factored.
-        decisions: JSONL file that is written with every distinct request and what was decided for it.
-        basis: of a quantised base, "own", or "original" for experts made on the base unquantised.
-        batch_size: rows; "auto": as many as have `BUDGET` tokens together, at most ``max_batch_size``.
-        options: those of the harness's ``hf`` model that `PASSED` names.
+        base, dtype, device, quantization: see `load_base`. bank: folder of experts; None: the bundled bank.
+        mix: "a:0.7+b:0.3", a name, "base", a ``.json`` file of a mixture, or "auto".
+        strategy: A, B, D, or "auto" (the bank's probe, else its classifier, else A); implies ``mix=auto``.
+        form: of batches with several mixtures, "factored" or "gain"; None: factored.
+        decisions: JSONL file for every distinct request and its decision.
+        basis: of a quantized base, "own", or "original" for experts of the unquantized base.
+        batch_size: rows; "auto": up to `TOKEN_BUDGET` tokens and ``max_batch_size`` rows.
+        options: see `HF_OPTIONS`.
 
     Raises:
-        ConfigError, UnknownNameError, OutputError: an option that is not there or cannot work. Others: see
-        `load_base`, `Engine.z` and the strategies.
+        ConfigError, UnknownNameError, OutputError: an invalid option. Others: see `load_base`, `Engine.z` and
+        `open_strategy`.
     """
 
     tokenizer: Any
     made = 0
-    """Models made so far in this process: before the first, whatever is wrong is wrong with what was asked."""
+    """Instances created in this process; before the first, errors are errors of the options."""
 
     def __init__(
         self,
@@ -88,55 +104,101 @@ class SigmixLM(HFLM):
         **options: Any,
     ) -> None:
         for name in options:
-            if name not in PASSED:
-                raise UnknownNameError("model argument", name, [*OWN, *PASSED], remedy="see docs/lm-eval.md")
+            if name not in HF_OPTIONS:
+                raise UnknownNameError("model argument", name, [*OPTIONS, *HF_OPTIONS], remedy="see docs/lm-eval.md")
         mix = str(mix) if mix is not None else AUTO if strategy is not None else "base"
         if mix != AUTO and (strategy is not None or decisions is not None):
             raise ConfigError("strategy and decisions go with mix=auto only", remedy="leave the mix out, or give auto")
         if form not in (None, "factored", "gain"):
             raise ConfigError(f"form must be factored or gain, not {form!r}")
         check_basis(basis, quantization)
-        letter_of(strategy or AUTO)
         self.rows = rows_of(batch_size)
         if decisions is not None:
             check_writable(decisions)
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
-        chosen = None if mix == AUTO else read_mix(mix, experts)
+        self.mix = None if mix == AUTO else read_mix(mix, experts)
+        runner = TwoPass(None, strategy or AUTO)  # an unknown strategy is refused before the base is loaded
         model, tokenizer = load_base(
             base, None if dtype == "auto" else dtype, device_of(device), quantization_config=quantization
         )
         if basis == "original":
             use_original_basis(model)
         if processor_of(tokenizer) is not None and options.get("max_length") is None:
-            options["max_length"] = context_length(model)  # the harness looks past the config of the language model
+            options["max_length"] = context_length(model)  # the harness misses the nested text config
         super().__init__(
             model, backend="causal", tokenizer=tokenizer, batch_size=self.rows or max_batch_size,
             max_batch_size=max_batch_size, enable_thinking=False, **options,
         )  # fmt: skip
-        self.form, self._size = form, model.num_parameters()  # before the engine adds its z
-        self.engine = Engine(model, tokenizer, experts)
-        if chosen is not None:
-            self.engine.z(chosen)  # an expert of another base is refused before the work
-        opened = open_strategy(self.engine, strategy or AUTO) if chosen is None else None
-        self.requests = Requests(chosen, opened, None if decisions is None else Path(decisions))
+        self.form, self._size = form, model.num_parameters()  # before the engine adds z
+        self.engine = runner.engine = Engine(model, tokenizer, experts)
+        self.strategy = None
+        if self.mix is not None:
+            self.engine.z(self.mix)  # raises for an expert of another base
+        else:
+            self.strategy = runner.strategy
+        self._runner = runner
+        self._decisions: dict[str, Decision] = {}
+        self._decisions_file = None if decisions is None else Path(decisions)
+        self._mix_counts: Counter[str] = Counter()
         self.truncated = 0
-        self._turns: dict[str, str] = {}
+        self._user_turns: dict[str, str] = {}
         SigmixLM.made += 1
 
-    # ------------------------------------------------------------------ what a request is
+    # ------------------------------------------------------------------ mixtures of requests
+
+    def _mixes(self, requests: Sequence[str]) -> list[Mix]:
+        """Return the mixture of each request, given as its context."""
+        if self.mix is not None:
+            mixes = [self.mix] * len(requests)
+        else:
+            texts = [self._user_turns.get(text, text) for text in requests]
+            new = [text for text in dict.fromkeys(texts) if text not in self._decisions]
+            self._decisions |= zip(new, self._runner.decide(new), strict=True)
+            mixes = [self._decisions[text].mix for text in texts]
+            if self._decisions_file is not None:
+                lines = [{"request": text, **decision.to_json()} for text, decision in self._decisions.items()]
+                write_text(self._decisions_file, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
+        self._mix_counts.update(mix.id for mix in mixes)
+        return mixes
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return the entry of the results file.
+
+        ``mixes`` counts all requests of the harness (each choice of a question is one); ``contexts`` and ``labels``
+        count the distinct ones that were decided on; ``tokens`` and ``seconds`` are sums over the first pass.
+        """
+        base = self.model.sigmix_base["name"]
+        info = {
+            "base": base, "fingerprint": fingerprint(self.model), "mix": AUTO if self.mix is None else self.mix.id,
+            "mixes": dict(self._mix_counts.most_common()),
+        }  # fmt: skip
+        if self.strategy is not None:
+            decisions = list(self._decisions.values())
+            info |= {
+                "strategy": self.strategy.name, "contexts": len(decisions),
+                "labels": dict(Counter(decision.label for decision in decisions).most_common()),
+                "tokens": sum(decision.tokens for decision in decisions),
+                "seconds": round(sum(decision.seconds for decision in decisions), 3),
+            }  # fmt: skip
+        return {
+            "model_num_parameters": self._size, "model_dtype": str(self.model.dtype), "model_source": base,
+            "sigmix": {**info, "truncated": self.truncated},
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------ text
 
     @contextlib.contextmanager
-    def _template(self) -> Iterator[None]:
-        """The harness asks its tokenizer for the chat template; that of a vision-language model is the processor's."""
-        own = self.tokenizer
-        self.tokenizer = processor_of(own) or own
+    def _processor_as_tokenizer(self) -> Iterator[None]:
+        """A vision-language model's chat template is its processor's; the harness reads the tokenizer's."""
+        tokenizer = self.tokenizer
+        self.tokenizer = processor_of(tokenizer) or tokenizer
         try:
             yield
         finally:
-            self.tokenizer = own
+            self.tokenizer = tokenizer
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, which the harness notes before the first request.
+        """Return the chat template, which the harness reads before the first request.
 
         Raises:
             ConfigError: there is none, or none of that name.
@@ -146,59 +208,57 @@ class SigmixLM(HFLM):
                 f"{self.model.sigmix_base['name']} has no chat template", remedy="leave --apply_chat_template out"
             )
         try:
-            with self._template():
+            with self._processor_as_tokenizer():
                 return super().chat_template(chat_template)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The harness's chat as text; its last user turn is what a strategy will be asked about.
+        """Return a chat as text and remember its last user turn for the strategy.
 
         Raises:
-            ConfigError: a turn that holds what stands for an image in a vision-language model's prompts.
+            ConfigError: a turn with an image placeholder of a vision-language model.
         """
         processor, turns = processor_of(self.tokenizer), chat_history
         if processor is not None:
             no_marks(processor, *(turn["content"] for turn in chat_history))
             turns = in_parts(chat_history)
-        with self._template():
+        with self._processor_as_tokenizer():
             text = super().apply_chat_template(turns, add_generation_prompt)
-        asked = [turn["content"] for turn in chat_history if turn["role"] == "user"]
-        if asked:
-            self._turns[text] = asked[-1]
+        if user_turns := [turn["content"] for turn in chat_history if turn["role"] == "user"]:
+            self._user_turns[text] = user_turns[-1]
         return text
 
-    def tok_encode(self, string: str, *given: Any, **options: Any) -> list[int]:
-        """Token ids of a text; see `apply_chat_template` for what is refused."""
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """Return token ids. Raises as `apply_chat_template`."""
         if (processor := processor_of(self.tokenizer)) is not None:
             no_marks(processor, string)
-        return super().tok_encode(string, *given, **options)
-
-    def _mixes(self, contexts: Sequence[str]) -> list[Mix]:
-        return self.requests.mixes([self._turns.get(text, text) for text in contexts])
+        return super().tok_encode(string, *args, **options)
 
     # ------------------------------------------------------------------ likelihoods
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **__: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         mixes = self._mixes([context for (context, _), _, _ in requests])
         rows = [(mix, context, answer) for mix, (_, context, answer) in zip(mixes, requests, strict=True)]
-        found = self._score(rows, disable_tqdm)
-        for (texts, _, _), told in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, told)
-        return found
+        scores = self._score(rows, disable_tqdm)
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], score)
+        return scores
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Natural log-likelihood of whole texts, in windows of the context length that do not overlap."""
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return natural log-likelihoods of whole texts, in disjoint windows of the context length."""
         texts = [request.args[0] for request in requests]
-        every = [self.tok_encode(text) for text in texts]
-        beginning = max(self.max_length // 2, 1)
-        mixes = self.requests.mixes([self.tok_decode(tokens[:beginning]) for tokens in every])
-        rows: list[tuple[Mix, list[int], list[int]]] = []
+        token_ids = [self.tok_encode(text) for text in texts]
+        half = max(self.max_length // 2, 1)
+        mixes = self._mixes([self.tok_decode(ids[:half]) for ids in token_ids])
+        rows: list[Row] = []
         owners: list[int] = []
-        for number, (tokens, mix) in enumerate(zip(every, mixes, strict=True)):
-            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+        for number, (ids, mix) in enumerate(zip(token_ids, mixes, strict=True)):
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             for context, answer in map(make_disjoint_window, windows):
                 rows.append((mix, context, answer))
                 owners.append(number)
@@ -210,10 +270,10 @@ class SigmixLM(HFLM):
         return totals
 
     @torch.no_grad()
-    def _score(self, rows: Sequence[tuple[Mix, list[int], list[int]]], quiet: bool) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, whether greedy) of answers after contexts, both token ids, under mixes."""
-        # answers that differ in their last token only have the same input, which is run once
-        wanted: dict[tuple[Mix, tuple[int, ...]], list[int]] = defaultdict(list)
+    def _score(self, rows: Sequence[Row], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        """Return (sum of log-probabilities, whether greedy) of each row's continuation."""
+        # continuations that differ in their last token only have the same input, which is run once
+        inputs: dict[tuple[Mix, tuple[int, ...]], list[int]] = defaultdict(list)
         for number, (mix, context, answer) in enumerate(rows):
             if len(answer) > self.max_length:
                 raise ContextError(
@@ -221,132 +281,105 @@ class SigmixLM(HFLM):
                     remedy="leave the task out, or give a larger max_length if the model has one",
                 )
             self.truncated += len(context) + len(answer) > self.max_length + 1
-            wanted[mix, tuple((context + answer)[-(self.max_length + 1) :][:-1])].append(number)
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-        for part in self._batches(sorted(wanted, key=lambda one: -len(one[1])), lambda one: len(one[1]), quiet):
-            ids, mask = left_pad([list(one[1]) for one in part], self.engine.pad_id, self.device)
-            logits = self.engine.logits(ids, mask, [mix for mix, _ in part], self.form)
-            for place, one in enumerate(part):
-                for number in wanted[one]:
-                    right = torch.tensor(rows[number][2], device=logits.device)
-                    own = logits[place, -len(right) :].float().log_softmax(-1)
-                    logprob = float(own.gather(1, right[:, None]).sum())
-                    found[number] = (logprob, bool(torch.equal(own.argmax(-1), right)))
-        return found
+            inputs[mix, tuple((context + answer)[-(self.max_length + 1) :][:-1])].append(number)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        order = sorted(inputs, key=lambda one: -len(one[1]))
+        for batch in self._batches(order, lambda one: len(one[1]), disable_tqdm):
+            ids, mask = left_pad([list(tokens) for _, tokens in batch], self.engine.pad_id, self.device)
+            logits = self.engine.logits(ids, mask, [mix for mix, _ in batch], self.form)
+            for index, one in enumerate(batch):
+                for number in inputs[one]:
+                    target = torch.tensor(rows[number][2], device=logits.device)
+                    logprobs = logits[index, -len(target) :].float().log_softmax(-1)
+                    logprob = float(logprobs.gather(1, target[:, None]).sum())
+                    scores[number] = (logprob, bool(torch.equal(logprobs.argmax(-1), target)))
+        return scores
 
-    # ------------------------------------------------------------------ answers
+    # ------------------------------------------------------------------ generation
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each cut before its first stop string. A row's random stream is of its number and torch's seed."""
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return completions, cut before the first stop string. Row i is seeded with torch's initial seed + i."""
         mixes = self._mixes([request.args[0] for request in requests])
-        alike: dict[str, list[int]] = defaultdict(list)
+        groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            alike[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
+            groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
         texts = [""] * len(requests)
-        for numbers in alike.values():
-            options, stop, special = generation(requests[numbers[0]].args[1], self.max_gen_toks, self.tokenizer)
+        for numbers in groups.values():
+            options, end_ids = generation_options(requests[numbers[0]].args[1], self.max_gen_toks, self.tokenizer)
             room = self.max_length - options["max_new_tokens"]
             if room < 1:
                 raise ContextError(
-                    f"{options['max_new_tokens']} tokens to answer leave no room in the context of {self.max_length}",
+                    f"{options['max_new_tokens']} new tokens leave no room in the context of {self.max_length}",
                     remedy="give a smaller --gen_kwargs max_gen_toks=N",
                 )
-            ids = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
-            self.truncated += sum(len(row) > room for row in ids.values())
-            ids = {number: row[-room:] for number, row in ids.items()}
-            sizes = {number: len(row) + options["max_new_tokens"] for number, row in ids.items()}
-            order = sorted(numbers, key=sizes.__getitem__, reverse=True)
-            ends, self.engine.ends = self.engine.ends, [*self.engine.ends, *special]
+            prompts = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
+            self.truncated += sum(len(ids) > room for ids in prompts.values())
+            prompts = {number: ids[-room:] for number, ids in prompts.items()}
+            lengths = {number: len(ids) + options["max_new_tokens"] for number, ids in prompts.items()}
+            order = sorted(numbers, key=lengths.__getitem__, reverse=True)
+            ends, self.engine.ends = self.engine.ends, [*self.engine.ends, *end_ids]
             try:
-                for part in self._batches(order, sizes.__getitem__, disable_tqdm):
-                    seeds = [torch.initial_seed() + number for number in part]
-                    answers = self.engine.generate(
-                        [ids[number] for number in part], [mixes[number] for number in part], seeds=seeds,
-                        stop_strings=stop, form=self.form, batch_size=len(part), **options,
+                for batch in self._batches(order, lengths.__getitem__, disable_tqdm):
+                    generations = self.engine.generate(
+                        [prompts[number] for number in batch], [mixes[number] for number in batch], form=self.form,
+                        seeds=[torch.initial_seed() + number for number in batch], batch_size=len(batch), **options,
                     )  # fmt: skip
-                    for number, answer in zip(part, answers, strict=True):
-                        texts[number] = answer.text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, answer.text)
+                    for number, generation in zip(batch, generations, strict=True):
+                        texts[number] = generation.text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, generation.text)
             finally:
                 self.engine.ends = ends
         return texts
 
-    def _batches(self, items: Sequence[Any], length: Any, quiet: bool) -> Iterator[list[Any]]:
-        """Items, the longest first, by rows or by tokens."""
+    def _batches(self, items: Sequence[T], length: Callable[[T], int], disable_tqdm: bool) -> Iterator[list[T]]:
+        """Yield batches of items, sorted longest first, by rows or by tokens."""
         rest = iter(items)
-        with tqdm(total=len(items), disable=quiet, desc="sigmix") as bar:
+        with tqdm(total=len(items), disable=disable_tqdm, desc="sigmix") as bar:
             for first in rest:
-                rows = self.rows or max(1, min(self.max_batch_size or 64, BUDGET // max(length(first), 1)))
-                part = [first, *islice(rest, rows - 1)]
-                yield part
-                bar.update(len(part))
-
-    def get_model_info(self) -> dict[str, Any]:
-        """For the results file: the base, its fingerprint, and which mixes answered how many requests."""
-        base = self.model.sigmix_base
-        told = {"base": base["name"], "fingerprint": fingerprint(self.model), **self.requests.summary()}
-        return {
-            "model_num_parameters": self._size,
-            "model_dtype": str(self.model.dtype),
-            "model_source": base["name"],
-            "sigmix": {**told, "truncated": self.truncated},
-        }
+                rows = self.rows or max(1, min(self.max_batch_size or 64, TOKEN_BUDGET // max(length(first), 1)))
+                batch = [first, *islice(rest, rows - 1)]
+                yield batch
+                bar.update(len(batch))
 
 
-# --- The harness's options, of the model and of generation, as the engine's; what it does not have is refused.
-
-
-PASSED = ("max_length", "truncation", "add_bos_token", "prefix_token_id", "chat_template_args")
-"""Options of the harness's ``hf`` model that mean the same here."""
-
-
-OWN = ("base", "mix", "strategy", "bank", "dtype", "device", "form", "decisions", "batch_size", "max_batch_size",
-       "quantization", "basis")  # fmt: skip
-
-
-BUDGET = 8192
-"""Tokens in a batch, padding included, with batch_size "auto"."""
-
-
-NOTHING: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1, None), "num_return_sequences": (1, None), "repetition_penalty": (1, 1.0, None),
-    "length_penalty": (1, 1.0, None), "use_cache": (True, None), "top_k": (0, None), "min_p": (0, 0.0, None),
-}  # fmt: skip
-"""Generation options that the engine does not have, with the values that ask for nothing."""
-
-
-def generation(given: Mapping[str, Any], most: int, tokenizer: Any) -> tuple[dict[str, Any], list[str], list[int]]:
-    """The engine's options, stop strings, and stop tokens (special ones, which no decoded text shows).
+def generation_options(
+    kwargs: Mapping[str, Any], max_gen_toks: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], list[int]]:
+    """Return the engine's options and additional end tokens (special tokens, which decoded text does not show).
 
     Args:
-        given: a request's generation arguments. most: tokens of an answer where they do not say.
+        kwargs: a request's generation arguments. max_gen_toks: default.
 
     Raises:
-        ConfigError: an option that the engine does not have.
+        ConfigError: an unsupported option.
     """
-    wanted = dict(normalize_gen_kwargs(dict(given), most))
-    stop = [mark for mark in handle_stop_sequences(wanted.pop("until", None), eos=None) if mark]
-    wanted.pop("do_sample", None)  # without it the temperature is 0 by now
-    temperature = float(wanted.pop("temperature", 0) or 0)
-    options = {
-        "max_new_tokens": int(wanted.pop("max_gen_toks")), "do_sample": temperature > 0, "temperature": temperature,
-        "top_p": float(wanted.pop("top_p", 1) or 1),
-    }  # fmt: skip
-    if not options["do_sample"]:
-        wanted.pop("top_k", None)  # of no effect on greedy answers
-    for name, value in wanted.items():
-        if value not in NOTHING.get(name, ()):
+    rest = dict(normalize_gen_kwargs(dict(kwargs), max_gen_toks))
+    stop_strings = [text for text in handle_stop_sequences(rest.pop("until", None), eos=None) if text]
+    rest.pop("do_sample", None)  # normalize_gen_kwargs sets the temperature to 0 without it
+    temperature = float(rest.pop("temperature", 0) or 0)
+    max_new_tokens, top_p = int(rest.pop("max_gen_toks")), float(rest.pop("top_p", 1) or 1)
+    if temperature == 0:
+        rest.pop("top_k", None)  # no effect on greedy decoding
+    for name, value in rest.items():
+        if value not in NEUTRAL.get(name, ()):
             raise ConfigError(
                 f"generation option {name}={value!r} is not supported",
                 remedy="supported are until, max_gen_toks, do_sample, temperature and top_p",
             )
-    special = [mark for mark in stop if mark in tokenizer.all_special_tokens]
-    ids = [int(tokenizer.convert_tokens_to_ids(mark)) for mark in special]
-    return options, [mark for mark in stop if mark not in special], ids
+    special = [text for text in stop_strings if text in tokenizer.all_special_tokens]
+    options = {
+        "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature, "top_p": top_p,
+        "stop_strings": [text for text in stop_strings if text not in special],
+    }  # fmt: skip
+    return options, [int(tokenizer.convert_tokens_to_ids(text)) for text in special]  # type: ignore[arg-type]
 
 
 def device_of(name: str | None) -> str | None:
-    """The harness says cuda:0 where nobody said anything."""
+    """Return the device to load on; the harness's default "cuda:0" means none was given.
+
+    Raises:
+        ConfigError: no CUDA device.
+    """
     if name is None or torch.cuda.is_available() or not name.startswith("cuda"):
         return name
     if name == "cuda:0":
@@ -355,60 +388,13 @@ def device_of(name: str | None) -> str | None:
 
 
 def rows_of(batch_size: int | str) -> int | None:
-    """Rows of a batch; None by tokens."""
+    """Return the rows of a batch, or None for "auto".
+
+    Raises:
+        ConfigError: neither.
+    """
     if str(batch_size).startswith(AUTO):
         return None
-    try:
-        rows = int(batch_size)
-    except ValueError:
-        rows = 0
-    if rows < 1:
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise ConfigError(f"batch_size must be auto or a number of at least 1, not {batch_size!r}")
-    return rows
-
-
-# --- Which mix answers which request of an evaluation, and the account of it.
-
-
-class Requests:
-    """Which mix answers a request: one for all, or what a strategy decides, once for each distinct request."""
-
-    def __init__(self, mix: Mix | None, strategy: Strategy | None, file: Path | None = None) -> None:
-        self.mix, self.strategy, self.file = mix, strategy, file
-        self.decisions: dict[str, Decision] = {}
-        self.count: Counter[str] = Counter()
-
-    def mixes(self, asked: Sequence[str]) -> list[Mix]:
-        """A mix for each request, in order; "" is no request, and gets the base."""
-        if self.strategy is None:
-            assert self.mix is not None
-            found = [self.mix] * len(asked)
-        else:
-            fresh = [text for text in dict.fromkeys(asked) if text not in self.decisions]
-            some = [text for text in fresh if text.strip()]
-            self.decisions |= dict(zip(some, self.strategy.decide(some) if some else [], strict=True))
-            none = Decision(Mix.base(), OTHER, "there is no context to decide by")
-            self.decisions |= {text: none for text in fresh if text not in self.decisions}
-            found = [self.decisions[text].mix for text in asked]
-            if self.file is not None:
-                lines = [{"request": text, **one.to_json()} for text, one in self.decisions.items()]
-                write_text(self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        self.count.update(mix.id for mix in found)
-        return found
-
-    def summary(self) -> dict[str, Any]:
-        """JSON values: mixes with how many requests each answered; with a strategy also what it decided and cost.
-
-        ``mixes`` counts every request of the harness (each choice of a question is one); ``contexts`` and ``labels``
-        count what was decided, once for each distinct request. ``tokens`` and ``seconds`` are pass one's, in sum.
-        """
-        mix = AUTO if self.mix is None else self.mix.id
-        told: dict[str, Any] = {"mix": mix, "mixes": dict(self.count.most_common())}
-        if self.strategy is not None:
-            made = list(self.decisions.values())
-            told |= {
-                "strategy": self.strategy.name, "contexts": len(made),
-                "labels": dict(Counter(one.label for one in made).most_common()),
-                "tokens": sum(one.tokens for one in made), "seconds": round(sum(one.seconds for one in made), 3),
-            }  # fmt: skip
-        return told
+    return int(batch_size)

@@ -1,4 +1,4 @@
-"""SVF in TRL's trainers: a task's prompts and verifier as TRL takes them, z kept an expert's, the result sealed.
+"""SVF in TRL's trainers: datasets and reward functions of a task, a callback that keeps z valid, and the result sealed.
 
     task = get_task("addition")
     samples = task.samples("train", 512)
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from sigmix.engine.tokenization import bare_text, encode, end_ids, reply_ids, turns_of
@@ -32,57 +33,54 @@ from sigmix.tasks.base import Sample, Split, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-
 CHAT = {"enable_thinking": False}
-"""`chat_template_kwargs` of TRL's configs with which it writes prompts as sigmix does."""
-
-
+"""`chat_template_kwargs` for TRL's configs, with which it formats prompts as sigmix does."""
 Reward = Callable[..., list[float | None]]
 
 
-def prompt_dataset(samples: Sequence[Sample], tokenizer: Any) -> Dataset:
-    """Prompts for GRPOTrainer and RLOOTrainer, which encode them to the very ids that `Engine.encode` gives.
+def prompt_dataset(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return prompts for GRPOTrainer and RLOOTrainer, which encode them to the same ids as `Engine.encode`.
 
-    Args:
-        samples: of a task. tokenizer: messages where it has a chat template (give the config `CHAT`), else text.
+    Prompts are conversations if the tokenizer has a chat template (give the config `CHAT`), else text.
 
     Returns:
-        A `datasets.Dataset` with the columns ``prompt`` and ``sample``, the id by which `reward_function` finds it.
+        A `datasets.Dataset` with the columns ``prompt`` and ``sample``, the key of `reward_function`.
 
     Raises:
-        DataError: no samples. ConfigError: they show images, or belong to a vision-language model whose prompts TRL
-            would write otherwise, without their text.
+        DataError: no samples. ConfigError: samples with images, or a vision-language model for which TRL would format
+            the prompts differently.
     """
     from datasets import Dataset
 
-    _check(samples)
+    _check_samples(samples)
     chat = getattr(tokenizer, "chat_template", None) is not None
     write = turns_of if chat else bare_text
     if processor_of(tokenizer) is not None:
-        _check_written(tokenizer, samples[0], chat)
+        _check_format(tokenizer, samples[0], chat)
     return Dataset.from_list([{"prompt": write(one.prompt, one.system), "sample": one.id} for one in samples])
 
 
-def gold_dataset(samples: Sequence[Sample], model: Any, tokenizer: Any) -> Dataset:
-    """Prompts with their gold replies for SFTTrainer; the loss is on the reply and the token that ends it.
+def gold_dataset(
+    samples: Sequence[Sample], model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Return encoded prompts with their gold replies for SFTTrainer; the loss is on the reply and its end token.
 
-    They are encoded here: written by the chat template as a conversation, a prompt can differ from the one that asks
-    for a reply.
-
-    Args:
-        model: whose end token closes a reply.
+    They are encoded here because a chat template may format the prompt of a whole conversation differently from a
+    generation prompt.
 
     Returns:
         A `datasets.Dataset` with the columns ``input_ids`` and ``labels`` (-100 for the prompt), unpadded.
 
     Raises:
-        DataError: no samples. ConfigError: they show images.
+        DataError: no samples. ConfigError: samples with images.
     """
     from datasets import Dataset
 
-    _check(samples)
+    _check_samples(samples)
     ends = end_ids(model, tokenizer)
     rows = []
     for one in samples:
@@ -93,32 +91,34 @@ def gold_dataset(samples: Sequence[Sample], model: Any, tokenizer: Any) -> Datas
 
 
 def reward_function(task: Task, samples: Sequence[Sample]) -> Reward:
-    """A task's verifier as a reward function of TRL's: +1 for a right reply, -1 for a wrong one, as in the paper.
+    """Return a task's grader as a TRL reward function: +1 for a correct reply, -1 for a wrong one, as in the paper.
 
-    A reply that cannot be judged gets None, which TRL leaves out of means and advantages.
+    A reply that cannot be graded gets None, which TRL leaves out of means and advantages.
 
     Args:
-        samples: all that ``prompt_dataset`` was made of, those for evaluation too.
+        samples: all samples of the training and evaluation datasets.
 
     Raises:
-        ConfigError: from the function, for a row of a dataset that was not made of these samples.
+        ConfigError: from the function, for a dataset of other samples.
     """
-    known = {one.id: one for one in samples}
+    by_id = {one.id: one for one in samples}
 
     def reward(completions: Sequence[Any], sample: Sequence[str] | None = None, **_: Any) -> list[float | None]:
-        if sample is None or not known.keys() >= set(sample):
-            lost = "has no column 'sample'" if sample is None else "has samples that the reward function was not given"
+        if sample is None or not by_id.keys() >= set(sample):
+            problem = "has no column 'sample'" if sample is None else "has samples unknown to the reward function"
             raise ConfigError(
-                f"the data set {lost}", remedy="make both of the same samples: prompt_dataset(samples, tokenizer)"
+                f"the dataset {problem}", remedy="make both of the same samples: prompt_dataset(samples, tokenizer)"
             )
-        scores = [task.score(known[name], _text(reply)).value for name, reply in zip(sample, completions, strict=True)]
+        # TRL passes messages for conversational prompts, else text
+        texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+        scores = [task.score(by_id[name], text).value for name, text in zip(sample, texts, strict=True)]
         return [None if value is None else 2 * value - 1 for value in scores]
 
     return reward
 
 
 class KeepZ(TrainerCallback):
-    """Keeps z what an expert's must be: float32, and never below 0.
+    """Keep z in float32 and at least 0, as an expert requires.
 
     An optimizer step may make a factor negative, which flips the sign of its component; `Expert.from_pretrained`
     refuses such a file. And TRL casts the trained parameters of a quantized base's adapter to bfloat16, which has no
@@ -148,11 +148,11 @@ def finish(
     split: Split = "validation",
     training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure what a trainer saved against its base on the same items, and seal it with the figures.
+    """Evaluate a saved adapter and its base on the same items, and seal the adapter with the figures.
 
     Args:
-        folder: where ``trainer.save_model`` wrote; its name becomes the expert's. base: as `load_base` takes it.
-        objective: "grpo", "rloo", "sft" …, for the expert's metadata. training: other JSON values, such as lr.
+        folder: of ``trainer.save_model``; its name becomes the expert's. base: see `load_base`.
+        objective: "grpo", "rloo", "sft" …, for the metadata. training: other JSON values for it, such as lr.
         dtype, quantization_config: those of the base in training; an expert is bound to its base's exact weights.
         n, split, seed: of the items, see `Task.samples`.
 
@@ -182,42 +182,39 @@ def finish(
         "task": task.name, "domain": task.domain, "objective": objective, "seed": seed, "metrics": [metric],
         "training": {"trainer": "TRL", **(training or {})},
     }  # fmt: skip
-    if (made := commit()) is not None:
-        meta["commit"] = made
+    if (revision := commit()) is not None:
+        meta["commit"] = revision
     seal(folder, model, meta=meta)
     return {**figures, "expert": expert.name}
 
 
-def _text(completion: Any) -> str:
-    # TRL gives the messages of a turn where prompts are messages, and text where they are text
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    weights = [z.weight for layer in svf_layers(model).values() for z in layer.svf_z.values()]
+    return [z for z in weights if isinstance(z, nn.Parameter) and z.requires_grad]
 
 
-def _trained(model: Any) -> list[torch.nn.Parameter]:
-    every = [z.weight for layer in svf_layers(model).values() for z in layer.svf_z.values()]
-    return [z for z in every if isinstance(z, torch.nn.Parameter) and z.requires_grad]
-
-
-def _check(samples: Sequence[Sample]) -> None:
+def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
-        raise DataError("a data set needs at least one sample", remedy='for example task.samples("train", 512)')
-    if shown := next((one for one in samples if one.images), None):
+        raise DataError("a dataset needs at least one sample", remedy='for example task.samples("train", 512)')
+    if with_image := next((one for one in samples if one.images), None):
         raise ConfigError(
-            f"the sample {shown.prompt[:40]!r} shows {shown.images[0].name}, and a data set for TRL holds text only",
+            f"the sample {with_image.prompt[:40]!r} has the image {with_image.images[0].name}, and datasets for TRL "
+            "hold text only",
             remedy="train on images with sigmix train",
         )
 
 
-def _check_written(tokenizer: Any, sample: Sample, chat: bool) -> None:
-    """Raise unless TRL, which asks the tokenizer, writes a prompt as the engine, which asks the processor."""
+def _check_format(tokenizer: PreTrainedTokenizerBase, sample: Sample, chat: bool) -> None:
+    """Raise unless TRL, which uses the tokenizer, formats a prompt like the engine, which uses the processor."""
     if chat:
         turns = turns_of(sample.prompt, sample.system)
-        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, **CHAT)["input_ids"]
+        options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, **CHAT}
+        ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]  # type: ignore[call-overload,index]
     else:
-        made = tokenizer(bare_text(sample.prompt, sample.system))["input_ids"]
-    if list(made) != encode(tokenizer, sample.prompt, sample.system):
+        ids = tokenizer(bare_text(sample.prompt, sample.system))["input_ids"]
+    if list(ids) != encode(tokenizer, sample.prompt, sample.system):
         raise ConfigError(
-            "TRL would write this vision-language model's prompts otherwise than its processor does, or without text: "
-            + ("the tokenizer's chat template is another" if chat else "only the processor has a chat template"),
+            "TRL would format this vision-language model's prompts differently: "
+            + ("the tokenizer has another chat template" if chat else "only the processor has a chat template"),
             remedy="train it with sigmix train, or with SFTTrainer on gold_dataset, which is encoded already",
         )

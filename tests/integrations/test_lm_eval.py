@@ -196,7 +196,7 @@ def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
         return done.err[0]
 
     assert "nearest: one" in line("--mix", "on")
-    assert "strategy and decisions go with mix=auto" in line("--mix", "one", "--strategy", "A")
+    assert "mix=auto" in line("--mix", "one", "--strategy", "A")
     assert "unknown strategy 'E'" in line("--strategy", "E")
     assert "unknown model argument 'colour'" in line(model=",colour=red")
     assert "Tasks not found: no_such_task" in line(tasks="no_such_task")
@@ -281,14 +281,15 @@ def test_a_quantised_base_in_its_own_and_the_original_basis(run, refused, place,
     told = done.json["config"]["sigmix"]
     assert told["mixes"] == {"one": 3}
     assert told["fingerprint"] != fingerprint(load_base(place.base, "float32", "cpu")[0])
-    assert "--basis original is for a quantised base" in refused(*words, "--basis", "original", silent=False)
+    assert "--quantization" in refused(*words, "--basis", "original", silent=False)
 
 
 def test_an_expert_of_another_base_is_refused(run, home, place):
     done = run("lm-eval", "--tasks", "tiny_choice", "--include_path", place.tasks, "--base", home.other,
                "--bank", place.bank, "--mix", "one")  # fmt: skip
     assert done.code == 2
-    assert "was made on" in done.err[-1]
+    assert "'one'" in done.err[-1]
+    assert "fingerprint" in done.err[-1]
 
 
 @pytest.fixture(scope="module")
@@ -332,12 +333,12 @@ def test_what_generation_cannot_do(model):
     def ask(**options):
         return model.generate_until(instances("generate_until", ("say", options)), True)
 
-    with pytest.raises(ConfigError, match="num_beams=4 is not supported -> supported are until"):
+    with pytest.raises(ConfigError, match="num_beams=4 .* -> .*until"):
         ask(num_beams=4)
-    with pytest.raises(ContextError, match="leave no room in the context of 256"):
+    with pytest.raises(ContextError, match="256 .* -> .*max_gen_toks"):
         ask(max_gen_toks=256)
     assert ask(num_beams=1, do_sample=False, temperature=0.7, top_k=50, max_gen_toks=2)
-    with pytest.raises(ContextError, match="300 tokens, more than the context of 256"):
+    with pytest.raises(ContextError, match="300 tokens.* 256"):
         model.loglikelihood(instances("loglikelihood", ("a", "b" * 300)), True)
     with pytest.raises(UnknownNameError, match="nearest: bank"):
         SigmixLM(banks="x")

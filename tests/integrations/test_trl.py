@@ -233,7 +233,7 @@ def test_z_stays_what_an_expert_may_hold(tmp_path, tiny_tokenizer):
 
 def test_an_expert_of_a_quantised_base_is_sealed_to_it(tmp_path, home):
     pytest.importorskip("torchao")
-    how = {"dtype": "bfloat16", "quantization": "int8"}
+    how = {"dtype": "bfloat16", "quantization_config": "int8"}
     get_peft_model(load_base(home.base, **how)[0], SVFConfig()).save_pretrained(tmp_path / "kept")
     finish(tmp_path / "kept", home.base, get_task("addition?digits=1"), objective="sft", n=2, **how)
     expert = Expert.from_pretrained(tmp_path / "kept", base=load_base(home.base, **how)[0])
@@ -283,11 +283,11 @@ def test_the_reward_is_the_verifiers(tiny_tokenizer):
     assert reward(completions=[[{"role": "assistant", "content": "no"}]] * 3, sample=ids, other=1) == [-1.0] * 3
     task.score = lambda *_: Score(None)
     assert reward(completions=["x"] * 3, sample=ids) == [None] * 3
-    with pytest.raises(ConfigError, match="samples that the reward function was not given -> make both"):
+    with pytest.raises(ConfigError, match="prompt_dataset"):
         reward(completions=["x"], sample=["elsewhere"])
-    with pytest.raises(ConfigError, match="no column 'sample'"):
+    with pytest.raises(ConfigError, match="'sample'"):
         reward(completions=["x"])
-    with pytest.raises(DataError, match="at least one sample"):
+    with pytest.raises(DataError, match="task.samples"):
         prompt_dataset([], tiny_tokenizer)
 
 
@@ -309,7 +309,7 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
     assert expert.meta["objective"] == kind
     assert expert.meta["metrics"][0]["n"] == 4
     assert json.loads((out / "sigmix.json").read_text())["training"]["steps"] == 2
-    with pytest.raises(OutputError, match="holds an expert already"):  # before it trains anew
+    with pytest.raises(OutputError, match="--out"):  # before it trains anew
         runpy.run_path(str(script), run_name="__main__")
     assert Expert.from_pretrained(out) == expert
     (out / "sigmix.json").unlink()  # as it would be without the helper

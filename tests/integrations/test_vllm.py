@@ -47,7 +47,7 @@ def test_settings_come_from_the_environment():
     for key, value in (("RANK", "many"), ("RANK", "0"), ("ERROR", "2"), ("KEEP", "-1")):
         with pytest.raises(ConfigError, match=f"_{key}"):
             Settings.of({"SIGMIX_VLLM_EXPERTS": "x", f"SIGMIX_VLLM_{key}": value})
-    with pytest.raises(ConfigError, match="up to 512"):  # when vLLM starts
+    with pytest.raises(ConfigError, match="512"):  # when vLLM starts
         Settings.of({"SIGMIX_VLLM_EXPERTS": "x", "SIGMIX_VLLM_RANK": "513"})
 
 
@@ -92,19 +92,19 @@ def test_other_names_are_left_to_others(home):
 
 def test_errors_room_and_another_base(home, tmp_path, caplog):
     base, bank = home
-    with pytest.raises(ConfigError, match="would lose"):
+    with pytest.raises(ConfigError, match="SIGMIX_VLLM_RANK"):
         Adapters(Settings(str(bank), rank=1, error=0.1)).path(str(base), NAME)
     adapters = Adapters(Settings(str(bank), rank=1, keep=2))
     with caplog.at_level(logging.WARNING):
         adapters.path(str(base), "math")
     assert "loses" in caplog.text
     adapters.path(str(base), "word")
-    with pytest.raises(ConfigError, match="holds 2 already"):
+    with pytest.raises(ConfigError, match="SIGMIX_VLLM_KEEP"):
         adapters.path(str(base), NAME)
     assert adapters.path(str(base), "word")  # what is there is still found
     assert sum(1 for entry in adapters.folder.iterdir() if entry.is_dir()) == 2
     other = base_folder(tmp_path / "other", seed=5)
-    with pytest.raises(FingerprintError, match="made on"):
+    with pytest.raises(FingerprintError, match="'math'"):
         Adapters(Settings(str(bank), rank=2)).path(str(other), "math")
 
 
@@ -131,11 +131,11 @@ def test_the_error_is_held_to_for_adapters_that_are_there(home, caplog):
     caplog.clear()
     assert Adapters(Settings(str(bank), rank=8, error=error + 0.01)).path(str(base), NAME) == path
     assert f"loses {100 * error:.1f} %" in caplog.text
-    with pytest.raises(ConfigError, match=f"would lose {error:.1%}"):
+    with pytest.raises(ConfigError, match=f"{error:.1%}.*SIGMIX_VLLM_ERROR"):
         Adapters(Settings(str(bank), rank=8, error=error - 0.01)).path(str(base), NAME)
     assert path.is_dir()  # another server may have it open
     (path / "sigmix_export.json").write_text("{}")
-    with pytest.raises(CacheError, match="no readable"):
+    with pytest.raises(CacheError, match="sigmix_export.json"):
         Adapters(Settings(str(bank), rank=8)).path(str(base), NAME)
 
 
@@ -145,7 +145,7 @@ def test_refusals_are_remembered_until_the_expert_changes(home, monkeypatch):
     monkeypatch.setattr(LowRank, "of", lambda *made: asked.append(made[1].id) or of(*made))
     adapters = Adapters(Settings(str(bank), rank=1, error=0.1))
     for _ in range(3):
-        with pytest.raises(ConfigError, match="would lose"):
+        with pytest.raises(ConfigError, match="SIGMIX_VLLM_RANK"):
             adapters.path(str(base), NAME)
     assert asked == [NAME]
     # all of its change in one component of each matrix: rank 1 loses nothing
@@ -155,7 +155,7 @@ def test_refusals_are_remembered_until_the_expert_changes(home, monkeypatch):
     assert adapters.path(str(base), "math").is_dir()
     # a folder that is full is looked at again
     full = Adapters(Settings(str(bank), rank=8, keep=1))
-    with pytest.raises(ConfigError, match="holds 1 already"):
+    with pytest.raises(ConfigError, match="SIGMIX_VLLM_KEEP"):
         full.path(str(base), "word")
     assert len(caching.clear("vllm")) == 1
     assert full.path(str(base), "word").is_dir()

@@ -63,7 +63,7 @@ def test_samples_with_images_are_no_data_set_for_trl():
     samples = [Sample.make("and?", "blue"), *samples]
     for make in (lambda: data.prompt_dataset(samples, bind(processor)),
                  lambda: data.gold_dataset(samples, model, bind(processor))):  # fmt: skip
-        with pytest.raises(ConfigError, match=r"'what\?' shows .*text only -> train on images with sigmix train"):
+        with pytest.raises(ConfigError, match=r"'what\?'.* -> .*sigmix train"):
             make()
 
 
@@ -80,7 +80,7 @@ def test_trl_gets_a_vision_models_prompts_whole_or_not_at_all(template):
         )
         assert data.prompt_dataset(samples, tokenizer)[0]["prompt"][-1]["content"] == "what?"
         return
-    with pytest.raises(ConfigError, match="prompts otherwise than its processor does"):
+    with pytest.raises(ConfigError, match="SFTTrainer"):
         data.prompt_dataset(samples, tokenizer)
     (row,) = data.gold_dataset(samples, model, tokenizer)
     prompt = encode(tokenizer, "what?", "Be brief.")
