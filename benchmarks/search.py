@@ -52,11 +52,11 @@ def run(
         )  # fmt: skip
 
     def mixed(number: int) -> None:
-        values["mixed"] = searcher().values(mixtures(names, population, number))
+        values["mixed"] = searcher().evaluate(mixtures(names, population, number))
 
     def swapped(number: int) -> None:
         one = searcher()
-        values["swap"] = [one.values([mix])[0] for mix in mixtures(names, population, number)]
+        values["swap"] = [one.evaluate([mix])[0] for mix in mixtures(names, population, number)]
         differences.append(max(abs(a[1] - b[1]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
         accuracies.append(max(abs(a[0] - b[0]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
 

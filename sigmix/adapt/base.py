@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sigmix.engine import Engine
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
@@ -97,7 +98,7 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
     return found
 
 
-def check_bank(engine: Any, bank: Mapping[str, Expert]) -> None:
+def check_bank(engine: Engine, bank: Mapping[str, Expert]) -> None:
     """Check the fingerprint of every expert that can be chosen; the engine checks its sketches when it is used.
 
     Raises:

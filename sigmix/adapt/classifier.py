@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sigmix.adapt.base import DISPATCH, labels
 from sigmix.adapt.prompt import PromptDispatch
+from sigmix.engine import Engine
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
@@ -29,7 +29,7 @@ class ClassifierDispatch(PromptDispatch):
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         bank: Mapping[str, Expert] | None = None,
         *,
         expert: str | None = None,

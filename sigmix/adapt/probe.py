@@ -23,6 +23,7 @@ from safetensors.torch import save
 from scipy.optimize import minimize_scalar
 
 from sigmix.adapt.base import OTHER, Decision, check_bank, decide_within, labels
+from sigmix.engine import Engine
 from sigmix.engine.scoring import decoder_layers, hidden
 from sigmix.engine.tokenization import context_length
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
@@ -129,7 +130,7 @@ class ProbeDispatch:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         bank: Mapping[str, Expert] | None = None,
         *,
         probe: Probe | str | os.PathLike[str] | None = None,
@@ -191,7 +192,7 @@ class ProbeDispatch:
 
 
 def fit_probe(
-    engine: Any,
+    engine: Engine,
     train: Mapping[str, Sequence[str]],
     validation: Mapping[str, Sequence[str]],
     *,
@@ -256,7 +257,7 @@ def fit_probe(
 
 
 def _features(
-    engine: Any, prompts: Mapping[str, Sequence[str]], names: Sequence[str], depths: Sequence[int]
+    engine: Engine, prompts: Mapping[str, Sequence[str]], names: Sequence[str], depths: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return hidden states float64 [N, D, d] and label indices [N]."""
     texts = [text for name in names for text in prompts[name]]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_within, labels
+from sigmix.engine import Engine
 from sigmix.engine.constrained import Choices
 from sigmix.engine.scoring import next_logits
 from sigmix.engine.tokenization import context_length
@@ -51,7 +51,7 @@ class PromptDispatch:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         bank: Mapping[str, Expert] | None = None,
         *,
         calibrate: bool = True,

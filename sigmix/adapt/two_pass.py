@@ -18,6 +18,7 @@ from sigmix.adapt.base import DISPATCH, OTHER, Decision, Strategy
 from sigmix.adapt.classifier import ClassifierDispatch
 from sigmix.adapt.probe import FILE, ProbeDispatch
 from sigmix.adapt.prompt import PromptDispatch
+from sigmix.engine.base import InferenceEngine
 from sigmix.engine.generation import Generation
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.mix import Mix
@@ -61,7 +62,7 @@ class TwoPass:
         UnknownNameError: unknown letter or name.
     """
 
-    def __init__(self, engine: Any, strategy: Strategy | str = AUTO) -> None:
+    def __init__(self, engine: InferenceEngine, strategy: Strategy | str = AUTO) -> None:
         self.engine = engine
         self._strategy = letter_of(strategy) if isinstance(strategy, str) else strategy
         self.seconds = (0.0, 0.0)
@@ -139,7 +140,7 @@ def letter_of(choice: str) -> str:
     return AUTO
 
 
-def open_strategy(engine: Any, choice: str = AUTO) -> Strategy:
+def open_strategy(engine: InferenceEngine, choice: str = AUTO) -> Strategy:
     """Return a strategy for the engine's bank.
 
     Args:

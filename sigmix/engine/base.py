@@ -39,7 +39,6 @@ class InferenceEngine(Protocol):
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
-        **options: Any,
     ) -> list[Generation]:
         """Generate one completion per prompt. ``mix``: one for all, or one per prompt; None: the base model."""
 

@@ -102,28 +102,31 @@ def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[S
     return Result(task.name, items)
 
 
+def encode_samples(engine: Engine, samples: Sequence[Sample]) -> list[list[int]]:
+    """Return token ids of samples, with their system prompts and images."""
+    return [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
+
+
 def answer_samples(
     runner: TwoPass,
     samples: Sequence[Sample],
+    rows: Sequence[Sequence[int]],
     mix: Mix | str,
     *,
-    rows: Sequence[Sequence[int]] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Answer]:
-    """Generate replies in batches, each sample with its system prompt and images.
+    """Generate replies in batches.
 
     Args:
+        rows: token ids of the samples, from `encode_samples`.
         mix: mixture, or "auto" for the runner's strategy.
-        rows: token ids of the samples; default: they are encoded.
         seed: sample i is drawn from the same random stream under every mixture.
         progress: called with the number of samples of each batch.
         options: keyword arguments of `Engine.generate`.
     """
-    if rows is None:
-        rows = [runner.engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
     answers: list[Answer] = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
@@ -208,7 +211,7 @@ def run(
     """
     samples = task.samples(split, n, seed=seed)
     limit = max_new_tokens or task.max_new_tokens
-    rows = [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
+    rows = encode_samples(engine, samples)
     for sample, row in zip(samples, rows, strict=True):
         check_context(engine.model, row, limit, f"item {sample.id} of {task.name}")
     order = list(dict.fromkeys([Mix.base(), *mixes]))
@@ -221,7 +224,7 @@ def run(
     for mix in order:
         started = time.monotonic()
         answers = answer_samples(
-            runner, samples, mix, rows=rows, batch_size=batch_size, seed=seed, max_new_tokens=limit,
+            runner, samples, rows, mix, batch_size=batch_size, seed=seed, max_new_tokens=limit,
             do_sample=do_sample, temperature=temperature,
             progress=None if progress is None else lambda count, mix=mix: progress(count, mix.id),  # type: ignore[misc]
         )  # fmt: skip

@@ -15,7 +15,15 @@ from typing import Any
 from sigmix.adapt.base import Strategy, skills
 from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
 from sigmix.engine import Engine
-from sigmix.evals.accuracy import Result, answer_samples, base_name, compare, constant_baseline, evaluate
+from sigmix.evals.accuracy import (
+    Result,
+    answer_samples,
+    base_name,
+    compare,
+    constant_baseline,
+    encode_samples,
+    evaluate,
+)
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
 
@@ -113,8 +121,8 @@ def measure_strategy(
             progress(count)
 
     answers: list[Answer] = answer_samples(
-        runner, samples, strategy if fixed else AUTO, batch_size=batch_size, progress=add,  # type: ignore[arg-type]
-        max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
+        runner, samples, encode_samples(engine, samples), strategy if fixed else AUTO,  # type: ignore[arg-type]
+        batch_size=batch_size, progress=add, max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
     )  # fmt: skip
     result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
     decisions = [answer.decision for answer in answers]
