@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from sigmix.adapt import Example, FewShotSearch
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.serve.fair_queue import QueueFullError
+from sigmix.serve.protocol import AdaptRequest
 from sigmix.serve.registry import ModelRegistry
 from sigmix.serve.scheduler import SharedEngine
 
@@ -37,9 +39,9 @@ class Adaptation:
     """One search.
 
     Attributes:
+        request: examples and options.
         client: None for an administrator.
         name: of the saved mixture.
-        options: keyword arguments of `FewShotSearch`.
         status: "waiting", "running", "done", "failed" or "cancelled".
         rounds: upper limit.
         trace: one entry per round.
@@ -47,11 +49,9 @@ class Adaptation:
     """
 
     id: str
+    request: AdaptRequest
     client: str | None
     name: str
-    examples: Sequence[Example]
-    grader: Grader
-    options: Mapping[str, Any]
     status: str = "waiting"
     rounds: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Adaptation:
         best = self.trace[-1]["best"] if self.trace else None
         return {
             "id": self.id, "object": "sigmix.adaptation", "created": int(self.created), "name": self.name,
-            "status": self.status, "examples": len(self.examples),
+            "status": self.status, "examples": len(self.request.examples),
             "progress": {"round": len(self.trace), "rounds": self.rounds, "best": best},
             "trace": self.trace, "mix": self.mix, "evidence": self.evidence, "error": self.error,
         }  # fmt: skip
@@ -88,7 +88,7 @@ class AdaptationWorker:
     def __init__(self, engine: SharedEngine, registry: ModelRegistry, graders: Mapping[str, Grader]) -> None:
         self.engine, self.registry, self.graders = engine, registry, dict(graders)
         self._adaptations: dict[str, Adaptation] = {}  # oldest first
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sigmix-adaptation")
 
@@ -100,27 +100,21 @@ class AdaptationWorker:
                 self.cancel(adaptation)
         self._thread.shutdown(cancel_futures=True)
 
-    def submit(
-        self, id: str, client: str | None, name: str, examples: Sequence[Example], grader: str, **options: Any
-    ) -> Adaptation:
-        """Queue a search.
-
-        Args:
-            client: None for an administrator.
-            name: of the mixture to save.
-            options: keyword arguments of `FewShotSearch`.
+    def submit(self, request: AdaptRequest, client: str | None) -> Adaptation:
+        """Queue a search of a client; None: an administrator.
 
         Raises:
             UnknownNameError: unknown grader.
             ConfigError, ExpertError: no experts, or see `ModelRegistry.check_mix_name`.
             QueueFullError: too many queued searches.
         """
-        if grader not in self.graders:
-            raise UnknownNameError("grader", grader, self.graders)
+        if request.score not in self.graders:
+            raise UnknownNameError("grader", request.score, self.graders)
         if not len(self.registry):
             raise ConfigError("no experts to mix", remedy="POST /v1/experts loads one")
-        self.registry.check_mix_name(name, client)
-        adaptation = Adaptation(id, client, name, examples, self.graders[grader], options)
+        id = f"adapt-{uuid.uuid4().hex}"
+        adaptation = Adaptation(id, request, client, request.name or f"adapted-{id[-8:]}")
+        self.registry.check_mix_name(adaptation.name, client)
         with self._lock:
             queued = [other.client for other in self._adaptations.values() if other.status == "waiting"]
             per_client = client is not None and queued.count(client) >= MAX_QUEUED_PER_CLIENT
@@ -146,13 +140,15 @@ class AdaptationWorker:
 
     def cancel(self, adaptation: Adaptation) -> None:
         """Stop a search after its current pass."""
-        if adaptation.active:
-            adaptation.status = "cancelled"
+        with self._lock:
+            if adaptation.active:
+                adaptation.status = "cancelled"
 
     def _run(self, adaptation: Adaptation) -> None:
-        if adaptation.status != "waiting":
-            return
-        adaptation.status = "running"
+        with self._lock:
+            if adaptation.status != "waiting":
+                return
+            adaptation.status = "running"
         try:
             self._search(adaptation)
         except _Cancelled:
@@ -164,18 +160,27 @@ class AdaptationWorker:
             adaptation.status, adaptation.error = "failed", "internal server error"
 
     def _search(self, adaptation: Adaptation) -> None:
+        request, grader = adaptation.request, self.graders[adaptation.request.score]
+
         def score(example: Example, reply: str) -> float:
             if adaptation.status == "cancelled":
                 raise _Cancelled
-            return adaptation.grader(reply, example.gold)
+            return grader(reply, example.gold)
 
         search = FewShotSearch(
-            self.engine, adaptation.examples, score, batch_size=BATCH_SIZE, progress=adaptation.trace.append,
-            **adaptation.options,
-        )  # fmt: skip
+            self.engine,
+            [Example(example.prompt, example.answer) for example in request.examples],
+            score,
+            batch_size=BATCH_SIZE,
+            progress=adaptation.trace.append,
+            max_new_tokens=request.max_tokens,
+            **request.model_dump(include={"method", "settings", "granularity", "seed"}),
+        )
         adaptation.rounds = search.limits["iterations"]
         mix, evidence = search.fit(), search.evidence()
-        metadata = {"made_by": "adapt", "examples": len(adaptation.examples), "accuracy": evidence["accuracy"]}
+        if adaptation.status == "cancelled":
+            return
+        metadata = {"made_by": "adapt", "examples": len(request.examples), "accuracy": evidence["accuracy"]}
         self.registry.save_mix(adaptation.name, mix, metadata, adaptation.client)
         adaptation.mix, adaptation.evidence = {"id": mix.id, **mix.to_json()}, evidence
         adaptation.status = "done"

@@ -47,11 +47,12 @@ class FairQueue(Generic[R]):
     def __init__(self, max_size: int, max_size_per_client: int) -> None:
         self.max_size, self.max_size_per_client = max_size, max_size_per_client
         self._queued: dict[str, deque[R]] = {}
+        self._size = 0
         self._running: dict[str, int] = {}
         self._counters: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._queued.values()))
+        return self._size  # a counter: other threads read the length
 
     def __iter__(self) -> Iterator[R]:
         for requests in list(self._queued.values()):
@@ -72,6 +73,7 @@ class FairQueue(Generic[R]):
             lowest = min((self._counters.get(other, 0.0) for other in active), default=0.0)
             self._counters[client] = max(self._counters.get(client, 0.0), lowest)
         self._queued.setdefault(client, deque()).append(request)
+        self._size += 1
 
     def pop(self, fits: Callable[[R], bool]) -> R | None:
         """Remove and return the next request; None if the queue is empty or that request does not fit.
@@ -94,6 +96,7 @@ class FairQueue(Generic[R]):
         if request not in requests:
             return False
         requests.remove(request)
+        self._size -= 1
         if not requests:
             del self._queued[request.client]
         return True

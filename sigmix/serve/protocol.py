@@ -6,6 +6,8 @@ Request fields that would change an answer and are not supported are rejected; a
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -23,6 +25,9 @@ MAX_TEXT = 1 << 20
 
 MIN_LOGPROB = -9999.0
 """Lowest log-probability in a response, as in OpenAI's API; JSON has no infinity."""
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""``max_tokens`` of a text completion without one, as in OpenAI's API."""
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -98,6 +103,10 @@ class GenerationOptions(RequestModel):
         """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def token_limit(self) -> int | None:
+        """Return the requested number of new tokens."""
+        return self.max_tokens
+
 
 class ChatCompletionRequest(GenerationOptions):
     """POST /v1/chat/completions."""
@@ -120,6 +129,9 @@ class ChatCompletionRequest(GenerationOptions):
             raise ValueError("top_logprobs requires logprobs: true")
         return self
 
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
 
 class CompletionRequest(GenerationOptions):
     """POST /v1/completions."""
@@ -131,6 +143,9 @@ class CompletionRequest(GenerationOptions):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = Field(None, le=1)
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
 
 class LoadExpertRequest(RequestModel):
@@ -196,79 +211,61 @@ def decision_json(decision: Decision, queue_seconds: float) -> dict[str, Any]:
 
 
 class ResponseBuilder:
-    """Builder of OpenAI's response objects.
+    """Builder of the response objects of one request.
 
     Args:
-        id: response id, without the prefix.
+        chat: chat completion, not text completion.
         model: as in the request.
-        created: Unix time of the request.
         fingerprint: of the base model.
         token_text: maps a token id to its text.
         logprobs: include log-probabilities.
     """
 
-    prefix = object = chunk_object = ""
-
     def __init__(
-        self, id: str, model: str, created: int, fingerprint: str, token_text: Callable[[int], str], logprobs: bool
+        self, chat: bool, model: str, fingerprint: str, token_text: Callable[[int], str], logprobs: bool
     ) -> None:
-        self.id, self.token_text, self.logprobs = self.prefix + id, token_text, logprobs
-        self._head = {"id": self.id, "created": created, "model": model, "system_fingerprint": fingerprint}
+        self.chat, self.token_text, self.logprobs = chat, token_text, logprobs
+        self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+        self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
     def response(self, choices: Sequence[Choice], usage: dict[str, int], sigmix: Any) -> dict[str, Any]:
         """Return a whole response."""
-        listed = [self.choice(index, choice) for index, choice in enumerate(choices)]
-        return {**self._head, "object": self.object, "choices": listed, "usage": usage, "sigmix": sigmix}
+        listed = []
+        for index, choice in enumerate(choices):
+            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            content = {"message": message} if self.chat else {"text": choice.text}
+            listed.append(self._choice(index, content, choice.tokens, 0, choice.finish_reason))
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": listed, "usage": usage, "sigmix": sigmix}
 
     def chunk(self, choices: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
         """Return one event of a stream."""
-        return {**self._head, "object": self.chunk_object, "choices": list(choices), **extra}
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a whole choice."""
-        raise NotImplementedError
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": list(choices), **extra}
 
     def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the choices of the first chunk."""
-        raise NotImplementedError
+        """Return the choices of the first chunk, without text."""
+        content = {"delta": {"role": "assistant", "content": ""}}
+        return [self._choice(index, content) for index in indices] if self.chat else []
 
     def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         """Return new text of a streamed choice; ``offset`` is its position in the choice's text."""
-        raise NotImplementedError
+        return self._choice(index, {"delta": {"content": text}} if self.chat else {"text": text}, tokens, offset)
 
     def last(self, index: int, finish_reason: str) -> dict[str, Any]:
         """Return the end of a streamed choice."""
-        raise NotImplementedError
+        return self._choice(index, {"delta": {}} if self.chat else {"text": ""}, finish_reason=finish_reason)
 
+    def _choice(
+        self, index: int, content: dict[str, Any], tokens: Sequence[Token] | None = None, offset: int = 0,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        logprobs = None
+        if self.logprobs and tokens is not None:
+            logprobs = self._chat_logprobs(tokens) if self.chat else self._text_logprobs(tokens, offset)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
-class ChatResponseBuilder(ResponseBuilder):
-    """Builder of ``chat.completion`` and ``chat.completion.chunk``."""
-
-    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {
-            "index": index, "message": message, "logprobs": self._logprobs(choice.tokens),
-            "finish_reason": choice.finish_reason,
-        }  # fmt: skip
-
-    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [self._chunk_choice(index, {"role": "assistant", "content": ""}) for index in indices]
-
-    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-        return {**self._chunk_choice(index, {"content": text}), "logprobs": self._logprobs(tokens)}
-
-    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
-        return self._chunk_choice(index, {}, finish_reason)
-
-    @staticmethod
-    def _chunk_choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         content = [
             {**self._token(token.id, token.logprob), "top_logprobs": [self._token(*top) for top in token.top]}
             for token in tokens
@@ -280,27 +277,7 @@ class ChatResponseBuilder(ResponseBuilder):
         encoded = None if "�" in text else list(text.encode())  # None: part of a character
         return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": encoded}
 
-
-class CompletionResponseBuilder(ResponseBuilder):
-    """Builder of ``text_completion``."""
-
-    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return {**self.delta(index, choice.text, choice.tokens, 0), "finish_reason": choice.finish_reason}
-
-    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return []
-
-    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(tokens, offset), "finish_reason": None}
-
-    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}
-
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
+    def _text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         texts = [self.token_text(token.id) for token in tokens]
         top = [{self.token_text(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top} for token in tokens]
         return {

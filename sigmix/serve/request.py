@@ -6,7 +6,6 @@ import asyncio
 import logging
 import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -20,8 +19,9 @@ from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol import (
     ApiError,
+    ChatCompletionRequest,
     Choice,
-    GenerationOptions,
+    CompletionRequest,
     ResponseBuilder,
     api_error,
     decision_json,
@@ -62,10 +62,6 @@ class RequestHandler:
         key: API key of the client.
         options: parsed body.
         prompts: (token ids, user turn) of each prompt.
-        builder: class of the response objects.
-        max_new_tokens: limit per choice; None: the server's default.
-        logprobs: include log-probabilities.
-        top_logprobs: number of most probable tokens per position.
 
     Raises:
         ApiError: invalid request.
@@ -76,13 +72,8 @@ class RequestHandler:
         service: Service,
         request: Request,
         key: ApiKey,
-        options: GenerationOptions,
+        options: ChatCompletionRequest | CompletionRequest,
         prompts: Sequence[tuple[list[int], str]],
-        builder: type[ResponseBuilder],
-        *,
-        max_new_tokens: int | None,
-        logprobs: bool,
-        top_logprobs: int,
     ) -> None:
         self.service, self.request, self.key, self.options = service, request, key, options
         settings, n = service.settings, options.n
@@ -96,9 +87,12 @@ class RequestHandler:
             raise api_error(error, "model") from error
         try:
             strategy = service.check_strategy((options.sigmix and options.sigmix.strategy) or "")
-            limits = [service.fit_context(ids, max_new_tokens) for ids, _ in prompts]
+            limits = [service.fit_context(ids, options.token_limit()) for ids, _ in prompts]
         except SigmixError as error:
             raise api_error(error) from error
+        chat = isinstance(options, ChatCompletionRequest)
+        top = options.top_logprobs if isinstance(options, ChatCompletionRequest) else options.logprobs
+        logprobs = bool(options.logprobs) if chat else options.logprobs is not None
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
         self.requests = [
@@ -114,14 +108,12 @@ class RequestHandler:
                 temperature=settings.default_temperature if options.temperature is None else options.temperature,
                 top_p=1.0 if options.top_p is None else options.top_p,
                 stop_strings=options.stop_strings,
-                top_logprobs=top_logprobs,
+                top_logprobs=top or 0,
                 deadline=self.started_at + settings.request_timeout,
             )
             for number, (ids, text) in enumerate(prompts)
         ]
-        self.builder = builder(
-            uuid.uuid4().hex, options.model, int(time.time()), service.fingerprint, service.token_text, logprobs
-        )
+        self.builder = ResponseBuilder(chat, options.model, service.fingerprint, service.token_text, logprobs)
         self.choices = [Choice() for _ in range(n * len(prompts))]
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
         self._loop = asyncio.get_running_loop()

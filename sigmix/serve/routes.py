@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -10,7 +9,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from sigmix.adapt import Example
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
@@ -21,9 +19,7 @@ from sigmix.serve.protocol import (
     AdaptRequest,
     ApiError,
     ChatCompletionRequest,
-    ChatResponseBuilder,
     CompletionRequest,
-    CompletionResponseBuilder,
     FeedbackRequest,
     LoadExpertRequest,
     SaveMixRequest,
@@ -36,9 +32,6 @@ from sigmix.serve.service import Service
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-DEFAULT_COMPLETION_TOKENS = 16
-"""``max_tokens`` of a text completion without one, as in OpenAI's API."""
 
 ADAPTATION_RETRY_SECONDS = 30.0
 
@@ -89,12 +82,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, servic
     if not user.strip():
         raise ApiError(400, "messages must contain a non-empty user message", param="messages")
     ids = await in_thread("messages", service.encode_chat, turns)
-    handler = RequestHandler(
-        service, request, key, body, [(ids, user)], ChatResponseBuilder,
-        max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0,
-    )  # fmt: skip
-    return await handler.respond()
+    return await RequestHandler(service, request, key, body, [(ids, user)]).respond()
 
 
 @router.post("/v1/completions")
@@ -115,12 +103,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         if not all(0 <= token < vocabulary for token in ids):
             raise ApiError(400, f"token ids must be between 0 and {vocabulary - 1}", param="prompt")
         prompts.append((ids, await in_thread("prompt", service.decode, ids)))
-    handler = RequestHandler(
-        service, request, key, body, prompts, CompletionResponseBuilder,
-        max_new_tokens=body.max_tokens or DEFAULT_COMPLETION_TOKENS,
-        logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0,
-    )  # fmt: skip
-    return await handler.respond()
+    return await RequestHandler(service, request, key, body, prompts).respond()
 
 
 # --- Models
@@ -173,23 +156,11 @@ async def adapt(body: AdaptRequest, service: ServiceDep, key: KeyDep) -> dict[st
     """Start a background search for a mixture on labelled examples."""
     if len(body.examples) > service.settings.max_examples:
         raise ApiError(400, f"at most {service.settings.max_examples} examples", param="examples")
-    id = f"adapt-{uuid.uuid4().hex}"
     for example in body.examples:
         ids = await in_thread("examples", service.encode_chat, [{"role": "user", "content": example.prompt}])
         await in_thread("examples", service.fit_context, ids, body.max_tokens)
     try:
-        adaptation = service.adaptations.submit(
-            id,
-            client=None if key.admin else key.name,
-            name=body.name or f"adapted-{id[-8:]}",
-            examples=[Example(example.prompt, example.answer) for example in body.examples],
-            grader=body.score,
-            method=body.method,
-            settings=body.settings,
-            granularity=body.granularity,
-            max_new_tokens=body.max_tokens,
-            seed=body.seed,
-        )
+        adaptation = service.adaptations.submit(body, None if key.admin else key.name)
     except SigmixError as error:
         raise api_error(error, "examples") from error
     except QueueFullError as error:

@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.utils.cache import cache_dir
 
+Source = PydanticBaseSettingsSource
+
 
 class Settings(BaseSettings):
     """Settings of `sigmix serve`. Times are in seconds."""
@@ -85,14 +87,9 @@ class Settings(BaseSettings):
         return origins
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: Source, env_settings: Source, **_: Source
+    ) -> tuple[Source, ...]:
         """Order of precedence: keyword arguments, environment, TOML file."""
         return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
 
