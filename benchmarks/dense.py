@@ -106,7 +106,7 @@ class Dense:
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate(self.config, number)
         self.optimizer.step()
-        return {"loss": total, "grad_norm": float(norm), "answer_tokens": float(width)}
+        return {"loss": total, "grad_norm": float(norm), "completion_tokens": float(width)}
 
     def _load(self, composed: bool) -> None:
         with self._timed("compose and load"), torch.no_grad():
@@ -129,7 +129,7 @@ class Dense:
 
     @staticmethod
     def _given(rollouts: Rollouts) -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
-        return rollouts.prompts, rollouts.answers, rollouts.rewards
+        return rollouts.prompts, rollouts.completions, rollouts.rewards
 
     def _logp(self, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
         """Log-probabilities [n, width, V] that predict the last ``width`` tokens, float32."""

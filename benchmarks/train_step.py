@@ -89,7 +89,7 @@ class Loop:
         self.config = setting.config(policy, **options)
         self.policy = make_policy(model, self.config)
         contiguous_head(self.policy.model)
-        actor = Actor(self.policy.model, tokenizer, get_task(setting.task), [], tokenizer.pad_token_id)
+        actor = Actor(self.policy.model, tokenizer, get_task(setting.task), ends=[])
         self.learner = Learner(self.policy, actor, self.config, setting.new_tokens)
 
     def step(self, number: int, samples: Sequence[Sample]) -> dict[str, float]:
@@ -126,11 +126,10 @@ def agreement(setting: Setting) -> dict[str, Any]:
             parameter.copy_((1 + 0.1 * torch.randn(parameter.shape, generator=random)).clamp_min(0.5))
             dense.z[path].copy_(parameter)
     samples = single.samples(0)
-    with ours.policy.acting(), torch.no_grad():
-        rolled = ours.learner._rollouts(0, samples)
-    rewards = torch.where(torch.rand(len(rolled.answers), generator=random) < 0.5, 1.0, -1.0)
-    rollouts = Rollouts(rolled.prompts, rolled.answers, rolled.texts, rewards, rolled.extracted)
-    ours.learner._rollouts = lambda number, samples: rollouts  # type: ignore[method-assign]
+    rolled = ours.learner.rollouts(0, samples)
+    rewards = torch.where(torch.rand(len(rolled.completions), generator=random) < 0.5, 1.0, -1.0)
+    rollouts = Rollouts(rolled.prompts, rolled.completions, rolled.texts, rewards, rolled.parsed)
+    ours.learner.rollouts = lambda number, samples: rollouts  # type: ignore[method-assign]
     losses = ours.step(0, samples)["loss"], dense.step(0, samples, rollouts)["loss"]
     pairs = {path: (_grad(mine[path]), _grad(dense.z[path])) for path in mine}
     a, b = (torch.cat([pair[i] for pair in pairs.values()]) for i in (0, 1))
@@ -223,7 +222,7 @@ def run(repeats: int | None = None, dtype: str | None = None, memory: bool = Tru
         repeats or 3,
         WARMUP,
     )
-    lengths = {f["answer_tokens"] for name in ("ours", "dense", "lora") for f in figures[name]}
+    lengths = {f["completion_tokens"] for name in ("ours", "dense", "lora") for f in figures[name]}
     if lengths != {float(here.new_tokens)}:
         raise SigmixError(f"the contestants' answers have other lengths than {here.new_tokens} tokens: {lengths}")
     peaks = {}

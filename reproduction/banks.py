@@ -11,7 +11,6 @@ from reproduction.names import chosen_lr
 from sigmix.evals.dispatch import DispatchTask
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
-from sigmix.train.checkpointing import RunDir
 from sigmix.train.config import make_config
 from sigmix.train.trainer import Trainer
 
@@ -44,10 +43,10 @@ def _train_classifier(lab: Lab, bank: Bank, steps: int) -> None:
     task = DispatchTask(bank, data_dir=lab.data_dir)
     settings: dict[str, Any] = {**lab.scale.training, "max_steps": steps, "eval_steps": steps}
     config = make_config(lab.scale.preset, **settings, task=DISPATCH, base=lab.scale.base, seed=lab.scale.seeds[0])
-    run = RunDir(lab.work / "runs" / f"classifier-{bank.folder.name}")
+    folder = lab.work / "runs" / f"classifier-{bank.folder.name}"
     model, tokenizer = lab.base()
-    trainer = Trainer(model, tokenizer, task, config, run, DISPATCH)
-    expert = trainer.fit(resume=(run.path / "config.json").exists())
+    trainer = Trainer(model, tokenizer, task, config, folder, DISPATCH)
+    expert = trainer.fit(resume=(folder / "config.json").exists())
     assert expert is not None  # the policy is svf
     bank.add(replace(expert, name=DISPATCH))
     lab.store.write_fact("classifier", {"best": trainer.best, "steps": steps, "seconds": round(trainer.seconds, 1)})

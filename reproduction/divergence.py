@@ -27,8 +27,8 @@ def divergence(
         actor: encodes samples. rows: the replies to them. under: the state π that gave them. reference: the base's, π₀.
     """
     prompts = [actor.encode(sample) for sample in samples]
-    answers = Rollouts(prompts, [row.ids for row in rows], [], torch.zeros(len(rows)), [])
-    ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in answers.padded(slice(None), actor.pad_id))
+    rollouts = Rollouts(prompts, [row.ids for row in rows], [], torch.zeros(len(rows)), [])
+    ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in rollouts.padded(slice(None), actor.pad_id))
 
     def logits() -> torch.Tensor:
         return answer_logits(model, prefill(model, prompts, actor.pad_id), ids, mask)

@@ -19,7 +19,6 @@ from reproduction.tiny import TINY, tiny_base
 from sigmix.adapt.base import Strategy
 from sigmix.engine import Engine
 from sigmix.engine.cpu_kernels import contiguous_head
-from sigmix.engine.tokenization import end_ids
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.accuracy import Result, commit, constant_baseline, evaluate
 from sigmix.evals.statistics import wilson
@@ -28,7 +27,6 @@ from sigmix.experts.mix import Mix
 from sigmix.models.loading import load_base
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.tasks.registry import get_task
-from sigmix.train.checkpointing import RunDir
 from sigmix.train.config import make_config
 from sigmix.train.rollout import Actor
 from sigmix.train.trainer import Trainer
@@ -155,8 +153,7 @@ class Lab:
             seed=seed, init_from=None if start is None else str(start),
         )  # fmt: skip
         model, tokenizer = self.base()
-        run = RunDir(folder)
-        trainer = Trainer(model, tokenizer, made, config, run, task)
+        trainer = Trainer(model, tokenizer, made, config, folder, task)
         outcome = "done"
         try:
             trainer.fit(resume=(folder / "config.json").exists())
@@ -169,7 +166,7 @@ class Lab:
                 "outcome": outcome, "best": trainer.best, "seconds": round(trainer.seconds, 1),
                 "parameters": sum(p.numel() for p in trainer.policy.parameters().values()),
                 "config": replace(trainer.config, init_from=None).to_dict(), "commit": commit(),
-                "history": [_short(entry) for entry in run.history()],
+                "history": [_short(entry) for entry in trainer.run.history()],
             },
         )  # fmt: skip
         self.say(f"trained {name}: validation {trainer.best['accuracy']:.3f} ({trainer.seconds:.0f} s)")
@@ -193,10 +190,10 @@ class Lab:
             kl_items: how many replies KL is measured on; it costs two more passes over each.
         """
         made = self.task(task)
-        actor = Actor(model, tokenizer, made, end_ids(model, tokenizer), tokenizer.pad_token_id)
+        actor = Actor(model, tokenizer, made)
         with under():
-            rows = actor.rows(samples, made.max_new_tokens, self.scale.batch)
-        result = replace(evaluate(made, samples, lambda _: actor.texts(rows)), task=task)
+            rows = actor.generate(samples, made.max_new_tokens, self.scale.batch)
+        result = replace(evaluate(made, samples, lambda _: actor.decode(rows)), task=task)
         if reference is None:
             return result, {}
         kl = divergence(model, actor, samples[:kl_items], rows[:kl_items], under, reference)

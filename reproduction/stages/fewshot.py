@@ -10,7 +10,6 @@ from reproduction.names import BASE, best_rate, next_rate
 from reproduction.report import NOT_RUN, Report, table
 from reproduction.stages.strategies import search_on, searched_cell
 from sigmix.engine import Engine
-from sigmix.engine.tokenization import end_ids
 from sigmix.evals.plots import figure, save_png
 from sigmix.train.config import make_config
 from sigmix.train.objectives import Learner
@@ -78,7 +77,7 @@ class FewShot:
         )  # fmt: skip
         model, tokenizer = lab.base()
         policy = make_policy(model, config)
-        actor = Actor(policy.model, tokenizer, made, end_ids(model, tokenizer), tokenizer.pad_token_id)
+        actor = Actor(policy.model, tokenizer, made)
         learner = Learner(policy, actor, config, made.max_new_tokens)
         examples = lab.samples(task, "train", shots)
         for step in range(steps):

@@ -48,8 +48,8 @@ def train(
         from sigmix.train.distributed import Processes
         from sigmix.utils.cache import claimed
 
-    processes = Processes.launched()
-    with processes.one_voice(), contextlib.ExitStack() as held:
+    processes = Processes.from_environment()
+    with processes.report_once(), contextlib.ExitStack() as held:
         name = check_name(out.name)
         loaded: Task = (
             DispatchTask(open_bank(bank), data_dir=data_dir) if task == "dispatch"
@@ -59,7 +59,7 @@ def train(
         options["layers_to_transform"] = read_layers(options["layers_to_transform"])
         dtype = options.pop("dtype")  # recorded by the trainer
         config = make_config(options.pop("preset") or "laptop", task=loaded.name, **options)
-        if device_map is not None and (shard or processes.count > 1):
+        if device_map is not None and (shard or processes.world_size > 1):
             raise ConfigError("--device-map requires a single process", remedy="leave it out, or start one process")
 
         def claim() -> None:  # until the expert is saved
@@ -71,7 +71,7 @@ def train(
             name, out, run or Path("runs") / name, loaded, config, dtype, resume, test_n, tensorboard, processes, shard,
             read_device_map(device_map),
         )  # fmt: skip
-        if processes.main:
+        if processes.is_main:
             emit(figures, as_json, text)
 
 
@@ -95,11 +95,9 @@ def _run(
     from sigmix.evals.accuracy import in_part
     from sigmix.experts.serialization import CURVE
     from sigmix.models.loading import default_dtype, load_base
-    from sigmix.train.checkpointing import RunDir
-    from sigmix.train.trainer import Trainer, curve, held_out
+    from sigmix.train.trainer import Trainer, plot_curve
 
-    folder = RunDir(run)
-    if dtype is None and processes.count > 1:  # the default is measured, and may differ between processes
+    if dtype is None and processes.world_size > 1:  # the default is measured, and may differ between processes
         dtype = processes.from_main(lambda: str(default_dtype(processes.device or "cpu")).removeprefix("torch."))
     device = "cpu" if shard else (processes.device if device_map is None else None)
     model, tokenizer = load_base(
@@ -107,25 +105,25 @@ def _run(
     )
     with contextlib.ExitStack() as shown:
         listener = None
-        if processes.main:
+        if processes.is_main:
             progress = TrainingProgress(f"training {name}", config.max_steps, tensorboard)
             shown.enter_context(progress)
             listener = progress.on_entry
-        trainer = Trainer(model, tokenizer, task, config, folder, name, listener, processes, shard)
+        trainer = Trainer(model, tokenizer, task, config, run, name, listener, processes, shard)
         expert = trainer.fit(resume)
     best = trainer.best
     figures: dict[str, Any] = {
-        "name": name, "task": task.name, "run": str(folder.path), "best": best, "seconds": round(trainer.seconds, 1),
+        "name": name, "task": task.name, "run": str(run), "best": best, "seconds": round(trainer.seconds, 1),
     }  # fmt: skip
     if expert is None:
-        return figures, f"policy {config.policy}: validation {best}; metrics in {folder.metrics}"
+        return figures, f"policy {config.policy}: validation {best}; metrics in {trainer.run.metrics}"
     if test_n:
-        expert, measured = held_out(trainer, expert, test_n)
+        expert, measured = trainer.test(expert, test_n)
         figures |= measured
 
     def save() -> None:
         expert.save_pretrained(out)
-        curve(folder.history(), out / CURVE, f"{name}: {task.name}")
+        plot_curve(trainer.run.history(), out / CURVE, f"{name}: {task.name}")
 
     processes.from_main(save)
     text = f"{out}: validation {best['accuracy']:.3f}"

@@ -1,1 +1,1 @@
-"""Training of experts: reinforcement learning on z against a correctness reward (arXiv 2501.06252, section 3.2)."""
+"""Training of experts by reinforcement learning or supervised fine-tuning of z (arXiv 2501.06252, section 3.2)."""

@@ -1,11 +1,11 @@
-"""Everything of a run that lies on disk: lock, configuration, checkpoint, metrics. No pickle: safetensors and JSON."""
+"""Files of a training run: lock, configuration, checkpoint and metrics, as JSON and safetensors."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from sigmix.utils.io import atomic_dir, file_lock, restore_interrupted, write_js
 
 
 class RunDir:
-    """The folder of one training run.
+    """Output folder of one training run.
 
-    config.json · metrics.jsonl (a line per step or validation) · checkpoint/ (state.safetensors, state.json) ·
-    best/ (the best expert so far) · curve.png · lock
+    config.json · metrics.jsonl (one line per step or validation) · checkpoint/ (state.safetensors, state.json) ·
+    best/ (the best expert by validation) · curve.png · lock
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,56 +34,55 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process.
+        """Lock the folder for this process.
 
         Raises:
-            OutputError: another run holds it, or it cannot be written.
+            OutputError: another run has locked it, or it cannot be written.
         """
 
         def busy() -> None:
-            raise OutputError(
-                f"another training run is writing to {self.path}", remedy="wait for it, or give another --run"
-            )
+            message = f"another training run is writing to {self.path}"
+            raise OutputError(message, remedy="wait until it ends, or pass another --run")
 
         with file_lock(self.path / "lock", on_busy=busy):
             yield
 
     def begin(self, config: TrainConfig, resume: bool) -> dict[str, Any] | None:
-        """Check the folder against the configuration; returns the state to go on from, or None for a fresh start.
+        """Compare the folder with the configuration; return the checkpoint's state, or None to start from step 0.
 
         Raises:
-            OutputError: the folder holds a run and `resume` was not asked for. ConfigError: `resume` with another
-            configuration, or of a folder without a run.
+            OutputError: the folder contains a run and ``resume`` is False.
+            ConfigError: ``resume`` without a run, or with another configuration.
         """
         stored = self.path / "config.json"
         if not resume:
             if stored.exists():
-                raise OutputError(f"{self.path} holds a run already", remedy="add --resume, or give another --run")
+                raise OutputError(f"{self.path} already contains a run", remedy="add --resume, or pass another --run")
             write_json(stored, config.to_dict())
             return None
         if not stored.exists():
-            raise ConfigError(f"--resume: there is no run in {self.path}", remedy="start without --resume")
-        if differing := config.difference(_json(stored)):
+            raise ConfigError(f"--resume: {self.path} contains no run", remedy="start without --resume")
+        if differing := config.difference(_read_json(stored)):
             raise ConfigError(
                 f"--resume with another configuration: {', '.join(differing)} differ from {stored}",
-                remedy="give the same options, or start a new run in another --run",
+                remedy="pass the same options, or start a new run in another --run",
             )
         restore_interrupted(self.checkpoint)
         restore_interrupted(self.best)
-        if not (self.checkpoint / "state.json").exists():  # it was killed before its first checkpoint
+        if not (self.checkpoint / "state.json").exists():  # killed before its first checkpoint
             self.metrics.unlink(missing_ok=True)
             return None
-        return _json(self.checkpoint / "state.json")
+        return _read_json(self.checkpoint / "state.json")
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a checkpoint in place of the previous one, atomically."""
+        """Replace the checkpoint atomically."""
         with atomic_dir(self.checkpoint) as folder:
-            # bytes and not save_file, which reports a full disk as an error of its own class
+            # not save_file, whose error for a full disk is no OSError
             (folder / "state.safetensors").write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
             write_json(folder / "state.json", dict(state))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors.
+        """Load the checkpoint's tensors.
 
         Raises:
             ConfigError: the file is damaged.
@@ -95,7 +94,7 @@ class RunDir:
             raise ConfigError(f"the checkpoint {path} is damaged: {error}", remedy="start a new run") from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Append one line of metrics; a figure that is not finite becomes null, as JSON has no NaN."""
+        """Append a line of metrics; values that are not finite become null."""
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
@@ -103,19 +102,19 @@ class RunDir:
             os.fsync(file.fileno())
 
     def history(self) -> list[dict[str, Any]]:
-        """Metrics so far; a last line that a crash cut off is left out."""
+        """Return all lines of metrics, without a last line that a crash cut off."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps at or after `step`: a resumed run takes them again."""
+    def truncate_history(self, step: int) -> None:
+        """Drop the metrics of steps from ``step`` on, which a resumed run repeats."""
         kept = [e for e in self.history() if e["step"] < step or (e["kind"] == "validation" and e["step"] == step)]
         write_text(self.metrics, "".join(json.dumps(e) + "\n" for e in kept))
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -123,21 +122,23 @@ def _json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} of this run is damaged: {error}", remedy=remedy) from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts as named tensors."""
-    found = {}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for slot, value in slots.items():
-            found[f"optimizer.{slot}.{names[index]}"] = torch.as_tensor(value).clone()
-    return found
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return AdamW's moments and step counts as named tensors."""
+    return {
+        f"optimizer.{slot}.{names[index]}": torch.as_tensor(value).clone()
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Load the tensors of `optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, slot, name = key.split(".", 2)
             state.setdefault(names.index(name), {})[slot] = value
-    current = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,33 +1,27 @@
-"""The processes of one run: which share of the work is this one's, and what all of them must agree on.
+"""Training in several processes: data parallelism, and a base model sharded with FSDP2.
 
     accelerate launch --num_processes 8 -m sigmix train …      (or torchrun --nproc_per_node 8 -m -- sigmix …)
 
-starts as many equal processes; accelerate's `PartialState` makes them a group (NCCL on GPUs, gloo on CPUs) and gives
-each its device. Here is only what a training run does with that: take a share, gather what was found, add up gradients.
-With one process everything here is the plain call, without any group.
-
-An error anywhere ends the run everywhere: `gather` carries a failure to all processes, and one of them speaks
-(`one_voice`). A process that is killed cannot say so; the others see a broken connection or the launcher's SIGTERM, and
-both become `ProcessLostError`.
+accelerate's `PartialState` joins the processes (NCCL on GPUs, gloo on CPUs) and assigns their devices. `Processes`
+splits the work, gathers results, sums gradients, and ends all processes if one fails. With one process it adds nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import fully_shard
 
 from sigmix.errors import ConfigError, SigmixError
@@ -36,549 +30,441 @@ from sigmix.experts.fingerprint import fingerprint
 from sigmix.models import weights
 from sigmix.models.digests import weight_digest
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.linears import factors_of, linears
-from sigmix.svf.tuner import svf_layers
+from sigmix.svf.linears import factors_of, shape_of
+from sigmix.svf.tuner import svf_layers, target_layers
 from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
-from sigmix.train.policy import PeftPolicy, SVFPolicy, make_policy
+from sigmix.train.policy import Policy, SVFPolicy, make_policy, svf_config
 from sigmix.utils.cache import cache_dir
 
 T = TypeVar("T")
 
-
-DRIFTED = "all processes need the same software and kind of device; go on from the last checkpoint with --resume"
-
-
-PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others at one point. Long, since a verifier or a decomposition may be slow; one that
-died is noticed at once, whatever this says."""
+TIMEOUT = timedelta(hours=2)
+"""Timeout of a collective operation; a grader or a decomposition may be slow. A dead process is noticed at once."""
 
 
-class ProcessError(SigmixError):
-    """Another process of the same run failed; the message is its own."""
+class ProcessError(SigmixError, RuntimeError):
+    """Another process of the run failed; it reports the error itself."""
 
 
-class ProcessLostError(SigmixError):
-    """Another process of the same run ended without a word, or the launcher ended this one."""
+class ProcessLostError(SigmixError, ConnectionError):
+    """Another process of the run was killed, or the launcher terminated this one."""
 
 
-class Terminated(BaseException):
-    """SIGTERM inside `Processes.one_voice`, which makes a `ProcessLostError` of it.
-
-    No `Exception`, like KeyboardInterrupt: it comes in the middle of anything, and a verifier that catches all errors
-    of a reply must not take it for one.
-    """
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Not an Exception, so that no grader swallows it."""
 
 
 class Processes:
-    """This process among those of a run.
+    """The processes of a training run.
 
     Attributes:
-        rank: of this one, from 0. count: how many there are. main: whether this one writes the files and speaks.
-        device: where this process computes; None with one process, where the base's own place decides.
-        meets: set where the base is sharded, so that processes wait for each other inside of passes too.
+        rank: index of this process. world_size: number of processes.
+        device: device of this process; None with one process, where the base's placement decides.
+        collective_forward: True once forward passes communicate (a sharded base).
     """
 
-    def __init__(self, state: Any = None) -> None:
-        self._state = state
-        self.rank: int = state.process_index if state else 0
-        self.count: int = state.num_processes if state else 1
-        self.device: torch.device | None = state.device if state else None
-        self.meets = False
-        self._told_to_end = False
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.collective_forward = False
+        self._failed = False
 
     @classmethod
-    def launched(cls) -> Processes:
-        """Join the processes that a launcher started (torchrun's environment variables); just this one without any.
+    def from_environment(cls) -> Processes:
+        """Join the processes that torchrun or accelerate launch started; without a launcher, this process alone.
 
         Raises:
-            ConfigError: more processes on this machine than it has GPUs, or WORLD_SIZE without what launchers set
-                beside it.
+            ConfigError: the launcher's environment variables are incomplete or invalid, or there are more processes
+                than GPUs on this machine.
         """
-        if not launched():
+        environment, names = os.environ, ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+        if environment.get("WORLD_SIZE", "1") in ("", "0", "1"):
             return cls()
+        if missing := [name for name in (*names, "MASTER_ADDR") if not environment.get(name)]:
+            problem = f"WORLD_SIZE is set, but not {', '.join(missing)}"
+        elif invalid := [name for name in names if not environment[name].isdecimal()]:
+            problem = f"{invalid[0]} is {environment[invalid[0]]!r}, not a number"
+        elif int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+            problem = f"RANK {environment['RANK']} is not below WORLD_SIZE {environment['WORLD_SIZE']}"
+        else:
+            return cls._join()
+        raise ConfigError(
+            f"environment variables of a distributed launcher: {problem}",
+            remedy="start the processes with torchrun or accelerate launch, or for one process unset WORLD_SIZE",
+        )
+
+    @classmethod
+    def _join(cls) -> Processes:
         from accelerate import PartialState
 
-        gpus, local = torch.cuda.device_count(), number("LOCAL_WORLD_SIZE", 1)
+        gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if 0 < gpus < local:
-            if number("LOCAL_RANK", 0):
-                sys.exit(ConfigError.exit_code)  # there is no group yet, and one message is enough
+            if os.environ["LOCAL_RANK"] != "0":
+                sys.exit(ConfigError.exit_code)  # local rank 0 reports the error
             raise ConfigError(
                 f"{local} processes were started on a machine with {gpus} GPUs",
                 remedy=f"start {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
             )
-        return cls(PartialState(cpu=not gpus, timeout=PATIENCE))
+        state = PartialState(cpu=not gpus, timeout=TIMEOUT)
+        return cls(state.process_index, state.num_processes, state.device)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
-    # ------------------------------------------------------------------ sharing work
+    # ------------------------------------------------------------------ work
 
-    def share(self, number: int) -> slice:
-        """Which of `number` things in a row are this process's: contiguous, in the order of ranks, sizes within 1."""
-        return slice(number * self.rank // self.count, number * (self.rank + 1) // self.count)
+    def share(self, count: int) -> slice:
+        """Return this process's contiguous share of ``count`` items; sizes differ by at most 1."""
+        return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def gather(self, work: Callable[[], T], meeting: bool = False) -> list[T]:
-        """Do some work on every process; returns all results, by rank. Results travel by pickle.
+    def gather(self, work: Callable[[], T], collective: bool = False) -> list[T]:
+        """Run ``work`` in every process and return all results by rank. Other processes' results are pickled.
 
         Args:
-            meeting: processes wait for each other inside the work (a sharded base). Then a failure cannot be carried to
-                the others: this process ends, and they find it gone.
+            collective: ``work`` communicates by itself (forward passes of a sharded base). Its failure cannot be sent
+                to the other processes; they find the connection broken.
 
         Raises:
-            ProcessError: the work failed on another process. ProcessLostError: another process is gone. Whatever the
-            work raised here.
+            ProcessError: the work failed in another process, of a lower rank if it failed here too.
+            ProcessLostError: another process is gone.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return [work()]
         try:
             result = work()
         except Exception as error:
-            if meeting:
-                if _gone(error):
-                    raise self._lost() from error
-                _shared(error, self.rank)
-            elif not isinstance(error, ProcessLostError):
-                # the others may be told and gone, and the launcher's SIGTERM here, before this process has seen it
-                with contextlib.suppress(ProcessLostError, Terminated):
-                    self._exchange(None, error)
+            if not collective:
+                self._exchange(None, error)
+            self._failed = True
+            if _connection_lost(error):
+                raise self._lost() from error
             raise
         return self._exchange(result)
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What the main process finds; the others do nothing but wait for it. Errors as in `gather`."""
-        return self.gather(work if self.main else lambda: None)[0]  # type: ignore[return-value]
+        """Run ``work`` in the main process and return its result in all. Errors as in `gather`."""
+        return self.gather(work if self.is_main else lambda: None)[0]  # type: ignore[return-value]
 
-    def alike(self, work: Callable[[], T]) -> T:
-        """Do what gives the same on every process, without meeting: an error, which all have then, is told once."""
-        try:
-            return work()
-        except Exception as error:
-            _shared(error, 0)
-            raise
-
-    def add_up(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace every gradient by the sum over all processes, in one transfer of float32."""
-        if self.count == 1:
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes, with one all-reduce in float32."""
+        if self.world_size == 1:
             return
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([grad.float().flatten() for grad in grads])
-        with self._together():
-            torch.distributed.all_reduce(flat)
-        sizes = [p.numel() for p in parameters]
-        for parameter, grad, total in zip(parameters, grads, flat.split(sizes), strict=True):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self._all_reduce(torch.cat([grad.float().flatten() for grad in grads]))
+        for parameter, grad, total in zip(parameters, grads, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = total.view_as(grad).to(grad.dtype)
 
-    def anyone(self, here: bool) -> bool:
-        """Whether it is so on any process."""
-        if self.count == 1:
-            return here
-        flag = torch.tensor([float(here)], device=self.device)
-        with self._together():
-            torch.distributed.all_reduce(flag)
-        return bool(flag.item())
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is True in any process."""
+        return flag if self.world_size == 1 else bool(self._all_reduce(torch.tensor([float(flag)])).item())
 
-    def check_equal(self, tensors: Mapping[str, torch.Tensor], what: str, remedy: str = DRIFTED) -> None:
-        """Raise unless all processes hold the same bytes.
+    def check_equal(self, digests: Callable[[], Mapping[str, str]], remedy: str) -> None:
+        """Compare {what: digest} of all processes.
 
         Raises:
-            ProcessError: they do not, so the run is no longer one run.
+            ConfigError: a digest differs; `ProcessError` in processes other than the main one.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            raw = tensors[name].detach().cpu().contiguous().view(torch.uint8)
-            digest.update(name.encode() + raw.numpy().tobytes())
-        self.check_same(lambda: {"other numbers": digest.hexdigest()}, remedy, f"{what}: ")
+        gathered = self.gather(lambda: dict(digests()))
 
-    def check_same(self, work: Callable[[], Mapping[str, str]], remedy: str, where: str = "") -> None:
-        """Raise unless all processes find the same digests.
+        def compare() -> None:
+            for rank, other in enumerate(gathered):
+                if differing := [what for what, digest in gathered[0].items() if other.get(what) != digest]:
+                    message = f"process {rank} of {self.world_size} has another {differing[0]} than process 0"
+                    raise ConfigError(message, remedy=remedy)
 
-        Args:
-            work: gives digests by what a process with another one holds, such as "another base". The first that differs
-                is told. remedy, where: end and beginning of the message.
+        self.from_main(compare)
 
-        Raises:
-            ProcessError: they differ. Whatever the work raises, as in `gather`.
+    # ------------------------------------------------------------------ errors
+
+    @contextmanager
+    def report_once(self) -> Iterator[None]:
+        """End all processes if the wrapped command fails in one, which alone reports the error.
+
+        SIGTERM, by which launchers end the remaining processes, becomes `ProcessLostError`.
         """
-        if self.count == 1:
-            return
-        told = self.gather(lambda: dict(work()))
-        for held, digest in told[0].items():
-            if other := [rank for rank, found in enumerate(told) if found.get(held) != digest]:
-                message = f"{where}process {other[0]} of {self.count} holds {held} than process 0"
-                raise _shared(ProcessError(message, remedy=remedy), 0)
-
-    # ------------------------------------------------------------------ trouble
-
-    @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Around a whole command: an error on any process ends all of them, and one of them says why.
-
-        SIGTERM, with which launchers end the others when one process is gone, raises `ProcessLostError` from here.
-        Inside it is a `Terminated`; where something swallows even that, the next transfer raises it again.
-        """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._terminated)
+        previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             yield
-            self._state.destroy_process_group()
+            torch.distributed.destroy_process_group()
         except Terminated:
-            self.ending()
             raise ProcessLostError(
-                f"process {self.rank} of {self.count} was told to end (SIGTERM), as launchers do when another one is "
-                "gone",
-                remedy="go on from the last checkpoint with --resume",
+                f"process {self.rank} of {self.world_size} was terminated (SIGTERM), as launchers do when another "
+                "process is gone",
+                remedy="continue from the last checkpoint with --resume",
             ) from None
         except KeyboardInterrupt:
-            self.ending()
-            if not self.main:
+            if not self.is_main:
                 sys.exit(130)
             raise
         except Exception as error:
-            self.ending()
-            if not (hasattr(error, "sigmix_speaker") or isinstance(error, ProcessLostError) or self.meets):
-                with contextlib.suppress(ProcessError, ProcessLostError, Terminated):
-                    self._exchange(None, error)
-            if getattr(error, "sigmix_speaker", self.rank) != self.rank:
-                sys.exit(getattr(error, "exit_code", 1))
+            self.ignore_sigterm()
+            reported = self._first_error(error)
+            if isinstance(reported, ProcessError):
+                sys.exit(reported.exit_code)
+            get_error_handler().record_exception(reported)  # for the launcher's own report
             raise
-        finally:
-            if signal.getsignal(signal.SIGTERM) == self._terminated:  # else there is still something to say
-                signal.signal(signal.SIGTERM, before)
+        else:
+            signal.signal(signal.SIGTERM, previous)
 
-    def ending(self) -> None:
-        """This process is ending by itself, and the launcher's SIGTERM need not stop it from saving and saying why."""
-        if signal.getsignal(signal.SIGTERM) == self._terminated:
+    def ignore_sigterm(self) -> None:
+        """Ignore the launcher's SIGTERM while this process ends by itself: saves a checkpoint, reports an error."""
+        if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def _terminated(self, *_: object) -> None:
-        self.ending()
-        self._told_to_end = True
-        raise Terminated
+    def _first_error(self, error: Exception) -> Exception:
+        """Return the error that is reported: of the lowest rank, once the others have been informed."""
+        if not (self._failed or self.collective_forward or isinstance(error, ProcessLostError)):
+            try:
+                self._exchange(None, error)
+            except Exception as first:
+                return first
+        return error
 
     def _exchange(self, result: Any, error: Exception | None = None) -> list[Any]:
-        """All results by rank; an error on any process raises on all (here: `error` itself is left to the caller)."""
+        """All-gather results; if any process has an error, raise its own in the first such process."""
         from accelerate.utils import gather_object
 
         failure = None
         if error is not None:
-            exit_code = error.exit_code if isinstance(error, SigmixError) else 1
-            failure = (str(error) if isinstance(error, SigmixError) else f"{type(error).__name__}: {error}", exit_code)
-        with self._together():
-            found = gather_object([(result, failure)])
-        found[self.rank] = (result, failure)  # the very objects, which may hold more than a pickle does
-        for rank, (_, failed) in enumerate(found):
-            if failed is not None:
-                if error is not None:
-                    _shared(error, rank)
-                    return []
-                made = ProcessError(f"process {rank} of {self.count}: {failed[0]}")
-                made.exit_code = failed[1]
-                raise _shared(made, rank)
-        return [one for one, _ in found]
-
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Around a transfer: a process that is gone breaks it."""
-        if self._told_to_end:
-            raise Terminated
+            self.ignore_sigterm()
+            message = str(error) if isinstance(error, SigmixError) else f"{type(error).__name__}: {error}"
+            failure = (message, getattr(error, "exit_code", 1))
         try:
-            yield
-        except RuntimeError as error:  # gloo's own, and torch's DistBackendError
+            gathered = gather_object([(result, failure)])
+        except RuntimeError as lost:
+            raise (error or self._lost()) from lost
+        failures = [(rank, failed) for rank, (_, failed) in enumerate(gathered) if failed is not None]
+        if not failures:
+            gathered[self.rank] = (result, None)  # the object itself
+            return [one for one, _ in gathered]
+        self._failed = True
+        rank, (message, exit_code) = failures[0]
+        if rank == self.rank and error is not None:
+            raise error
+        failed = ProcessError(f"process {rank} of {self.world_size}: {message}")
+        failed.exit_code = exit_code
+        raise failed from error
+
+    def _all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device)
+        try:
+            torch.distributed.all_reduce(tensor)
+        except RuntimeError as error:
             raise self._lost() from error
+        return tensor
 
     def _lost(self) -> ProcessLostError:
         return ProcessLostError(
-            f"process {self.rank} of {self.count}: another process of this run is gone",
-            remedy="see above or in the launcher's report which and why; go on from the last checkpoint with --resume",
+            f"process {self.rank} of {self.world_size}: another process of this run is gone",
+            remedy="see the output above or the launcher's report; continue from the last checkpoint with --resume",
         )
 
 
-def _gone(error: Exception) -> bool:
-    """Whether an error of some work is that of a broken connection; out of memory is a RuntimeError too."""
-    broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-    return isinstance(error, RuntimeError) and broken
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
-def _shared(error: Any, speaker: int) -> Any:
-    """Mark an error that the others need not be told of (any more); `speaker` is to print it."""
-    error.sigmix_speaker = speaker
-    return error
+def _connection_lost(error: Exception) -> bool:
+    # gloo raises plain RuntimeErrors; out of memory is one too
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
-# --- The environment variables with which torchrun and accelerate launch tell a process which of how many it is.
+# ---------------------------------------------------------------------- policies
 
 
-NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+def build_policy(base: nn.Module, config: TrainConfig, processes: Processes, shard: bool) -> Policy:
+    """Return the policy of a run, after checking that all processes have the same base and decompositions.
 
-
-REMEDY = "start the processes with torchrun or accelerate launch, or for one process unset WORLD_SIZE"
-
-
-def launched() -> bool:
-    """Whether a launcher started several processes, this one among them.
+    Gradients of z from different decompositions must not be summed. Machines without a common cache can disagree,
+    because near-equal singular values let the hardware rotate their singular vectors.
 
     Raises:
-        ConfigError: its variables are not complete, as where another program has set WORLD_SIZE, or no numbers.
+        ConfigError: ``shard`` with one process, another policy than SVF, the reference parametrization, or a base that
+            is quantized, offloaded or without decoder blocks; LoRA dropout in several processes; processes differ.
     """
-    count = number("WORLD_SIZE", 1)
-    if count < 2:
-        return False
-    if missing := [name for name in NEEDED if not os.environ.get(name)]:
+    if processes.world_size > 1 and config.policy == "lora" and config.lora_dropout:
         raise ConfigError(
-            f"the environment variable WORLD_SIZE says that this is one of {count} processes, but {', '.join(missing)} "
-            "of a launcher's variables are not set",
-            remedy=REMEDY,
-        )
-    for name in NEEDED:
-        if name != "MASTER_ADDR":
-            number(name, 0)
-    if not 0 <= (rank := number("RANK", 0)) < count:
-        raise ConfigError(f"the environment variable RANK is {rank}, and WORLD_SIZE {count}", remedy=REMEDY)
-    return True
-
-
-def number(name: str, default: int) -> int:
-    """The value of a variable, or the default where it is not set.
-
-    Raises:
-        ConfigError: it is no whole number.
-    """
-    given = os.environ.get(name) or str(default)
-    try:
-        return int(given)
-    except ValueError:
-        raise ConfigError(f"the environment variable {name} is {given!r}, not a whole number", remedy=REMEDY) from None
-
-
-# --- A base that does not fit one device, spread over the processes of a run with torch's FSDP2 (`fully_shard`).
-
-
-def shared_policy(base: Any, config: TrainConfig, processes: Processes, shard: bool) -> SVFPolicy | PeftPolicy:
-    """The policy of a run of one or several processes, which hold the same base and the same decompositions.
-
-    Raises:
-        ConfigError: `shard` where there is one process only, with another policy than SVF, with the reference
-            parameterisation, or for a base that is quantised, offloaded or without blocks; LoRA's dropout in several
-            processes. ProcessError: processes hold different bases or decompositions.
-    """
-    if processes.count > 1 and config.policy == "lora" and config.lora_dropout:
-        raise ConfigError(
-            f"with lora_dropout {config.lora_dropout} the result would depend on the number of processes: each draws "
-            "what it drops by itself",
-            remedy="leave lora_dropout at 0, or start one process",
+            f"lora_dropout {config.lora_dropout} draws differently in each process, so that the result would depend on "
+            "their number",
+            remedy="set lora_dropout to 0, or start one process",
         )
     if shard:
         _check_shardable(base, config, processes)
-    if processes.count == 1:
+    if processes.world_size == 1:
         return make_policy(base, config)
-    paths: list[str] = []
     if config.policy == "svf":
-        paths = processes.gather(lambda: _decompose_share(base, config, processes))[processes.rank]
-    if not shard:
-        policy = make_policy(base, config)
+        processes.gather(lambda: _decompose_share(base, config, processes))
+    policy: Policy = ShardedPolicy(base, config, processes) if shard else make_policy(base, config)
+
+    def digests() -> dict[str, str]:
+        if isinstance(policy, ShardedPolicy):
+            return policy.digests
         layers = svf_layers(policy.model)
-        _check_same(policy.model, ((path, layers[path].svf_short) for path in paths), processes)
-        return policy
-    modules = linears(base)
-    _check_same(base, ((path, factors_of(modules[path]).short) for path in paths), processes)
-    made: list[ShardedPolicy] = []
-    processes.gather(lambda: made.append(ShardedPolicy(base, config, processes)))
-    return made[0]
+        sides = {f"decomposition of {path}": weight_digest(layer.svf_short) for path, layer in layers.items()}
+        return {"base": fingerprint(policy.model), **sides}
+
+    processes.check_equal(
+        digests,
+        "give all machines the same files of the base and the same decompositions: a cache folder that they share "
+        f"(SIGMIX_CACHE), or copies of {cache_dir() / 'svd'} of process 0's machine",
+    )
+    return policy
 
 
 def check_text(samples: Sequence[Sample]) -> None:
-    """Raise `ConfigError` if a sample shows images, which are read outside the passes that gather a sharded base."""
-    if shown := next((sample for sample in samples if sample.images), None):
+    """Raise `ConfigError` if a sample contains images: they are embedded outside the passes that gather weights."""
+    if sample := next((sample for sample in samples if sample.images), None):
         raise ConfigError(
-            f"--shard reads text only, and sample {shown.id} shows {shown.images[0].name}",
+            f"--shard supports text only, and sample {sample.id} contains {sample.images[0].name}",
             remedy="leave out --shard, or choose a task without images",
         )
 
 
-def skeleton(base: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters are on the meta device, without values; buffers are copied.
-
-    What a parameter has beside shape and dtype is left behind: a quantised one becomes an empty plain one, and an
-    offloaded one has no disk to be read from.
-    """
-    # not empty_like, which quantised tensors do not know
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
-        for p in base.parameters()
-    }
-    memo |= {id(module._hf_hook): None for module in base.modules() if weights.is_offloaded(module)}
-    return copy.deepcopy(base, memo)
+def _decompose_share(base: nn.Module, config: TrainConfig, processes: Processes) -> None:
+    """Decompose this process's share of the layers into the cache, so that each is decomposed once."""
+    layers = target_layers(base, svf_config(config))
+    order = sorted(layers, key=lambda path: (-min(shape_of(layers[path])), path))
+    for path in order[processes.rank :: processes.world_size]:
+        factors_of(layers[path])
 
 
-def _check_shardable(base: Any, config: TrainConfig, processes: Processes) -> None:
-    if processes.count == 1:
+def _check_shardable(base: nn.Module, config: TrainConfig, processes: Processes) -> None:
+    if processes.world_size == 1:
         raise ConfigError(
-            "a base is sharded over several processes, and this is one",
+            "--shard requires several processes",
             remedy="start them with accelerate launch or torchrun, or leave out --shard",
         )
     if config.policy != "svf" or config.parametrization != "direct":
-        raise ConfigError("--shard goes with the svf policy in its direct parameterisation only")
-    kinds = {weights.kind(module) for module in linears(base).values()}
-    if unfit := sorted(kinds & {weights.QUANTIZED, weights.OFFLOADED}):
+        raise ConfigError("--shard requires policy svf in its direct parametrization")
+    kinds = {weights.kind(layer) for layer in target_layers(base, svf_config(config)).values()}
+    if unsupported := sorted(kinds & {weights.QUANTIZED, weights.OFFLOADED}):
         raise ConfigError(
-            f"--shard splits plain weights, and this base is {unfit[-1]}",
+            f"--shard splits plain weights, and this base is {unsupported[-1]}",
             remedy="leave out --shard, or load the base without quantization and offloading",
         )
     _blocks(base)
 
 
-def _targets(config: TrainConfig) -> SVFConfig:
-    return SVFConfig(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)
-
-
-def _decompose_share(base: nn.Module, config: TrainConfig, processes: Processes) -> list[str]:
-    """Put this process's share of the decompositions into the cache, so that each is computed once.
-
-    Returns:
-        The paths of all layers that the policy adapts.
-    """
-    layers = svf_layers(get_peft_model(skeleton(base), _targets(config)))
-    modules = linears(base)
-    for path in sorted(layers, key=lambda path: (-layers[path].r, path))[processes.rank :: processes.count]:
-        factors_of(modules[path])
-    return list(layers)
-
-
-def _check_same(model: nn.Module, shorts: Iterable[tuple[str, torch.Tensor]], processes: Processes) -> None:
-    """Raise `ProcessError` unless all processes hold the same base and the same short sides, one in memory at a time.
-
-    Gradients of z from other decompositions would be added up as if they belonged to the same components. Machines
-    without a common cache can differ so, because near-equal singular values let hardware rotate their vectors.
-    """
-
-    def work() -> dict[str, str]:
-        sides = {f"another decomposition of {path}": weight_digest(short) for path, short in shorts}
-        return {"another base": fingerprint(model), **sides}
-
-    processes.check_same(
-        work,
-        "give all machines the same files of the base and the same decompositions: a cache folder that they share "
-        f"(SIGMIX_CACHE), or copies of {cache_dir() / 'svd'} of process 0's machine",
-    )
-
-
 class ShardedPolicy(SVFPolicy):
-    """`SVFPolicy` on a sharded base.
+    """`SVFPolicy` with weights and factors sharded over the processes, one decoder block at a time (FSDP2).
+
+    Every forward pass is collective. Only the gain form runs, since merging would need whole weights.
 
     Args:
-        base: a whole model on the CPU, which stays as it is. processes: at least two.
+        base: whole model on the CPU, which stays as it is. processes: at least two.
+
+    Attributes:
+        digests: of the base and of each decomposition, taken before they are split.
     """
 
     sharded = True
 
     def __init__(self, base: nn.Module, config: TrainConfig, processes: Processes) -> None:
         self.base, self.processes = base, processes
-        self._answering = False
+        self.digests = {"base": fingerprint(base)}
+        self._announcing = False
         super().__init__(base, config)
         for layer in self.layers.values():
             layer.form = "gain"
-        processes.meets = True  # from the first pass on; until here an error can still be carried to the others
+        processes.collective_forward = True
 
-    def _wrapped(self, base: nn.Module, targets: SVFConfig) -> nn.Module:
+    def _inject(self, base: nn.Module, config: SVFConfig) -> PeftModel:
         device = self.processes.device or torch.device("cpu")
-        empty = skeleton(base)
-        model: Any = get_peft_model(empty, targets).eval()
-        values = dict(base.named_parameters(remove_duplicate=False))
-        # every parameter of the skeleton knows which of the base's it stands for; tied ones are one
-        meaning = {id(p): values[name] for name, p in _base_names(empty)}
-        learnt = set()
-        for layer in svf_layers(model).values():
-            z = nn.Parameter(torch.ones(layer.r, device=device))
-            layer.svf_z["default"].weight = z
-            learnt.add(z)
-        mesh = init_device_mesh(device.type, (self.processes.count,))
-        for part in [*_blocks(empty), model]:
-            _fill(part, meaning)
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=learnt)
-        # before FSDP's own hook, which gathers weights
-        model.register_forward_pre_hook(self._announce, prepend=True)
+        # a copy on the meta device, filled block by block, so that no more than one block's factors are whole
+        meta = {p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in base.parameters()}
+        source = {id(empty): parameter for parameter, empty in meta.items()}
+        skeleton = copy.deepcopy(base, {id(parameter): empty for parameter, empty in meta.items()})
+        model: Any = get_peft_model(skeleton, config).eval()
+        layers = svf_layers(model)
+        z = set()
+        for layer in layers.values():
+            layer.svf_z["default"].weight = nn.Parameter(torch.ones(layer.r, device=device))
+            z.add(layer.svf_z["default"].weight)
+        paths = {layer: path for path, layer in layers.items()}
+        mesh = init_device_mesh(device.type, (self.processes.world_size,))
+        for block in [*_blocks(skeleton), model]:
+            _fill(block, source)
+            for layer in svf_layers(block).values():
+                if layer.svf_short is None:
+                    layer.ensure_factors()
+                    short = layer.svf_short
+                    self.digests[f"decomposition of {paths[layer]}"] = weight_digest(short)
+                    del layer.svf_short
+                    layer.register_parameter("svf_short", nn.Parameter(short, requires_grad=False))
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=z)
+        model.register_forward_pre_hook(self._announce, prepend=True)  # before FSDP's hook, which gathers weights
         return model
 
     def expert(self, name: str, meta: Mapping[str, Any]) -> Expert:
-        """The current z as an expert, sealed for the base."""
+        """Return the current z as an expert of the base."""
         return Expert(name, self.z(), meta).sealed(self.base)
 
     @contextmanager
     def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
-        """As `SVFPolicy.acting`, in the gain form; leaves only when all processes do."""
+        """Apply the policy's z, or another one, for inference; returns when all processes have finished.
+
+        A process with fewer passes than the others (shorter completions) runs empty ones along, since every pass is
+        collective.
+        """
         own = {path: parameter.data for path, parameter in self.parameters().items()}
         try:
             for path, parameter in self.parameters().items():
                 parameter.data = own[path] if z is None else z[path].to(own[path])
-            self._answering = True
+            self._announcing = True
             yield
             self._run_along()
         finally:
-            self._answering = False
+            self._announcing = False
             for path, parameter in self.parameters().items():
                 parameter.data = own[path]
 
     @contextmanager
     def learning(self) -> Iterator[None]:
+        """Apply the policy's z with gradients."""
         yield
 
     def _announce(self, *_: Any) -> None:
-        if self._answering:
-            self.processes.anyone(True)
+        if self._announcing:
+            self.processes.any(True)
 
     @torch.no_grad()
     def _run_along(self) -> None:
-        device = self.processes.device or torch.device("cpu")
-        while self.processes.anyone(False):
-            self._answering = False  # the others announce this pass
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-            self._answering = True
-
-
-def _base_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The base's parameters inside an adapted model, by the names that they have in the base."""
-    return [
-        (name.replace(".base_layer.", "."), parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if ".svf_z." not in name
-    ]
+        while self.processes.any(False):
+            self._announcing = False  # the other processes announced this pass
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.processes.device), use_cache=False)
+            self._announcing = True
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks, as transformers names their classes.
+    """Return the decoder blocks, by transformers' ``_no_split_modules``.
 
     Raises:
-        ConfigError: it names none, so there is nothing that could be gathered and freed on its own.
+        ConfigError: the model's class names none.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__} names no blocks to shard by", remedy="leave out --shard, or choose another base"
-        )
-    return found
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        message = f"{type(model).__name__} names no decoder blocks (_no_split_modules) to shard by"
+        raise ConfigError(message, remedy="leave out --shard, or choose another base")
+    return blocks
 
 
-def _fill(module: nn.Module, meaning: Mapping[int, torch.Tensor]) -> None:
-    """Give a module's empty parameters the base's values, and make the factors of its layers parameters too.
-
-    Values are of the base's own storage: whoever moves them makes the copy.
-    """
-    made: dict[int, nn.Parameter] = {}  # a tied one must stay one
+def _fill(module: nn.Module, source: Mapping[int, nn.Parameter]) -> None:
+    """Replace a module's meta parameters by the base's values, without a copy."""
+    filled: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta:
-                value = meaning[id(parameter)].data
-                part.register_parameter(name, made.setdefault(id(parameter), nn.Parameter(value, requires_grad=False)))
-    for layer in svf_layers(module).values():
-        if layer.svf_short is None:
-            layer.ensure_factors()
-            short = layer.svf_short
-            del layer.svf_short
-            layer.register_parameter("svf_short", nn.Parameter(short, requires_grad=False))
+                key = id(parameter)
+                value = filled.setdefault(key, nn.Parameter(source[key].data, requires_grad=False))
+                part.register_parameter(name, value)

@@ -1,4 +1,4 @@
-"""Rollouts: prompts of a step, answers of the acting policy, rewards of the verifier."""
+"""Rollouts: prompts of a training step, sampled completions and their rewards."""
 
 from __future__ import annotations
 
@@ -6,143 +6,142 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sigmix.engine.constrained import Choices
 from sigmix.engine.generation import Row, SamplingParams, complete
-from sigmix.engine.tokenization import check_context, encode, reply_ids
+from sigmix.engine.tokenization import check_context, encode, end_ids, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
 
 @dataclass
 class Rollouts:
-    """Answers of one step, `group` beside each other for each prompt.
+    """Completions of one step, those of a prompt next to each other.
 
     Attributes:
-        prompts: N token-id lists. answers: N·group token-id lists, as sampled (never retokenised), end token included.
-        texts: their decoded texts. rewards: float32 [N·group] in [-1, 1], NaN where unscorable. extracted: what the
-            verifier read.
+        prompts: token ids of N prompts.
+        completions: token ids of N·G completions as sampled (never retokenized), end token included.
+        texts: decoded completions.
+        rewards: float32 [N·G] in [-1, 1], NaN where the grader gave no score.
+        parsed: the answers that the grader read.
     """
 
     prompts: list[list[int]]
-    answers: list[list[int]]
+    completions: list[list[int]]
     texts: list[str]
     rewards: torch.Tensor
-    extracted: list[str | None]
+    parsed: list[str | None]
 
     @classmethod
     def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """The rollouts of several processes as those of one."""
-        if len(parts) == 1:
-            return parts[0]
+        """Concatenate the rollouts of several processes."""
         return cls(
             [ids for part in parts for ids in part.prompts],
-            [ids for part in parts for ids in part.answers],
+            [ids for part in parts for ids in part.completions],
             [text for part in parts for text in part.texts],
             torch.cat([part.rewards for part in parts]),
-            [answer for part in parts for answer in part.extracted],
+            [answer for part in parts for answer in part.parsed],
         )
 
     @property
     def width(self) -> int:
-        """Tokens of the longest answer."""
-        return max(map(len, self.answers))
+        """Length of the longest completion in tokens."""
+        return max(map(len, self.completions))
 
-    def padded(self, rows: slice, fill: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids int64 [n, C] and mask bool [n, C] of some answers, right-padded; to `width` if it is given."""
-        part = self.answers[rows]
+    def padded(self, rows: slice, pad_id: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids int64 [n, C] and mask bool [n, C] of some completions, right-padded (to ``width``)."""
+        part = self.completions[rows]
         width = width or max(map(len, part))
-        ids = torch.tensor([row + [fill] * (width - len(row)) for row in part])
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in part])
         mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in part])
         return ids, mask
 
 
 class PromptStream:
-    """Which samples a step sees: epochs over the training set, each in its own seeded order; a function of the step."""
+    """Samples of each training step: epochs over the training set, each shuffled with its own seed."""
 
     def __init__(self, samples: Sequence[Sample], per_step: int, seed: int) -> None:
         self.samples, self.per_step, self.seed = list(samples), per_step, seed
 
     def step(self, number: int) -> list[Sample]:
-        """The samples of step `number` (from 0)."""
-        chosen = []
-        for place in range(number * self.per_step, (number + 1) * self.per_step):
-            epoch, index = divmod(place, len(self.samples))
-            chosen.append(self.samples[self._order(epoch)[index]])
-        return chosen
-
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, order = epoch, list(range(len(self.samples)))
+        """Return the samples of step ``number`` (from 0), a function of the seed and the number."""
+        batch: list[Sample] = []
+        while len(batch) < self.per_step:
+            epoch, index = divmod(number * self.per_step + len(batch), len(self.samples))
+            order = list(range(len(self.samples)))
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
-            self._indices = order
-        return self._indices
+            batch += [self.samples[i] for i in order[index : index + self.per_step - len(batch)]]
+        return batch
 
 
 def row_seed(seed: int, step: int, row: int) -> int:
-    """A random stream's seed for one answer of one step, independent of everything else."""
+    """Return the random seed of one row of one step, independent of all others."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{row}".encode()).digest()[:7], "big")
 
 
-def _reward(score: Score, form_reward: float) -> float:
+def reward(score: Score, format_reward: float = 0.0) -> float:
+    """Map a score to [-1, 1]: NaN without a score; ``format_reward`` is added to -1 if an answer could be parsed."""
     if score.value is None:
         return float("nan")
-    return 2 * score.value - 1 + (form_reward if score.value == 0 and score.answer is not None else 0.0)
+    return 2 * score.value - 1 + (format_reward if score.value == 0 and score.answer is not None else 0.0)
 
 
 class Actor:
-    """Answers and scores samples with a model in whatever state it is in.
+    """Generates and scores completions of a task's samples with a model in its current adapted state.
+
+    Args:
+        ends: token ids that end a completion. Default: those of model and tokenizer.
 
     Attributes:
-        choices: the only replies there are, if the task has such: the policy is then over these alone.
+        choices: the task's closed set of replies, if it has one; the policy is then a distribution over these.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, ends: list[int], pad_id: int) -> None:
-        self.model, self.tokenizer, self.task, self.ends, self.pad_id = model, tokenizer, task, ends, pad_id
-        self.choices = Choices.of(tokenizer, task.choices, ends) if task.choices else None
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, ends: Sequence[int] | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.ends = end_ids(model, tokenizer) if ends is None else list(ends)
+        self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.choices = Choices.of(tokenizer, task.choices, self.ends) if task.choices else None
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, sample: Sample) -> list[int]:
-        """Prompt ids of a sample, kept for the next time."""
+        """Return the prompt's token ids, cached by sample id."""
         if sample.id not in self._encoded:
             self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system, images=sample.images)
         return self._encoded[sample.id]
 
-    def roll(
-        self, samples: Sequence[Sample], sampling: SamplingParams, group: int, form_reward: float = 0.0
+    def rollouts(
+        self, samples: Sequence[Sample], sampling: SamplingParams, num_generations: int, format_reward: float = 0.0
     ) -> Rollouts:
-        """`group` sampled answers to each sample, scored; see `TrainConfig.form_reward`."""
+        """Sample and score ``num_generations`` completions of each prompt."""
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
             check_context(self.model, ids, sampling.max_new_tokens, f"sample {sample.id} of {self.task.name}")
-        rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, group, self.choices)
-        texts = self.texts(rows)
-        scores = [self.task.score(samples[i // group], text) for i, text in enumerate(texts)]
-        rewards = torch.tensor([_reward(score, form_reward) for score in scores])
-        return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [s.answer for s in scores])
+        rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, num_generations, self.choices)
+        texts = self.decode(rows)
+        scores = [self.task.score(samples[i // num_generations], text) for i, text in enumerate(texts)]
+        rewards = torch.tensor([reward(score, format_reward) for score in scores])
+        return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [score.answer for score in scores])
 
     def gold(self, samples: Sequence[Sample]) -> Rollouts:
-        """The gold replies in the shape of rollouts, for the next-token objective."""
-        answers = [reply_ids(self.tokenizer, sample.gold, self.ends) for sample in samples]
+        """Return the gold replies as rollouts of reward 1, for the next-token objective."""
+        completions = [reply_ids(self.tokenizer, sample.gold, self.ends) for sample in samples]
         texts = [sample.gold for sample in samples]
-        return Rollouts([self.encode(s) for s in samples], answers, texts, torch.ones(len(texts)), list(texts))
+        return Rollouts([self.encode(s) for s in samples], completions, texts, torch.ones(len(texts)), list(texts))
 
-    def rows(self, samples: Sequence[Sample], max_new_tokens: int, batch: int = 64) -> list[Row]:
-        """Greedy replies as token ids."""
-        found: list[Row] = []
-        for start in range(0, len(samples), batch):
-            part = [self.encode(sample) for sample in samples[start : start + batch]]
-            found += complete(
-                self.model, part, SamplingParams(max_new_tokens), self.ends, self.pad_id, choices=self.choices
-            )
-        return found
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 64) -> list[Row]:
+        """Generate greedy completions."""
+        rows: list[Row] = []
+        for start in range(0, len(samples), batch_size):
+            prompts = [self.encode(sample) for sample in samples[start : start + batch_size]]
+            sampling = SamplingParams(max_new_tokens)
+            rows += complete(self.model, prompts, sampling, self.ends, self.pad_id, choices=self.choices)
+        return rows
 
-    def texts(self, rows: Sequence[Row]) -> list[str]:
-        """Replies as texts."""
-        return [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
-
-    def answer(self, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
-        """Greedy replies."""
-        return self.texts(self.rows(samples, max_new_tokens))
+    def decode(self, rows: Sequence[Row]) -> list[str]:
+        """Decode completions without special tokens."""
+        return [str(self.tokenizer.decode(row.ids, skip_special_tokens=True)) for row in rows]

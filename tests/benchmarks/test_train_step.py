@@ -65,7 +65,7 @@ def test_a_step_of_each_gives_answers_of_one_length_and_changes_what_it_trains(s
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     for number in range(2):  # the first LoRA step cannot move A, whose gradient is through B = 0
         figures = one.step(number, setting.samples(number))
-        assert figures["answer_tokens"] == setting.new_tokens
+        assert figures["completion_tokens"] == setting.new_tokens
     assert all(not torch.equal(before[key], parameters[key]) for key in before)
 
 

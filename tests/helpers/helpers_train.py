@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sigmix.engine.tokenization import end_ids
 from sigmix.tasks.base import Sample, Score, Task
-from sigmix.train.checkpointing import RunDir
 from sigmix.train.config import TrainConfig
 from sigmix.train.objectives import Learner
 from sigmix.train.policy import make_policy
@@ -53,12 +51,11 @@ def learner(model, tokenizer, task=None, **changes) -> Learner:
     made = config(**changes)
     task = task or Letter()
     policy = make_policy(model, made)
-    actor = Actor(policy.model, tokenizer, task, end_ids(model, tokenizer), 0)
-    return Learner(policy, actor, made, task.max_new_tokens)
+    return Learner(policy, Actor(policy.model, tokenizer, task), made, task.max_new_tokens)
 
 
-def trainer(model, tokenizer, folder, listener=None, task=None, **changes) -> Trainer:
-    return Trainer(model, tokenizer, task or Letter(), config(**changes), RunDir(folder), "letter", listener)
+def trainer(model, tokenizer, folder, on_log=None, task=None, **changes) -> Trainer:
+    return Trainer(model, tokenizer, task or Letter(), config(**changes), folder, "letter", on_log)
 
 
 def shake(policy, seed: int = 0, width: float = 0.4) -> None:

@@ -1,17 +1,14 @@
-"""Configuration, schedule and the order of prompts."""
+"""Training configuration and learning rate schedule."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from helpers_train import Letter
 
 from sigmix.errors import ConfigError, UnknownNameError
-from sigmix.tasks.base import Score
 from sigmix.train.config import PRESETS, TrainConfig, make_config
 from sigmix.train.objectives import learning_rate
-from sigmix.train.rollout import PromptStream, _reward, row_seed
 
 BAD = [
     ("objective", "ppo"), ("policy", "full"), ("baseline", "median"), ("kl_estimator", "k1"),
@@ -30,7 +27,7 @@ def test_bad_values_are_named(name, value):
 
 
 def test_leave_one_out_needs_another():
-    with pytest.raises(ConfigError, match="at least 2"):
+    with pytest.raises(ConfigError, match="generation_batch_size"):
         TrainConfig("letter", generation_batch_size=1, num_generations=1)
     assert TrainConfig("letter", generation_batch_size=1, num_generations=1, baseline="none").generation_batch_size == 1
 
@@ -43,7 +40,7 @@ def test_frozen():
 def test_unknown_options_and_presets():
     with pytest.raises(UnknownNameError, match="'lr'"):
         make_config(task="letter", lr=1)
-    with pytest.raises(UnknownNameError, match="'papers'; nearest: paper"):
+    with pytest.raises(UnknownNameError, match="'papers'.*paper"):
         make_config("papers", task="letter")
 
 
@@ -85,51 +82,3 @@ def test_cosine_goes_from_lr_to_zero():
     assert rates == sorted(set(rates), reverse=True)
     constant = make_config(task="letter", max_steps=10, learning_rate=0.2, lr_scheduler_type="constant")
     assert {learning_rate(constant, step) for step in range(10)} == {0.2}
-
-
-# ------------------------------------------------------------------ prompts
-
-
-def test_stream_visits_every_sample_once_an_epoch():
-    samples = Letter().samples("train", 10)
-    stream = PromptStream(samples, 4, seed=3)
-    ids = [sample.id for step in range(5) for sample in stream.step(step)]  # 20 places: two epochs, ragged steps
-    for epoch in (ids[:10], ids[10:]):
-        assert sorted(epoch) == sorted(sample.id for sample in samples)
-    assert ids[:10] != ids[10:]
-
-
-def test_stream_is_a_function_of_seed_and_step():
-    samples = Letter().samples("train", 10)
-    stream = PromptStream(samples, 4, seed=3)
-    forward = [[s.id for s in stream.step(step)] for step in range(6)]
-    again = PromptStream(samples, 4, seed=3)
-    assert [[s.id for s in again.step(step)] for step in (5, 0, 3)] == [forward[5], forward[0], forward[3]]
-    assert [s.id for s in PromptStream(samples, 4, seed=4).step(0)] != forward[0]
-
-
-def test_stream_of_fewer_samples_than_a_step_needs():
-    samples = Letter().samples("train", 3)
-    counts = [s.id for s in PromptStream(samples, 7, seed=0).step(0)]
-    assert sorted(counts.count(s.id) for s in samples) == [2, 2, 3]
-
-
-def test_row_seeds_differ_everywhere():
-    seeds = {row_seed(seed, step, row) for seed in range(4) for step in range(10) for row in range(64)}
-    assert len(seeds) == 4 * 10 * 64
-    assert row_seed(0, 1, 2) == row_seed(0, 1, 2)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-@pytest.mark.parametrize(
-    ("score", "reward"),
-    [
-        (Score(1.0, "w"), 1.0),
-        (Score(0.0, None), -1.0),
-        (Score(0.0, "x"), -0.6),
-        (Score(0.5, "x"), 0.0),
-    ],
-)
-def test_rewards(score, reward):
-    assert _reward(score, 0.4) == pytest.approx(reward)
-    assert _reward(score, 0.0) == 2 * score.value - 1

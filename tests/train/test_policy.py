@@ -170,7 +170,7 @@ def test_a_policy_starts_from_a_saved_one(tiny, tmp_path, kind):
         wanted = logits(first.model)
     with second.acting():
         assert not torch.equal(logits(second.model), wanted)
-    second.start_from(tmp_path / "saved")
+    second.load(tmp_path / "saved")
     assert all(torch.equal(mine, second.z()[name]) for name, mine in first.z().items())
     with second.acting():
         assert torch.equal(logits(second.model), wanted)

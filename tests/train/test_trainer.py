@@ -1,21 +1,19 @@
-"""A run: validation chooses, trouble is diagnosed, the folder is guarded, and a tiny model learns."""
+"""A run: validation chooses the expert, divergence stops it with a diagnosis, and a tiny model learns."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers_train import Letter, config, trainer
 
-from sigmix.errors import ConfigError, ContextError, DivergedError, OutputError
+from sigmix.errors import ConfigError, ContextError, DivergedError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.tasks.base import Sample, Score
 from sigmix.train.checkpointing import RunDir
-from sigmix.train.trainer import curve
+from sigmix.train.trainer import plot_curve
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -43,11 +41,11 @@ class Scripted(Letter):
 
 
 def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
-    heard = []
-    run = trainer(tiny(), tiny_tokenizer, tmp_path / "run", heard.append)
+    logged = []
+    run = trainer(tiny(), tiny_tokenizer, tmp_path / "run", logged.append)
     expert = run.fit()
     history = run.run.history()
-    assert history == heard
+    assert history == logged
     assert [(e["kind"], e["step"]) for e in history] == [
         ("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("validation", 4),
         ("step", 4), ("step", 5), ("validation", 6),
@@ -71,7 +69,7 @@ def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
 def test_the_best_by_validation_is_returned_not_the_last(tiny, tiny_tokenizer, tmp_path):
     kept = {}
     run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Scripted([3, 5, 8, 8]), max_eval_samples=10)
-    run.listener = lambda entry: kept.update({run.step: run.policy.z()} if entry["kind"] == "validation" else {})
+    run.on_log = lambda entry: kept.update({run.step: run.policy.z()} if entry["kind"] == "validation" else {})
     expert = run.fit()
     assert run.best == {"accuracy": 0.8, "step": 4}  # of equal ones the earlier
     assert [entry["best"] for entry in entries(run, "validation")] == [True, True, True, False]
@@ -150,7 +148,7 @@ def test_a_tiny_model_learns(tiny, tiny_tokenizer, tmp_path, options):
         assert sum(right[-3:]) / 3 > 0.7
 
 
-# ------------------------------------------------------------------ trouble
+# ------------------------------------------------------------------ errors
 
 
 class Poisoned(Letter):
@@ -170,7 +168,7 @@ class Poisoned(Letter):
 
 def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_path):
     run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Poisoned(3 * 32), baseline="mean")
-    with pytest.raises(DivergedError, match=r"step 3: loss nan.*diverged.*best -> lower --learning-rate"):
+    with pytest.raises(DivergedError, match=r"step 3: .*nan.*--learning-rate"):
         run.fit()
     best = Expert.from_pretrained(tmp_path / "best", base=tiny())
     assert best.meta["training"]["step"] in (0, 2)
@@ -181,7 +179,7 @@ def test_nan_stops_the_run_and_the_best_expert_stays(tiny, tiny_tokenizer, tmp_p
 
 def test_kl_limit(tiny, tiny_tokenizer, tmp_path):
     run = trainer(tiny(), tiny_tokenizer, tmp_path, learning_rate=0.5, kl_limit=0.05, format_reward=0.5, max_steps=20)
-    with pytest.raises(DivergedError, match=r"nats per token from the base \(limit 0.05\): the policy collapsed"):
+    with pytest.raises(DivergedError, match=r"0\.05.*--kl-limit"):
         run.fit()
     assert entries(run, "step")[-1]["kl"] > 0.05
     assert all(entry["kl"] <= 0.05 for entry in entries(run, "step")[:-1])
@@ -192,7 +190,7 @@ def test_a_constant_answer_is_diagnosed(tiny, tiny_tokenizer, tmp_path):
     # greedy answers to one prompt are all alike, and the letter is one that never comes
     options = {"temperature": 0.0, "max_train_samples": 1, "max_steps": 20, "learning_rate": 1e-4}
     run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Letter("\n"), **options)
-    with pytest.raises(DivergedError, match=r"step 4: for 5 steps .* collapsed to a constant"):
+    with pytest.raises(DivergedError, match=r"step 4: .*--beta"):
         run.fit()
     assert len(entries(run, "step")) == 5
 
@@ -221,95 +219,17 @@ def test_a_prompt_over_the_context(tiny, tiny_tokenizer, tmp_path):
         def samples(self, split, n=None, seed=0):
             return [Sample.make(f"{split} " + "x" * 300, "w")]
 
-    with pytest.raises(ContextError, match="sample .* of letter has"):
+    with pytest.raises(ContextError, match="sample .* of letter"):
         trainer(tiny(), tiny_tokenizer, tmp_path, task=Long()).fit()
-
-
-# ------------------------------------------------------------------ the folder
 
 
 def test_a_configuration_for_another_dtype_is_refused(tiny, tiny_tokenizer, tmp_path):
     assert trainer(tiny(), tiny_tokenizer, tmp_path).config.dtype == "float32"
-    with pytest.raises(ConfigError, match="says dtype bfloat16, but the base is in float32"):
+    with pytest.raises(ConfigError, match="bfloat16.*float32"):
         trainer(tiny(), tiny_tokenizer, tmp_path, dtype="bfloat16")
-
-
-def test_a_used_folder_is_refused_without_resume(tiny, tiny_tokenizer, tmp_path):
-    trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(OutputError, match=r"holds a run already -> add --resume"):
-        trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-
-
-HOLD = """
-import sys
-from sigmix.train.checkpointing import RunDir
-with RunDir(sys.argv[1]).locked():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_two_processes_cannot_write_one_folder(tiny, tiny_tokenizer, tmp_path):
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(OutputError, match="another training run is writing to"):
-            trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
-        assert not (tmp_path / "config.json").exists()
-    finally:
-        other.communicate()
-    trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=2).fit()
-
-
-def test_a_folder_that_cannot_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"), RunDir(tmp_path / "file" / "run").locked():
-        pass
-
-
-def test_resume_of_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="there is no run in"):
-        RunDir(tmp_path).begin(config(), resume=True)
-
-
-@pytest.mark.parametrize("file", ["config.json", "checkpoint/state.json"])
-def test_resume_of_a_damaged_run(tmp_path, file):
-    run = RunDir(tmp_path)
-    run.begin(config(), resume=False)
-    run.save({"step": 1}, {"parameter.a": torch.ones(1)})
-    (tmp_path / file).write_text("{")
-    with pytest.raises(ConfigError, match=rf"{file} of this run is damaged"):
-        run.begin(config(), resume=True)
-
-
-def test_a_crash_between_the_two_renames_of_a_checkpoint_loses_nothing(tmp_path):
-    run = RunDir(tmp_path)
-    run.begin(config(), resume=False)
-    run.save({"step": 1}, {"parameter.a": torch.ones(1)})
-    run.checkpoint.rename(tmp_path / ".checkpoint.old")  # as `atomic_dir` does first
-    assert run.begin(config(), resume=True) == {"step": 1}
-
-
-def test_metrics_and_checkpoints_come_back(tmp_path):
-    run = RunDir(tmp_path)
-    assert run.history() == []
-    for entry in ({"kind": "step", "step": 0}, {"kind": "validation", "step": 1}, {"kind": "step", "step": 1}):
-        run.log(entry)
-    run.forget_after(1)
-    assert run.history() == [{"kind": "step", "step": 0}, {"kind": "validation", "step": 1}]
-    run.save({"step": 1}, {"parameter.a": torch.arange(3.0)})
-    run.save({"step": 2}, {"parameter.a": torch.arange(4.0)})
-    assert run.tensors()["parameter.a"].tolist() == [0, 1, 2, 3]
-    (run.checkpoint / "state.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ConfigError, match="damaged"):
-        run.tensors()
 
 
 def test_a_curve_of_a_run_without_validation(tmp_path):
     step = {"kind": "step", "step": 0, "right": 0.1, "kl": 0.0, "entropy": 1.0}
-    curve([step], tmp_path / "curve.png", "a run")
+    plot_curve([step], tmp_path / "curve.png", "a run")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,6 @@ from sigmix.experts.fingerprint import fingerprint
 from sigmix.models.multimodal import bind
 from sigmix.tasks.base import Sample
 from sigmix.tasks.vqa import EasyVQA
-from sigmix.train.checkpointing import RunDir
 from sigmix.train.config import TrainConfig
 from sigmix.train.trainer import Trainer
 from sigmix.utils.images import picture
@@ -59,7 +58,7 @@ def trainer(folder, task, seed=1, **changes):
     )  # fmt: skip
     log = []
     config = dataclasses.replace(config, **changes)
-    return Trainer(model, bind(processor), task, config, RunDir(folder), "colour", log.append), log
+    return Trainer(model, bind(processor), task, config, folder, "colour", log.append), log
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def accuracy(made, task, samples, expert=None):
     layers = made.policy.layers
     state = as_base(layers) if expert is None else as_merged(layers, merged_weights(layers, expert.z))
     with state:
-        return evaluate(task, samples, lambda part: made.actor.answer(part, task.max_new_tokens))
+        return evaluate(task, samples, lambda part: made.actor.decode(made.actor.generate(part, task.max_new_tokens)))
 
 
 def shown_instead(samples, images):
@@ -166,7 +165,7 @@ def test_a_step_on_other_kinds_of_models(trained, tmp_path, kind, objective):
         task="easy_vqa", base="tiny", max_steps=1, generation_batch_size=4, num_generations=2, learning_rate=0.05,
         eval_steps=1, max_eval_samples=2, per_device_train_batch_size=4, objective=objective, format_reward=0.0,
     )  # fmt: skip
-    made = Trainer(model, bind(processor), task, config, RunDir(tmp_path), "one")
+    made = Trainer(model, bind(processor), task, config, tmp_path, "one")
     sample = task.samples("train", 1)[0]
     prompt = made.actor.encode(sample)
     answer = torch.tensor([[11, 12, 13]])
