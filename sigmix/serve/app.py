@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from sigmix.serve import routes
 from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
 from sigmix.serve.protocol import ApiError
+from sigmix.serve.scheduler import ClosingError
 from sigmix.serve.service import Service
 from sigmix.serve.settings import Settings
 
@@ -52,6 +53,7 @@ def create_app(service: Service) -> ASGIApp:
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(ClosingError, _closing_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     settings = service.settings
@@ -76,6 +78,10 @@ def trusted_hosts(settings: Settings) -> list[str]:
 
 async def _api_error(_: Request, error: Any) -> Response:
     return error.response()
+
+
+async def _closing_error(_: Request, error: Any) -> Response:
+    return ApiError(503, str(error), "server_error", code="closing", retry_after=5).response()
 
 
 async def _validation_error(_: Request, error: Any) -> Response:

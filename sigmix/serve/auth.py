@@ -47,7 +47,7 @@ class ApiKey:
         per_minute: requests per minute.
         at_once: concurrent requests.
         max_new_tokens: generated tokens per choice.
-        made: Unix time of creation.
+        created: Unix time.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ApiKey:
     per_minute: int | None = None
     at_once: int | None = None
     max_new_tokens: int | None = None
-    made: float = 0.0
+    created: float = 0.0
 
 
 LOCAL = ApiKey("local", "", admin=True)
@@ -107,7 +107,7 @@ def add_key(path: Path, name: str, **limits: Any) -> str:
     if any(key.name == check_name(name) for key in keys):
         raise ConfigError(f"client {name!r} already has a key", remedy=f"sigmix keys remove {name}")
     text = PREFIX + secrets.token_urlsafe(32)
-    write_keys(path, [*keys, ApiKey(name, hash_key(text), made=round(time.time()), **limits)])
+    write_keys(path, [*keys, ApiKey(name, hash_key(text), created=round(time.time()), **limits)])
     return text
 
 

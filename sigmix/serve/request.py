@@ -140,8 +140,7 @@ class RequestHandler:
             for request in submitted:
                 self.service.scheduler.cancel(request)
             if isinstance(error, ClosingError):
-                message = "the server is shutting down"
-                raise ApiError(503, message, "server_error", code="closing", retry_after=5) from error
+                raise
             running, queued = self.service.scheduler.load()
             raise rate_limited(str(error), 1 + queued / max(running, 1)) from error
 

@@ -227,9 +227,9 @@ async def list_experts(service: ServiceDep) -> dict[str, Any]:
         {
             "id": name,
             "object": "sigmix.expert",
-            "numbers": sum(z.numel() for z in expert.z.values()),
+            "num_parameters": sum(z.numel() for z in expert.z.values()),
             "digest": expert.digest,
-            "answering": service.scheduler.users(name),
+            "running_requests": service.scheduler.users(name),
             **{key: thaw(expert.meta.get(key)) for key in keys},
         }
         for name, expert in service.registry.experts().items()

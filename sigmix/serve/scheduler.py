@@ -26,7 +26,6 @@ from sigmix.engine.continuous_batching import Member, Running
 from sigmix.engine.detokenizer import Pieces
 from sigmix.engine.prefix_cache import Entry, StoredPrefix
 from sigmix.errors import SigmixError
-from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair_queue import FairQueue
 from sigmix.serve.observability import Metrics
@@ -143,6 +142,9 @@ def choice_seed(seed: int, index: int) -> int:
 
 class ClosingError(Exception):
     """The server is shutting down and accepts no requests."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 # --- Scheduler
@@ -471,11 +473,6 @@ class SharedEngine(Engine):
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:
         with self.lock:
             return super().z(mix)
-
-    def check(self, expert: Expert) -> None:
-        """Check an expert that is not in the bank; see `Expert.check`."""
-        with self.lock:
-            expert.check(self.model)
 
     def known_beginning(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
         with self.lock:

@@ -210,7 +210,8 @@ class Service:
         expert = self.registry.load(folder)
 
         def add() -> None:
-            self.engine.check(expert)
+            with self.engine.lock:  # other threads may have placed merged weights in the model
+                expert.check(self.engine.model)
             self.registry.add(expert)
 
         self.scheduler.call(add).result(CALL_TIMEOUT)

@@ -58,8 +58,8 @@ def test_list_of_experts_has_the_fields_of_the_schema(server):
         _, listed, _ = server.call("GET", "/v1/experts")
         (entry,) = (entry for entry in listed["data"] if entry["id"] == "licensed")
         assert entry["license"] == "mit"
-        assert entry["answering"] == 0
-        assert entry["numbers"] > 0
+        assert entry["running_requests"] == 0
+        assert entry["num_parameters"] > 0
         assert listed["folders"] == [str(server.folder)]
     finally:
         server.service.registry.remove("licensed")
@@ -72,7 +72,7 @@ def test_an_expert_in_use_is_not_unloaded(server):
     try:
         status, found, _ = server.call("DELETE", "/v1/experts/math")
         assert (status, found["error"]["code"]) == (409, "in_use")
-        counts = {entry["id"]: entry["answering"] for entry in server.call("GET", "/v1/experts")[1]["data"]}
+        counts = {entry["id"]: entry["running_requests"] for entry in server.call("GET", "/v1/experts")[1]["data"]}
         assert (counts["math"], counts["code"]) == (1, 0)
     finally:
         scheduler._running.discard(request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers_serve import bank, make_service
+from helpers_serve import BODY, CHAT, bank, make_service, serving
 
 from sigmix.adapt import TwoPass
 from sigmix.errors import ContextError, UnknownNameError
@@ -73,3 +73,13 @@ def test_warm_up_covers_every_expert(service):
     service.close()
     service.close()
     assert not service.ready
+
+
+def test_requests_to_a_closing_server(tmp_path):
+    with serving(tmp_path, expert_folders=[tmp_path]) as server:
+        server.service.scheduler.close(5)
+        for method, path, body in (("POST", CHAT, BODY), ("DELETE", "/v1/experts/math", None)):
+            status, found, headers = server.call(method, path, body)
+            assert (status, found["error"]["code"]) == (503, "closing")
+            assert "retry-after" in headers
+        assert server.call("GET", "/health")[0] == 503

@@ -1,5 +1,5 @@
 "use strict";
-// What the page asks the server, and how streams are read.
+// Server API: JSON requests and streamed chat completions.
 
 const api = {
   key: "",
@@ -18,11 +18,11 @@ const api = {
       throw new Error("the server cannot be reached");
     }
     const found = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(found.error?.message || `the server answered ${answer.status}`);
+    if (!answer.ok) throw new Error(found.error?.message || `the server returned status ${answer.status}`);
     return found;
   },
 
-  // Calls on(chunk) for every event of a streamed chat completion.
+  // Stream a chat completion; call on(chunk) for each event.
   async chat(body, on, signal) {
     let answer;
     try {
@@ -35,7 +35,7 @@ const api = {
     }
     if (!answer.ok) {
       const found = await answer.json().catch(() => ({}));
-      throw new Error(found.error?.message || `the server answered ${answer.status}`);
+      throw new Error(found.error?.message || `the server returned status ${answer.status}`);
     }
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "", ended = false;
@@ -54,6 +54,6 @@ const api = {
         on(chunk);
       }
     }
-    if (!ended) throw new Error("the answer broke off");
+    if (!ended) throw new Error("the stream ended early");
   },
 };

@@ -4,14 +4,14 @@ const $ = (id) => document.getElementById(id);
 const BY_HAND = "by hand";
 let turns = [];
 let models = [];
-let running = null; // AbortController of the answer under way
-let last = null; // id of the last reply
+let running = null; // AbortController of the running request
+let last = null; // id of the last response
 
-function made(tag, text, attributes = {}) {
-  const element = document.createElement(tag);
-  if (text !== undefined) element.textContent = text;
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  return element;
+function element(tag, text, attributes = {}) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
 }
 
 function fail(error) {
@@ -24,7 +24,7 @@ function clearError() {
   $("error").textContent = "";
 }
 
-// ------------------------------------------------------------------ the bank
+// ------------------------------------------------------------------ bank
 
 async function refresh() {
   try {
@@ -36,7 +36,7 @@ async function refresh() {
     return;
   }
   const chosen = $("model").value || "auto";
-  $("model").replaceChildren(...["auto", "base", ...names(), BY_HAND].map((name) => made("option", name, { value: name })));
+  $("model").replaceChildren(...["auto", "base", ...names(), BY_HAND].map((name) => element("option", name, { value: name })));
   $("model").value = [...$("model").options].some((option) => option.value === chosen) ? chosen : "auto";
   sliders();
   cards();
@@ -48,17 +48,17 @@ const names = () => [...kind("expert"), ...kind("mix")].map((model) => model.id)
 function sliders() {
   const before = weights();
   $("sliders").replaceChildren(...kind("expert").map(({ id }) => {
-    const row = made("div", undefined, { class: "bar" });
-    const slider = made("input", undefined, {
+    const row = element("div", undefined, { class: "bar" });
+    const slider = element("input", undefined, {
       type: "range", min: "0", max: "1.5", step: "0.05", value: String(before[id] ?? 0), id: `alpha-${id}`, "data-expert": id,
     });
-    const shown = made("output", Number(slider.value).toFixed(2), { for: slider.id });
+    const shown = element("output", Number(slider.value).toFixed(2), { for: slider.id });
     slider.addEventListener("input", () => {
       shown.textContent = Number(slider.value).toFixed(2);
       $("by-hand").textContent = byHand();
       $("model").value = BY_HAND;
     });
-    row.append(made("label", id, { for: slider.id }), slider, shown);
+    row.append(element("label", id, { for: slider.id }), slider, shown);
     return row;
   }));
   $("by-hand").textContent = byHand();
@@ -77,15 +77,15 @@ function byHand() {
 
 function cards() {
   $("bank").replaceChildren(...[...kind("expert"), ...kind("mix")].map((model) => {
-    const item = made("li");
-    item.append(made("strong", model.id));
+    const item = element("li");
+    item.append(element("strong", model.id));
     const about = model.sigmix;
-    item.append(made("p", about.kind === "mix" ? `a saved mix: ${about.mix}` : about.description || about.domain || ""));
-    const button = made("button", about.kind === "mix" ? "Forget" : "Unload", { type: "button" });
+    item.append(element("p", about.kind === "mix" ? `a saved mix: ${about.mix}` : about.description || about.domain || ""));
+    const button = element("button", about.kind === "mix" ? "Forget" : "Unload", { type: "button" });
     button.setAttribute("aria-label", `${button.textContent} ${model.id}`);
     button.addEventListener("click", () => change("DELETE", `/v1/${about.kind === "mix" ? "mixes" : "experts"}/${model.id}`));
     if (about.kind === "mix" && Object.values(about.weights).some(Array.isArray)) {
-      const show = made("button", "α by layer", { type: "button" });
+      const show = element("button", "α by layer", { type: "button" });
       show.addEventListener("click", () => layers(about.weights));
       item.append(show);
     }
@@ -106,7 +106,7 @@ async function change(method, path, body) {
   }
 }
 
-// ------------------------------------------------------------------ what was decided
+// ------------------------------------------------------------------ decision
 
 function decided(about) {
   $("reason").textContent = `${about.mix}: ${about.reason}.`;
@@ -116,10 +116,10 @@ function decided(about) {
     shares[name] = values.reduce((sum, value) => sum + value, 0) / values.length;
   }
   $("bars").replaceChildren(...Object.entries(shares).map(([name, alpha]) => {
-    const row = made("div", undefined, { class: "bar", "data-expert": name, "data-alpha": String(alpha) });
-    const meter = made("meter", undefined, { min: "0", max: String(Math.max(1, alpha)), value: String(alpha) });
+    const row = element("div", undefined, { class: "bar", "data-expert": name, "data-alpha": String(alpha) });
+    const meter = element("meter", undefined, { min: "0", max: String(Math.max(1, alpha)), value: String(alpha) });
     meter.setAttribute("aria-label", `α of ${name}`);
-    row.append(made("span", name), meter, made("span", alpha.toFixed(2)));
+    row.append(element("span", name), meter, element("span", alpha.toFixed(2)));
     return row;
   }));
   layers(about.weights);
@@ -130,20 +130,20 @@ function layers(given) {
   $("layers").hidden = !lists.length;
   $("layer-rows").replaceChildren(...lists.map(([name, alphas]) => {
     const most = Math.max(1, ...alphas);
-    const row = made("div", undefined, { class: "layer", role: "img" });
+    const row = element("div", undefined, { class: "layer", role: "img" });
     row.setAttribute("aria-label", `${name}: ${alphas.map((alpha) => alpha.toFixed(2)).join(", ")}`);
     for (const alpha of alphas) {
-      const bar = made("i", undefined, { title: alpha.toFixed(2) });
+      const bar = element("i", undefined, { title: alpha.toFixed(2) });
       bar.style.height = `${Math.max(0, 100 * alpha / most)}%`;
       row.append(bar);
     }
-    const whole = made("div");
-    whole.append(made("span", name), row);
+    const whole = element("div");
+    whole.append(element("span", name), row);
     return whole;
   }));
 }
 
-// ------------------------------------------------------------------ the conversation
+// ------------------------------------------------------------------ conversation
 
 async function ask(question) {
   clearError();
@@ -154,9 +154,9 @@ async function ask(question) {
   $("log").append(item);
   const columns = $("compare").checked && model !== "base" ? ["base", model] : [model];
   const cells = columns.map((name) => {
-    const cell = made("div", undefined, { class: "answer", "data-model": name });
-    const head = made("h4", name);
-    const text = made("span", "");
+    const cell = element("div", undefined, { class: "answer", "data-model": name });
+    const head = element("h4", name);
+    const text = element("span", "");
     cell.append(head, text);
     item.querySelector(".answers").append(cell);
     return { name, head, text };
@@ -241,7 +241,7 @@ for (const button of document.querySelectorAll("#feedback button")) {
     clearError();
     try {
       const found = await api.call("POST", "/v1/feedback", { id: last, reward: Number(button.dataset.reward) });
-      $("feedback-done").textContent = found.learned ? "Noted; the bandit policy has learned from it." : "Noted.";
+      $("feedback-done").textContent = found.learned ? "Noted; the bandit has learned from it." : "Noted.";
     } catch (error) {
       fail(error);
     }
