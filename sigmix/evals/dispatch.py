@@ -1,9 +1,8 @@
-"""Dispatch: which label does a request deserve? The data for strategies A, B and D, the task that B's expert learns,
-and the confusion matrices.
+"""Dispatch: choose the label of a request. Data for strategies A, B and D, the task of B's expert, confusion matrices.
 
-A label's requests are the prompts of the task that its expert was trained on, from the split asked for. "Other" has
-everyday requests, and prompts of tasks from domains that the bank does not have. Some of those domains are kept out of
-training altogether and appear in the test only (`UNSEEN`), because "other" is all that nobody thought of.
+The requests of a label are the prompts of the task that its expert was trained on, from the given split. "Other" has
+everyday requests and prompts of tasks that the bank has no expert for. Some of those tasks are left out of training and
+appear in the test only (`UNSEEN`), since "other" is open-ended.
 """
 
 from __future__ import annotations
@@ -19,29 +18,27 @@ from sigmix.adapt.prompt import question
 from sigmix.errors import ConfigError, ExpertError, SigmixError
 from sigmix.evals.plots import figure, save_png
 from sigmix.evals.statistics import wilson
-from sigmix.tasks.base import SPLITS, Sample, Score, Split, Task, check_request, shuffled
+from sigmix.experts.expert import Expert
+from sigmix.tasks.base import Sample, Score, Split, Task, check_request, shuffled
 from sigmix.tasks.graders import one_of
 from sigmix.tasks.registry import get_task
 
 SEEN = ("plural", "opposite", "spell", "odd-one-out", "json-record")
-"""Tasks whose prompts are "other" in training, where the bank has no expert for their domain or task."""
-
+"""Tasks that are "other" in every split, if the bank has no expert for their domain."""
 
 FOREIGN = ("transitive", "odd-even", "longest-word", "reverse-words")
-"""Tasks whose prompts are "other" in a probe's validation only: kinds that its training never saw, so that depth,
-temperature and threshold are chosen where a probe can err. None of them is in the test."""
-
+"""Tasks that are "other" in a probe's validation only: on kinds of requests that its training lacks, a probe errs, so
+that depth, temperature and threshold are chosen meaningfully. None of them is in the test."""
 
 UNSEEN = ("syllogism", "boolean")
-"""Tasks whose prompts are "other" and are never trained on, if the bank has no expert for them."""
-
+"""Tasks that are "other" in the test only."""
 
 CODE = "code"
-"""A whole domain that is never trained on nor validated on: requests for programs (`everyday.code_requests`)."""
+"""Domain that is in the test only: requests for programs (`code_requests`)."""
 
 
 def requests(
-    bank: Mapping[str, Any],
+    bank: Mapping[str, Expert],
     split: Split,
     n: int,
     *,
@@ -50,97 +47,98 @@ def requests(
     foreign: Sequence[str] = (),
     data_dir: Path | None = None,
 ) -> dict[str, list[str]]:
-    """{label: n user turns of a split} over the bank's labels; finite tasks may give fewer.
+    """Return {label: n user turns of a split} over the bank's labels; finite tasks may have fewer.
 
     Args:
-        unseen: tasks that join "other", each under its own key ``other:TASK``, with n prompts each.
-        foreign: tasks that join "other" itself, n prompts in all, if the bank has no expert for them.
+        unseen: tasks with an entry of their own, ``other:TASK``, of n prompts each.
+        foreign: tasks added to "other", n prompts in all, if the bank has no expert for them.
 
     Raises:
-        ExpertError: an expert that does not say which task it was trained on.
+        ExpertError: an expert without its training task.
     """
-    kinds = labels(bank)
+
+    def drawn(task: Task, count: int) -> list[str]:
+        return [sample.prompt for sample in task.samples(split, count, seed=seed)]
+
     found: dict[str, list[str]] = {}
-    for label in kinds[:-1]:
+    for label in labels(bank)[:-1]:
         (name,) = label.mix.weights
-        found[label.name] = [sample.prompt for sample in _task(bank, name, data_dir).samples(split, n, seed=seed)]
+        found[label.name] = drawn(_task(bank, name, data_dir), n)
     others = [task for task in SEEN if not _has(bank, task)]
-    half = n // 2 if others else n
-    pool = everyday(split, n - (n - half), seed)
+    pool = everyday(split, n - n // 2 if others else n, seed)
     share = -(-(n - len(pool)) // max(len(others), 1))
     for task in others:
-        pool += [sample.prompt for sample in get_task(task).samples(split, share, seed=seed)]
+        pool += drawn(get_task(task), share)
     found[OTHER] = pool[:n]
-    strange = [task for task in foreign if not _has(bank, task)]
-    for task in strange:
-        found[OTHER] += [one.prompt for one in get_task(task).samples(split, -(-n // len(strange)), seed=seed)]
+    added = [task for task in foreign if not _has(bank, task)]
+    for task in added:
+        found[OTHER] += drawn(get_task(task), -(-n // len(added)))
     for task in unseen:
-        if task == CODE:
-            found[f"{OTHER}:{CODE}"] = code_requests(n, seed)
-            continue
-        found[f"{OTHER}:{task}"] = [
-            one.prompt for one in get_task(task, data_dir=data_dir).samples(split, n, seed=seed)
-        ]
+        texts = code_requests(n, seed) if task == CODE else drawn(get_task(task, data_dir=data_dir), n)
+        found[f"{OTHER}:{task}"] = texts
     return found
 
 
 def prompts_of_experts(
-    bank: Mapping[str, Any], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
+    bank: Mapping[str, Expert], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
 ) -> list[str]:
-    """Prompts of the tasks that a bank's experts were trained on, in turn: what they are for.
+    """Return prompts of the tasks that a bank's experts were trained on, interleaved.
 
     Raises:
-        ConfigError: the bank has no expert. ExpertError: one that does not say which task it was trained on.
+        ConfigError: empty bank. ExpertError: an expert without its training task.
     """
     names = skills(bank)
     if not names:
-        raise ConfigError("the bank has no expert", remedy="train one first")
+        raise ConfigError("the bank has no expert", remedy="train one: sigmix train")
     each = -(-count // len(names))
     drawn = [_task(bank, name, data_dir).samples(split, each, seed=seed) for name in names]
     return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
 
 
-def _has(bank: Mapping[str, Any], task: str) -> bool:
-    """Whether the bank has an expert for a task or for its domain."""
-    domains = {bank[name].meta.get("domain") for name in skills(bank)}
-    return get_task(task).domain in domains or any(bank[name].meta.get("task") == task for name in skills(bank))
-
-
-def unseen_tasks(bank: Mapping[str, Any]) -> list[str]:
-    """Of `UNSEEN`, those that the bank has no expert for; and `CODE` if none is of that domain."""
+def unseen_tasks(bank: Mapping[str, Expert]) -> list[str]:
+    """Return the tasks of `UNSEEN`, and `CODE`, that the bank has no expert for."""
     found = [task for task in UNSEEN if not _has(bank, task)]
-    return found + [CODE] * (CODE not in {bank[name].meta.get("domain") for name in skills(bank)})
+    return found + [CODE] * (CODE not in _domains(bank))
 
 
-def _task(bank: Mapping[str, Any], name: str, data_dir: Path | None) -> Task:
+def _domains(bank: Mapping[str, Expert]) -> set[str | None]:
+    return {bank[name].meta.get("domain") for name in skills(bank)}
+
+
+def _has(bank: Mapping[str, Expert], task: str) -> bool:
+    """Return whether the bank has an expert for a task or its domain."""
+    return get_task(task).domain in _domains(bank) or task in {bank[name].meta.get("task") for name in skills(bank)}
+
+
+def _task(bank: Mapping[str, Expert], name: str, data_dir: Path | None) -> Task:
     spec = bank[name].meta.get("task")
-    remedy = "seal it with its task: sigmix experts verify --seal"
+    remedy = "sigmix experts verify --seal, with its task"
     if not spec:
-        raise ExpertError(f"expert {name!r} does not say which task it was trained on", remedy=remedy)
+        raise ExpertError(f"expert {name!r} does not name its training task", remedy=remedy)
     try:
         return get_task(spec, data_dir=data_dir)
     except SigmixError as error:
-        raise ExpertError(f"expert {name!r} was trained on {spec!r}, which cannot be had: {error}") from error
+        raise ExpertError(f"expert {name!r} was trained on {spec!r}, which is not available: {error}") from error
 
 
 class DispatchTask(Task):
-    """Say which label a request deserves; what strategy B's expert learns. The prompt is strategy A's template.
+    """Classify requests by the labels of a bank, under strategy A's prompt; the task of strategy B's expert.
 
     Args:
-        bank: whose labels. per_label: requests drawn per label and split. data_dir: for experts of finite benchmarks.
+        per_label: requests drawn per label and split. data_dir: local data of finite benchmarks.
     """
 
     domain = DISPATCH
     description = "Say which expert a request is for."
 
-    def __init__(self, bank: Mapping[str, Any], per_label: int = 400, data_dir: Path | None = None) -> None:
+    def __init__(self, bank: Mapping[str, Expert], per_label: int = 400, data_dir: Path | None = None) -> None:
         super().__init__()
         self.bank, self.per_label, self.data_dir = bank, per_label, data_dir
         self.kinds: list[Label] = labels(bank)
         if len(self.kinds) < 2:
-            raise ConfigError("the bank has no expert to choose", remedy="train one first")
+            raise ConfigError("the bank has no expert to choose", remedy="train one: sigmix train")
         self.names = [label.name for label in self.kinds]
-        self.choices = tuple(self.names)  # strategy B scores nothing else, so nothing else is sampled in training
+        self.choices = tuple(self.names)  # constrains training to what strategy B scores
         self.facts = {"labels": self.names}
         self.name = "dispatch"
         self.max_new_tokens = 2 + max(len(name) for name in self.names) // 2
@@ -148,10 +146,8 @@ class DispatchTask(Task):
 
     def samples(self, split: Split, n: int | None = None, seed: int = 0) -> list[Sample]:
         check_request(self, split, n)
-        wanted = n or self.per_label * len(self.names)
-        found = requests(
-            self.bank, split, max(self.per_label, -(-wanted // len(self.names))), seed=seed, data_dir=self.data_dir
-        )
+        each = max(self.per_label, -(-(n or 0) // len(self.names)))
+        found = requests(self.bank, split, each, seed=seed, data_dir=self.data_dir)
         every = [
             Sample.make(question(self.kinds, request), label, request=request)
             for label, texts in found.items()
@@ -167,23 +163,23 @@ class DispatchTask(Task):
         return [*super().wrong_replies(sample), *others, ", ".join(self.names), f"{sample.gold} or {others[0]}"]
 
 
-def confusion(strategy: Strategy, found: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, Any]:
-    """How a strategy labels requests.
+def confusion(strategy: Strategy, requests: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, Any]:
+    """Return the confusion matrix of a strategy.
 
     Args:
-        found: requests by true label, from `requests`; ``other:TASK`` counts as "other" and keeps a row of its own.
-        names: the bank's labels, "other" last.
+        requests: {true label: user turns}; ``other:TASK`` counts as "other" and has a row of its own.
+        names: the bank's labels, the columns.
 
     Returns:
-        strategy, labels (columns), rows: [{label, n, counts, right, accuracy, interval}], accuracy over all with its
-        Wilson interval, the mean of the rows' accuracies ("balanced"), tokens and seconds per request, and items.
+        JSON values: strategy, labels, rows ({label, n, counts, right, accuracy, interval}), n, accuracy with its Wilson
+        interval, balanced (mean accuracy of the rows), tokens and seconds per request, and items.
     """
     rows: list[dict[str, Any]] = []
     items: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for label, texts in found.items():
+    for label, texts in requests.items():
         decisions = strategy.decide(list(texts))
-        truth = label.partition(":")[0] if label not in names else label
+        truth = label if label in names else label.partition(":")[0]
         counts = [sum(decision.label == name for decision in decisions) for name in names]
         right = sum(decision.label == truth for decision in decisions)
         rows.append(
@@ -192,10 +188,8 @@ def confusion(strategy: Strategy, found: Mapping[str, Sequence[str]], names: Seq
                 "interval": list(wilson(right, len(texts))),
             }
         )  # fmt: skip
-        items += [
-            {"request": text, "truth": label, **decision.to_json()}
-            for text, decision in zip(texts, decisions, strict=True)
-        ]
+        pairs = zip(texts, decisions, strict=True)
+        items += [{"request": text, "truth": label, **decision.to_json()} for text, decision in pairs]
     n, right = sum(row["n"] for row in rows), sum(row["right"] for row in rows)
     return {
         "strategy": strategy.name,
@@ -212,7 +206,7 @@ def confusion(strategy: Strategy, found: Mapping[str, Sequence[str]], names: Seq
 
 
 def plot(figures: Mapping[str, Any], path: str | Path) -> None:
-    """A confusion matrix as PNG: rows are what requests are, columns what the strategy said, in shares of the row.
+    """Plot a confusion matrix as PNG: true labels in rows, shaded by their share of the row.
 
     Raises:
         ConfigError: matplotlib is not installed. OutputError: the file cannot be written.
@@ -232,10 +226,27 @@ def plot(figures: Mapping[str, Any], path: str | Path) -> None:
     save_png(canvas, path)
 
 
-# --- Everyday requests that no bundled expert is for: the class "other" of the dispatch strategies. Written for sigmix.
+def everyday(split: Split, n: int, seed: int = 0) -> list[str]:
+    """Return up to n distinct everyday requests; no template is in two splits."""
+    every = [
+        template.format(**{key: filler})
+        for template in TEMPLATES[split]
+        for key, fillers in FILLERS.items()
+        if "{" + key + "}" in template
+        for filler in fillers
+    ]
+    every += [template for template in TEMPLATES[split] if "{" not in template]
+    random.Random(f"everyday {split} {seed}").shuffle(every)
+    return every[:n]
 
 
-# template families go to one split each, so that validation and test hold wordings that were never trained on
+def code_requests(n: int, seed: int = 0) -> list[str]:
+    """Return up to n distinct requests for programs."""
+    every = [t.format(language=name, does=what) for t in CODE_TEMPLATES for name in LANGUAGES for what in PROGRAMS]
+    random.Random(f"code {seed}").shuffle(every)
+    return every[:n]
+
+
 TEMPLATES: dict[Split, list[str]] = {
     "train": [
         "Explain {thing} to a child.",
@@ -270,7 +281,6 @@ TEMPLATES: dict[Split, list[str]] = {
     ],
 }
 
-
 FILLERS: dict[str, list[str]] = {
     "thing": "the sea|the moon|winter|a lost dog|old trains|friendship|the rain|a lighthouse|bees|dreams|the desert|"
     "volcanoes|gravity|the night sky|a small village|snow|music|clouds|an old clock|rivers".split("|"),
@@ -286,7 +296,6 @@ FILLERS: dict[str, list[str]] = {
     "the light bulb|the refrigerator|the camera|the battery|paper|the zipper|the helicopter|the elevator".split("|"),
 }
 
-
 CODE_TEMPLATES = (
     "Write a {language} function that {does}.",
     "How do I write a program in {language} that {does}?",
@@ -294,9 +303,7 @@ CODE_TEMPLATES = (
     "Show me a short {language} script that {does}, with comments.",
 )
 
-
 LANGUAGES = ("Python", "JavaScript", "Rust", "C", "Go", "Java", "SQL", "Bash")
-
 
 PROGRAMS = (
     "reverses a linked list", "reads a CSV file", "counts the words of a text", "sorts a list of names",
@@ -304,25 +311,3 @@ PROGRAMS = (
     "parses a date", "removes duplicates", "finds the shortest path in a graph", "merges two dictionaries",
     "validates an email address",
 )  # fmt: skip
-
-
-def code_requests(n: int, seed: int = 0) -> list[str]:
-    """Up to n distinct requests for programs: a domain that neither training nor validation of any strategy has."""
-    every = [t.format(language=name, does=what) for t in CODE_TEMPLATES for name in LANGUAGES for what in PROGRAMS]
-    random.Random(f"code {seed}").shuffle(every)
-    return every[:n]
-
-
-def everyday(split: Split, n: int, seed: int = 0) -> list[str]:
-    """Up to n distinct requests of a split, the same for the same arguments."""
-    assert split in SPLITS
-    every = [
-        template.format(**{key: filler})
-        for template in TEMPLATES[split]
-        for key, fillers in FILLERS.items()
-        if "{" + key + "}" in template
-        for filler in fillers
-    ]
-    every += [template for template in TEMPLATES[split] if "{" not in template]
-    random.Random(f"everyday {split} {seed}").shuffle(every)
-    return every[:n]

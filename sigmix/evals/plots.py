@@ -1,4 +1,4 @@
-"""Pictures: a matplotlib figure without its global state, and PNG files that are whole or not there."""
+"""Matplotlib figures without global state, and atomic PNG files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sigmix.utils.io import atomic_file
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty `matplotlib.figure.Figure`, in inches.
+    """Return an empty `matplotlib.figure.Figure` of a size in inches.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -23,7 +23,7 @@ def figure(width: float, height: float) -> Any:
 
 
 def save_png(canvas: Any, path: str | Path) -> None:
-    """Write a figure, atomically.
+    """Write a figure as PNG, atomically.
 
     Raises:
         OutputError: the file cannot be written.

@@ -1,11 +1,10 @@
-"""Intervals and paired tests. scipy does the mathematics; this gives it the project's shapes."""
+"""Intervals, paired tests, the best constant reply and the entropy of answers."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -13,9 +12,12 @@ from scipy.stats import binomtest
 from sigmix.errors import ConfigError, DataError
 from sigmix.tasks.base import Sample, Task
 
+MAX_SCORINGS, MAX_COSTLY_SCORINGS = 20_000, 100
+"""Limits of `best_constant`; a costly task runs a program per scoring."""
+
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion; (0, 1) for n = 0."""
+    """Return the Wilson score interval of a proportion; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
@@ -23,11 +25,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> dict[str, float]:
-    """Exact two-sided McNemar test on the same items.
-
-    Returns:
-        won: items that only ours has right. lost: items that only theirs has right. p: the p-value (1 without any).
-    """
+    """Return the exact two-sided McNemar test on the same items: won (only ours right), lost (only theirs), p."""
     if len(ours) != len(theirs):
         raise ConfigError(f"a paired test needs the same items: {len(ours)} against {len(theirs)}")
     won = sum(a and not b for a, b in zip(ours, theirs, strict=True))
@@ -39,7 +37,7 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> dict[str, float]:
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: int = 10_000, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean difference over the same items and its percentile bootstrap interval (items resampled in pairs)."""
+    """Return the mean difference on the same items and its percentile bootstrap interval (pairs resampled)."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     if not len(difference):
         return 0.0, -1.0, 1.0
@@ -52,11 +50,11 @@ def paired_difference(
 def seeds_interval(
     right: Sequence[Sequence[bool]], seed: int = 0, draws: int = 2_000, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean accuracy of several training seeds on the same items, and its percentile bootstrap interval.
+    """Return the mean accuracy of training seeds on the same items and its percentile bootstrap interval.
 
     Args:
-        right: one row a seed, the same items in the same order. Seeds and items are resampled together, as both were
-            drawn; with three seeds the interval is rough.
+        right: one row per seed, items in the same order. Seeds and items are both resampled; with three seeds the
+            interval is rough.
     """
     values = np.asarray(right, dtype=float)
     means = _resampled(values, np.random.default_rng(seed), draws)
@@ -71,9 +69,9 @@ def paired_seeds(
     draws: int = 2_000,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Mean difference between two groups of seeds on the same items, and its bootstrap interval.
+    """Return the mean difference of two groups of seeds on the same items and its bootstrap interval.
 
-    Items are resampled in pairs, the seeds of each group on their own.
+    Items are resampled in pairs, the seeds of each group separately.
     """
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if a.shape[1] != b.shape[1]:
@@ -85,41 +83,31 @@ def paired_seeds(
     return float(a.mean() - b.mean()), float(low), float(high)
 
 
-def _resampled(values: np.ndarray, random: np.random.Generator, draws: int, items: np.ndarray | None = None) -> Any:
-    """Means [draws] of rows and columns drawn with replacement."""
+def _resampled(
+    values: np.ndarray, random: np.random.Generator, draws: int, items: np.ndarray | None = None
+) -> np.ndarray:
+    """Return means [draws] over rows and columns drawn with replacement."""
     count, n = values.shape
     items = random.integers(0, n, (draws, n)) if items is None else items
-    weights = random.multinomial(count, np.full(count, 1 / count), draws) / count  # how often each seed was drawn
+    weights = random.multinomial(count, np.full(count, 1 / count), draws) / count
     per_seed = np.stack([row[items].mean(1) for row in values], 1)
     return (weights * per_seed).sum(1)
 
 
-# --- How far a reply that never looks at the question gets, and how varied a model's answers are.
-
-
-MAX_SCORINGS = 20_000
-
-
-MAX_COSTLY_SCORINGS = 100
-
-
 def best_constant(task: Task, samples: Sequence[Sample], candidates: Sequence[str] | None = None) -> tuple[str, float]:
-    """The constant reply with the highest accuracy on ``samples``, and that accuracy.
+    """Return the constant reply of the highest accuracy on ``samples``, and that accuracy.
 
-    Unscorable pairs are left out of a candidate's accuracy. Candidates beyond the cost limit (20,000 scorings, 100
-    where a scoring runs a program) are dropped, the rarest gold replies first; for a task whose gold replies all
-    differ that leaves 1/n, which is what such a constant gets.
+    Pairs that cannot be scored are left out. Candidates beyond the limit of scorings are dropped, the rarest gold
+    replies first; if all gold replies differ, the result is 1/n.
 
     Args:
-        task: whose verifier judges.
-        samples: at least one.
-        candidates: default: the distinct gold replies, the most frequent first.
+        candidates: default: the distinct gold replies, most frequent first.
 
     Raises:
         DataError: no samples, or no candidates.
     """
     if not samples:
-        raise DataError(f"task {task.name}: no samples to find the best constant reply on")
+        raise DataError(f"task {task.name}: no samples for the best constant reply")
     golds = Counter(sample.gold for sample in samples)
     pool = list(dict.fromkeys(candidates)) if candidates is not None else [gold for gold, _ in golds.most_common()]
     if not pool:
@@ -137,6 +125,6 @@ def best_constant(task: Task, samples: Sequence[Sample], candidates: Sequence[st
 
 
 def answer_entropy(answers: Sequence[str | None]) -> float:
-    """Entropy in nats of the extracted answers' distribution; "no answer" (None) counts as one value. 0 if empty."""
+    """Return the entropy in nats of the answers; None (no answer) is one value. 0 if empty."""
     counts = Counter(answers)
     return sum(-count / len(answers) * math.log(count / len(answers)) for count in counts.values())

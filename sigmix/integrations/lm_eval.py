@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sigmix.adapt.base import Decision
-from sigmix.adapt.two_pass import AUTO, TwoPass
+from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
 from sigmix.engine import Engine
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.engine.tokenization import context_length, has_template, in_parts, no_marks
@@ -117,7 +117,7 @@ class SigmixLM(HFLM):
             check_writable(decisions)
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
         self.mix = None if mix == AUTO else read_mix(mix, experts)
-        runner = TwoPass(None, strategy or AUTO)  # an unknown strategy is refused before the base is loaded
+        letter_of(strategy or AUTO)  # raises before the base is loaded
         model, tokenizer = load_base(
             base, None if dtype == "auto" else dtype, device_of(device), quantization_config=quantization
         )
@@ -130,7 +130,8 @@ class SigmixLM(HFLM):
             max_batch_size=max_batch_size, enable_thinking=False, **options,
         )  # fmt: skip
         self.form, self._size = form, model.num_parameters()  # before the engine adds z
-        self.engine = runner.engine = Engine(model, tokenizer, experts)
+        self.engine = Engine(model, tokenizer, experts)
+        runner = TwoPass(self.engine, strategy or AUTO)
         self.strategy = None
         if self.mix is not None:
             self.engine.z(self.mix)  # raises for an expert of another base

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 
 import pytest
 
+from sigmix.evals import accuracy
 from sigmix.evals.accuracy import Item, Result, compare, constant_baseline, evaluate
 from sigmix.evals.statistics import wilson
 from sigmix.tasks.base import Sample, Score, Task
@@ -125,3 +127,26 @@ def test_compare_is_seeded():
     theirs = result_of({str(i): float(i % 2 == 0) for i in range(60)})
     assert compare(ours, theirs, seed=1) == compare(ours, theirs, seed=1)
     assert len({tuple(compare(ours, theirs, seed)["interval"]) for seed in range(10)}) > 1
+
+
+# ------------------------------------------------------------------ provenance
+
+
+def git(folder, *words):
+    command = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.org", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_only_a_checkout_that_tracks_the_code_has_a_commit(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "run.py").write_text("")
+    (tmp_path / "other.py").write_text("")
+    git(tmp_path, "add", "other.py")
+    git(tmp_path, "commit", "-qm", "other")
+    monkeypatch.setattr(accuracy, "__file__", str(tmp_path / "run.py"))
+    assert accuracy.commit() is None  # installed inside another repository
+    git(tmp_path, "add", "run.py")
+    git(tmp_path, "commit", "-qm", "run")
+    assert accuracy.commit() == git(tmp_path, "rev-parse", "--short", "HEAD")
+    (tmp_path / "run.py").write_text("changed")
+    assert accuracy.commit().endswith("+")
