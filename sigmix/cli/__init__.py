@@ -107,9 +107,7 @@ class _LazyBitsandbytes:
     """Finder of the package bitsandbytes, the module of which is executed on the first access to an attribute."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "bitsandbytes":
             return None
         spec = PathFinder.find_spec(name, path, target)

@@ -7,7 +7,6 @@ from sigmix.cli import doctor as diagnose
 pytest_plugins = ["helpers_cli"]
 
 
-
 def test_doctor(run, home):
     figures = run("doctor", "--base", home.base, "--json").json
     assert figures["problems"] == []

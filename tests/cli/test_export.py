@@ -117,9 +117,7 @@ def test_weights_per_layer_need_one_file(refused, home, tmp_path):
     mix = tmp_path / "mix.json"
     mix.write_text(json.dumps({"weights": {"reading": [0.5, 0.2]}}))
     out = tmp_path / "out"
-    line = refused(
-        "export", "gguf", "--mix", mix, "--each", "--out", out, "--base", home.base, "--bank", home.bank
-    )
+    line = refused("export", "gguf", "--mix", mix, "--each", "--out", out, "--base", home.base, "--bank", home.bank)
     assert "one scale" in line
 
 
@@ -200,4 +198,3 @@ def test_a_base_that_must_be_loaded_whole_is_told(run, tmp_path, monkeypatch, ho
     done = run("export", "merged", *own, "--out", tmp_path / "own", "--no-verify")
     assert done.code == 0
     assert not any("loading it once" in line for line in done.err)
-

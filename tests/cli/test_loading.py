@@ -9,7 +9,6 @@ import pytest
 pytest_plugins = ["helpers_cli"]
 
 
-
 def test_a_quantised_base_with_experts_of_the_plain_one(run, refused, home):
     pytest.importorskip("torchao")
     asked = ["generate", "hello", "--bank", home.bank, "--base", home.base, "--max-new-tokens", "4"]

@@ -201,9 +201,9 @@ def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
     assert "unknown model argument 'colour'" in line(model=",colour=red")
     assert "Tasks not found: no_such_task" in line(tasks="no_such_task")
     assert "unrecognized arguments: --nonsense" in line("--nonsense")
-    assert "the model is sigmix here, not 'hf'" in line("--model", "hf")
+    assert "'hf'" in line("--model", "hf")
     assert "batch_size must be auto or a number" in line("--batch_size", "0")
-    assert "this command runs tasks only" in run("lm-eval", "ls", "tasks").err[0]
+    assert "--tasks" in run("lm-eval", "ls", "tasks").err[0]
     assert "no --tasks" in run("lm-eval", "--mix", "base").err[0]
 
 
@@ -229,11 +229,11 @@ def test_a_yaml_file_keeps_what_it_says(run, place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, words, message", [
-    ("model: hf\ntasks: tiny_choice\n", (), "the model is sigmix here, not 'hf'"),
+    ("model: hf\ntasks: tiny_choice\n", (), "'hf'"),
     ("limit: 2\n", (), "no --tasks"),
-    ("tasks: tiny_choice\nlog_samples: true\n", (), "--log_samples needs a place"),
-    ("tasks: tiny_choice\n", ("--pred",), "--predict_only needs a place"),
-    ("tasks: tiny_choice\n", ("-s",), "--log_samples needs a place"),
+    ("tasks: tiny_choice\nlog_samples: true\n", (), "--log_samples"),
+    ("tasks: tiny_choice\n", ("--pred",), "--predict_only"),
+    ("tasks: tiny_choice\n", ("-s",), "--log_samples"),
     ("- tasks\n", (), "YAML root must be a mapping"),
     ("tasks: [\n", (), "Invalid YAML"),
     (None, (), "Config file not found"),

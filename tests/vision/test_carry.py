@@ -149,11 +149,11 @@ def test_the_command(words, tmp_path, run, refused):
     assert done.json["basis"] == "same"
     assert done.json["matrices"] == 14
     assert Expert.from_pretrained(tmp_path / "carried/words").meta["base"]["name"] == str(tmp_path / "seeing")
-    assert "carried from: LlamaForCausalLM (the same weights" in run("experts", "show", tmp_path / "carried/words").out
+    assert "carried from: LlamaForCausalLM (same weights" in run("experts", "show", tmp_path / "carried/words").out
     again = refused(*common, "--to", tmp_path / "seeing", "--out", tmp_path / "carried/words")
     assert "holds an expert already" in again
     text = refused(*common, "--to", tmp_path / "other", "--out", tmp_path / "carried/second")
     assert "0 of 14 matrices are the same -> to carry it anyway: --force" in text
     assert not (tmp_path / "carried/second").exists()
     forced = run(*common, "--to", tmp_path / "other", "--out", tmp_path / "carried/second", "--force")
-    assert "FORCED: the weights differ by" in forced.out
+    assert "FORCED: weights differ by" in forced.out

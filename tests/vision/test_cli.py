@@ -36,7 +36,7 @@ def test_generate_with_images(place, run, refused):
     assert one[0]["ids"] == both[0]["ids"]
     without = run("generate", "what?", *common).json["answers"][0]
     assert one[0]["prompt_tokens"] == both[0]["prompt_tokens"] == without["prompt_tokens"] + 16  # of 8 × 8 pixels each
-    assert "2 images for 3 prompts" in refused("generate", "a", "b", "c", "--image", red, "--image", blue, *common)
+    assert "2 --image for 3 prompts" in refused("generate", "a", "b", "c", "--image", red, "--image", blue, *common)
     assert "gone.png: No such file" in refused("generate", "a", "--image", place / "gone.png", *common)
 
 
