@@ -31,13 +31,13 @@ from sigmix.errors import SigmixError
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
+from sigmix.export.base import BaseCheckpoint
 from sigmix.export.gguf import export_gguf
 from sigmix.export.low_rank import LowRank
 from sigmix.export.merged import export_merged
-from sigmix.export.source import Source
 from sigmix.export.verify import LlamaCpp, base_gguf
 from sigmix.models.default import DEFAULT
-from sigmix.utils.safetensors import Spec, write_file
+from sigmix.utils.safetensors import TensorSpec, write_file
 
 AIMS = {"memory_above_imports_deep": Aim("<=", 0.5)}
 
@@ -64,8 +64,8 @@ def run(
     """
     where = device()
     bank = Bank.bundled() if bank is None else bank
-    source = Source(base)
-    source.adopt(bank[name] for name in Mix.parse(mix).weights)
+    source = BaseCheckpoint(base)
+    source.adopt_dtype(bank[name] for name in Mix.parse(mix).weights)
     ratios, memory = _memory(source, Mix.parse(mix), bank, times)
     raw: dict[str, Any] = {"base": base, "mix": mix, "memory_bytes": memory, "times": times, "new_tokens": new_tokens}
     file = base_gguf(source, gguf)
@@ -83,13 +83,13 @@ def run(
 # ---------------------------------------------------------------------- memory
 
 
-def _memory(source: Source, mix: Mix, bank: Any, times: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def _memory(source: BaseCheckpoint, mix: Mix, bank: Any, times: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     ratios: dict[str, list[float]] = {}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         deep = Path(folder) / "deep"
         experts = _deepen(source, mix, bank, deep, times)
-        for label, base, given in (("1", source.asked, bank), ("deep", str(deep), experts)):
+        for label, base, given in (("1", source.base, bank), ("deep", str(deep), experts)):
             peaks = {}
             for way in ("stream", "whole"):
                 with tempfile.TemporaryDirectory(dir=folder) as out:
@@ -98,11 +98,11 @@ def _memory(source: Source, mix: Mix, bank: Any, times: int) -> tuple[dict[str, 
             above = {way: one["peak"] - one["imported"] for way, one in peaks.items()}
             ratios[f"memory_{label}"] = [peaks["stream"]["peak"] / peaks["whole"]["peak"]]
             ratios[f"memory_above_imports_{label}"] = [above["stream"] / above["whole"]]
-            found[label] = {**peaks, "weights": Source(base).shards.bytes}
+            found[label] = {**peaks, "weights": BaseCheckpoint(base).shards.bytes}
     return ratios, found
 
 
-def _deepen(source: Source, mix: Mix, bank: Mapping[str, Any], folder: Path, times: int) -> Bank:
+def _deepen(source: BaseCheckpoint, mix: Mix, bank: Mapping[str, Any], folder: Path, times: int) -> Bank:
     """Write the base with its layers repeated, and a bank of the mix's experts for it."""
     folder.mkdir()
     layers = source.config.num_hidden_layers
@@ -116,7 +116,7 @@ def _deepen(source: Source, mix: Mix, bank: Mapping[str, Any], folder: Path, tim
 
     kinds = {key: source.shards.entry(key) for key in source.shards}
     origin = {name: key for key in kinds for name in copies(key)}
-    specs = [Spec(name, kinds[key].shape, kinds[key].dtype, kinds[key].bytes) for name, key in origin.items()]
+    specs = [TensorSpec(name, kinds[key].shape, kinds[key].dtype, kinds[key].bytes) for name, key in origin.items()]
     write_file(folder / "model.safetensors", specs, lambda name: source.shards.tensor(origin[name]))
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = layers * times
@@ -145,11 +145,11 @@ def _main(given: str) -> None:
     from transformers import AutoModelForCausalLM
 
     asked = json.loads(given)
-    source = Source(asked["base"])  # both know where the base lies, and have what that imports
+    source = BaseCheckpoint(asked["base"])  # both know where the base lies, and have what that imports
     imported = high_water()
     if asked["way"] == "stream":
         mix, bank = Mix.parse(asked["mix"]), Bank(asked["bank"])
-        source.adopt(bank[name] for name in mix.weights)
+        source.adopt_dtype(bank[name] for name in mix.weights)
         export_merged(source, mix, bank, Path(asked["out"]))
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
@@ -161,19 +161,19 @@ def _main(given: str) -> None:
 
 
 def _speed(
-    source: Source, mix: Mix, bank: Any, file: Path, dtype: str | None, new_tokens: int, repeats: int
+    source: BaseCheckpoint, mix: Mix, bank: Any, file: Path, dtype: str | None, new_tokens: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    engine = bundled_engine(source.asked, dtype, bank)
+    engine = bundled_engine(source.base, dtype, bank)
     row = engine.encode(prompts(engine, 1)[0])
     say("writing adapters")
     with tempfile.TemporaryDirectory() as folder:
-        low = LowRank.of(source, mix, bank)
+        low = LowRank.from_mix(source, mix, bank)
         adapters = {"exact": Path(folder) / "exact.gguf", "rank": Path(folder) / "rank.gguf"}
         sizes = {"exact": export_gguf(low, adapters["exact"], "f16")["bytes"]}
-        low.choose(rank=RANK)
+        low.set_ranks(rank=RANK)
         figures = export_gguf(low, adapters["rank"], "f16")
         sizes["rank"] = figures["bytes"]
-        with LlamaCpp(file, len(row) + new_tokens, torch.get_num_threads(), every=False) as llama:
+        with LlamaCpp(file, len(row) + new_tokens, torch.get_num_threads(), all_logits=False) as llama:
             made: dict[str, list[int]] = {}
 
             def ours(_: int) -> None:

@@ -31,7 +31,7 @@ from sigmix.errors import SigmixError
 from sigmix.models.loading import dtype_of, locate
 from sigmix.models.memory import empty_model, model_plan
 from sigmix.models.quantization import load_weights
-from sigmix.svf.checkpoint import Stream
+from sigmix.svf.checkpoint import Checkpoint, decompose_checkpoint
 from sigmix.svf.decomposition import cached_decompose, decompose
 from sigmix.svf.tuner import target_layers
 from sigmix.utils.io import write_json
@@ -179,7 +179,7 @@ def _main(given: str) -> None:
     decompose(torch.randn(64, 96))
     imported, begun = high_water(), time.perf_counter()
     if asked["how"] == "stream":
-        Stream(folder, str(folder), kind).decompose("cpu")
+        decompose_checkpoint(Checkpoint(folder, kind), device="cpu")
     else:
         model: Any = load_weights(folder, str(folder), kind, torch.device("cpu"))
         for layer in target_layers(model).values():

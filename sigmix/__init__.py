@@ -22,6 +22,11 @@ _HOMES = {
     "Engine": "sigmix.engine",
     "Trainer": "sigmix.train.trainer",
     "TrainConfig": "sigmix.train.config",
+    "BaseCheckpoint": "sigmix.export.base",
+    "LowRank": "sigmix.export.low_rank",
+    "export_merged": "sigmix.export.merged",
+    "export_lora": "sigmix.export.lora",
+    "export_gguf": "sigmix.export.gguf",
     "SigmixError": "sigmix.errors",
 }
 
@@ -33,6 +38,7 @@ if TYPE_CHECKING:  # `as`, so that strict checkers see a public name
     from sigmix.experts.bank import Bank
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
+    from sigmix.export import BaseCheckpoint, LowRank, export_gguf, export_lora, export_merged
     from sigmix.models.loading import load_base
     from sigmix.svf.config import SVFConfig
     from sigmix.svf.tuner import SVFModel

@@ -26,26 +26,29 @@ def decompose(
     target_modules: Any = read_targets(targets)
     layers_to_transform: Any = read_layers(layers)
     with working(f"reading the config of {base}"):
-        from sigmix.svf.checkpoint import Stream
+        from sigmix.svf.checkpoint import Checkpoint, decompose_checkpoint
+        from sigmix.svf.config import SVFConfig
         from sigmix.utils.cache import cache_dir
 
         where = _device(device)
-        stream = Stream.open(base, dtype, target_modules, layers_to_transform)
-    with Progress(f"decomposing {base}", len(stream.matrices)) as progress:
-        done = stream.decompose(where, lambda *_: progress.advance())
+        checkpoint = Checkpoint(base, dtype or "auto")
+        config = SVFConfig(target_modules=target_modules, layers_to_transform=layers_to_transform)
+        matrices = checkpoint.matrices(config)
+    with Progress(f"decomposing {base}", len(matrices)) as progress:
+        done = decompose_checkpoint(checkpoint, matrices, where, progress=lambda *_: progress.advance())
     figures = {
-        "base": stream.label,
-        "dtype": str(stream.dtype).removeprefix("torch."),
-        "matrices": len(stream.matrices),
+        "base": checkpoint.name,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "matrices": len(matrices),
         "computed": done.computed,
         "cached": done.cached,
         "bytes_written": done.bytes,
         "seconds": round(done.seconds, 2),
-        "checkpoint_bytes": stream.shards.bytes,
+        "checkpoint_bytes": checkpoint.shards.bytes,
         "cache": str(cache_dir() / "svd"),
     }
     text = (
-        f"{stream.label} in {figures['dtype']}: {done.computed} of {len(stream.matrices)} matrices decomposed, "
+        f"{checkpoint.name} in {figures['dtype']}: {done.computed} of {len(matrices)} matrices decomposed, "
         f"{done.cached} were cached; {size(done.bytes)} written in {done.seconds:.1f} s"
     )
     emit(figures, as_json, text)

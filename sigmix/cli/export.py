@@ -20,8 +20,8 @@ from sigmix.errors import ConfigError, OutputError, UnknownNameError
 if TYPE_CHECKING:
     from sigmix.experts.bank import Bank
     from sigmix.experts.mix import Mix
+    from sigmix.export.base import BaseCheckpoint
     from sigmix.export.low_rank import LowRank
-    from sigmix.export.source import Source
 
 group = typer.Typer(
     help="Export a mixture: a merged checkpoint, a PEFT LoRA, or GGUF adapters.", no_args_is_help=True,
@@ -51,7 +51,7 @@ def merged(
     """Write a checkpoint with the mixture merged into its weights, for plain transformers."""
     with importing():
         from sigmix.export.merged import export_merged
-        from sigmix.export.verify import Ours, verify_merged
+        from sigmix.export.verify import Reference, verify_merged
         from sigmix.utils.io import check_new
 
     limit = _bytes(shard_size)
@@ -60,7 +60,7 @@ def merged(
         with Progress("merging", len(source.shards)) as progress:
             figures = export_merged(source, parsed, experts, out, limit, progress.advance)
         if verify:
-            _verify(figures, source, lambda: verify_merged(out, Ours(source, parsed, experts)), "transformers")
+            _verify(figures, source, lambda: verify_merged(out, Reference(source, parsed, experts)), "transformers")
     line = f"{out}: {len(figures['files'])} file(s), {size(figures['bytes'])}, {figures['dtype']}"
     line += f"; {figures['changed']} of {figures['tensors']} tensors changed"
     _emit({"out": str(out), **figures}, as_json, [line], source)
@@ -84,7 +84,7 @@ def lora(
     with importing():
         from sigmix.export.lora import export_lora
         from sigmix.export.low_rank import vllm_rank
-        from sigmix.export.verify import Ours, verify_lora
+        from sigmix.export.verify import Reference, verify_lora
         from sigmix.utils.io import check_new
 
     if precision not in (dtypes := ("float32", "bfloat16", "float16")):
@@ -99,8 +99,9 @@ def lora(
             figures = export_lora(factors, out, precision, progress.advance)
         if verify:
             _verify(
-                figures, source, lambda: verify_lora(out, source, Ours(source, parsed, experts, wide=True)), "PEFT",
-                exact=not figures["dropped"], wide=True, adapter_bytes=figures["bytes"],
+                figures, source,
+                lambda: verify_lora(out, source, Reference(source, parsed, experts, upcast=True)), "PEFT",
+                exact=not figures["dropped"], upcast=True, adapter_bytes=figures["bytes"],
             )  # fmt: skip
     line = f"{out}: rank {figures['rank']}, {size(figures['bytes'])} in {precision}"
     _emit({"out": str(out), **figures}, as_json, [line], source)
@@ -129,7 +130,7 @@ def gguf(
     with importing():
         from sigmix.experts.mix import Mix
         from sigmix.export.gguf import TYPES, export_gguf
-        from sigmix.export.verify import Ours, base_gguf, verify_gguf
+        from sigmix.export.verify import Reference, base_gguf, verify_gguf
         from sigmix.utils.io import atomic_dir, check_new
 
     if number not in TYPES:
@@ -155,8 +156,9 @@ def gguf(
             whole = base_gguf(source, gguf_base)
             if isinstance(whole, Path):
                 _verify(
-                    figures, source, lambda: verify_gguf(scales, whole, Ours(source, parsed, experts, wide=True)),
-                    "llama.cpp", exact=not any(one["dropped"] for one in files), wide=True,
+                    figures, source,
+                    lambda: verify_gguf(scales, whole, Reference(source, parsed, experts, upcast=True)), "llama.cpp",
+                    exact=not any(one["dropped"] for one in files), upcast=True,
                     adapter_bytes=sum(one["bytes"] for one in files),
                 )  # fmt: skip
             else:
@@ -165,36 +167,36 @@ def gguf(
     _emit(figures, as_json, lines, source, [_server_command(scales)])
 
 
-def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Source, Mix, Bank]:
+def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[BaseCheckpoint, Mix, Bank]:
     """Open base model, mixture and bank; the base model is read in the dtype of the experts.
 
     Raises:
-        ConfigError: the mixture is the base model. Others: see `Source`, `open_bank` and `read_mix`.
+        ConfigError: the mixture is the base model. Others: see `BaseCheckpoint`, `open_bank` and `read_mix`.
     """
     from sigmix.experts.mix import read_mix
-    from sigmix.export.source import Source
+    from sigmix.export.base import BaseCheckpoint
 
     experts = open_bank(bank)
     parsed = read_mix(mix, experts)
     if not parsed.weights:
         raise ConfigError("the base model itself cannot be exported", remedy="name an expert: --mix addition")
     with working(f"reading {base}"):
-        source = Source(base, dtype)
-    source.adopt(experts[name] for name in parsed.weights)
-    if source.loads_whole and any((experts[name].meta.get("base") or {}).get("fingerprint") for name in parsed.weights):
+        source = BaseCheckpoint(base, dtype)
+    source.adopt_dtype(experts[name] for name in parsed.weights)
+    if not source.complete and any(experts[name].verified for name in parsed.weights):
         note(f"the checkpoint of {base} does not store all tensors of its model: loading it once to check the experts")
     return source, parsed, experts
 
 
 def _low_rank(
-    source: Source, mix: Mix, experts: Bank, rank: int | None, error: float | None, vllm: bool = False
+    source: BaseCheckpoint, mix: Mix, experts: Bank, rank: int | None, error: float | None, vllm: bool = False
 ) -> LowRank:
     """Factor a mixture, choose its rank, and print what the truncation loses."""
     from sigmix.export.low_rank import LowRank
 
     with Progress("checking the experts", len(source.linears)) as progress:
-        factors = LowRank.of(source, mix, experts, progress.advance)
-    factors.choose(rank, error, vllm)
+        factors = LowRank.from_mix(source, mix, experts, progress.advance)
+    factors.set_ranks(rank, error, vllm)
     facts = factors.describe()
     if not facts["dropped"]:
         note(f"{facts['mix']}: exact, rank {facts['rank']}")
@@ -209,31 +211,31 @@ def _low_rank(
 
 
 def _verify(
-    figures: dict[str, Any], source: Source, run: Callable[[], dict[str, Any]], tool: str, exact: bool = True,
-    wide: bool = False, adapter_bytes: int = 0,
+    figures: dict[str, Any], source: BaseCheckpoint, run: Callable[[], dict[str, Any]], tool: str, exact: bool = True,
+    upcast: bool = False, adapter_bytes: int = 0,
 ) -> None:  # fmt: skip
     """Add ``verified`` to the figures, or ``not_verified`` with the reason if the memory is too small.
 
     Raises:
-        SigmixError: the export differs too much; see `sigmix.export.verify.hold`.
+        SigmixError: the export differs too much; see `sigmix.export.verify.check_figures`.
     """
     from sigmix.cli.doctor import machine
-    from sigmix.export.verify import hold, memory_needed
+    from sigmix.export.verify import check_figures, memory_needed
 
-    needed, free = memory_needed(source, wide, adapter_bytes), machine()["memory_available_bytes"]
+    needed, free = memory_needed(source, upcast, adapter_bytes), machine()["memory_available_bytes"]
     if free is not None and needed > free:
         figures["not_verified"] = f"it needs {size(needed)} of memory, and {size(free)} are available"
         return
     with working(f"comparing with {tool}"):
         figures["verified"] = run()
-    hold(figures["verified"], exact)
+    check_figures(figures["verified"], exact)
 
 
 def _emit(
-    figures: dict[str, Any], as_json: bool, lines: list[str], source: Source, more: list[str] | None = None
+    figures: dict[str, Any], as_json: bool, lines: list[str], source: BaseCheckpoint, more: list[str] | None = None
 ) -> None:
     if source.cast is not None:
-        lines.append(f"the base model was read in {source.dtype}")
+        lines.append(f"the base model was read in {source.dtype_name}")
     report = figures.get("verified")
     if report is None:
         lines.append(f"not verified: {figures.get('not_verified', '--no-verify')}")
@@ -261,12 +263,12 @@ def _rank(text: str, error: float | None) -> int | None:
     Raises:
         ConfigError: invalid rank or error, or both.
     """
-    from sigmix.export.low_rank import check_choice
+    from sigmix.export.low_rank import check_rank
 
     if text != "exact" and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1):
         raise ConfigError(f"--rank must be exact or a positive number, not {text!r}", remedy="for example --rank 64")
     rank = None if text == "exact" else int(text)
-    check_choice(rank, error)
+    check_rank(rank, error)
     return rank
 
 

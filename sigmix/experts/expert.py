@@ -214,7 +214,7 @@ class Expert:
         if recorded and original is None and (found := fingerprint(base)) != recorded:
             raise mismatch(self.name, self.base, {**describe(base), "fingerprint": found})
         check_recorded(self.name, self.base.get("basis"), base)
-        layers = self._layers(base)
+        layers = self.layers(base)
         if not sketches or not self.verified:
             return
         for path, stored in (self.meta.get("sketches") or {}).items():
@@ -233,7 +233,7 @@ class Expert:
         Raises:
             ExpertError: a matrix is missing in the base or differs in size.
         """
-        layers = self._layers(base)
+        layers = self.layers(base)
         computed = {
             "base": {**describe(base), "fingerprint": fingerprint(base), **recorded_basis(base)},
             "matrices": {path: list(shape_of(layer)) for path, layer in layers.items()},
@@ -244,8 +244,12 @@ class Expert:
         }
         return replace(self, meta={**thaw(self.meta), **computed}, origin=None)
 
-    def _layers(self, base: nn.Module) -> dict[str, nn.Module]:
-        """Return the base's layers that this expert adapts, after a check of their sizes."""
+    def layers(self, base: nn.Module) -> dict[str, nn.Module]:
+        """Return the base's layers that this expert adapts, by path, after a check of their sizes.
+
+        Raises:
+            ExpertError: a matrix is missing or has another size.
+        """
         available = linears(base)
         remedy = f"load the base that it was made on: {self.base.get('name', 'not recorded')}"
         if missing := [path for path in self.z if path not in available]:

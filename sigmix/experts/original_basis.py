@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,8 @@ from torch import nn
 from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.fingerprint import combined, left_probes
 from sigmix.models import weights
-from sigmix.models.digests import weight_digest
 from sigmix.models.multimodal import bare
-from sigmix.svf.checkpoint import Matrix, Stream
+from sigmix.svf.checkpoint import Checkpoint, Matrix, decompose_checkpoint
 from sigmix.svf.decomposition import read_factors
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.linears import linears
@@ -101,9 +99,9 @@ def use_original_basis(model: nn.Module, each: Callable[[Matrix, bool], None] | 
             "only a base quantized by load_base has an original basis",
             remedy="load_base(…, quantization_config='int8')",
         )
-    stream = Stream(Path(info["source"]), info["name"], getattr(torch, info["dtype"]))
+    checkpoint = Checkpoint(info["source"], info["dtype"], name=info["name"])
     quantized = {path: layer for path, layer in linears(base).items() if weights.kind(_inner(layer)) != weights.PLAIN}
-    stream.matrices = [matrix for matrix in stream.matrices if matrix.path in quantized]
+    matrices = [matrix for matrix in checkpoint.matrices() if matrix.path in quantized]
     digests: dict[str, str] = {}
     left: dict[str, torch.Tensor] = {}
 
@@ -113,12 +111,8 @@ def use_original_basis(model: nn.Module, each: Callable[[Matrix, bool], None] | 
         if not matrix.transposed:  # a fingerprint hashes a parameter as it is stored
             digests[f"{matrix.path}.weight"] = digest
 
-    stream.decompose(each=each, visit=visit)
-    parts = []
-    for name in stream.parameters:
-        digest = digests.get(name) or weight_digest(stream.tensor(name))
-        parts.append((name, tuple(stream.shape(name)), digest))
-    base.sigmix_original = Original(info["name"], info["dtype"], combined(parts), left)
+    decompose_checkpoint(checkpoint, matrices, progress=each, visit=visit)
+    base.sigmix_original = Original(info["name"], info["dtype"], combined(checkpoint.digests(digests)), left)
     for layer in quantized.values():
         if isinstance(layer, SVFLinear):
             layer.forget_factors()

@@ -1,13 +1,17 @@
-"""Exports: what other programs load. A merged checkpoint, a PEFT LoRA, a GGUF LoRA adapter, a vLLM plugin.
+"""Exports of a mixture for other programs: a merged checkpoint, a PEFT LoRA, a GGUF LoRA adapter.
 
-    source    a base on disk, read one tensor at a time; experts checked against it
-    merged    W'(z) as a checkpoint that plain transformers loads
-    lowrank   ΔW = B A without another SVD, ranks and the error of a truncation
-    lora      that as a PEFT adapter
-    gguf_lora that as an adapter for llama.cpp
-    verify    the export loaded in the other program, and its logits compared with ours
-    vllm      a plugin that makes an adapter of a mix when vLLM asks for it by name
+    base = BaseCheckpoint("smollm2-135m")
+    export_merged(base, Mix.parse("addition:0.7+larger:0.3"), Bank.bundled(), Path("merged"))
+    export_lora(LowRank.from_mix(base, Mix.one("addition"), Bank.bundled()), Path("lora"))
 
-No module here has a whole model in memory but `verify`, and `source` for the fingerprint of a base whose checkpoint has
-tensors that loading splits or fuses (`Source.loads_whole`).
+Tensors are read, composed and written one at a time; only `verify`, and the fingerprint of checkpoints that loading
+fuses (`Checkpoint.complete`), load a whole model.
 """
+
+from sigmix.export.base import BaseCheckpoint
+from sigmix.export.gguf import export_gguf
+from sigmix.export.lora import export_lora
+from sigmix.export.low_rank import LowRank
+from sigmix.export.merged import export_merged
+
+__all__ = ["BaseCheckpoint", "LowRank", "export_gguf", "export_lora", "export_merged"]

@@ -1,8 +1,8 @@
-"""A mix, or each of its experts, as a GGUF LoRA adapter for llama.cpp. See `sigmix.export.low_rank`.
+"""Mixture, or each of its experts, as a GGUF LoRA adapter for llama.cpp. See `sigmix.export.low_rank`.
 
-llama.cpp computes W x + scale · B (A x) with ``adapter.lora.alpha`` 0 and the scale of a request: acting on z - 1, the
-scales of several adapters are the weights of a mix. Its Llama keeps the rows of q and k in another order (its rotary
-embedding pairs neighbours), so B's rows are put in that order; nothing is decomposed anew for it.
+llama.cpp computes W x + scale · B (A x) with ``adapter.lora.alpha`` 0 and the scale of a request, so the scales of
+several adapters are the weights of a mixture. Its Llama interleaves the rows of q and k (its rotary embedding pairs
+neighbours), so B's rows are reordered likewise.
 """
 
 from __future__ import annotations
@@ -22,60 +22,59 @@ from sigmix.utils.io import atomic_file
 
 TYPES = {"f32": np.float32, "f16": np.float16}
 
-
 ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA",
     "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "phi3": "PHI3", "gpt2": "GPT2",
 }  # fmt: skip
-"""transformers' model_type: llama.cpp's architecture. Others need a look at llama.cpp's converter before they come in:
-what it does to a matrix (it reorders the rows of some) must be done to B, and no error would tell."""
-
+"""{transformers' model_type: llama.cpp's architecture}. Before adding one, check which matrices llama.cpp's converter
+permutes: B needs the same permutation, and nothing would fail without it."""
 
 PERMUTED = ("LLAMA",)
-"""Architectures whose q and k have other rows in llama.cpp."""
+"""Architectures with interleaved rows of q and k in llama.cpp."""
 
 
 def export_gguf(
     low: LowRank, out: Path, kind: str = "f32", progress: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Write one adapter file, whole or not at all.
+    """Write one adapter file, atomically.
 
     Args:
-        kind: of the numbers: f32 or f16. progress: called for every matrix.
+        kind: f32 or f16. progress: called for every matrix.
 
     Returns:
-        What `LowRank.describe` says, with form "gguf", ``bytes``, ``type``, ``architecture``.
+        `LowRank.describe` with form "gguf", ``bytes``, ``type``, ``architecture``.
 
     Raises:
-        ConfigError: an architecture that is not known here, or a matrix that llama.cpp has no name for.
+        ConfigError: an unsupported architecture, or a matrix without a llama.cpp name.
         OutputError: ``out`` exists, or cannot be written.
     """
     if kind not in TYPES:
         raise UnknownNameError("number type", kind, TYPES)
     _check_free(out)
-    architecture = architecture_of(low)
+    architecture = _architecture(low)
     names = _names(low, architecture)
     about = {**low.describe(), "form": "gguf", "type": kind, "architecture": architecture.lower()}
-    number = np.dtype(TYPES[kind])
+    dtype = np.dtype(TYPES[kind])
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture)])
-        _header(writer, low, about)
+        _add_metadata(writer, low, about)
         for path in low.paths:
-            rank, rows, columns = low.size(path)
+            rank, rows, columns = low.shape(path)
             for side, shape in (("lora_a", (rank, columns)), ("lora_b", (rows, rank))):
-                count = shape[0] * shape[1] * number.itemsize
-                writer.add_tensor_info(f"{names[path]}.weight.{side}", shape, number, count)
+                writer.add_tensor_info(
+                    f"{names[path]}.weight.{side}", shape, dtype, shape[0] * shape[1] * dtype.itemsize
+                )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for path in low.paths:
             a, b = low.factors(path)
-            for part in (a, _order(low, path, b, architecture)):
-                writer.write_tensor_data(np.ascontiguousarray(part.numpy().astype(number)))
+            for factor in (a, _permuted(low, path, b, architecture)):
+                writer.write_tensor_data(np.ascontiguousarray(factor.numpy().astype(dtype)))
             progress()
         writer.close()
         size = temporary.stat().st_size
-        _check_free(out)  # once more: minutes may have passed
+        _check_free(out)  # minutes may have passed
     return {**about, "bytes": size}
 
 
@@ -84,17 +83,12 @@ def _check_free(out: Path) -> None:
         raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
 
 
-def architecture_of(low: LowRank) -> str:
-    """llama.cpp's architecture of the base, such as ``LLAMA``.
-
-    Raises:
-        ConfigError: not known here.
-    """
-    model_type = low.source.config.model_type
+def _architecture(low: LowRank) -> str:
+    model_type = low.base.config.model_type
     name = ARCHITECTURES.get(model_type)
     if name is None or not hasattr(gguf.MODEL_ARCH, name):
         raise ConfigError(
-            f"adapters for llama.cpp are not made for the architecture {model_type!r}; they are for "
+            f"GGUF adapters are not supported for the architecture {model_type!r}, only for "
             f"{', '.join(sorted(ARCHITECTURES))}",
             remedy="export a merged checkpoint and convert it with llama.cpp's convert_hf_to_gguf.py",
         )
@@ -102,25 +96,26 @@ def architecture_of(low: LowRank) -> str:
 
 
 def _names(low: LowRank, architecture: str) -> dict[str, str]:
-    config = low.source.config
+    """{path: llama.cpp's tensor name}."""
+    config = low.base.config
     blocks: int = getattr(config, "num_hidden_layers", None) or config.n_layer
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), blocks)
-    found = {path: table.get_name(path) for path in low.paths}
-    if missing := [path for path, name in found.items() if name is None]:
+    names = {path: table.get_name(path) for path in low.paths}
+    if missing := [path for path, name in names.items() if name is None]:
         raise ConfigError(
             f"llama.cpp has no tensor for {missing[0]} in the architecture {architecture.lower()}",
             remedy="export experts without it, or a merged checkpoint",
         )
-    return {path: str(name) for path, name in found.items()}
+    return {path: str(name) for path, name in names.items()}
 
 
-def _order(low: LowRank, path: str, b: torch.Tensor, architecture: str) -> torch.Tensor:
-    """B with the rows in llama.cpp's order: in each head its halves' rows alternate, where transformers has one half
-    after the other."""
+def _permuted(low: LowRank, path: str, b: torch.Tensor, architecture: str) -> torch.Tensor:
+    """B with llama.cpp's row order: the two halves of a head, which transformers stores one after the other, alternate.
+    """
     part = path.rsplit(".", 1)[-1]
     if architecture not in PERMUTED or part not in ("q_proj", "k_proj"):
         return b
-    config = low.source.config
+    config = low.base.config
     heads = config.num_attention_heads
     if part == "k_proj":
         heads = getattr(config, "num_key_value_heads", None) or heads
@@ -128,15 +123,15 @@ def _order(low: LowRank, path: str, b: torch.Tensor, architecture: str) -> torch
     return b.reshape(heads, 2, rows // heads // 2, rank).transpose(1, 2).reshape(rows, rank).contiguous()
 
 
-def _header(writer: gguf.GGUFWriter, low: LowRank, about: dict[str, Any]) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, low: LowRank, about: dict[str, Any]) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # 0: the scale is the request's, not alpha / rank
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # 0: the request's scale alone, without alpha / rank
     writer.add_name(low.mix.id)
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, without_path(low.source.name))
-    if (there := on_hub(about["base"]["name"])) is not None:
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{there}")
+    writer.add_base_model_name(0, without_path(low.base.name))
+    if (repo := on_hub(about["base"]["name"])) is not None:
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo}")
     writer.add_string("sigmix.mix", low.mix.id)
     writer.add_string("sigmix.version", about["sigmix"])
     for name, expert in about["experts"].items():

@@ -1,7 +1,4 @@
-"""A mix as a PEFT LoRA, for everything that loads LoRA: PEFT, vLLM, SGLang. See `sigmix.export.low_rank`.
-
-lora_alpha equals the rank in every module (rank_pattern, alpha_pattern), so PEFT's scale alpha / r is 1.
-"""
+"""Mixture as a PEFT LoRA, for PEFT, vLLM and SGLang. See `sigmix.export.low_rank`."""
 
 from __future__ import annotations
 
@@ -12,68 +9,75 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from sigmix.errors import UnknownNameError
+from sigmix.export.base import DTYPES
 from sigmix.export.low_rank import LowRank
 from sigmix.export.model_card import RECORD, adapter_card
-from sigmix.svf.checkpoint import DTYPES
 from sigmix.utils.io import atomic_dir, check_new, check_room, write_json, write_text
-from sigmix.utils.safetensors import spec, write_file
-
-WEIGHTS = "adapter_model.safetensors"
+from sigmix.utils.safetensors import TensorSpec, write_file
 
 
 def export_lora(
     low: LowRank, out: Path, precision: str = "float32", progress: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Write a PEFT adapter folder, whole or not at all.
+    """Write a PEFT adapter folder, atomically.
 
     Args:
-        precision: of the numbers in the file; float32, bfloat16 or float16. progress: called for every matrix.
+        precision: dtype of the file: float32, bfloat16 or float16. progress: called for every matrix.
 
     Returns:
-        What `LowRank.describe` says, ``bytes``, ``precision``.
+        `LowRank.describe`, ``bytes``, ``precision``.
 
     Raises:
-        OutputError: ``out`` exists, cannot be written, or has no room.
+        OutputError: ``out`` exists, cannot be written, or has no room. UnknownNameError: no such precision.
     """
     check_new(out)
+    if precision not in DTYPES:
+        raise UnknownNameError("precision", precision, DTYPES)
     dtype = DTYPES[precision]
-    specs, pair = [], {}
+    specs, sides = [], {}
     for path in low.paths:
-        rank, rows, columns = low.size(path)
-        first, second = (f"base_model.model.{path}.lora_{side}.weight" for side in "AB")
-        specs += [spec(first, (rank, columns), dtype), spec(second, (rows, rank), dtype)]
-        pair[first], pair[second] = (path, 0), (path, 1)
-    made: dict[str, torch.Tensor] = {}
+        rank, rows, columns = low.shape(path)
+        for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            name = f"base_model.model.{path}.lora_{side}.weight"
+            specs.append(TensorSpec.of(name, shape, dtype))
+            sides[name] = path, side
+    b: dict[str, torch.Tensor] = {}
 
     def tensor(name: str) -> torch.Tensor:
-        path, side = pair[name]
-        if side == 0:  # A and B of a matrix come one after the other: they are made together, once
-            a, b = low.factors(path)
-            made["B"] = b
-            progress()
-            return a.to(dtype)
-        return made.pop("B").to(dtype)
+        path, side = sides[name]
+        if side == "B":
+            return b.pop(path).to(dtype)
+        first, b[path] = low.factors(path)  # B is written next
+        progress()
+        return first.to(dtype)
 
     about = low.describe()
-    check_room(out, sum(one.bytes for one in specs))
+    size = sum(spec.bytes for spec in specs)
+    check_room(out, size)
     with atomic_dir(out, new=True) as temporary:
-        write_file(temporary / WEIGHTS, specs, tensor)
+        write_file(temporary / "adapter_model.safetensors", specs, tensor)
         write_json(temporary / "adapter_config.json", _config(low))
         write_json(temporary / RECORD, {**about, "precision": precision})
-        write_text(temporary / "README.md", adapter_card(about, bool(low.source.root)))
-    return {**about, "bytes": sum(one.bytes for one in specs), "precision": precision}
+        write_text(temporary / "README.md", adapter_card(about, low.base.vision))
+    return {**about, "bytes": size, "precision": precision}
 
 
 def _config(low: LowRank) -> dict[str, Any]:
-    """Contents of ``adapter_config.json``; nothing in it needs sigmix."""
-    ranks = {path: low.size(path)[0] for path in low.paths}
+    """Contents of ``adapter_config.json``. lora_alpha is the rank in every module, so that PEFT's scale is 1."""
+    base = low.base
+    ranks = {path: low.shape(path)[0] for path in low.paths}
     counts = list(ranks.values())
     common = max(set(counts), key=lambda rank: (counts.count(rank), rank))
     others = {path: rank for path, rank in ranks.items() if rank != common}
+    # short names where they select the same modules, as other programs expect
+    short = sorted({path.rsplit(".", 1)[-1] for path in ranks})
+    selected = {path for path in base.linears if path.rsplit(".", 1)[-1] in short}
     return {
-        "base_model_name_or_path": _base(low),
+        # AutoPeftModel loads a folder or a hub name, not the name of the embedded default
+        "base_model_name_or_path": str(base.folder) if base.kind in ("default", "gguf") else base.name,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(low.source.linears[path], Conv1D) for path in ranks),
+        "fan_in_fan_out": any(isinstance(base.linears[path], Conv1D) for path in ranks),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": common,
@@ -83,20 +87,8 @@ def _config(low: LowRank) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": common,
         "rank_pattern": others,
-        "target_modules": _targets(low, list(ranks)),
+        "target_modules": short if selected == set(ranks) else sorted(ranks),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
-
-
-def _base(low: LowRank) -> str:
-    # what AutoPeftModel would load: a folder or a hub name; the embedded default's name means nothing to it
-    return str(low.source.folder) if low.source.kind in ("default", "gguf") else low.source.name
-
-
-def _targets(low: LowRank, paths: list[str]) -> list[str]:
-    """Short names (``q_proj``) where these mean the same modules, as other programs expect; else full paths."""
-    short = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    meant = {path for path in low.source.linears if path.rsplit(".", 1)[-1] in short}
-    return short if meant == set(paths) else sorted(paths)

@@ -1,4 +1,4 @@
-"""What a mix changes in each matrix as a product of two thin ones, ΔW = B A, from the factors that are there already.
+"""Weight change of a mixture as a low-rank product, ΔW = B A, from the cached decomposition.
 
 With g = z - 1 and the square side of W = U diag(s) Vᵀ (`sigmix.svf.decomposition`):
 
@@ -6,8 +6,8 @@ With g = z - 1 and the square side of W = U diag(s) Vᵀ (`sigmix.svf.decomposit
     out < in:   ΔW = U diag(g) Uᵀ W    A = U_kᵀ W      B = U_k diag(g_k)
 
 Component i contributes a matrix of norm |sᵢgᵢ|, orthogonal to the others, so the best k are the largest |sᵢgᵢ|
-(Eckart and Young) and the squared error is the sum of the others' squares: no second SVD, and the error is known
-before anything runs. Unlike our own truncated form a LoRA cannot hold a scale common to the dropped components.
+(Eckart and Young) and the squared error is the sum of the others' squares: no second SVD is needed, and the error is
+exact before anything runs.
 """
 
 from __future__ import annotations
@@ -17,55 +17,57 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from sigmix.errors import ConfigError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
+from sigmix.export.base import BaseCheckpoint
 from sigmix.export.model_card import record
-from sigmix.export.source import Source
+from sigmix.models.weights import shape
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as ``--max-lora-rank`` (``MaxLoRARanks`` in ``vllm/config/lora.py``, read in November 2026)."""
+"""Values of vLLM's ``--max-lora-rank`` (``MaxLoRARanks`` in ``vllm/config/lora.py``, as of November 2026)."""
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM takes, at least ``rank``.
+    """Return the smallest of `VLLM_RANKS` that is at least ``rank``.
 
     Raises:
         ConfigError: there is none.
     """
-    for one in VLLM_RANKS:
-        if one >= rank:
-            return one
+    for allowed in VLLM_RANKS:
+        if allowed >= rank:
+            return allowed
     raise ConfigError(
-        f"vLLM takes LoRA ranks up to {VLLM_RANKS[-1]}, not {rank}",
-        remedy=f"ask for {VLLM_RANKS[-1]}, or export a merged checkpoint, which loses nothing",
+        f"vLLM supports LoRA ranks up to {VLLM_RANKS[-1]}, not {rank}",
+        remedy=f"use --rank {VLLM_RANKS[-1]}, or export a merged checkpoint, which is exact",
     )
 
 
-def check_choice(rank: int | None, error: float | None) -> None:
-    """Raise `ConfigError` for a rank and an error that `LowRank.choose` could not take, before anything is read."""
+def check_rank(rank: int | None, error: float | None) -> None:
+    """Raise `ConfigError` for a rank and an error that `LowRank.set_ranks` cannot use."""
     if rank is not None and error is not None:
-        raise ConfigError("a rank and an error cannot both be asked for", remedy="give one of --rank and --error")
+        raise ConfigError("rank and error exclude each other", remedy="give one of --rank and --error")
     if rank is not None and rank < 1:
-        raise ConfigError(f"a rank is 1 or more, not {rank}")
+        raise ConfigError(f"rank must be at least 1, not {rank}")
     if error is not None and not 0 <= error < 1:
-        raise ConfigError(f"an error is a share of the change, 0 or more and below 1, not {error}")
+        raise ConfigError(f"error must be a share of the change in [0, 1), not {error}")
 
 
 @dataclass
 class LowRank:
-    """A mix on a base, with the ranks that were chosen.
+    """Low-rank factors of a mixture on a base; build with `from_mix`.
 
     Attributes:
-        source, mix, experts: what it is of.
-        z: {path: float32 [r]} of the matrices that the mix moves. energy: {path: float64 [r]}, (s (z - 1))².
-        weight_energy: ‖W‖² of all those matrices. ranks: {path: k}; `choose` sets them, exact ones at first.
-        pad: rows that every pair of factors is filled up to with zeros; 0: none.
+        z: {path: float32 [r]} of the changed matrices. energy: {path: float64 [r]}, (s (z - 1))².
+        weight_energy: ‖W‖² of all those matrices. ranks: {path: k}; exact until `set_ranks`.
+        pad: rank that all factors are padded to with zeros; 0: none.
     """
 
-    source: Source
+    base: BaseCheckpoint
     mix: Mix
-    experts: list[Any]
+    experts: list[Expert]
     z: dict[str, torch.Tensor]
     energy: dict[str, torch.Tensor] = field(default_factory=dict)
     weight_energy: float = 0.0
@@ -73,105 +75,84 @@ class LowRank:
     pad: int = 0
 
     @classmethod
-    def of(
-        cls, source: Source, mix: Mix, bank: Mapping[str, Any], progress: Callable[[], None] = lambda: None
+    def from_mix(
+        cls, base: BaseCheckpoint, mix: Mix, bank: Mapping[str, Expert], progress: Callable[[], None] = lambda: None
     ) -> LowRank:
-        """Check the experts, read the singular values, and choose the exact ranks.
+        """Check the experts and read the singular values; ranks are exact.
 
         Args:
             progress: called for every matrix.
 
         Raises:
-            ConfigError: the mix is the base, or changes nothing, as where all singular values that it moves are 0.
-            Others: see `Source.z`.
+            ConfigError: the mixture changes no weight. Others: see `BaseCheckpoint.z`.
         """
-        z = source.z(mix, bank)
-        if not z:
-            raise ConfigError(
-                f"the mix {mix.id} changes no weight, so there is no adapter to write", remedy="name an expert"
-            )
-        made = cls(source, mix, [bank[name] for name in mix.weights], z)
-        for path, value in z.items():
-            layer = source.layer(path)
-            factors = source.check_sketches([one for one in made.experts if path in one.z], path, layer)
-            s = factors.s.double().cpu()
-            made.energy[path] = (s * (value.double() - 1)) ** 2
-            made.weight_energy += float((s**2).sum())
+        low = cls(base, mix, [bank[name] for name in mix.weights], base.z(mix, bank))
+        for path, z in low.z.items():
+            s = base.check_sketches(low.experts, path, base.layer(path)).s.double().cpu()
+            low.energy[path] = (s * (z.double() - 1)) ** 2
+            low.weight_energy += float((s**2).sum())
             progress()
-        made.ranks = made.exact
-        if not any(made.ranks.values()):
-            raise ConfigError(
-                f"the mix {mix.id} moves singular values of 0 only, so there is no adapter to write",
-                remedy="name another expert",
-            )
-        return made
+        low.ranks = low.exact
+        if not any(low.ranks.values()):  # also where only singular values of 0 change
+            raise ConfigError(f"the mixture {mix.id} changes no weight of {base.name}", remedy="name an expert")
+        return low
 
     @property
     def exact(self) -> dict[str, int]:
-        """{path: components that the mix moves at all}."""
+        """{path: number of components that the mixture changes}."""
         return {path: int((energy > 0).sum()) for path, energy in self.energy.items()}
 
     # ------------------------------------------------------------------ ranks
 
-    def choose(self, rank: int | None = None, error: float | None = None, vllm: bool = False) -> None:
-        """Set the ranks.
+    def set_ranks(self, rank: int | None = None, error: float | None = None, vllm: bool = False) -> None:
+        """Choose the ranks.
 
         Args:
-            rank: at most so many components in every matrix; None: all.
-            error: as few components as keep ‖ΔW - BA‖ / ‖ΔW‖ over all matrices at most this; the largest |s g| of all
-                matrices are kept, so each gets its own rank. With ``vllm``: the smallest of `VLLM_RANKS` that does.
-            vllm: one rank for all, of `VLLM_RANKS`, zeros filling up: ``rank`` is rounded up; with neither ``rank`` nor
-                ``error`` the smallest that is exact, or the largest there is.
+            rank: maximum rank of every matrix; None: exact.
+            error: keep the fewest components with ‖ΔW - BA‖ / ‖ΔW‖ over all matrices at most this: the largest |s g|
+                of all matrices, so each has its own rank. With ``vllm``: the smallest of `VLLM_RANKS`.
+            vllm: one rank for all matrices out of `VLLM_RANKS`, padded with zeros: ``rank`` is rounded up; with
+                neither ``rank`` nor ``error`` the smallest exact one, or the largest there is.
 
         Raises:
-            ConfigError: both are given, cannot be, or no rank of vLLM's reaches them.
+            ConfigError: both are given, out of range, or no rank of vLLM's reaches them.
         """
-        check_choice(rank, error)
-        if vllm:
-            self._choose_for_vllm(rank, error)
-        elif error is not None:
-            self.pad, self.ranks = 0, self._within(error)
-        else:
-            self.pad, self.ranks = 0, self._at_most(rank)
-
-    def _choose_for_vllm(self, rank: int | None, error: float | None) -> None:
-        if error is None:
-            needed = min(max(self.exact.values()), VLLM_RANKS[-1]) if rank is None else rank
-            self.pad = vllm_rank(needed)
+        check_rank(rank, error)
+        self.pad = 0
+        if not vllm:
+            self.ranks = self._at_most(rank) if error is None else self._within(error)
+        elif error is None:
+            self.pad = vllm_rank(min(max(self.exact.values()), VLLM_RANKS[-1]) if rank is None else rank)
             self.ranks = self._at_most(self.pad)
-            return
-        for one in VLLM_RANKS:
-            self.ranks = self._at_most(one)
-            if self.error <= error:
-                break
         else:
+            for allowed in VLLM_RANKS:
+                self.ranks = self._at_most(allowed)
+                if self.error <= error:
+                    self.pad = allowed
+                    return
             raise ConfigError(
-                f"at vLLM's largest rank, {VLLM_RANKS[-1]}, the error is {self.error:.2%} of the change, above "
+                f"the error at vLLM's largest rank, {VLLM_RANKS[-1]}, is {self.error:.2%} of the change, above "
                 f"{error:.2%}",
-                remedy="allow a larger --error, or export a merged checkpoint, which loses nothing",
+                remedy="allow a larger --error, or export a merged checkpoint, which is exact",
             )
-        self.pad = one
 
     def _at_most(self, rank: int | None) -> dict[str, int]:
         return {path: k if rank is None else min(k, rank) for path, k in self.exact.items()}
 
     def _within(self, error: float) -> dict[str, int]:
-        every = torch.cat(list(self.energy.values())).sort().values
-        lost = every.cumsum(0)
-        # float64 sums of squares are off in the last digits only; what is exactly zero is never kept
-        dropped = int((lost <= error**2 * float(lost[-1])).sum())
-        dropped = max(dropped, int((every == 0).sum()))
-        order = torch.cat(list(self.energy.values())).argsort()
-        keep = torch.ones(len(every), dtype=torch.bool)
-        keep[order[:dropped]] = False
-        parts = keep.split([len(energy) for energy in self.energy.values()])
+        energy = torch.cat(list(self.energy.values()))
+        lost = energy.sort().values.cumsum(0)
+        # sums of squares in float64 are off in the last digits; exact zeros are always dropped
+        dropped = max(int((lost <= error**2 * float(lost[-1])).sum()), int((energy == 0).sum()))
+        keep = torch.ones(len(energy), dtype=torch.bool)
+        keep[energy.argsort()[:dropped]] = False
+        parts = keep.split([len(one) for one in self.energy.values()])
         return {path: int(part.sum()) for path, part in zip(self.energy, parts, strict=True)}
 
-    # ------------------------------------------------------------------ what it costs
+    # ------------------------------------------------------------------ error
 
     def _lost(self, path: str) -> float:
-        energy = self.energy[path]
-        return float(energy.sort(descending=True).values[self.ranks[path] :].sum())
+        return float(self.energy[path].sort(descending=True).values[self.ranks[path] :].sum())
 
     @property
     def error(self) -> float:
@@ -181,24 +162,23 @@ class LowRank:
 
     @property
     def errors(self) -> dict[str, float]:
-        """The same for each matrix; 0 where it does not change, its singular values being 0 where z is not 1."""
+        """The same for each matrix; 0 where ΔW is 0."""
         totals = {path: float(energy.sum()) for path, energy in self.energy.items()}
         return {path: (self._lost(path) / total) ** 0.5 if total else 0.0 for path, total in totals.items()}
 
     def describe(self) -> dict[str, Any]:
-        """What goes into figures and cards: `record`, ``components``, ``dropped``, ``error`` (of ‖ΔW‖),
+        """Return the metadata of an export: `record`, ``components``, ``dropped``, ``error`` (of ‖ΔW‖),
         ``error_of_weights`` (of ‖W‖), ``worst`` [path, error], ``rank`` (largest), ``ranks`` {path: k}."""
         errors = self.errors
         worst = max(errors, key=errors.__getitem__)
         components, kept = sum(self.exact.values()), sum(self.ranks.values())
-        lost = sum(map(self._lost, self.energy))
         return {
-            **record(self.source, self.mix, self.experts),
+            **record(self.base, self.mix, self.experts),
             "form": "lora",
             "components": components,
             "dropped": components - kept,
             "error": self.error,
-            "error_of_weights": (lost / self.weight_energy) ** 0.5,
+            "error_of_weights": (sum(map(self._lost, self.energy)) / self.weight_energy) ** 0.5,
             "worst": [worst, errors[worst]],
             "rank": self.pad or max(self.ranks.values()),
             "ranks": dict(self.ranks),
@@ -206,33 +186,26 @@ class LowRank:
 
     # ------------------------------------------------------------------ factors
 
-    def size(self, path: str) -> tuple[int, int, int]:
-        """(rank, out, in) of a matrix's pair, filled up."""
-        linear = self.source.linears[path]
-        weight: Any = linear.weight
-        out, into = weight.shape[::-1] if hasattr(linear, "nf") else weight.shape
-        return self.pad or self.ranks[path], int(out), int(into)
-
     @property
     def paths(self) -> list[str]:
-        """Matrices that keep at least one component, in the model's order."""
+        """Matrices with at least one component, in the model's order."""
         return [path for path in self.ranks if self.ranks[path] or self.pad]
+
+    def shape(self, path: str) -> tuple[int, int, int]:
+        """Return (rank, out, in) of a matrix's factors, padding included."""
+        return (self.pad or self.ranks[path], *shape(self.base.linears[path]))
 
     @torch.no_grad()
     def factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [k, in] and B [out, k] of one matrix, float32."""
-        layer = self.source.layer(path)
-        factors = self.source.check_sketches([], path, layer)
-        rank, _, _ = self.size(path)
-        chosen = self.energy[path].argsort(descending=True, stable=True)[: self.ranks[path]].sort().values
-        gain = (self.z[path].double() - 1)[chosen].float()
-        short, weight = factors.short[:, chosen].float(), layer.matrix().float()
+        """Return A [k, in] and B [out, k] of one matrix, float32."""
+        layer = self.base.layer(path)
+        factors = self.base.check_sketches([], path, layer)
+        kept = self.energy[path].argsort(descending=True, stable=True)[: self.ranks[path]].sort().values
+        gain = (self.z[path].double() - 1)[kept].float()
+        short, weight = factors.short[:, kept].float(), layer.matrix().float()
         if factors.side == "in":
             a, b = short.T, (weight @ short) * gain
         else:
             a, b = short.T @ weight, short * gain
-        extra = rank - len(chosen)
-        if extra:
-            a = torch.nn.functional.pad(a, (0, 0, 0, extra))
-            b = torch.nn.functional.pad(b, (0, extra))
-        return a.contiguous(), b.contiguous()
+        extra = self.shape(path)[0] - len(kept)
+        return F.pad(a, (0, 0, 0, extra)).contiguous(), F.pad(b, (0, extra)).contiguous()

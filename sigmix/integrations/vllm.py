@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sigmix.experts.bank import Bank
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
-    from sigmix.export.source import Source
+    from sigmix.export.base import BaseCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Adapters:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = settings.cache or cache_dir() / "vllm"
-        self._sources: dict[tuple[str, str | None], Source] = {}
+        self._sources: dict[tuple[str, str | None], BaseCheckpoint] = {}
         self._bank: tuple[object, Bank] | None = None
         self._refused: dict[str, SigmixError] = {}
         self._write_lock = threading.Lock()
@@ -128,15 +128,14 @@ class Adapters:
             self._bank = _stamp(bank.folder), bank
         return self._bank[1]
 
-    def _source(self, base: str, experts: list[Expert]) -> Source:
-        """Return the base in the dtype of these experts; `Source.adopt` cannot be undone, so one source per dtype."""
-        from sigmix.export.source import Source, dtype_of_experts
+    def _source(self, base: str, experts: list[Expert]) -> BaseCheckpoint:
+        """Return the base in the dtype of these experts; `adopt_dtype` cannot be undone, so one per dtype."""
+        from sigmix.export.base import BaseCheckpoint, dtype_of_experts
 
         key = base, dtype_of_experts(experts)
         if key not in self._sources:
-            source = Source(base)
-            source.adopt(experts)
-            self._sources[key] = source
+            self._sources[key] = BaseCheckpoint(base)
+            self._sources[key].adopt_dtype(experts)
         return self._sources[key]
 
     def _cached(self, base: str, mix: Mix, bank: Bank) -> Path:
@@ -171,10 +170,11 @@ class Adapters:
                 self._check_loss(mix, *_recorded_loss(target))
             else:
                 self._check_room(mix)
-                low_rank = LowRank.of(source, mix, bank)
-                low_rank.choose(self.settings.rank, vllm=True)
+                low_rank = LowRank.from_mix(source, mix, bank)
+                low_rank.set_ranks(self.settings.rank, vllm=True)
                 self._check_loss(mix, low_rank.pad, low_rank.error)
-                export_lora(low_rank, target, source.dtype if source.dtype in ("bfloat16", "float16") else "float32")
+                half = source.dtype_name in ("bfloat16", "float16")
+                export_lora(low_rank, target, source.dtype_name if half else "float32")
         return target
 
     def _check_room(self, mix: Mix) -> None:

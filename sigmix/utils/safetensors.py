@@ -1,15 +1,17 @@
-"""A model folder's safetensors shards, read one tensor at a time, so that a large model never has to be in memory.
+"""Safetensors checkpoints, read and written one tensor at a time.
 
     shards = Shards(folder)                        # model.safetensors, or all files of model.safetensors.index.json
     for name in shards:
-        weight = shards.tensor(name)               # its file is opened, read and closed again
+        weight = shards.tensor(name)               # opens, reads and closes its file
 
-A file stays open only while one tensor is copied out of it, so mapped pages do not add up over a pass.
+Files are closed after every tensor, so that mapped pages do not add up; the library's own writer needs all tensors of
+a file in memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,18 @@ from sigmix.errors import BaseModelError, ConfigError, UnknownNameError
 from sigmix.utils.io import write_json
 
 SINGLE = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
-
-
 AGAIN = "download the model again"
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies and what it is; ``dtype`` as safetensors writes it, such as ``BF16``; ``bytes`` on disk."""
+    """Stored tensor: file, shape, dtype in safetensors' spelling such as ``BF16``, size in bytes."""
 
     file: Path
     shape: tuple[int, ...]
@@ -39,27 +42,27 @@ class Entry:
 
 
 class Shards:
-    """The tensors of a folder of safetensors, by their names in the checkpoint.
+    """Tensors of a folder of safetensors by name.
 
     Attributes:
-        folder: where the shards are. entries: {name: Entry}, in the order of the files and of the tensors within them.
+        folder: of the shards. entries: {name: Entry}, in the order of the files and of the tensors in them.
 
     Raises:
-        BaseModelError: no safetensors there, an index that cannot be read, a shard that is missing or damaged, or one
-            that lacks a tensor which the index places in it.
+        BaseModelError: no safetensors, an invalid index, a shard that is missing or damaged, or a tensor missing in
+            its shard.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        placed = self._index()
+        index = self._index()
         self.entries: dict[str, Entry] = {}
-        for file in sorted(set(placed.values())) if placed else [SINGLE]:
-            for name, entry in _header(self.folder / file).items():
-                if placed.get(name, file) == file:
+        for file in sorted(set(index.values())) if index else [SINGLE]:
+            for name, entry in _read_header(self.folder / file).items():
+                if index.get(name, file) == file:
                     self.entries[name] = entry
-        if missing := sorted(set(placed) - set(self.entries)):
-            where = self.folder / placed[missing[0]]
-            raise BaseModelError(f"{where} lacks {missing[0]}, which the index places in it", remedy=AGAIN)
+        if missing := sorted(set(index) - set(self.entries)):
+            file = index[missing[0]]
+            raise BaseModelError(f"{self.folder / file} lacks {missing[0]}, which {INDEX} lists", remedy=AGAIN)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -72,7 +75,7 @@ class Shards:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors together, on disk."""
+        """Size of all tensors."""
         return sum(entry.bytes for entry in self.entries.values())
 
     @property
@@ -81,17 +84,17 @@ class Shards:
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
 
     def entry(self, name: str) -> Entry:
-        """What ``name`` is and where.
+        """Return the entry of a tensor.
 
         Raises:
-            UnknownNameError: the checkpoint has no such tensor.
+            UnknownNameError: no such tensor.
         """
         if name not in self.entries:
             raise UnknownNameError("tensor", name, self.entries)
         return self.entries[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A copy of one tensor, on the CPU, in its dtype on disk.
+        """Return a copy of a tensor on the CPU, in its stored dtype.
 
         Raises:
             UnknownNameError: no such tensor. BaseModelError: its shard is damaged or gone.
@@ -103,28 +106,27 @@ class Shards:
             with safe_open(file, "pt") as opened:
                 return opened.get_tensor(name).clone()  # the mapping ends with the block
         except (SafetensorError, OSError) as error:
-            raise BaseModelError(f"{name} cannot be read from {file}: {error}", remedy=AGAIN) from error
+            raise BaseModelError(f"cannot read {name} from {file}: {error}", remedy=AGAIN) from error
 
     def _index(self) -> dict[str, str]:
-        """{tensor: file name}, empty where one file holds everything."""
+        """{tensor: file name}; empty if one file holds everything."""
         if (self.folder / SINGLE).is_file():
             return {}
-        index = self.folder / INDEX
-        if not index.is_file():
-            raise BaseModelError(f"{self.folder} has no {SINGLE} nor an index of it", remedy="give a model's folder")
+        path = self.folder / INDEX
+        if not path.is_file():
+            raise BaseModelError(f"{self.folder} has neither {SINGLE} nor {INDEX}", remedy="give a model's folder")
         try:
-            placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             # a name with a folder in it would read files elsewhere
-            good = isinstance(placed, dict) and all(Path(file).name == file for file in placed.values())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaseModelError(f"{index} cannot be read: {error}", remedy=AGAIN) from error
-        if not good or not placed:
-            raise BaseModelError(f"{index} does not say which file holds which tensor", remedy=AGAIN)
-        return placed
+            valid = bool(index) and all(Path(file).name == file for file in index.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(f"cannot read {path}: {error}", remedy=AGAIN) from error
+        if not valid:
+            raise BaseModelError(f"{path} has no valid weight_map", remedy=AGAIN)
+        return index
 
 
-def _header(file: Path) -> dict[str, Entry]:
-    """The entries of one shard, from its header alone."""
+def _read_header(file: Path) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -133,88 +135,74 @@ def _header(file: Path) -> dict[str, Entry]:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     except (SafetensorError, OSError, ValueError) as error:
-        raise BaseModelError(f"{file} cannot be read: {error}", remedy=AGAIN) from error
-    found = {}
-    for name, about in header.items():
-        if name != "__metadata__":
-            start, end = about["data_offsets"]
-            found[name] = Entry(file, tuple(about["shape"]), about["dtype"], end - start)
-    return found
-
-
-# --- Safetensors written one tensor at a time. The library's own writer wants all tensors of a file in memory at once.
-
-
-KINDS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+        raise BaseModelError(f"cannot read {file}: {error}", remedy=AGAIN) from error
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(file, tuple(one["shape"]), one["dtype"], one["data_offsets"][1] - one["data_offsets"][0])
+        for name, one in header.items()
+    }
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A tensor to be written; ``kind`` as safetensors writes its dtype; ``bytes`` of its values."""
+class TensorSpec:
+    """Tensor to be written: name, shape, dtype in safetensors' spelling, size in bytes."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str
+    dtype: str
     bytes: int
 
-
-def spec(name: str, shape: Sequence[int], dtype: torch.dtype) -> Spec:
-    """Of a tensor of this shape and dtype."""
-    count = 1
-    for side in shape:
-        count *= side
-    return Spec(name, tuple(shape), KINDS[dtype], count * dtype.itemsize)
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:
+        """Build from a torch dtype."""
+        return cls(name, tuple(shape), DTYPES[dtype], math.prod(shape) * dtype.itemsize)
 
 
-def write_file(path: Path, specs: Sequence[Spec], tensor: Callable[[str], torch.Tensor]) -> None:
+def write_file(path: Path, specs: Sequence[TensorSpec], tensor: Callable[[str], torch.Tensor]) -> None:
     """Write one file.
 
     Args:
-        specs: in the order in which the tensors will lie and are asked for.
-        tensor: gives each by its name; nothing is kept of it.
+        specs: in the order of the tensors in the file. tensor: returns each by name, in that order.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for one in specs:
-        header[one.name] = {"dtype": one.kind, "shape": list(one.shape), "data_offsets": [place, place + one.bytes]}
-        place += one.bytes
+    offset = 0
+    for spec in specs:
+        end = offset + spec.bytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for one in specs:
-            value = tensor(one.name).detach().cpu()
-            if (tuple(value.shape), KINDS.get(value.dtype)) != (one.shape, one.kind):
-                raise ConfigError(f"{one.name} is {tuple(value.shape)} of {value.dtype}, not {one.shape} of {one.kind}")
+        for spec in specs:
+            value = tensor(spec.name).detach().cpu()
+            if (tuple(value.shape), DTYPES.get(value.dtype)) != (spec.shape, spec.dtype):
+                raise ConfigError(
+                    f"{spec.name} is {tuple(value.shape)} of {value.dtype}, not {spec.shape} of {spec.dtype}"
+                )
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_shards(
-    folder: Path, specs: Iterable[Spec], tensor: Callable[[str], torch.Tensor], shard_bytes: int
+    folder: Path, specs: Iterable[TensorSpec], tensor: Callable[[str], torch.Tensor], shard_bytes: int
 ) -> list[str]:
-    """Write a checkpoint as ``model.safetensors``, or as shards with their index where it is larger than one.
+    """Write ``model.safetensors``, or shards with their index, and return the file names.
 
     Args:
-        shard_bytes: most bytes of tensors in a file; a tensor that is larger has a file to itself.
-
-    Returns:
-        The names of the files.
+        shard_bytes: maximum size of a file's tensors; a larger tensor has a file to itself.
     """
-    groups: list[list[Spec]] = [[]]
-    for one in specs:
-        if groups[-1] and sum(other.bytes for other in groups[-1]) + one.bytes > shard_bytes:
+    groups: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if groups[-1] and sum(other.bytes for other in groups[-1]) + spec.bytes > shard_bytes:
             groups.append([])
-        groups[-1].append(one)
+        groups[-1].append(spec)
     if len(groups) == 1:
         write_file(folder / SINGLE, groups[0], tensor)
         return [SINGLE]
     names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
         write_file(folder / name, group, tensor)
-    total = sum(one.bytes for group in groups for one in group)
-    where = {one.name: name for name, group in zip(names, groups, strict=True) for one in group}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    total = sum(spec.bytes for group in groups for spec in group)
+    index = {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
     return names

@@ -14,7 +14,7 @@ from benchmarks import export as bench
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.export import verify as llamacpp
-from sigmix.export.source import Source
+from sigmix.export.base import BaseCheckpoint
 from sigmix.models.loading import load_base
 
 pytest_plugins = ["helpers_cli"]
@@ -38,9 +38,9 @@ def test_both_ways_write_a_checkpoint_and_tell_their_memory(home, bank, tmp_path
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["peak"] >= found["imported"] > 50e6
         assert (tmp_path / way / "model.safetensors").is_file()
-    stream, whole = Source(tmp_path / "stream"), Source(tmp_path / "whole")
+    stream, whole = BaseCheckpoint(tmp_path / "stream"), BaseCheckpoint(tmp_path / "whole")
     assert sorted(stream.shards) == sorted(whole.shards)
-    assert stream.fingerprint() != whole.fingerprint() == Source(home.base).fingerprint()
+    assert stream.fingerprint() != whole.fingerprint() == BaseCheckpoint(home.base).fingerprint()
 
 
 def test_memory_ratios(home, bank, monkeypatch):
@@ -54,9 +54,9 @@ def test_memory_ratios(home, bank, monkeypatch):
 
 
 def test_the_deep_base_is_the_base_with_its_layers_repeated(home, bank, tmp_path):
-    source = Source(home.base)
+    source = BaseCheckpoint(home.base)
     made = bench._deepen(source, Mix.parse(MIX), bank, tmp_path / "deep", 3)
-    deep = Source(tmp_path / "deep")
+    deep = BaseCheckpoint(tmp_path / "deep")
     assert deep.config.num_hidden_layers == 6
     name = "model.layers.{}.mlp.up_proj"
     for layer, other in ((0, 2), (1, 5)):
@@ -69,7 +69,7 @@ def test_the_deep_base_is_the_base_with_its_layers_repeated(home, bank, tmp_path
     }  # every copy is adapted
 
 
-@pytest.mark.skipif(not llamacpp.installed(), reason="llama-cpp-python is not installed")
+@pytest.mark.skipif(not llamacpp.llama_cpp_installed(), reason="llama-cpp-python is not installed")
 def test_speed_compares_the_same_work(cache, tmp_path, monkeypatch):
     base = write_gguf(tmp_path / "base.gguf", build_tiny(vocab_size=260).bfloat16().float())
     made = Bank(tmp_path / "bank", create=True)

@@ -8,16 +8,16 @@ import torch
 from benchmarks import quantised, run, stream
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.models.quantization import load_weights
-from sigmix.svf.checkpoint import Stream
+from sigmix.svf.checkpoint import Checkpoint
 
 pytest_plugins = ["helpers_cli"]
 
 
 def test_random_bases_differ_in_depth_alone_and_load(tmp_path, cache):
     few, many = (stream.random_base(tmp_path / str(depth), depth, 64, 96) for depth in (1, 3))
-    opened = [Stream(folder, "random", torch.bfloat16) for folder in (few, many)]
-    assert [len(one.matrices) for one in opened] == [7, 21]
-    assert {m.shape for m in opened[0].matrices} == {m.shape for m in opened[1].matrices}
+    opened = [Checkpoint(folder, "bfloat16") for folder in (few, many)]
+    assert [len(one.matrices()) for one in opened] == [7, 21]
+    assert {m.shape for m in opened[0].matrices()} == {m.shape for m in opened[1].matrices()}
     assert len(opened[1].shards.files) == 4
     model = load_weights(many, "random", torch.bfloat16, torch.device("cpu"))
     with torch.no_grad():

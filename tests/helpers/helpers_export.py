@@ -8,8 +8,8 @@ import torch
 from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
 
+from sigmix.export.base import BaseCheckpoint
 from sigmix.export.low_rank import LowRank
-from sigmix.export.source import Source
 
 NAMES = ("math", "word")
 
@@ -30,7 +30,7 @@ def experts(arch: str = "llama", dtype: torch.dtype = torch.float32, targets="al
     }
 
 
-def delta(source: Source, low: LowRank, path: str) -> torch.Tensor:
+def delta(source: BaseCheckpoint, low: LowRank, path: str) -> torch.Tensor:
     """ΔW [out, in] in float64, by LAPACK's SVD of W. W must have well separated singular values."""
     weight = source.layer(path).matrix().double()
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)

@@ -141,8 +141,8 @@ def test_the_error_is_held_to_for_adapters_that_are_there(home, caplog):
 
 def test_refusals_are_remembered_until_the_expert_changes(home, monkeypatch):
     base, bank = home
-    asked, of = [], LowRank.of
-    monkeypatch.setattr(LowRank, "of", lambda *made: asked.append(made[1].id) or of(*made))
+    asked, of = [], LowRank.from_mix
+    monkeypatch.setattr(LowRank, "from_mix", lambda *made: asked.append(made[1].id) or of(*made))
     adapters = Adapters(Settings(str(bank), rank=1, error=0.1))
     for _ in range(3):
         with pytest.raises(ConfigError, match="SIGMIX_VLLM_RANK"):

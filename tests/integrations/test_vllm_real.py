@@ -11,9 +11,9 @@ from helpers_export import base_folder, experts
 
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
+from sigmix.export.base import BaseCheckpoint
 from sigmix.export.lora import export_lora
 from sigmix.export.low_rank import VLLM_RANKS, LowRank
-from sigmix.export.source import Source
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 NAME = "math:0.7+word:0.5"
@@ -66,7 +66,7 @@ def test_resolved_through_vllms_registry_and_loaded_by_its_loader(home, monkeypa
     request = asyncio.run(resolver.resolve_lora(str(base), NAME))
     assert isinstance(request, LoRARequest)
     assert asyncio.run(resolver.resolve_lora(str(base), "nobody")) is None
-    low = LowRank.of(Source(base), Mix.parse(NAME), bank)
+    low = LowRank.from_mix(BaseCheckpoint(base), Mix.parse(NAME), bank)
     same(loaded(request.lora_path, 64), low)
     with pytest.raises(ValueError, match="greater than max_lora_rank"):
         loaded(request.lora_path, 16)
@@ -74,8 +74,8 @@ def test_resolved_through_vllms_registry_and_loaded_by_its_loader(home, monkeypa
 
 def test_own_ranks_of_every_matrix_are_scaled_right(home, tmp_path):
     base, bank = home
-    low = LowRank.of(Source(base), Mix.parse(NAME), bank)
-    low.choose(error=0.3)
+    low = LowRank.from_mix(BaseCheckpoint(base), Mix.parse(NAME), bank)
+    low.set_ranks(error=0.3)
     export_lora(low, tmp_path / "out")
     same(loaded(tmp_path / "out", 64), low)
 

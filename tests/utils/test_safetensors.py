@@ -48,7 +48,7 @@ def test_a_tensor_outlives_its_file(tmp_path, tensors):
 
 
 def test_damage_is_named(tmp_path, tensors):
-    with pytest.raises(BaseModelError, match="no model.safetensors"):
+    with pytest.raises(BaseModelError, match=r"model.safetensors.index.json"):
         Shards(tmp_path)
     placed = sharded(tmp_path, tensors)
     with pytest.raises(UnknownNameError, match="c.weigh"):
@@ -76,5 +76,5 @@ def test_an_index_that_is_wrong(tmp_path, tensors):
     placed = sharded(tmp_path, tensors)
     placed["a.weight"] = placed["b.weight"]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    with pytest.raises(BaseModelError, match=r"lacks a\.weight"):
+    with pytest.raises(BaseModelError, match=r"a\.weight"):
         Shards(tmp_path)

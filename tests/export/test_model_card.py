@@ -13,11 +13,11 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
 from sigmix.experts.model_card import DEFAULT_ON_HUB
+from sigmix.export.base import BaseCheckpoint
 from sigmix.export.lora import export_lora
 from sigmix.export.low_rank import LowRank
 from sigmix.export.merged import export_merged
 from sigmix.export.model_card import adapter_card, merged_card
-from sigmix.export.source import Source
 
 MIX = Mix.parse("math:0.7+word:0.5")
 
@@ -91,7 +91,7 @@ def test_a_merged_checkpoints_licence_is_the_bases(tmp_path, cache, card, found,
     if card is not None:
         (folder / "README.md").write_text(card)
     bank = licensed(experts(targets=["q_proj"]), ("mit", "mit"))
-    export_merged(Source(folder), MIX, bank, tmp_path / "out")
+    export_merged(BaseCheckpoint(folder), MIX, bank, tmp_path / "out")
     data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
     assert data.get("license") == found
     assert "base_model" not in data  # a folder's name means nothing on the hub
@@ -102,7 +102,7 @@ def test_a_merged_checkpoints_licence_is_the_bases(tmp_path, cache, card, found,
 def test_what_a_user_wrote_stays_in_its_place(tmp_path, cache):
     folder = base_folder(tmp_path / "base: [x")
     bank = licensed(experts(targets=["q_proj"]), ("a\n---\nb: 1", "a\n---\nb: 1"))
-    export_lora(LowRank.of(Source(folder), MIX, bank), tmp_path / "out")
+    export_lora(LowRank.from_mix(BaseCheckpoint(folder), MIX, bank), tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data.to_dict()
     assert data["license_name"] == "a-----b-1"

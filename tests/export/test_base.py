@@ -15,8 +15,8 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
+from sigmix.export.base import BaseCheckpoint
 from sigmix.export.merged import export_merged
-from sigmix.export.source import Source
 from sigmix.models.loading import load_base
 from sigmix.utils.safetensors import Shards
 
@@ -54,8 +54,8 @@ def kinds(folder):
 def test_a_checkpoint_in_other_dtypes_is_read_as_it_is_loaded(tmp_path, cache, parts, dtype):
     folder = stored(base_folder(tmp_path / "base"), parts)
     bank = made_on(folder, dtype)
-    source = Source(folder)
-    assert source.adopt(bank.values()) == dtype
+    source = BaseCheckpoint(folder)
+    assert source.adopt_dtype(bank.values()) == dtype
     assert source.fingerprint() == fingerprint(load_base(folder, dtype)[0])
     export_merged(source, MIX, bank, tmp_path / "out")
     assert kinds(tmp_path / "out") == {{"bfloat16": "BF16", "float32": "F32"}[dtype]}
@@ -71,8 +71,8 @@ def test_what_transformers_keeps_in_float32_stays_so(tmp_path, cache, monkeypatc
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"layers.*.input_layernorm"})
     folder = base_folder(tmp_path / "base")
     bank = made_on(folder, "bfloat16")
-    source = Source(folder)
-    assert source.adopt(bank.values()) == "bfloat16"
+    source = BaseCheckpoint(folder)
+    assert source.adopt_dtype(bank.values()) == "bfloat16"
     model = load_base(folder, "bfloat16")[0]
     assert source.fingerprint() == fingerprint(model)
     export_merged(source, MIX, bank, tmp_path / "out")
@@ -81,7 +81,7 @@ def test_what_transformers_keeps_in_float32_stays_so(tmp_path, cache, monkeypatc
     assert kinds(tmp_path / "out") == {"BF16", "F32"}
     assert all(written.tensor(name).dtype == parameters[name].dtype for name in written)
     # and what is stored so already needs no rounding
-    assert Source(tmp_path / "out").adopt(made_on(tmp_path / "out", "bfloat16").values()) is None
+    assert BaseCheckpoint(tmp_path / "out").adopt_dtype(made_on(tmp_path / "out", "bfloat16").values()) is None
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -90,9 +90,9 @@ def test_an_expert_of_a_quantised_base_is_refused_as_that(tmp_path, cache, seale
     one = made_on(folder, "float32")["math"]
     meta = thaw(one.meta)
     meta["base"] = {**meta["base"], "dtype": "bfloat16 in int8", "fingerprint": "0" * 64 if sealed else None}
-    source = Source(folder)
+    source = BaseCheckpoint(folder)
     bank = {"math": Expert("math", one.z, meta)}
-    assert source.adopt(bank.values()) is None
-    with pytest.raises(FingerprintError, match=r"quantised to int8.*cannot be exported -> .*--quant.* int8") as told:
+    assert source.adopt_dtype(bank.values()) is None
+    with pytest.raises(FingerprintError, match="--quantization int8") as caught:
         source.z(Mix.one("math"), bank)
-    assert "--dtype" not in str(told.value)
+    assert "--dtype" not in str(caught.value)
