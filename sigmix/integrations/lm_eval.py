@@ -117,7 +117,7 @@ class SigmixLM(HFLM):
             check_writable(decisions)
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
         self.mix = None if mix == AUTO else read_mix(mix, experts)
-        letter_of(strategy or AUTO)  # raises before the base is loaded
+        letter = letter_of(strategy or AUTO)
         model, tokenizer = load_base(
             base, None if dtype == "auto" else dtype, device_of(device), quantization_config=quantization
         )
@@ -131,13 +131,10 @@ class SigmixLM(HFLM):
         )  # fmt: skip
         self.form, self._size = form, model.num_parameters()  # before the engine adds z
         self.engine = Engine(model, tokenizer, experts)
-        runner = TwoPass(self.engine, strategy or AUTO)
-        self.strategy = None
+        self._runner = TwoPass(self.engine, letter)
         if self.mix is not None:
             self.engine.z(self.mix)  # raises for an expert of another base
-        else:
-            self.strategy = runner.strategy
-        self._runner = runner
+        self.strategy = self._runner.strategy if self.mix is None else None
         self._decisions: dict[str, Decision] = {}
         self._decisions_file = None if decisions is None else Path(decisions)
         self._mix_counts: Counter[str] = Counter()

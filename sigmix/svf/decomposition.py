@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,11 +50,13 @@ class Factors:
         short: float32 [r, r], orthogonal; V if ``side == "in"``, U if ``side == "out"``; columns are components.
         s: float32 [r], singular values, descending, >= 0.
         side: "in" if m >= n (`short` acts on inputs), "out" if m < n (`short` acts on outputs).
+        checksum: of the cache entry; None without one.
     """
 
     short: torch.Tensor
     s: torch.Tensor
     side: str
+    checksum: str | None = None
 
     def scaled_long(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The long side scaled by s: W V = U diag(s) [m, r] if side is "in", (Uᵀ W)ᵀ = V diag(s) [n, r] otherwise."""
@@ -166,13 +168,14 @@ def cached_decompose(weight: torch.Tensor, digest: str | None = None, cache: boo
     path = cache_path(digest)
     if path.exists():
         found = read_factors(digest, (weight.shape[0], weight.shape[1]))
-        return Factors(found.short.to(weight.device), found.s.to(weight.device), found.side)
+        return replace(found, short=found.short.to(weight.device), s=found.s.to(weight.device))
     factors = decompose(weight)
     tensors = {"short": factors.short.cpu(), "s": factors.s.cpu()}
+    checksum = _checksum(tensors)
     with atomic_file(path) as temporary:
         # not save_file, which reports a full disk as an error of its own class that `atomic_file` cannot name
-        temporary.write_bytes(save(tensors, metadata={"method": METHOD, "check": _checksum(tensors)}))
-    return factors
+        temporary.write_bytes(save(tensors, metadata={"method": METHOD, "check": checksum}))
+    return replace(factors, checksum=checksum)
 
 
 def read_factors(digest: str, shape: tuple[int, int]) -> Factors:
@@ -186,10 +189,11 @@ def read_factors(digest: str, shape: tuple[int, int]) -> Factors:
         raise CacheError(
             f"the decomposition {path} is not in the cache", remedy="run `sigmix decompose --base …` of the original"
         )
-    return Factors(*_read(path, min(shape)), "in" if shape[0] >= shape[1] else "out")
+    short, s, checksum = _read(path, min(shape))
+    return Factors(short, s, "in" if shape[0] >= shape[1] else "out", checksum)
 
 
-def _read(path: Path, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(path: Path, r: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {"short": file.get_tensor("short"), "s": file.get_tensor("s")}
@@ -200,7 +204,7 @@ def _read(path: Path, r: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise _damaged(path, "its checksum does not match")
     with contextlib.suppress(OSError):  # a cache that is read-only simply keeps its time
         os.utime(path)
-    return tensors["short"], tensors["s"]
+    return tensors["short"], tensors["s"], str(expected)
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -85,6 +85,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.k: int | None = None
         self._cache = cache
         self._kept: torch.Tensor | None = None
+        self.checksum: str | None = None  # of the decomposition's cache entry
         self.merged_adapters: list[str] = []
         for name in ("svf_short", "svf_s", "svf_long"):
             self.register_buffer(name, None, persistent=False)
@@ -134,6 +135,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         dtype = self.dtype if self.dtype in (torch.float64, torch.float16, torch.bfloat16) else torch.float32
         self.svf_short = factors.short.to(device=self.device, dtype=dtype).contiguous()
         self.svf_s = factors.s.to(self.device)
+        self.checksum = factors.checksum
 
     def _long(self) -> torch.Tensor:
         # U diag(s) [m, r] or V diag(s) [n, r]; only the factored form needs it

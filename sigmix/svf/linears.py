@@ -68,7 +68,7 @@ def factors_of(module: nn.Module) -> Factors:
         return cached_decompose(matrix_of(module), layer_digest(module))
     module.ensure_factors()
     if module.svf_short is not None and module.svf_short.dtype in (torch.float32, torch.float64):
-        return Factors(module.svf_short.float(), module.svf_s, module.side)
+        return Factors(module.svf_short.float(), module.svf_s, module.side, module.checksum)
     digest = layer_digest(layer) if module._kept is None else None
     return cached_decompose(module.matrix(), digest, cache=module._cache)
 

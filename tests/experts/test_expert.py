@@ -13,9 +13,13 @@ import yaml
 from helpers_experts import adapted, made
 from helpers_tiny import build_tiny
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sigmix.errors import ExpertError, OutputError, UnknownNameError
+from sigmix.experts import expert as module
 from sigmix.experts.expert import Expert
+from sigmix.experts.metadata import thaw
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.tuner import svf_layers
 
@@ -247,3 +251,33 @@ def test_json_on_disk_is_versioned_and_holds_no_path_but_the_bases(tiny_llama, t
     assert found["z_sha256"] == expert.digest
     assert list(found)[-1] == "sketches"
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_sketches_are_computed_once_for_the_same_decompositions(cache, monkeypatch):
+    expert = made(build_tiny())
+    calls = []
+    real = module.sketch
+    monkeypatch.setattr(module, "sketch", lambda *args: calls.append(args[0]) or real(*args))
+    expert.check(adapted(build_tiny()))
+    assert sorted(calls) == sorted(expert.z)
+    calls.clear()
+    expert.check(adapted(build_tiny()))
+    assert not calls
+    expert.check(build_tiny())  # a base that is not adapted yet
+    assert sorted(calls) == sorted(expert.z)
+    # another sketch, another z, or another decomposition is computed again
+    path = min(expert.z)
+    sketches = thaw(expert.meta["sketches"])
+    sketches[path]["values"][0] += 2 * sketches[path]["norm"]
+    with pytest.raises(ExpertError, match=path):
+        replace(expert, meta={**expert.meta, "sketches": sketches}).check(adapted(build_tiny()))
+    with pytest.raises(ExpertError, match=path):
+        replace(expert, z={**expert.z, path: 2 - expert.z[path]}).check(adapted(build_tiny()))
+    for file in (cache / "svd").glob("*/*.safetensors"):
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors["short"] = tensors["short"].flip(1).contiguous()  # another order, with the same checksum
+        save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ExpertError, match="singular vectors"):
+        expert.check(adapted(build_tiny()))
