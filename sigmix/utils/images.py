@@ -1,9 +1,4 @@
-"""Images that tasks hand to models: known by their content, read when they are needed.
-
-A `Picture` is a file, bytes, a PIL image, or a way to get bytes (a row of a data set on disk). Its digest decides what
-counts as the same image; files are the same if their bytes are. Nothing here knows a model; Pillow is imported only to
-decode.
-"""
+"""Images for prompts: identified by content, decoded when needed (Pillow is imported only then)."""
 
 from __future__ import annotations
 
@@ -17,17 +12,15 @@ from typing import Any
 
 from sigmix.errors import DataError
 
-INSTALL = "pip install 'sigmix[vision]'"
-
 
 @dataclass(frozen=True)
 class Picture:
-    """One image.
+    """An image.
 
     Attributes:
-        digest: hex SHA-256 of its bytes (of mode, size and pixels for an image in memory).
-        name: for people: a file, a row of a data set.
-        source: where the bytes come from: a path, bytes, a function that returns bytes, or a PIL image itself.
+        digest: hex SHA-256 of its bytes (of mode, size and pixels for a PIL image).
+        name: for messages: a file, a row of a data set.
+        source: a path, bytes, a function that returns bytes, or a PIL image.
     """
 
     digest: str
@@ -35,12 +28,17 @@ class Picture:
     source: Any = field(compare=False, repr=False)
 
     def open(self) -> Any:
-        """The image as PIL's, in RGB.
+        """Return a PIL image in RGB.
 
         Raises:
-            DataError: it cannot be read or decoded, it changed since its digest was taken, or Pillow is missing.
+            DataError: it cannot be read or decoded, it has changed since its digest was taken, or Pillow is missing.
         """
-        Image = _pillow()
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise DataError(
+                "images need Pillow, which is not installed", remedy="pip install 'sigmix[vision]'"
+            ) from error
         if isinstance(self.source, Image.Image):
             return self.source.convert("RGB")
         content = _bytes(self.source, self.name)
@@ -55,38 +53,39 @@ class Picture:
 
 
 Shown = Picture | str | os.PathLike | bytes | Any
-"""What `pictures` takes for one image; the last is a PIL image."""
+"""What `picture` accepts; the last is a PIL image or a function that returns bytes."""
 
 
 def picture(image: Shown, name: str | None = None) -> Picture:
-    """An image as a `Picture`.
+    """Convert a path, bytes, a function that returns bytes, or a PIL image; a `Picture` is returned unchanged.
 
     Args:
-        image: a path, bytes, a function that returns bytes, a PIL image, or a `Picture`, which comes back as it is.
         name: for messages; default: the path.
 
     Raises:
-        DataError: there is no such file, or it is none of these.
+        DataError: no such file, or none of these types.
     """
     if isinstance(image, Picture):
         return image
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image).expanduser()
-        return Picture(hashlib.sha256(_bytes(path, str(path))).hexdigest(), name or str(path), path)
-    if isinstance(image, bytes) or callable(image):
-        name = name or "an image in memory"
+        image = Path(image).expanduser()
+        name = name or str(image)
+    name = name or "an image in memory"
+    if isinstance(image, (Path, bytes)) or callable(image):
         return Picture(hashlib.sha256(_bytes(image, name)).hexdigest(), name, image)
     if hasattr(image, "tobytes") and hasattr(image, "mode"):
-        total = hashlib.sha256(f"{image.mode} {image.size}\n".encode() + image.tobytes())
-        return Picture(total.hexdigest(), name or "an image in memory", image)
+        # the bytes of an image with a palette are indices into it
+        pixels = image.convert("RGB") if image.mode in ("P", "PA") else image
+        digest = hashlib.sha256(f"{image.mode} {image.size}\n".encode() + pixels.tobytes())
+        return Picture(digest.hexdigest(), name, image)
     raise DataError(f"{image!r:.80} is no image", remedy="give a file's path, its bytes, or a PIL image")
 
 
 def pictures(images: Shown | Sequence[Shown] | None) -> tuple[Picture, ...]:
-    """Several images, or one, or none."""
+    """Convert one image, several, or None."""
     if images is None:
         return ()
-    return tuple(picture(one) for one in (images if isinstance(images, (list, tuple)) else [images]))
+    return tuple(picture(image) for image in (images if isinstance(images, (list, tuple)) else [images]))
 
 
 def _bytes(source: Path | bytes | Callable[[], bytes], name: str) -> bytes:
@@ -98,11 +97,3 @@ def _bytes(source: Path | bytes | Callable[[], bytes], name: str) -> bytes:
         return source.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the image {name}: {error.strerror or error}", remedy="check the path") from error
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError("images need Pillow, which is not installed", remedy=INSTALL) from error
-    return Image

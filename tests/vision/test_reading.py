@@ -132,6 +132,9 @@ def test_several_images_in_one_prompt_keep_their_order():
     assert first != second
     answers = engine.generate([first, second], max_new_tokens=4)
     assert answers[0].ids != answers[1].ids
+    twice, other = (engine.encode("same?", images=[red, second]) for second in (red, shape("blue")))
+    (mine,), (theirs,) = (images.grid_positions(engine.model, [prompt]) for prompt in (twice, other))
+    assert torch.equal(mine, theirs)  # one image twice has the positions of two
 
 
 def test_vectors_that_were_dropped_are_made_again(monkeypatch):
@@ -223,13 +226,8 @@ def test_what_cannot_be_shown(tmp_path, tiny_tokenizer):
         encode(tiny_tokenizer, "what?", images=shape("red"))
     with pytest.raises(ConfigError, match="leave <image> out of the text"):
         engine.encode("what <image> is this?")
-    with pytest.raises(DataError, match=r"gone\.png: No such file"):
+    with pytest.raises(DataError, match=r"gone\.png"):
         engine.encode("what?", images=tmp_path / "gone.png")
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(DataError, match="cannot be read as an image"):
-        engine.encode("what?", images=tmp_path / "text.png")
-    with pytest.raises(DataError, match="3 is no image"):
-        engine.encode("what?", images=3)
     with pytest.raises(ContextError, match="prompt 0 has"):
         Engine(*_short()).generate([engine.encode("what?", images=shape("red"))], max_new_tokens=8)
 
@@ -237,13 +235,3 @@ def test_what_cannot_be_shown(tmp_path, tiny_tokenizer):
 def _short():
     model, processor = vlm(max_position_embeddings=40)
     return model, bind(processor)
-
-
-def test_a_file_that_changes_is_noticed(tmp_path):
-    file = tmp_path / "a.png"
-    shape("red").save(file)
-    known = picture(file)
-    assert known.open().mode == "RGB"
-    shape("blue").save(file)
-    with pytest.raises(DataError, match="changed while it was in use"):
-        known.open()
