@@ -26,7 +26,7 @@ from sigmix.tasks.graders import (
     score_final,
     score_yes_no,
     strict_number,
-    wrong_choices,
+    wrong_candidates,
 )
 from sigmix.tasks.registry import register
 
@@ -285,7 +285,13 @@ class ChoiceTask(BenchmarkTask):
         return score_choice(reply, sample.gold, sample.meta["choices"])
 
     def wrong_replies(self, sample: Sample) -> list[str]:
-        return [*super().wrong_replies(sample), *wrong_choices(sample.gold, list(sample.meta["choices"]))]
+        gold, labels = sample.gold, list(sample.meta["choices"])
+        other = next(label for label in reversed(labels) if label != gold)
+        traps = wrong_candidates(
+            labels, gold, "".join(labels), gold + other, f"({gold}) ({other})", f"Both {gold} and {other}",
+            f"The answer is {other}, because {gold} is wrong.",
+        )  # fmt: skip
+        return [*super().wrong_replies(sample), *traps]
 
 
 def _arc(level: str) -> type[ChoiceTask]:
@@ -355,8 +361,6 @@ class BoolQ(BenchmarkTask):
         return score_yes_no(reply, sample.gold)
 
     def wrong_replies(self, sample: Sample) -> list[str]:
-        gold, other = sample.gold, "no" if sample.gold == "yes" else "yes"
-        return [
-            *super().wrong_replies(sample), other, f"{gold} or {other}", f"{gold}/{other}", f"{other}, not {gold}",
-            f"{gold} and {other}", f"{gold}{gold}", "true", "false",
-        ]  # fmt: skip
+        gold = sample.gold
+        traps = wrong_candidates(("yes", "no"), gold, "yes/no", f"{gold}{gold}", "true", "false")
+        return [*super().wrong_replies(sample), *traps]

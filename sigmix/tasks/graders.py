@@ -28,6 +28,16 @@ from sigmix.tasks.base import Score
 FINAL_PUNCTUATION = ".!?"
 
 
+def wrong_candidates(candidates: Sequence[str], gold: str, *more: str) -> list[str]:
+    """Return replies that a search for gold would accept: the other candidates, texts that name several, ``more``."""
+    others = [candidate for candidate in candidates if candidate != gold]
+    return [
+        *others, " ".join(candidates), ", ".join(candidates), " or ".join(candidates), f"{gold} or {others[0]}",
+        f"{others[0]} or {gold}", f"{others[0]} and {gold}", f"{others[0]}, not {gold}", f"not {gold} but {others[0]}",
+        f"not {others[0]} but {gold}", *more,
+    ]  # fmt: skip
+
+
 def normalise(text: str, *, casefold: bool = True) -> str:
     """Return ``text`` in NFC, stripped, white space collapsed, casefolded, without one final ".", "!" or "?"."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
@@ -144,17 +154,6 @@ def score_choice(reply: str, gold: str, texts: Mapping[str, str]) -> Score:
     """Compare `parse_choice` with the gold label; ``texts`` maps every label shown to its choice."""
     label = parse_choice(reply, list(texts), texts)
     return Score.of(label == gold, label, f"expected {gold}" if label else "the reply is not one label")
-
-
-def wrong_choices(gold: str, labels: Sequence[str]) -> list[str]:
-    """Return replies that a search for the gold label would accept."""
-    others = [label for label in labels if label != gold]
-    return [
-        *others, "".join(labels), " ".join(labels), ", ".join(labels), f"{gold} or {others[0]}",
-        f"{others[0]} or {gold}", f"{gold}{others[0]}", f"Not {gold}", f"{others[0]}, not {gold}",
-        f"The answer is {others[-1]}, because {gold} is wrong.", f"({gold}) ({others[0]})",
-        f"Both {gold} and {others[0]}",
-    ]  # fmt: skip
 
 
 def score_yes_no(reply: str, gold: str) -> Score:

@@ -144,7 +144,7 @@ def _factory(name: str) -> tuple[Factory, dict[str, Any]]:
     if name.startswith("rg:"):
         from sigmix.tasks import procedural
 
-        return procedural.make, {"dataset": name.removeprefix("rg:")}
+        return procedural.ReasoningGymTask, {"dataset": name.removeprefix("rg:")}
     if name in _built_ins():
         return _built_in[name], {}
     points = _entry_points()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.benchmarks import BenchmarkTask
 from sigmix.tasks.data import Row
-from sigmix.tasks.graders import most_agreed, normalise_vqa, one_of, vqa_accuracy
+from sigmix.tasks.graders import most_agreed, normalise_vqa, one_of, vqa_accuracy, wrong_candidates
 from sigmix.tasks.registry import register
 from sigmix.utils.images import Picture, picture
 
@@ -74,11 +74,8 @@ class EasyVQA(ImageQuestionTask):
 
     def wrong_replies(self, sample: Sample) -> list[str]:
         gold = sample.gold
-        others = [answer for answer in self.answers if answer != gold]
-        return [
-            *super().wrong_replies(sample), *others, ", ".join(self.answers), f"{gold} or {others[0]}",
-            f"{others[0]} or {gold}", f"{gold} {gold}", f"The shape is not {gold}, it is {others[0]}.",
-        ]  # fmt: skip
+        traps = wrong_candidates(self.answers, gold, f"{gold} {gold}", f"The shape is not {gold}, it is round.")
+        return [*super().wrong_replies(sample), *traps]
 
 
 class AgreementTask(ImageQuestionTask):

@@ -7,8 +7,8 @@ import random
 import re
 
 from sigmix.tasks.base import Score
-from sigmix.tasks.graders import strict_number
-from sigmix.tasks.skills.base import NUMBER_ONLY, Item, skill, wrong_candidates
+from sigmix.tasks.graders import strict_number, wrong_candidates
+from sigmix.tasks.skills.base import NUMBER_ONLY, Item, skill
 
 
 def number_or_equation(reply: str, gold: str, left: str) -> Score:

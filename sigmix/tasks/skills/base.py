@@ -6,7 +6,7 @@
         return Item(f"What is twice {a}? Answer with the number only.", str(2 * a), wrong=[str(a)])
 
 Rules for a skill: no constant reply wins, no candidate's position gives the answer away, and ``wrong`` holds the
-replies that a lax grader would accept (see `wrong_candidates`).
+replies that a lax grader would accept (see `sigmix.tasks.graders.wrong_candidates`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,15 +45,6 @@ class Item:
     wrong: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     key: str | None = None
-
-
-def wrong_candidates(candidates: Sequence[str], gold: str, *more: str) -> list[str]:
-    """Return the other candidates, texts that name several, ``more`` (false sentences): replies that must score 0."""
-    others = [candidate for candidate in candidates if candidate != gold]
-    return [
-        *others, " ".join(candidates), ", ".join(candidates), " or ".join(candidates), f"{gold} or {others[0]}",
-        f"{others[0]} and {gold}", f"not {gold} but {others[0]}", f"not {others[0]} but {gold}", *more,
-    ]  # fmt: skip
 
 
 class SkillTask(ProceduralTask):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import random
 
-from sigmix.tasks.graders import exact, one_of
-from sigmix.tasks.skills.base import ONE_WORD, Item, skill, wrong_candidates
+from sigmix.tasks.graders import exact, one_of, wrong_candidates
+from sigmix.tasks.skills.base import ONE_WORD, Item, skill
 from sigmix.tasks.skills.words import CATEGORIES, NAMES, NONSENSE
 
 logic = functools.partial(skill, domain="logic")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import random
 
-from sigmix.tasks.graders import exact, strict_number
-from sigmix.tasks.skills.base import NUMBER_ONLY, ONE_WORD, Item, skill, wrong_candidates
+from sigmix.tasks.graders import exact, strict_number, wrong_candidates
+from sigmix.tasks.skills.base import NUMBER_ONLY, ONE_WORD, Item, skill
 from sigmix.tasks.skills.words import COLOURS, GOODS, NAMES, OBJECTS, PLACES
 
 reading = functools.partial(skill, domain="reading")

@@ -10,8 +10,8 @@ import functools
 import random
 from collections import defaultdict
 
-from sigmix.tasks.graders import exact
-from sigmix.tasks.skills.base import ONE_WORD, Item, skill, wrong_candidates
+from sigmix.tasks.graders import exact, wrong_candidates
+from sigmix.tasks.skills.base import ONE_WORD, Item, skill
 from sigmix.tasks.skills.words import COMMON, OPPOSITES, PLURALS
 
 wording = functools.partial(skill, domain="words", grader=exact)
