@@ -44,12 +44,12 @@ def test_the_harness_asks_what_the_engine_asks(place):
 
 def test_the_harness_is_told_what_cannot_be_asked(place):
     model = harness_model(place)
-    with pytest.raises(ConfigError, match="holds <image>, which stands for an image"):
+    with pytest.raises(ConfigError, match="<image>"):
         model.apply_chat_template([{"role": "user", "content": "what is <image>?"}])
-    with pytest.raises(ConfigError, match="holds <image>"):
+    with pytest.raises(ConfigError, match="<image>"):
         model.tok_encode("what is <image>?")
     model.tokenizer.sigmix_processor.chat_template = None
-    with pytest.raises(ConfigError, match="has no chat template -> leave --apply_chat_template out"):
+    with pytest.raises(ConfigError, match="--apply_chat_template"):
         model.chat_template(True)
 
 

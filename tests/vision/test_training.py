@@ -62,12 +62,16 @@ def trainer(folder, task, seed=1, **changes):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def task(tmp_path_factory):
+    return colour_task(tmp_path_factory.mktemp("task"), 90)
+
+
+@pytest.fixture(scope="module")
+def trained(task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("colour")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(folder / "cache"))
         torch.set_num_threads(1)
-        task = colour_task(folder, 90)
         made, log = trainer(folder / "run", task)
         before = fingerprint(made.policy.model, fresh=True)
         expert = made.fit()
@@ -89,6 +93,7 @@ def shown_instead(samples, images):
     ]
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_held_out_images_are_answered(trained):
     made, expert, log, task = trained
     rewards = [entry["reward"] for entry in log if entry["kind"] == "step"]
@@ -102,6 +107,7 @@ def test_the_reward_rises_and_held_out_images_are_answered(trained):
     assert all(path.startswith("model.language_model.layers.") for path in expert.z)
 
 
+@pytest.mark.slow
 def test_what_it_learnt_is_to_look(trained):
     from PIL import Image
 
@@ -121,16 +127,11 @@ def test_what_it_learnt_is_to_look(trained):
     assert follows > 0.8
 
 
-def test_a_resumed_run_with_images_is_the_same_run(trained, tmp_path):
-    _, _, _, task = trained
+def test_a_resumed_run_with_images_is_the_same_run(task, tmp_path):
     small = {
-        "max_steps": 2,
-        "eval_steps": 1,
-        "max_eval_samples": 1,
-        "generation_batch_size": 4,
-        "num_generations": 2,
+        "max_steps": 2, "eval_steps": 1, "max_eval_samples": 1, "generation_batch_size": 4, "num_generations": 2,
         "beta": 0.1,
-    }
+    }  # fmt: skip
     whole, _ = trainer(tmp_path / "whole", task, **small)
     whole.fit()
     halted, _ = trainer(tmp_path / "halted", task, **small)
@@ -155,11 +156,10 @@ def test_a_resumed_run_with_images_is_the_same_run(trained, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llava_next", "qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("objective", ["reinforce", "sft"])
-def test_a_step_on_other_kinds_of_models(trained, tmp_path, kind, objective):
+def test_a_step_on_other_kinds_of_models(task, tmp_path, kind, objective):
     """The log-probabilities that training sees are those of the model's own pass over prompt, image and answer."""
     from sigmix.engine.prefix_cache import answer_logits, prefill
 
-    task = trained[3]
     model, processor = vlm(kind, max_position_embeddings=512)
     config = TrainConfig(
         task="easy_vqa", base="tiny", max_steps=1, generation_batch_size=4, num_generations=2, learning_rate=0.05,
