@@ -25,7 +25,7 @@ from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
-BASE = "base"
+BASE = Mix.base().id
 """Arm of the base model."""
 
 PRIOR = 4.0

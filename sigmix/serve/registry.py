@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sigmix.adapt.two_pass import AUTO
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import check_name
 from sigmix.experts.mix import Mix
 from sigmix.serve.store import Store
 
-AUTO, BASE = "auto", "base"
+BASE = Mix.base().id
 
 MAX_MIXES_PER_CLIENT = 100
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from sigmix.adapt.two_pass import AUTO
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
@@ -26,7 +27,7 @@ from sigmix.serve.protocol import (
     api_error,
     rate_limited,
 )
-from sigmix.serve.registry import AUTO, BASE
+from sigmix.serve.registry import BASE
 from sigmix.serve.request import RequestHandler
 from sigmix.serve.service import Service
 

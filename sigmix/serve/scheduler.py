@@ -426,11 +426,14 @@ class Scheduler:
             self._finish(request, Failed(code, message))
         if code == "closing":
             with self._wake:
-                queued = list(self.queue)
+                self._stopped = True
+                queued, calls = list(self.queue), list(self._calls)
                 for request in queued:
                     self.queue.remove(request)
             for request in queued:
                 request.on_event(Failed(code, message))
+            for future, _ in calls:
+                future.set_exception(ClosingError())
 
 
 # --- Sharing the engine between threads

@@ -365,6 +365,28 @@ def test_closing_gives_up_after_the_timeout(start):
     assert queued.wait()[-1].code == "closing"
 
 
+def test_calls_at_shutdown_do_not_block(start):
+    entered, release = threading.Event(), threading.Event()
+    scheduler = start()
+
+    def block() -> None:
+        entered.set()
+        release.wait(20)
+
+    scheduler.call(block)
+    assert entered.wait(20)
+    pending = scheduler.call(lambda: 1)
+    closing = threading.Thread(target=scheduler.close, args=(0,))
+    closing.start()
+    wait_until(lambda: scheduler._stopped)
+    release.set()
+    with pytest.raises(ClosingError):
+        pending.result(20)
+    with pytest.raises(ClosingError):
+        scheduler.call(lambda: 1)
+    closing.join(20)
+
+
 # --- Sharing the engine
 
 
