@@ -89,7 +89,7 @@ def run(
 
     def swap(_: int) -> None:
         for text, mix in zip(texts, mixes, strict=True):
-            engine.generate([text], mix, max_new_tokens=new_tokens)
+            engine.generate([text], mix, max_new_tokens=new_tokens, form="merged")
 
     def asked(mix: list[Mix] | None = None, form: str | None = None) -> Callable[[int], None]:
         def ask(_: int) -> None:

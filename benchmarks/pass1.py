@@ -39,13 +39,13 @@ def run(
     texts = prompts(engine, rows)
     runners, left_out = {}, {}
     for letter, kind in STRATEGIES.items():
-        ends, engine.ends = engine.ends, [engine.tokenizer.eos_token_id]  # labels end with it
+        ends, engine.eos_token_ids = engine.eos_token_ids, [engine.tokenizer.eos_token_id]  # labels end with it
         try:
             runners[letter] = TwoPass(engine, kind(engine))
         except InputError as error:
             left_out[letter] = str(error)
             say(f"{letter} is left out: {error}")
-        engine.ends = ends
+        engine.eos_token_ids = ends
     if not runners:
         raise SigmixError("the bank has nothing for any strategy")
     times: dict[str, list[tuple[float, float]]] = {letter: [] for letter in runners}

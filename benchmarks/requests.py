@@ -20,7 +20,7 @@ def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = No
     """An engine over the bundled bank (or another one) whose answers never end early."""
     model, tokenizer = load_base(base, dtype)
     engine = Engine(model, tokenizer, Bank.bundled() if bank is None else bank, **options)
-    engine.ends = []  # so that every contestant makes the same number of tokens
+    engine.eos_token_ids = []  # so that every contestant makes the same number of tokens
     return engine
 
 

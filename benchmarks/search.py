@@ -15,7 +15,7 @@ from benchmarks.harness import Aim, device, interleaved, ratio, report
 from benchmarks.requests import bundled_engine, mixtures
 from sigmix.adapt.base import skills
 from sigmix.adapt.few_shot import Example, FewShotSearch
-from sigmix.engine.tokenization import end_ids
+from sigmix.engine.tokenization import eos_token_ids
 from sigmix.errors import SigmixError
 from sigmix.models.default import DEFAULT
 from sigmix.tasks.registry import get_task
@@ -38,7 +38,7 @@ def run(
     """
     where = device()
     engine = bundled_engine(base, dtype, bank, keep_merged=0)
-    engine.ends = end_ids(engine.model, engine.tokenizer)
+    engine.eos_token_ids = eos_token_ids(engine.model, engine.tokenizer)
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     names = skills(engine.bank)
     task = get_task(engine.bank[names[0]].meta["task"])

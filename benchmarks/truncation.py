@@ -2,8 +2,7 @@
 
 A plan is fitted on training prompts of the bank's tasks, and cut to a series of error budgets. For each: the expected
 error, the KL from the exact model to the truncated one in nats per answer token, on validation prompts under random
-mixtures of all experts, and the speed of a mixed batch against the same batch on the base. Beside it the plain way:
-the singular components with the most energy for their cost, over all matrices under one budget, without calibration.
+mixtures of all experts, and the speed of a mixed batch against the same batch on the base.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ from benchmarks.harness import device, interleaved, ratio, report, say
 from benchmarks.requests import bundled_engine, mixtures, prompts
 from sigmix.adapt.base import skills
 from sigmix.engine.prefix_cache import left_pad
-from sigmix.engine.truncation import Calibration, Truncation, fit, keep_components
+from sigmix.engine.truncation import Calibration, Truncation, fit
 from sigmix.evals.plots import figure, save_png
 from sigmix.models.default import DEFAULT
 
 BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
-
-
-COMPONENTS = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 
 class Divergence:
@@ -84,19 +80,12 @@ def run(
     where = device()
     engine = bundled_engine(base, dtype, bank)
     where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
-    names = skills(engine.bank)
-    mixes = mixtures(names, rows)
+    mixes = mixtures(skills(engine.bank), rows)
     held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]
     divergence = Divergence(engine, held_out, mixes, new_tokens)
     points = [{"kind": "base", "cost": 0.0, "error": 1.0, "kl": divergence.of(None, None)}]
     # what rounding alone does: another exact form
     points.append({"kind": "exact, gain form", "cost": None, "error": 0.0, "kl": divergence.of(mixes, "gain")})
-    for budget in COMPONENTS:
-        lost, cost = keep_components(engine, names, budget)
-        kl = divergence.of(mixes, "truncated")
-        points.append({"kind": "components", "error": lost, "cost": cost, "kl": kl})
-        say(f"components: {cost:.1%} more work, expected error {lost:.1%}: KL {kl:.4f}")
-    keep_components(engine, names, 0.0)
     calibration = calibrate(engine, count)
     plans = {f"budget_{budget}": calibration.plan(budget) for budget in BUDGETS}
     for name, plan in plans.items():
@@ -134,9 +123,8 @@ def plot(result: Mapping[str, Any], path: str | Path) -> None:
     points = result["raw"]["points"]
     canvas = figure(7, 4.5)
     axes = canvas.add_subplot()
-    for kind, mark in (("components", "s"), ("subspaces", "o")):
-        chosen = [one for one in points if one["kind"] == kind]
-        axes.plot([100 * one["cost"] for one in chosen], [one["kl"] for one in chosen], marker=mark, label=kind)
+    plans = [one for one in points if one["kind"] == "subspaces"]
+    axes.plot([100 * one["cost"] for one in plans], [one["kl"] for one in plans], marker="o", label="subspaces")
     for one in points[:2]:
         axes.axhline(one["kl"], linestyle=":", color="grey")
         axes.text(0, one["kl"], one["kind"], va="bottom")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sigmix.engine.generation import Row
+from sigmix.engine.generation import SequenceState
 from sigmix.engine.prefix_cache import answer_logits, prefill
 from sigmix.tasks.base import Sample
 from sigmix.train.objectives import token_stats
@@ -19,7 +19,7 @@ Under = Callable[[], AbstractContextManager[Any]]
 
 
 def divergence(
-    model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[Row], under: Under, reference: Under
+    model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[SequenceState], under: Under, reference: Under
 ) -> float:
     """Mean exact KL(π‖π₀) in nats per token, over the tokens of replies.
 

@@ -249,12 +249,13 @@ class FewShotSearch:
         if granularity == "z":
             if method != "swarm":
                 raise ConfigError(f"granularity z needs the swarm, not {method}", remedy="method='swarm'")
-            self.space = ZSpace(engine.states.layout, {name: engine.states.z(Mix.one(name)) for name in names})
+            self.space = ZSpace(engine.execution.layout, {name: engine.execution.z(Mix.one(name)) for name in names})
         else:
             self.space = AlphaSpace(names, tuple(engine.layers), granularity, normalised, low, high)
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
+        end = engine.eos_token_ids[:1]
         self.answers = [
-            [*engine.tokenizer.encode(one.gold, add_special_tokens=False), *engine.ends[:1]] for one in self.examples
+            [*engine.tokenizer.encode(one.gold, add_special_tokens=False), *end] for one in self.examples
         ]
         self.rows = [engine.encode(one.prompt, images=one.images) for one in self.examples]
         self.values: dict[str, tuple[float, float]] = {}

@@ -24,7 +24,7 @@ from scipy.optimize import minimize_scalar
 
 from sigmix.adapt.base import OTHER, Decision, check_bank, decide_within, labels
 from sigmix.engine import Engine
-from sigmix.engine.scoring import decoder_layers, hidden
+from sigmix.engine.scoring import decoder_layers, hidden_states
 from sigmix.engine.tokenization import context_length
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
 from sigmix.experts.expert import Expert
@@ -167,7 +167,7 @@ class ProbeDispatch:
 
     def _decide(self, rows: list[list[int]]) -> list[Decision]:
         started = time.perf_counter()
-        states = hidden(self.engine, rows, [self.probe.depth], self.batch_size)[:, 0]
+        states = hidden_states(self.engine, rows, [self.probe.depth], self.batch_size)[:, 0]
         probabilities = self.probe.probabilities(states).tolist()
         seconds = (time.perf_counter() - started) / len(rows)
         return [self._decision(row, len(ids), seconds) for row, ids in zip(probabilities, rows, strict=True)]
@@ -262,7 +262,7 @@ def _features(
     """Return hidden states float64 [N, D, d] and label indices [N]."""
     texts = [text for name in names for text in prompts[name]]
     targets = [number for number, name in enumerate(names) for _ in prompts[name]]
-    return hidden(engine, texts, depths).double().numpy(), np.array(targets)
+    return hidden_states(engine, texts, depths).double().numpy(), np.array(targets)
 
 
 def _temperature(logits: np.ndarray, targets: np.ndarray) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_within, labels
 from sigmix.engine import Engine
-from sigmix.engine.constrained import Choices
+from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.scoring import next_logits
 from sigmix.engine.tokenization import context_length
 from sigmix.experts.expert import Expert
@@ -64,7 +64,8 @@ class PromptDispatch:
         self.labels = labels(self.bank)
         check_bank(engine, self.bank)
         engine.z(self.mix)
-        self.choices = Choices.of(engine.tokenizer, [label.name for label in self.labels], engine.ends)
+        names = [label.name for label in self.labels]
+        self.trie = TokenTrie.from_texts(engine.tokenizer, names, engine.eos_token_ids)
         one, two = self._encode("a"), self._encode("7 b")
         self.prefix = one[: next(place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)]
         self.prior = torch.zeros(len(self.labels))
@@ -81,21 +82,21 @@ class PromptDispatch:
             return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
         limit = context_length(self.engine.model)
         if limit is not None:
-            limit -= max(map(len, self.choices.replies))
+            limit -= max(map(len, self.trie.replies))
         return decide_within([self._encode(text) for text in prompts], limit, self._decide)
 
     def _encode(self, request: str) -> list[int]:
         return self.engine.encode(question(self.labels, request))
 
     def _scores(self, rows: list[list[int]]) -> tuple[torch.Tensor, list[int]]:
-        replies = self.choices.replies
+        replies = self.trie.replies
         scores = torch.zeros(len(rows), len(replies))
         tokens = [0] * len(rows)
         if len(replies) == 1:
             return scores, tokens
-        cached = len(self.prefix) if self.engine.prefixes.usable(self.prefix) else 0
-        for stem in self.choices.branches():
-            options = self.choices.after(stem)
+        cached = len(self.prefix) if self.engine.prefix_cache.usable(self.prefix) else 0
+        for stem in self.trie.branches():
+            options = self.trie.allowed(stem)
             tokens = [count + len(row) - cached + len(stem) for count, row in zip(tokens, rows, strict=True)]
             logits = next_logits(
                 self.engine, [[*row, *stem] for row in rows], self.mix, start=self.prefix, batch_size=self.batch_size

@@ -1,70 +1,74 @@
-"""Replies out of a given list only: which tokens may follow which, for scoring, sampling and the loss."""
+"""Constrained decoding over a list of allowed replies, for scoring, sampling and the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sigmix.errors import ConfigError
 
-NEVER = -1e9
-"""Logit of a token that may not follow; finite, so that differences of logarithms stay numbers."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MASKED = -1e9
+"""Logit of a masked token; finite, so that differences of log-probabilities stay finite."""
 
 
-class Choices:
-    """A tree of the allowed replies.
+class TokenTrie:
+    """Trie of the allowed replies.
 
     Args:
-        replies: token ids of each, the end token included, so that none is the beginning of another.
+        replies: token ids of each, the end token included, so that none is a prefix of another.
     """
 
     def __init__(self, replies: Sequence[Sequence[int]]) -> None:
         self.replies = [tuple(ids) for ids in replies]
-        self._next: dict[tuple[int, ...], set[int]] = {}
+        self._children: dict[tuple[int, ...], set[int]] = {}
         for ids in self.replies:
             for place in range(len(ids)):
-                self._next.setdefault(ids[:place], set()).add(ids[place])
+                self._children.setdefault(ids[:place], set()).add(ids[place])
 
     @classmethod
-    def of(cls, tokenizer: Any, texts: Sequence[str], ends: Sequence[int]) -> Choices:
-        """From texts.
+    def from_texts(
+        cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], eos_token_ids: Sequence[int]
+    ) -> TokenTrie:
+        """Tokenize the replies and close each with the first end token.
 
         Raises:
-            ConfigError: the tokenizer cannot tell two of them apart, or has nothing for one.
+            ConfigError: two texts have the same tokens, or one has none.
         """
-        end = list(ends[:1])
+        end = list(eos_token_ids[:1])
         replies = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text in texts]
         if len({tuple(ids) for ids in replies}) < len(replies) or min(map(len, replies)) <= len(end):
             raise ConfigError(
-                f"the tokenizer cannot tell the labels {', '.join(texts)} apart",
+                f"the labels {', '.join(texts)} need distinct, non-empty token ids",
                 remedy="rename the experts or their domains",
             )
         return cls(replies)
 
-    def after(self, ids: Sequence[int]) -> list[int]:
-        """Tokens that may follow, sorted; none after a whole reply."""
-        return sorted(self._next.get(tuple(ids), ()))
+    def allowed(self, prefix: Sequence[int]) -> list[int]:
+        """Tokens that may follow a prefix, sorted; none after a complete reply."""
+        return sorted(self._children.get(tuple(prefix), ()))
 
     def branches(self) -> list[tuple[int, ...]]:
-        """Every beginning after which several different tokens can follow, shortest first."""
-        return sorted((stem for stem, options in self._next.items() if len(options) > 1), key=len)
+        """PrefixCache that several tokens may follow, shortest first."""
+        return sorted((prefix for prefix, tokens in self._children.items() if len(tokens) > 1), key=len)
 
-    def constrain(self, logits: torch.Tensor, stems: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits [N, V] with all but the tokens that may follow ``stems`` [N] at `NEVER`; gradients flow to the rest.
+    def constrain(self, logits: torch.Tensor, prefixes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Mask logits [N, V] of all tokens that may not follow ``prefixes`` [N]; gradients flow to the others.
 
-        A row whose stem is no beginning of a reply stays as it is.
+        A row whose prefix is not in the trie is unchanged.
         """
-        blocked = torch.zeros(logits.shape, dtype=torch.bool)
-        for row, stem in enumerate(stems):
-            if options := self.after(stem):
-                blocked[row] = True
-                blocked[row, options] = False
-        return logits.masked_fill(blocked.to(logits.device), NEVER)
+        masked = torch.zeros(logits.shape, dtype=torch.bool)
+        for row, prefix in enumerate(prefixes):
+            if tokens := self.allowed(prefix):
+                masked[row] = True
+                masked[row, tokens] = False
+        return logits.masked_fill(masked.to(logits.device), MASKED)
 
     def constrain_answers(self, logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """The same for logits [N, C, V] that predict each token of answers [N, C]."""
-        rows = answers.tolist()
-        stems = [row[:place] for row in rows for place in range(answers.shape[1])]
-        return self.constrain(logits.flatten(0, 1), stems).view(logits.shape)
+        """Mask logits [N, C, V] that predict each token of answers [N, C]."""
+        prefixes = [row[:place] for row in answers.tolist() for place in range(answers.shape[1])]
+        return self.constrain(logits.flatten(0, 1), prefixes).view(logits.shape)

@@ -1,276 +1,154 @@
-"""Continuous batching: answers join and leave between decoding steps, each under a mix of its own.
+"""Continuous batching: sequences join and leave between decoding steps, each under its own mixture.
 
-`Engine.generate` starts and ends a batch as a whole; here a server's requests share steps as they come. What a row
-answers does not depend on the others in its batch, up to the rounding of batched matmuls.
+`Engine.generate`, `Engine.stream` and the server's scheduler run on it. A sequence's tokens do not depend on the others
+in its batch, up to the rounding of batched matmuls.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
-from sigmix.engine.engine import Engine
-from sigmix.engine.generation import choose, uniforms
-from sigmix.engine.kv_cache import Prefilled, Slots
-from sigmix.engine.prefix_cache import Entry, StoredPrefix, prefill
+from sigmix.engine.generation import DecodingBatch, SequenceState
+from sigmix.engine.prefix_cache import Entry, StoredPrefix, prefill, read_prefix
+from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
 
-CHUNK = 512
-"""Prompt tokens that are read between two decoding steps; a longer prompt takes several turns."""
+if TYPE_CHECKING:
+    from sigmix.engine.engine import Engine
+
+CHUNK_TOKENS = 512
+"""Prompt tokens that are read between two decoding steps; longer prompts take several chunks."""
 
 
-MERGE_AFTER = 32
-"""Steps under one mix after which its weights are merged: about as many as the factored form needs to lose the time
-that merging takes (half a second on two cores, at eight rows of the default base). So a mix that soon goes never pays
-for it, and one that stays pays little more than twice what it would have had to."""
+class ContinuousBatch(DecodingBatch):
+    """Decoding batch of an engine.
 
-
-MIXES = 1000
-"""How many mixes such steps are counted of."""
-
-
-Take = Callable[[int, float, list[tuple[int, float]]], bool]
-"""(token id, its natural log-probability, the most probable tokens with theirs) -> whether the answer ends here."""
-
-
-@dataclass(eq=False)
-class Member:
-    """One answer under way.
-
-    Attributes:
-        ids: the prompt. mix: what answers. max_new_tokens, temperature, top_p, seed: see `SamplingParams`.
-        top: how many of the most probable tokens `take` is told. take: called with every token.
-        remember: keep what was read, so that a prompt that goes on from this answer is not read again as a whole.
-        answer: token ids so far. context: whatever the caller wants to find here again.
-        finish: "" while it goes on, then "stop", "length" or "error" (the logits were not finite).
-    """
-
-    ids: list[int]
-    mix: Mix
-    take: Take
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    top: int = 0
-    remember: bool = False
-    finish: str = ""
-    answer: list[int] = field(default_factory=list)
-    context: Any = None
-    draws: torch.Tensor | None = field(default=None, repr=False)
-
-
-class Running:
-    """A batch of members that changes between steps.
+    The engine stays in the batch's state between steps; `release` frees it for other uses, and the next step resumes.
+    As a context manager it releases the engine at the end.
 
     Args:
-        engine: an `Engine`; while a step is under way nothing else may use it, and `rest` lets others use it.
-        form: how several mixes are computed: "factored" or "gain" (exact), or "truncated", see `States.under`; steps
-            with an expert that the truncation was not fitted for are factored.
+        form: see `Execution.choose`.
+        chunked: read long prompts in chunks between the steps, and reuse cached conversations; False: read all prompts
+            in one pass.
     """
 
-    def __init__(self, engine: Engine, form: str = "factored") -> None:
-        self.engine, self.form = engine, engine.states.mixed if form == "factored" else form
-        self.members: list[Member] = []
-        self.slots = Slots()
-        self._reading: list[tuple[Member, DynamicCache, int]] = []
-        self._next: list[int] = []
+    def __init__(self, engine: Engine, form: str | None = None, *, chunked: bool = True) -> None:
+        super().__init__(engine.model, engine.eos_token_ids)
+        self.engine, self.form, self.chunked = engine, form, chunked
+        self._pending: list[tuple[SequenceState, DynamicCache, int]] = []  # prompts read up to a number of tokens
+        self._finished: list[tuple[Mix, list[int], Entry]] = []  # for the prefix cache, at the next release
         self._stack = ExitStack()
-        self._keep: Any = None
-        self._order: list[int] | None = None  # rows of the state that is entered; None: none is
-        self._kept: list[tuple[Mix, list[int], Entry]] = []  # what was read of answers that ended, until the next rest
-        self._only: Mix | None = None  # the one mix of the state that is entered, if its weights are not merged
-        self._paid: Counter[Mix] = Counter()  # steps under one mix since its weights were merged
+        self._state_id = 0
+
+    def __enter__(self) -> ContinuousBatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def __len__(self) -> int:
-        return len(self.members) + len(self._reading)
-
-    # ------------------------------------------------------------------ joining
+        return len(self.sequences) + len(self._pending)
 
     @torch.no_grad()
-    def join(self, members: Sequence[Member]) -> None:
-        """Read prompts and choose their first tokens; long ones are read in the steps to come.
+    def add(self, sequences: Sequence[SequenceState]) -> None:
+        """Read prompts and choose their first tokens; long prompts are read during the following steps.
 
-        Prompts must not be empty, and must fit the context with their answers.
+        Prompts must not be empty, and must fit the context together with their answers.
         """
-        self.rest()
-        short = []
-        for member in members:
-            known = self.engine.known_beginning(member.ids, member.mix, self._form([member.mix]))
-            if known is not None:
-                self._reading.append((member, known.cache, len(known.ids)))
-            elif len(member.ids) > CHUNK:
-                self._reading.append((member, DynamicCache(config=self.engine.model.config), 0))
+        self.release()
+        whole = []
+        for one in sequences:
+            prefix = self.engine.cached_prefix(one.prompt_ids, one.mix, self.form) if self.chunked else None
+            if prefix is not None:
+                self._pending.append((one, prefix.cache, len(prefix.ids)))
+            elif self.chunked and len(one.prompt_ids) > CHUNK_TOKENS:
+                self._pending.append((one, DynamicCache(config=self.model.config), 0))
             else:
-                short.append(member)
-        for part in _alike(short):
-            mixes = [member.mix for member in part]
-            with self.engine.under(mixes, self._form(mixes)) as keep:
-                state = self.engine.read([member.ids for member in part], mixes, keep)
-                self._start(part, state)
-
-    def _start(self, members: Sequence[Member], state: Prefilled) -> None:
-        tokens = self._choose(members, state.logits)
-        stay = [place for place, member in enumerate(members) if not member.finish]
-        if not stay:
-            return
-        if len(stay) < len(members):
-            keep = torch.tensor(stay, device=state.mask.device)
-            state.cache.batch_select_indices(keep)
-            state = Prefilled(state.cache, state.mask[keep], state.logits[keep], state.lengths[keep])
-        self.slots.join(state)
-        self.members += [members[place] for place in stay]
-        self._next += [tokens[place] for place in stay]
-
-    def _read_on(self, budget: int) -> int:
-        """The next part, of up to ``budget`` tokens, of the prompt that came first; returns its tokens."""
-        member, cache, done = self._reading[0]
-        part = member.ids[done : done + budget]
-        with self.engine.under([member.mix], self._form([member.mix])) as keep:
-            start = StoredPrefix(tuple(member.ids[:done]), cache) if done else None
-            if done + len(part) < len(member.ids):
-                model = self.engine.model
-                device = model.get_input_embeddings().weight.device
-                none = torch.empty(0, dtype=torch.long, device=device)
-                model(
-                    input_ids=torch.tensor([part], device=device), past_key_values=cache, use_cache=True,
-                    logits_to_keep=none,
-                )  # fmt: skip
-                self._reading[0] = (member, cache, done + len(part))
-                return len(part)
-            self._reading.pop(0)
-            self._start([member], prefill(self.engine.model, [member.ids], self.engine.pad_id, keep is None, start))
-        return len(part)
-
-    # ------------------------------------------------------------------ stepping
+                whole.append(one)
+        for part in _by_length(whole) if self.chunked else [whole]:
+            rows, mixes = [one.prompt_ids for one in part], [one.mix for one in part]
+            tokens = sum(map(len, rows))
+            self._enter(mixes, 0 if self.chunked else tokens)
+            self.append(part, self.engine.read(rows, mixes, self._select))
+            if self.chunked:
+                self.engine.execution.count_step(tokens)
+        if not self._rows:  # the state is not that of the next step
+            self.release()
 
     @torch.no_grad()
     def step(self) -> None:
-        """A token for every member, and a part of one long prompt; those that finish leave."""
-        budget = CHUNK
-        while self._reading and budget > 0:
-            self.rest()
-            budget -= self._read_on(budget)
-        if not self.members:
+        """Decode one token of every sequence and read a chunk of the pending prompts."""
+        budget = CHUNK_TOKENS
+        while self._pending and budget > 0:
+            budget -= self._read_chunk(budget)
+        if not self.sequences:
+            self.release()
             return
-        self._enter()
-        tokens = torch.tensor(self._next, device=self.slots.lengths.device)
-        logits = self.engine.model(**self.slots.inputs(tokens)).logits[:, -1]
-        self.slots.advance()
-        self._next = self._choose(self.members, logits)
-        if done := [member for member in self.members if member.finish]:
-            self.leave(done)
+        if self._rows is not None and self.engine.state_id != self._state_id:
+            raise ConfigError(
+                "another call changed the state of this engine during decoding",
+                remedy="finish the stream first, or give each stream its own engine and model",
+            )
+        if self._rows is None or self.engine.execution.count_step(len(self.sequences)):
+            self._enter([one.mix for one in self.sequences])
+            self._rows = list(range(len(self.sequences)))
+        super().step()
 
-    def leave(self, members: Sequence[Member]) -> None:
-        """Take members out at once; those that are not there are passed over."""
-        gone = set(map(id, members))
-        self._reading = [entry for entry in self._reading if id(entry[0]) not in gone]
-        for wipe in (True, False):
-            places = [
-                place
-                for place, member in enumerate(self.members)
-                if id(member) in gone and (member.finish == "error") == wipe
-            ]
-            if not places:
-                continue
-            for place in places:
-                self._remember(place)
-            order = self.slots.leave(places, wipe)
-            self.members = [self.members[place] for place in order]
-            self._next = [self._next[place] for place in order]
-            if self._order is not None:
-                self._order = [self._order[place] for place in order]
-                if self._keep is not None and order:
-                    self._keep(self._order)
-        if not self.members:
-            self.rest()
+    def remove(self, sequences: Sequence[SequenceState]) -> None:
+        """Remove sequences at once; those that are not in the batch are ignored."""
+        gone = set(map(id, sequences))
+        self._pending = [entry for entry in self._pending if id(entry[0]) not in gone]
+        for row, one in enumerate(self.sequences):
+            if id(one) in gone and one.cache_prefix and one.finish in ("stop", "length"):
+                # the last token was chosen, but not read
+                read = [*one.prompt_ids, *one.ids][: int(self.kv_cache.lengths[row])]
+                self._finished.append((one.mix, read, self.kv_cache.row(row)))
+        super().remove(sequences)
+        if not self.sequences:
+            self.release()
 
-    def _remember(self, place: int) -> None:
-        member = self.members[place]
-        if member.remember and member.finish in ("stop", "length"):
-            read = (member.ids + member.answer)[: int(self.slots.lengths[place])]  # the last token was chosen, not read
-            self._kept.append((member.mix, read, self.slots.row(place)))
-
-    def rest(self) -> None:
-        """Give the engine back its own state, so that others can use it; the next step goes on."""
+    def release(self) -> None:
+        """Return the engine to its own state."""
         self._stack.close()
-        self._keep = self._order = self._only = None
-        kept, self._kept = self._kept, []
-        for mix, read, row in kept:
-            self.engine.keep_beginning(read, mix, row, self._form([mix]))
+        self._select = self._rows = None
+        finished, self._finished = self._finished, []
+        for mix, read, entry in finished:
+            self.engine.cache_prefix(read, mix, entry, self.form)
 
-    def _enter(self) -> None:
-        if self._order is not None and len(self._order) == len(self.members) and not self._worth_merging():
-            return
-        self.rest()
-        mixes = [member.mix for member in self.members]
-        only = mixes[0] if len(set(mixes)) == 1 else None
-        merge = only is not None and self._paid[only] >= MERGE_AFTER
-        if merge:
-            del self._paid[only]
-        form = None if merge else self._form(mixes)
-        self._keep = self._stack.enter_context(self.engine.under(mixes, form))
-        self._order = list(range(len(mixes)))
-        self._only = only if form is not None else None
+    def _enter(self, mixes: Sequence[Mix], tokens: int = 0) -> None:
+        self.release()
+        self._select = self._stack.enter_context(self.engine.under(mixes, self.form, tokens))
+        self._state_id = self.engine.state_id
 
-    def _worth_merging(self) -> bool:
-        """Counts a step under one mix that is not merged; whether there have been as many as merging it costs."""
-        if self._only is None:
-            return False
-        if len(self._paid) > MIXES:
-            self._paid.clear()
-        self._paid[self._only] += 1
-        return self._paid[self._only] >= MERGE_AFTER
-
-    def _form(self, mixes: Sequence[Mix]) -> str | None:
-        """None (merged) for the base, and for one mix whose weights are at hand; else the form of mixed batches."""
-        one = mixes[0] if len(set(mixes)) == 1 else None
-        if one is not None and (one == Mix.base() or self.engine.is_merged(one)):
-            return None
-        states = self.engine.states
-        return self.form if self.form != "truncated" or all(map(states.truncates, mixes)) else states.mixed
-
-    def _choose(self, members: Sequence[Member], logits: torch.Tensor) -> list[int]:
-        """The next token of every member, which is told; sets ``finish`` of those that end."""
-        scores = logits.float()
-        for member in members:
-            if member.draws is None and member.temperature > 0:
-                member.draws = uniforms([member.seed], member.max_new_tokens)[0]
-        draws = [0.0 if m.draws is None else float(m.draws[len(m.answer)]) for m in members]
-        tokens = choose(scores, [m.temperature for m in members], [m.top_p for m in members], draws)
-        chosen = (scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)).tolist()
-        found = tokens.tolist()
-        most = max(member.top for member in members)
-        best = scores.log_softmax(-1).topk(most) if most else None
-        for place, (member, token, logprob) in enumerate(zip(members, found, chosen, strict=True)):
-            if not logprob > float("-inf"):  # NaN too: this row's weights are broken, and only its own
-                member.finish = "error"
-                continue
-            told = []
-            if best is not None and member.top:
-                values, ids = best.values[place, : member.top], best.indices[place, : member.top]
-                told = list(zip(ids.tolist(), values.tolist(), strict=True))
-            member.answer.append(token)
-            if member.take(token, logprob, told) or token in self.engine.ends:
-                member.finish = "stop"
-            elif len(member.answer) >= member.max_new_tokens:
-                member.finish = "length"
-        return found
+    def _read_chunk(self, budget: int) -> int:
+        """Read up to ``budget`` tokens of the first pending prompt; return their number."""
+        one, cache, done = self._pending[0]
+        chunk = one.prompt_ids[done : done + budget]
+        self._enter([one.mix])
+        self.engine.execution.count_step(len(chunk))
+        if done + len(chunk) < len(one.prompt_ids):
+            read_prefix(self.model, chunk, cache)
+            self._pending[0] = (one, cache, done + len(chunk))
+        else:
+            self._pending.pop(0)
+            start = StoredPrefix(tuple(one.prompt_ids[:done]), cache) if done else None
+            state = prefill(self.model, [one.prompt_ids], self.engine.pad_id, self._select is None, start)
+            self.append([one], state)
+        return len(chunk)
 
 
-def _alike(members: Sequence[Member]) -> Iterator[list[Member]]:
-    """Members whose prompts are read together: so long that padding costs at most as much as the prompts."""
-    part: list[Member] = []
-    for member in sorted(members, key=lambda member: len(member.ids)):
-        if part and len(member.ids) > 2 * len(part[0].ids):
+def _by_length(sequences: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:
+    """Group sequences so that padding is at most as long as the prompts."""
+    part: list[SequenceState] = []
+    for one in sorted(sequences, key=lambda one: len(one.prompt_ids)):
+        if part and len(one.prompt_ids) > 2 * len(part[0].prompt_ids):
             yield part
             part = []
-        part.append(member)
+        part.append(one)
     if part:
         yield part

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sigmix.models.weights import is_quantized
+from sigmix.models.weights import is_quantized, weights_key
 from sigmix.svf.functional import scaled
 from sigmix.svf.layer import SVFLinear
 
@@ -132,7 +132,7 @@ class Packing:
         Args:
             key: any. weights: what it is made from. make: how; None: it is the one weight itself.
         """
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        state = weights_key(weights)
         known = self._known.get(key)
         if known is None or known[0][0] != state:
             # the weights are held, so that no other ones can get their addresses

@@ -1,82 +1,75 @@
-"""From tokens to text as it grows: no half characters, and nothing of a stop string."""
+"""Incremental detokenization with stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-
-def decoded(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str:
-    """Text of an answer's token ids, up to the first stop string."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
-    return text[: min(cuts)] if cuts else text
-
-
-def held_back(text: str, stop: Sequence[str]) -> str:
-    """The end of a growing text that may still change: half a character, or the beginning of a stop string."""
-    if text.endswith("�"):
-        return text[len(text.rstrip("�")) :]
-    longest = max((n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-    return text[len(text) - longest :] if longest else ""
-
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WINDOW = 8
-"""Tokens behind which a decoded text no longer changes with what follows."""
+"""Tokens after which a decoded text no longer depends on what follows."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""Decoded form of an incomplete multi-byte character."""
 
 
-class Pieces:
-    """One answer's text, token by token.
+class StreamingDetokenizer:
+    """Text of one sequence, token by token, up to the first stop string.
 
-    Args:
-        tokenizer: of the model. stop: strings that end the answer; they are not part of it.
+    Incomplete multi-byte characters and possible beginnings of a stop string are held back until they are resolved.
 
     Attributes:
-        text: what can be shown for good. stopped: the stop string that was met, or None.
+        text: text that later tokens cannot change. stopped: the stop string that ended it, or None.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, tuple(stop_strings)
         self.text = ""
         self.stopped: str | None = None
-        self._place = 0
         self._ids: list[int] = []
-        self._settled = ""  # text of the tokens before _from
-        self._from = 0
+        self._offset = 0  # tokens before it are decoded for good, as _prefix
+        self._prefix = ""
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain; may be empty."""
-        self._ids.append(token)
-        whole = self._whole()
-        for mark in self.stop:
-            # a mark that was met before would have ended the answer, so it can only end in what is new
-            place = whole.find(mark, max(len(self.text) - len(mark), 0))
-            if place >= 0 and (self.stopped is None or place < self._place):
-                self.stopped, self._place = mark, place
+        """Append a token; return the text that became final, possibly empty."""
         if self.stopped is not None:
-            return self._show(whole[: self._place])
-        held = held_back(whole, self.stop)
-        return self._show(whole[: len(whole) - len(held)])
+            return ""
+        self._ids.append(token)
+        text = self._decode_all()
+        # only the new part is searched: an earlier match would have ended the sequence
+        found = [(text.find(stop, max(len(self.text) - len(stop), 0)), stop) for stop in self.stop_strings]
+        if matches := [match for match in found if match[0] >= 0]:
+            end, self.stopped = min(matches, key=lambda match: match[0])
+            return self._emit(text[:end])
+        return self._emit(text[: len(text) - self._held_back(text)])
 
-    def end(self) -> str:
-        """What was held back, now that nothing follows."""
-        return "" if self.stopped is not None else self._show(self._whole())
+    def flush(self) -> str:
+        """Return what was held back, at the end of the sequence."""
+        return "" if self.stopped is not None else self._emit(self._decode_all())
 
-    def _show(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         new = text[len(self.text) :]
         self.text += new
         return new
 
-    def _whole(self) -> str:
-        recent = self._decode(self._ids[self._from :])
-        if len(self._ids) - self._from >= 2 * WINDOW and not recent.endswith("�"):
+    def _held_back(self, text: str) -> int:
+        """Characters at the end of the text that may still change."""
+        complete = text.rstrip(REPLACEMENT)
+        starts = (n for stop in self.stop_strings for n in range(1, len(stop)) if complete.endswith(stop[:n]))
+        return len(text) - len(complete) + max(starts, default=0)
+
+    def _decode_all(self) -> str:
+        recent = self._decode(self._ids[self._offset :])
+        if len(self._ids) - self._offset >= 2 * WINDOW and not recent.endswith(REPLACEMENT):
             middle = len(self._ids) - WINDOW
             tail = self._decode(self._ids[middle:])
-            # only where cutting here changes nothing: no half character, no space that a first token loses
-            if recent.endswith(tail) and not tail.startswith("�"):
-                self._settled += recent[: len(recent) - len(tail)]
-                self._from, recent = middle, tail
-        return self._settled + recent
+            # split only where it is lossless: no cut character, no space that the tokenizer strips from a first token
+            if recent.endswith(tail) and not tail.startswith(REPLACEMENT):
+                self._prefix += recent[: len(recent) - len(tail)]
+                self._offset, recent = middle, tail
+        return self._prefix + recent
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

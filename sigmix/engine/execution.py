@@ -1,9 +1,19 @@
-"""The states that an engine puts its model in: the base, one merged mix, or a mix for each row of a batch."""
+"""Execution of mixtures: the choice between forms, and the switching of adapted layers.
+
+Forms (exact ones differ by rounding only):
+
+    base       W x, bit for bit
+    merged     W'(z) x, one mixture for all rows: no cost per token, but W'(z) is composed first
+    factored   U ((s⊙z_b) ⊙ (Vᵀx)), a mixture per row
+    gain       the same on top of W x, for bases that are quantized or offloaded
+    truncated  the gain form on a few directions, see `sigmix.engine.truncation`
+
+The base weights are never written to.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,150 +23,293 @@ from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
 from sigmix.engine.cpu_kernels import Pack, Packing
+from sigmix.engine.prefix_cache import Select
 from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Flat, Layout, Mix
+from sigmix.models.weights import weights_key
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.layer import FORMS, SVFLinear
+from sigmix.svf.layer import SVFLinear
 from sigmix.svf.tuner import svf_layers
+from sigmix.utils.lru import LRUCache
 
 if TYPE_CHECKING:
     from sigmix.engine.truncation import Truncation
 
-FLATS = 128
-"""Experts whose vectors are kept; a search that moves z makes new ones all the time."""
+FORMS = ("merged", "factored", "gain", "truncated")
+"""Forms that can be requested."""
+
+MERGED_BYTES = 1 << 30
+"""Default budget of merged weights: five mixtures of the default base, two with packed copies."""
+
+Z_BYTES = 64 << 20
+"""Budget of the experts' vectors, and of the mixtures'."""
+
+ROWS_PER_MIX = 24
+"""Rows from which a mixture runs merged in a batch of its own. Measured on two cores, 64 rows, cached weights: two
+mixtures take 0.77 of the factored form's time, three 0.94, six 1.23."""
+
+BREAK_EVEN = 32
+"""Forward passes of up to `PASS_TOKENS` tokens under one mixture after which its weights are merged: by then the
+factored form has cost about as much extra as merging takes (0.5 s on two cores, default base). A short answer never
+pays for merging, and a long one pays at most twice."""
+
+PASS_TOKENS = 8
+"""Tokens of a forward pass below which its time is that of reading the weights."""
+
+MAX_COUNTED = 1000
+"""Mixtures with a count of passes."""
 
 
-MIXED = 64
-"""Mixes whose z is kept, float32 [R] each: a batch is put together anew whenever a request joins it."""
+@dataclass(frozen=True)
+class Merged:
+    """W'(z) by path of the layers that z changes, and their packed copies, see `Packing.merged`."""
+
+    weights: Mapping[str, torch.Tensor]
+    packs: Mapping[str, Pack] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        # a packed copy has the size of its source, but does not report it
+        return sum(weight.nbytes * (2 if self.packs else 1) for weight in self.weights.values())
 
 
-class States:
-    """A model's adapted layers under mixes of a bank's experts.
+class Execution:
+    """Adapted layers of a model under mixtures of a bank's experts.
 
     Args:
-        model: a base, or a PEFT model with SVF layers. bank: {name: Expert}.
-        keep_merged, keep_packed: memory budgets, see `Engine`.
+        model: a base model, or a PEFT model with SVF layers. bank: {name: Expert}.
+        keep_merged, keep_packed: memory budgets in bytes, see `Engine`.
 
     Attributes:
-        truncation: what the truncated form computes by; None: all components of every matrix.
-        mixed: the exact form of mixed batches, "factored", or "gain" where the base is quantised or offloaded; then
-            nothing is merged either.
+        exact: exact form of mixed batches: "factored", or "gain" on a quantized or offloaded base, where nothing can
+            be merged.
+        truncation: plan of the truncated form. prefer_truncated: use it for all mixtures that it was fitted for.
     """
 
-    def __init__(self, model: Any, bank: Mapping[str, Any], keep_merged: int, keep_packed: int) -> None:
+    def __init__(self, model: Any, bank: Mapping[str, Expert], keep_merged: int, keep_packed: int) -> None:
         self.model, self.bank = model, bank
         self.layers = adapted_layers(model)
-        self.mixed = "gain" if gain_only(self.layers) else "factored"
-        with as_base(self.layers):  # looking for layers with one input runs a pass of the base
+        self.exact = "gain" if gain_only(self.layers) else "factored"
+        with as_base(self.layers):  # a forward pass of the base finds the layers that share their input
             self.packing = Packing(model, self.layers, keep_packed)
-        self.merged = MergedWeights(self.layers, keep_merged, self.packing)
         self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
+        self.merged: LRUCache[tuple[Any, ...], Merged] = LRUCache(keep_merged)
         self.truncation: Truncation | None = None
-        self._mixed: OrderedDict[Mix, tuple[dict[str, Flat], torch.Tensor]] = OrderedDict()
-        self._flats: dict[str, tuple[Any, Flat]] = {}  # by name, with the expert that it is of
+        self.prefer_truncated = False
+        self._flats: LRUCache[str, tuple[Expert, Flat]] = LRUCache(Z_BYTES)
+        self._mixed: LRUCache[Mix, tuple[dict[str, Flat], torch.Tensor]] = LRUCache(Z_BYTES)
+        self._passes: dict[Mix, float] = {}  # unmerged passes under one mixture alone
+        self._unmerged: Mix | None = None  # the mixture of the present state, if merging it may pay
+        self._form = "base"
+        # going through the modules on every request would take longer than comparing the parameters
+        self._parameters = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+        self._seen: tuple[Any, ...] = ()
+        self._version = 0
+
+    # ------------------------------------------------------------------ mixtures and weights
 
     def z(self, mix: Mix) -> torch.Tensor:
-        """Effective z, float32 [R] over all layers in their order.
+        """Return the effective z, float32 [R] over all layers in order.
 
         Raises:
             UnknownNameError: no such expert. FingerprintError, ExpertError: an expert that does not fit this base.
         """
         flats = {name: self._flat(name) for name in mix.weights}
-        known = self._mixed.get(mix)
-        if known is not None and all(known[0][name] is flat for name, flat in flats.items()):
-            self._mixed.move_to_end(mix)
-            return known[1]
-        made = mix.flat_z(self.layout, flats)
-        self._mixed[mix] = flats, made
-        if len(self._mixed) > MIXED:
-            self._mixed.popitem(last=False)
-        return made
+        found = self._mixed.get(mix)
+        if found is not None and all(found[0][name] is flat for name, flat in flats.items()):
+            return found[1]
+        z = mix.flat_z(self.layout, flats)
+        self._mixed.put(mix, (flats, z), z.nbytes)
+        return z
 
     def _flat(self, name: str) -> Flat:
         if name not in self.bank:
             raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
         expert = self.bank[name]
-        known = self._flats.get(name)
-        if known is None or known[0] is not expert:
+        found = self._flats.get(name)
+        if found is None or found[0] is not expert:
             expert.check(self.model)
-            known = (expert, self.layout.flat(name, expert.z))
-            self._flats.pop(name, None)
-            while len(self._flats) >= FLATS:
-                self._flats.pop(next(iter(self._flats)))
-            self._flats[name] = known
-        return known[1]
+            found = (expert, self.layout.flat(name, expert.z))
+            self._flats.put(name, found, found[1].z.nbytes)
+        return found[1]
+
+    def _weight_key(self, mix: Mix) -> tuple[Any, ...]:
+        """Key of the model's weights under a mixture: base version, mixture and digests of its experts."""
+        return self._version, mix.id, *(self.bank[name].digest for name in mix.weights)
+
+    def _prefix_key(self, mix: Mix, form: str) -> tuple[Any, ...]:
+        # exact forms share keys and values; those of a truncation are its own
+        return self.truncation if form == "truncated" else None, *self._weight_key(mix)
+
+    def prefix_key(self, mix: Mix, form: str | None = None) -> tuple[Any, ...]:
+        """Key of the prefix cache for a sequence alone, outside `under`."""
+        self._refresh()
+        return self._prefix_key(mix, self.choose([mix], form))
+
+    def prefix_keys(self, mixes: Sequence[Mix]) -> list[tuple[Any, ...]]:
+        """Keys of the prefix cache for the rows of the present batch, inside `under`."""
+        keys = {mix: self._prefix_key(mix, self._form) for mix in dict.fromkeys(mixes)}
+        return [keys[mix] for mix in mixes]
+
+    def _refresh(self) -> None:
+        """Advance the version of the base if any parameter was replaced, cast, moved or edited in place."""
+        found = (parameters[name] for parameters, name in self._parameters)
+        seen = weights_key(parameter for parameter in found if parameter is not None)
+        if seen != self._seen:
+            self._seen = seen
+            self._version += 1
+
+    # ------------------------------------------------------------------ the choice of a form
+
+    def choose(self, mixes: Sequence[Mix], form: str | None = None) -> str:
+        """Return the form in which a batch under these mixtures runs.
+
+        Args:
+            form: a requested form; None: the base for the base, merged for one mixture where its weights are cached or
+                merging them pays, else the truncated form if preferred and fitted, else the exact mixed form.
+
+        Raises:
+            ConfigError: an unknown form, or the merged form for several mixtures.
+        """
+        unique = set(mixes)
+        if form is not None:
+            if form not in FORMS:
+                raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
+            if form == "merged" and len(unique) > 1:
+                raise ConfigError("the merged form holds one mixture at a time", remedy="form='factored' or 'gain'")
+            if form == "truncated" and self.truncation is None:
+                raise ConfigError(
+                    "the truncated form needs a fitted truncation", remedy="sigmix adapt --fit-truncation --bank FOLDER"
+                )
+            return "base" if form == "merged" and unique == {Mix.base()} else form
+        if len(unique) == 1:
+            (mix,) = unique
+            if mix == Mix.base() or bool((self.z(mix) == 1).all()):
+                return "base"
+            due = self._passes.get(mix, 0) >= BREAK_EVEN
+            if self.exact == "factored" and (due or self._weight_key(mix) in self.merged):
+                return "merged"
+        return "truncated" if self.prefer_truncated and all(map(self.truncates, unique)) else self.exact
 
     def truncates(self, mix: Mix) -> bool:
-        """Whether the truncated form can compute a mix: its plan was fitted for these experts as they are."""
+        """Return True if the truncation was fitted for a mixture's experts as they are now."""
         plan = self.truncation
-        return plan is None or all(plan.experts.get(name) == self.bank[name].digest for name in mix.weights)
+        return plan is not None and all(plan.experts.get(name) == self.bank[name].digest for name in mix.weights)
 
-    def key(self, mix: Mix) -> tuple[str, ...]:
-        """The mix's id and its experts' digests."""
-        return mix.id, *(self.bank[name].digest for name in mix.weights)
+    def batches(
+        self, rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: str | None = None
+    ) -> Iterator[list[int]]:
+        """Split rows into batches; unless a form is requested, mixtures with many rows get batches of their own.
+
+        Args:
+            rows: row numbers. mixes: of all rows, by number.
+        """
+        for start in range(0, len(rows), batch_size):
+            part = list(rows[start : start + batch_size])
+            distinct = dict.fromkeys(mixes[row] for row in part)
+            if form is None and self.exact == "factored" and 1 < len(distinct) <= len(part) / ROWS_PER_MIX:
+                for mix in distinct:
+                    yield [row for row in part if mixes[row] == mix]
+            else:
+                yield part
+
+    def _count(self, mix: Mix, tokens: int) -> None:
+        if len(self._passes) > MAX_COUNTED:
+            self._passes.clear()
+        self._passes[mix] = self._passes.get(mix, 0) + max(tokens / PASS_TOKENS, 1)
+
+    def count_step(self, tokens: int) -> bool:
+        """Count a forward pass in the present state; return True if merging its mixture now pays."""
+        if self._unmerged is None:
+            return False
+        self._count(self._unmerged, tokens)
+        return self._passes[self._unmerged] >= BREAK_EVEN
+
+    # ------------------------------------------------------------------ switching
 
     @contextmanager
-    def under(self, mixes: list[Mix], form: str | None) -> Iterator[Any]:
-        """Inside, the model computes row b of a batch under ``mixes[b]``; see `Engine.under`.
+    def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
+        """Compute row b of a batch under ``mixes[b]`` inside this context.
 
-        One mix is merged, which costs nothing per token. Several are factored: with few rows to a mix, a pass for each
-        mix costs more than the factored form's extra work (`Engine.generate` takes mixes with many rows apart).
+        Args:
+            form: see `choose`. tokens: prompt tokens about to be read, which may make merging pay.
+
+        Yields:
+            A function that restricts the state to some rows; None if all rows have the same weights.
         """
-        if form is not None and form not in FORMS:
-            raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
-        if form is None and self.mixed == "gain" and set(mixes) != {Mix.base()}:
-            form = "gain"
-        if len(set(mixes)) == 1 and form in (None, "merged"):
-            if mixes[0] == Mix.base():
-                with as_base(self.layers), self.packing.using(None, None):
-                    yield None
-                return
-            z = self.layout.split(self.z(mixes[0]))  # first, because it checks the experts' names
-            made = self.merged.get(self.key(mixes[0]), z)
-            with as_merged(self.layers, made.weights), self.packing.using(made.packs, None):
+        self._refresh()
+        z = {mix: self.z(mix) for mix in dict.fromkeys(mixes)}
+        only = mixes[0] if len(z) == 1 and form is None and self.exact == "factored" else None
+        if only is not None and only != Mix.base() and tokens:
+            self._count(only, tokens)
+        chosen = self.choose(mixes, form)
+        before = self._form, self._unmerged
+        self._form, self._unmerged = chosen, only if chosen in ("factored", "truncated") else None
+        try:
+            with self._state(chosen, mixes, z) as select:
+                yield select
+        finally:
+            self._form, self._unmerged = before
+
+    @contextmanager
+    def _state(self, form: str, mixes: Sequence[Mix], z: Mapping[Mix, torch.Tensor]) -> Iterator[Select | None]:
+        if form == "base":
+            with as_base(self.layers), self.packing.using(None, None):
                 yield None
-            return
-        if form == "merged":
-            raise ConfigError("the merged form holds one mix at a time", remedy="use form='factored' or 'gain'")
-        unique = {mix: self.z(mix) for mix in dict.fromkeys(mixes)}  # the truncated form needs the checks only
-        form = form or self.mixed
-        if form == "truncated" and self.truncation is not None:
-            alphas = self._alphas(self.truncation, list(unique))
-            places = [list(unique).index(mix) for mix in mixes]
+        elif form == "merged":
+            merged = self._merge(mixes[0], z[mixes[0]])
+            with as_merged(self.layers, merged.weights), self.packing.using(merged.packs, None):
+                yield None
+        elif form == "truncated":
+            assert self.truncation is not None
+            distinct = list(z)
+            alphas = self._alphas(self.truncation, distinct)
+            places = [distinct.index(mix) for mix in mixes]
             with (
                 as_base(self.layers),
                 self.packing.using(None, None),
-                self.truncation.using(self.packing, alphas, places) as keep,
+                self.truncation.using(self.packing, alphas, places) as select,
             ):
-                yield keep
-            return
-        table = torch.stack([unique[mix] for mix in mixes])
-        with as_rows(self.layers, table, form) as keep, self.packing.using(None, form):
-            yield keep
+                yield select
+        else:
+            table = torch.stack([z[mix] for mix in mixes])
+            with as_rows(self.layers, table, form) as select, self.packing.using(None, form):
+                yield select
 
-    def _alphas(self, plan: Truncation, mixes: list[Mix]) -> torch.Tensor:
-        """[D, K, M], weights of mixes over a plan's experts."""
+    def _merge(self, mix: Mix, z: torch.Tensor) -> Merged:
+        key = self._weight_key(mix)
+        merged = self.merged.get(key)
+        if merged is None:
+            weights = merged_weights(self.layers, self.layout.split(z))
+            merged = Merged(weights, self.packing.merged(weights))
+            self.merged.put(key, merged, merged.nbytes)
+            self._passes.pop(mix, None)
+        return merged
+
+    def _alphas(self, plan: Truncation, mixes: Sequence[Mix]) -> torch.Tensor:
+        """Mixing weights float64 [D, K, M] of D mixtures over the plan's K experts at each matrix."""
         names = list(plan.experts)
-        found = torch.zeros(len(mixes), len(names), len(self.layers), dtype=torch.float64)
+        alphas = torch.zeros(len(mixes), len(names), len(self.layers), dtype=torch.float64)
         for number, mix in enumerate(mixes):
             for name, row in zip(mix.weights, self.layout.alphas(mix.weights, mix.alpha), strict=True):
                 if plan.experts.get(name) != self.bank[name].digest:
                     raise ConfigError(
-                        f"the truncation was fitted for {', '.join(names)}, not for the expert {name} as it is now",
+                        f"the truncation was fitted for {', '.join(names)}, not for the present expert {name}",
                         remedy="fit it anew with all experts that are mixed",
                     )
-                found[number, names.index(name)] = row
-        return found
+                alphas[number, names.index(name)] = row
+        return alphas
 
 
-# --- Switching the adapted layers of a model between the base, one merged z, and a z per row; nothing is ever rewritte
+# ------------------------------------------------------------------ states of adapted layers
 
 
 ENGINE_ADAPTER = "sigmix"
 
 
 def adapted_layers(model: nn.Module, targets: list[str] | str = "all-linear") -> dict[str, SVFLinear]:
-    """The model's SVF layers by base path, injected if it has none."""
+    """Return the model's SVF layers by base path; inject them if it has none."""
     layers = svf_layers(model)
     if not layers and not isinstance(model, PeftModel):
         inject_adapter_in_model(SVFConfig(target_modules=targets, inference_mode=True), model, ENGINE_ADAPTER)
@@ -164,18 +317,13 @@ def adapted_layers(model: nn.Module, targets: list[str] | str = "all-linear") ->
     return layers
 
 
-@contextmanager
-def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
-    """Inside, the layers compute the base's W x, bit for bit."""
-    with _restored(layers):
-        for layer in layers.values():
-            layer.unmerge()
-            layer._disable_adapters = True
-        yield
+def gain_only(layers: Mapping[str, SVFLinear]) -> bool:
+    """Return True if any layer is quantized or offloaded, so that nothing can be merged or factored."""
+    return any(layer.gain_only for layer in layers.values())
 
 
 def merged_weights(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W'(z) by path, for the layers that z [r] moves at all."""
+    """Compose W'(z) by path, for the layers where z [r] differs from 1."""
     return {
         path: layer.merged_weight(z[path].detach().to(layer.device))
         for path, layer in layers.items()
@@ -184,8 +332,18 @@ def merged_weights(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor
 
 
 @contextmanager
+def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
+    """Compute the base's W x inside this context, bit for bit."""
+    with _restored(layers):
+        for layer in layers.values():
+            layer.unmerge()
+            layer._disable_adapters = True
+        yield
+
+
+@contextmanager
 def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, the layers hold given weights W'(z), and the base where there is none. The base comes back after."""
+    """Compute with given weights W'(z) by path inside this context, with the base's where there are none."""
     with _restored(layers):
         for path, layer in layers.items():
             layer.row_z = None
@@ -198,14 +356,9 @@ def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tenso
         yield
 
 
-def gain_only(layers: Mapping[str, SVFLinear]) -> bool:
-    """Whether any layer is quantised or offloaded, so that nothing can be merged or factored."""
-    return any(layer.gain_only for layer in layers.values())
-
-
 @contextmanager
 def as_expert(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, all rows are computed under z [r] by path: merged, or in the gain form where nothing can be merged."""
+    """Compute all rows under z [r] by path inside this context: merged, or in the gain form if need be."""
     if not gain_only(layers):
         with as_merged(layers, merged_weights(layers, z)):
             yield
@@ -216,30 +369,27 @@ def as_expert(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) ->
 
 
 @contextmanager
-def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> Iterator[Any]:
-    """Inside, row b of a batch is computed under z = table[b].
+def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> Iterator[Select]:
+    """Compute row b of a batch under z = table[b] inside this context.
 
     Args:
-        table: float32 [B, R], z over all layers in their order.
-
-    Yields:
-        A function that keeps only the rows with given indices; None: all again.
+        table: float32 [B, R], z over all layers in order.
     """
     with _restored(layers):
         gains = (table - 1).to(next(iter(layers.values())).dtype)
+        sizes = [layer.r for layer in layers.values()]
         for layer in layers.values():
             layer.unmerge()
             layer._disable_adapters = False
             layer.form = form
 
-        def keep(indices: list[int] | None) -> None:
-            z, gain = (table, gains) if indices is None else (table[indices], gains[indices])
-            sizes = [layer.r for layer in layers.values()]
+        def select(rows: list[int] | None) -> None:
+            z, gain = (table, gains) if rows is None else (table[rows], gains[rows])
             for layer, own, shift in zip(layers.values(), z.split(sizes, 1), gain.split(sizes, 1), strict=True):
                 layer.set_rows(own.to(layer.device), shift.to(layer.device, layer.dtype))
 
-        keep(None)
-        yield keep
+        select(None)
+        yield select
 
 
 @contextmanager
@@ -251,74 +401,3 @@ def _restored(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
         for path, layer in layers.items():
             layer.unmerge()
             layer._disable_adapters, layer.form, layer.row_z = before[path]
-
-
-# --- Merged weights kept by mix, within a memory budget, so that a mix that comes back is not composed again.
-
-
-MERGED_BYTES = 1 << 30
-"""Bytes of merged weights that an engine keeps by default: five mixes of the default base, two with packed copies."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """W'(z) of the layers that z moves, and packed copies where these are used, see `Packing.merged`."""
-
-    weights: Mapping[str, torch.Tensor]
-    packs: Mapping[str, Pack] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        # a packed copy is as large as what it was made of, but does not say so
-        return sum(weight.nbytes * (2 if self.packs else 1) for weight in self.weights.values())
-
-
-class MergedWeights:
-    """W'(z) of all layers under the mixes used last.
-
-    Args:
-        layers: the model's adapted layers. budget: bytes to keep; 0 keeps nothing. packing: of the same model.
-    """
-
-    def __init__(self, layers: Mapping[str, SVFLinear], budget: int, packing: Packing) -> None:
-        self.layers, self.budget, self.packing = layers, budget, packing
-        self._kept: OrderedDict[Any, Merged] = OrderedDict()
-
-    @property
-    def bytes(self) -> int:
-        """Of all that is kept."""
-        return sum(made.bytes for made in self._kept.values())
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, key: Any, z: Mapping[str, torch.Tensor]) -> Merged:
-        """What z makes of the layers, composed unless it is kept under this key.
-
-        Args:
-            key: names the mix and the experts' values; equal keys mean equal z.
-        """
-        key = self._full(key)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        weights = merged_weights(self.layers, z)
-        made = Merged(weights, self.packing.merged(weights))
-        if made.bytes <= self.budget:
-            while self._kept and self.bytes + made.bytes > self.budget:
-                self._kept.popitem(last=False)
-            self._kept[key] = made
-        return made
-
-    def has(self, key: Any) -> bool:
-        """Whether `get` has it at hand."""
-        return bool(self._kept) and self._full(key) in self._kept
-
-    def _full(self, key: Any) -> Any:
-        # a model that was cast, moved or edited in place has other weights
-        bases = [(layer.matrix(), layer.get_base_layer().weight._version) for layer in self.layers.values()]
-        return key, tuple((matrix.data_ptr(), matrix.dtype, version) for matrix, version in bases)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._kept.clear()

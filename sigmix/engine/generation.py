@@ -1,34 +1,59 @@
-"""What `Engine.generate` returns, and the checks on what it is asked for."""
+"""Token selection and termination: the decoding core of the engine, the server's batches and training's rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from sigmix.engine.constrained import Choices
-from sigmix.engine.kv_cache import Prefilled, growing
-from sigmix.engine.prefix_cache import prefill
-from sigmix.errors import ConfigError, ContextError
+from sigmix.engine.constrained import TokenTrie
+from sigmix.engine.detokenizer import StreamingDetokenizer
+from sigmix.engine.kv_cache import BatchKVCache, Prefilled
+from sigmix.engine.prefix_cache import Select, prefill
+from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.mix import Mix
 
-ROWS_PER_MIX = 24
-"""Rows from which a mix is worth merged weights and a batch of its own. Measured on two cores, 64 rows, kept weights:
-two mixes take 0.77 of the factored form's time, three 0.94, six 1.23."""
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Options of one sequence, named as in transformers' `GenerationConfig`.
+
+    Attributes:
+        do_sample: False: greedy decoding, and `temperature` and `top_p` are ignored.
+        seed: seed of the sequence's own random stream.
+    """
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a value out of range."""
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.do_sample and not 0 < self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature must be positive and finite, not {self.temperature}",
+                remedy="do_sample=False for greedy decoding",
+            )
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer.
+    """Completion of one prompt.
 
     Attributes:
-        text: decoded, special tokens left out. ids: the generated token ids, the end token included.
-        logprobs: natural log-probability of each id under the adapted model. mix: what answered.
-        prompt_tokens: length of the prompt. finish: "stop", "length", or "error" for a prompt that does not fit.
-        error: with finish "error", what is wrong with the prompt; the text is empty then.
+        text: decoded without special tokens, up to the first stop string.
+        ids: generated token ids, the end token included. logprobs: natural log-probability of each id.
+        prompt_tokens: length of the prompt. finish: "stop", "length" or "error".
+        error: reason of an "error"; the text is then empty.
     """
 
     text: str
@@ -37,189 +62,200 @@ class Generation:
     mix: Mix
     prompt_tokens: int
     finish: str
-    error: ContextError | None = None
+    error: SigmixError | None = None
 
 
-def check_options(
-    max_new_tokens: int, do_sample: bool, temperature: float, top_p: float, stop_strings: Sequence[str]
-) -> None:
-    """Raise `ConfigError` for options of generation that cannot work."""
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be in (0, 1], not {top_p}")
-    if do_sample and not 0 < temperature < float("inf"):
-        raise ConfigError(
-            f"temperature must be positive and finite, not {temperature}", remedy="do_sample=False for greedy decoding"
-        )
-    if isinstance(stop_strings, str) or not all(stop_strings):
-        raise ConfigError(
-            f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}",
-            remedy="stop_strings=['END']",
-        )
+OnToken = Callable[[int, float, list[tuple[int, float]], str], None]
+"""Callback of (token id, its natural log-probability, the most probable tokens with theirs, new final text)."""
 
 
-def batches(rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: str | None) -> Iterator[list[int]]:
-    """Numbers of the rows that share a batch: mixes with many rows get one of their own, unless a form is asked for.
+@dataclass(eq=False)
+class SequenceState:
+    """One sequence of a decoding batch.
 
-    Args:
-        rows: numbers. mixes: of all rows, by number.
+    Attributes:
+        top_logprobs: number of most probable tokens that `on_token` receives.
+        detokenizer: decodes the sequence and ends it at a stop string.
+        cache_prefix: keep keys and values for prompts that continue this sequence.
+        ids, logprobs: generated so far, as in `Generation`.
+        finish: "" while decoding, then "stop", "length" or "error" (non-finite logits).
+        context: for the caller's use.
     """
-    for start in range(0, len(rows), batch_size):
-        part = list(rows[start : start + batch_size])
-        distinct = dict.fromkeys(mixes[number] for number in part)
-        if form is None and len(distinct) > 1 and len(part) >= ROWS_PER_MIX * len(distinct):
-            for mix in distinct:
-                yield [number for number in part if mixes[number] == mix]
-        else:
-            yield part
 
-
-# --- The decoding loop: greedy or sampled, finished rows leave the batch, every row has its own random stream.
-
-
-@dataclass
-class SamplingParams:
-    """Options of a batch, named as in transformers' `GenerationConfig`; seeds: one for each row."""
-
-    max_new_tokens: int = 64
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seeds: Sequence[int] | None = None
-
-
-@dataclass
-class Row:
-    """One answer as it grows: token ids (the end token included), their log-probabilities, why it ended."""
-
+    prompt_ids: list[int]
+    params: SamplingParams = SamplingParams()
+    mix: Mix = field(default_factory=Mix.base)
+    detokenizer: StreamingDetokenizer | None = None
+    on_token: OnToken | None = None
+    top_logprobs: int = 0
+    cache_prefix: bool = False
+    context: Any = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
+    _draws: list[float] | None = field(default=None, repr=False)
+
+    def draw(self) -> float:
+        """Uniform random number in [0, 1) for the next token."""
+        if self._draws is None:
+            stream = torch.Generator().manual_seed(int(self.params.seed) % 2**63)
+            self._draws = torch.rand(self.params.max_new_tokens, generator=stream, dtype=torch.float64).tolist()
+        return self._draws[len(self.ids)]
 
 
-def decode(
-    model: Any,
-    state: Prefilled,
-    sampling: SamplingParams,
-    ends: Sequence[int],
-    stopped: Callable[[int, Row], bool] | None = None,
-    on_drop: Callable[[list[int]], None] | None = None,
-    choices: Choices | None = None,
-) -> Iterator[list[Row]]:
-    """Decode answers, yielding all rows after every step (the same list, growing).
-
-    Args:
-        state: prompts read by `prefill`; its cache is used up.
-        ends: ids that end an answer; they are kept in it.
-        stopped: called with (row index, row) after each token of a row; True ends it.
-        on_drop: called with the indices of the rows that stay whenever the batch shrinks, so that per-row state of the
-            model (each row's own z) can follow.
-        choices: the only replies that may be given; tokens are chosen, and their log-probabilities taken, among those
-            that can still lead to one.
-
-    The recorded log-probabilities are of the model's own distribution, whatever temperature and `top_p` chose with.
-    """
-    device, count = state.logits.device, len(state.logits)
-    rows = [Row() for _ in range(count)]
-    seeds = list(sampling.seeds) if sampling.seeds is not None else list(range(count))
-    draws = uniforms(seeds, sampling.max_new_tokens).to(device) if sampling.do_sample else None
-    active = list(range(count))
-    logits, mask, lengths = state.logits, state.mask, state.lengths
-    growing(state.cache, sampling.max_new_tokens)
-    for step in range(sampling.max_new_tokens):
-        scores = logits.float()
-        if choices is not None:
-            scores = choices.constrain(scores, [rows[index].ids for index in active])
-        if draws is None:
-            tokens = scores.argmax(-1)
-        else:
-            tokens = _sample(scores, sampling.temperature, sampling.top_p, draws[active, step])
-        chosen = (scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)).tolist()
-        stay = []
-        for place, (index, token, logprob) in enumerate(zip(active, tokens.tolist(), chosen, strict=True)):
-            row = rows[index]
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            if token in ends or (stopped is not None and stopped(index, row)):
-                row.finish = "stop"
-            elif len(row.ids) >= sampling.max_new_tokens:
-                row.finish = "length"
-            else:
-                stay.append(place)
-        yield rows
-        if not stay:
-            return
-        if len(stay) < len(active):
-            keep = torch.tensor(stay, device=device)
-            state.cache.batch_select_indices(keep)
-            tokens, mask, lengths = tokens[keep], mask[keep], lengths[keep]
-            active = [active[place] for place in stay]
-            if on_drop is not None:
-                on_drop(active)
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=lengths[:, None],
-            past_key_values=state.cache,
-            use_cache=True,
-        ).logits[:, -1]
-        lengths = lengths + 1
-
-
-def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
-    """float64 [N, count] in [0, 1): a row's random stream, which only its seed decides."""
-    streams = [torch.Generator().manual_seed(int(seed) % 2**63) for seed in seeds]
-    return torch.stack([torch.rand(count, generator=stream, dtype=torch.float64) for stream in streams])
-
-
-def choose(
-    scores: torch.Tensor, temperature: Sequence[float], top_p: Sequence[float], draws: Sequence[float]
-) -> torch.Tensor:
-    """Tokens int64 [N] of logits float32 [N, V], where every row has options of its own; temperature 0 is greedy.
-
-    A row gets the token that `decode` would choose for it with the same draw.
-    """
-    tokens = scores.argmax(-1)
-    options = list(zip(temperature, top_p, strict=True))
-    for warm, share in dict.fromkeys(option for option in options if option[0] > 0):
-        rows = [number for number, option in enumerate(options) if option == (warm, share)]
-        drawn = torch.tensor([draws[number] for number in rows], dtype=torch.float64, device=scores.device)
-        tokens[rows] = _sample(scores[rows], warm, share, drawn)
+def select_tokens(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+    """Choose the next token int64 [N] of each sequence from logits float32 [N, V], by its own options."""
+    groups: dict[tuple[float, float], list[int]] = {}
+    for row, params in enumerate(one.params for one in sequences):
+        if params.do_sample:
+            groups.setdefault((params.temperature, params.top_p), []).append(row)
+    tokens = logits.argmax(-1)
+    for (temperature, top_p), rows in groups.items():
+        draws = torch.tensor([sequences[row].draw() for row in rows], dtype=torch.float64, device=logits.device)
+        whole = len(rows) == len(sequences)
+        tokens[rows] = _sample(logits if whole else logits[rows], temperature, top_p, draws)
     return tokens
 
 
-def _sample(scores: torch.Tensor, temperature: float, top_p: float, draw: torch.Tensor) -> torch.Tensor:
-    scores = TemperatureLogitsWarper(temperature)(None, scores)
+def _sample(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor) -> torch.Tensor:
+    logits = TemperatureLogitsWarper(temperature)(None, logits)
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    steps = scores.softmax(-1).cumsum(-1)  # on the CPU torch accumulates in double
-    # scaled by the last step so that rounding can never leave the draw beyond every token
-    return torch.searchsorted(steps, (draw.to(steps.dtype) * steps[:, -1])[:, None], right=True)[:, 0].clamp_max(
-        scores.shape[-1] - 1
-    )
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    cumulative = logits.softmax(-1).cumsum(-1)  # on the CPU torch accumulates in double
+    # scaled by the last value so that rounding cannot leave the draw beyond every token
+    draws = draws.to(cumulative.dtype) * cumulative[:, -1]
+    return torch.searchsorted(cumulative, draws[:, None], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
-# --- Answers of a model in whatever adapted state it is in: the bare step that the engine and training share.
+class DecodingBatch:
+    """Sequences that decode together; finished ones leave, and prefilled ones can join.
+
+    Log-probabilities are of the model's own distribution, regardless of temperature and top_p.
+
+    Args:
+        model: a causal language model in the adapted state of the batch's rows.
+        eos_token_ids: tokens that end a sequence.
+        select: restricts per-row adapter state to remaining rows.
+        trie: the only replies allowed; tokens are chosen, and log-probabilities taken, among its continuations.
+    """
+
+    def __init__(
+        self, model: Any, eos_token_ids: Sequence[int], select: Select | None = None, trie: TokenTrie | None = None
+    ) -> None:
+        self.model, self.eos_token_ids, self.trie = model, eos_token_ids, trie
+        self.sequences: list[SequenceState] = []
+        self.kv_cache = BatchKVCache()
+        self._select = select
+        self._rows: list[int] | None = None  # row of the adapter state of each sequence; None: state to be entered anew
+        self._next: list[int] = []  # last token of each sequence, chosen but not read
+
+    def append(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
+        """Add prefilled sequences and choose their first tokens."""
+        tokens = self._choose(sequences, state.logits)
+        stay = [row for row, one in enumerate(sequences) if not one.finish]
+        if not self.sequences:
+            self._rows = stay
+            if stay and len(stay) < len(sequences) and self._select is not None:
+                self._select(stay)
+        else:
+            self._rows = None
+        if stay:
+            self.kv_cache.append(state.select(stay))
+            self.sequences += [sequences[row] for row in stay]
+            self._next += [tokens[row] for row in stay]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decode one token of every sequence; those that finish leave."""
+        tokens = torch.tensor(self._next, device=self.kv_cache.lengths.device)
+        logits = self.model(**self.kv_cache.inputs(tokens)).logits[:, -1]
+        self.kv_cache.advance()
+        self._next = self._choose(self.sequences, logits)
+        if finished := [one for one in self.sequences if one.finish]:
+            self.remove(finished)
+
+    def run(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
+        """Decode prefilled sequences to their end."""
+        self.append(sequences, state)
+        while self.sequences:
+            self.step()
+
+    def remove(self, sequences: Sequence[SequenceState]) -> None:
+        """Remove sequences; those that are not in the batch are ignored."""
+        gone = set(map(id, sequences))
+        for wipe in (True, False):  # rows with non-finite values must leave none behind
+            rows = [
+                row
+                for row, one in enumerate(self.sequences)
+                if id(one) in gone and (one.finish == "error") == wipe
+            ]
+            if not rows:
+                continue
+            order = self.kv_cache.remove(rows, wipe)
+            self.sequences = [self.sequences[row] for row in order]
+            self._next = [self._next[row] for row in order]
+            if self._rows is not None:
+                self._rows = [self._rows[row] for row in order]
+                if self._select is not None and order:
+                    self._select(self._rows)
+
+    def _choose(self, sequences: Sequence[SequenceState], logits: torch.Tensor) -> list[int]:
+        """Choose and record the next token of every sequence; set ``finish`` of those that end."""
+        scores = logits.float()
+        if self.trie is not None:
+            scores = self.trie.constrain(scores, [one.ids for one in sequences])
+        tokens = select_tokens(scores, sequences)
+        normalizer = scores.logsumexp(-1)
+        logprobs = (scores.gather(1, tokens[:, None])[:, 0] - normalizer).tolist()
+        most = max(one.top_logprobs for one in sequences)
+        best = scores.topk(most) if most else None
+        chosen = tokens.tolist()
+        for row, (one, token, logprob) in enumerate(zip(sequences, chosen, logprobs, strict=True)):
+            one.ids.append(token)
+            one.logprobs.append(logprob)
+            if not logprob > float("-inf"):  # or NaN
+                one.finish = "error"
+                continue
+            text = ""
+            if one.detokenizer is not None and token not in self.eos_token_ids:
+                text = one.detokenizer.add(token)
+            if one.on_token is not None:
+                top = []
+                if best is not None and one.top_logprobs:
+                    values = (best.values[row, : one.top_logprobs] - normalizer[row]).tolist()
+                    top = list(zip(best.indices[row, : one.top_logprobs].tolist(), values, strict=True))
+                one.on_token(token, logprob, top, text)
+            if token in self.eos_token_ids or (one.detokenizer is not None and one.detokenizer.stopped is not None):
+                one.finish = "stop"
+            elif len(one.ids) >= one.params.max_new_tokens:
+                one.finish = "length"
+        return chosen
 
 
 @torch.no_grad()
 def complete(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    ends: Sequence[int],
+    params: SamplingParams | Sequence[SamplingParams],
+    eos_token_ids: Sequence[int],
     pad_id: int,
-    group: int = 1,
-    choices: Choices | None = None,
-) -> list[Row]:
-    """`group` answers to each prompt, answers of one prompt beside each other.
+    num_generations: int = 1,
+    trie: TokenTrie | None = None,
+) -> list[SequenceState]:
+    """Generate ``num_generations`` completions of each prompt with a model in its present adapted state.
 
     Args:
-        prompts: N token-id lists. sampling: its seeds, if given, number N·group.
-        choices: the only replies, see `decode`.
+        prompts: N token-id lists. params: for all, or one for each of the N·num_generations completions.
+        trie: see `DecodingBatch`.
+
+    Returns:
+        The finished sequences, those of one prompt side by side.
     """
-    state = prefill(model, prompts, pad_id).repeat(group)
-    *_, rows = decode(model, state, sampling, ends, choices=choices)
-    return rows
+    count = len(prompts) * num_generations
+    each = [params] * count if isinstance(params, SamplingParams) else params
+    sequences = [
+        SequenceState(list(prompts[row // num_generations]), one) for row, one in zip(range(count), each, strict=True)
+    ]
+    state = prefill(model, prompts, pad_id).repeat(num_generations)
+    DecodingBatch(model, eos_token_ids, trie=trie).run(sequences, state)
+    return sequences

@@ -1,16 +1,14 @@
-"""A forward pass over many prompts that computes what they share once.
+"""Prefill with shared prefixes, and a prefix cache keyed by weights and token ids.
 
-Chat prompts begin alike (the system turn, the opening of the user's turn), and several sampled answers share their
-whole prompt. A batch is therefore run as a tree: the common prefix [1, P], then the prompts' own rests [N, R]
-(left-padded), then, in training, G answers of each prompt [N·G, C]. Each level's keys and values are computed once and
-repeated for its children, with gradients flowing back through the repetition. The result equals running every row
-alone; only the amount of work differs.
+Chat prompts share a prefix (system turn, start of the user's turn), and the answers of one rollout share their prompt.
+A batch is therefore a tree: common prefix [1, P], left-padded rests of the prompts [N, R] and, in training, G answers
+to each prompt [N·G, C]. Keys and values of each level are computed once and repeated for its children; gradients flow
+back through the repetition.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +16,19 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sigmix.engine.kv_cache import Prefilled, filled
+from sigmix.engine.kv_cache import Prefilled, keys_and_values
 from sigmix.models.multimodal import embedded, grid_positions
+from sigmix.utils.lru import LRUCache
 
 MIN_SHARED = 8
-"""Shorter common prefixes are not worth a pass of their own."""
+"""Shortest common prefix that is worth a forward pass of its own."""
+
+Select = Callable[[list[int] | None], None]
+"""Restricts the per-row state of adapted layers to the rows with given indices; None: all rows."""
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Length of the prefix that all rows share, leaving every row at least one token of its own."""
+    """Length of the longest common prefix that leaves every row at least one token."""
     if len(rows) < 2:
         return 0
     first, last = min(rows, key=list), max(rows, key=list)
@@ -35,7 +37,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def left_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int64 [N, R] and mask bool [N, R] of rows aligned at their ends."""
+    """Token ids int64 [N, R] and mask bool [N, R] of left-padded rows."""
     width = max(map(len, rows))
     ids = torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -44,43 +46,45 @@ def left_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> 
 
 @dataclass
 class StoredPrefix:
-    """Token ids that all N prompts of a batch begin with, and their keys and values under each prompt's weights."""
+    """Token ids shared by all N prompts of a batch, and their keys and values under each prompt's weights."""
 
     ids: tuple[int, ...]
     cache: DynamicCache
 
-    def begins(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Whether every prompt goes on from it, by one token at least."""
+    def starts(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Return True if every prompt starts with the prefix and is longer."""
         return all(len(row) > len(self.ids) and tuple(row[: len(self.ids)]) == self.ids for row in rows)
 
 
 def read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache, rows: int = 1) -> None:
-    """Put the keys and values of a prefix into an empty cache, in every one of some rows."""
+    """Compute the keys and values of a prefix, or its continuation, in every row of a cache."""
     device = model.get_input_embeddings().weight.device
-    # only the cache is wanted: the head gets no position
-    none = torch.empty(0, dtype=torch.long, device=device)
+    no_logits = torch.empty(0, dtype=torch.long, device=device)
     batch = torch.tensor([list(ids)] * rows, device=device)
     places = grid_positions(model, [ids])
     positions = None if places is None else places[0][:, None].expand(-1, rows, -1).to(device)
     model(
-        **embedded(model, batch), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=none
+        **embedded(model, batch),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=no_logits,
     )
 
 
 def prefill(
     model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool = True, start: StoredPrefix | None = None
 ) -> Prefilled:
-    """Run prompts through the model.
+    """Run prompts through a causal language model in its present adapted state; gradients flow if enabled.
 
     Args:
-        model: a causal language model, in whatever adapted state it is; gradients flow if they are enabled.
-        rows: N token-id lists, none empty; with images see `sigmix.models.multimodal`.
-        share: compute the common prefix once. It must be False when rows have different weights.
-        start: a prefix read before, in this very adapted state, for all rows; it is used up, if all rows go on from it.
+        rows: N token-id lists, none empty; for images see `sigmix.models.multimodal`.
+        share: compute the common prefix once; False if rows have different weights.
+        start: cached prefix of all rows under the same weights; its cache is consumed.
     """
     device = model.get_input_embeddings().weight.device
     cache = DynamicCache(config=model.config)
-    if start is not None and start.begins(rows):
+    if start is not None and start.starts(rows):
         cache, shared = start.cache, len(start.ids)
     else:
         shared = common_prefix(rows) if share else 0
@@ -114,10 +118,10 @@ def _can_share(cache: DynamicCache, rows: Sequence[Sequence[int]]) -> bool:
 
 
 def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits [N, C, V] that predict each answer token.
+    """Return logits [N, C, V] that predict each answer token.
 
     Args:
-        state: prompts read by `prefill`; its cache is used up.
+        state: prompts read by `prefill`; its cache is consumed.
         answers: int64 [N, C], right-padded. mask: bool [N, C].
     """
     first = state.logits.unsqueeze(1)
@@ -135,132 +139,104 @@ def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: tor
     return torch.cat([first, out.logits], dim=1)
 
 
-# --- What prompts begin with, read once for each set of weights and kept: templates, system turns, instructions.
-
-
 PREFIX_BYTES = 128 << 20
-"""Bytes of keys and values that an engine keeps by default: 250 mixes of the default base's system turn."""
-
+"""Default budget of an engine's prefix cache: the default base's system turn under 250 mixtures."""
 
 Entry = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [1, heads, P, d] of every layer."""
 
 
-class Prefixes:
-    """Keys and values by weights and token ids, within a memory budget; those used last stay.
+class PrefixCache:
+    """LRU cache of prefixes' keys and values, keyed by weights and token ids.
 
     Args:
-        model: whose. budget: bytes to keep; 0 keeps nothing.
+        max_bytes: memory budget; 0 keeps nothing.
     """
 
-    def __init__(self, model: Any, budget: int = PREFIX_BYTES) -> None:
-        self.model, self.budget = model, budget
-        self.bytes = 0
-        self._kept: OrderedDict[Any, Entry] = OrderedDict()
-        self._put: set[Any] = set()
+    def __init__(self, model: Any, max_bytes: int = PREFIX_BYTES) -> None:
+        self.model = model
+        # values: keys and values, and whether a longer prefix replaces them (turns of a conversation)
+        self.entries: LRUCache[tuple[Hashable, tuple[int, ...]], tuple[Entry, bool]] = LRUCache(max_bytes)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.entries)
 
     def usable(self, ids: Sequence[int]) -> bool:
-        """Whether a prefix is worth a pass of its own and the model can go on from one (no sliding windows)."""
+        """Return True if a prefix is long enough, and the model can continue from one (no sliding windows)."""
         plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
         return len(ids) >= MIN_SHARED and plain
 
-    def rows(
-        self, ids: Sequence[int], keys: Sequence[Any], keep: Callable[[list[int] | None], None] | None = None
-    ) -> StoredPrefix | None:
-        """The prefix under each row's weights, read in the model's present state where it is not kept.
+    def batch(self, ids: Sequence[int], keys: Sequence[Hashable], select: Select | None = None) -> StoredPrefix | None:
+        """Return a prefix under each row's weights, computed in the model's present state where it is not cached.
 
         Args:
-            ids: the prefix. keys: of N rows; equal keys mean equal weights.
-            keep: None where all rows have the same weights; else restricts the model's rows to given ones, and to all
-                again with None.
+            ids: the prefix. keys: of the weights of N rows.
+            select: restricts the model to some of its rows; None if all rows have the same weights.
 
         Returns:
-            A cache of N rows, or None for a prefix that is not `usable`.
+            The prefix with a cache of N rows; None if it is not `usable`.
         """
         if not self.usable(ids):
             return None
         names = [(key, tuple(ids)) for key in keys]
         distinct = list(dict.fromkeys(names))
-        fresh = [name for name in distinct if name not in self._kept]
-        found = {name: self._kept[name] for name in distinct if name in self._kept}
-        for name in found:
-            self._kept.move_to_end(name)
-        if fresh:
-            found |= dict(zip(fresh, self._read(ids, [names.index(name) for name in fresh], keep), strict=True))
-            for name in fresh:
-                self._store(name, found[name])
+        cached = {name: found[0] for name in distinct if (found := self.entries.get(name)) is not None}
+        missing = [name for name in distinct if name not in cached]
+        if missing:
+            computed = self._compute(ids, [names.index(name) for name in missing], select)
+            cached |= dict(zip(missing, computed, strict=True))
+            for name in missing:
+                self.entries.put(name, (cached[name], False), _nbytes(cached[name]))
         places = torch.tensor([distinct.index(name) for name in names])
         cache = DynamicCache(config=self.model.config)
-        for number in range(len(found[distinct[0]])):
-            first, second = (torch.cat([found[name][number][part] for name in distinct])[places] for part in (0, 1))
-            cache.update(first, second, number)
+        for number in range(len(cached[distinct[0]])):
+            keys_, values = (torch.cat([cached[name][number][part] for name in distinct])[places] for part in (0, 1))
+            cache.update(keys_, values, number)
         return StoredPrefix(tuple(ids), cache)
 
-    def longest(self, key: Any, ids: Sequence[int]) -> StoredPrefix | None:
-        """The longest stored beginning of a prompt under some weights, with a cache of one row; None if there is none.
-
-        Args:
-            key: of the weights. ids: the prompt; a beginning leaves at least one token of it.
-        """
-        found = [name for name in self._kept if name[0] == key and len(name[1]) < len(ids) and _begins(ids, name[1])]
-        if not found:
+    def longest(self, key: Hashable, ids: Sequence[int]) -> StoredPrefix | None:
+        """Return the longest cached proper prefix of a prompt under some weights, with a cache of one row."""
+        names = [name for name, _ in self.entries.items() if name[0] == key and len(name[1]) < len(ids)]
+        name = max((name for name in names if _starts(ids, name[1])), key=lambda name: len(name[1]), default=None)
+        if name is None or (found := self.entries.get(name)) is None:
             return None
-        name = max(found, key=lambda name: len(name[1]))
-        self._kept.move_to_end(name)
         cache = DynamicCache(config=self.model.config)
-        for number, (keys, values) in enumerate(self._kept[name]):
+        for number, (keys, values) in enumerate(found[0]):
             cache.update(keys, values, number)
         return StoredPrefix(name[1], cache)
 
-    def put(self, key: Any, ids: Sequence[int], entry: Entry) -> None:
-        """Store what was read of some tokens; shorter beginnings of them that were put here before are dropped."""
+    def put(self, key: Hashable, ids: Sequence[int], entry: Entry) -> None:
+        """Store a conversation in place of its earlier turns."""
         if not self.usable(ids):
             return
-        name = (key, tuple(ids))
-        for other in [o for o in self._kept if o in self._put and o[0] == key and _begins(ids, o[1])]:
-            self.bytes -= _bytes(self._kept.pop(other))
-            self._put.discard(other)
-        self._store(name, entry)
-        self._put.add(name)
+        for name, (_, conversation) in self.entries.items():
+            if conversation and name[0] == key and _starts(ids, name[1]):
+                self.entries.pop(name)
+        self.entries.put((key, tuple(ids)), (entry, True), _nbytes(entry))
 
-    def _read(self, ids: Sequence[int], rows: list[int], keep: Callable[..., None] | None) -> list[Entry]:
+    def _compute(self, ids: Sequence[int], rows: list[int], select: Select | None) -> list[Entry]:
         cache = DynamicCache(config=self.model.config)
-        if keep is not None:
-            keep(rows)
+        if select is not None:
+            select(rows)
         try:
             read_prefix(self.model, ids, cache, len(rows))
         finally:
-            if keep is not None:
-                keep(None)
+            if select is not None:
+                select(None)
+        layers = [keys_and_values(layer) for layer in cache.layers]
         return [
-            [(keys[row : row + 1].clone(), values[row : row + 1].clone()) for keys, values in map(filled, cache.layers)]
+            [(keys[row : row + 1].clone(), values[row : row + 1].clone()) for keys, values in layers]
             for row in range(len(rows))
         ]
 
-    def _store(self, name: Any, entry: Entry) -> None:
-        size = _bytes(entry)
-        if size > self.budget:
-            return
-        while self._kept and self.bytes + size > self.budget:
-            gone, old = self._kept.popitem(last=False)
-            self._put.discard(gone)
-            self.bytes -= _bytes(old)
-        self._kept[name] = entry
-        self.bytes += size
-
     def clear(self) -> None:
-        """Forget all."""
-        self._kept.clear()
-        self._put.clear()
-        self.bytes = 0
+        """Remove all entries."""
+        self.entries.clear()
 
 
-def _begins(ids: Sequence[int], start: tuple[int, ...]) -> bool:
-    return tuple(ids[: len(start)]) == start
+def _starts(ids: Sequence[int], prefix: tuple[int, ...]) -> bool:
+    return tuple(ids[: len(prefix)]) == prefix
 
 
-def _bytes(entry: Entry) -> int:
+def _nbytes(entry: Entry) -> int:
     return sum(keys.nbytes + values.nbytes for keys, values in entry)

@@ -1,7 +1,6 @@
-"""What a model thinks of given text, without generating: next-token logits, answers' log-probabilities, hidden states.
+"""Scoring without generation: next-token logits, log-probabilities of completions, hidden states.
 
-All of these read prompts as `Engine.generate` does: in batches, left-padded, a mix per row, the common prefix once.
-A prefix that many later requests begin with, a template, can be read once and stored.
+Prompts are read as `Engine.generate` reads them: in left-padded batches, a mixture per row, the common prefix once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from sigmix.engine.base import Prompt
-from sigmix.engine.generation import SamplingParams, decode
+from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import answer_logits, left_pad
 from sigmix.engine.tokenization import check_context
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
     from sigmix.engine.engine import Engine
 
-
 Mixes = Mix | str | Sequence[Mix | str] | None
 
 
+@torch.no_grad()
 def next_logits(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -41,19 +40,18 @@ def next_logits(
     form: str | None = None,
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """float32 [N, V] on the CPU: logits of the token after each prompt.
+    """Return logits float32 [N, V] of the token after each prompt, on the CPU.
 
     Args:
-        start: token ids that every prompt begins with, to be read once and kept; None leaves that to the engine.
+        start: token ids that every prompt starts with, to be cached; default: see `Engine.read`.
     """
-    found = []
+    logits = []
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
-        with engine.under(mixes, form) as keep, torch.no_grad():
-            found.append(engine.read(rows, mixes, keep, start).logits.float().cpu())
-    return torch.cat(found) if found else torch.empty(0, 0)
+        with engine.under(mixes, form, sum(map(len, rows))) as select:
+            logits.append(engine.read(rows, mixes, select, start).logits.float().cpu())
+    return torch.cat(logits) if logits else torch.empty(0, 0)
 
 
-@torch.no_grad()
 def score(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -62,7 +60,7 @@ def score(
     *,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    """Natural log-probability of every token of given completions.
+    """Return the natural log-probability of every token of given completions.
 
     Args:
         completions: token ids, one completion per prompt, none empty.
@@ -70,22 +68,10 @@ def score(
     Raises:
         ConfigError: an empty completion, or another number of completions than prompts. ContextError: both do not fit.
     """
-    _check(prompts, completions)
-    found: list[list[float]] = []
-    for rows, mixes in _batches(engine, prompts, mix, batch_size):
-        part = completions[len(found) : len(found) + len(rows)]
-        for row, one in zip(rows, part, strict=True):
-            check_context(engine.model, row, len(one))
-        with engine.under(mixes) as keep:
-            found += _logprobs(engine, engine.read(rows, mixes, keep), part)
-    return found
+    return replies_and_logprobs(engine, prompts, completions, mix, max_new_tokens=0, batch_size=batch_size)[1]
 
 
-def _check(prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> None:
-    if len(completions) != len(prompts) or not all(completions):
-        raise ConfigError(f"expected {len(prompts)} completions, one per prompt and none empty, not {len(completions)}")
-
-
+@torch.no_grad()
 def replies_and_logprobs(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -95,33 +81,31 @@ def replies_and_logprobs(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> tuple[list[str], list[list[float]]]:
-    """Greedy replies, and the natural log-probability of every token of given answers, as if the model had said them.
+    """Return greedy replies (none if ``max_new_tokens`` is 0) and the scores of given answers, see `score`.
 
-    The prompts are read once for both.
-
-    Args:
-        answers: token ids, one answer to each prompt, none empty.
-
-    Raises:
-        ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
+    Prompts are read once for both.
     """
-    _check(prompts, answers)
+    if len(answers) != len(prompts) or not all(answers):
+        raise ConfigError(f"expected {len(prompts)} completions, one per prompt and none empty, not {len(answers)}")
     texts: list[str] = []
-    found: list[list[float]] = []
+    logprobs: list[list[float]] = []
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
-        part = answers[len(found) : len(found) + len(rows)]
+        part = answers[len(logprobs) : len(logprobs) + len(rows)]
         for row, answer in zip(rows, part, strict=True):
             check_context(engine.model, row, max(len(answer), max_new_tokens))
-        with engine.under(mixes) as keep, torch.no_grad():
-            state = engine.read(rows, mixes, keep)
-            found += _logprobs(engine, copy.deepcopy(state), part)
-            *_, done = decode(engine.model, state, SamplingParams(max_new_tokens), engine.ends, on_drop=keep)
-        texts += [engine.tokenizer.decode(row.ids, skip_special_tokens=True) for row in done]
-    return texts, found
+        tokens = sum(len(row) + len(answer) for row, answer in zip(rows, part, strict=True))
+        with engine.under(mixes, tokens=tokens) as select:
+            state = engine.read(rows, mixes, select)
+            logprobs += _logprobs(engine, copy.deepcopy(state) if max_new_tokens else state, part)
+            if max_new_tokens:
+                replies = [SequenceState(row, SamplingParams(max_new_tokens)) for row in rows]
+                DecodingBatch(engine.model, engine.eos_token_ids, select).run(replies, state)
+                texts += [engine.tokenizer.decode(one.ids, skip_special_tokens=True) for one in replies]
+    return texts, logprobs
 
 
 def _logprobs(engine: Engine, state: Prefilled, answers: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Of answers to prompts that were read; uses the state up."""
+    """Score answers to prefilled prompts; consumes the state."""
     width = max(map(len, answers))
     device = engine.model.get_input_embeddings().weight.device
     ids = torch.tensor([[*one, *[engine.pad_id] * (width - len(one))] for one in answers], device=device)
@@ -131,53 +115,56 @@ def _logprobs(engine: Engine, state: Prefilled, answers: Sequence[Sequence[int]]
     return [row[: len(one)] for row, one in zip(chosen.tolist(), answers, strict=True)]
 
 
-def hidden(engine: Engine, prompts: Sequence[Prompt], depths: Sequence[int], batch_size: int = 64) -> torch.Tensor:
-    """float32 [N, D, d] on the CPU: the base's hidden state at each prompt's last token after given layers.
+@torch.no_grad()
+def hidden_states(
+    engine: Engine, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
+) -> torch.Tensor:
+    """Return float32 [N, len(layers), d] on the CPU: the base's hidden state at each prompt's last token.
 
     Only the layers up to the deepest one run.
 
     Args:
-        depths: layer counts, from 1 to the number of layers.
+        layers: numbers of layers passed, from 1 to that of the model.
 
     Raises:
-        ConfigError: the model has no list of layers, or not that many.
+        ConfigError: the model has no list of layers, or fewer.
     """
-    layers = decoder_layers(engine.model)
-    if not depths or not all(1 <= depth <= len(layers) for depth in depths):
-        raise ConfigError(f"depths must be from 1 to {len(layers)}, not {list(depths)}")
+    modules = decoder_layers(engine.model)
+    if not layers or not all(1 <= layer <= len(modules) for layer in layers):
+        raise ConfigError(f"layers must be from 1 to {len(modules)}, not {list(layers)}")
     device = engine.model.get_input_embeddings().weight.device
-    deepest = max(depths)
+    deepest = max(layers)
     seen: dict[int, torch.Tensor] = {}
 
-    def record(depth: int) -> Any:
+    def record(layer: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[depth] = (output[0] if isinstance(output, tuple) else output)[:, -1].float().cpu()
-            if depth == deepest:
-                raise _Enough
+            seen[layer] = (output[0] if isinstance(output, tuple) else output)[:, -1].float().cpu()
+            if layer == deepest:
+                raise _LayersDone
 
         return hook
 
-    found = []
+    states = []
     for rows, mixes in _batches(engine, prompts, None, batch_size):
         ids, mask = left_pad(rows, engine.pad_id, device)
-        handles = [layers[depth - 1].register_forward_hook(record(depth)) for depth in set(depths)]
+        handles = [modules[layer - 1].register_forward_hook(record(layer)) for layer in set(layers)]
         try:
-            with engine.under(mixes), torch.no_grad():
+            with engine.under(mixes):
                 engine.model(**whole(engine.model, ids, mask), use_cache=False)
-        except _Enough:
+        except _LayersDone:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        found.append(torch.stack([seen[depth] for depth in depths], 1))
-    return torch.cat(found)
+        states.append(torch.stack([seen[layer] for layer in layers], 1))
+    return torch.cat(states)
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
-    """The model's layers, in order.
+    """Return the model's layers, in order.
 
     Raises:
-        ConfigError: there is no one list of as many modules as the config says.
+        ConfigError: there is no list of as many modules as its config has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
@@ -186,8 +173,8 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     return lists[0]
 
 
-class _Enough(Exception):
-    """Ends a forward pass whose later layers nobody needs."""
+class _LayersDone(Exception):
+    """Ends a forward pass after the deepest layer needed."""
 
 
 def _batches(

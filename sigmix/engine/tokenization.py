@@ -109,7 +109,7 @@ def _no_images(shown: Sequence[Any]) -> None:
         )
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """All token ids that end an answer: the generation config's, the model config's and the tokenizer's."""
     found: list[int] = []
     for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):

@@ -5,7 +5,6 @@ error known before it runs. `sigmix.engine.truncation` finds the directions and 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from sigmix.svf.subspace import LowRank, Subspace, subspace
 from sigmix.utils.io import atomic_file
 
 
-@dataclass
+@dataclass(eq=False)
 class Truncation:
     """A plan for mixtures of given experts.
 
@@ -37,7 +36,6 @@ class Truncation:
         error: expected share of what the experts do to the layers' outputs (squared, over the calibration's inputs,
             each layer in units of its own output) that is lost. cost: extra multiply-adds per token, as a share of
             the base's. experts: {name: digest}, in the order of the parts' cores. facts: how it was fitted.
-        serial: of this object, to tell plans apart.
     """
 
     groups: list[Group]
@@ -46,7 +44,6 @@ class Truncation:
     cost: float
     experts: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    serial: int = field(default_factory=itertools.count(1).__next__)
 
     def describe(self) -> str:
         """One line, to be printed before use."""
@@ -245,7 +242,7 @@ def fit(
     with as_base(engine.layers):
         groups = find_groups(engine.model, engine.layers, every=True)
     seconds = _second_moments(engine, groups, whole)
-    table = torch.stack([engine.states.z(mix) for mix in engine.mixes(list(experts), len(experts))])
+    table = torch.stack([engine.execution.z(mix) for mix in engine.mixes(list(experts), len(experts))])
     full, every = {}, {}
     for group in groups:
         second = seconds.pop(group.paths[0])
@@ -264,39 +261,10 @@ def fit(
     return Calibration(groups, full, every, _work(engine), digests, facts, next(iter(engine.layers.values())).matrix())
 
 
-def keep_components(engine: Any, experts: Sequence[str], budget: float) -> tuple[float, float]:
-    """The plain way, without prompts: singular components with the most energy for their cost, over all matrices.
-
-    Sets every layer's ``k``, which ``form="truncated"`` goes by while the engine has no `Truncation`.
-
-    Returns:
-        The expected squared error of the weights as a share of Σ (s g)² over the experts, at most ``budget``; and the
-        extra multiply-adds per token as a share of the base's.
-    """
-    names = list(engine.layers)
-    gains = [engine.states.layout.split(engine.states.z(mix) - 1) for mix in engine.mixes(list(experts), len(experts))]
-    energies, costs = [], []
-    for path, layer in engine.layers.items():
-        layer.ensure_factors()
-        gain = torch.stack([one[path] for one in gains])
-        energies.append((layer.svf_s.cpu() * gain).square().sum(0))
-        costs.append(torch.full((layer.r,), 2.0 * layer.r))
-    energy, cost = torch.cat(energies).double(), torch.cat(costs)
-    order = (energy / cost).argsort(descending=True)
-    total = float(energy.sum()) or 1.0
-    left = 1 - energy[order].cumsum(0) / total
-    count = int((left > budget + 1e-12).sum()) + 1 if budget < 1 else 0
-    kept = torch.zeros(len(energy), dtype=torch.bool)
-    kept[order[:count]] = True
-    for path, part in zip(names, kept.split([engine.layers[path].r for path in names]), strict=True):
-        engine.layers[path].k = int(part.sum())
-    return float(energy[~kept].sum()) / total, float(cost[kept].sum()) / _work(engine)
-
-
 def _work(engine: Any) -> int:
     """Multiply-adds of the base's linear layers per token."""
     adapted = sum(layer.in_features * layer.out_features for layer in engine.layers.values())
-    return adapted + sum(module.weight.numel() for module in engine.packing.others)
+    return adapted + sum(module.weight.numel() for module in engine.execution.packing.others)
 
 
 def _second_moments(engine: Any, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:

@@ -303,7 +303,7 @@ class SigmixLM(HFLM):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
         texts = [""] * len(requests)
         for numbers in groups.values():
-            options, end_ids = generation_options(requests[numbers[0]].args[1], self.max_gen_toks, self.tokenizer)
+            options, eos_token_ids = generation_options(requests[numbers[0]].args[1], self.max_gen_toks, self.tokenizer)
             room = self.max_length - options["max_new_tokens"]
             if room < 1:
                 raise ContextError(
@@ -315,7 +315,7 @@ class SigmixLM(HFLM):
             prompts = {number: ids[-room:] for number, ids in prompts.items()}
             lengths = {number: len(ids) + options["max_new_tokens"] for number, ids in prompts.items()}
             order = sorted(numbers, key=lengths.__getitem__, reverse=True)
-            ends, self.engine.ends = self.engine.ends, [*self.engine.ends, *end_ids]
+            ends, self.engine.eos_token_ids = self.engine.eos_token_ids, [*self.engine.eos_token_ids, *eos_token_ids]
             try:
                 for batch in self._batches(order, lengths.__getitem__, disable_tqdm):
                     generations = self.engine.generate(
@@ -326,7 +326,7 @@ class SigmixLM(HFLM):
                         texts[number] = generation.text
                         self.cache_hook.add_partial("generate_until", requests[number].args, generation.text)
             finally:
-                self.engine.ends = ends
+                self.engine.eos_token_ids = ends
         return texts
 
     def _batches(self, items: Sequence[T], length: Callable[[T], int], disable_tqdm: bool) -> Iterator[list[T]]:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from sigmix.engine.tokenization import bare_text, encode, end_ids, reply_ids, turns_of
+from sigmix.engine.tokenization import bare_text, encode, eos_token_ids, reply_ids, turns_of
 from sigmix.errors import ConfigError, DataError
 from sigmix.models.multimodal import processor_of
 from sigmix.svf.tuner import svf_layers
@@ -81,7 +81,7 @@ def gold_dataset(
     from datasets import Dataset
 
     _check_samples(samples)
-    ends = end_ids(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     rows = []
     for one in samples:
         prompt = encode(tokenizer, one.prompt, one.system)

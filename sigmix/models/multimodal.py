@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,8 +22,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sigmix.errors import BaseModelError, ConfigError
+from sigmix.models.weights import weights_key
 from sigmix.utils.images import Picture
 from sigmix.utils.logging import quiet
+from sigmix.utils.lru import LRUCache
 
 PROCESSOR = "sigmix_processor"
 
@@ -246,8 +247,8 @@ class Vectors:
     """
 
     def __init__(self, model: Any, budget: int = BUDGET) -> None:
-        self._model, self.budget, self.bytes = weakref.ref(model), budget, 0
-        self._kept: OrderedDict[Any, torch.Tensor] = OrderedDict()
+        self._model = weakref.ref(model)
+        self.cache: LRUCache[Any, torch.Tensor] = LRUCache(budget)
         self._sound = model.config.model_type in TESTED
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -267,9 +268,8 @@ class Vectors:
     @torch.no_grad()
     def _image(self, model: Any, key: int, state: Any) -> torch.Tensor:
         name = (key, state)
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            return self._kept[name]
+        if (kept := self.cache.get(name)) is not None:
+            return kept
         _check_frozen(model)
         image = _KNOWN.get(key)
         if image is None:
@@ -290,11 +290,7 @@ class Vectors:
         if not self._sound:
             _check_sound(model, image.processor, inputs, made)
             self._sound = True
-        if made.nbytes <= self.budget:
-            self._kept[name] = made
-            self.bytes += made.nbytes
-            while self.bytes > self.budget:
-                self.bytes -= self._kept.popitem(last=False)[1].nbytes
+        self.cache.put(name, made, made.nbytes)
         return made
 
 
@@ -337,9 +333,7 @@ def _state(model: Any) -> tuple:
     """Return what changes when a weight outside the language backbone is cast, moved or edited in place."""
     inside = backbone(model)
     root = f"{inside[0]}." if inside is not None else " "
-    return tuple(
-        (p.data_ptr(), p.dtype, p._version) for name, p in model.named_parameters() if not name.startswith(root)
-    )
+    return weights_key(p for name, p in model.named_parameters() if not name.startswith(root))
 
 
 def _check_frozen(model: Any) -> None:

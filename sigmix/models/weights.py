@@ -10,6 +10,7 @@ classes of their own (GPTQ, AWQ), and bitsandbytes' LLM.int8(), see `sigmix.mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -118,3 +119,8 @@ def offloaded_parameter(module: nn.Module, name: str) -> Tensor | None:
 def _offload_hook(layer: nn.Module) -> Any:
     hook = getattr(layer, "_hf_hook", None)
     return next((one for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None), None)
+
+
+def weights_key(weights: Iterable[Tensor]) -> tuple[tuple[int, torch.dtype, int], ...]:
+    """Return a key of tensors that changes when one is replaced, cast, moved or edited in place."""
+    return tuple((weight.data_ptr(), weight.dtype, weight._version) for weight in weights)

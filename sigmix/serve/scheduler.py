@@ -22,9 +22,10 @@ import torch
 from sigmix.adapt import OTHER, Decision, TwoPass
 from sigmix.adapt.two_pass import AUTO
 from sigmix.engine import Engine
-from sigmix.engine.continuous_batching import Member, Running
-from sigmix.engine.detokenizer import Pieces
-from sigmix.engine.prefix_cache import Entry, StoredPrefix
+from sigmix.engine.continuous_batching import ContinuousBatch
+from sigmix.engine.detokenizer import StreamingDetokenizer
+from sigmix.engine.generation import SamplingParams, SequenceState
+from sigmix.engine.prefix_cache import Entry, Select, StoredPrefix
 from sigmix.errors import SigmixError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair_queue import FairQueue
@@ -121,7 +122,7 @@ class GenerationRequest:
     top_logprobs: int = 0
     deadline: float = float("inf")
     queued_at: float = field(default_factory=time.monotonic)
-    running: list[Member] = field(default_factory=list)
+    running: list[SequenceState] = field(default_factory=list)
 
     @property
     def max_length(self) -> int:
@@ -165,8 +166,7 @@ class Scheduler:
         self.queue: FairQueue[GenerationRequest] = FairQueue(
             settings.max_queue_size, settings.max_queue_size_per_client
         )
-        self._new_batch = lambda: Running(engine, "truncated" if settings.form == "truncated" else "factored")
-        self.batch: Running = self._new_batch()
+        self.batch = ContinuousBatch(engine)
         self._running: set[GenerationRequest] = set()
         self._cancelled: deque[GenerationRequest] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -263,7 +263,7 @@ class Scheduler:
                 calls, self._calls = self._calls, deque()
             for future, function in calls:
                 try:
-                    self.batch.rest()  # releases the engine
+                    self.batch.release()  # releases the engine
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
@@ -308,7 +308,7 @@ class Scheduler:
         return selected
 
     def _admit(self, requests: Sequence[GenerationRequest]) -> None:
-        self.batch.rest()  # strategies use the engine
+        self.batch.release()  # strategies use the engine
         now = time.monotonic()
         new = []
         for request, decision in zip(requests, self._decide(requests), strict=True):
@@ -325,7 +325,7 @@ class Scheduler:
             request.running = [self._sequence(request, index) for index in range(len(request.seeds))]
             new += request.running
         if new:
-            self.batch.join(new)
+            self.batch.add(new)
             self._collect(new)
 
     def _decide(self, requests: Sequence[GenerationRequest]) -> list[Decision]:
@@ -342,31 +342,33 @@ class Scheduler:
             decisions |= zip(group, decided, strict=True)
         return [decisions[request] for request in requests]
 
-    def _sequence(self, request: GenerationRequest, index: int) -> Member:
-        detokenizer = Pieces(self.engine.tokenizer, request.stop_strings)
+    def _sequence(self, request: GenerationRequest, index: int) -> SequenceState:
+        detokenizer = StreamingDetokenizer(self.engine.tokenizer, request.stop_strings)
         assert request.mix is not None
 
-        def on_token(token: int, logprob: float, top: list[tuple[int, float]]) -> bool:
+        def on_token(token: int, logprob: float, top: list[tuple[int, float]], text: str) -> None:
             self._generated += 1
-            text = "" if token in self.engine.ends else detokenizer.add(token)
             request.on_event(Token(index, token, logprob, top, text))
-            return detokenizer.stopped is not None
 
-        return Member(
-            ids=request.ids,
+        return SequenceState(
+            prompt_ids=request.ids,
+            params=SamplingParams(
+                max_new_tokens=request.max_new_tokens,
+                do_sample=request.temperature > 0,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                seed=request.seeds[index],
+            ),
             mix=request.mix,
-            take=on_token,
-            max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seeds[index],
-            top=request.top_logprobs,
-            remember=index == 0,
+            detokenizer=detokenizer,
+            on_token=on_token,
+            top_logprobs=request.top_logprobs,
+            cache_prefix=index == 0,
             context=(request, index, detokenizer),
         )
 
     def _step(self) -> None:
-        before, batch = self._generated, list(self.batch.members)
+        before, batch = self._generated, list(self.batch.sequences)
         running = [sequence for request in self._running for sequence in request.running]  # some still prefill
         self.batch.step()
         self._collect(running)
@@ -374,9 +376,9 @@ class Scheduler:
             self.queue.charge(sequence.context[0].client, output_tokens=1)
         self.metrics.on_step(len(batch), len({sequence.mix for sequence in batch}), self._generated - before)
         if self.engine.lock.waiting:
-            self.batch.rest()
+            self.batch.release()
 
-    def _collect(self, sequences: Sequence[Member]) -> None:
+    def _collect(self, sequences: Sequence[SequenceState]) -> None:
         """Deliver the ends of sequences."""
         for sequence in sequences:
             request, index, detokenizer = sequence.context
@@ -386,7 +388,7 @@ class Scheduler:
                 self._finish(request, Failed("model", f"logits are not finite under {sequence.mix.id}"))
                 continue
             request.running.remove(sequence)
-            request.on_event(Finished(index, sequence.finish, detokenizer.end()))
+            request.on_event(Finished(index, sequence.finish, detokenizer.flush()))
             if not request.running:
                 self._finish(request)
 
@@ -406,7 +408,7 @@ class Scheduler:
         if request not in self._running:
             return
         if request.running:
-            self.batch.leave(request.running)
+            self.batch.remove(request.running)
             request.running = []
         with self._wake:
             self._running.discard(request)
@@ -417,10 +419,10 @@ class Scheduler:
     def _abort(self, code: str, message: str) -> None:
         """Fail all running requests, and at shutdown the queued ones; start an empty batch."""
         try:
-            self.batch.rest()
+            self.batch.release()
         except Exception:
             log.exception("the engine's state could not be restored")
-        self.batch = self._new_batch()
+        self.batch = ContinuousBatch(self.engine)
         for request in list(self._running):
             request.running = []
             self._finish(request, Failed(code, message))
@@ -477,15 +479,15 @@ class SharedEngine(Engine):
         with self.lock:
             return super().z(mix)
 
-    def known_beginning(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
+    def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
         with self.lock:
-            return super().known_beginning(ids, mix, form)
+            return super().cached_prefix(ids, mix, form)
 
-    def keep_beginning(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
+    def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
         with self.lock:
-            super().keep_beginning(ids, mix, entry, form)
+            super().cache_prefix(ids, mix, entry, form)
 
     @contextmanager
-    def _turn_of(self, mixes: list[Mix], form: str | None) -> Iterator[tuple[Any, int]]:
-        with self.lock, super()._turn_of(mixes, form) as entered:
-            yield entered
+    def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
+        with self.lock, super().under(mixes, form, tokens) as select:
+            yield select

@@ -80,6 +80,7 @@ class Service:
         self.engine = SharedEngine(model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES)
         if settings.form == "truncated":
             self.engine.truncation = bank_truncation(self.engine)
+            self.engine.execution.prefer_truncated = True
         self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
         self._tokenizer_lock = threading.Lock()
         self.context_length = context_length(model)

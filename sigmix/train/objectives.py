@@ -216,10 +216,13 @@ class Learner:
         if config.objective == "sft":
             return self.actor.gold(samples[share])
         rows = range(share.start * config.num_generations, share.stop * config.num_generations)
-        seeds = [row_seed(config.seed, number, row) for row in rows]
-        sampling = SamplingParams(self.max_new_tokens, config.temperature > 0, config.temperature, 1.0, seeds)
+        do_sample, temperature = config.temperature > 0, config.temperature
+        params = [
+            SamplingParams(self.max_new_tokens, do_sample, temperature, seed=row_seed(config.seed, number, row))
+            for row in rows
+        ]
         with self.policy.acting():
-            return self.actor.rollouts(samples[share], sampling, config.num_generations, config.format_reward)
+            return self.actor.rollouts(samples[share], params, config.num_generations, config.format_reward)
 
     def _backward(self, number: int, rollouts: Rollouts) -> dict[str, float]:
         """Accumulate the gradients of this process's share; return its sums of loss, KL, entropy and tokens."""

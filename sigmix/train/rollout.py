@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sigmix.engine.constrained import Choices
-from sigmix.engine.generation import Row, SamplingParams, complete
-from sigmix.engine.tokenization import check_context, encode, end_ids, reply_ids
+from sigmix.engine.constrained import TokenTrie
+from sigmix.engine.generation import SamplingParams, SequenceState, complete
+from sigmix.engine.tokenization import check_context, encode, eos_token_ids, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
 
@@ -103,9 +103,9 @@ class Actor:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, ends: Sequence[int] | None = None
     ) -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.ends = end_ids(model, tokenizer) if ends is None else list(ends)
+        self.ends = eos_token_ids(model, tokenizer) if ends is None else list(ends)
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.choices = Choices.of(tokenizer, task.choices, self.ends) if task.choices else None
+        self.choices = TokenTrie.from_texts(tokenizer, task.choices, self.ends) if task.choices else None
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, sample: Sample) -> list[int]:
@@ -115,13 +115,17 @@ class Actor:
         return self._encoded[sample.id]
 
     def rollouts(
-        self, samples: Sequence[Sample], sampling: SamplingParams, num_generations: int, format_reward: float = 0.0
+        self,
+        samples: Sequence[Sample],
+        params: Sequence[SamplingParams],
+        num_generations: int,
+        format_reward: float = 0.0,
     ) -> Rollouts:
-        """Sample and score ``num_generations`` completions of each prompt."""
+        """Sample and score ``num_generations`` completions of each prompt, with sampling parameters for each."""
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
-            check_context(self.model, ids, sampling.max_new_tokens, f"sample {sample.id} of {self.task.name}")
-        rows = complete(self.model, prompts, sampling, self.ends, self.pad_id, num_generations, self.choices)
+            check_context(self.model, ids, params[0].max_new_tokens, f"sample {sample.id} of {self.task.name}")
+        rows = complete(self.model, prompts, params, self.ends, self.pad_id, num_generations, self.choices)
         texts = self.decode(rows)
         scores = [self.task.score(samples[i // num_generations], text) for i, text in enumerate(texts)]
         rewards = torch.tensor([reward(score, format_reward) for score in scores])
@@ -133,15 +137,15 @@ class Actor:
         texts = [sample.gold for sample in samples]
         return Rollouts([self.encode(s) for s in samples], completions, texts, torch.ones(len(texts)), list(texts))
 
-    def generate(self, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 64) -> list[Row]:
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 64) -> list[SequenceState]:
         """Generate greedy completions."""
-        rows: list[Row] = []
+        rows: list[SequenceState] = []
         for start in range(0, len(samples), batch_size):
             prompts = [self.encode(sample) for sample in samples[start : start + batch_size]]
-            sampling = SamplingParams(max_new_tokens)
-            rows += complete(self.model, prompts, sampling, self.ends, self.pad_id, choices=self.choices)
+            params = SamplingParams(max_new_tokens)
+            rows += complete(self.model, prompts, params, self.ends, self.pad_id, trie=self.choices)
         return rows
 
-    def decode(self, rows: Sequence[Row]) -> list[str]:
+    def decode(self, rows: Sequence[SequenceState]) -> list[str]:
         """Decode completions without special tokens."""
         return [str(self.tokenizer.decode(row.ids, skip_special_tokens=True)) for row in rows]

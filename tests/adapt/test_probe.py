@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sigmix.adapt import OTHER, Probe, ProbeDispatch
 from sigmix.adapt.probe import fit_probe
 from sigmix.engine import Engine
-from sigmix.engine.scoring import hidden
+from sigmix.engine.scoring import hidden_states
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -58,7 +58,7 @@ def test_a_fitted_probe_tells_requests_apart(made):
 def test_probabilities_are_a_softmax_of_the_stated_hidden_state(made):
     engine, probe = made
     texts = prompts(300, 2)["reading"]
-    states = hidden(engine, texts, [probe.depth])[:, 0]
+    states = hidden_states(engine, texts, [probe.depth])[:, 0]
     wanted = torch.softmax((states @ probe.weight.T + probe.bias) / probe.temperature, -1)
     for row, decision in zip(wanted.tolist(), ProbeDispatch(engine, probe=probe).decide(texts), strict=True):
         assert list(decision.evidence["probabilities"].values()) == pytest.approx(row, abs=1e-5)

@@ -1,4 +1,4 @@
-"""`Running`: members come and go between steps, and each answers as if it were alone."""
+"""Continuous batching: sequences join and leave between steps, and each is decoded as if it were alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers_engine import expert, rows
 
-from sigmix.engine import Engine
-from sigmix.engine import continuous_batching as running
-from sigmix.engine.continuous_batching import Member, Running
+from sigmix.engine import Engine, continuous_batching
+from sigmix.engine.continuous_batching import ContinuousBatch
+from sigmix.engine.detokenizer import StreamingDetokenizer
+from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -28,23 +29,30 @@ def made(request, tiny, tiny_tokenizer):
     )
 
 
-def member(ids, mix="base", take=None, **options) -> Member:
-    return Member(ids, Mix.parse(mix), take or (lambda *_: False), **options)
+PARAMS = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed")
 
 
-def expected(engine, one: Member):
-    (found,) = engine.generate(
-        [one.ids], one.mix, max_new_tokens=one.max_new_tokens, do_sample=one.temperature > 0,
-        temperature=one.temperature, top_p=one.top_p, seeds=[one.seed], form="factored",
-    )  # fmt: skip
+def sequence(ids, mix="base", **options) -> SequenceState:
+    params = SamplingParams(**{name: options.pop(name) for name in PARAMS if name in options})
+    return SequenceState(ids, params, Mix.parse(mix), **options)
+
+
+def expected(engine, one: SequenceState):
+    options = {name: getattr(one.params, name) for name in PARAMS[:-1]}
+    (found,) = engine.generate([one.prompt_ids], one.mix, seeds=[one.params.seed], form="factored", **options)
     return found
 
 
-def run(batch: Running, arrivals: dict[int, list[Member]], leaving: dict[int, list[Member]], steps: int = 200):
+def finish(batch: ContinuousBatch) -> None:
+    while batch:
+        batch.step()
+
+
+def run(batch, arrivals: dict[int, list[SequenceState]], leaving: dict[int, list[SequenceState]], steps: int = 200):
     for step in range(steps):
         if arrivals.get(step):
-            batch.join(arrivals[step])
-        batch.leave(leaving.get(step, []))
+            batch.add(arrivals[step])
+        batch.remove(leaving.get(step, []))
         batch.step()
         if not len(batch) and step >= max(arrivals):
             return
@@ -53,15 +61,15 @@ def run(batch: Running, arrivals: dict[int, list[Member]], leaving: dict[int, li
 
 @pytest.mark.parametrize("seed", range(3))
 def test_each_answers_as_if_alone(made, monkeypatch, seed):
-    monkeypatch.setattr(running, "CHUNK", 24)
+    monkeypatch.setattr(continuous_batching, "CHUNK_TOKENS", 24)
     draw = random.Random(seed)
     lengths = [draw.choice([5, 9, 20, 60]) for _ in range(24)]
     shared = 4 if seed else 0
     members, arrivals, leaving = [], {}, {}
     for number, ids in enumerate(rows(lengths, shared=shared, seed=seed)):
         warm = draw.choice([0.0, 0.0, 0.8])
-        one = member(
-            ids, draw.choice(MIXES), max_new_tokens=draw.choice([1, 4, 15, 40]), temperature=warm,
+        one = sequence(
+            ids, draw.choice(MIXES), max_new_tokens=draw.choice([1, 4, 15, 40]), do_sample=warm > 0, temperature=warm,
             top_p=draw.choice([1.0, 0.7]), seed=number,
         )  # fmt: skip
         members.append(one)
@@ -70,79 +78,79 @@ def test_each_answers_as_if_alone(made, monkeypatch, seed):
         if draw.random() < 0.25:
             leaving.setdefault(start + draw.randrange(1, 12), []).append(one)
     cut = {id(one) for gone in leaving.values() for one in gone}
-    run(Running(made.engine), arrivals, leaving)
+    run(ContinuousBatch(made.engine), arrivals, leaving)
     for one in members:
         whole = expected(made.alone, one)
         if id(one) in cut and not one.finish:
-            assert one.answer == whole.ids[: len(one.answer)]
+            assert one.ids == whole.ids[: len(one.ids)]
         else:
-            assert (one.answer, one.finish) == (whole.ids, whole.finish)
+            assert (one.ids, one.finish) == (whole.ids, whole.finish)
     assert any(one.finish == "length" for one in members)
 
 
 def test_logprobs_and_the_most_probable(made):
     told = []
     ids = rows([12])[0]
-    one = member(ids, "math", lambda *each: told.append(each) or False, max_new_tokens=5, top=3)
-    other = member(rows([9])[0], "code", max_new_tokens=7)
-    batch = Running(made.engine)
-    batch.join([other, one])
-    while len(batch):
-        batch.step()
+    one = sequence(ids, "math", max_new_tokens=5, top_logprobs=3)
+    one.on_token = lambda *each: told.append(each)
+    other = sequence(rows([9])[0], "code", max_new_tokens=7)
+    batch = ContinuousBatch(made.engine)
+    batch.add([other, one])
+    finish(batch)
     whole = expected(made.alone, one)
-    assert [token for token, _, _ in told] == whole.ids
-    torch.testing.assert_close(torch.tensor([logprob for _, logprob, _ in told]), torch.tensor(whole.logprobs))
-    for token, logprob, best in told:
+    assert [token for token, *_ in told] == whole.ids
+    torch.testing.assert_close(torch.tensor([logprob for _, logprob, *_ in told]), torch.tensor(whole.logprobs))
+    for token, logprob, best, _ in told:
         assert len(best) == 3
         assert best[0] == pytest.approx((token, logprob), abs=1e-4)
         assert best[0][1] >= best[1][1] >= best[2][1]
 
 
-def test_the_one_who_takes_ends_it(made):
-    one = member(rows([8])[0], max_new_tokens=20)
-    one.take = lambda *_: len(one.answer) == 3
-    batch = Running(made.engine)
-    batch.join([one])
-    while len(batch):
-        batch.step()
-    assert (len(one.answer), one.finish) == (3, "stop")
+def test_a_stop_string_ends_a_sequence_and_the_text_is_streamed(made):
+    one = sequence(rows([8])[0], max_new_tokens=20)
+    whole = made.alone.generate([one.prompt_ids], max_new_tokens=20)[0].text
+    stop, pieces = whole[5:7], []
+    one.detokenizer = StreamingDetokenizer(made.engine.tokenizer, [stop])
+    one.on_token = lambda *each: pieces.append(each[-1])
+    batch = ContinuousBatch(made.engine)
+    batch.add([one])
+    finish(batch)
+    assert (one.finish, one.detokenizer.stopped) == ("stop", stop)
+    assert "".join(pieces) == one.detokenizer.text == whole[: whole.index(stop)]
 
 
 def test_between_steps_others_may_use_the_engine(made):
-    one, two = member(rows([8])[0], "math", max_new_tokens=6), member(rows([11])[0], "code", max_new_tokens=6)
-    batch = Running(made.engine)
-    batch.join([one, two])
+    one, two = sequence(rows([8])[0], "math", max_new_tokens=6), sequence(rows([11])[0], "code", max_new_tokens=6)
+    batch = ContinuousBatch(made.engine)
+    batch.add([one, two])
     batch.step()
-    batch.rest()
-    between = made.engine.generate([one.ids], "base", max_new_tokens=4)
-    assert between[0].ids == made.alone.generate([one.ids], "base", max_new_tokens=4)[0].ids
-    while len(batch):
-        batch.step()
-    assert one.answer == expected(made.alone, one).ids
-    assert two.answer == expected(made.alone, two).ids
+    batch.release()
+    between = made.engine.generate([one.prompt_ids], "base", max_new_tokens=4)
+    assert between[0].ids == made.alone.generate([one.prompt_ids], "base", max_new_tokens=4)[0].ids
+    finish(batch)
+    assert one.ids == expected(made.alone, one).ids
+    assert two.ids == expected(made.alone, two).ids
 
 
 def test_a_turn_is_not_read_twice(made, monkeypatch):
-    if made.engine.prefixes.usable(range(99)) is False:
+    if made.engine.prefix_cache.usable(range(99)) is False:
         pytest.skip("a sliding window keeps no beginnings")
-    first = member(rows([40])[0], "math", max_new_tokens=8, remember=True)
-    batch = Running(made.engine)
-    batch.join([first])
-    while len(batch):
-        batch.step()
-    following = first.ids + first.answer + [5, 6, 7]
-    second, other = member(following, "math", max_new_tokens=8), member(following, "code", max_new_tokens=8)
+    first = sequence(rows([40])[0], "math", max_new_tokens=8, cache_prefix=True)
+    batch = ContinuousBatch(made.engine)
+    batch.add([first])
+    finish(batch)
+    following = first.prompt_ids + first.ids + [5, 6, 7]
+    second, other = sequence(following, "math", max_new_tokens=8), sequence(following, "code", max_new_tokens=8)
     read = []
-    batch.join([second, other])
+    batch.add([second, other])
     hook = made.engine.model.register_forward_pre_hook(
         lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    while len(batch):
-        batch.step()
+    finish(batch)
     hook.remove()
     assert read[0] == 4  # the answer's last token was chosen, but not read
-    assert second.answer == expected(made.alone, second).ids
-    assert other.answer == expected(made.alone, other).ids
+    assert second.ids == expected(made.alone, second).ids
+    assert other.ids == expected(made.alone, other).ids
 
 
 def test_a_broken_row_breaks_no_other(made):
@@ -150,29 +158,28 @@ def test_a_broken_row_breaks_no_other(made):
     sick = {path: torch.full_like(z, 1e30) for path, z in made.engine.bank["math"].z.items()}
     bank = {**made.engine.bank, "sick": Expert("sick", sick)}
     engine = Engine(made.engine.model, made.engine.tokenizer, bank)
-    good, bad = member(rows([8])[0], "code", max_new_tokens=9), member(rows([30])[0], "sick", max_new_tokens=9)
-    later = member(rows([30])[0], "math", max_new_tokens=9)
-    batch = Running(engine)
-    batch.join([bad, good])
-    assert (bad.finish, bad.answer) == ("error", [])
+    good, bad = sequence(rows([8])[0], "code", max_new_tokens=9), sequence(rows([30])[0], "sick", max_new_tokens=9)
+    later = sequence(rows([30])[0], "math", max_new_tokens=9)
+    batch = ContinuousBatch(engine)
+    batch.add([bad, good])
+    assert (bad.finish, len(bad.ids)) == ("error", 1)
     # as a row that breaks while it is under way would leave it
-    for layer in batch.slots.cache.layers:
+    for layer in batch.kv_cache.cache.layers:
         for buffer in layer.buffers:
             buffer[1:] = float("nan")
     batch.step()
-    batch.join([later])
-    while len(batch):
-        batch.step()
-    assert good.answer == expected(made.alone, good).ids
-    assert later.answer == expected(made.alone, later).ids
+    batch.add([later])
+    finish(batch)
+    assert good.ids == expected(made.alone, good).ids
+    assert later.ids == expected(made.alone, later).ids
 
 
-def test_slots_are_reused(made):
-    batch = Running(made.engine)
+def test_buffers_are_reused(made):
+    batch = ContinuousBatch(made.engine)
     sizes = []
     for _ in range(6):
-        batch.join([member(ids, mix, max_new_tokens=30) for ids, mix in zip(rows([10, 12, 14, 16]), MIXES)])
+        batch.add([sequence(ids, mix, max_new_tokens=30) for ids, mix in zip(rows([10, 12, 14, 16]), MIXES)])
         while len(batch):
             batch.step()
-        sizes.append(batch.slots.bytes())
+        sizes.append(batch.kv_cache.nbytes)
     assert len(set(sizes[1:])) == 1

@@ -30,8 +30,8 @@ def test_packed_and_plain_give_the_same_tokens_and_logits(tiny, tiny_tokenizer, 
     if form and not isinstance(mix, list):
         mix = [mix] * 3
     fast, plain = engine_of(tiny, tiny_tokenizer, arch), engine_of(tiny, tiny_tokenizer, arch, keep_packed=0)
-    assert fast.packing.on
-    assert not plain.packing.on
+    assert fast.execution.packing.on
+    assert not plain.execution.packing.on
     for _ in range(2):
         ours = fast.generate(PROMPTS, mix, max_new_tokens=5, form=form)
         assert ours == plain.generate(PROMPTS, mix, max_new_tokens=5, form=form)
@@ -49,11 +49,12 @@ def test_packs_are_made_once_and_anew_when_a_weight_changes(tiny, tiny_tokenizer
 
     monkeypatch.setattr(packing, "pack", counting)
     engine = engine_of(tiny, tiny_tokenizer)
-    for mix in (None, "a", ["a", "b", None]) * 2:
-        engine.generate(PROMPTS, mix, max_new_tokens=2)
-    inputs = len(engine.packing.groups)  # base, merged, and the first factors: one for all layers with one input
+    for mix, form in ((None, None), ("a", "merged"), (["a", "b", None], None)) * 2:
+        engine.generate(PROMPTS, mix, max_new_tokens=2, form=form)
+    packs = engine.execution.packing
+    inputs = len(packs.groups)  # base, merged, and the first factors: one for all layers with one input
     assert inputs < len(engine.layers)
-    made = len(engine.packing.others) + 3 * inputs + len(engine.layers)
+    made = len(packs.others) + 3 * inputs + len(engine.layers)
     assert count[0] == made
     layer = next(iter(engine.layers.values())).get_base_layer()
     with torch.no_grad():
@@ -84,5 +85,5 @@ def test_gradients_flow_past_the_packs(tiny, tiny_tokenizer):
 
 
 def test_no_packs_in_float32_or_over_the_budget(tiny, tiny_tokenizer):
-    assert not engine_of(tiny, tiny_tokenizer, dtype=torch.float32).packing.on
-    assert not engine_of(tiny, tiny_tokenizer, keep_packed=1000).packing.on
+    assert not engine_of(tiny, tiny_tokenizer, dtype=torch.float32).execution.packing.on
+    assert not engine_of(tiny, tiny_tokenizer, keep_packed=1000).execution.packing.on

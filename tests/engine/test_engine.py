@@ -7,11 +7,14 @@ import torch
 from helpers_engine import expert, rows
 
 from sigmix.engine import Engine
-from sigmix.engine.tokenization import check_context, context_length, encode, end_ids
+from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids
 from sigmix.errors import ConfigError, ContextError, FingerprintError, UnknownNameError
 from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
+
+
+ROWS = rows([9, 12])
 
 
 def scripted(model, start: int, script: list[int]):
@@ -191,7 +194,7 @@ def test_strings_and_ids_are_the_same_prompt(tiny, tiny_tokenizer):
 
 def test_end_ids_of_all_sources(tiny_llama, tiny_tokenizer):
     tiny_llama.generation_config.eos_token_id = [7, 8]
-    assert end_ids(tiny_llama, tiny_tokenizer) == [7, 8, 2]
+    assert eos_token_ids(tiny_llama, tiny_tokenizer) == [7, 8, 2]
 
 
 def test_context(tiny):
@@ -283,3 +286,16 @@ def test_one_string_is_not_a_list_of_prompts_or_marks(engine):
         engine.generate("What?")
     with pytest.raises(ConfigError, match="list"):
         engine.generate(["What?"], stop_strings="END")
+
+
+def test_one_prompt_over_the_context_gets_an_error_and_the_others_answers(tiny, tiny_tokenizer):
+    engine = Engine(tiny("llama", max_position_embeddings=32), tiny_tokenizer)
+    prompts = [ROWS[0], [5] * 40, [], ROWS[1]]
+    answers = engine.generate(prompts, max_new_tokens=4, keep_errors=True, batch_size=1)
+    assert [one.finish == "error" for one in answers] == [False, True, True, False]
+    assert "prompt 1" in str(answers[1].error)
+    assert "prompt 2" in str(answers[2].error)
+    alone = engine.generate([ROWS[0], ROWS[1]], max_new_tokens=4, batch_size=1)
+    assert [answers[0], answers[3]] == alone
+    with pytest.raises(ContextError, match="prompt 1"):
+        engine.generate(prompts, max_new_tokens=4)

@@ -9,14 +9,17 @@ import torch
 from helpers_engine import TOLERANCE, alone, dense, expert, greedy, rows
 
 from sigmix.engine import Engine
+from sigmix.errors import ConfigError
+from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
+from sigmix.svf.layer import SVFLinear
 from sigmix.svf.tuner import svf_layers
 
 pytestmark = pytest.mark.usefixtures("cache")
 PROMPTS = rows([14, 22, 11, 17], shared=9)
 MIXES = ["math:0.7+code:0.3", None, "math", "code:-0.4"]
-FORMS = ["factored", "gain", "truncated"]
+FORMS = ["factored", "gain"]
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen2", "qwen3", "gemma3", "mistral", "phi3"])
@@ -118,11 +121,11 @@ def test_mixed_generation_equals_each_row_alone(made, form):
 def test_mixed_rows_keep_their_mix_when_others_leave(made):
     # different texts of one batch end at different steps; every remaining row must go on with its own z
     free = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
-    made.engine.ends = [free[0].ids[1], free[2].ids[4]]
+    made.engine.eos_token_ids = [free[0].ids[1], free[2].ids[4]]
     bounded = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
     assert len({len(answer.ids) for answer in bounded}) > 1
     for prompt, mix, answer in zip(PROMPTS, MIXES, bounded, strict=True):
-        assert answer.ids == greedy(under(made, mix), prompt, 10, made.engine.ends)[0]
+        assert answer.ids == greedy(under(made, mix), prompt, 10, made.engine.eos_token_ids)[0]
 
 
 @pytest.mark.parametrize("form", ["merged", *FORMS])
@@ -193,16 +196,153 @@ def test_mixes_with_many_rows_are_answered_apart_and_keep_their_places(made, mon
     prompts = [PROMPTS[i % 4] for i in range(10)]
     mixes = ["math" if i % 2 else None for i in range(10)]
     together = made.engine.generate(prompts, mixes, max_new_tokens=6)
-    states, asked = made.engine.states, []
-    plain = states.under
-    monkeypatch.setattr(states, "under", lambda mixes, form: asked.append(len(set(mixes))) or plain(mixes, form))
-    monkeypatch.setattr("sigmix.engine.generation.ROWS_PER_MIX", 5)
+    execution, sizes = made.engine.execution, []
+    plain = execution.under
+    monkeypatch.setattr(
+        execution, "under", lambda mixes, *options: sizes.append(len(set(mixes))) or plain(mixes, *options)
+    )
+    monkeypatch.setattr("sigmix.engine.execution.ROWS_PER_MIX", 5)
     apart = made.engine.generate(prompts, mixes, max_new_tokens=6)
-    assert asked == [1, 1]
+    assert set(sizes) == {1}
     assert tokens(apart) == tokens(together)
     assert [one.mix for one in apart] == [one.mix for one in together]
     for a, b in zip(apart, together, strict=True):
         assert near(a.logprobs, b.logprobs)
-    asked.clear()
-    made.engine.generate(prompts, mixes, max_new_tokens=6, form="factored")  # told, it obeys
-    assert asked == [2]
+    sizes.clear()
+    made.engine.generate(prompts, mixes, max_new_tokens=6, form="factored")
+    assert set(sizes) == {2}
+
+# ------------------------------------------------------------------ merged weights
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """Number of composed matrices."""
+    count = [0]
+    plain = SVFLinear.merged_weight
+
+    def counting(self, z):
+        count[0] += 1
+        return plain(self, z)
+
+    monkeypatch.setattr(SVFLinear, "merged_weight", counting)
+    return count
+
+
+def engine_of(tiny, tokenizer, arch="llama", **options):
+    bank = {name: expert(tiny(arch), name, seed) for seed, name in enumerate(("a", "b", "c"))}
+    return Engine(tiny(arch), tokenizer, bank, **options)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_mix_that_comes_back_is_not_composed_again(tiny, tiny_tokenizer, composed, arch):
+    engine = engine_of(tiny, tiny_tokenizer, arch)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in engine.model.named_parameters()}
+    first = engine.generate(PROMPTS[:2], "a", max_new_tokens=4, form="merged")
+    once = composed[0]
+    assert once == len(engine.layers)
+    base = engine.generate(PROMPTS[:2], max_new_tokens=4)
+    assert engine.generate(PROMPTS[:2], "a", max_new_tokens=4, form="merged") == first
+    assert engine.generate(PROMPTS[:2], "a:0.5", max_new_tokens=4, form="merged") != first
+    assert composed[0] == 2 * once
+    assert base == engine.generate(PROMPTS[:2], max_new_tokens=4)
+    for name, parameter in engine.model.named_parameters():  # the very tensors, bit for bit
+        assert parameter.data_ptr() == before[name][0]
+        assert (parameter == before[name][1]).all()
+
+
+def test_the_budget_holds_and_the_oldest_goes_first(tiny, tiny_tokenizer, composed):
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.generate(PROMPTS[:2], "a", max_new_tokens=1, form="merged")
+    size, once = engine.execution.merged.nbytes, composed[0]
+    assert size == sum(layer.matrix().nbytes for layer in engine.layers.values())
+    engine.execution.merged.max_bytes = 2 * size
+    for mix in ("b", "a", "c"):  # c drives out b
+        engine.generate(PROMPTS[:2], mix, max_new_tokens=1, form="merged")
+        assert engine.execution.merged.nbytes <= 2 * size
+    assert composed[0] == 3 * once
+    engine.generate(PROMPTS[:2], "a", max_new_tokens=1, form="merged")
+    assert composed[0] == 3 * once
+    engine.generate(PROMPTS[:2], "b", max_new_tokens=1, form="merged")
+    assert composed[0] == 4 * once
+    engine.execution.merged.clear()
+    assert (len(engine.execution.merged), engine.execution.merged.nbytes) == (0, 0)
+
+
+def test_a_budget_of_nothing_keeps_nothing(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer, keep_merged=0)
+    plain = engine_of(tiny, tiny_tokenizer)
+    options = {"max_new_tokens": 4, "form": "merged"}
+    assert engine.generate(PROMPTS[:2], "a", **options) == plain.generate(PROMPTS[:2], "a", **options)
+    assert len(engine.execution.merged) == 0
+
+
+def test_another_expert_of_the_same_name_is_not_the_old_one(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.generate(PROMPTS[:2], "a", max_new_tokens=4, form="merged")
+    engine.bank["a"] = expert(tiny("llama"), "a", 9)
+    fresh = Engine(tiny("llama"), tiny_tokenizer, engine.bank)
+    options = {"max_new_tokens": 4, "form": "merged"}
+    assert engine.generate(PROMPTS[:2], "a", **options) == fresh.generate(PROMPTS[:2], "a", **options)
+
+
+def test_a_model_that_was_cast_gets_weights_of_its_own(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.generate(PROMPTS[:2], "a", max_new_tokens=4, form="merged")
+    engine.model.to(torch.float64)
+    weights = {path: layer.merged_weight(engine.bank["a"].z[path]) for path, layer in engine.layers.items()}
+    with engine.under([Mix.one("a")], "merged"):
+        for path, layer in engine.layers.items():
+            assert (layer.get_base_layer().weight == weights[path]).all()
+
+
+# ------------------------------------------------------------------ the choice of a form
+
+
+def test_a_short_answer_is_not_merged_and_repeated_use_is(tiny, tiny_tokenizer, composed):
+    engine = engine_of(tiny, tiny_tokenizer)
+    alone = engine_of(tiny, tiny_tokenizer)
+    one = engine.generate(PROMPTS[:1], "a", max_new_tokens=4)
+    assert composed[0] == 0
+    assert one == alone.generate(PROMPTS[:1], "a", max_new_tokens=4, form="factored")
+    for _ in range(10):
+        again = engine.generate(PROMPTS[:1], "a", max_new_tokens=4)
+        assert again[0].ids == one[0].ids
+    assert composed[0] == len(engine.layers)
+    assert engine.execution.choose([Mix.one("a")]) == "merged"
+    assert engine.execution.choose([Mix.one("b")]) == "factored"
+    assert engine.execution.choose([Mix.one("a"), Mix.one("b")]) == "factored"
+
+
+def test_a_long_answer_is_merged_on_the_way(tiny, tiny_tokenizer, composed):
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.eos_token_ids = []
+    (answer,) = engine.generate(PROMPTS[:1], "a", max_new_tokens=40)
+    assert composed[0] == len(engine.layers)
+    (whole,) = engine.generate(PROMPTS[:1], "a", max_new_tokens=40, form="factored")
+    assert answer.ids == whole.ids
+    assert near(answer.logprobs, whole.logprobs)
+
+
+def test_many_prompt_tokens_are_merged_at_once_and_requested_forms_never(tiny, tiny_tokenizer, composed):
+    engine = engine_of(tiny, tiny_tokenizer)
+    prompts = rows([20] * 20)
+    engine.generate(prompts, "a", max_new_tokens=1, form="factored")
+    engine.generate(prompts, max_new_tokens=1)
+    assert composed[0] == 0
+    engine.generate(prompts, "a", max_new_tokens=1)
+    assert composed[0] == len(engine.layers)
+
+
+def test_an_expert_of_ones_is_the_base_bit_for_bit(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer)
+    ones = {path: torch.ones_like(z) for path, z in engine.bank["a"].z.items()}
+    engine.bank["ones"] = Expert("ones", ones)
+    ids = torch.tensor(rows([12]))
+    assert torch.equal(engine.logits(ids, mix="ones"), engine.logits(ids))
+
+
+@pytest.mark.parametrize(("mix", "form"), [("a", "dense"), (["a", "b"], "merged")])
+def test_forms_that_cannot_run(tiny, tiny_tokenizer, mix, form):
+    with pytest.raises(ConfigError, match=form):
+        engine_of(tiny, tiny_tokenizer).generate(PROMPTS[:2], mix, form=form)

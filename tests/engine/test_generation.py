@@ -1,4 +1,4 @@
-"""The decoding loop: greedy equals transformers, rows leave alone, sampling is a row's own affair."""
+"""Decoding core: greedy decoding equals transformers, rows leave alone, each row has its own random stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_engine import alone, greedy, rows
 
-from sigmix.engine.generation import Row, SamplingParams, complete, decode
+from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState, complete
 from sigmix.engine.prefix_cache import prefill
 
 PROMPTS = rows([14, 22, 11, 17], shared=9)
@@ -14,8 +14,8 @@ PROMPTS = rows([14, 22, 11, 17], shared=9)
 NEAR = {"rel": 1e-4, "abs": 1e-4}
 
 
-def answers(model, prompts, sampling, ends=(), group=1):
-    return complete(model, prompts, sampling, ends, pad_id=0, group=group)
+def answers(model, prompts, params, ends=(), group=1):
+    return complete(model, prompts, params, ends, pad_id=0, num_generations=group)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "mixtral"])
@@ -49,36 +49,26 @@ def test_rows_leave_at_their_end_and_change_no_other(tiny_llama):
     assert len(lengths) > 1  # otherwise no row left before another
 
 
-def test_dropped_rows_are_announced_with_those_that_stay(tiny_llama):
-    told = []
-    stop_after = [2, 5, 1, 5]
-    state = prefill(tiny_llama, PROMPTS, pad_id=0)
+def test_the_state_is_restricted_to_the_remaining_rows(tiny_llama):
+    selected = []
+    lengths = [2, 5, 1, 4]
+    sequences = [SequenceState(row, SamplingParams(length)) for row, length in zip(PROMPTS, lengths, strict=True)]
     with torch.no_grad():
-        *_, done = decode(tiny_llama, state, SamplingParams(5), [], lambda i, row: len(row.ids) >= stop_after[i],
-                          lambda stay: told.append(list(stay)))  # fmt: skip
-    assert [len(row.ids) for row in done] == stop_after
-    assert told == [[0, 1, 3], [1, 3]]
-    assert [row.finish for row in done] == ["stop"] * 4
-
-
-def test_every_step_yields_the_same_growing_rows(tiny_llama):
-    with torch.no_grad():
-        steps = [([len(r.ids) for r in done], id(done)) for done in
-                 decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), SamplingParams(3), [])]  # fmt: skip
-    assert [lengths for lengths, _ in steps] == [[1, 1], [2, 2], [3, 3]]
-    assert len({identity for _, identity in steps}) == 1
-
-
-def test_nothing_to_generate(tiny_llama):
-    with torch.no_grad():
-        assert list(decode(tiny_llama, prefill(tiny_llama, PROMPTS[:2], 0), SamplingParams(0), [])) == []
+        state = prefill(tiny_llama, PROMPTS, pad_id=0)
+        DecodingBatch(tiny_llama, [], lambda rows: selected.append(list(rows))).run(sequences, state)
+    assert [len(one.ids) for one in sequences] == lengths
+    assert [sorted(rows) for rows in selected] == [[0, 1, 3], [1, 3], [1]]
+    for one in sequences:
+        assert one.ids == greedy(tiny_llama, one.prompt_ids, len(one.ids))[0]
+        assert one.finish == "length"
 
 
 # ------------------------------------------------------------------ sampling
 
 
 def sampled(model, prompts, seeds, new=10, **changes):
-    return answers(model, prompts, SamplingParams(new, **{"do_sample": True, **changes}, seeds=seeds))
+    params = [SamplingParams(new, True, seed=seed, **changes) for seed in seeds]
+    return answers(model, prompts, params)
 
 
 def test_a_sampled_row_does_not_depend_on_its_batch_mates(tiny_llama):
@@ -101,8 +91,7 @@ def test_seeds_decide(tiny_llama):
 
 
 def test_answers_of_one_prompt_stand_beside_each_other(tiny_llama):
-    sampling = SamplingParams(6, True, seeds=list(range(12)))
-    grouped = answers(tiny_llama, PROMPTS, sampling, group=3)
+    grouped = answers(tiny_llama, PROMPTS, [SamplingParams(6, True, seed=seed) for seed in range(12)], group=3)
     for i, row in enumerate(grouped):
         assert row.ids == sampled(tiny_llama, [PROMPTS[i // 3]], [i], new=6)[0].ids
 
@@ -141,8 +130,3 @@ def test_top_p_keeps_the_smallest_set(tiny_llama):
 def test_a_low_temperature_is_nearly_greedy(tiny_llama):
     cold = sampled(tiny_llama, PROMPTS, [1, 2, 3, 4], temperature=1e-3)
     assert [row.ids for row in cold] == [row.ids for row in answers(tiny_llama, PROMPTS, SamplingParams(10))]
-
-
-def test_row_starts_empty():
-    assert Row() == Row([], [], "")
-    assert Row().ids is not Row().ids

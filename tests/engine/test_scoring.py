@@ -8,7 +8,7 @@ from helpers_engine import TOLERANCE, alone, expert, rows
 
 from sigmix.engine import Engine
 from sigmix.engine import prefix_cache as prefixes
-from sigmix.engine.scoring import decoder_layers, hidden, next_logits, replies_and_logprobs
+from sigmix.engine.scoring import decoder_layers, hidden_states, next_logits, replies_and_logprobs
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.mix import Mix
 
@@ -54,10 +54,10 @@ def test_replies_and_answers_logprobs_are_those_of_each_row_alone(made, mixes):
 def test_a_kept_prefix_changes_no_logits_and_is_read_once(made, mix, monkeypatch):
     start = PROMPTS[0][:10]
     plain = torch.stack([logits(made, row, one)[-1] for row, one in zip(PROMPTS, made.mixes(mix, 4), strict=True)])
-    made.prefixes.clear()
+    made.prefix_cache.clear()
     torch.testing.assert_close(next_logits(made, PROMPTS, mix, start=start), plain, **TOLERANCE)
-    if made.prefixes.usable(start):  # gemma3 has sliding windows
-        assert len(made.prefixes) == len(set(made.mixes(mix, 4)))
+    if made.prefix_cache.usable(start):  # gemma3 has sliding windows
+        assert len(made.prefix_cache) == len(set(made.mixes(mix, 4)))
         monkeypatch.setattr(prefixes, "read_prefix", None)
     for _ in range(2):  # its cache must not grow with use
         torch.testing.assert_close(next_logits(made, PROMPTS, mix, start=start), plain, **TOLERANCE)
@@ -80,10 +80,10 @@ def test_a_prefix_is_read_once_for_each_distinct_mix(made, monkeypatch):
         real(model, ids, cache, count)
 
     monkeypatch.setattr(prefixes, "read_prefix", counted)
-    made.prefixes.clear()
+    made.prefix_cache.clear()
     mixes = [Mix.one("math"), Mix.base(), Mix.one("math"), Mix.base()]
     found = next_logits(made, PROMPTS, mixes, start=PROMPTS[0][:10])
-    assert sizes == ([2] if made.prefixes.usable(PROMPTS[0][:10]) else [])
+    assert sizes == ([2] if made.prefix_cache.usable(PROMPTS[0][:10]) else [])
     for row, mix, logits_ in zip(PROMPTS, mixes, found, strict=True):
         torch.testing.assert_close(logits_, logits(made, row, mix)[-1], **TOLERANCE)
 
@@ -102,13 +102,13 @@ def test_weights_changed_in_place_have_other_prefixes(tiny, tiny_tokenizer):
 def test_prefixes_stay_within_their_budget(tiny, tiny_tokenizer):
     engine = Engine(tiny("llama"), tiny_tokenizer)
     next_logits(engine, PROMPTS, start=PROMPTS[0][:10])
-    one = engine.prefixes.bytes
+    one = engine.prefix_cache.bytes
     assert one > 0
     engine = Engine(tiny("llama"), tiny_tokenizer, keep_prefixes=int(1.5 * one))
     for length in (10, 9, 8):
         next_logits(engine, PROMPTS, start=PROMPTS[0][:length])
-        assert 0 < engine.prefixes.bytes <= 1.5 * one
-    assert len(engine.prefixes) == 1
+        assert 0 < engine.prefix_cache.bytes <= 1.5 * one
+    assert len(engine.prefix_cache) == 1
     none = Engine(tiny("llama"), tiny_tokenizer, keep_prefixes=0)
     next_logits(none, PROMPTS, start=PROMPTS[0][:10])
     assert none.prefixes.bytes == len(none.prefixes) == 0
@@ -126,7 +126,7 @@ def test_hidden_states_are_transformers_own_and_later_layers_do_not_run(tiny, ti
     ran = []
     for number, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    found = hidden(engine, PROMPTS, [1, 3], batch_size=3)
+    found = hidden_states(engine, PROMPTS, [1, 3], batch_size=3)
     assert set(ran) == {0, 1, 2}
     for row, states in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_bad_scoring_input(tiny, tiny_tokenizer):
     with pytest.raises(ConfigError):
         replies_and_logprobs(engine, PROMPTS, [[5], [], [5], [5]], max_new_tokens=1)
     with pytest.raises(ConfigError, match="from 1 to 2"):
-        hidden(engine, PROMPTS, [3])
+        hidden_states(engine, PROMPTS, [3])
     with pytest.raises(ContextError, match="prompt 1"):
         next_logits(engine, [[5, 6], list(range(4, 40))])
     with pytest.raises(ContextError):

@@ -8,9 +8,8 @@ from helpers_engine import TOLERANCE, expert, rows
 
 from sigmix.engine import Engine
 from sigmix.engine import cpu_kernels as packing
-from sigmix.engine.continuous_batching import Member, Running
 from sigmix.engine.scoring import next_logits
-from sigmix.engine.truncation import fit, keep_components, load_truncation, save_truncation
+from sigmix.engine.truncation import fit, load_truncation, save_truncation
 from sigmix.errors import ConfigError, ExpertError, FingerprintError
 from sigmix.experts.mix import Mix
 
@@ -69,7 +68,7 @@ def test_rows_that_leave_take_their_own_cores_along(tiny, tiny_tokenizer):
     engine = engine_of(tiny, tiny_tokenizer)
     engine.truncation = calibrated(engine).plan(0.2)
     free = engine.generate(PROMPTS, MIXES, max_new_tokens=8, form="truncated")
-    engine.ends = [free[0].ids[2], free[2].ids[4]]
+    engine.eos_token_ids = [free[0].ids[2], free[2].ids[4]]
     bounded = engine.generate(PROMPTS, MIXES, max_new_tokens=8, form="truncated")
     assert len({len(one.ids) for one in bounded}) > 1
     for long, short in zip(free, bounded, strict=True):
@@ -103,7 +102,7 @@ def test_a_budget_is_kept_and_a_larger_one_costs_less(tiny, tiny_tokenizer):
 def test_packed_and_plain_agree_in_bfloat16_and_the_base_row_is_exact(tiny, tiny_tokenizer, arch):
     fast = engine_of(tiny, tiny_tokenizer, arch, torch.bfloat16)
     plain = engine_of(tiny, tiny_tokenizer, arch, torch.bfloat16, keep_packed=0)
-    assert fast.packing.on > plain.packing.on
+    assert fast.execution.packing.on > plain.execution.packing.on
     fast.truncation = calibrated(fast).plan(0.2)
     plain.truncation = calibrated(plain).plan(0.2)
     ours, theirs = logits(fast, "truncated").float(), logits(plain, "truncated").float()
@@ -156,24 +155,13 @@ def test_bad_input(tiny, tiny_tokenizer):
         small.plan(0.01)
     engine.truncation = found.plan(0.5)
     engine.bank = {**engine.bank, "third": expert(tiny("llama"), "third", 5)}
-    with pytest.raises(ConfigError, match="not for the expert third"):
+    with pytest.raises(ConfigError, match="third"):
         engine.generate(PROMPTS, ["third"] * 4, form="truncated")
 
 
-def test_components_by_energy_keep_their_budget(tiny, tiny_tokenizer):
-    engine = engine_of(tiny, tiny_tokenizer)
-    exact = logits(engine)
-    told = [keep_components(engine, ["math", "code"], budget) for budget in (1.0, 0.5, 0.1, 0.0)]
-    assert [cost for _, cost in told] == sorted(cost for _, cost in told)
-    assert told[0] == (1.0, 0.0)
-    for (lost, _), budget in zip(told, (1.0, 0.5, 0.1, 0.0), strict=True):
-        assert lost <= budget + 1e-9
-    assert all(layer.k == layer.r for layer in engine.layers.values())
-    torch.testing.assert_close(logits(engine, "truncated"), exact, rtol=1e-3, atol=1e-3)
-    keep_components(engine, ["math", "code"], 0.3)
-    ks = [layer.k / layer.r for layer in engine.layers.values()]
-    assert min(ks) < max(ks), "one rank for all is no choice"
-    assert not torch.allclose(logits(engine, "truncated"), exact, rtol=1e-3, atol=1e-3)
+def test_the_truncated_form_needs_a_plan(tiny, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="sigmix adapt --fit-truncation"):
+        logits(engine_of(tiny, tiny_tokenizer), "truncated")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -218,19 +206,14 @@ def test_inputs_that_are_far_larger_in_one_direction(tiny, tiny_tokenizer):
     assert logits(engine, "truncated").isfinite().all()
 
 
-def test_a_running_batch_computes_exactly_what_the_plan_was_not_fitted_for(tiny, tiny_tokenizer):
-    """An expert that was loaded later must not stop the requests that it shares steps with."""
+def test_a_preferred_truncation_serves_the_experts_that_it_was_fitted_for(tiny, tiny_tokenizer):
     engine = engine_of(tiny, tiny_tokenizer)
     engine.truncation = calibrated(engine).plan(0.3)
+    engine.execution.prefer_truncated = True
     engine.bank["late"] = expert(tiny(), "late", 9)
-    batch = Running(engine, "truncated")
-    members = [
-        Member(PROMPTS[0], Mix.one("late"), lambda *_: False, 6),
-        Member(PROMPTS[1], Mix.one("math"), lambda *_: False, 6),
-    ]
-    batch.join(members)
-    while len(batch):
-        batch.step()
+    assert engine.execution.choose([Mix.one("math"), Mix.one("code")]) == "truncated"
+    assert engine.execution.choose([Mix.one("math"), Mix.one("late")]) == "factored"
+    answers = engine.generate(PROMPTS[:2], ["late", "math"], max_new_tokens=6)
     alone = Engine(tiny(), tiny_tokenizer, dict(engine.bank))
-    assert members[0].answer == alone.generate([PROMPTS[0]], "late", max_new_tokens=6)[0].ids
-    assert len(members[1].answer) == 6
+    assert answers[0].ids == alone.generate([PROMPTS[0]], "late", max_new_tokens=6)[0].ids
+    assert all(len(one.ids) == 6 for one in answers)

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from sigmix import Bank, Engine, Mix, load_base
 from sigmix.adapt import Probe, ProbeDispatch
 from sigmix.adapt.base import labels
-from sigmix.engine.scoring import hidden
+from sigmix.engine.scoring import hidden_states
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.integrations.lm_eval import SigmixLM
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
             bank.add(expert(load_base(made.base, "float32", "cpu")[0], name, seed, width=1.2).with_meta(**meta))
         # every label is the neighbourhood of one request
         engine = Engine(*load_base(made.base, "float32", "cpu"))
-        weight = hidden(engine, [f"{WORDS[place]}?" for place in (0, 3, 6)], [1])[:, 0]
+        weight = hidden_states(engine, [f"{WORDS[place]}?" for place in (0, 3, 6)], [1])[:, 0]
         names = tuple(label.name for label in labels(bank))
         probe = Probe(names, 1, weight, -weight.square().sum(1) / 2, 0.1, 0.0, fingerprint(engine.model))
         probe.save(made.bank / "probe.safetensors")

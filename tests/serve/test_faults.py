@@ -199,7 +199,7 @@ def test_no_memory_leak(tmp_path):
         pytest.skip("no /proc")
     draw = random.Random(0)
     with live(tmp_path, max_new_tokens=4) as server:
-        server.service.engine.prefixes.budget = 1 << 20  # the prefix cache grows on purpose
+        server.service.engine.prefix_cache.entries.max_bytes = 1 << 20  # the prefix cache grows on purpose
 
         def load(count: int) -> None:
             def send(number: int) -> None:

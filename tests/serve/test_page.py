@@ -16,7 +16,7 @@ from helpers_serve import NAMES, bank, live
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
-from sigmix.engine.continuous_batching import Running
+from sigmix.engine.continuous_batching import ContinuousBatch
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -100,13 +100,13 @@ def shares(page) -> dict[str, float]:
 @pytest.fixture
 def slow_steps(monkeypatch):
     """Slows down decoding: a tiny model finishes before the browser can observe it."""
-    step = Running.step
+    step = ContinuousBatch.step
 
     def slow(running):
         time.sleep(0.05)
         return step(running)
 
-    monkeypatch.setattr(Running, "step", slow)
+    monkeypatch.setattr(ContinuousBatch, "step", slow)
 
 
 @pytest.mark.usefixtures("slow_steps")

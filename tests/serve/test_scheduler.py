@@ -13,7 +13,7 @@ from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
 from sigmix.engine import Engine
-from sigmix.engine.continuous_batching import MERGE_AFTER
+from sigmix.engine.execution import BREAK_EVEN
 from sigmix.experts.mix import Mix
 from sigmix.serve import load_settings
 from sigmix.serve.fair_queue import QueueFullError
@@ -112,7 +112,7 @@ def endless(engine, mix) -> list[int]:
     draw = random.Random(1)
     while True:
         ids = random_ids(draw, 6)
-        if len(engine.generate([ids], mix, max_new_tokens=2 * MERGE_AFTER)[0].ids) == 2 * MERGE_AFTER:
+        if len(engine.generate([ids], mix, max_new_tokens=2 * BREAK_EVEN)[0].ids) == 2 * BREAK_EVEN:
             return ids
 
 
@@ -128,11 +128,11 @@ def test_a_mixture_is_merged_after_some_steps_alone(start, shared, alone):
     mix = Mix.parse("math:0.3+code:0.4")
     ids = endless(alone, mix.id)
     for merged in (False, True):
-        one, events = request(ids, mix.id, max_new_tokens=MERGE_AFTER - 10)
+        one, events = request(ids, mix.id, max_new_tokens=BREAK_EVEN - 10)
         scheduler.submit(one)
         events.wait()
-        assert events.ids() == alone.generate([ids], mix.id, max_new_tokens=MERGE_AFTER - 10)[0].ids
-        assert scheduler.call(lambda: shared.is_merged(mix)).result(20) == merged
+        assert events.ids() == alone.generate([ids], mix.id, max_new_tokens=BREAK_EVEN - 10)[0].ids
+        assert scheduler.call(lambda: shared.execution.choose([mix]) == "merged").result(20) == merged
 
 
 def test_mixtures_that_share_steps_are_not_merged(start, shared, alone):
@@ -141,14 +141,14 @@ def test_mixtures_that_share_steps_are_not_merged(start, shared, alone):
     hold = threading.Event()
     scheduler.call(lambda: hold.wait(20))
     for mix in ("math:0.3", "code:0.4"):
-        one, events = request(endless(alone, mix), mix, max_new_tokens=2 * MERGE_AFTER)
+        one, events = request(endless(alone, mix), mix, max_new_tokens=2 * BREAK_EVEN)
         scheduler.submit(one)
         received.append(events)
     hold.set()
     for events in received:
-        assert len([e for e in events.wait() if isinstance(e, Token)]) == 2 * MERGE_AFTER
-    merged = scheduler.call(lambda: [shared.is_merged(Mix.parse(mix)) for mix in ("math:0.3", "code:0.4")])
-    assert not any(merged.result(20))
+        assert len([e for e in events.wait() if isinstance(e, Token)]) == 2 * BREAK_EVEN
+    for mix in ("math:0.3", "code:0.4"):
+        assert scheduler.call(lambda mix=mix: shared.execution.choose([Mix.parse(mix)])).result(20) == "factored"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -160,7 +160,7 @@ def test_short_answer_after_a_cached_prefix(start, shared, alone, length):
     events.wait()
     longer = ids + events.ids() + [5, 6, 7]
     second, events = request(longer, "math", max_new_tokens=length)
-    assert scheduler.call(lambda: shared.known_beginning(longer, second.mix, None) is not None).result(20)
+    assert scheduler.call(lambda: shared.cached_prefix(longer, second.mix, None) is not None).result(20)
     scheduler.submit(second)
     events.wait(timeout=20)
     assert events.ids() == alone.generate([longer], "math", max_new_tokens=length)[0].ids

@@ -86,7 +86,7 @@ def test_generating_picks_the_gain_form_by_itself(folder):
     together = engine.generate(["hello", "you", "there"], mixes, max_new_tokens=6)
     for prompt, mix, found in zip(["hello", "you", "there"], mixes, together, strict=True):
         assert engine.generate([prompt], mix, max_new_tokens=6)[0].ids == found.ids
-    assert not engine.is_merged(Mix.one("a"))
+    assert engine.execution.choose([Mix.one("a")]) == "gain"
     for form in ("merged", "factored"):
         with pytest.raises(ConfigError, match=f"{form} form needs the weight itself, but this base is quantised"):
             engine.logits(IDS, None, "a", form=form)

@@ -28,7 +28,7 @@ def shapes():
 def opened(kind="llava", bank=None, **text):
     model, processor = vlm(kind, max_position_embeddings=512, **text)
     engine = Engine(model, bind(processor), bank=bank)
-    engine.ends = []  # random models end anywhere
+    engine.eos_token_ids = []  # random models end anywhere
     return engine
 
 
@@ -84,7 +84,7 @@ def test_prompts_share_what_they_have_in_common_and_no_more(kind):
     in_pairs = [one for pair in (prompts[:2], prompts[2:]) for one in engine.generate(pair, max_new_tokens=4)]
     again = engine.generate(prompts[:2], max_new_tokens=4)  # what the two share was kept
     alone = [opened(kind).generate([prompt], max_new_tokens=4)[0] for prompt in prompts]
-    assert len(engine.prefixes) > 0
+    assert len(engine.prefix_cache) > 0
     assert [one.ids for one in together] == [one.ids for one in alone] == [one.ids for one in in_pairs]
     assert [one.ids for one in again] == [one.ids for one in alone[:2]]
 
