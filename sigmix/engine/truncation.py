@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from sigmix.engine.cpu_kernels import Group, Packing, Patches, Shared, find_groups, packed_linear
 from sigmix.engine.execution import as_base
 from sigmix.engine.prefix_cache import left_pad
-from sigmix.errors import ConfigError, ExpertError, FingerprintError
+from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.svf.subspace import LowRank, Subspace, subspace
 from sigmix.utils.io import atomic_file
@@ -353,6 +353,8 @@ def load_truncation(engine: Any, path: str | os.PathLike[str]) -> Truncation:
             list(groups.values()), parts, float(about["error"]), float(about["cost"]), dict(about["experts"]),
             dict(about["facts"]),
         )  # fmt: skip
+    except SigmixError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ExpertError(f"the truncation {path} cannot be read: {error!r}", remedy=REMEDY) from error
 
