@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,7 +17,8 @@ from sigmix.cli import app
 from sigmix.cli._console import emit, size, working
 from sigmix.cli._options import DEFAULT, JSON
 
-REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?(?P<pin>[^;)]*)\)?\s*(?:;(?P<marker>.*))?")
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128}
 _8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -72,20 +73,20 @@ def doctor(
 
 
 def packages() -> dict[str, Any]:
-    """Return versions and requirements of core packages and extras: {name: {"version", "wanted", "ok"}}."""
+    """Return versions and requirements of core packages and extras: {name: {"version", "required", "ok"}}."""
+    from packaging.requirements import Requirement
+
     core: dict[str, Any] = {}
     extras: dict[str, dict[str, Any]] = {}
     try:
         requirements, installed = metadata.requires("sigmix") or [], metadata.version("sigmix")
     except metadata.PackageNotFoundError:  # run from a checkout
         requirements, installed = ["torch", "transformers", "peft", "typer"], None
-    for line in requirements:
-        match = REQUIREMENT.match(line)
-        if match is None or match["name"] == "sigmix":
-            continue
-        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", match["marker"] or "")
-        rows = core if extra is None else extras.setdefault(extra[1], {})
-        rows[match["name"]] = _package(match["name"], match["pin"].strip())
+    for requirement in map(Requirement, requirements):
+        extra = re.search(r"extra == \"([\w-]+)\"", str(requirement.marker))
+        if requirement.name != "sigmix":
+            rows = core if extra is None else extras.setdefault(extra[1], {})
+            rows[requirement.name] = _package(requirement)
     return {
         "sigmix": installed,
         "python": platform.python_version(),
@@ -100,46 +101,31 @@ def packages() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _package(name: str, pin: str) -> dict[str, Any]:
+def _package(requirement: Requirement) -> dict[str, Any]:
+    required = str(requirement.specifier)
     try:
-        version = metadata.version(name)
+        version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return {"version": None, "wanted": pin, "ok": False}
-    try:
-        from packaging.specifiers import SpecifierSet
-
-        fits = SpecifierSet(pin).contains(version, prereleases=True)
-    except Exception:  # `packaging` is missing, or cannot parse the version
-        fits = True
-    return {"version": version, "wanted": pin, "ok": fits}
+        return {"version": None, "required": required, "ok": False}
+    return {"version": version, "required": required, "ok": requirement.specifier.contains(version, prereleases=True)}
 
 
 def machine() -> dict[str, Any]:
-    """Return CPU cores of this process, memory, free disk space at the cache and the GPU; bytes, None if unknown."""
+    """Return CPU cores of this process, memory, free disk space at the cache, in bytes, and the GPU."""
+    import psutil
+
     from sigmix.utils.cache import cache_dir
     from sigmix.utils.io import free_bytes
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory()
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores,
-        "memory_bytes": _memory("MemTotal"),
-        "memory_available_bytes": _memory("MemAvailable"),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
         "disk_free_bytes": free_bytes(cache_dir()),
         "gpu": _gpu(),
     }
-
-
-def _memory(key: str) -> int | None:
-    try:
-        match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
-        return int(match[1]) * 1024 if match else None
-    except OSError:
-        pages = "SC_PHYS_PAGES" if key == "MemTotal" else "SC_AVPHYS_PAGES"
-        try:
-            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return None
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -206,7 +192,7 @@ def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict
         "config": source,
         "plan": plan,
         "memory_bytes": forms,
-        "fits_memory": {form: None if memory is None else needed < memory for form, needed in forms.items()},
+        "fits_memory": {form: needed < memory for form, needed in forms.items()},
         "disk_bytes": disk,
         "fits_disk": disk < has["disk_free_bytes"],
     }
@@ -291,7 +277,7 @@ def problems(figures: dict[str, Any], plan: bool = False) -> list[str]:
     for name, row in figures["packages"]["core"].items():
         if not row["ok"]:
             state = f"{name} {row['version']} is too old" if row["version"] else f"{name} is not installed"
-            found.append(f"{state} -> pip install '{name}{row['wanted']}'")
+            found.append(f"{state} -> pip install '{name}{row['required']}'")
     if not figures["cache"]["writable"]:
         folder = figures["cache"]["folder"]
         found.append(f"the cache {folder} is not writable -> set SIGMIX_CACHE to a writable folder")
@@ -313,11 +299,9 @@ def _lines(figures: dict[str, Any], plan: bool) -> list[str]:
         missing = [one for one, row in extra["packages"].items() if not row["ok"]]
         state = f"missing or too old: {', '.join(missing)} -> {extra['install']}" if missing else "installed"
         lines.append(f"extra {name}: {state}")
-    memory = "unknown"
-    if has["memory_bytes"]:
-        memory = f"{size(has['memory_bytes'])} ({size(has['memory_available_bytes'] or 0)} available)"
-    disk = size(has["disk_free_bytes"])
-    lines.append(f"machine: {has['system']}, {has['cores']} cores, memory {memory}, free disk space {disk}")
+    memory = f"memory {size(has['memory_bytes'])} ({size(has['memory_available_bytes'])} available)"
+    disk = f"free disk space {size(has['disk_free_bytes'])}"
+    lines.append(f"machine: {has['system']}, {has['cores']} cores, {memory}, {disk}")
     lines.append(f"GPU: {has['gpu']['name'] if has['gpu'] else 'none'}")
     used = ", ".join(f"{kind} {size(count)}" for kind, count in stored["bytes"].items())
     lines.append(f"cache: {stored['folder']}: {used}")
@@ -342,7 +326,7 @@ def _base_lines(base: dict[str, Any], plan: bool) -> list[str]:
     ]
     if base["config"] != "the model's own":
         lines.append(f"  config: {base['config']}")
-    if short := [form for form, fits in base["fits_memory"].items() if fits is False]:
+    if short := [form for form, fits in base["fits_memory"].items() if not fits]:
         lines.append(f"  more than the available memory: {', '.join(short)}")
     if not plan:
         return lines

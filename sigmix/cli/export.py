@@ -223,7 +223,7 @@ def _verify(
     from sigmix.export.verify import check_figures, memory_needed
 
     needed, free = memory_needed(source, upcast, adapter_bytes), machine()["memory_available_bytes"]
-    if free is not None and needed > free:
+    if needed > free:
         figures["not_verified"] = f"it needs {size(needed)} of memory, and {size(free)} are available"
         return
     with working(f"comparing with {tool}"):

@@ -7,13 +7,13 @@ import re
 import shlex
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 from helpers_gguf import write_gguf
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix import Bank
-from sigmix.cli import doctor as diagnose
 from sigmix.export import lora
 from sigmix.export import verify as llamacpp
 from sigmix.utils.cache import claimed
@@ -132,8 +132,8 @@ def test_two_runs_do_not_write_to_one_place(refused, home, tmp_path, monkeypatch
 
 
 def test_a_check_that_does_not_fit_into_memory_is_left_out_and_said(export, tmp_path, monkeypatch):
-    free = {"MemTotal": 10**12, "MemAvailable": 10**5}
-    monkeypatch.setattr(diagnose, "_memory", free.get)
+    memory = SimpleNamespace(total=10**12, available=10**5)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     done = export("merged", "--mix", "reading", "--out", tmp_path / "merged", "--json").json
     assert "verified" not in done
     assert re.search(r"needs \d.* of memory, and 100 kB are available", done["not_verified"])
