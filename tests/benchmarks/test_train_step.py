@@ -43,7 +43,7 @@ def test_a_peer_that_computes_something_else_is_noticed(setting, monkeypatch):
 
 def test_the_dense_peers_gradient_of_z_is_autograds_through_the_composition(setting):
     # its two backward passes, against one through a model whose weights are functions of z
-    dense = contestant(setting, "dense", clip=1e30)
+    dense = contestant(setting, "dense", max_grad_norm=1e30)
     ids = torch.tensor([[5, 9, 70, 33, 8]])
     with torch.no_grad():
         for z in dense.z.values():
