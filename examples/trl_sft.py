@@ -1,9 +1,9 @@
 """Train an expert with TRL's SFTTrainer on a sigmix task's gold replies, seal it, and measure it against its base.
 
-    python examples/trl_sft.py --task larger --steps 30 --out my-experts/larger-sft
+    python examples/trl_sft.py --task larger --max-steps 30 --out my-experts/larger-sft
     sigmix chat --bank my-experts --mix larger-sft
 
-Needs `pip install "sigmix[trl,tasks]"`. The loss is on the reply and the token that ends it.
+Needs `pip install "sigmix[trl,tasks]"`. The loss is on the reply and its end token.
 """
 
 from __future__ import annotations
@@ -23,27 +23,26 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m", help="name, hub name, folder or .gguf file")
     parser.add_argument("--task", default="addition", help="`sigmix tasks` lists them")
     parser.add_argument("--out", default="my-experts/sft", help="the expert's folder")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=16, help="prompts a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--samples", type=int, default=512, help="prompts to train on")
-    parser.add_argument("--eval-n", type=int, default=50, help="validation items, for base and expert each")
+    parser.add_argument("--max-steps", type=int, default=30)
+    parser.add_argument("--per-device-train-batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--max-train-samples", type=int, default=512, help="training prompts")
+    parser.add_argument("--max-eval-samples", type=int, default=50, help="validation items")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    check_free(given.out)  # before the training, not after
-    task = get_task(given.task)
-    samples = task.samples("train", given.samples, seed=given.seed)
-    model, tokenizer = load_base(given.base)
+    names = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
+    options = {name: getattr(args, name) for name in names}
+    check_free(args.out)  # fail before training
+    task = get_task(args.task)
+    samples = task.samples("train", args.max_train_samples, seed=args.seed)
+    model, tokenizer = load_base(args.base)
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
-            output_dir=f"{given.out}.run",
-            max_steps=given.steps,
-            per_device_train_batch_size=given.batch,
-            learning_rate=given.lr,
-            bf16=False,  # no autocast: compute in the dtype that the base has
-            seed=given.seed,
+            output_dir=f"{args.out}.run",
+            **options,
+            bf16=False,  # no autocast: compute in the base's dtype
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -54,11 +53,11 @@ def main() -> None:
         callbacks=[KeepZ()],
     )
     trainer.train()
-    trainer.save_model(given.out)
+    trainer.save_model(args.out)
 
     figures = finish(
-        given.out, given.base, task, objective="sft", dtype=model.dtype, seed=given.seed, n=given.eval_n,
-        training={"lr": given.lr, "steps": given.steps, "batch": given.batch},
+        args.out, args.base, task, objective="sft", dtype=model.dtype, seed=args.seed, n=args.max_eval_samples,
+        training=options,
     )  # fmt: skip
     for one in figures["results"]:
         low, high = one["interval"]

@@ -298,7 +298,8 @@ def test_the_reward_is_the_verifiers(tiny_tokenizer):
 def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, capsys, run):
     script = Path(__file__).parents[2] / "examples" / f"trl_{kind}.py"
     out = tmp_path / f"mine-{kind}"
-    words = f"--base {home.base} --task addition?digits=1 --steps 2 --batch 8 --eval-n 4 --samples 16 --out {out}"
+    words = f"--base {home.base} --task addition?digits=1 --out {out} --max-steps 2 --per-device-train-batch-size 8"
+    words += " --max-eval-samples 4 --max-train-samples 16"
     monkeypatch.setattr(sys, "argv", [str(script), *words.split()])
     runpy.run_path(str(script), run_name="__main__")
     told = capsys.readouterr().out
@@ -308,7 +309,7 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
     assert expert.verified
     assert expert.meta["objective"] == kind
     assert expert.meta["metrics"][0]["n"] == 4
-    assert json.loads((out / "sigmix.json").read_text())["training"]["steps"] == 2
+    assert json.loads((out / "sigmix.json").read_text())["training"]["max_steps"] == 2
     with pytest.raises(OutputError, match="--out"):  # before it trains anew
         runpy.run_path(str(script), run_name="__main__")
     assert Expert.from_pretrained(out) == expert

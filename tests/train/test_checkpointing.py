@@ -18,9 +18,6 @@ from sigmix.train.checkpointing import RunDir
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-# where the run is stopped: at the first validation, in the first step, within, at and after a checkpoint
-PLACES = [("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("step", 5),
-          ("validation", 6)]  # fmt: skip
 OPTIONS = [{}, {"parametrization": "reference"}, {"policy": "lora", "learning_rate": 0.01, "lora_dropout": 0.2},
            {"policy": "ia3", "learning_rate": 0.01},
            {"objective": "sft", "lr_scheduler_type": "constant"}]  # fmt: skip
@@ -28,6 +25,14 @@ OPTIONS = [{}, {"parametrization": "reference"}, {"policy": "lora", "learning_ra
 
 class Stop(BaseException):
     """Ends a run without a chance to save, as the kernel does."""
+
+
+# at the first validation, in the first step, within, at and after a checkpoint
+PLACES = [("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("step", 5),
+          ("validation", 6)]  # fmt: skip
+INTERRUPTIONS = [(KeyboardInterrupt(), ("step", 1)), (Stop(), ("step", 0)), (Stop(), ("validation", 2)),
+                 (Stop(), ("step", 3))]  # fmt: skip
+MORE = [(error, place) for error in (KeyboardInterrupt(), Stop()) for place in PLACES]
 
 
 class Hopeless(Letter):
@@ -62,12 +67,20 @@ def same(one, other):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
+UNINTERRUPTED: dict = {}
+
+
 @pytest.fixture
 def whole(tiny, tiny_tokenizer, tmp_path):
+    """Outcome of an uninterrupted run, once for each set of options."""
+
     def make(**options):
-        run = trainer(tiny(), tiny_tokenizer, tmp_path / "whole", **options)
-        run.fit()
-        return outcome(run)
+        key = repr(options)
+        if key not in UNINTERRUPTED:
+            run = trainer(tiny(), tiny_tokenizer, tmp_path / "whole", **options)
+            run.fit()
+            UNINTERRUPTED[key] = outcome(run)
+        return UNINTERRUPTED[key]
 
     return make
 
@@ -83,13 +96,14 @@ def resumed(tiny, tokenizer, folder, place, error, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("place", [("step", 3), ("validation", 4)])
+@pytest.mark.parametrize("place", [("step", 3), pytest.param(("validation", 4), marks=pytest.mark.slow)])
 def test_kinds_of_runs(tiny, tiny_tokenizer, tmp_path, whole, options, place):
     same(resumed(tiny, tiny_tokenizer, tmp_path / "cut", place, KeyboardInterrupt(), **options), whole(**options))
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stop()])
+@pytest.mark.parametrize(
+    ("error", "place"), [*INTERRUPTIONS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
+)
 def test_places_to_stop(tiny, tiny_tokenizer, tmp_path, whole, place, error):
     same(resumed(tiny, tiny_tokenizer, tmp_path / "cut", place, error), whole())
 
@@ -107,7 +121,7 @@ def test_patience_counts_across_a_stop(tiny, tiny_tokenizer, tmp_path, whole):
     options = {"task": Hopeless(), "early_stopping_patience": 3, "max_steps": 12}
     expected = whole(**options)
     assert [entry["step"] for entry in expected[0] if entry["kind"] == "validation"] == [0, 2, 4, 6]
-    for place in (("validation", 0), ("validation", 4), ("step", 5)):
+    for place in (("validation", 4), ("step", 5)):
         cut = resumed(tiny, tiny_tokenizer, tmp_path / f"cut-{place[1]}", place, KeyboardInterrupt(), **options)
         same(cut, expected)
 
@@ -121,14 +135,12 @@ def test_a_finished_run_resumes_to_its_result(tiny, tiny_tokenizer, tmp_path):
     assert again == expert
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("learning_rate", 0.01), ("seed", 1), ("max_steps", 8), ("kl_estimator", "k3")]
-)
-def test_another_configuration_is_named(tiny, tiny_tokenizer, tmp_path, name, value):
+def test_another_configuration_is_named(tiny, tiny_tokenizer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer(tiny(), tiny_tokenizer, tmp_path, at(("step", 1), KeyboardInterrupt())).fit()
-    with pytest.raises(ConfigError, match=name):
-        trainer(tiny(), tiny_tokenizer, tmp_path, **{name: value}).fit(resume=True)
+    for name, value in {"learning_rate": 0.01, "seed": 1, "max_steps": 8, "kl_estimator": "k3"}.items():
+        with pytest.raises(ConfigError, match=name):
+            trainer(tiny(), tiny_tokenizer, tmp_path, **{name: value}).fit(resume=True)
 
 
 def test_a_checkpoint_holds_no_pickle(tiny, tiny_tokenizer, tmp_path):

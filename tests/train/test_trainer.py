@@ -129,12 +129,12 @@ def test_test_items_are_not_touched(tiny, tiny_tokenizer, tmp_path):
     trainer(tiny(), tiny_tokenizer, tmp_path, task=Watched(), max_steps=2).fit()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"policy": "lora", "learning_rate": 0.01},
-     {"objective": "sft", "num_generations": 1, "generation_batch_size": 16},
-     {"parametrization": "reference", "learning_rate": 0.3}],
-)  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {},
+    pytest.param({"policy": "lora", "learning_rate": 0.01}, marks=pytest.mark.slow),
+    pytest.param({"objective": "sft", "num_generations": 1, "generation_batch_size": 16}, marks=pytest.mark.slow),
+    pytest.param({"parametrization": "reference", "learning_rate": 0.3}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_tiny_model_learns(tiny, tiny_tokenizer, tmp_path, options):
     options = {"generation_batch_size": 64, **options}
     run = trainer(tiny(), tiny_tokenizer, tmp_path, max_steps=30, eval_steps=10, beta=0.01, kl_limit=20.0, **options)
