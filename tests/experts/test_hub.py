@@ -1,18 +1,21 @@
-"""Experts on the hub, which is a local stand-in: pushing, loading, banks over collections."""
+"""Experts on a local stand-in for the hub: push, load, collections as banks, errors, tokens, public metadata."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
-from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
+from sigmix.errors import ConfigError, ExpertError, HubError, OutputError, SigmixError
 from sigmix.experts import hub as module
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
+from sigmix.experts.hub import public_metadata
 
 pytest_plugins = ["helpers_hub"]
 Z = {"layers.0.q": torch.tensor([0.5, 1.5]), "layers.1.q": torch.tensor([1.0, 0.25])}
@@ -22,6 +25,8 @@ META = {
 }  # fmt: skip
 OURS = {"adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"}
 SLUG = "user/skills-0123456789abcdef01234567"
+# not the client's own protocol log: it has all that a server sends, and a server may send back the token
+LOGS = ("sigmix", "huggingface_hub", "httpx", "httpx2", "filelock")
 
 
 def made(name: str = "sums", **meta) -> Expert:
@@ -364,3 +369,219 @@ def test_a_bank_notes_where_its_experts_are_from(hub, collection):
     noted = json.loads((bank.folder / ".sigmix-hub.json").read_text())
     assert noted["source"] == collection
     assert noted["experts"]["reading"]["repo"] == "bob/reading-v2"
+
+
+# --- refusals and tokens
+
+
+@pytest.fixture
+def watched(hub, tmp_path, caplog, capfd):
+    """Run something with a token; give its result or its error, after looking for the token everywhere."""
+    for name in LOGS:
+        caplog.set_level(logging.DEBUG, logger=name)
+
+    def call(work, *tokens):
+        try:
+            result = work()
+        except SigmixError as error:
+            result = error
+        words = f"{result} {result!r} {vars(result) if hasattr(result, '__dict__') else ''}"
+        if isinstance(result, SigmixError):
+            words += "".join(traceback.format_exception(result))  # the chain of causes too
+            assert "\n" not in str(result)
+            assert result.remedy
+        words += caplog.text + "".join(capfd.readouterr())
+        seen = [path for path in tmp_path.rglob("*") if path.is_file()]
+        for token in tokens:
+            assert token not in words
+            assert not [path for path in seen if token.encode() in path.read_bytes() or token in str(path)]
+            pushed = [files for repo in hub.repos.values() for files in repo.commits.values()]
+            assert not any(token.encode() in content for files in pushed for content in files.values())
+        return result
+
+    return call
+
+
+def test_what_works_leaves_no_token_behind(hub, watched):
+    token = hub.writer
+    watched(lambda: made().push_to_hub("user/sums", token=token, private=True), token)
+    expert = watched(lambda: Expert.from_pretrained("user/sums", token=token), token)
+    assert expert == made()
+    hub.collect(SLUG, "user/sums")
+    assert watched(lambda: Bank.from_hub(SLUG, token=token), token).names() == ["sums"]
+
+
+@pytest.mark.parametrize(
+    "place, status, remedy",
+    [
+        ("repos/create", 401, "run: hf auth login"),
+        ("repos/create", 403, "run: hf auth login, with a token from .*settings/tokens"),
+        ("repos/create", 404, "check the name"),
+        ("validate-yaml", 400, "run it again"),
+        ("commit", 409, "run it again"),
+        ("commit", 500, "run it again"),
+        ("lfs/objects", 403, "run: hf auth login"),
+        ("PUT /lfs", 403, "run: hf auth login"),
+    ],
+)
+def test_refused_pushes(hub, watched, place, status, remedy):
+    for echo in (False, True):  # a bad proxy may send back what it was sent
+        hub.failures.clear()
+        hub.fail(place, status, echo)
+        error = watched(lambda: made().push_to_hub("user/sums", token=hub.writer), hub.writer)
+        assert isinstance(error, HubError)
+        with pytest.raises(HubError, match=f"'user/sums'.* -> .*{remedy}"):
+            raise error
+    repo = hub.repos.get("user/sums")
+    assert repo is None or set(repo.commits[repo.at("main")]) == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    "status, remedy",
+    [
+        (401, "run: hf auth login"),
+        (403, "run: hf auth login"),
+        (404, "check the name"),
+        (429, "run it again in a few minutes"),
+        (500, "run it again"),
+    ],
+)
+def test_refused_loads(hub, watched, status, remedy):
+    hub.fail("api/models", status, echo=True)
+    error = watched(lambda: Expert.from_pretrained("user/sums", token=hub.reader), hub.reader)
+    assert isinstance(error, HubError)
+    with pytest.raises(HubError, match=f"'user/sums'.* -> .*{remedy}"):
+        raise error
+
+
+def test_no_hub_at_all(hub, watched):
+    hub.close()
+    for work in (
+        lambda: made().push_to_hub("user/sums", token=hub.writer),
+        lambda: Expert.from_pretrained("user/sums", token=hub.writer),
+        lambda: Bank.from_hub(SLUG, token=hub.writer),
+    ):
+        error = watched(work, hub.writer)
+        assert isinstance(error, HubError)
+
+
+def test_who_may_what(hub, watched):
+    error = watched(lambda: made().push_to_hub("user/sums", token=hub.reader), hub.reader)
+    assert "hf auth login" in error.remedy
+    error = watched(lambda: made().push_to_hub("somebody/sums", token=hub.writer), hub.writer)
+    assert "'somebody/sums'" in error.message
+    assert "hf auth login" in error.remedy
+    unknown = hub.writer.upper()
+    error = watched(lambda: made().push_to_hub("user/sums", token=unknown), unknown)
+    assert "hf auth login" in error.remedy
+    error = watched(lambda: made().push_to_hub("user/sums"))
+    assert "hf auth login" in error.remedy
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nSecretToo", "hf_secret tail", "hf_secrét", "hf_secret\x00"])
+def test_a_token_that_cannot_be_one_is_refused_unseen(hub, watched, monkeypatch, token):
+    for work in (
+        lambda: made().push_to_hub("user/sums", token=token),
+        lambda: Expert.from_pretrained("user/sums", token=token),
+        lambda: Bank.from_hub(SLUG, token=token),
+    ):
+        error = watched(work, token, "secr")
+        assert isinstance(error, ConfigError)
+        assert "hf auth login" in error.remedy
+    assert not hub.requests
+
+
+def test_a_token_with_a_line_end_from_a_file_is_fine(hub, watched):
+    watched(lambda: made().push_to_hub("user/sums", token=hub.writer + "\n"), hub.writer)
+    assert "user/sums" in hub.repos
+
+
+def test_no_token_is_sent_where_the_library_is_told_not_to(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    made().push_to_hub("user/sums", token=hub.writer, private=True)
+    monkeypatch.setenv("HF_TOKEN", hub.reader)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with pytest.raises(HubError, match="'user/sums'"):
+        Expert.from_pretrained("user/sums")
+
+
+@pytest.mark.parametrize("work", ["push", "load"])
+def test_an_error_that_is_not_the_hubs_is_told_without_the_token(hub, watched, monkeypatch, work):
+    def echo(*_, **__):
+        raise ZeroDivisionError(f"the proxy was sent Bearer {hub.writer}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", echo)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", echo)
+    tasks = {
+        "push": lambda: made().push_to_hub("user/sums", token=hub.writer),
+        "load": lambda: Expert.from_pretrained("user/sums", token=hub.writer),
+    }
+    error = watched(tasks[work], hub.writer)
+    assert isinstance(error, HubError)
+    assert "sent Bearer <token>" in str(error)
+
+
+# --- public metadata
+
+
+def shown(text: str) -> str:
+    return public_metadata({"training": {"out": [text]}})["training"]["out"][0]
+
+
+@pytest.mark.parametrize(
+    "text, left",
+    [
+        ("/home/alice/x", "x"),
+        ("/home/alice/x/", "x"),
+        ("C:/Users/alice/x", "x"),
+        ("C:\\Users\\alice\\x", "x"),
+        ("C:\\\\Users\\\\alice\\\\x", "x"),  # as JSON in text writes it
+        ("file:///home/alice/x", "x"),
+        ("file:///C:/Users/alice/x", "x"),
+        ("file://srv/alice/x", "x"),
+        ("sqlite:////home/alice/x.db", "x.db"),
+        ("out:/home/alice/x", "out:x"),
+        ("--out=/home/alice/x, then", "--out=x, then"),
+        ("git@host:/home/alice/x", "git@host:x"),
+        ("../../home/alice/x", "x"),
+        ("runs/../../alice/x", "x"),
+        ("./alice/x", "x"),
+        ("~/alice/x", "x"),
+        ("\\\\srv\\alice\\x", "x"),
+        ("\\\\\\\\srv\\\\alice\\\\x", "x"),
+        ("/home/alice", "~"),
+        ("/Users/alice/", "~"),
+        ("C:\\Users\\alice", "~"),
+        ("file:///home/alice", "~"),
+        ("../../home/alice", "~"),
+        ("in /home/alice and /home/alice/x", "in ~ and x"),
+    ],
+)
+def test_a_path_is_cut_to_its_last_part(text, left):
+    assert shown(text) == left
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/a/b", "see https://example.org/a/b and x/y.", "http://host:8000/home/alice", "https://[::1]/a/b",
+        "https://host/a/../b?x=/c/d", "s3://bucket/a/b", "Qwen/Qwen3-0.6B", "a/b", "rg:chain_sum?n=3", "and/or", "1/2",
+        "file.py:riddles", "a: b", "~",
+    ],
+)  # fmt: skip
+def test_addresses_and_names_stay(text):
+    assert shown(text) == text
+
+
+def test_ones_own_home_wherever_it_is(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/alice"))
+    assert shown("/srv/people/alice") == "~"
+    assert shown("in /srv/people/alice/") == "in ~"
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/alice smith"))
+    assert shown("/home/alice smith/data/x") == "x"
+    assert shown("/home/alice smith") == "~"
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/alice"))
+    assert public_metadata({"base": {"name": "/srv/people/alice", "dtype": "float32"}})["base"]["name"] == "~"
+    assert public_metadata({"base": {"name": "/srv/people/alice/tiny"}})["base"]["name"] == "tiny"
