@@ -20,11 +20,11 @@ from sigmix.experts.mix import Mix
 FILE = "serve.sqlite"
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS mixes (name TEXT PRIMARY KEY, mix TEXT NOT NULL, about TEXT NOT NULL, made REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS mixes (name TEXT PRIMARY KEY, mix TEXT NOT NULL, about TEXT NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS replies (
-  id TEXT PRIMARY KEY, client TEXT NOT NULL, arm TEXT, context TEXT, made REAL NOT NULL, reward REAL
+  id TEXT PRIMARY KEY, client TEXT NOT NULL, arm TEXT, context TEXT, created REAL NOT NULL, reward REAL
 );
-CREATE INDEX IF NOT EXISTS replies_made ON replies (made);
+CREATE INDEX IF NOT EXISTS replies_created ON replies (created);
 CREATE TABLE IF NOT EXISTS learned (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -92,11 +92,11 @@ class Store:
         """Save the bandit's arm and context of a reply, for later feedback."""
         values = (reply_id, client, arm, None if context is None else json.dumps(context), time.time())
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO replies (id, client, arm, context, made) VALUES (?, ?, ?, ?, ?)", values)
+            db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, NULL)", values)
             self._saved_replies += 1
             if self._saved_replies % TRIM_EVERY == 0:
                 db.execute(
-                    "DELETE FROM replies WHERE id NOT IN (SELECT id FROM replies ORDER BY made DESC LIMIT ?)",
+                    "DELETE FROM replies WHERE id NOT IN (SELECT id FROM replies ORDER BY created DESC LIMIT ?)",
                     (MAX_REPLIES,),
                 )
 

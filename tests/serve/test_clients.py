@@ -21,9 +21,9 @@ LIMIT = 9
 @pytest.fixture
 def server(tmp_path):
     key = add_key(tmp_path / "state" / "keys.json", "client")
-    with live(tmp_path) as made:
-        made.key = key
-        yield made
+    with live(tmp_path) as server:
+        server.key = key
+        yield server
 
 
 def converse(answer) -> list[str]:

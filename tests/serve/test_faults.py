@@ -39,27 +39,27 @@ def process(tmp_path: Path, *flags: str):
             expert.save_pretrained(folder / expert.name)
     words = ["serve", "--base", str(base), "--bank", str(folder), "--state", str(tmp_path / "state"), "--port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SIGMIX_SERVE_DTYPE": "float32"}
-    made = subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, "-m", "sigmix", *words, *flags], stderr=subprocess.PIPE, text=True, env=env
     )
     try:
         port = 0
-        for line in made.stderr:
+        for line in server.stderr:
             if "at http://127.0.0.1:" in line:
                 port = int(line.split("127.0.0.1:")[1].split()[0])
                 break
         assert port, "the server did not start"
-        threading.Thread(target=made.stderr.read, daemon=True).start()  # keeps the pipe from filling up
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # keeps the pipe from filling up
         until = time.monotonic() + 30
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
                 if call(port, "GET", "/health")[0] == 200:
                     break
             time.sleep(0.05)
-        yield made, port
+        yield server, port
     finally:
-        made.kill()
-        made.wait(20)
+        server.kill()
+        server.wait(20)
 
 
 def call(port: int, method: str, path: str, body=None) -> tuple[int, dict]:
@@ -73,7 +73,7 @@ def call(port: int, method: str, path: str, body=None) -> tuple[int, dict]:
 
 
 def test_state_survives_kill_9_under_load(tmp_path):
-    with process(tmp_path) as (made, port):
+    with process(tmp_path) as (server, port):
         assert call(port, "POST", "/v1/mixes", {"name": "mine", "mix": "math:.5+code:.5"})[0] == 201
         found = [call(port, "POST", CHAT, {**ASK, "model": "auto"})[1]["id"] for _ in range(3)]
         assert call(port, "POST", "/v1/feedback", {"id": found[0], "reward": 1})[0] == 200
@@ -87,8 +87,8 @@ def test_state_survives_kill_9_under_load(tmp_path):
         for thread in threads:
             thread.start()
         time.sleep(1)
-        made.send_signal(signal.SIGKILL)
-        made.wait(20)
+        server.send_signal(signal.SIGKILL)
+        server.wait(20)
         for thread in threads:
             thread.join(30)
     with process(tmp_path) as (_, port):
@@ -99,14 +99,14 @@ def test_state_survives_kill_9_under_load(tmp_path):
 
 
 def test_sigterm_finishes_requests_and_exits_with_0(tmp_path):
-    with process(tmp_path) as (made, port):
+    with process(tmp_path) as (server, port):
         got = []
         thread = threading.Thread(target=lambda: got.append(call(port, "POST", CHAT, {**ASK, "max_tokens": 200})))
         thread.start()
         time.sleep(0.3)
-        made.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         thread.join(60)
-        assert made.wait(60) == 0
+        assert server.wait(60) == 0
         assert got[0][0] == 200
         assert got[0][1]["usage"]["completion_tokens"] > 0
 

@@ -35,17 +35,17 @@ QUIET = [
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield made
-        made.close()
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def server(tmp_path):
-    with live(tmp_path, expert_folders=[tmp_path / "experts"], strategy="A") as made:
-        made.folder = tmp_path / "experts"
-        made.folder.mkdir()
-        yield made
+    with live(tmp_path, expert_folders=[tmp_path / "experts"], strategy="A") as server:
+        server.folder = tmp_path / "experts"
+        server.folder.mkdir()
+        yield server
 
 
 @pytest.fixture

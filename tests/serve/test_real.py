@@ -23,36 +23,36 @@ SKILLS = ("addition", "date-iso", "larger", "smallest-of-three", "where-is", "wh
 def real(tmp_path_factory):
     model, tokenizer = load_base("smollm2-135m", "float32")
     settings = load_settings(None, state=tmp_path_factory.mktemp("serve"), port=0, dtype="float32")
-    made = Live(Service(model, tokenizer, Bank.bundled(), settings, {}))
-    yield made
-    made.stop()
+    server = Live(Service(model, tokenizer, Bank.bundled(), settings, {}))
+    yield server
+    server.stop()
 
 
-def at_once(server: Live, asked: list[dict]) -> list[dict]:
+def at_once(server: Live, bodies: list[dict]) -> list[dict]:
     """Responses to concurrent requests."""
-    got: list = [None] * len(asked)
+    got: list = [None] * len(bodies)
 
     def send(place: int) -> None:
-        got[place] = server.chat(**asked[place])
+        got[place] = server.chat(**bodies[place])
 
-    threads = [threading.Thread(target=send, args=(place,)) for place in range(len(asked))]
+    threads = [threading.Thread(target=send, args=(place,)) for place in range(len(bodies))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [status for status, _ in got] == [200] * len(asked)
-    return [found for _, found in got]
+    assert [status for status, _ in got] == [200] * len(bodies)
+    return [responses for _, responses in got]
 
 
 def test_auto_chooses_the_expert_and_the_expert_helps(real):
     samples = [(task, sample) for task in SKILLS for sample in get_task(task).samples("test", 6, seed=0)]
     right = {"auto": 0, "base": 0}
     for model in right:
-        asked = [{"content": sample.prompt, "model": model, "max_tokens": 24} for _, sample in samples]
-        for (task, sample), found in zip(samples, at_once(real, asked), strict=True):
-            right[model] += get_task(task).score(sample, found["choices"][0]["message"]["content"]).value == 1.0
+        bodies = [{"content": sample.prompt, "model": model, "max_tokens": 24} for _, sample in samples]
+        for (task, sample), responses in zip(samples, at_once(real, bodies), strict=True):
+            right[model] += get_task(task).score(sample, responses["choices"][0]["message"]["content"]).value == 1.0
             if model == "auto":
-                assert found["sigmix"]["mix"] == task
+                assert responses["sigmix"]["mix"] == task
     assert right["auto"] >= len(samples) // 2
     assert right["auto"] > right["base"] + len(samples) // 4
 
@@ -60,16 +60,16 @@ def test_auto_chooses_the_expert_and_the_expert_helps(real):
 def test_rows_are_independent(real):
     """Random mixtures, lengths and prompts in one batch, against the engine's outputs one by one."""
     draw = random.Random(0)
-    asked = []
+    bodies = []
     for number in range(40):
         task = draw.choice(SKILLS)
         sample = get_task(task).samples("test", number + 1, seed=1)[number]
         one, two = draw.sample(SKILLS, 2)
         mix = draw.choice(["base", one, f"{one}:{draw.uniform(0.2, 0.8):.2f}+{two}:{draw.uniform(0.2, 0.8):.2f}"])
-        asked.append({"content": sample.prompt, "model": mix, "max_tokens": draw.randint(4, 32)})
-    found = at_once(real, asked)
+        bodies.append({"content": sample.prompt, "model": mix, "max_tokens": draw.randint(4, 32)})
+    responses = at_once(real, bodies)
     model, tokenizer = load_base("smollm2-135m", "float32")
     alone = Engine(model, tokenizer, Bank.bundled())
-    for one, reply in zip(asked, found, strict=True):
+    for one, reply in zip(bodies, responses, strict=True):
         text = alone.generate([one["content"]], Mix.parse(one["model"]), max_new_tokens=one["max_tokens"])[0].text
         assert reply["choices"][0]["message"]["content"] == text, one
