@@ -48,10 +48,10 @@ def config(**changes) -> TrainConfig:
 
 
 def learner(model, tokenizer, task=None, **changes) -> Learner:
-    made = config(**changes)
+    settings = config(**changes)
     task = task or Letter()
-    policy = make_policy(model, made)
-    return Learner(policy, Actor(policy.model, tokenizer, task), made, task.max_new_tokens)
+    policy = make_policy(model, settings)
+    return Learner(policy, Actor(policy.model, tokenizer, task), settings, task.max_new_tokens)
 
 
 def trainer(model, tokenizer, folder, on_log=None, task=None, **changes) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -32,6 +33,13 @@ def test_leave_one_out_needs_another():
     assert TrainConfig("letter", generation_batch_size=1, num_generations=1, baseline="none").generation_batch_size == 1
 
 
+def test_every_field_has_a_help_text():
+    from sigmix import TrainConfig as public
+
+    assert public is TrainConfig
+    assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
+
+
 def test_frozen():
     with pytest.raises(AttributeError):
         TrainConfig("letter").max_steps = 3
@@ -53,14 +61,14 @@ def test_none_is_not_given():
 
 def test_the_papers_values():
     # arXiv 2501.06252, Table 6 (hyper-parameters) and section 3.2
-    made = make_config("paper", task="letter")
-    assert (made.learning_rate, made.generation_batch_size, made.max_grad_norm) == (2e-3, 256, 1e-3)
-    assert made.beta in (0.0, 0.1, 0.2, 0.3)
-    assert (made.lr_scheduler_type, made.objective, made.policy) == ("cosine", "reinforce", "svf")
-    assert (made.baseline, made.num_generations, made.format_reward) == ("none", 1, 0.0)  # Eq. 1 has r alone, ±1
-    assert made.kl_estimator == "exact"
-    assert made.early_stopping_patience > 0  # early stopping
-    assert made.preset == "paper"
+    config = make_config("paper", task="letter")
+    assert (config.learning_rate, config.generation_batch_size, config.max_grad_norm) == (2e-3, 256, 1e-3)
+    assert config.beta in (0.0, 0.1, 0.2, 0.3)
+    assert (config.lr_scheduler_type, config.objective, config.policy) == ("cosine", "reinforce", "svf")
+    assert (config.baseline, config.num_generations, config.format_reward) == ("none", 1, 0.0)  # Eq. 1 has r alone, ±1
+    assert config.kl_estimator == "exact"
+    assert config.early_stopping_patience > 0  # early stopping
+    assert config.preset == "paper"
     assert set(PRESETS) == {"laptop", "paper"}
 
 
@@ -74,8 +82,8 @@ def test_difference_names_fields_across_json():
 
 
 def test_cosine_goes_from_lr_to_zero():
-    made = make_config(task="letter", max_steps=10, learning_rate=0.2)
-    rates = [learning_rate(made, step) for step in range(11)]
+    config = make_config(task="letter", max_steps=10, learning_rate=0.2)
+    rates = [learning_rate(config, step) for step in range(11)]
     assert rates[0] == 0.2
     assert rates[5] == pytest.approx(0.1)
     assert rates[10] == pytest.approx(0.0, abs=1e-12)

@@ -191,11 +191,11 @@ def trouble(folder: str) -> None:
 
 def turned(weight: torch.Tensor) -> decompose.Factors:
     """Another basis of the same weight: its first two components, turned by a thousandth."""
-    found = DECOMPOSE(weight)
+    factors = DECOMPOSE(weight)
     angle = torch.tensor(1e-3)
     turn = torch.stack([torch.stack([angle.cos(), angle.sin()]), torch.stack([-angle.sin(), angle.cos()])])
-    found.short[:, :2] = found.short[:, :2] @ turn
-    return found
+    factors.short[:, :2] = factors.short[:, :2] @ turn
+    return factors
 
 
 DECOMPOSE = decompose.decompose

@@ -20,7 +20,7 @@ NAN = float("nan")
 
 
 def slow_advantages(rewards: list[float], group: int, baseline: str) -> list[float]:
-    found = []
+    result = []
     for i, reward in enumerate(rewards):
         width = group if group > 1 else len(rewards)
         start = i // width * width
@@ -31,8 +31,8 @@ def slow_advantages(rewards: list[float], group: int, baseline: str) -> list[flo
         else:
             others = [r for j, r in enumerate(rewards) if start <= j < start + width and j != i and not math.isnan(r)]
         alone = not others or math.isnan(reward)
-        found.append(0.0 if alone else reward - sum(others) / len(others))
-    return found
+        result.append(0.0 if alone else reward - sum(others) / len(others))
+    return result
 
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "leave-one-out"])
@@ -42,8 +42,8 @@ def test_advantages(baseline, group, unscorable):
     draw = torch.Generator().manual_seed(unscorable)
     rewards = torch.randint(0, 2, (12,), generator=draw) * 2.0 - 1
     rewards[torch.randperm(12, generator=draw)[:unscorable]] = NAN
-    found = advantages(rewards, group, baseline)
-    assert found.tolist() == pytest.approx(slow_advantages(rewards.tolist(), group, baseline), abs=1e-6)
+    result = advantages(rewards, group, baseline)
+    assert result.tolist() == pytest.approx(slow_advantages(rewards.tolist(), group, baseline), abs=1e-6)
 
 
 def test_advantages_by_hand():
@@ -148,8 +148,8 @@ def test_gradient_in_double_and_in_chunks(drawn, kl, weight, monkeypatch):
     (expected,) = torch.autograd.grad(slow(logits), logits)
     for size in (1, 3 * 4 * 7, 1 << 24):  # bytes: a token, three tokens, all at once
         monkeypatch.setattr(objectives, "CHUNK_BYTES", size)
-        (found,) = torch.autograd.grad(fast(logits), logits)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        (result,) = torch.autograd.grad(fast(logits), logits)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_at_the_base_the_kl_has_no_gradient_at_all(drawn):
@@ -181,14 +181,14 @@ def test_losses_by_hand():
 
 def dense(model, z):
     """{parameter: W'(z)} of a plain float64 model, differentiable in z."""
-    found = {}
+    result = {}
     for name, module in model.named_modules():
         if name in z:
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
             u, s, vt = torch.linalg.svd(weight.detach(), full_matrices=False)
-            made = (u * (s * z[name])) @ vt
-            found[f"{name}.weight"] = made.T if isinstance(module, Conv1D) else made
-    return found
+            adapted = (u * (s * z[name])) @ vt
+            result[f"{name}.weight"] = adapted.T if isinstance(module, Conv1D) else adapted
+    return result
 
 
 def oracle(model, z, rollouts, options, replies=None):

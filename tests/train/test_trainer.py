@@ -27,13 +27,13 @@ class Scripted(Letter):
 
     def __init__(self, script):
         super().__init__()
-        self.script, self.asked = script, 0
+        self.script, self.calls = script, 0
 
     def score(self, sample, reply):
         if not sample.prompt.startswith("validation"):
             return super().score(sample, reply)
-        place, item = divmod(self.asked, 10)
-        self.asked += 1
+        place, item = divmod(self.calls, 10)
+        self.calls += 1
         return Score.of(item < self.script[place], reply)
 
 
@@ -84,8 +84,8 @@ class Graded(Scripted):
     def score(self, sample, reply):
         if not sample.prompt.startswith("validation"):
             return super().score(sample, reply)
-        place, item = divmod(self.asked, 10)
-        self.asked += 1
+        place, item = divmod(self.calls, 10)
+        self.calls += 1
         full, half = self.script[place]
         return Score(1.0 if item < full else 0.5 if item < full + half else 0.0, reply)
 
