@@ -77,34 +77,30 @@ class Processes:
             ConfigError: the launcher's environment variables are incomplete or invalid, or there are more processes
                 than GPUs on this machine.
         """
-        environment, names = os.environ, ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-        if environment.get("WORLD_SIZE", "1") in ("", "0", "1"):
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+        values = {name: os.environ.get(name, "") for name in names}
+        if values["WORLD_SIZE"] in ("", "0", "1"):
             return cls()
-        if missing := [name for name in (*names, "MASTER_ADDR") if not environment.get(name)]:
-            problem = f"WORLD_SIZE is set, but not {', '.join(missing)}"
-        elif invalid := [name for name in names if not environment[name].isdecimal()]:
-            problem = f"{invalid[0]} is {environment[invalid[0]]!r}, not a number"
-        elif int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
-            problem = f"RANK {environment['RANK']} is not below WORLD_SIZE {environment['WORLD_SIZE']}"
-        else:
-            return cls._join()
-        raise ConfigError(
-            f"environment variables of a distributed launcher: {problem}",
-            remedy="start the processes with torchrun or accelerate launch, or for one process unset WORLD_SIZE",
-        )
-
-    @classmethod
-    def _join(cls) -> Processes:
-        from accelerate import PartialState
-
+        invalid = [name for name in names[:4] if not values[name].isdecimal()]
+        invalid += [] if values["MASTER_ADDR"] else ["MASTER_ADDR"]
+        if not invalid and int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+            invalid = ["RANK", "WORLD_SIZE"]
+        if invalid:
+            listed = ", ".join(f"{name}={values[name]!r}" for name in invalid)
+            raise ConfigError(
+                f"environment variables of a distributed launcher are missing or invalid: {listed}",
+                remedy="start the processes with torchrun or accelerate launch, or for one process unset WORLD_SIZE",
+            )
         gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if 0 < gpus < local:
-            if os.environ["LOCAL_RANK"] != "0":
+            if values["LOCAL_RANK"] != "0":
                 sys.exit(ConfigError.exit_code)  # local rank 0 reports the error
             raise ConfigError(
                 f"{local} processes were started on a machine with {gpus} GPUs",
                 remedy=f"start {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
             )
+        from accelerate import PartialState
+
         state = PartialState(cpu=not gpus, timeout=TIMEOUT)
         return cls(state.process_index, state.num_processes, state.device)
 

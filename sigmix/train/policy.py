@@ -1,8 +1,8 @@
 """Policies of the training loop. A policy puts its model into one of three states:
 
-    acting      rollouts and validation under z: merged weights (gain form on a quantized base)
-    learning    gradients reach the policy's parameters, never the base's weights
-    reference   the base, bit for bit
+acting      rollouts and validation under z: merged weights (gain form on a quantized base)
+learning    gradients reach the policy's parameters, never the base's weights
+reference   the base, bit for bit
 """
 
 from __future__ import annotations

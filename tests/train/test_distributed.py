@@ -361,11 +361,11 @@ LAUNCHER = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "1
     "changes, message",
     [
         (dict.fromkeys(["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]),
-         "RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
+         "RANK='', LOCAL_RANK='', MASTER_PORT='', MASTER_ADDR=''"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR"),
-        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
-        ({"RANK": "first"}, "RANK is 'first'"),
-        ({"RANK": "2"}, "RANK 2"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
+        ({"RANK": "first"}, "RANK='first'"),
+        ({"RANK": "2"}, "RANK='2'"),
     ],
 )  # fmt: skip
 def test_launcher_variables_are_checked(changes, message, monkeypatch):
