@@ -1,17 +1,15 @@
 """Decomposition of a weight, W = U diag(s) Vᵀ, and its cache on disk.
 
 For W [m, n] (out×in) and r = min(m, n), one side of the decomposition is square: V [n, r] if m >= n, else U [m, r].
-This **short side** is all that sigmix needs, because the long side always occurs scaled by s:
+Only this **short side** is computed, because the long side always occurs scaled by s:
 
     U diag(s) = W V     (m >= n)          diag(s) Vᵀ = Uᵀ W     (m < n)
 
-So only the short side and s are computed eagerly, cached and kept in memory. They come from the symmetric
-eigenproblem of the smaller Gram matrix in float64 (WᵀW or WWᵀ): with float64 the squaring costs nothing that a float32
-SVD has, since sqrt(eps64) < eps32, and it is several times faster than `torch.linalg.svd`.
+The short side and s come from the symmetric eigenproblem of the smaller Gram matrix (WᵀW or WWᵀ) in float64. It is as
+accurate as a float32 SVD, since sqrt(eps64) < eps32, and several times faster than `torch.linalg.svd`.
 
-What this does not do: it does not make the basis unique. Near-equal singular values let hardware, thread count and
-library rotate their vectors; signs are canonical and the order is descending, and an expert carries a sketch that
-tells a rotated basis from the one that it was trained in (`sigmix.experts.fingerprint`).
+The basis is not unique: vectors of near-equal singular values depend on hardware, thread count and library. Signs are
+canonical and the order is descending; sketches in an expert detect a rotated basis (`sigmix.experts.fingerprint`).
 """
 
 from __future__ import annotations
@@ -31,15 +29,13 @@ from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_file
 
 METHOD = "gram64-v1"
-"""Part of the cache key: raise it whenever the numbers that `decompose` returns can change."""
-
+"""Part of the cache key; change it with the numbers that `decompose` returns."""
 
 SMALL = 3e-4
-"""Singular values below this share of the largest are refined: there the Gram matrix alone loses float32 accuracy."""
-
+"""Singular values below this share of the largest are refined: the Gram matrix alone loses float32 accuracy there."""
 
 FAINT = 0.03
-"""Long-side vectors whose singular value is below this share of the largest need float64 and orthogonalisation."""
+"""Long-side vectors of singular values below this share of the largest need float64 and orthogonalization."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Factors:
     Attributes:
         short: float32 [r, r], orthogonal; V if ``side == "in"``, U if ``side == "out"``; columns are components.
         s: float32 [r], singular values, descending, >= 0.
-        side: "in" if m >= n (`short` acts on inputs), "out" if m < n (`short` acts on outputs).
+        side: "in" if m >= n, "out" if m < n.
         checksum: of the cache entry; None without one.
     """
 
@@ -58,21 +54,12 @@ class Factors:
     side: str
     checksum: str | None = None
 
-    def scaled_long(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The long side scaled by s: W V = U diag(s) [m, r] if side is "in", (Uᵀ W)ᵀ = V diag(s) [n, r] otherwise."""
-        weight = weight.to(torch.float32)
-        short = self.short.to(weight.device)
-        return (weight @ short if self.side == "in" else weight.T @ short).to(dtype)
-
     def usv(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """U [m, r], s [r], V [n, r] in float32.
-
-        Columns whose singular value is zero to working precision are completed to an orthonormal set.
-        """
+        """Return U [m, r], s [r], V [n, r] in float32; columns of zero singular values complete an orthonormal set."""
         matrix = weight.float() if self.side == "in" else weight.float().T
         short = self.short.to(weight.device)
         long = matrix @ short
-        # rounding of the product goes with the typical singular value, so only the fainter columns feel it
+        # the product's rounding error is that of a typical singular value, so it matters for faint columns only
         faint = self.s <= FAINT * self.s.max() if len(self.s) else self.s.bool()
         norms = long.norm(dim=0, dtype=torch.float64)
         long = long / norms.float().clamp_min(torch.finfo(torch.float32).tiny)
@@ -81,9 +68,9 @@ class Factors:
         return (long, self.s, self.short) if self.side == "in" else (self.short, self.s, long)
 
     def _faint(self, scaled: torch.Tensor, loud: torch.Tensor) -> torch.Tensor:
-        """Unit columns in float64 from scaled ones, orthogonal to the loud ones and to each other.
+        """Unit columns in float64 from scaled ones, orthogonal to ``loud`` and to each other.
 
-        Rounding leaves a trace of the large components in the small ones, and nothing but rounding in null ones.
+        Rounding leaves a share of the large components in small ones, and only noise in null ones.
         """
         norms = scaled.norm(dim=0)
         units = scaled / norms.clamp_min(torch.finfo(torch.float64).tiny)
@@ -100,7 +87,7 @@ class Factors:
 
 @torch.no_grad()
 def decompose(weight: torch.Tensor) -> Factors:
-    """Decompose a weight [m, n] of any float dtype; the result is float32 on the weight's device.
+    """Decompose a weight [m, n] of any float dtype in float32 on its device.
 
     Raises:
         ConfigError: the weight is not a matrix of finite floats.
@@ -115,8 +102,8 @@ def decompose(weight: torch.Tensor) -> Factors:
         raise ConfigError("the weight holds NaN or infinite values and cannot be decomposed")
     squares, short = torch.linalg.eigh(gram)
     s = squares.clamp_min(0).sqrt()
-    # sqrt(eigenvalue) is off by about eps64 * s_max² / (2 s): good to float32 above this line; the few components below
-    # it are separated again by an SVD of W restricted to them
+    # sqrt(eigenvalue) is off by about eps64 * s_max² / (2 s), below float32 precision except for small s; an SVD of W
+    # restricted to those refines them
     small = s <= SMALL * s.max() if len(s) else s.bool()
     if small.any():
         tail = short[:, small]
@@ -141,22 +128,20 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
 
 
 def svd(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [m, r], s [r], V [n, r] in float32 with W = U diag(s) Vᵀ; see `decompose`."""
+    """Return U [m, r], s [r], V [n, r] in float32 with W = U diag(s) Vᵀ; see `decompose`."""
     return decompose(weight).usv(weight)
 
 
 def cache_path(digest: str) -> Path:
-    """Where the factors of the weight with this digest lie, whether they exist or not."""
+    """Return the cache file for the factors of the weight with this digest."""
     return cache_dir() / "svd" / digest[:2] / f"{digest}-{METHOD}.safetensors"
 
 
 def cached_decompose(weight: torch.Tensor, digest: str | None = None, cache: bool = True) -> Factors:
-    """As `decompose`, read from the cache (memory-mapped) or computed once and written there.
+    """Return `decompose` of a weight [m, n] from the cache (memory-mapped), or compute and cache it.
 
     Args:
-        weight: [m, n].
-        digest: `weight_digest(weight)` if the caller has it.
-        cache: False neither reads nor writes the cache.
+        digest: `weight_digest(weight)`, if available. cache: False neither reads nor writes the cache.
 
     Raises:
         CacheError: the entry exists but is damaged.
@@ -173,21 +158,21 @@ def cached_decompose(weight: torch.Tensor, digest: str | None = None, cache: boo
     tensors = {"short": factors.short.cpu(), "s": factors.s.cpu()}
     checksum = _checksum(tensors)
     with atomic_file(path) as temporary:
-        # not save_file, which reports a full disk as an error of its own class that `atomic_file` cannot name
+        # save_file raises its own class for a full disk
         temporary.write_bytes(save(tensors, metadata={"method": METHOD, "check": checksum}))
     return replace(factors, checksum=checksum)
 
 
 def read_factors(digest: str, shape: tuple[int, int]) -> Factors:
-    """The factors of the weight [m, n] with this digest, from the cache alone.
+    """Return the cached factors of the weight [m, n] with this digest.
 
     Raises:
-        CacheError: they are not there, or damaged.
+        CacheError: missing or damaged.
     """
     path = cache_path(digest)
     if not path.exists():
         raise CacheError(
-            f"the decomposition {path} is not in the cache", remedy="run `sigmix decompose --base …` of the original"
+            f"the decomposition {path} is not in the cache", remedy="run sigmix decompose --base … on the original"
         )
     short, s, checksum = _read(path, min(shape))
     return Factors(short, s, "in" if shape[0] >= shape[1] else "out", checksum)
@@ -202,18 +187,18 @@ def _read(path: Path, r: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         raise _damaged(path, str(error)) from error
     if tensors["short"].shape != (r, r) or tensors["s"].shape != (r,) or _checksum(tensors) != expected:
         raise _damaged(path, "its checksum does not match")
-    with contextlib.suppress(OSError):  # a cache that is read-only simply keeps its time
+    with contextlib.suppress(OSError):  # a read-only cache keeps its times
         os.utime(path)
     return tensors["short"], tensors["s"], str(expected)
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    # an integer sum runs at memory speed, and any single damaged word changes it
+    # an integer sum runs at memory speed and changes with any single word
     return ":".join(str(int(tensors[k].view(torch.int32).sum(dtype=torch.int64))) for k in ("short", "s"))
 
 
 def _damaged(path: Path, why: str) -> CacheError:
     return CacheError(
         f"the cached decomposition {path} is damaged: {why}",
-        remedy="delete this file; it is computed again when next needed",
+        remedy="delete this file; it is recomputed on the next use",
     )

@@ -1,14 +1,13 @@
-"""What an expert needs to know of its base: its linear layers by path, its parameters, its name.
+"""Linear layers, parameters and description of a base model in any state.
 
-A base comes plain, wrapped by PEFT, or with `SVFLinear` layers injected and even merged; all of these are the same base
-and give the same answers here, because names are normalised and a merged layer answers with its kept original.
+A base is plain, wrapped by PEFT, or has `SVFLinear` layers, merged or not. All functions return the same for each of
+these states: paths are those of the base, and merged layers count with their original weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,23 +21,17 @@ from sigmix.models.digests import layer_digest
 from sigmix.models.multimodal import bare
 from sigmix.svf.decomposition import Factors, cached_decompose, read_factors
 from sigmix.svf.layer import SVFLinear
-from sigmix.svf.tuner import base_path
-
-LINEAR = (nn.Linear, Conv1D, SVFLinear)
+from sigmix.svf.tuner import base_path, linear_layers, svf_layers
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers by their path in the base: `nn.Linear`, `Conv1D` or the `SVFLinear` around one."""
-    found: dict[str, nn.Module] = {}
-    for name, module in bare(model).named_modules():
-        if isinstance(module, LINEAR):
-            # an SVFLinear comes before the layer that it wraps, whose normalised path is the same
-            found.setdefault(base_path(name), module)
-    return found
+    """Return all linear layers by path: `nn.Linear`, `Conv1D`, or the `SVFLinear` around one."""
+    adapted = svf_layers(bare(model))
+    return {path: adapted.get(path, layer) for path, layer in linear_layers(model).items()}
 
 
 def matrix_of(module: nn.Module) -> torch.Tensor:
-    """The base weight of one of `linears`, [out, in], never a merged one; dequantised where it is quantised."""
+    """Return the base weight [out, in] of one of `linears`, never a merged one; dequantized if quantized."""
     if isinstance(module, SVFLinear):
         return module.matrix()
     weight = weights.value(module)
@@ -46,24 +39,23 @@ def matrix_of(module: nn.Module) -> torch.Tensor:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of one of `linears`."""
+    """Return (out, in) of one of `linears`."""
     if isinstance(module, SVFLinear):
         return module.out_features, module.in_features
     return weights.shape(module)
 
 
 def factors_of(module: nn.Module) -> Factors:
-    """float32 factors of one of `linears`: those in use, or those of the cache (computed once if need be).
+    """Return float32 factors of one of `linears`: those in use, or cached ones (computed if necessary).
 
-    A bfloat16 base holds its short side rounded to bfloat16, which is too coarse to tell bases apart, so the factors
-    that it was rounded from are taken from the cache.
+    A half-precision layer has rounded factors, which are too coarse to compare bases, so its cached ones are returned.
 
     Raises:
         CacheError, OutputError: see `sigmix.svf.decomposition.cached_decompose`.
     """
     layer = module.get_base_layer() if isinstance(module, SVFLinear) else module
-    if (named := getattr(layer, "sigmix_basis", None)) is not None:
-        return read_factors(named, shape_of(module))
+    if (digest := getattr(layer, "sigmix_basis", None)) is not None:
+        return read_factors(digest, shape_of(module))
     if not isinstance(module, SVFLinear):
         return cached_decompose(matrix_of(module), layer_digest(module))
     module.ensure_factors()
@@ -74,31 +66,36 @@ def factors_of(module: nn.Module) -> Factors:
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The base's own parameters by path, sorted; adapters' are left out and tied ones appear once.
+    """Return the base's parameters by path, sorted, without adapters' and with tied ones once.
 
     Raises:
-        ExpertError: weights are on the meta device and not offloaded, so there are no values.
+        ExpertError: weights on the meta device that are not offloaded.
     """
     model = bare(model)
     adapters: set[int] = set()
     originals: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        # the latter are PEFT's modules_to_save: trained copies of whole modules
+        # an AuxiliaryTrainingWrapper holds PEFT's modules_to_save: trained copies of whole modules
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             for attribute in module.adapter_layer_names:
-                adapters.update(_ids(getattr(module, attribute, None)))
+                container = getattr(module, attribute, None)
+                if isinstance(container, nn.Parameter):
+                    adapters.add(id(container))
+                elif isinstance(container, nn.Module):
+                    adapters.update(map(id, container.parameters()))
         if isinstance(module, SVFLinear) and module._kept is not None:
             matrix = module.matrix()
             originals[id(module.get_base_layer().weight)] = matrix.T if module.transposed else matrix
     found: dict[str, torch.Tensor] = {}
     elsewhere = readers(model)
-    seen: set[int] = set()
-    every = [
-        (base_path(name).replace(".original_module.", "."), parameter)
+    seen = set(adapters)
+    named = {
+        base_path(name).replace(".original_module.", "."): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-    ]
-    for name, parameter in sorted(every, key=lambda item: item[0]):
-        if id(parameter) in adapters or id(parameter) in seen:
+        if id(parameter) not in adapters
+    }
+    for name, parameter in sorted(named.items()):
+        if id(parameter) in seen:
             continue
         seen.add(id(parameter))
         kept = originals.get(id(parameter))
@@ -106,54 +103,36 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         same = kept is None or kept.data_ptr() == parameter.data_ptr()
         found[name] = parameter if same else kept  # type: ignore[assignment]
         if found[name].is_meta and id(parameter) not in elsewhere:
-            raise ExpertError(f"the base's weight {name} has no values yet (meta device)", remedy="load the base fully")
+            raise ExpertError(f"the base's weight {name} is on the meta device", remedy="load the base fully")
     return found
 
 
 def readers(model: nn.Module) -> dict[int, Callable[[], torch.Tensor]]:
-    """By the id of a parameter, what gives the values of those that are quantised or offloaded."""
+    """Return {id of a parameter: function that returns its values}, of quantized and offloaded parameters."""
     found: dict[int, Callable[[], torch.Tensor]] = {}
     for module in model.modules():
+        linear = isinstance(module, (nn.Linear, Conv1D))
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight" and isinstance(module, LINEAR) and weights.kind(module) == weights.QUANTIZED:
-                found[id(parameter)] = partial(weights.value, module)
+            weight = linear and name == "weight"
+            if weight and weights.kind(module) in (weights.QUANTIZED, weights.OFFLOADED):
+                found[id(parameter)] = partial(weights.value, module)  # an offloaded one may be quantized too
             elif parameter.is_meta and weights.is_offloaded(module):
-                found[id(parameter)] = partial(_read, module, name)
+                found[id(parameter)] = partial(weights.offloaded_parameter, module, name)  # type: ignore[assignment]
     return found
 
 
-def _read(module: nn.Module, name: str) -> torch.Tensor:
-    if name == "weight" and isinstance(module, LINEAR):
-        return weights.value(module)  # it may be quantised too
-    return weights.offloaded_parameter(module, name)  # type: ignore[return-value]
-
-
 def describe(model: nn.Module) -> dict[str, str]:
-    """The base's name and dtype: ``sigmix_base["name"]`` if `load_base` made it, else transformers' name of it.
-
-    A quantised base's dtype is "bfloat16 in int8", say.
-    """
+    """Return the base's name and dtype, such as "bfloat16", or "bfloat16 in int8" if quantized."""
     model = bare(model)
-    own = getattr(model, "sigmix_base", None) or {}
+    info = getattr(model, "sigmix_base", None) or {}  # set by load_base
     config = getattr(model, "config", None)
-    name = own.get("name") or getattr(config, "_name_or_path", None) or type(model).__name__
+    name = info.get("name") or getattr(config, "_name_or_path", None) or type(model).__name__
     dtypes = [p.dtype for p in parameters(model).values() if p.ndim > 1 and p.is_floating_point()] or [torch.float32]
     dtype = str(dtypes[0]).removeprefix("torch.")
-    return {"name": str(name), "dtype": f"{dtype} in {own['quantization']}" if "quantization" in own else dtype}
+    return {"name": str(name), "dtype": f"{dtype} in {info['quantization']}" if "quantization" in info else dtype}
 
 
-def dtype_and_quantization(told: str | None) -> tuple[str | None, str | None]:
-    """("bfloat16", "int8") of "bfloat16 in int8", as `describe` calls the dtype of a base; None for what is not said.
-
-    They are what `load_base` takes to load such a base again.
-    """
-    dtype, _, quantization = (told or "").partition(" in ")
+def dtype_and_quantization(recorded: str | None) -> tuple[str | None, str | None]:
+    """Split the dtype of `describe`: ("bfloat16", "int8") of "bfloat16 in int8"; None for missing parts."""
+    dtype, _, quantization = (recorded or "").partition(" in ")
     return dtype or None, quantization or None
-
-
-def _ids(container: Any) -> Iterable[int]:
-    if isinstance(container, nn.Parameter):
-        return [id(container)]
-    if isinstance(container, nn.Module):
-        return [id(parameter) for parameter in container.parameters()]
-    return []

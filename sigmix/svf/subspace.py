@@ -1,8 +1,9 @@
-"""What a few experts do to a layer's outputs, held in two small subspaces that all their mixtures share.
+"""Low-rank subspaces of layer outputs, shared by all mixtures of a few experts.
 
 A layer W [m, n] under gains g becomes W + D(g), D(g) = U diag(s ⊙ g) Vᵀ. Inputs do not fill the space: with their
-second moment C = E[x xᵀ] = L Lᵀ (Cholesky), x = L ε, and a replacement D̂ errs in the outputs by E‖(D - D̂)x‖² =
-‖(D - D̂)L‖². So the replacement is chosen for D L, over all experts at once:
+second moment C = E[x xᵀ] = L Lᵀ (Cholesky), x = L ε, a replacement D̂ has the output error E‖(D - D̂)x‖² =
+‖(D - D̂)L‖².
+The replacement approximates D L, for all experts at once:
 
     D̂(g) = Q · core(g) · A,    core(g) = Qᵀ D(g) L R  [j, k],    A = Rᵀ L⁻¹  [k, n]
 
@@ -23,14 +24,13 @@ import torch
 
 Tensor = torch.Tensor
 
-
 RIDGE = 1e-4
-"""Of C's mean diagonal, added to it: inputs outside the calibration's span still count a little."""
+"""Share of C's mean diagonal that is added to it, for inputs outside the calibration's span."""
 
 
 @dataclass
 class Subspace:
-    """The replacement of a group of layers at its largest size; `cut` takes any smaller one from it.
+    """Replacement of a group of layers at its largest size; `cut` returns smaller ones.
 
     Attributes:
         inputs: A [k, n]. outputs: Q [Σ m, j], in the layers' own units again.
@@ -46,27 +46,27 @@ class Subspace:
     total: float
 
     def lost(self, j: int, k: int) -> float:
-        """Share of Σ‖D L‖² that j output and k input directions do not hold."""
+        """Return the share of Σ‖D L‖² outside of j output and k input directions."""
         return max(1 - float(self.captured[j, k]) / self.total, 0.0) if self.total > 0 else 0.0
 
     def cut(self, j: int, k: int, gains: Sequence[Tensor], like: Tensor) -> LowRank:
-        """The first j output and k input directions only, for experts of given gains [K, r] per layer.
+        """Return the first j output and k input directions, for experts of gains [K, r] per layer.
 
         Args:
-            like: a tensor of the dtype and on the device that the result is to be.
+            like: tensor with the dtype and device of the result.
         """
         cores = torch.stack([core[:, :j, :k] for core in self.cores(gains)])
         parts = (self.inputs[:k], self.outputs[:, :j], cores)
         return LowRank(*(part.to(like.device, like.dtype).contiguous() for part in parts))
 
     def cores(self, gains: Sequence[Tensor]) -> list[Tensor]:
-        """Per layer [K, j, k] for gains [K, r]; exactly 0 where a gain is. The group's core is their sum."""
+        """Return [K, j, k] per layer for gains [K, r]; exactly 0 for a gain of 0. The group's core is their sum."""
         return [(lt * gain[:, None, :]) @ rt for lt, rt, gain in zip(self.left, self.right, gains, strict=True)]
 
 
 @dataclass
 class LowRank:
-    """What K experts do to a group of L layers, at some size.
+    """Low-rank replacement of a group of L layers for K experts.
 
     Attributes:
         inputs: A [k, n]. outputs: Q [Σ m, j]. cores: [L, K, j, k], in one dtype.
@@ -77,7 +77,7 @@ class LowRank:
     cores: Tensor
 
     def core(self, alphas: Tensor) -> Tensor:
-        """[B, j, k] of mixtures with weights float [B, K, L]; exactly 0 for those that are the base."""
+        """Return [B, j, k] of mixtures with weights float [B, K, L]; exactly 0 for the base."""
         j, k = self.cores.shape[2:]
         flat = self.cores.transpose(0, 1).reshape(-1, j * k).float()  # expert by expert, layer by layer
         return (alphas.float().flatten(1) @ flat).view(-1, j, k).to(self.cores.dtype)
@@ -96,9 +96,9 @@ def subspace(
     Args:
         factors: per layer (left [m, r], right [n, r]), D(g) = left diag(g) rightᵀ; one of both has orthogonal columns
             and the other orthonormal ones.
-        gains: per layer [K, r], of the experts that mixtures will be of.
+        gains: per layer [K, r], one row per expert.
         sizes: per layer the mean squared norm of its output, a scalar.
-        second: C [n, n] of the inputs, best in float64; the identity if nothing is known about them.
+        second: C [n, n] of the inputs, preferably in float64; the identity if unknown.
         j, k: output and input directions; capped by Σ m and n.
     """
     dtype, n = factors[0][0].dtype, len(second)
@@ -106,7 +106,7 @@ def subspace(
     second = second.double()
     ridge = RIDGE * second.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     chol = torch.linalg.cholesky(second + ridge * torch.eye(n, dtype=second.dtype)).to(dtype)
-    # layers in units of their own output
+    # each layer in units of its output's norm
     lefts = [left.to(dtype) / size.clamp_min(1e-30).sqrt() for (left, _), size in zip(factors, sizes, strict=True)]
     rights = [right.to(dtype).T @ chol for _, right in factors]  # [r, n]
     gains = [gain.to(dtype) for gain in gains]
@@ -140,13 +140,13 @@ def subspace(
 
 
 def _leading(matrix: Tensor, k: int) -> Tensor:
-    """The leading k right singular vectors [q, min(k, q)] of [p, q], by the smaller of its two Gram matrices."""
+    """Return the leading k right singular vectors [q, min(k, q)] of [p, q], by the smaller Gram matrix."""
     p, q = matrix.shape
     k = min(k, q)
     if q <= p:
         return torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :k]
     few = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, : min(k, p)]
     found = matrix.T @ few
-    # beyond the rank nothing is left to lead, so any directions will do
+    # beyond the rank any directions are equivalent
     fill = torch.eye(q, k - found.shape[1], dtype=matrix.dtype)
     return torch.linalg.qr(torch.cat([found, fill], dim=1))[0]

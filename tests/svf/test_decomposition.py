@@ -125,22 +125,6 @@ def test_negating_the_weight_negates_only_the_long_side():
     one, other = decompose(weight), decompose(-weight)
     assert torch.equal(one.short, other.short)
     assert torch.equal(one.s, other.s)
-    assert torch.equal(one.scaled_long(weight), -other.scaled_long(-weight))
-
-
-@pytest.mark.parametrize("shape", [(20, 48), (48, 20)])
-def test_the_scaled_long_side_needs_no_division(shape):
-    weight = normal(*shape).float()
-    factors = decompose(weight)
-    u, s, v = factors.usv(weight)
-    expected = (u if factors.side == "in" else v) * s
-    assert torch.allclose(factors.scaled_long(weight), expected, atol=1e-5)
-    assert factors.scaled_long(weight, torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_the_blocked_gram_matrix_is_the_plain_one():
-    rows = normal(700, 30)  # three blocks of 256
-    assert torch.allclose(module._gram(rows), rows @ rows.T, rtol=0, atol=1e-10)
 
 
 def test_no_gradient_flows_into_the_weight():
