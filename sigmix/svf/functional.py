@@ -1,9 +1,7 @@
-"""Pure algebra on gains: mixing, truncation, parameterisations. Tensors in, tensors out; nothing else.
+"""Algebra on gains: mixing, scaling, parameterizations.
 
     gain            g = z - 1                                 [r]       zero is the base
     mixture         z' = 1 + Σₖ αₖ (zₖ - 1)                             with Σα = 1 the paper's Σ αₖ zₖ (section 3.3)
-    truncation      keep the k components with the largest |s·g|, replace the others' gains by their s²-weighted mean c;
-                    squared weight error = Σ_dropped s²(g - c)², never more than Σ_dropped (s·g)² of leaving them out
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from sigmix.errors import ConfigError
 
@@ -31,13 +30,13 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, z = ctx.saved_tensors
-        return scaled(grad, z) if ctx.needs_input_grad[0] else None, _summed(grad * h, z)
+        return scaled(grad, z) if ctx.needs_input_grad[0] else None, _sum_rows(grad * h, z)
 
 
 class Gain(torch.autograd.Function):
     """h * g for h [..., r] of any dtype and g = z - 1, shaped as z in `Scale`; g's gradient is summed in float32.
 
-    The gain form adds this to what the base computes, so g alone is rounded to h's dtype, not z.
+    The gain form adds this to the base's output, so only g is rounded to h's dtype.
     """
 
     @staticmethod
@@ -48,31 +47,28 @@ class Gain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, gain = ctx.saved_tensors
-        return grad * gain.to(grad.dtype) if ctx.needs_input_grad[0] else None, _summed(grad * h, gain)
+        return grad * gain.to(grad.dtype) if ctx.needs_input_grad[0] else None, _sum_rows(grad * h, gain)
 
 
-def _summed(product: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The gradient of z [r], [B, r] or [B, 1, r] from products [..., r], in float32."""
+def _sum_rows(product: Tensor, z: Tensor) -> Tensor:
+    """Gradient of z [r], [B, r] or [B, 1, r] from products [..., r], in float32."""
     if z.ndim == 1:
         return product.reshape(-1, product.shape[-1]).sum(0, dtype=torch.float32)
     return product.float() if product.ndim == 2 else product.sum(1, keepdim=True, dtype=torch.float32)
 
 
-def scaled(h: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
-    """h [..., r] times z [..., r] (float32), in h's dtype; ``gain``, z - 1 in h's dtype, saves working it out."""
+def scaled(h: Tensor, z: Tensor, gain: Tensor | None = None) -> Tensor:
+    """Return h [..., r] times z [..., r] (float32), in h's dtype; ``gain``: z - 1 in h's dtype, if available."""
     if h.dtype in (torch.bfloat16, torch.float16):
-        # h + h g in one pass: rounding g costs g times as much as rounding z would, and a float32 h is never made
+        # h + h g in one pass: rounding g costs g times as much as rounding z would, and no float32 h is allocated
         return torch.addcmul(h, h, (z - 1).to(h.dtype) if gain is None or gain.dtype != h.dtype else gain)
     return (h * z).to(h.dtype)
 
 
-Tensor = torch.Tensor
-
-
 def mix_z(zs: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
-    """Effective z [r] of a mixture of experts' z [r] under weights α, one per expert.
+    """Return the effective z [r] of a mixture of z [r] with one weight α each.
 
-    A single expert at weight 1 comes back bit for bit, and no expert at all (or every α zero) gives exact ones.
+    A single expert at weight 1 is returned bit for bit; no expert (or only zero weights) gives exact ones.
 
     Raises:
         ConfigError: lengths differ, or an α is not finite.
@@ -92,36 +88,8 @@ def mix_z(zs: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
     return (1 + gain).to(active[0][0].dtype)
 
 
-def truncate(gain: Tensor, s: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split gains into a common scale and k corrections.
-
-    Args:
-        gain: [..., r]; every row of leading dimensions is a mixture of the same matrix.
-        s: [r], singular values.
-        k: how many components keep their own gain; the same components for all rows, those with the most energy
-            summed over the rows.
-
-    Returns:
-        index: int64 [k], ascending. common: [..., 1], the s²-weighted mean gain c of the dropped components, per row.
-        error: [...], squared Frobenius error of the weight, Σ_dropped s²(g - c)².
-    """
-    r = gain.shape[-1]
-    if not 0 <= k <= r:
-        raise ConfigError(f"k = {k} components asked of a matrix that has {r}")
-    power = (s.double() ** 2).expand_as(gain)
-    wide = gain.double()
-    energy = (power * wide**2).reshape(-1, r).sum(0)
-    keep = torch.zeros(r, dtype=torch.bool, device=gain.device)
-    keep[energy.topk(k).indices] = True
-    dropped = power * ~keep
-    total = dropped.sum(-1, keepdim=True)
-    common = (dropped * wide).sum(-1, keepdim=True) / total.clamp_min(torch.finfo(torch.float64).tiny)
-    error = (dropped * (wide - common) ** 2).sum(-1)
-    return keep.nonzero().flatten(), common.to(gain.dtype), error.to(gain.dtype)
-
-
 def reference_z(p: Tensor, s: Tensor) -> Tensor:
-    """The public reference implementation's parameterisation: z = sigmoid(p) · Σs / Σ(s · sigmoid(p)), p [r] -> z [r].
+    """Return z [r] of the public reference implementation's parameters p [r]: sigmoid(p) · Σs / Σ(s · sigmoid(p)).
 
     Its restoring factor is folded into z, so the result is an ordinary expert.
     """

@@ -59,9 +59,9 @@ def randomise(model: torch.nn.Module, adapter: str = "default", seed: int = 1, s
             layer.svf_z[adapter].weight.data.copy_(random_z(layer.r, 1000 * seed + i, spread))
 
 
-def set_form(model: torch.nn.Module, form: str, k: int | None = None) -> None:
+def set_form(model, form: str) -> None:
     for layer in svf_layers(model).values():
-        layer.form, layer.k = form, k
+        layer.form = form
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

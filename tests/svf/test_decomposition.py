@@ -137,7 +137,7 @@ def test_no_gradient_flows_into_the_weight():
 def test_not_finite(bad, shape):
     weight = torch.ones(shape)
     weight[2, 3] = bad
-    with pytest.raises(ConfigError, match="NaN or infinite"):
+    with pytest.raises(ConfigError, match="NaN"):
         decompose(weight)
 
 
@@ -147,6 +147,6 @@ def test_not_finite(bad, shape):
     ids=["vector", "3-d", "integers", "no rows", "no columns"],
 )
 def test_no_float_matrix(weight):
-    with pytest.raises(ConfigError, match="only float matrices") as caught:
+    with pytest.raises(ConfigError, match="float") as caught:
         decompose(weight)
     assert str(tuple(weight.shape)) in str(caught.value)

@@ -1,19 +1,18 @@
-"""The four forms of one adapted layer against each other and a dense float64 oracle."""
+"""The three forms of one adapted layer against each other and a dense float64 oracle."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers_svf import TOLERANCE, dense, error, linear, oracle, random_z, wrapped
+from helpers_svf import TOLERANCE, error, linear, oracle, random_z, wrapped
 
 from sigmix.errors import ConfigError
-from sigmix.svf.functional import truncate
 from sigmix.svf.layer import SVFLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
 KINDS = {"linear": {}, "bias": {"bias": True}, "conv1d": {"kind": "conv1d"}}
-UNMERGED = ("factored", "gain", "truncated")
+UNMERGED = ("factored", "gain")
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -27,7 +26,7 @@ def inputs(layer: SVFLinear, rows: int = 3, tokens: int | None = 5, seed: int = 
 
 
 @torch.no_grad()
-def run(layer: SVFLinear, x: torch.Tensor, z: torch.Tensor, form: str, k: int | None = None) -> torch.Tensor:
+def run(layer: SVFLinear, x: torch.Tensor, z: torch.Tensor, form: str) -> torch.Tensor:
     """The layer's output in a form, through the adapter's own z; the layer is left unmerged."""
     layer.svf_z["default"].weight.data.copy_(z)
     if form == "merged":
@@ -35,7 +34,7 @@ def run(layer: SVFLinear, x: torch.Tensor, z: torch.Tensor, form: str, k: int | 
         y = layer(x)
         layer.unmerge()
         return y
-    layer.form, layer.k = form, k
+    layer.form = form
     return layer(x)
 
 
@@ -62,12 +61,11 @@ def test_z_of_one_is_the_base_bit_for_bit(dtype, shape, kind):
     x = inputs(layer)
     base = linear(*shape, dtype=dtype, **kind)(x)
     one = torch.ones(layer.r)
-    for form in ("merged", "gain", "truncated"):
+    for form in ("merged", "gain"):
         assert torch.equal(run(layer, x, one, form), base), form
     layer.row_z = torch.ones(len(x), layer.r)
-    for form in ("gain", "truncated"):
-        layer.form, layer.k = form, 3
-        assert torch.equal(layer(x), base), form
+    layer.form = "gain"
+    assert torch.equal(layer(x), base)
     layer.row_z = None
     assert error(run(layer, x, one, "factored"), base) < TOLERANCE[dtype]
 
@@ -127,49 +125,6 @@ def test_as_many_z_as_rows(rows, form):
         layer(inputs(layer))
 
 
-def effective_weight(layer: SVFLinear) -> torch.Tensor:
-    """[out, in] of an unmerged layer without bias, from its action on the unit vectors, float64."""
-    with torch.no_grad():
-        return layer(torch.eye(layer.in_features).to(layer.matrix().dtype)).double().T
-
-
-@shapes
-@pytest.mark.parametrize("k", [0, 1, 6, 17])
-def test_truncation_errs_by_what_it_predicts(shape, k):
-    layer = wrapped(*shape)
-    z = random_z(layer.r) + 0.2
-    layer.svf_z["default"].weight.data.copy_(z)
-    layer.form, layer.k = "truncated", k
-    found = (effective_weight(layer) - dense(layer.matrix(), z)).square().sum()
-    predicted = truncate(z - 1, layer.svf_s, k)[2]
-    assert float(predicted) > 0.01
-    assert torch.allclose(found, predicted.double(), rtol=1e-4)  # float32 columns against float64
-
-
-@shapes
-def test_truncation_per_row_errs_by_what_it_predicts(shape):
-    layer = wrapped(*shape)
-    z = torch.stack([random_z(layer.r, seed) + 0.1 * seed for seed in (1, 2, 3)])
-    layer.form, layer.k = "truncated", 7
-    errors = truncate(z - 1, layer.svf_s, 7)[2]
-    layer.row_z = z
-    with torch.no_grad():
-        y = layer(torch.eye(layer.in_features).expand(3, -1, -1))
-    for row in range(3):
-        found = (y[row].double().T - dense(layer.matrix(), z[row])).square().sum()
-        assert float(errors[row]) > 0.01
-        assert torch.allclose(found, errors[row].double(), rtol=1e-4)
-
-
-@shapes
-def test_more_components_are_closer(shape):
-    layer = wrapped(*shape)
-    x, z = inputs(layer), random_z(layer.r)
-    expected = oracle(layer, x, z)
-    errors = [error(run(layer, x, z, "truncated", k), expected) for k in (0, layer.r // 2, layer.r)]
-    assert errors[0] > errors[1] > errors[2]
-
-
 @pytest.mark.parametrize("gain", [3e-3, -3e-3, 5e-3, -5e-3, 2e-2])
 @pytest.mark.parametrize("form", ("merged", *UNMERGED))
 @pytest.mark.parametrize("shape", [(256, 128), (128, 256)], ids=["tall", "wide"])
@@ -190,7 +145,7 @@ def test_small_gains_survive_bfloat16_on_average(gain, form, shape):
 def test_an_unknown_form_is_named():
     layer = wrapped(8, 6)
     layer.form = "magic"
-    with pytest.raises(ConfigError, match="magic.*factored"):
+    with pytest.raises(ConfigError, match="magic"):
         layer(inputs(layer))
 
 

@@ -88,9 +88,8 @@ def test_generating_picks_the_gain_form_by_itself(folder):
         assert engine.generate([prompt], mix, max_new_tokens=6)[0].ids == found.ids
     assert engine.execution.choose([Mix.one("a")]) == "gain"
     for form in ("merged", "factored"):
-        with pytest.raises(ConfigError, match=f"{form} form needs the weight itself, but this base is quantised"):
+        with pytest.raises(ConfigError, match=form):
             engine.logits(IDS, None, "a", form=form)
-    assert engine.logits(IDS, None, "a", form="truncated").isfinite().all()
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
@@ -144,9 +143,9 @@ def test_the_base_stays_quantised_and_small(folder):
         assert layer.base_layer.weight.qdata.dtype == torch.int8
         assert layer.svf_long is None
     set_form(model, "factored")
-    with pytest.raises(ConfigError, match="factored form"):
+    with pytest.raises(ConfigError, match="factored"):
         model(input_ids=IDS)
-    with pytest.raises(ConfigError, match="merged form"):
+    with pytest.raises(ConfigError, match="merged"):
         model.merge_adapter()
 
 

@@ -73,7 +73,7 @@ def test_the_count_of_the_paper_s_parameters(adapted):
 
 
 def test_the_base_bit_for_bit(base, run):
-    for form in ("gain", "truncated", "merged"):
+    for form in ("gain", "merged"):
         assert torch.equal(run(form), base[2]), form
     # the factored form multiplies by the rounded short side twice; a bfloat16 logit of 16 has a step of 0.125.
     # Measured: up to 0.003
@@ -82,7 +82,7 @@ def test_the_base_bit_for_bit(base, run):
 
 def test_the_forms_agree_at_small_gains(base, adapted, run):
     randomise(adapted, spread=0.05)
-    outputs = {form: run(form) for form in ("merged", "factored", "gain", "truncated")}
+    outputs = {form: run(form) for form in ("merged", "factored", "gain")}
     for form, output in outputs.items():
         away = divergence(base[2], output)
         # 30 layers in bfloat16 differ by some 1e-3 nats between any two orders of summation; measured: up to 0.006

