@@ -140,13 +140,13 @@ def _harness_arguments(words: list[str], model: Any) -> Iterator[None]:
 
     argv, sys.argv = sys.argv, ["sigmix lm-eval", *words]
     error, argparse.ArgumentParser.error = argparse.ArgumentParser.error, fail  # type: ignore[method-assign,assignment]
-    made = model.made
+    instances = model.instances
     try:
         yield
     except SigmixError:
         raise
     except (ValueError, TypeError, OSError, KeyError) as failure:
-        if model.made > made:
+        if model.instances > instances:
             raise  # the evaluation itself failed
         raise ConfigError(f"lm-eval: {failure}") from failure
     finally:

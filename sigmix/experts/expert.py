@@ -134,7 +134,7 @@ class Expert:
 
     @property
     def verified(self) -> bool:
-        """Whether a fingerprint of its base is recorded, which `check` needs."""
+        """True if a fingerprint of its base is recorded, which `check` needs."""
         return bool(self.base.get("fingerprint"))
 
     @cached_property

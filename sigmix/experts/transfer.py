@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether every matrix is the same within the tolerance of sketches."""
+        """True if every matrix is the same within the tolerance of sketches."""
         return max(self.deviations.values()) <= TOLERANCE
 
     def figures(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class SigmixLM(HFLM):
     """
 
     tokenizer: Any
-    made = 0
+    instances = 0
     """Instances created in this process; before the first, errors are errors of the options."""
 
     def __init__(
@@ -140,7 +140,7 @@ class SigmixLM(HFLM):
         self._mix_counts: Counter[str] = Counter()
         self.truncated = 0
         self._user_turns: dict[str, str] = {}
-        SigmixLM.made += 1
+        SigmixLM.instances += 1
 
     # ------------------------------------------------------------------ mixtures of requests
 
