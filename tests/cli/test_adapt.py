@@ -247,8 +247,8 @@ def test_a_swarm_that_moves_z_saves_an_expert_that_every_command_takes(run, home
 
 def test_the_truncated_form_is_fitted_once_and_says_its_error_before_it_answers(run, home, bank, tmp_path):
     common = ("--base", home.base, "--bank", bank)
-    asked = ("generate", "hello", "x", "--mix", "arithmetic", "--mix", "reading", "--max-new-tokens", 2, *common)
-    missing = run(*asked, "--form", "truncated")
+    command = ("generate", "hello", "x", "--mix", "arithmetic", "--mix", "reading", "--max-new-tokens", 2, *common)
+    missing = run(*command, "--form", "truncated")
     assert missing.code == 2
     assert "--fit-truncation" in "".join(missing.err)
     for budget in ("nan", "-1", "2"):
@@ -258,10 +258,10 @@ def test_the_truncated_form_is_fitted_once_and_says_its_error_before_it_answers(
     assert made.code == 0, made.err
     assert made.json["expected_error"] <= 0.2
     assert sorted(made.json["experts"]) == ["arithmetic", "reading"]
-    done = run(*asked, "--form", "truncated", "--json")
+    done = run(*command, "--form", "truncated", "--json")
     assert done.code == 0, done.err
     assert f"expected error {made.json['expected_error']:.1%}" in "".join(done.err)
     assert [one["mix"] for one in done.json["answers"]] == ["arithmetic", "reading"]
-    assert run(*asked, "--form", "gain").code == 0
-    assert run(*asked, "--form", "merged").code == 2  # two mixes
-    assert run(*asked, "--form", "shortened").code == 2
+    assert run(*command, "--form", "gain").code == 0
+    assert run(*command, "--form", "merged").code == 2  # two mixes
+    assert run(*command, "--form", "shortened").code == 2

@@ -39,10 +39,10 @@ def test_doctor_on_a_base_that_is_none(refused, run, tmp_path):
 
 
 def test_doctor_gives_the_command_for_what_is_missing(run, home, monkeypatch):
-    wanted = ["torch>=2.8", "numpy>=999", "no-such-package>=1", "sigmix[tasks]; extra == 'train'",
+    requirements = ["torch>=2.8", "numpy>=999", "no-such-package>=1", "sigmix[tasks]; extra == 'train'",
               'no-such-other>=2; extra == "tasks"', "rich>=13; extra == 'serve'"]  # fmt: skip
     real = diagnose.metadata.version
-    monkeypatch.setattr(diagnose.metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(diagnose.metadata, "requires", lambda _: requirements)
     monkeypatch.setattr(diagnose.metadata, "version", lambda name: "1" if name == "sigmix" else real(name))
     done = run("doctor", "--base", home.base)
     assert done.code == 1

@@ -110,14 +110,14 @@ def test_the_base_is_read_as_the_expert_had_it(made_in, run, refused, home, dtyp
         assert "with dtype='bfloat16', quantization_config='int8'" in run(
             "experts", "verify", folder, "--base", home.base, "--dtype", "float32", "--quantization", "int4"
         ).err[-1]  # fmt: skip
-        asked = ("--base", home.base, "--bank", folder.parent, "--mix", "odd")
-        assert "so it cannot be exported" in refused("export", "merged", *asked, "--out", folder / "out",
+        command = ("--base", home.base, "--bank", folder.parent, "--mix", "odd")
+        assert "--quantization int8" in refused("export", "merged", *command, "--out", folder / "out",
                                                           silent=False)  # fmt: skip
     (folder / "sigmix.json").unlink()
     words = ("--dtype", dtype, *(("--quantization", quantization) if quantization else ()))
     assert run("experts", "verify", folder, "--base", home.base, "--seal", *words, "--json").json["sealed"]
-    told = run("experts", "show", folder, "--json").json["base"]["dtype"]
-    assert told == dtype + (f" in {quantization}" if quantization else "")
+    recorded = run("experts", "show", folder, "--json").json["base"]["dtype"]
+    assert recorded == dtype + (f" in {quantization}" if quantization else "")
 
 
 def test_diff(experts, home):
