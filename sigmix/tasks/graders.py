@@ -215,12 +215,12 @@ def strict_number(reply: str, gold: str) -> Score:
 
 def numbers_in(text: str) -> list[tuple[Fraction, int, int]]:
     """Return every number in a text with its start and end, left to right."""
-    found = []
+    numbers = []
     for match in _IN_TEXT.finditer(text.replace("\u2212", "-")):
         number = parse_number(match[0], unit=True)
         if number is not None:
-            found.append((number, match.start(), match.end()))
-    return found
+            numbers.append((number, match.start(), match.end()))
+    return numbers
 
 
 def final_number(reply: str) -> Fraction | None:
@@ -249,15 +249,15 @@ def score_final(reply: str, gold: str) -> Score:
 
 def boxed(text: str) -> list[str]:
     r"""Return the contents of every \boxed{...}, braces matched; unclosed ones are left out."""
-    found = []
+    contents = []
     for match in re.finditer(r"\\f?boxed\s*\{", text):
         depth, at = 1, match.end()
         while at < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[at], 0)
             at += 1
         if not depth:
-            found.append(text[match.end() : at - 1])
-    return found
+            contents.append(text[match.end() : at - 1])
+    return contents
 
 
 def math_equal(reply: str, gold: str) -> Score:
@@ -317,17 +317,17 @@ def _whole(text: str) -> Fraction | None:
 def _first(text: str) -> Fraction | None:
     while match := _RESULT.match(text):
         text = match[1]
-    found = numbers_in(text)
-    if not found or re.match(r"\s*(?:not|isn't|never)\b", text, re.IGNORECASE):
+    numbers = numbers_in(text)
+    if not numbers or re.match(r"\s*(?:not|isn't|never)\b", text, re.IGNORECASE):
         return None
-    return None if len(found) > 1 and _is_or(text[found[0][2] : found[1][1]]) else found[0][0]
+    return None if len(numbers) > 1 and _is_or(text[numbers[0][2] : numbers[1][1]]) else numbers[0][0]
 
 
 def _last(text: str) -> Fraction | None:
-    found = numbers_in(text)
-    if not found or _NEGATED.search(text[: found[-1][1]]):
+    numbers = numbers_in(text)
+    if not numbers or _NEGATED.search(text[: numbers[-1][1]]):
         return None
-    return None if len(found) > 1 and _is_or(text[found[-2][2] : found[-1][1]]) else found[-1][0]
+    return None if len(numbers) > 1 and _is_or(text[numbers[-2][2] : numbers[-1][1]]) else numbers[-1][0]
 
 
 def _is_or(between: str) -> bool:

@@ -92,12 +92,12 @@ class AgreementTask(ImageQuestionTask):
         return self._make(row, row.get("question", kind=str), gold, answers=answers)
 
     def score(self, sample: Sample, reply: str) -> Score:
-        answers, found = sample.meta["answers"], normalise_vqa(reply)
-        longest = max(FORM_WORDS, *(len(normalise_vqa(answer).split()) for answer in answers))
-        if not found or len(found.split()) > longest:
+        answers, answer = sample.meta["answers"], normalise_vqa(reply)
+        longest = max(FORM_WORDS, *(len(normalise_vqa(one).split()) for one in answers))
+        if not answer or len(answer.split()) > longest:
             return Score(0.0, None, "the reply is not a word or a phrase")
         value = vqa_accuracy(reply, answers)
-        return Score(value, found, f"{value:.2g} by {len(answers)} people's answers, most often {sample.gold!r}")
+        return Score(value, answer, f"{value:.2g} by {len(answers)} people's answers, most often {sample.gold!r}")
 
     def gold_value(self, sample: Sample) -> float:
         return vqa_accuracy(sample.gold, sample.meta["answers"])

@@ -183,7 +183,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise `OutputError` unless a file or folder can be written at ``path``; creates its parent folder.
 
-    Call it before long work whose result is written there.
+    Call it before long work, so that it does not fail at the end.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
