@@ -30,7 +30,7 @@ from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, SigmixError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
-from sigmix.models.multimodal import as_ids, whole
+from sigmix.models.multimodal import as_token_ids, forward_inputs
 from sigmix.utils.images import Shown
 
 MIN_GAIN = 16
@@ -83,7 +83,7 @@ class Engine:
         images: Shown | Sequence[Shown] | None = (),
     ) -> list[int]:
         """Return token ids of a prompt; ids pass through. See `sigmix.engine.tokenization.encode`."""
-        return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_ids(prompt)
+        return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_token_ids(prompt)
 
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:
         """Return the effective z by matrix path, {} for the base.
@@ -251,7 +251,7 @@ class Engine:
     ) -> torch.Tensor:
         """Return logits [B, T, V] of token ids [B, T], padded left or right where the mask [B, T] is 0."""
         with self.under(self.mixes(mix, len(input_ids)), form, input_ids.numel()):
-            return self.model(**whole(self.model, input_ids, attention_mask), use_cache=False).logits
+            return self.model(**forward_inputs(self.model, input_ids, attention_mask), use_cache=False).logits
 
     def score(
         self,

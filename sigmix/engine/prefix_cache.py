@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from sigmix.engine.kv_cache import Prefilled, keys_and_values
-from sigmix.models.multimodal import embedded, grid_positions
+from sigmix.models.multimodal import embed_inputs, grid_positions
 from sigmix.utils.lru import LRUCache
 
 MIN_SHARED = 8
@@ -64,7 +64,7 @@ def read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache, rows: int =
     places = grid_positions(model, [ids])
     positions = None if places is None else places[0][:, None].expand(-1, rows, -1).to(device)
     model(
-        **embedded(model, batch),
+        **embed_inputs(model, batch),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
@@ -102,7 +102,7 @@ def prefill(
             lengths[number] = own.max() + 1
     mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
     out = model(
-        **embedded(model, ids),
+        **embed_inputs(model, ids),
         attention_mask=mask if not bool(mask.all()) else None,
         position_ids=positions,
         past_key_values=cache,

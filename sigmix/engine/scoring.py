@@ -19,7 +19,7 @@ from sigmix.engine.prefix_cache import answer_logits, left_pad
 from sigmix.engine.tokenization import check_context
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
-from sigmix.models.multimodal import whole
+from sigmix.models.multimodal import forward_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -150,7 +150,7 @@ def hidden_states(
         handles = [modules[layer - 1].register_forward_hook(record(layer)) for layer in set(layers)]
         try:
             with engine.under(mixes):
-                engine.model(**whole(engine.model, ids, mask), use_cache=False)
+                engine.model(**forward_inputs(engine.model, ids, mask), use_cache=False)
         except _LayersDone:
             pass
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sigmix.errors import ConfigError, ContextError
-from sigmix.models.multimodal import processor_of, with_images
+from sigmix.models.multimodal import image_prompt, processor_of
 from sigmix.utils.images import Shown, pictures
 
 
@@ -72,7 +72,7 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Seq
     inputs = processor.apply_chat_template(
         parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    return with_images(processor, inputs, shown)
+    return image_prompt(processor, inputs, shown)
 
 
 def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
@@ -84,7 +84,7 @@ def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
         return list(tokenizer(text)["input_ids"])
     text = f"{processor.image_token}\n" * len(shown) + text
     inputs = processor(text=[text], images=[one.open() for one in shown], return_tensors="pt")
-    return with_images(processor, inputs, shown)
+    return image_prompt(processor, inputs, shown)
 
 
 def in_parts(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:

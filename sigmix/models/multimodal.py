@@ -166,10 +166,10 @@ class ImagePrompt(list):
 
 
 _KNOWN: weakref.WeakValueDictionary[int, ShownImage] = weakref.WeakValueDictionary()
-_VECTORS: weakref.WeakKeyDictionary[Any, Vectors] = weakref.WeakKeyDictionary()
+_VECTORS: weakref.WeakKeyDictionary[Any, ImageVectors] = weakref.WeakKeyDictionary()
 
 
-def with_images(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> list[int]:
+def image_prompt(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> list[int]:
     """Return the token ids of one prompt with images.
 
     Args:
@@ -199,24 +199,24 @@ def with_images(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> lis
     return ImagePrompt(ids, shown)
 
 
-def as_ids(prompt: Sequence[int]) -> list[int]:
+def as_token_ids(prompt: Sequence[int]) -> list[int]:
     """Return a prompt of ids as a list; an `ImagePrompt` is returned unchanged."""
     return prompt if isinstance(prompt, ImagePrompt) else list(prompt)
 
 
-def embedded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def embed_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return ``input_ids`` [N, R], or ``inputs_embeds`` [N, R, d] if there are images among the ids."""
     if not bool((ids < 0).any()):
         return {"input_ids": ids}
     base = bare(model)
     if base not in _VECTORS:
-        _VECTORS[base] = Vectors(base)
+        _VECTORS[base] = ImageVectors(base)
     embeddings = model.get_input_embeddings()(ids.clamp_min(0))
     vectors = _VECTORS[base].of(ids[ids < 0]).to(embeddings.device, embeddings.dtype)
     return {"inputs_embeds": embeddings.masked_scatter((ids < 0)[..., None], vectors)}
 
 
-def whole(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+def forward_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
     """Return the arguments of one pass over whole prompts [N, R] with padding mask [N, R], without a KV cache."""
     positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp_min(0)
     used = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -225,7 +225,7 @@ def whole(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str,
         positions = ids.new_zeros(3, *ids.shape)
         for number, own in enumerate(grid):
             positions[:, number, used[number]] = own.to(ids.device)
-    return {**embedded(model, ids), "attention_mask": mask, "position_ids": positions}
+    return {**embed_inputs(model, ids), "attention_mask": mask, "position_ids": positions}
 
 
 def grid_positions(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor] | None:
@@ -239,11 +239,11 @@ def grid_positions(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tens
     return [_positions(inner, row) for row in rows]
 
 
-class Vectors:
-    """What a model makes of images, within a memory budget; those used last stay.
+class ImageVectors:
+    """Cache of a model's image vectors, within a budget of bytes.
 
     Raises:
-        ConfigError: vision tower or projector are adapted, so that an image's vectors would depend on the mix.
+        ConfigError: vision tower or projector are adapted, so the vectors would depend on the mixture.
     """
 
     def __init__(self, model: Any, budget: int = BUDGET) -> None:
@@ -252,18 +252,18 @@ class Vectors:
         self._sound = model.config.model_type in TESTED
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Vectors [n, d] of ids int64 [n] below zero."""
+        """Return the vectors [n, d] of negative ids int64 [n]."""
         numbers = (-1 - ids).cpu()
         keys, places = numbers >> PLACE_BITS, numbers & ((1 << PLACE_BITS) - 1)
         model: Any = self._model()
         state = _state(model)
         parts = {key: self._image(model, key, state) for key in keys.unique().tolist()}
         first = next(iter(parts.values()))
-        found = first.new_empty(len(ids), first.shape[1])
+        gathered = first.new_empty(len(ids), first.shape[1])
         for key, vectors in parts.items():
             here = keys == key
-            found[here.to(found.device)] = vectors[places[here].to(vectors.device)]
-        return found
+            gathered[here.to(gathered.device)] = vectors[places[here].to(vectors.device)]
+        return gathered
 
     @torch.no_grad()
     def _image(self, model: Any, key: int, state: Any) -> torch.Tensor:
@@ -273,25 +273,25 @@ class Vectors:
         _check_frozen(model)
         image = _KNOWN.get(key)
         if image is None:
-            raise ConfigError("a prompt's image is not known any more", remedy="encode the prompt again, and keep it")
+            raise ConfigError("the image of a prompt has been freed", remedy="keep a reference to the encoded prompt")
         weight = model.get_input_embeddings().weight
         inputs = {
             k: v.to(weight.device, weight.dtype) if v.is_floating_point() else v.to(weight.device)
             for k, v in image.pixels().items()
         }
-        known = inspect.signature(model.get_image_features).parameters
-        out = model.get_image_features(**{k: v for k, v in inputs.items() if k in known}, return_dict=True)
-        made = torch.cat([part.reshape(-1, part.shape[-1]) for part in out.pooler_output])
-        if len(made) != image.tokens:
+        accepted = inspect.signature(model.get_image_features).parameters
+        out = model.get_image_features(**{k: v for k, v in inputs.items() if k in accepted}, return_dict=True)
+        vectors = torch.cat([part.reshape(-1, part.shape[-1]) for part in out.pooler_output])
+        if len(vectors) != image.tokens:
             raise BaseModelError(
-                f"the processor has {image.tokens} places for {image.picture.name}, and the model {len(made)} vectors",
+                f"{image.picture.name} has {image.tokens} tokens in the processor, but {len(vectors)} vectors in the model",
                 remedy="load model and processor from the same folder",
             )
         if not self._sound:
-            _check_sound(model, image.processor, inputs, made)
+            _check_sound(model, image.processor, inputs, vectors)
             self._sound = True
-        self.cache.put(name, made, made.nbytes)
-        return made
+        self.cache.put(name, vectors, vectors.nbytes)
+        return vectors
 
 
 def _known(processor: Any, picture: Picture, tokens: int, grid: torch.Tensor | None) -> ShownImage:

@@ -14,7 +14,7 @@ from sigmix import Engine, Mix
 from sigmix.engine.tokenization import encode
 from sigmix.errors import BaseModelError, ConfigError, ContextError, DataError
 from sigmix.models import multimodal as images
-from sigmix.models.multimodal import ImagePrompt, Vectors, bind
+from sigmix.models.multimodal import ImagePrompt, ImageVectors, bind
 from sigmix.train.rollout import Rollouts
 from sigmix.utils.images import picture
 
@@ -142,7 +142,7 @@ def test_vectors_that_were_dropped_are_made_again(monkeypatch):
     prompts = [engine.encode("what?", images=image) for image in shapes()]
     kept = engine.generate(prompts, max_new_tokens=4)
     none = opened()
-    monkeypatch.setitem(images._VECTORS, none.model, Vectors(none.model, budget=0))
+    monkeypatch.setitem(images._VECTORS, none.model, ImageVectors(none.model, budget=0))
     assert [one.ids for one in none.generate(prompts, max_new_tokens=4)] == [one.ids for one in kept]
     assert images._VECTORS[none.model].bytes == 0 < images._VECTORS[engine.model].bytes
 
