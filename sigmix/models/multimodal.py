@@ -284,7 +284,7 @@ class ImageVectors:
         vectors = torch.cat([part.reshape(-1, part.shape[-1]) for part in out.pooler_output])
         if len(vectors) != image.tokens:
             raise BaseModelError(
-                f"{image.picture.name} has {image.tokens} tokens in the processor, but {len(vectors)} vectors in the model",
+                f"{image.picture.name} has {image.tokens} tokens, but the model returned {len(vectors)} vectors",
                 remedy="load model and processor from the same folder",
             )
         if not self._sound:

@@ -144,7 +144,7 @@ def test_vectors_that_were_dropped_are_made_again(monkeypatch):
     none = opened()
     monkeypatch.setitem(images._VECTORS, none.model, ImageVectors(none.model, budget=0))
     assert [one.ids for one in none.generate(prompts, max_new_tokens=4)] == [one.ids for one in kept]
-    assert images._VECTORS[none.model].bytes == 0 < images._VECTORS[engine.model].bytes
+    assert images._VECTORS[none.model].cache.nbytes == 0 < images._VECTORS[engine.model].cache.nbytes
 
 
 def test_vectors_of_other_weights_are_other_vectors():
