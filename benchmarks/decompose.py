@@ -1,14 +1,14 @@
-"""``python -m benchmarks decompose``: the decomposition of weights, cold, from the cache, and against LAPACK.
+"""``python -m benchmarks decompose``: decomposition of weights, cold, from the cache, and against LAPACK.
 
-Base: every adapted matrix of the default base, into an empty temporary cache (cold) and out of it (warm: reading, and
-hashing the weight that names the entry; the files are in the page cache).
+Base: every adapted matrix of the default base model, into an empty temporary cache (cold) and from it (warm: reading,
+and hashing the weight that names the entry; files are in the page cache).
 
-Large: one 4096×14336 float32 matrix, the shape of an 8-billion-parameter model's down projection, `svd` against
-``torch.linalg.svd(full_matrices=False)``. Its spectrum is that of a trained one: the singular values of the default
-base's middle matrix of the same kind, stretched to 4096 on a log scale. Its singular vectors are random: two rounds of
-random signs and a Hartley transform on either side, which is exactly orthogonal and costs no QR.
+Large: one 4096×14336 float32 matrix, the shape of an 8-billion-parameter model's down projection, against
+``torch.linalg.svd(full_matrices=False)``. Its singular values are those of the default base model's middle matrix of
+the same kind, stretched to 4096 on a log scale. Its singular vectors are random: two rounds of random signs and a
+Hartley transform on either side, which is exactly orthogonal and needs no QR.
 
-Errors of a decomposition, in float64 on Gaussian probes X (their mean is the Frobenius norm's):
+Errors, in float64 on Gaussian probes X (in the mean the Frobenius norm's):
 reconstruction ‖(W - U diag(s) Vᵀ)X‖ / ‖WX‖; orthogonality ‖(QᵀQ - I)X‖ / ‖X‖, the worse of U and V;
 singular values max |s - s₀| / max s₀ against those that the matrix was built with.
 """

@@ -1,15 +1,14 @@
-"""The peer of `train-step`: a REINFORCE step on z the way of the public reference implementation.
+"""Peer of `train-step`: a REINFORCE step on z as in the public reference implementation.
 
-Source: SakanaAI/self-adaptive-llms (``utils.forward``, ``utils.backward``, ``optim_modules.Reinforce``), written anew:
-W'(z) = U diag(s·z) Vᵀ is composed densely, with the diagonal as a matrix, and copied into the model; answers come from
-a generation engine (there vLLM, here transformers' ``generate``); log-probabilities come from whole sequences, prompt
-and answer, with logits at every position; the reference's from the base weights, copied in and replaced by a second
-composition; autograd makes the dense gradient of every W', and a third composition takes it back to z.
+Reimplements SakanaAI/self-adaptive-llms (``utils.forward``, ``utils.backward``, ``optim_modules.Reinforce``): W'(z) =
+U diag(s·z) Vᵀ is composed densely, with a diagonal matrix, and copied into the model; answers come from a generation
+engine (there vLLM, here transformers' ``generate``); log-probabilities come from whole sequences, prompt and answer,
+with logits at every position; the reference's from the base weights, copied in and replaced by a second composition;
+autograd computes the dense gradient of every W', and a third composition propagates it to z.
 
-In its favour, so that the comparison is about the method: sequences run in batches (the reference takes them one by
-one), sampled ids are kept, and U, s and V come from the same decomposition as ours. z is direct, where the reference
-passes it through a sigmoid and restores the sum of singular values; loss and optimiser are ours (`TrainConfig`), the
-reward is the reference's ±1.
+In the peer's favour, so that methods are compared: sequences run in batches (there one by one), sampled ids are kept,
+and U, s and V come from the same decomposition as sigmix's. z is direct (there a sigmoid with the sum of singular
+values restored); loss and optimizer are those of `TrainConfig`, the reward is the reference's ±1.
 """
 
 from __future__ import annotations

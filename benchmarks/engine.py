@@ -1,9 +1,8 @@
 """``python -m benchmarks engine``: tokens per second of `Engine.generate` and of transformers' `generate`.
 
-Both answer the same chat prompts greedily, with a key-value cache and without end tokens, so that the work is equal.
-The peer is a model of its own, as `from_pretrained` gives it: nothing of ours is in it, no packed weights either. In
-float32 both must give the same tokens, or the run fails; in a half type rounding decides near-ties, and the share of
-equal answers is reported. Rows: 1, 8 and 64.
+Both answer the same chat prompts greedily, with a KV cache and without end tokens, so that the work is equal. The peer
+is a separate model from `from_pretrained`, without packed weights. In float32 both must generate the same tokens, or
+the run fails; in half precision rounding decides near-ties, and the share of equal answers is reported.
 """
 
 from __future__ import annotations
@@ -72,10 +71,10 @@ def _theirs(
     def answer(_: int) -> None:
         ids, mask = left_pad(rows, pad_id, model.device)
         with torch.no_grad():
-            made = model.generate(
+            output = model.generate(
                 input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=new_tokens,
                 pad_token_id=pad_id,
             )  # fmt: skip
-        found["theirs"] = made[:, ids.shape[1] :].tolist()
+        found["theirs"] = output[:, ids.shape[1] :].tolist()
 
     return answer

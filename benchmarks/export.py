@@ -1,15 +1,14 @@
-"""``python -m benchmarks export``: the memory of a merged export, and a mix in llama.cpp against our engine.
+"""``python -m benchmarks export``: peak memory of a merged export, and a mixture in llama.cpp against the engine.
 
-Memory: the largest resident size (VmHWM) of a process that streams a merged export, against one that loads the base
-with transformers and saves it again, the least that any way with a whole model in memory needs (nothing is merged).
-``memory_*`` takes the sizes as they are; ``memory_above_imports_*`` what each has above its imports, which is more than
-half of it for a small model. ``_1`` is the base; ``_deep`` the base with its layers repeated, so that one sees what
-grows (its expert has no sketches to be checked).
+Memory: peak resident size (VmHWM) of a process that streams a merged export, against one that loads the base model with
+transformers and saves it (nothing merged). ``memory_*`` compares peaks; ``memory_above_imports_*`` what each has above
+its imports, which are over half of it for a small model. ``_1`` is the base model; ``_deep`` repeats its layers, to
+show what grows (its expert has no sketches to check).
 
-Speed: seconds for one greedy answer to one request under the same mix, with the same number of threads: our engine, the
-mix merged; llama.cpp on the base's own GGUF file, quantised as it is, with the mix as an adapter, exact and of rank 64,
-and without any. ``vs_llamacpp_exact`` 2 means that our engine makes twice the tokens per second. The prompt is read
-anew by both each time. Without llama-cpp-python the speed part is left out, and ``raw`` says so.
+Speed: seconds of one greedy answer to one request under the same mixture with the same number of threads: the engine
+with merged weights; llama.cpp on the base model's own quantized GGUF file, with the mixture as an adapter, exact and of
+rank 64, and without one. ``vs_llamacpp_exact`` 2 means that the engine generates twice the tokens per second. Both
+process the prompt every time. Without llama-cpp-python the speed part is left out, as ``raw`` records.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Timing of contestants beside each other, and the one JSON object that every benchmark prints.
+"""Interleaved timing of contestants, and the JSON object that every benchmark prints.
 
-Contestants take turns (A B C A B C …), so that a machine that slows down, or other work on it, meets all of them; what
-is reported is the ratio within each repeat, as minimum, median and maximum over the repeats.
+Contestants take turns (A B C A B C …), so that a machine that slows down affects all of them. Ratios are formed within
+each repeat and reported as minimum, median and maximum over the repeats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sigmix.errors import ConfigError
 
 @dataclass(frozen=True)
 class Aim:
-    """What a figure's median should reach: at least or at most ``bound``."""
+    """Target of a figure's median: at least or at most ``bound``."""
 
     relation: str
     bound: float
@@ -32,7 +32,7 @@ class Aim:
             raise ConfigError(f"an aim is >= or <= a bound, not {self.relation!r}")
 
     def met(self, value: float) -> bool:
-        """Whether ``value`` reaches the aim."""
+        """Return whether ``value`` reaches the target."""
         return value >= self.bound if self.relation == ">=" else value <= self.bound
 
     def __str__(self) -> str:
@@ -40,50 +40,50 @@ class Aim:
 
 
 def say(line: str) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def interleaved(
     contestants: Mapping[str, Callable[[int], float | None]], repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each repeat.
+    """Return the seconds of each contestant in each repeat.
 
     Args:
-        contestants: called in turn with the number of the round, from 0, warm-ups included. One that returns a number
-            gives its own seconds; for the others the call is timed.
-        repeats: rounds that count, at least 1. warmup: rounds before them that do not.
+        contestants: called with the number of the round, from 0, warm-ups included. A contestant may return its own
+            seconds; otherwise the call is timed.
+        repeats: rounds that count, at least 1. warmup: rounds before them.
     """
     if repeats < 1:
         raise ConfigError(f"repeats must be at least 1, not {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(warmup + repeats):
-        told = []
+        progress = []
         for name, contestant in contestants.items():
             gc.collect()
             start = time.perf_counter()
             own = contestant(number)
             taken = time.perf_counter() - start if own is None else own
-            told.append(f"{name} {taken:.3g} s")
+            progress.append(f"{name} {taken:.3g} s")
             if number >= warmup:
                 seconds[name].append(taken)
         label = f"repeat {number - warmup + 1} of {repeats}" if number >= warmup else "warm-up"
-        say(f"{label}: {', '.join(told)}")
+        say(f"{label}: {', '.join(progress)}")
     return seconds
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Quotients repeat by repeat: never of a sum or of the best of each."""
+    """Return quotients repeat by repeat."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """``min``, ``median`` and ``max``."""
+    """Return min, median and max."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def device(dtype: Any = "float32") -> dict[str, Any]:
-    """What ran it: CPU model, threads, dtype, versions, and the load of the machine over the last minute."""
+    """Return CPU model, threads, dtype, versions, and the load average of the last minute."""
     import torch
 
     return {
@@ -116,12 +116,12 @@ def report(
     raw: Mapping[str, Any],
     seconds: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """The result of a benchmark, plain JSON values.
+    """Return the result of a benchmark as JSON values.
 
     Args:
-        where: from `device`, taken before the work, so that its load is not our own.
-        ratios: name -> a value per repeat. seconds: the same for figures that are no ratios; they end up in ``raw``.
-        aims: for names in ``ratios`` or ``seconds``. raw: everything that the ratios came from.
+        where: from `device`, taken before the work, so that the load average excludes the benchmark.
+        ratios: {name: value per repeat}. seconds: the same for other figures; they end up in ``raw``.
+        aims: targets of names in ``ratios`` or ``seconds``. raw: all figures behind the ratios.
 
     Returns:
         ``bench``; ``device``; ``ratios`` {name: {min, median, max}}; ``aims`` {name: ">= 2.5"}; ``met`` {name: bool},
@@ -143,7 +143,7 @@ def report(
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """A report for people."""
+    """Format a report for the terminal."""
     where = result["device"]
     lines = [
         f"{result['bench']} on {where['cpu']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}"

@@ -1,21 +1,20 @@
-"""``python -m benchmarks mixed``: a batch in which every row has a mixture of its own.
+"""``python -m benchmarks mixed``: a batch with a different mixture in every row.
 
-32 requests of the bank's tasks under 32 different mixtures of all its experts, answered with 24 tokens each, prefill
-included. The contestants, on the same requests in the same dtype:
+32 requests of the bank's tasks under 32 mixtures of all its experts, answered with 24 tokens each, prefill included.
+Contestants, on the same requests in the same dtype:
 
-    exact      ours, all rows in one batch, factored form
-    new        the same under mixtures that no round had before: nothing is kept of what the prompts begin with
-    truncated  the truncated form, its plan fitted before on training prompts: the cheapest of those that
-               `python -m benchmarks truncation` lists whose KL to the exact model is under 0.01 on validation prompts
-    base       the same batch on the base, the same engine
-    swap       one request after the other: compose and load its weights, answer, put the base back
+    exact      sigmix, all rows in one batch, factored form
+    new        the same under mixtures without a cached prefix
+    truncated  the truncated form, fitted on training prompts: the cheapest plan of `python -m benchmarks truncation`
+               with a KL to the exact model under 0.01 on validation prompts
+    base       the same batch on the base model, in the same engine
+    swap       one request after another: compose and load its weights, answer, restore the base model
     lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters
 
-Before anything is timed, every row of ``exact`` is compared with the same request alone under merged weights, by the
-logits of its last prompt token: in float32, where rounding hides nothing, and in the dtype that is timed. What prompts
-begin with (the chat template's system turn) is read once for every mix and kept, in ``exact`` as on the base; ``new``
-shows what a first meeting costs. Ratios are in tokens per second, ours over theirs; ``truncated_kl`` in ``raw`` is on
-the timed requests' own answers.
+First every row of ``exact`` is compared with the same request alone under merged weights, by the logits of its last
+prompt token, in float32 and in the timed dtype. The common prefix (the chat template's system turn) is cached for
+``exact`` and for ``base``. Ratios are in tokens per second, sigmix over the peer; ``truncated_kl`` in ``raw`` is on the
+answers to the timed requests.
 """
 
 from __future__ import annotations

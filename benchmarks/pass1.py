@@ -1,8 +1,8 @@
-"""``python -m benchmarks pass1``: what choosing costs, as a share of both passes.
+"""``python -m benchmarks pass1``: the first pass of strategies A, B and D as a share of two-pass inference.
 
-64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A, B and D decide on the same requests;
-a strategy that this bank has nothing for (no probe, no classification expert) is left out and said so. The template's
-prefix is stored before, as it is in a server; the paper's pass one takes 13 to 47 % (Table 3).
+64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A strategy that the bank has no probe or
+classification expert for is left out. The prompt's prefix is cached, as in a server; the paper's first pass takes 13
+to 47 % (Table 3).
 """
 
 from __future__ import annotations

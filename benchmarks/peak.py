@@ -1,7 +1,7 @@
-"""Peak memory of one contestant of `train-step`, measured in a process of its own.
+"""Peak memory of one contestant of `train-step`, measured in a process of its own: ``python -m benchmarks.peak``.
 
-The figure is VmHWM, the kernel's high-water mark of this very address space. ``ru_maxrss`` will not do on Linux: it
-survives ``exec``, so a child begins with the size of the process that started it.
+The figure is VmHWM, the high-water mark of the process's address space. On Linux ``ru_maxrss`` survives ``exec``, so a
+child would start at the size of its parent.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sigmix.errors import SigmixError
 
+if TYPE_CHECKING:
+    from benchmarks.train_step import Setting
 
-def peak_memory(setting: Any, name: str) -> dict[str, int]:
-    """Bytes: ``peak`` of loading and one step, ``imported`` before anything was loaded, ``ready`` before the step."""
-    given = json.dumps({"setting": dataclasses.asdict(setting), "name": name})
-    command = [sys.executable, "-m", "benchmarks.train_child", given]
+
+def peak_memory(setting: Setting, name: str) -> dict[str, int]:
+    """Return bytes: ``imported`` after the imports, ``ready`` before the step, ``peak`` after one step."""
+    options = json.dumps({"setting": dataclasses.asdict(setting), "name": name})
+    command = [sys.executable, "-m", "benchmarks.peak", options]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SigmixError(f"the memory of contestant {name!r} cannot be measured: {last}")
+        raise SigmixError(f"measuring the memory of {name!r} failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def high_water() -> int:
-    """This process's largest resident size so far, in bytes."""
+    """Return this process's peak resident size, in bytes."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -39,3 +42,19 @@ def high_water() -> int:
         return int(found[1]) * 1024
     # not Linux: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _child(options: str) -> None:
+    from benchmarks.train_step import Setting, contestant
+
+    given = json.loads(options)
+    setting = Setting(**given["setting"])
+    imported = high_water()
+    one = contestant(setting, given["name"])
+    ready = high_water()
+    one.step(0, setting.samples(0))
+    print(json.dumps({"peak": high_water(), "ready": ready, "imported": imported}))
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1])

@@ -1,13 +1,13 @@
-"""``python -m benchmarks quantised``: bundled experts, trained on the plain base, on its 8-bit and 4-bit forms.
+"""``python -m benchmarks quantised``: bundled experts, trained on the plain base model, on its 8-bit and 4-bit forms.
 
-For each quantisation and each expert, in the basis that the expert was trained in (`sigmix.experts.original_basis`):
+For each quantization and expert, in the basis that the expert was trained in (`sigmix.experts.original_basis`):
 
-    accuracy    on held-out items of the expert's task, beside the plain base's with the same expert, and both alone
-    KL          in nats per answer token, plain ‖ quantised, on the plain base's own answers under the expert; and the
-                same of the two bases without any expert, on their answers: what quantising alone does
-    own basis   under nf4 too: the same z taken in the basis of the quantised weights, which nothing but a check forbids
+    accuracy    on held-out items of the expert's task, of plain and quantized model, with the expert and alone
+    KL          in nats per answer token, plain ‖ quantized, on the plain model's answers under the expert; and of the
+                two base models without an expert: the effect of quantization alone
+    own basis   for nf4 also the same z in the basis of the quantized weights, which only a check forbids
     bytes       of the linear layers, over those of bfloat16
-    seconds     of the accuracy's items in the gain form, over the plain base's in the same form
+    seconds     of the items in the gain form, over the plain model's in the same form
 """
 
 from __future__ import annotations

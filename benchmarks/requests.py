@@ -1,4 +1,4 @@
-"""What the adaptation benchmarks share: the bundled bank on the default base, requests, and random mixtures."""
+"""Engine, requests and random mixtures shared by benchmarks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sigmix.tasks.base import Split
 
 
 def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = None, **options: Any) -> Engine:
-    """An engine over the bundled bank (or another one) whose answers never end early."""
+    """Return an engine with the bundled bank (or another one) that ignores end tokens."""
     model, tokenizer = load_base(base, dtype)
     engine = Engine(model, tokenizer, Bank.bundled() if bank is None else bank, **options)
-    engine.eos_token_ids = []  # so that every contestant makes the same number of tokens
+    engine.eos_token_ids = []  # every answer has the same number of tokens
     return engine
 
 
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:
-    """User turns of the bank's tasks in turn, of different lengths."""
+    """Return interleaved user turns of the tasks of the bank's experts."""
     return prompts_of_experts(engine.bank, count, split=split, seed=seed)
 
 
 def mixtures(names: Sequence[str], count: int, seed: int = 0) -> list[Mix]:
-    """Distinct mixtures of all experts, drawn evenly from those whose weights sum to 1."""
+    """Return mixtures of all experts with weights drawn uniformly from the simplex."""
     weights = np.random.default_rng(seed).dirichlet(np.ones(len(names)), count)
     return [Mix(dict(zip(names, map(float, row), strict=True))) for row in weights]

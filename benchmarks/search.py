@@ -1,10 +1,9 @@
-"""``python -m benchmarks search``: one CEM iteration in mixed batches against weights swapped for every candidate.
+"""``python -m benchmarks search``: one CEM iteration in mixed batches against swapping weights for every candidate.
 
-32 candidates on 10 examples of the bank's first task. Ours scores all 320 rows, each under its own mixture, in mixed
-batches (`FewShotSearch.values`); the swap composes and loads the weights of one candidate after the other, as the
-public reference does, and answers the 10 examples under each. Both find accuracy and log-likelihood of the same
-candidates, and the run fails if the log-likelihoods differ by more than the dtype explains. Answers end at the end
-token, as they do in a search; the other benchmarks let them run on.
+32 candidates on 10 examples of the bank's first task. `FewShotSearch.evaluate` scores all 320 rows in mixed batches;
+the swap composes and loads the weights of one candidate after another, as the public reference does, and answers the
+10 examples under each. The run fails if the log-likelihoods of a candidate differ by more than the dtype explains.
+Answers end at the end token, unlike in the other benchmarks.
 """
 
 from __future__ import annotations

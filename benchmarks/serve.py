@@ -1,10 +1,9 @@
-"""``python -m benchmarks serve``: our server against `transformers serve` on the same base, streams over loopback.
+"""``python -m benchmarks serve``: `sigmix serve` against `transformers serve` on the same base model, over loopback.
 
-Both run as processes of their own; 1, 8 and 32 clients each send one streamed request after another. Ours answers with
-one expert for all, with a different mixture for every client, and with `auto`; the peer, which has no experts, with the
-base, and so does ours beside it. The peer is started as it starts by itself, one answer at a time, and once more with
-its experimental continuous batching (``_cb``). Contestants take turns; a token is a token of the base's tokenizer in
-the text that came.
+Both servers are processes of their own; 1, 8 and 32 clients each send one streamed request after another. sigmix
+answers with one expert for all, with a different mixture per client, with `auto` and with the base model; the peer,
+which has no experts, with the base model, in its default mode (one answer at a time) and with its experimental
+continuous batching (``_cb``). Contestants take turns; tokens are those of the base model's tokenizer in the text.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 Each contestant is a process of its own with an empty cache of decompositions:
 
-    whole     the model is loaded, then every adapted matrix is decomposed into the cache
+    whole     load the model, then decompose every adapted matrix into the cache
     stream    `sigmix.svf.checkpoint`: headers and config, then one matrix at a time
 
-Bases: the default one, and two random Llamas of bfloat16 matrices that differ in depth alone (512 wide, 2048 inside; 6
-and 24 layers: 51 and 202 MB), because a stream's peak must not depend on depth. Peaks are the kernel's high-water mark
-(VmHWM) beyond what the process had with its libraries loaded, those that load on first use too.
+Base models: the default one, and two random Llamas in bfloat16 that differ in depth only (hidden 512, intermediate
+2048; 6 and 24 layers: 51 and 202 MB), since a stream's peak must not depend on depth. Peaks are the high-water mark
+(VmHWM) above the loaded libraries, including those loaded on first use.
 
 Memory and disk of the streams are compared with `sigmix.models.memory.model_plan`.
 """

@@ -1,18 +1,17 @@
-"""``python -m benchmarks train-step``: what one REINFORCE step costs.
+"""``python -m benchmarks train-step``: time and memory of one REINFORCE step.
 
-A step is rollout, reference, loss, backward and update on two-digit addition: 64 answers, grouped by prompt as the
-``laptop`` preset has it (ours reads a prompt once for its group, and what all prompts share once for all). The
-contestants, on the same prompts and seeds, in the dtype that `load_base` picks on this machine:
+A step is rollout, reference, loss, backward and update on two-digit addition: 64 answers, grouped by prompt as in the
+``laptop`` preset. Contestants, on the same prompts and seeds, in the dtype that `load_base` picks on this machine:
 
-    ours     `train.step.Learner` with z on all linear layers
-    dense    the way of the public reference, see `bench.dense`
-    lora     PEFT's LoRA of rank 16 on the same layers, in our loop
-    floor    the matmul FLOPs of our step (counted by torch over a real one) at the rate of this machine's best large
+    ours     `sigmix.train.objectives.Learner` with z on all linear layers
+    dense    dense composition as in the public reference, see `benchmarks.dense`
+    lora     PEFT's LoRA of rank 16 on the same layers, in the same loop
+    floor    the matmul FLOPs of our step (counted by torch on a real one) at the rate of this machine's fastest large
              matmul of the same dtype, measured at that point of the run
 
-Every answer has the same number of new tokens (no end ids), so that all do equal work. Before anything is timed, ours
-and dense take a step on the same rollouts from the same z ≠ 1 in float32, and the run fails unless their gradients of z
-agree. Peak memory is that of a fresh process for each contestant: load, one step, the kernel's high-water mark.
+Every answer has the same number of new tokens, so that all contestants do equal work. Before the timing, ``ours`` and
+``dense`` take a step on the same rollouts from the same z ≠ 1 in float32; the run fails unless their gradients of z
+agree. Peak memory is that of a fresh process per contestant: load, one step, high-water mark (VmHWM).
 """
 
 from __future__ import annotations

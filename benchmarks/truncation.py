@@ -1,8 +1,8 @@
-"""``python -m benchmarks truncation``: what the truncated form saves, and what it gets wrong.
+"""``python -m benchmarks truncation``: KL, cost and speed of the truncated form by error budget.
 
-A plan is fitted on training prompts of the bank's tasks, and cut to a series of error budgets. For each: the expected
-error, the KL from the exact model to the truncated one in nats per answer token, on validation prompts under random
-mixtures of all experts, and the speed of a mixed batch against the same batch on the base.
+A plan is fitted on training prompts of the bank's tasks and cut to a series of error budgets. For each: the expected
+error, the KL from the exact to the truncated model in nats per answer token, on validation prompts under random
+mixtures of all experts, and the speed of a mixed batch against the same batch on the base model.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ def bank(home, monkeypatch):
     return Bank(home.bank)
 
 
+@pytest.mark.slow
 def test_engine(home, bank):
     result = engine.run(repeats=1, dtype="float32", base=str(home.base), new_tokens=4, bank=bank)
     assert set(result["ratios"]) == {"vs_generate_1", "vs_generate_8", "vs_generate_64"} == set(result["aims"])
@@ -26,7 +27,7 @@ def test_engine(home, bank):
 
 def test_engine_fails_if_the_answers_differ(home, bank, monkeypatch):
     monkeypatch.setattr(engine, "_ours", lambda e, rows, n, found: lambda _: found.update(ours=[[0]] * len(rows)))
-    with pytest.raises(SigmixError, match="answers differ in 100%"):
+    with pytest.raises(SigmixError, match="100%"):
         engine.run(repeats=1, dtype="float32", base=str(home.base), new_tokens=4, bank=bank)
 
 
@@ -39,13 +40,13 @@ def test_search(home, bank):
 
 def test_search_fails_if_the_two_ways_disagree(home, bank, monkeypatch):
     calls = []
-    plain = search.FewShotSearch.values
+    plain = search.FewShotSearch.evaluate
 
     def off(self, mixes):
         calls.append(len(mixes))
         return [(a, b + len(calls)) for a, b in plain(self, mixes)]
 
-    monkeypatch.setattr(search.FewShotSearch, "values", off)
+    monkeypatch.setattr(search.FewShotSearch, "evaluate", off)
     with pytest.raises(SigmixError, match="disagree"):
         search.run(repeats=1, base=str(home.base), population=3, shots=2, bank=bank)
 
@@ -57,6 +58,7 @@ def test_pass1_leaves_out_what_the_bank_has_nothing_for(home, bank):
     assert 0 < result["ratios"]["share_A"]["median"] < 1
 
 
+@pytest.mark.slow
 def test_mixed(home, bank):
     result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank, count=6)
     assert set(result["ratios"]) == {*mixed.AIMS, "new_vs_base", "vs_peft_lora_32"}
@@ -65,6 +67,7 @@ def test_mixed(home, bank):
     assert result["raw"]["least_cosine"]["float32"] >= mixed.LEAST_COSINE["float32"]
 
 
+@pytest.mark.slow
 def test_truncation(home, bank, tmp_path):
     result = truncation.run(repeats=1, base=str(home.base), rows=6, new_tokens=3, bank=bank, count=6)
     points = result["raw"]["points"]
@@ -82,5 +85,5 @@ def test_truncation(home, bank, tmp_path):
 def test_mixed_fails_if_a_row_is_not_the_request_alone(home, bank, monkeypatch):
     plain = mixed.next_logits
     monkeypatch.setattr(mixed, "next_logits", lambda e, rows, mix: plain(e, rows, mix) * (1 if len(rows) > 1 else -1))
-    with pytest.raises(SigmixError, match="not the same request alone"):
+    with pytest.raises(SigmixError, match="alone"):
         mixed.run(repeats=1, base=str(home.base), rows=3, new_tokens=3, bank=bank)

@@ -30,14 +30,14 @@ def test_an_unknown_name_and_none(run):
 
 
 def test_options_reach_the_bench_and_the_report_is_printed(run, monkeypatch):
-    asked = {}
+    given = {}
 
     def fake(name, **options):
-        asked.update(options, name=name)
+        given.update(options, name=name)
         return report(name, device(), {"speedup": [2.0]}, {"speedup": Aim(">=", 1.0)}, {})
 
     monkeypatch.setattr(package, "run", fake)
     out = run("decompose", "--json", "--repeats", "2", "--dtype", "float32").stdout
     assert json.loads(out)["met"] == {"speedup": True}
-    assert asked == {"name": "decompose", "repeats": 2, "dtype": "float32"}
+    assert given == {"name": "decompose", "repeats": 2, "dtype": "float32"}
     assert "speedup: 2 (2 to 2), aim >= 1: met" in run("decompose").stdout

@@ -24,6 +24,7 @@ def test_random_bases_differ_in_depth_alone_and_load(tmp_path, cache):
         assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_is_measured_with_a_cache_of_its_own(tmp_path, cache):
     folder = stream.random_base(tmp_path / "one", 1, 64, 96)
     found = stream.measured("stream", folder, "bfloat16")
@@ -53,7 +54,7 @@ def test_the_report_of_streaming(model_folder, monkeypatch):
 
 
 def test_only_decompose_streams():
-    with pytest.raises(ConfigError, match="leave out --stream"):
+    with pytest.raises(ConfigError, match="--stream"):
         run("engine", stream=True)
 
 

@@ -82,6 +82,7 @@ def test_the_flops_are_those_of_the_matrices(setting):
     assert found["total"] < 40 * 2 * weights * setting.batch * 100 + 3 * merge
 
 
+@pytest.mark.slow
 def test_the_whole_report_on_a_tiny_model(setting, monkeypatch):
     monkeypatch.setattr(train_step, "PEAK_SIZES", ((64, 64, 64),))
     asked = {**setting.__dict__}
