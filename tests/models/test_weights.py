@@ -1,4 +1,4 @@
-"""Which weights count as quantised."""
+"""Which weights count as quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised bases through the gain form: exact at z = 1, the dense oracle on W_q elsewhere, gradients, fingerprints."""
+"""Quantized bases through the gain form: exact at z = 1, the dense oracle on W_q elsewhere, gradients, fingerprints."""
 
 from __future__ import annotations
 
