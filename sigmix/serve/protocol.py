@@ -132,6 +132,10 @@ class ChatCompletionRequest(GenerationOptions):
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    def logprob_count(self) -> int | None:
+        """Return the number of most probable tokens to report; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(GenerationOptions):
     """POST /v1/completions."""
@@ -146,6 +150,10 @@ class CompletionRequest(GenerationOptions):
 
     def token_limit(self) -> int | None:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    def logprob_count(self) -> int | None:
+        """Return the number of most probable tokens to report; None: no log-probabilities."""
+        return self.logprobs
 
 
 class LoadExpertRequest(RequestModel):

@@ -79,8 +79,6 @@ class RequestHandler:
         settings, n = service.settings, options.n
         if (limit := min(settings.max_choices, settings.max_batch_size)) < n:
             raise ApiError(400, f"n must be at most {limit}", param="n")
-        if len(prompts) > settings.max_choices:
-            raise ApiError(400, f"at most {settings.max_choices} prompts per request", param="prompt")
         try:
             mix = service.registry.resolve(options.model)
         except SigmixError as error:
@@ -90,9 +88,6 @@ class RequestHandler:
             limits = [service.fit_context(ids, options.token_limit()) for ids, _ in prompts]
         except SigmixError as error:
             raise api_error(error) from error
-        chat = isinstance(options, ChatCompletionRequest)
-        top = options.top_logprobs if isinstance(options, ChatCompletionRequest) else options.logprobs
-        logprobs = bool(options.logprobs) if chat else options.logprobs is not None
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
         self.requests = [
@@ -108,12 +103,15 @@ class RequestHandler:
                 temperature=settings.default_temperature if options.temperature is None else options.temperature,
                 top_p=1.0 if options.top_p is None else options.top_p,
                 stop_strings=options.stop_strings,
-                top_logprobs=top or 0,
+                top_logprobs=options.logprob_count() or 0,
                 deadline=self.started_at + settings.request_timeout,
             )
             for number, (ids, text) in enumerate(prompts)
         ]
-        self.builder = ResponseBuilder(chat, options.model, service.fingerprint, service.token_text, logprobs)
+        self.builder = ResponseBuilder(
+            isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_text,
+            options.logprob_count() is not None,
+        )  # fmt: skip
         self.choices = [Choice() for _ in range(n * len(prompts))]
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
         self._loop = asyncio.get_running_loop()
