@@ -1,4 +1,4 @@
-"""Generation and log-probabilities under experts: rows of (token ids, mix) -> tokens, log-probs, stream."""
+"""Inference under mixtures of experts: generation, streaming, scoring and continuous batching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Generation"]
 
 
-def __getattr__(name: str) -> Any:  # training uses the parts below without the experts that Engine needs
+def __getattr__(name: str) -> Any:  # training imports parts of this package without the engine
     if name in __all__:
         from sigmix.engine import engine
 

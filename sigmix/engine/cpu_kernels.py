@@ -1,10 +1,10 @@
-"""Ways around what a CPU is slow at. Nothing here changes what is computed, only how, up to rounding."""
+"""CPU kernels and layout workarounds: faster computation of the same values, up to rounding."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from sigmix.svf.functional import scaled
 from sigmix.svf.layer import SVFLinear
 
 SCORES_BYTES = 8 << 20
-"""Of float32 attention scores in one layer, up to which they may be kept for the backward pass."""
+"""Largest size of one layer's float32 attention scores that may be stored for the backward pass."""
 
 
 def contiguous_head(model: Any) -> None:
-    """Feed the output head contiguous rows.
+    """Make the output head's inputs contiguous.
 
     oneDNN's bf16 matmul on the strided slice that `logits_to_keep` makes was measured 40 times slower than on a copy.
     """
@@ -33,10 +33,10 @@ def contiguous_head(model: Any) -> None:
 
 @contextmanager
 def short_attention(model: Any, scores: int) -> Iterator[None]:
-    """Inside, short sequences in half precision on a CPU go through transformers' "eager" attention.
+    """Use transformers' "eager" attention inside this context for short sequences in half precision on a CPU.
 
-    There the backward pass of torch's fused attention was measured 6 times slower than that of plain matmuls (64 rows
-    of 7 queries and 53 keys, 9 heads, bf16: 23 ms against 4 ms). Long ones stay fused, which keeps no scores.
+    The backward pass of torch's fused attention was measured 6 times slower there than that of plain matmuls (64 rows
+    of 7 queries and 53 keys, 9 heads, bf16: 23 ms against 4 ms). Long sequences stay fused, which stores no scores.
 
     Args:
         model: a transformers model, PEFT's wrapper around it or not.
@@ -55,34 +55,34 @@ def short_attention(model: Any, scores: int) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-# --- Packed weights for half-precision passes on the CPU.
+# ------------------------------------------------------------------ packed weights
 
 
 PACKED_BYTES = 2 << 30
-"""Bytes of packed copies that an engine makes by default."""
+"""Default budget of packed copies."""
 
 
 ROWS = 32
-"""Rows that the layout is chosen for; it serves others as well."""
+"""Number of rows that oneDNN optimizes the packed layout for; others work as well."""
 
 
 Pack = Any
-"""An opaque tensor of oneDNN's."""
+"""Opaque oneDNN tensor."""
 
 
 def pack(weight: torch.Tensor) -> Pack:
-    """The packed copy of a weight [out, in]."""
+    """Return a packed copy of a weight [out, in]."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
 
 
 def packed_linear(x: torch.Tensor, packed: Pack, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear` with a packed weight; no gradients."""
+    """Compute `torch.nn.functional.linear` with a packed weight, without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @functools.cache
 def available() -> bool:
-    """Whether this torch has the operators and they agree with `linear` here, tried once."""
+    """Return True if this torch has the operators, and they agree with `linear` on this CPU."""
     try:
         draw = torch.Generator().manual_seed(0)
         weight = torch.randn(48, 32, generator=draw).bfloat16()
@@ -100,18 +100,18 @@ def available() -> bool:
 
 
 class Packing:
-    """Packed copies of a model's weights, and the switch that makes its layers use them.
+    """Packed copies of a model's weights, which linear layers use inside `using`.
 
-    Layers with one input are one matmul, see `sigmix.engine.cpu_kernels`.
+    Layers that share their input run as one matmul.
 
     Args:
-        model: any model. layers: its adapted layers.
-        budget: bytes of copies of the base's weights and factors; where they would not fit none are made. Those of
-            merged weights are counted by `MergedWeights`; the truncated form adds one more copy of the base.
+        layers: adapted layers of the model.
+        budget: bytes of copies of the base's weights and factors; none are made if they would not fit. Packed merged
+            weights count as merged weights; the truncated form adds one more copy of the base.
 
     Attributes:
-        on: whether copies are made: on the CPU, in bfloat16, within the budget, where torch can.
-        groups: the adapted layers by input; none while copies are not made.
+        on: True on a CPU, in bfloat16, within the budget, if torch supports it.
+        groups: adapted layers by input, if on.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SVFLinear], budget: int = PACKED_BYTES) -> None:
@@ -127,21 +127,21 @@ class Packing:
         self._known: dict[Any, tuple[Any, Pack]] = {}
 
     def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor] | None = None) -> Pack:
-        """The packed copy under a key, made anew if the weights are other tensors or were changed in place.
+        """Return the packed copy under a key; repack if the weights were replaced or changed in place.
 
         Args:
-            key: any. weights: what it is made from. make: how; None: it is the one weight itself.
+            weights: sources of the packed tensor. make: computes it from them; None: it is the only one.
         """
         state = weights_key(weights)
         known = self._known.get(key)
         if known is None or known[0][0] != state:
-            # the weights are held, so that no other ones can get their addresses
+            # references to the weights keep other tensors from getting their addresses
             held = [weight.detach() for weight in weights]
             known = self._known[key] = ((state, held), pack(weights[0] if make is None else make()))
         return known[1]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
-        """Packed copies for merged weights, by the first path of each group that has one."""
+        """Pack merged weights, by the first path of each group that has one."""
         if not self.on:
             return {}
         return {
@@ -152,18 +152,17 @@ class Packing:
 
     @contextmanager
     def using(self, merged: Mapping[str, Pack] | None, form: str | None) -> Iterator[None]:
-        """Inside, linear layers compute with packed weights.
+        """Compute linear layers with packed weights inside this context.
 
         Args:
-            merged: packed W'(z) by the first path of each group that holds one.
-            form: of a mixed batch, or None where all rows are alike.
+            merged: packed W'(z) by the first path of each group that has one.
+            form: form of a mixed batch; None if all rows have the same weights.
         """
-        patches = Patches()
-        try:
+        with ExitStack() as patches:
             if self.on:
                 for module in self.others:
                     weight = self.of(id(module), [module.weight])
-                    patches.put(module, "forward", functools.partial(_forward, module, weight))
+                    patch(patches, module, "forward", functools.partial(_forward, module, weight))
                 for group in self.groups:
                     if form == "factored":
                         self._factored(group, patches)
@@ -171,22 +170,20 @@ class Packing:
                         packed = (merged or {}).get(group.paths[0])
                         self._plain(group, self.base(group) if packed is None else packed, patches)
             yield
-        finally:
-            patches.remove()
 
     def base(self, group: Group) -> Pack:
-        """A group's packed base weights."""
+        """Return a group's packed base weights."""
         return self.of(group.paths[0], [layer.get_base_layer().weight for layer in group.layers], group.weight)
 
-    def _plain(self, group: Group, packed: Pack, patches: Patches) -> None:
+    def _plain(self, group: Group, packed: Pack, patches: ExitStack) -> None:
         bias, sizes = group.bias(), group.sizes
         shared = Shared(lambda x: packed_linear(x, packed, bias).split(sizes, -1))
         for number, layer in enumerate(group.layers):
             base = layer.get_base_layer()
             assert isinstance(base, nn.Linear)  # `find_groups` leaves the others out
-            patches.put(base, "forward", functools.partial(_shared, base, shared, number))
+            patch(patches, base, "forward", functools.partial(_shared, base, shared, number))
 
-    def _factored(self, group: Group, patches: Patches) -> None:
+    def _factored(self, group: Group, patches: ExitStack) -> None:
         factors = [layer.factors() for layer in group.layers]
         key, firsts = group.paths[0], [first for first, _ in factors]
         first = self.of((key, 1), firsts, lambda: firsts[0] if len(firsts) == 1 else torch.cat(firsts))
@@ -194,7 +191,7 @@ class Packing:
         ranks = group.ranks
         shared = Shared(lambda x: packed_linear(x, first, None).split(ranks, -1))
         for number, (layer, second) in enumerate(zip(group.layers, seconds, strict=True)):
-            patches.put(layer, "_factored", functools.partial(_factored, layer, shared, number, second))
+            patch(patches, layer, "_factored", functools.partial(_factored, layer, shared, number, second))
 
 
 def _plain_pass(x: torch.Tensor) -> bool:
@@ -223,17 +220,16 @@ def _factored(
     return packed_linear(scaled(shared.take(number, x), z, gain), second, layer.get_base_layer().bias)
 
 
-# --- Layers that read the same input (queries, keys and values; gate and up), found by watching one pass.
+# ------------------------------------------------------------------ layers that share their input
 
 
 @dataclass(frozen=True)
 class Group:
-    """Adapted layers with one input.
+    """Adapted layers with the same input, such as queries, keys and values, in the order of the model's layers.
 
     Attributes:
-        paths: their names, in the order of the model's adapted layers. layers: the layers.
-        first: place of the first one's z in a vector over all layers, see `sigmix.experts.mix`.
-        place: of the first one among all adapted layers.
+        first: offset of their z in a vector over all layers, see `sigmix.experts.mix.Layout`.
+        place: index of the first layer among all adapted layers.
     """
 
     paths: tuple[str, ...]
@@ -243,21 +239,21 @@ class Group:
 
     @property
     def sizes(self) -> list[int]:
-        """Output features of each."""
+        """Output features of each layer."""
         return [layer.out_features for layer in self.layers]
 
     @property
     def ranks(self) -> list[int]:
-        """Singular values of each."""
+        """Number of singular values of each layer."""
         return [layer.r for layer in self.layers]
 
     def weight(self, others: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """The layers' weights [Σ out, in] below each other; ``others`` replaces some by name."""
+        """Concatenated weights [Σ out, in]; ``others`` replaces some by path."""
         mats = [(others or {}).get(path, layer.matrix()) for path, layer in zip(self.paths, self.layers, strict=True)]
         return mats[0] if len(mats) == 1 else torch.cat(mats)
 
     def bias(self) -> torch.Tensor | None:
-        """The layers' biases [Σ out], zeros for those without; None if none has one."""
+        """Concatenated biases [Σ out], zeros for layers without; None if no layer has one."""
         biases = [layer.get_base_layer().bias for layer in self.layers]
         if all(bias is None for bias in biases):
             return None
@@ -267,10 +263,10 @@ class Group:
 
 
 def find_groups(model: Any, layers: Mapping[str, SVFLinear], every: bool = False) -> list[Group]:
-    """All adapted `torch.nn.Linear` layers, those together that a pass of the base calls in turn with one tensor.
+    """Group the adapted `torch.nn.Linear` layers that a forward pass of the base calls in turn with the same tensor.
 
     Args:
-        model: a causal language model, wrapped by PEFT or not. every: GPT-2's `Conv1D` layers too.
+        every: include GPT-2's `Conv1D` layers.
     """
 
     def fits(path: str) -> bool:
@@ -309,10 +305,10 @@ def find_groups(model: Any, layers: Mapping[str, SVFLinear], every: bool = False
 
 
 class Shared:
-    """Computes the outputs of a group's layers together and hands them out one by one.
+    """Joint computation of a group's outputs, which its layers take one by one.
 
     Args:
-        compute: x [B, T, in] -> a tensor for each layer.
+        compute: x [B, T, in] -> an output for each layer.
     """
 
     def __init__(self, compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> None:
@@ -321,7 +317,7 @@ class Shared:
         self._parts: list[torch.Tensor | None] = []
 
     def take(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of layer ``number`` for x."""
+        """Return the output of layer ``number`` for x."""
         if x is not self._x or self._parts[number] is None:
             self._x, self._parts = x, list(self.compute(x))
         part, self._parts[number] = self._parts[number], None
@@ -330,20 +326,7 @@ class Shared:
         return part  # type: ignore[return-value]
 
 
-Patch = tuple[nn.Module, str]
-
-
-class Patches:
-    """Functions put on modules in place of their own, and taken off again."""
-
-    def __init__(self) -> None:
-        self._made: list[Patch] = []
-
-    def put(self, module: nn.Module, name: str, function: Any) -> None:
-        object.__setattr__(module, name, function)
-        self._made.append((module, name))
-
-    def remove(self) -> None:
-        for module, name in self._made:
-            object.__delattr__(module, name)
-        self._made = []
+def patch(stack: ExitStack, module: nn.Module, name: str, function: Any) -> None:
+    """Replace a method of a module until the stack is closed."""
+    object.__setattr__(module, name, function)
+    stack.callback(object.__delattr__, module, name)

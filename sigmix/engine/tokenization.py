@@ -1,4 +1,4 @@
-"""From a user's words to token ids: the tokenizer's own chat template, and the check against the context length."""
+"""Prompt tokenization with the chat template, end tokens and the context length."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def encode(
     chat: bool | None = None,
     images: Shown | Sequence[Shown] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, ready for the model to answer.
+    """Return token ids of a prompt, with the start of the model's turn.
 
     Args:
-        prompt: the user's turn.
+        prompt: the user turn.
         system: the system turn; None leaves it to the template (many add a default one).
-        chat: apply the chat template; None: if the tokenizer has one. Without it the ids are of the bare text.
-        images: shown before the prompt: paths, PIL images or `Picture`s, or one of these.
+        chat: apply the chat template; None: if the tokenizer has one.
+        images: placed before the prompt: paths, PIL images or `Picture`s, or one of these.
 
     Raises:
         ConfigError: images for a text model. DataError: an image that cannot be read.
@@ -37,31 +37,31 @@ def encode(
 
 
 def turns_of(prompt: str, system: str | None = None) -> list[dict[str, str]]:
-    """A prompt as the turns {"role", "content"} that a chat template writes."""
+    """Return the messages {"role", "content"} of a prompt."""
     first = [{"role": "system", "content": system}] if system else []
     return [*first, {"role": "user", "content": prompt}]
 
 
 def bare_text(prompt: str, system: str | None = None) -> str:
-    """A prompt as the text that a model without a chat template gets."""
+    """Return the text of a prompt for a model without a chat template."""
     return f"{system}\n\n{prompt}" if system else prompt
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether there is a chat template, the processor's own for a vision-language model."""
+    """Return True if the tokenizer, or the processor of a vision-language model, has a chat template."""
     return getattr(processor_of(tokenizer) or tokenizer, "chat_template", None) is not None
 
 
 def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Sequence[Shown] = ()) -> list[int]:
-    """Token ids of a conversation {"role", "content"} under the chat template; images go before the last turn's text.
+    """Return token ids of messages {"role", "content"} under the chat template; images precede the last message's text.
 
     Raises:
-        ConfigError: images for a text model. Whatever the template itself raises.
+        ConfigError: images for a text model. Other errors are the template's.
     """
     processor, shown = processor_of(tokenizer), pictures(list(images))
     if processor is None:
         _no_images(shown)
-        # thinking models are asked for the answer alone; templates without the switch ignore it
+        # reasoning models skip their reasoning; other templates ignore the option
         ids = tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
         )
@@ -88,29 +88,29 @@ def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
 
 
 def in_parts(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Turns with their texts in lists of parts: templates of vision-language models leave out a text that is not."""
+    """Return messages with their texts as lists of parts, as templates of vision-language models expect them."""
     return [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
 def no_marks(processor: Any, *texts: str) -> None:
-    """Raise `ConfigError` if a text holds what stands for an image in this processor's prompts."""
+    """Raise `ConfigError` if a text contains the processor's image token."""
     if any(processor.image_token in text for text in texts):
         raise ConfigError(
-            f"the text holds {processor.image_token}, which stands for an image",
-            remedy=f"leave {processor.image_token} out of the text: each image gets its place before it",
+            f"the text contains {processor.image_token}, the placeholder of an image",
+            remedy=f"remove {processor.image_token}: images are placed before the text",
         )
 
 
 def _no_images(shown: Sequence[Any]) -> None:
     if shown:
         raise ConfigError(
-            "there are images, but the model reads text only",
-            remedy="choose a vision-language base, such as llava-hf/llava-1.5-7b-hf",
+            "images given to a text-only model",
+            remedy="use a vision-language base, such as llava-hf/llava-1.5-7b-hf",
         )
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All token ids that end an answer: the generation config's, the model config's and the tokenizer's."""
+    """Return all end token ids of the generation config, the model config and the tokenizer."""
     found: list[int] = []
     for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)
@@ -121,12 +121,12 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def reply_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
-    """Token ids of a reply as a model is to say it, closed by the first of the tokens that end an answer."""
+    """Return token ids of a reply, followed by the first end token."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], *ends[:1]]
 
 
 def context_length(model: Any) -> int | None:
-    """How many tokens the model can see, or None where its config does not say."""
+    """Return the model's context length in tokens; None if its config has none."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         if isinstance(value := getattr(config, key, None), int) and value > 0:
@@ -135,16 +135,12 @@ def context_length(model: Any) -> int | None:
 
 
 def check_context(model: Any, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
-    """Raise if prompt and answer cannot both fit.
-
-    Raises:
-        ContextError: the prompt is empty, or prompt + max_new_tokens exceeds the context.
-    """
+    """Raise `ContextError` if a prompt is empty, or exceeds the context together with its answer."""
     if not ids:
         raise ContextError(f"{what} is empty", remedy="give some text")
     limit = context_length(model)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise ContextError(
-            f"{what} has {len(ids)} tokens; with {max_new_tokens} to answer it exceeds the model's context of {limit}",
+            f"{what} has {len(ids)} tokens and {max_new_tokens} new ones, more than the model's context of {limit}",
             remedy=f"shorten it to {max(limit - max_new_tokens, 0)} tokens or lower --max-new-tokens",
         )

@@ -1,5 +1,6 @@
-"""The truncated form for a whole model: what experts do to every group of layers, in a few directions each, with the
-error known before it runs. `sigmix.engine.truncation` finds the directions and chooses how many.
+"""Truncated form: the effect of a bank's experts on each group of layers in a few directions, with a known error.
+
+`fit` finds the directions on calibration prompts, `Calibration.plan` chooses their number for an error budget.
 """
 
 from __future__ import annotations
@@ -8,17 +9,17 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn import functional as F
 
-from sigmix.engine.cpu_kernels import Group, Packing, Patches, Shared, find_groups, packed_linear
+from sigmix.engine.cpu_kernels import Group, Packing, Shared, find_groups, packed_linear, patch
 from sigmix.engine.execution import as_base
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
@@ -26,16 +27,21 @@ from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.svf.subspace import LowRank, Subspace, subspace
 from sigmix.utils.io import atomic_file
 
+if TYPE_CHECKING:
+    from sigmix.engine.engine import Engine
+
 
 @dataclass(eq=False)
 class Truncation:
-    """A plan for mixtures of given experts.
+    """Plan for mixtures of given experts.
 
     Attributes:
-        groups: of the model. parts: a group's replacement by its first path; groups without one are the base's.
-        error: expected share of what the experts do to the layers' outputs (squared, over the calibration's inputs,
-            each layer in units of its own output) that is lost. cost: extra multiply-adds per token, as a share of
-            the base's. experts: {name: digest}, in the order of the parts' cores. facts: how it was fitted.
+        groups: groups of the model's layers. parts: low-rank change by a group's first path; groups without one
+            compute the base.
+        error: expected share of the experts' squared effect on the layers' outputs that is lost, over the calibration
+            inputs, each layer relative to its own output.
+        cost: extra multiply-adds per token, as a share of the base's.
+        experts: {name: digest}, in the order of the parts' cores. facts: metadata of the fit.
     """
 
     groups: list[Group]
@@ -46,7 +52,7 @@ class Truncation:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """One line, to be printed before use."""
+        """Return a one-line summary."""
         ins = sum(len(part.inputs) for part in self.parts.values())
         outs = sum(part.outputs.shape[1] for part in self.parts.values())
         return (
@@ -56,15 +62,14 @@ class Truncation:
 
     @contextmanager
     def using(self, packing: Packing, alphas: torch.Tensor, places: list[int]) -> Iterator[Any]:
-        """Inside, adapted layers compute W x + Q core_b A x for row b.
+        """Compute W x + Q core_b A x in the adapted layers for row b inside this context.
 
         Args:
-            packing: of the model.
-            alphas: [D, K, M], mixing weights of distinct mixes over the plan's experts, at every adapted matrix.
-            places: row b of the batch is computed under alphas[places[b]].
+            alphas: [D, K, M], mixing weights of D mixtures over the plan's K experts at each adapted matrix.
+            places: index of each row's mixture.
 
         Yields:
-            A function that keeps only the rows with given indices; None: all again.
+            A function that restricts the state to some rows.
         """
         cores = {}
         for group in self.groups:
@@ -74,18 +79,15 @@ class Truncation:
                 cores[group.paths[0]] = part.core(own)[places].transpose(1, 2).contiguous()
         now = dict(cores)
 
-        def keep(indices: list[int] | None) -> None:
-            now.update(cores if indices is None else {path: core[indices] for path, core in cores.items()})
+        def select(rows: list[int] | None) -> None:
+            now.update(cores if rows is None else {path: core[rows] for path, core in cores.items()})
 
-        patches = Patches()
-        try:
+        with ExitStack() as patches:
             for group in self.groups:
                 self._patch(group, packing, now, patches)
-            yield keep
-        finally:
-            patches.remove()
+            yield select
 
-    def _patch(self, group: Group, packing: Packing, now: dict[str, torch.Tensor], patches: Patches) -> None:
+    def _patch(self, group: Group, packing: Packing, now: dict[str, torch.Tensor], patches: ExitStack) -> None:
         key, part, sizes = group.paths[0], self.parts.get(group.paths[0]), group.sizes
         if part is None:  # the layers are switched to the base already
             return
@@ -112,44 +114,44 @@ class Truncation:
 
             shared = Shared(plain)
         for number, layer in enumerate(group.layers):
-            patches.put(layer, "forward", functools.partial(_take, shared, number))
+            patch(patches, layer, "forward", functools.partial(_take, shared, number))
 
 
 def _mixed(h: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
-    """h [B, T, k] times each row's own core [B, k, j]."""
+    """Multiply h [B, T, k] by each row's core [B, k, j]."""
     if h.shape[1] == 1:  # where a batched matmul would call a kernel for every row
         return (h.transpose(1, 2) * core).sum(1, keepdim=True)
     return torch.bmm(h, core)
 
 
 def _take(shared: Shared, number: int, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    # 2-d inputs (experts of a mixture, flattened tokens) have lost their rows
+    # 2-d inputs (experts of a mixture-of-experts model) have no rows
     if x.ndim != 3:
         raise ConfigError("the truncated form needs inputs [rows, tokens, features]", remedy="use form='factored'")
     return shared.take(number, x)
 
 
-# --- Fitting the truncated form: which directions, and how many of them for every group of layers.
+# ------------------------------------------------------------------ fitting
 
 
 INPUTS = (4, 8, 12, 16, 20, 24, 32, 48)
 
 
 OUTPUTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Numbers of directions that are tried, and the largest."""
+"""Numbers of directions to try."""
 
 
 EXACT = 1e-4
-"""Share lost to rounding in float32 that counts as nothing."""
+"""Share that may be lost to rounding in float32."""
 
 
 CALL = 300_000
-"""Multiply-adds per row that the extra calls of one group are worth (measured: about 50 µs at 32 rows)."""
+"""Cost of the extra calls of one group, in multiply-adds per row (measured: about 50 µs at 32 rows)."""
 
 
 @dataclass
 class Calibration:
-    """Subspaces at full size, from which plans of any budget are cut."""
+    """Subspaces at full size, for plans of any error budget."""
 
     groups: list[Group]
     full: dict[str, Subspace]
@@ -160,10 +162,10 @@ class Calibration:
     like: torch.Tensor
 
     def plan(self, budget: float) -> Truncation:
-        """The cheapest sizes that lose at most ``budget`` (a share) of what the experts do.
+        """Return the cheapest plan that loses at most a share ``budget`` of the experts' effect.
 
         Raises:
-            ConfigError: the budget is no share, or even all directions that were fitted lose more.
+            ConfigError: a budget outside [0, 1], or below the loss of all fitted directions.
         """
         check_budget(budget)
         whole = sum(part.total for part in self.full.values()) or 1.0
@@ -171,7 +173,7 @@ class Calibration:
         def lost(sizes: Mapping[str, tuple[int, int]]) -> float:
             return sum(self.full[key].lost(*pair) * self.full[key].total for key, pair in sizes.items()) / whole
 
-        low, high = -12.0, 3.0  # of the price's logarithm: from "everything" to "nothing"
+        low, high = -12.0, 3.0  # log10 of the price of work: from all directions to none
         sizes = self._sizes(10**low)
         if lost(sizes) > max(budget, EXACT):
             raise ConfigError(
@@ -208,14 +210,14 @@ class Calibration:
 
 
 def check_budget(budget: float) -> None:
-    """Raise `ConfigError` unless an error budget is a share."""
+    """Raise `ConfigError` unless an error budget is in [0, 1]."""
     if not 0 <= budget <= 1:
         raise ConfigError(f"an error budget is a share from 0 to 1, not {budget}")
 
 
 @torch.no_grad()
 def fit(
-    engine: Any,
+    engine: Engine,
     prompts: Sequence[Any],
     experts: Sequence[str],
     *,
@@ -223,11 +225,11 @@ def fit(
     outputs: int = OUTPUTS[-1],
     inputs: int = INPUTS[-1],
 ) -> Calibration:
-    """Watch the layers' inputs on prompts and the experts' own answers to them.
+    """Fit subspaces to the layers' inputs on prompts and the experts' answers to them.
 
     Args:
-        engine: an `Engine`. prompts: training prompts of what the experts are for; user turns or token ids.
-        experts: names; prompt i is answered by experts[i % K].
+        prompts: training prompts of the experts' tasks; user turns or token ids.
+        experts: names of K experts; prompt i is answered by expert i % K.
         outputs, inputs: largest numbers of directions of a group.
 
     Raises:
@@ -261,14 +263,14 @@ def fit(
     return Calibration(groups, full, every, _work(engine), digests, facts, next(iter(engine.layers.values())).matrix())
 
 
-def _work(engine: Any) -> int:
-    """Multiply-adds of the base's linear layers per token."""
+def _work(engine: Engine) -> int:
+    """Return the multiply-adds of the base's linear layers per token."""
     adapted = sum(layer.in_features * layer.out_features for layer in engine.layers.values())
     return adapted + sum(module.weight.numel() for module in engine.execution.packing.others)
 
 
-def _second_moments(engine: Any, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:
-    """Mean x xᵀ [in, in] float64 of each group's inputs over all real tokens, by the group's first path."""
+def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:
+    """Return the mean x xᵀ float64 [in, in] of each group's inputs over all tokens, by the group's first path."""
     found = {
         group.paths[0]: torch.zeros(*[group.layers[0].in_features] * 2, dtype=torch.float64) for group in groups
     }
@@ -295,7 +297,7 @@ def _second_moments(engine: Any, groups: Sequence[Group], rows: list[list[int]],
     return {key: total / sum(map(len, rows)) for key, total in found.items()}
 
 
-# --- A `Truncation` as one safetensors file, usually ``truncation.safetensors`` in the bank's folder.
+# ------------------------------------------------------------------ files
 
 
 FILE = "truncation.safetensors"
@@ -307,11 +309,11 @@ FORMAT = "sigmix-truncation-1"
 REMEDY = "fit one: sigmix adapt --fit-truncation --bank FOLDER"
 
 
-def save_truncation(plan: Truncation, engine: Any, path: str | os.PathLike[str]) -> None:
-    """Write a plan that was fitted with an engine, atomically.
+def save_truncation(plan: Truncation, engine: Engine, path: str | os.PathLike[str]) -> None:
+    """Write a plan as a safetensors file, atomically.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     for number, part in enumerate(plan.parts.values()):
@@ -325,15 +327,15 @@ def save_truncation(plan: Truncation, engine: Any, path: str | os.PathLike[str])
         temporary.write_bytes(content)
 
 
-def load_truncation(engine: Any, path: str | os.PathLike[str]) -> Truncation:
-    """Read what `save_truncation` wrote, for an engine on the same base.
+def load_truncation(engine: Engine, path: str | os.PathLike[str]) -> Truncation:
+    """Read a plan for an engine on the same base.
 
     Raises:
-        ExpertError: no such file, or damaged. FingerprintError: fitted on another base.
+        ExpertError: the file is missing or damaged. FingerprintError: the plan was fitted on another base.
     """
     path = Path(path)
     if not path.is_file():
-        raise ExpertError(f"there is no truncation {path}", remedy=REMEDY)
+        raise ExpertError(f"no truncation at {path}", remedy=REMEDY)
     with as_base(engine.layers):
         groups = {group.paths[0]: group for group in find_groups(engine.model, engine.layers, every=True)}
     try:
@@ -374,8 +376,8 @@ def _part(file: Any, number: int, group: Any, experts: int) -> LowRank:
     return LowRank(inputs, outputs, cores)
 
 
-def bank_truncation(engine: Any) -> Truncation:
-    """The plan in the folder of the engine's bank.
+def bank_truncation(engine: Engine) -> Truncation:
+    """Read the plan in the folder of the engine's bank.
 
     Raises:
         ConfigError: the bank has no folder. ExpertError, FingerprintError: see `load_truncation`.
