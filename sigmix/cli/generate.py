@@ -32,7 +32,7 @@ def generate(
     stop: list[str] = typer.Option([], help="Stop string; may be repeated."),
     system: str = shared.SYSTEM,
     raw: bool = typer.Option(False, "--raw", help="Continue the prompt without a chat template."),
-    form: str = typer.Option(None, help="merged, factored, gain or truncated. Default: the fastest."),
+    form: str = typer.Option(None, help="merged, factored, gain or truncated. Default: chosen by the batch."),
     strategy: str = shared.STRATEGY,
     explain: bool = typer.Option(False, "--explain", help="Print the mixtures that auto chose, with reasons."),
     base: str = shared.BASE,

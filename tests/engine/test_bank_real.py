@@ -44,13 +44,14 @@ def test_one_hot_is_the_trained_expert_bit_for_bit(engine):
 
 def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(engine, asked):
     texts, mixes = asked
-    alone = torch.cat([next_logits(engine, [text], mix) for text, mix in zip(texts, mixes, strict=True)])
+    pairs = zip(texts, mixes, strict=True)
+    alone = torch.cat([next_logits(engine, [text], mix, form="merged") for text, mix in pairs])
     base = next_logits(engine, texts)
     assert similar(alone[:-1], base[:-1]) < 0.99, "the experts must matter, or agreement would say nothing"
     for form in ("factored", "gain"):
         assert similar(next_logits(engine, texts, mixes, form=form), alone) > 0.999, form
     mixed = [Mix(dict.fromkeys(skills(engine.bank), 1 / 6))] * len(texts)
-    merged = next_logits(engine, texts, mixed)
+    merged = next_logits(engine, texts, mixed, form="merged")
     assert similar(next_logits(engine, texts, [*mixed[1:], Mix.base()])[:-1], merged[:-1]) > 0.999
 
 

@@ -43,7 +43,7 @@ def test_rows_of_a_mixed_batch_equal_the_row_alone(real):
     mixes = ["wobble", None, "wobble:0.5"]
     together = real.engine.generate(PROMPTS, mixes, max_new_tokens=6)
     for prompt, mix, answer in zip(PROMPTS, mixes, together, strict=True):
-        (single,) = real.engine.generate([prompt], mix, max_new_tokens=6)
+        (single,) = real.engine.generate([prompt], mix, max_new_tokens=6, form="merged")
         assert single.ids == answer.ids
         # float32, 30 layers, merged against factored
         assert single.logprobs == pytest.approx(answer.logprobs, abs=1e-2)
