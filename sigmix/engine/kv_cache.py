@@ -44,7 +44,7 @@ class Prefilled:
         """Keep only the given rows, in place."""
         if len(rows) < len(self.mask):
             index = torch.tensor(rows, device=self.mask.device)
-            self.cache.batch_select_indices(index)
+            self.cache.reorder_cache(index)
             self.mask, self.logits, self.lengths = (t[index] for t in (self.mask, self.logits, self.lengths))
         return self
 
@@ -190,8 +190,8 @@ class BatchKVCache:
                 order[row], self._widths[row] = order[last], self._widths[last]
             order.pop()
             self._widths.pop()
-        for other in self._others:
-            other.batch_select_indices(torch.tensor(order, dtype=torch.long, device=self.lengths.device))
+        for other in self._others if order else ():
+            other.reorder_cache(torch.tensor(order, device=self.lengths.device))
         self.window.rows = len(order)
         self._trim()
         return order

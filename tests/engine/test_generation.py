@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_engine import alone, greedy, rows
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState, complete
 from sigmix.engine.prefix_cache import prefill
@@ -61,6 +62,18 @@ def test_the_state_is_restricted_to_the_remaining_rows(tiny_llama):
     for one in sequences:
         assert one.ids == greedy(tiny_llama, one.prompt_ids, len(one.ids))[0]
         assert one.finish == "length"
+
+
+def test_linear_attention_layers():
+    config = Lfm2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], block_multiple_of=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(config).eval()
+    prompts, lengths = rows([5, 3, 4, 3]), [1, 6, 2, 5]
+    for one in complete(model, prompts, [SamplingParams(length) for length in lengths], [], pad_id=0):
+        assert one.ids == greedy(model, one.prompt_ids, one.params.max_new_tokens)[0]
 
 
 # ------------------------------------------------------------------ sampling
