@@ -14,7 +14,7 @@ from sigmix.experts.mix import Mix
 from sigmix.models.loading import load_base
 from sigmix.tasks.registry import get_task
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sigmix.engine import Engine
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.svf.tuner import svf_layers
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 PROMPTS = ["What is 17 + 25?", "Name three colours, please, and nothing else.", "Hi"]
 
 

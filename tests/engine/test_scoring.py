@@ -102,21 +102,21 @@ def test_weights_changed_in_place_have_other_prefixes(tiny, tiny_tokenizer):
 def test_prefixes_stay_within_their_budget(tiny, tiny_tokenizer):
     engine = Engine(tiny("llama"), tiny_tokenizer)
     next_logits(engine, PROMPTS, start=PROMPTS[0][:10])
-    one = engine.prefix_cache.bytes
+    one = engine.prefix_cache.entries.nbytes
     assert one > 0
     engine = Engine(tiny("llama"), tiny_tokenizer, keep_prefixes=int(1.5 * one))
     for length in (10, 9, 8):
         next_logits(engine, PROMPTS, start=PROMPTS[0][:length])
-        assert 0 < engine.prefix_cache.bytes <= 1.5 * one
+        assert 0 < engine.prefix_cache.entries.nbytes <= 1.5 * one
     assert len(engine.prefix_cache) == 1
     none = Engine(tiny("llama"), tiny_tokenizer, keep_prefixes=0)
     next_logits(none, PROMPTS, start=PROMPTS[0][:10])
-    assert none.prefixes.bytes == len(none.prefixes) == 0
+    assert none.prefix_cache.entries.nbytes == len(none.prefix_cache) == 0
 
 
 def test_what_cannot_be_kept(tiny, tiny_tokenizer):
-    assert not Engine(tiny("gemma3"), tiny_tokenizer).prefixes.usable(PROMPTS[0][:10])  # sliding windows
-    assert not Engine(tiny("llama"), tiny_tokenizer).prefixes.usable(PROMPTS[0][:3])
+    assert not Engine(tiny("gemma3"), tiny_tokenizer).prefix_cache.usable(PROMPTS[0][:10])  # sliding windows
+    assert not Engine(tiny("llama"), tiny_tokenizer).prefix_cache.usable(PROMPTS[0][:3])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
