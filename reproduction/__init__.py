@@ -1,1 +1,1 @@
-"""`python -m reproduction`: the paper's tables and our own experiments, as resumable stages over stored items."""
+"""`python -m reproduction`: the paper's tables and further experiments, as resumable stages over stored items."""

@@ -1,4 +1,4 @@
-"""Banks of the experts that a reproduction trained itself; the bundled ones take no part."""
+"""Banks of the experts that a reproduction trained, without the bundled ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISPATCH = "dispatch"
 
 
 def bank_of(lab: Lab, name: str, tasks: Sequence[str], seed: int) -> Bank:
-    """A folder with the SVF experts of some tasks, each named after its task; trained if they are not there."""
+    """Return a bank of the SVF experts of some tasks, named after their tasks; train missing ones."""
     rate = chosen_lr(lab.store, lab.scale, "svf-rl")
     folder = lab.work / "banks" / f"{name}@{rate or 0:g}.s{seed}"  # another rate makes other experts
     with lab.held(f"bank-{folder.name}"):
@@ -31,7 +31,7 @@ def bank_of(lab: Lab, name: str, tasks: Sequence[str], seed: int) -> Bank:
 
 
 def with_classifier(lab: Lab, bank: Bank, steps: int) -> Bank:
-    """The bank with a classification expert (strategy B), trained on its experts' training prompts."""
+    """Add a classification expert (strategy B), trained on the experts' training prompts, to the bank."""
     with lab.held(f"classifier-{bank.folder.name}"):
         bank.refresh()
         if DISPATCH not in bank:

@@ -1,4 +1,4 @@
-"""A base and adapters of one kind, under any weighted sum of them: W' = W + Σₖ αₖ ΔWₖ.
+"""Weighted sums of adapters of one kind on a base model: W' = W + Σₖ αₖ ΔWₖ.
 
 For SVF the sum is the paper's mixture of z (`svf.gains.mix_z`); for LoRA it is that of PEFT's ``get_delta_weight``
 (PEFT's ``add_weighted_adapter`` would round the factors to the base's dtype). Both are added in float32 and rounded
@@ -25,7 +25,7 @@ from sigmix.train.policy import merged_adapter
 
 
 class Blend:
-    """Adapters of one kind on one base.
+    """Adapters of one kind on one base model.
 
     Args:
         base: a model from `load_base`, wrapped in place.
@@ -56,12 +56,12 @@ class Blend:
         }
 
     def reference(self) -> AbstractContextManager[Any]:
-        """Inside, the model is the base."""
+        """Return a context in which the model is the base model."""
         return as_base(self.layers) if self.svf else self.model.disable_adapter()
 
     @contextmanager
     def under(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Inside, the model holds the weighted sum; an empty one is the base."""
+        """Return a context in which the model holds the weighted sum; an empty one is the base model."""
         weights = {name: alpha for name, alpha in weights.items() if alpha != 0}
         if not weights:
             with self.reference():
@@ -79,7 +79,7 @@ class Blend:
                 yield
 
     def z(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
-        """{path: z [r]} of a weighted sum of SVF experts."""
+        """Return {path: z [r]} of a weighted sum of SVF experts."""
         zs = [self.experts[name].z for name in weights]
         return {path: mix_z([z[path] for z in zs], list(weights.values())) for path in zs[0]}
 
@@ -98,7 +98,7 @@ class Blend:
                 parameter.data = data
 
     def update(self, path: str, name: str) -> torch.Tensor:
-        """ΔW float32 [m, n] of one adapter in one matrix, before any rounding to the base's dtype."""
+        """Return ΔW float32 [m, n] of one adapter in one matrix, before rounding to the base model's dtype."""
         if self.svf:
             layer, z = self.layers[path], self.experts[name].z
             if path not in z:

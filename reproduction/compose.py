@@ -1,4 +1,4 @@
-"""Mixing experts of one kind: which sums are tried, how α is tuned, and how far two updates are alike."""
+"""Mixing experts of one kind: candidate sums, tuning of α, and similarity of two updates."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ STEPS = (0.7, 1.4)
 
 
 REFINED = 3
-"""Up to so many experts, every α is also tried a little lower and higher than the best common one."""
+"""Maximum number of experts for which each α is also tuned on its own."""
 
 
 KL_ITEMS = 24
-"""Validation replies on which the KL of a common α is measured."""
+"""Number of validation replies for the KL of a common α."""
 
 
 TOP = 16
-"""Directions of an update that count as its subspace; as many as the rank of the LoRA adapters."""
+"""Dimension of an update's subspace: the rank of the LoRA adapters."""
 
 
 def average(members: Sequence[str]) -> dict[str, float]:
@@ -42,7 +42,7 @@ def total(members: Sequence[str]) -> dict[str, float]:
 
 
 def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict[str, Any]:
-    """α by validation accuracy, averaged over the members' tasks: one common α, then each on its own.
+    """Tune α by validation accuracy, averaged over the members' tasks: one common α, then each on its own.
 
     Returns:
         weights, and tried: [{weights, accuracy by task, kl by task (of common α only)}] in order.
@@ -76,7 +76,7 @@ def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict
 
 
 def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """How alike the updates of experts are, pair by pair.
+    """Compute the pairwise similarity of the experts' updates.
 
     Returns:
         norm: {task: ‖ΔW‖ / ‖W‖ over all matrices}. pairs, of adapters that are not the base: [{a, b, cosine, overlap,
@@ -119,7 +119,7 @@ def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> di
 
 @torch.no_grad()
 def _states(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str], each: int = 8) -> list[torch.Tensor]:
-    """What each expert adds to the hidden states [N, layers, d] of the last token of N prompts."""
+    """Return each expert's change of the hidden states [N, layers, d] of the last token of N prompts."""
     rows = []
     for task in tasks:
         rows += [encode(tokenizer, one.prompt, one.system) for one in lab.samples(task, "validation", each)]

@@ -1,4 +1,4 @@
-"""How far an adapter moves a model from its base, on replies of its own."""
+"""KL divergence of an adapted model from its base model, on its own replies."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sigmix.train.objectives import token_stats
 from sigmix.train.rollout import Actor, Rollouts
 
 Under = Callable[[], AbstractContextManager[Any]]
-"""Puts a model into a state, and out of it again."""
+"""Context in which a model is in some state."""
 
 
 def divergence(
     model: Any, actor: Actor, samples: Sequence[Sample], rows: Sequence[SequenceState], under: Under, reference: Under
 ) -> float:
-    """Mean exact KL(π‖π₀) in nats per token, over the tokens of replies.
+    """Return the mean exact KL(π‖π₀) in nats per token over the tokens of replies.
 
     Args:
         actor: encodes samples. rows: the replies to them. under: the state π that gave them. reference: the base's, π₀.

@@ -1,6 +1,6 @@
 """Stages of a reproduction in several processes at once, each with its share of the cores.
 
-What they share (adapters, banks) is made under a lock; a stage that needs another waits for it.
+Shared adapters and banks are created under a lock; a stage starts after the stages that it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run_jobs(stages: Sequence[tuple[str, Sequence[str]]], command: Sequence[str]
                 running[pool.submit(run, name)] = name
                 del left[name]
             if not running:
-                break  # what is left needs what has failed
+                break  # the rest needs failed stages
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 if future.result() == 0:
@@ -48,12 +48,12 @@ def run_jobs(stages: Sequence[tuple[str, Sequence[str]]], command: Sequence[str]
                 else:
                     failed.append(name)
     if failed:
-        rest = f"; not run, as they need these: {', '.join(left)}" if left else ""
+        rest = f"; not run, since they need these: {', '.join(left)}" if left else ""
         raise SigmixError(
-            f"failed: {', '.join(failed)}{rest}", remedy="see what they said above; the same command goes on from there"
+            f"failed: {', '.join(failed)}{rest}", remedy="see their errors above; the same command resumes"
         )
 
 
 def stage_command(flags: Sequence[str]) -> list[str]:
-    """The command of one stage, to which its name is added."""
+    """Return the command of one stage, without the stage's name."""
     return [sys.executable, "-m", "reproduction", *flags, "--no-tables", "--only"]

@@ -1,4 +1,4 @@
-"""What every stage needs: bases, training runs, test cells. All of it is stored, so nothing is done twice."""
+"""Base models, training runs and test cells of the stages; results are stored and never computed twice."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from sigmix.train.trainer import Trainer
 from sigmix.utils.io import file_lock
 
 KL_ITEMS = 64
-"""Replies of an adapter's test cell on which its KL to the base is measured."""
+"""Number of replies of a test cell for the KL to the base model."""
 
 
 class Lab:
-    """One reproduction under way.
+    """A reproduction in progress.
 
     Args:
         scale: what and how large. store: where results go. work: folder for checkpoints and adapters, which are too
@@ -82,7 +82,7 @@ class Lab:
     # ------------------------------------------------------------------ bases and tasks
 
     def base(self, name: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-        """A fresh model and its tokenizer; the scale's base and dtype unless others are given."""
+        """Return a fresh model and its tokenizer; default: the scale's base model and dtype."""
         gc.collect()
         name = name or self.scale.base
         place: Any = name
@@ -94,25 +94,25 @@ class Lab:
         return model, tokenizer
 
     def task(self, spec: str) -> Task:
-        """A task of the registry."""
+        """Return a task of the registry."""
         return get_task(spec, data_dir=self.data_dir, allow_code=self.allow_code)
 
     def samples(self, spec: str, split: Split, n: int | None, seed: int = 0) -> list[Sample]:
-        """Items of a task, drawn once."""
+        """Return items of a task, drawn once."""
         key = (spec, split, n, seed)
         if key not in self._drawn:
             self._drawn[key] = self.task(spec).samples(split, n, seed=seed)
         return self._drawn[key]
 
     def timed(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """What ``work`` returns, with the seconds that it took and the commit."""
+        """Return the figures of ``work`` with its duration and the commit."""
         started = time.perf_counter()
         found = dict(work())
         return {**found, "seconds": round(time.perf_counter() - started, 2), "commit": commit()}
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
-        """Hold what several processes may want to make, and wait for the one that is making it."""
+        """Hold a lock shared by the processes of this reproduction."""
         with file_lock(self.work / "locks" / f"{safe(name)}.lock", lambda: self.say(f"waiting for {name}")):
             yield
 
@@ -131,7 +131,7 @@ class Lab:
         """
         rate = lr if lr is not None else chosen_lr(self.store, self.scale, kind)
         if rate is None:
-            raise LookupError(f"the learning rate of {kind} is not known before its sweep")
+            raise LookupError(f"the learning rate of {kind} is undefined before its sweep")
         name = run_name(kind, rate, task, seed, after)
         folder = self.work / "runs" / name
         if not self._has_run(name):
@@ -247,7 +247,7 @@ class Lab:
             self.store.write_items(task, samples, facts)
 
     def base_cells(self, tasks: Sequence[str]) -> None:
-        """The base on some tasks."""
+        """Measure the base model on some tasks."""
         missing = [task for task in tasks if not self.store.has(task, BASE)]
         if missing:
             model, tokenizer = self.base()
@@ -268,7 +268,7 @@ class Lab:
     def mixed_cells(
         self, blend: Blend, tokenizer: Any, kind: str, seed: int, weights: Mapping[str, float], on: Sequence[str]
     ) -> None:
-        """A weighted sum of one seed's adapters on some tasks."""
+        """Measure a weighted sum of one seed's adapters on some tasks."""
         rate = chosen_lr(self.store, self.scale, kind)
         who = mix_name(kind, rate or 0.0, weights, seed)
         for task in on:
@@ -276,5 +276,5 @@ class Lab:
 
 
 def _short(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics without digits that nobody reads."""
+    """Round the metrics of one step to four digits."""
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()}

@@ -1,4 +1,4 @@
-"""Names of runs and of what is measured, and the learning rate that a sweep chose; from stored records alone.
+"""Names of runs and cells, and the learning rate that a sweep chose, from stored records alone.
 
 A run's name says what decides it beside the scale (to which `Lab.begin` holds a store): kind, rate, task, seed.
 """
@@ -15,12 +15,12 @@ BASE = "base"
 
 
 def run_name(kind: str, lr: float, task: str, seed: int, after: Sequence[str] = ()) -> str:
-    """Of a training run; ``after``: tasks that the adapter was trained on before."""
+    """Return the name of a training run; ``after``: earlier tasks of the same adapter."""
     return f"{kind}@{lr:g}.{'+'.join([*after, task])}.s{seed}"
 
 
 def mix_name(kind: str, lr: float, weights: Mapping[str, float], seed: int) -> str:
-    """Of a weighted sum of adapters of one kind and seed, one for each task."""
+    """Return the name of a weighted sum of adapters of one kind and seed, one per task."""
     return f"{kind}@{lr:g}.mix.{'+'.join(f'{task}={alpha:g}' for task, alpha in weights.items())}.s{seed}"
 
 
@@ -39,7 +39,7 @@ def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
 
 
 BEYOND = 2
-"""How many rates a sweep may add beyond the ends that it began with."""
+"""Maximum number of rates that a sweep adds beyond its initial ones."""
 
 
 def next_rate(tried: Mapping[float, float], begun: Sequence[float]) -> float | None:

@@ -1,7 +1,7 @@
 """Tables from stored items: every accuracy, interval and paired test is computed here, from `Store` alone.
 
-What was not run says so. Accuracies are in per cent. With one seed the interval is Wilson's; with several it is a
-bootstrap over seeds and items together, since both were drawn.
+Cells that were not run read "not run". Accuracies are in per cent. With one seed the interval is Wilson's; with several
+it is a bootstrap over seeds and items together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is compared (kinds of adapters) and how large (scales). No figure of the results is in here.
+"""Kinds of adapters that are compared, and scales of a reproduction.
 
 A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` takes two cores and the embedded model,
 `gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
@@ -16,7 +16,7 @@ from sigmix.errors import UnknownNameError
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to make an adapter.
+    """One way to train an adapter.
 
     Attributes:
         label: for tables. options: fields of `TrainConfig`. lrs: ascending learning rates that the sweep begins with;
@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a reproduction is.
+    """Size of a reproduction.
 
     Attributes:
         base: of `load_base`; dtype: None is the faster one on the machine.

@@ -1,4 +1,4 @@
-"""A tiny random model, to run every stage of a reproduction in minutes: it tests the program, not the method."""
+"""Tiny random model for a smoke test of every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ablations of ours: the truncated form's budget, baseline and KL estimator, z's parameterisation, the sketch."""
+"""Ablations: the truncated form's budget, baseline and KL estimator, z's parameterisation, the sketch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = 96
 
 
 class Ablations:
-    """What our own choices are worth."""
+    """Ablations of design choices."""
 
     name, title = "ablations", "Ablations of ours"
     needs = ("sweep", "table1")

@@ -47,7 +47,7 @@ def alone(report: Report) -> str:
 
 
 def mixed(report: Report) -> str:
-    """Mean accuracy over the members' tasks, and the share of the gain that is kept."""
+    """Mean accuracy over the members' tasks, and retention of the gain."""
     scale, rows = report.scale, []
     for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
         for mode in ("alone", *MODES):
@@ -100,7 +100,7 @@ def by_task(report: Report) -> str:
 
 
 def crossed_matrix(report: Report) -> str:
-    """What an expert does to the other tasks."""
+    """Effect of an expert on the other tasks."""
     parts, every = [], crossed(report.scale)
     for kind in EVERY_SEED:
         rows = []
@@ -119,7 +119,7 @@ def change(report: Report, task: str, name: str | None) -> str:
 
 
 def geometry_table(report: Report) -> str:
-    """How large and how alike the updates are."""
+    """Size and similarity of the updates."""
     rows = []
     for kind in EVERY_SEED:
         found = report.store.fact(f"geometry-{kind}")

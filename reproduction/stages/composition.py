@@ -15,7 +15,7 @@ from reproduction.stages.groups import EVERY_SEED, crossed, fact, groups, kinds,
 
 
 class Composition:
-    """The experiment that nobody has run."""
+    """Composition of SVF and LoRA experts."""
 
     name, title = "composition", "Do singular-value experts compose better than LoRA experts?"
     needs = ("sweep",)

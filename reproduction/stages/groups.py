@@ -1,4 +1,4 @@
-"""What is mixed with what, and how the cells of mixtures are called: the design of the composition experiment."""
+"""Design of the composition experiment: groups of experts and names of their cells."""
 
 from __future__ import annotations
 

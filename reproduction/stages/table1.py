@@ -1,4 +1,4 @@
-"""Table 1: SVF against LoRA on the tasks that they are trained on; and Table 4: which matrices, which objective."""
+"""Table 1: SVF against LoRA on the tasks that they are trained on; and Table 4: matrices and objectives."""
 
 from __future__ import annotations
 

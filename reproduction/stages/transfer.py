@@ -120,7 +120,7 @@ class Transfer:
 
     @staticmethod
     def _shapes(lab: Lab) -> dict[str, str]:
-        """What an expert says on a base whose matrices have other sizes: one component is cut off everywhere."""
+        """Return the error of an expert with one component less per matrix than the base model."""
         expert = Expert.from_pretrained(lab.trained("svf-rl", lab.scale.tasks[0], lab.scale.seeds[0])[1])
         smaller = replace(expert, z={path: z[:-1] for path, z in expert.z.items()}, meta={})
         model, _ = lab.base()
