@@ -44,7 +44,7 @@ class Prefilled:
         """Keep only the given rows, in place."""
         if len(rows) < len(self.mask):
             index = torch.tensor(rows, device=self.mask.device)
-            self.cache.reorder_cache(index)
+            self.cache.reorder_cache(index)  # type: ignore[arg-type]
             self.mask, self.logits, self.lengths = (t[index] for t in (self.mask, self.logits, self.lengths))
         return self
 
