@@ -141,7 +141,7 @@ def test_nothing_but_the_output_is_printed(home, tmp_path, command):
     )
     if command[0] == "serve":
         assert done.returncode == 2
-        assert done.stderr.startswith("sigmix: port")
+        assert done.stderr.startswith("sigmix: setting port")
         assert len(done.stderr.splitlines()) == 1
     else:
         assert done.returncode == 0

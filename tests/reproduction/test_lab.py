@@ -49,15 +49,15 @@ def test_a_run_that_was_cut_goes_on(home, tmp_path, monkeypatch):
     whole = lab(tmp_path / "whole", training={**home.scale.training, "max_steps": 3})
     cut = lab(tmp_path / "cut", training={**home.scale.training, "max_steps": 3})
     name, _ = whole.trained("svf-rl", "larger", 0, 0.05)
-    emit = Trainer._emit
+    log = Trainer._log
 
     def stop(self, entry):
-        emit(self, entry)
+        log(self, entry)
         if entry["kind"] == "step" and entry["step"] == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_emit", stop)
+        patch.setattr(Trainer, "_log", stop)
         with pytest.raises(KeyboardInterrupt):
             cut.trained("svf-rl", "larger", 0, 0.05)
     assert cut.store.run(name) is None

@@ -8,6 +8,7 @@ from sigmix.utils.logging import quiet
 
 
 def test_levels_come_back_however_the_uses_overlap(caplog):
+    caplog.set_level(logging.WARNING, "torchao")
     log, bars = logging.getLogger("torchao"), transformers_logging.is_progress_bar_enabled()
     first, second = quiet(), quiet()
     first.__enter__()
