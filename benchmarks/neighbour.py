@@ -29,7 +29,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "threads_2": {"OMP_NUM_THREADS": "2"},
     "passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     **{
-        f"spin_{count}": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": str(count)} for count in (0, 1_000, 10_000, 100_000)
+        f"spin_{count}": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": str(count)}
+        for count in (0, 1_000, 2_000, 4_000, 10_000, 100_000)
     },
 }
 """Environment of each setting; one thread has no barrier to wait at, so the wait policy varies with two only."""

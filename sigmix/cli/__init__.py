@@ -21,6 +21,10 @@ import typer
 
 from sigmix.errors import SigmixError
 
+SPIN_COUNT = "2000"
+"""Iterations that an OpenMP thread spins at a barrier. libgomp's default lets decoding collapse beside another busy
+process; measured by ``python -m benchmarks neighbour``."""
+
 COMMANDS = "demo generate chat train adapt serve eval lm_eval experts export decompose cache doctor".split()
 
 app = typer.Typer(
@@ -65,6 +69,8 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
     """Run a typer application; print errors as one line on stderr and exit with their exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read by libgomp when torch is imported
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch|peft")
     _quiet_imports()
     try:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import typer
@@ -163,3 +164,14 @@ def test_bitsandbytes_is_imported_only_for_a_quantized_base(home):
         done = subprocess.run([*map(str, command), *options], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stderr.split() == [loaded]
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)]
+)
+def test_the_spin_count_is_set_unless_the_user_chose(monkeypatch, given, count):
+    monkeypatch.setattr("sys.argv", ["sigmix", "--version"])
+    with mock.patch.dict(os.environ, clear=True):
+        os.environ.update(given)
+        cli.main()
+        assert os.environ.get("GOMP_SPINCOUNT") == count
