@@ -62,7 +62,7 @@ class Adaptation:
 
     @property
     def active(self) -> bool:
-        """Whether the search is queued or running."""
+        """True if the search is queued or running."""
         return self.status in ("waiting", "running")
 
     def to_json(self) -> dict[str, Any]:

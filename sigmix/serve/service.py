@@ -148,7 +148,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are accepted."""
+        """True if requests are accepted."""
         return self.started and not self.closing and self.scheduler.alive
 
     # Tokenization

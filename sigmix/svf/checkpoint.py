@@ -136,7 +136,7 @@ class Checkpoint:
 
     @cached_property
     def vision(self) -> bool:
-        """Whether this is a vision-language model."""
+        """True if this is a vision-language model."""
         return backbone(self.model) is not None
 
     @property
@@ -235,7 +235,7 @@ class Checkpoint:
 
     @property
     def complete(self) -> bool:
-        """Whether every parameter has a tensor of its own: fused ones, such as Mixtral's experts, have none."""
+        """True if every parameter has a tensor of its own: fused ones, such as Mixtral's experts, have none."""
         return all(any(name in self.tensors for name in tied) for tied in self._tied.values())
 
     def digests(self, known: Mapping[str, str] | None = None) -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -124,7 +124,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     @property
     def gain_only(self) -> bool:
-        """Whether only the gain form works: the base weight is quantized or offloaded."""
+        """True if only the gain form works: the base weight is quantized or offloaded."""
         return weights.kind(self.get_base_layer()) in (weights.QUANTIZED, weights.OFFLOADED)
 
     @property
