@@ -48,7 +48,7 @@ WAIT = 180.0
 
 @dataclass
 class Seen:
-    """What the clients of one round saw: texts, seconds to the first token, seconds between pieces."""
+    """Measurements of one round of clients: texts, seconds to the first token, seconds between pieces."""
 
     texts: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)

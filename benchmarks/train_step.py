@@ -51,7 +51,7 @@ PEAK_SIZES = ((2048, 2048, 2048), (4096, 1024, 4096), (2048, 576, 1536))
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run.
+    """Settings of a run.
 
     Attributes:
         dtype: None: as `load_base` picks. batch: answers of a step. group: of them per prompt; None: as the preset.

@@ -53,7 +53,7 @@ class Picture:
 
 
 Shown = Picture | str | os.PathLike | bytes | Any
-"""What `picture` accepts; the last is a PIL image or a function that returns bytes."""
+"""Types that `picture` accepts; the last is a PIL image or a function that returns bytes."""
 
 
 def picture(image: Shown, name: str | None = None) -> Picture:
