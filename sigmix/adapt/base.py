@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sigmix.engine import Engine
+from sigmix.engine.base import InferenceEngine
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
@@ -98,14 +98,14 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
     return found
 
 
-def check_bank(engine: Engine, bank: Mapping[str, Expert]) -> None:
+def check_bank(engine: InferenceEngine, bank: Mapping[str, Expert]) -> None:
     """Check the fingerprint of every expert that can be chosen; the engine checks its sketches when it is used.
 
     Raises:
         FingerprintError, ExpertError: an expert of another base, or a damaged one.
     """
     for name in skills(bank):
-        bank[name].check(engine.model, sketches=False)
+        engine.check_expert(bank[name])
 
 
 def decide_within(

@@ -24,8 +24,8 @@ from scipy.optimize import minimize_scalar
 
 from sigmix.adapt.base import OTHER, Decision, check_bank, decide_within, labels
 from sigmix.engine import Engine
+from sigmix.engine.base import HiddenStatesEngine
 from sigmix.engine.scoring import decoder_layers, hidden_states
-from sigmix.engine.tokenization import context_length
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint, short
@@ -130,7 +130,7 @@ class ProbeDispatch:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: HiddenStatesEngine,
         bank: Mapping[str, Expert] | None = None,
         *,
         probe: Probe | str | os.PathLike[str] | None = None,
@@ -153,7 +153,7 @@ class ProbeDispatch:
                 f"the probe was fitted for {', '.join(self.probe.labels)}; the bank has {', '.join(names)}",
                 remedy=REMEDY,
             )
-        if (found := fingerprint(engine.model)) != self.probe.base:
+        if (found := engine.base_fingerprint) != self.probe.base:
             raise FingerprintError(
                 f"the probe was fitted on the base {short(self.probe.base)} (fingerprint), this one is {short(found)}",
                 remedy=REMEDY,
@@ -162,12 +162,12 @@ class ProbeDispatch:
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """Return one decision per user turn; "other" and a request over the context length mean the base model."""
         rows = [self.engine.encode(prompt) for prompt in prompts]
-        limit = context_length(self.engine.model)
+        limit = self.engine.context_length
         return decide_within(rows, None if limit is None else limit - 1, self._decide)
 
     def _decide(self, rows: list[list[int]]) -> list[Decision]:
         started = time.perf_counter()
-        states = hidden_states(self.engine, rows, [self.probe.depth], self.batch_size)[:, 0]
+        states = self.engine.hidden_states(rows, [self.probe.depth], self.batch_size)[:, 0]
         probabilities = self.probe.probabilities(states).tolist()
         seconds = (time.perf_counter() - started) / len(rows)
         return [self._decision(row, len(ids), seconds) for row, ids in zip(probabilities, rows, strict=True)]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from sigmix.engine.generation import Generation
     from sigmix.experts.bank import Bank
+    from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
 
 Prompt = str | Sequence[int]
@@ -27,6 +28,32 @@ class InferenceEngine(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the base model."""
+
+    @property
+    def base_name(self) -> str | None:
+        """Name of the base model, if `load_base` loaded it."""
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model, see `sigmix.experts.fingerprint`."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Context length in tokens; None if unlimited or unknown."""
+
+    def encode(
+        self, prompt: Prompt, system: str | None = None, chat: bool | None = None, images: Any = ()
+    ) -> list[int]:
+        """Return token ids of a prompt; ids pass through."""
+
+    def check_prompt(self, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
+        """Raise `ContextError` if a prompt is empty, or exceeds the context together with its answer."""
+
+    def check_mix(self, mix: Mix) -> None:
+        """Raise `UnknownNameError`, `FingerprintError` or `ExpertError` unless a mixture can run on this base."""
+
+    def check_expert(self, expert: Expert) -> None:
+        """Raise `FingerprintError` or `ExpertError` if an expert was made on another base."""
 
     def generate(
         self,
@@ -54,6 +81,8 @@ class InferenceEngine(Protocol):
 class HiddenStatesEngine(InferenceEngine, Protocol):
     """An engine that also returns hidden states of the base model."""
 
-    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> torch.Tensor:
+    def hidden_states(
+        self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
+    ) -> torch.Tensor:
         """Return float32 [N, len(layers), d]: the base's hidden state at each prompt's last token, after given
         numbers of layers."""

@@ -25,10 +25,12 @@ from sigmix.engine.prefix_cache import (
     common_prefix,
     prefill,
 )
-from sigmix.engine.tokenization import check_context, encode, eos_token_ids
+from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids
 from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, SigmixError
 from sigmix.experts.bank import Bank
+from sigmix.experts.expert import Expert
+from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import as_token_ids, forward_inputs
 from sigmix.utils.images import Shown
@@ -84,6 +86,33 @@ class Engine:
     ) -> list[int]:
         """Return token ids of a prompt; ids pass through. See `sigmix.engine.tokenization.encode`."""
         return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_token_ids(prompt)
+
+    @property
+    def base_name(self) -> str | None:
+        """Name of the base model, if `load_base` loaded it."""
+        return (getattr(self.model, "sigmix_base", None) or {}).get("name")
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model."""
+        return fingerprint(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        """Context length in tokens; None if the config does not state one."""
+        return context_length(self.model)
+
+    def check_prompt(self, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
+        """Raise `ContextError` if a prompt is empty, or exceeds the context together with its answer."""
+        check_context(self.model, ids, max_new_tokens, what)
+
+    def check_mix(self, mix: Mix) -> None:
+        """Raise as `z` does unless a mixture can run on this base."""
+        self.execution.z(mix)
+
+    def check_expert(self, expert: Expert) -> None:
+        """Raise `FingerprintError` or `ExpertError` if an expert was made on another base; sketches are not checked."""
+        expert.check(self.model, sketches=False)
 
     def z(self, mix: Mix) -> dict[str, torch.Tensor]:
         """Return the effective z by matrix path, {} for the base.
@@ -262,9 +291,11 @@ class Engine:
         """Return the natural log-probability of each token of each completion, see `sigmix.engine.scoring.score`."""
         return scoring.score(self, prompts, completions, mix)
 
-    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> torch.Tensor:
+    def hidden_states(
+        self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
+    ) -> torch.Tensor:
         """Return hidden states of the base, see `sigmix.engine.scoring.hidden_states`."""
-        return scoring.hidden_states(self, prompts, layers)
+        return scoring.hidden_states(self, prompts, layers, batch_size)
 
     # ------------------------------------------------------------------ state and prefix cache
 

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.adapt.two_pass import Answer, TwoPass
-from sigmix.engine import Engine
-from sigmix.engine.tokenization import check_context
+from sigmix.engine.base import InferenceEngine
 from sigmix.evals.statistics import answer_entropy, best_constant, mcnemar, paired_difference, wilson
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
@@ -102,7 +101,7 @@ def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[S
     return Result(task.name, items)
 
 
-def encode_samples(engine: Engine, samples: Sequence[Sample]) -> list[list[int]]:
+def encode_samples(engine: InferenceEngine, samples: Sequence[Sample]) -> list[list[int]]:
     """Return token ids of samples, with their system prompts and images."""
     return [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
 
@@ -171,13 +170,8 @@ def constant_baseline(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
     return {"reply": reply, "accuracy": accuracy}
 
 
-def base_name(engine: Engine) -> str | None:
-    """Return the name of the engine's base model, if `load_base` loaded it."""
-    return (getattr(engine.model, "sigmix_base", None) or {}).get("name")
-
-
 def run(
-    engine: Engine,
+    engine: InferenceEngine,
     task: Task,
     mixes: Sequence[Mix] = (),
     *,
@@ -213,10 +207,10 @@ def run(
     limit = max_new_tokens or task.max_new_tokens
     rows = encode_samples(engine, samples)
     for sample, row in zip(samples, rows, strict=True):
-        check_context(engine.model, row, limit, f"item {sample.id} of {task.name}")
+        engine.check_prompt(row, limit, f"item {sample.id} of {task.name}")
     order = list(dict.fromkeys([Mix.base(), *mixes]))
     for mix in order:
-        engine.z(mix)  # fail before the work
+        engine.check_mix(mix)  # fail before the work
     runner = TwoPass(engine)
     results: dict[str, Result] = {}
     entries = []
@@ -249,7 +243,7 @@ def run(
         "n": len(samples),
         "temperature": temperature if do_sample else 0.0,
         "max_new_tokens": limit,
-        "base": base_name(engine),
+        "base": engine.base_name,
         "best_constant": constant_baseline(task, samples),
         "notes": list(task.notes),
         "seconds": round(time.monotonic() - began, 2),

@@ -14,11 +14,10 @@ from typing import Any
 
 from sigmix.adapt.base import Strategy, skills
 from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
-from sigmix.engine import Engine
+from sigmix.engine.base import InferenceEngine
 from sigmix.evals.accuracy import (
     Result,
     answer_samples,
-    base_name,
     compare,
     constant_baseline,
     encode_samples,
@@ -32,7 +31,7 @@ EACH, ORACLE = "each-expert", "oracle"
 
 
 def run_strategies(
-    engine: Engine,
+    engine: InferenceEngine,
     task: Task,
     strategies: Mapping[str, Strategy],
     *,
@@ -83,7 +82,7 @@ def run_strategies(
         "seed": seed,
         "n": len(samples),
         "max_new_tokens": limit,
-        "base": base_name(engine),
+        "base": engine.base_name,
         "best_constant": constant_baseline(task, samples),
         "notes": list(task.notes),
         "results": entries,
@@ -92,7 +91,7 @@ def run_strategies(
 
 
 def measure_strategy(
-    engine: Engine,
+    engine: InferenceEngine,
     task: Task,
     samples: Sequence[Sample],
     strategy: Strategy | Mix,
