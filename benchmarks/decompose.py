@@ -33,15 +33,11 @@ from sigmix.svf.tuner import target_layers
 
 AIMS = {"speedup_large": Aim(">=", 3.0), "error_ratio_large": Aim("<=", 2.0), "warm_seconds": Aim("<=", 2.0)}
 
-
 LARGE = (4096, 14336)
-
 
 PROBES = 32
 
-
 WARM_READS = 3
-
 
 Factors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -21,7 +21,6 @@ from sigmix.models.loading import load_base
 
 AIMS = {"vs_generate_1": Aim(">=", 1.0), "vs_generate_8": Aim(">=", 1.5), "vs_generate_64": Aim(">=", 1.5)}
 
-
 ROWS = (1, 8, 64)
 
 

@@ -40,7 +40,6 @@ from sigmix.utils.safetensors import TensorSpec, write_file
 
 AIMS = {"memory_above_imports_deep": Aim("<=", 0.5)}
 
-
 RANK = 64
 
 

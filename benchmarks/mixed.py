@@ -42,13 +42,10 @@ AIMS = {
     "vs_swap": Aim(">=", 8.0), "vs_peft_lora_8": Aim(">=", 2.5),
 }  # fmt: skip
 
-
 ADAPTERS = (8, 32)
-
 
 LIMIT = 0.01
 """KL of the truncated form, nats per token."""
-
 
 LEAST_COSINE = {"bfloat16": 0.997, "float16": 0.9999, "float32": 0.999999, "float64": 0.999999}
 """Of the logits of a row in the mixed batch and alone. In bfloat16 either is 0.9993 from float32 at worst (measured on

@@ -17,7 +17,6 @@ from sigmix.models.default import DEFAULT
 
 AIMS = {"share_A": Aim("<=", 0.10), "share_B": Aim("<=", 0.10), "share_D": Aim("<=", 0.03)}
 
-
 STRATEGIES = {"A": PromptDispatch, "B": ClassifierDispatch, "D": ProbeDispatch}
 
 

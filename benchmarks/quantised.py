@@ -36,7 +36,6 @@ from sigmix.tasks.registry import get_task
 
 EXPERTS = ("larger", "date-iso")
 
-
 AIMS = {"accuracy_kept_int8": Aim(">=", 0.95)}
 
 

@@ -21,7 +21,6 @@ from sigmix.tasks.registry import get_task
 
 AIMS = {"speedup_vs_swap": Aim(">=", 4.0)}
 
-
 TOLERANCE = {"bfloat16": 0.1, "float16": 0.02, "float32": 1e-3, "float64": 1e-6}
 """Largest difference of a candidate's mean log-likelihood (nats per token) between the two ways."""
 

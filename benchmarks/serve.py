@@ -36,12 +36,9 @@ AIMS = {
     "mixed_vs_single_32": Aim(">=", 0.8), "vs_transformers_8": Aim(">=", 2.0), "vs_transformers_cb_8": Aim(">=", 2.0),
 }  # fmt: skip
 
-
 CLIENTS = (1, 8, 32)
 
-
 SUBJECTS = "rivers bridges bread clocks maps bees glass wool salt trains paper lamps".split()
-
 
 WAIT = 180.0
 

@@ -42,9 +42,7 @@ AIMS = {
     "plan_memory_against_measured": Aim(">=", 0.7),  # too low is what misleads
 }
 
-
 DEPTHS = (6, 24)
-
 
 WIDTH, INSIDE = 512, 2048
 

@@ -38,13 +38,10 @@ from sigmix.train.rollout import Actor, Rollouts
 
 AIMS = {"speedup_vs_dense": Aim(">=", 2.5), "speedup_vs_lora": Aim(">=", 1.0), "time_vs_floor": Aim("<=", 2.5)}
 
-
 LEAST_COSINE = 0.9999
 """Of the two gradients of z in float32; anything below means that the contestants do not compute the same thing."""
 
-
 WARMUP = 1
-
 
 PEAK_SIZES = ((2048, 2048, 2048), (4096, 1024, 4096), (2048, 576, 1536))
 

@@ -15,17 +15,13 @@ from sigmix.engine.tokenization import encode
 
 UNIFORM = (0.25, 0.4, 0.6, 0.8, 1.0)
 
-
 STEPS = (0.7, 1.4)
-
 
 REFINED = 3
 """Maximum number of experts for which each α is also tuned on its own."""
 
-
 KL_ITEMS = 24
 """Number of validation replies for the KL of a common α."""
-
 
 TOP = 16
 """Dimension of an update's subspace: the rank of the LoRA adapters."""

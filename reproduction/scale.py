@@ -38,15 +38,11 @@ class Kind:
 
 QV = ["q_proj", "v_proj"]
 
-
 LORA = {"policy": "lora", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
-
 
 GOLD = {"objective": "sft", "num_generations": 1, "beta": 0.0}
 
-
 SVF_LRS, LORA_LRS = (6e-4, 2e-3, 6e-3), (3e-4, 1e-3, 3e-3)
-
 
 KINDS: dict[str, Kind] = {
     "svf-rl": Kind("SVF, policy gradient", {}, SVF_LRS),

@@ -21,9 +21,7 @@ from sigmix.experts.mix import Mix
 
 BUDGETS = (0.02, 0.1, 0.3, 0.6)
 
-
 LOSSES = ("svf-none", "svf-mean", "svf-k3", "svf-reference")
-
 
 PROMPTS = 96
 

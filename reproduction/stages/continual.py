@@ -18,7 +18,6 @@ from sigmix.evals.dispatch import FOREIGN, requests
 
 IN_TURN = ("lora-rl", "svf-rl")
 
-
 PER_LABEL = 100
 
 

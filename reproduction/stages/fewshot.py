@@ -18,7 +18,6 @@ from sigmix.train.rollout import Actor
 
 IA3_LRS = (3e-3, 1e-2, 3e-2)
 
-
 FULL = (10,)
 """Numbers of examples that the full search is run with; it takes too long for all of them."""
 

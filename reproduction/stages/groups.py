@@ -12,9 +12,7 @@ from reproduction.scale import Scale
 
 EVERY_SEED = ("svf-rl", "lora-rl")
 
-
 FIRST_SEED = ("lora-small-rl", "lora-kl-rl")
-
 
 MODES = ("average", "sum", "tuned")
 

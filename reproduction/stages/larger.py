@@ -14,10 +14,8 @@ from reproduction.scale import Scale
 
 KINDS = ("svf-rl", "lora-rl")
 
-
 RETREATS = 2
 """Lower rates that are tried where training gave nothing better than the base on validation items."""
-
 
 TASK, UNSEEN = "arc-easy", ("arc-challenge", "openbookqa")
 

@@ -11,7 +11,6 @@ from sigmix.evals.plots import figure, save_png
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75)
 """Top r as shares of all singular values."""
 
-
 POINTS = 64
 
 

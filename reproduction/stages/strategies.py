@@ -25,9 +25,7 @@ from sigmix.experts.mix import Mix
 
 LETTERS = ("A", "B", "C", "D")
 
-
 SHOTS = 10
-
 
 PER_LABEL = 150
 

@@ -9,9 +9,7 @@ from sigmix.evals.plots import figure, save_png
 
 SEEDED = ("svf-rl", "lora-rl")
 
-
 ONCE = ("lora-qv-sft", "lora-sft", "svf-sft", "lora-qv-rl", "lora-small-rl")
-
 
 PARTS = ("svf-mlp-rl", "svf-qv-rl")
 

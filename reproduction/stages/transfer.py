@@ -23,13 +23,11 @@ from sigmix.svf.tuner import target_layers
 
 BASES = ("requantised", "tuned", "same")
 
-
 ORDERS = {
     "requantised": ("in order", "shuffled"),
     "tuned": ("in order", "shuffled"),
     "same": ("shuffled", "one layer on", "layers reversed"),
 }
-
 
 WHAT = {
     "requantised": "every matrix rounded to 4 bits again (GGUF Q4_0)",

@@ -61,10 +61,8 @@ def short_attention(model: Any, scores: int) -> Iterator[None]:
 PACKED_BYTES = 2 << 30
 """Default budget of packed copies."""
 
-
 ROWS = 32
 """Number of rows that oneDNN optimizes the packed layout for; others work as well."""
-
 
 Pack = Any
 """Opaque oneDNN tensor."""

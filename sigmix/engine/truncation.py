@@ -136,14 +136,11 @@ def _take(shared: Shared, number: int, x: torch.Tensor, *_: Any, **__: Any) -> t
 
 INPUTS = (4, 8, 12, 16, 20, 24, 32, 48)
 
-
 OUTPUTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of directions to try."""
 
-
 EXACT = 1e-4
 """Share that may be lost to rounding in float32."""
-
 
 CALL = 300_000
 """Cost of the extra calls of one group, in multiply-adds per row (measured: about 50 µs at 32 rows)."""
@@ -302,9 +299,7 @@ def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int
 
 FILE = "truncation.safetensors"
 
-
 FORMAT = "sigmix-truncation-1"
-
 
 REMEDY = "fit one: sigmix adapt --fit-truncation --bank FOLDER"
 

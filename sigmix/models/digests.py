@@ -33,7 +33,6 @@ FORMAT = 1
 """Part of the file's key: raise it when `weight_digest` or `load_base` change what is hashed."""
 SAMPLES = 64
 
-
 MIN_BYTES = 64 << 20
 """Checkpoints below this size are hashed in every process, which is faster than it is worth a file."""
 

@@ -18,7 +18,6 @@ from sigmix.utils.images import Picture, picture
 
 ASK = "Answer the question using a single word or phrase."
 
-
 FORM_WORDS = 5
 """A reply with more words than this and than the longest accepted answer has no answer."""
 
