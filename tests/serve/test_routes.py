@@ -65,17 +65,13 @@ def test_list_of_experts_has_the_fields_of_the_schema(server):
         server.service.registry.remove("licensed")
 
 
-def test_an_expert_in_use_is_not_unloaded(server):
-    scheduler = server.service.scheduler
+def test_an_expert_in_use_is_not_unloaded(server, monkeypatch):
     request = GenerationRequest("client", [5], Mix.one("math"), lambda event: None)
-    scheduler._running.add(request)
-    try:
-        status, found, _ = server.call("DELETE", "/v1/experts/math")
-        assert (status, found["error"]["code"]) == (409, "in_use")
-        counts = {entry["id"]: entry["running_requests"] for entry in server.call("GET", "/v1/experts")[1]["data"]}
-        assert (counts["math"], counts["code"]) == (1, 0)
-    finally:
-        scheduler._running.discard(request)
+    monkeypatch.setattr(server.service.scheduler, "running", lambda: [request])
+    status, found, _ = server.call("DELETE", "/v1/experts/math")
+    assert (status, found["error"]["code"]) == (409, "in_use")
+    counts = {entry["id"]: entry["running_requests"] for entry in server.call("GET", "/v1/experts")[1]["data"]}
+    assert (counts["math"], counts["code"]) == (1, 0)
 
 
 def test_invalid_experts_are_rejected(server, tmp_path):
