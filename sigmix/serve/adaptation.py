@@ -14,7 +14,7 @@ from typing import Any
 from sigmix.adapt import Example, FewShotSearch
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.serve.fair_queue import QueueFullError
-from sigmix.serve.protocol import AdaptRequest
+from sigmix.serve.protocol.requests import AdaptRequest
 from sigmix.serve.registry import ModelRegistry
 from sigmix.serve.scheduler import SharedEngine
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from sigmix.serve import routes
 from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
-from sigmix.serve.protocol import ApiError
+from sigmix.serve.protocol.errors import ApiError
 from sigmix.serve.scheduler import ClosingError
 from sigmix.serve.service import Service
 from sigmix.serve.settings import Settings

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.metadata import check_name
 from sigmix.serve.observability import REQUEST_ID, Metrics
-from sigmix.serve.protocol import ApiError, rate_limited
+from sigmix.serve.protocol.errors import ApiError, rate_limited
 from sigmix.serve.settings import Settings
 from sigmix.utils.io import atomic_file
 

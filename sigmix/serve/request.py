@@ -17,17 +17,9 @@ from sigmix.adapt.bandit import arm_and_context
 from sigmix.errors import SigmixError
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
-from sigmix.serve.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    Choice,
-    CompletionRequest,
-    ResponseBuilder,
-    api_error,
-    decision_json,
-    rate_limited,
-    sse,
-)
+from sigmix.serve.protocol.builder import Choice, ResponseBuilder, decision_json, sse
+from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
+from sigmix.serve.protocol.requests import ChatCompletionRequest, CompletionRequest
 from sigmix.serve.scheduler import (
     ClosingError,
     Event,

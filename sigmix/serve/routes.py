@@ -16,16 +16,14 @@ from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import Adaptation
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
-from sigmix.serve.protocol import (
+from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
+from sigmix.serve.protocol.requests import (
     AdaptRequest,
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     FeedbackRequest,
     LoadExpertRequest,
     SaveMixRequest,
-    api_error,
-    rate_limited,
 )
 from sigmix.serve.registry import BASE
 from sigmix.serve.request import RequestHandler

@@ -10,7 +10,7 @@ from helpers_serve import bank, make_service, wait_until
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.serve import adaptation as adaptation_module
 from sigmix.serve.fair_queue import QueueFullError
-from sigmix.serve.protocol import AdaptRequest
+from sigmix.serve.protocol.requests import AdaptRequest
 
 pytestmark = pytest.mark.usefixtures("cache")
 EXAMPLES = [{"prompt": "one", "answer": "two"}]

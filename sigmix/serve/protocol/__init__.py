@@ -1,0 +1,1 @@
+"""OpenAI's schema: request bodies, response objects and errors."""

@@ -1,0 +1,119 @@
+"""Response objects of chat and text completions, whole or streamed."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from sigmix.adapt import Decision
+from sigmix.serve.scheduler import Token
+
+MIN_LOGPROB = -9999.0
+"""Lowest log-probability in a response, as in OpenAI's API; JSON has no infinity."""
+
+
+@dataclass
+class Choice:
+    """One completion as received so far."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+def decision_json(decision: Decision, queue_seconds: float) -> dict[str, Any]:
+    """Return the ``sigmix`` object of a response: the mixture and the reason for it."""
+    evidence = dict(decision.evidence)
+    return {
+        "mix": decision.mix.id, **decision.mix.to_json(), "label": decision.label, "reason": decision.reason,
+        "scores": evidence.pop("probabilities", None), "evidence": evidence, "pass1_tokens": decision.tokens,
+        "pass1_seconds": round(decision.seconds, 4), "queue_seconds": round(queue_seconds, 4),
+    }  # fmt: skip
+
+
+class ResponseBuilder:
+    """Builder of the response objects of one request.
+
+    Args:
+        chat: chat completion, not text completion.
+        model: as in the request.
+        fingerprint: of the base model.
+        token_text: maps a token id to its text.
+        logprobs: include log-probabilities.
+    """
+
+    def __init__(
+        self, chat: bool, model: str, fingerprint: str, token_text: Callable[[int], str], logprobs: bool
+    ) -> None:
+        self.chat, self.token_text, self.logprobs = chat, token_text, logprobs
+        self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+        self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+
+    def response(self, choices: Sequence[Choice], usage: dict[str, int], sigmix: Any) -> dict[str, Any]:
+        """Return a whole response."""
+        listed = []
+        for index, choice in enumerate(choices):
+            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            content = {"message": message} if self.chat else {"text": choice.text}
+            listed.append(self._choice(index, content, choice.tokens, 0, choice.finish_reason))
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": listed, "usage": usage, "sigmix": sigmix}
+
+    def chunk(self, choices: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+        """Return one event of a stream."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": list(choices), **extra}
+
+    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the choices of the first chunk, without text."""
+        content = {"delta": {"role": "assistant", "content": ""}}
+        return [self._choice(index, content) for index in indices] if self.chat else []
+
+    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        """Return new text of a streamed choice; ``offset`` is its position in the choice's text."""
+        return self._choice(index, {"delta": {"content": text}} if self.chat else {"text": text}, tokens, offset)
+
+    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
+        """Return the end of a streamed choice."""
+        return self._choice(index, {"delta": {}} if self.chat else {"text": ""}, finish_reason=finish_reason)
+
+    def _choice(
+        self, index: int, content: dict[str, Any], tokens: Sequence[Token] | None = None, offset: int = 0,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        logprobs = None
+        if self.logprobs and tokens is not None:
+            logprobs = self._chat_logprobs(tokens) if self.chat else self._text_logprobs(tokens, offset)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        content = [
+            {**self._token(token.id, token.logprob), "top_logprobs": [self._token(*top) for top in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        text = self.token_text(id)
+        encoded = None if "�" in text else list(text.encode())  # None: part of a character
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": encoded}
+
+    def _text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        texts = [self.token_text(token.id) for token in tokens]
+        top = [{self.token_text(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top} for token in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
+            "top_logprobs": top if any(top) else None,
+            "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
+        }
+
+
+def sse(value: Any) -> str:
+    """Format a value as a server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
