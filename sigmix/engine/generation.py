@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,19 @@ from sigmix.experts.mix import Mix
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Options of one sequence, named as in transformers' `GenerationConfig`.
+    """Options of one sequence, named as in transformers' `GenerationConfig` and vLLM's `SamplingParams`.
+
+    In order of application: `logit_bias`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`, then for
+    sampling `temperature`, `min_p`, `top_k`, `top_p`.
 
     Attributes:
-        do_sample: False: greedy decoding, and `temperature` and `top_p` are ignored.
+        do_sample: False: greedy decoding, and `temperature`, `top_p`, `top_k` and `min_p` are ignored.
         seed: seed of the sequence's own random stream.
+        top_k: keep the most probable tokens; 0 or -1: all.
+        min_p: keep tokens at least this many times as probable as the most probable one; 0: all.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens of the prompt and output.
+        presence_penalty, frequency_penalty: subtracted from the logits of output tokens once, and for each occurrence.
+        logit_bias: {token id: number added to its logit}.
     """
 
     max_new_tokens: int = 64
@@ -31,6 +39,12 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `ConfigError` for a value out of range."""
@@ -38,6 +52,18 @@ class SamplingParams:
             raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k < -1:
+            raise ConfigError(f"top_k must be positive, or 0 for all tokens, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be in [0, 1], not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(f"repetition_penalty must be positive and finite, not {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ConfigError(f"{name} must be in [-2, 2], not {getattr(self, name)}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not -100 <= bias <= 100:
+                raise ConfigError(f"logit_bias must map token ids to numbers in [-100, 100], not {token} to {bias}")
         if self.do_sample and not 0 < self.temperature < float("inf"):
             raise ConfigError(
                 f"temperature must be positive and finite, not {self.temperature}",

@@ -91,9 +91,9 @@ class RequestHandler:
                 text=text,
                 strategy=strategy,
                 seeds=[choice_seed(seed, number * n + index) for index in range(n)],
-                max_new_tokens=min(limits[number], key.max_new_tokens or settings.max_new_tokens),
-                temperature=settings.default_temperature if options.temperature is None else options.temperature,
-                top_p=1.0 if options.top_p is None else options.top_p,
+                params=options.sampling_params(
+                    min(limits[number], key.max_new_tokens or settings.max_new_tokens), settings.default_temperature
+                ),
                 stop_strings=options.stop_strings,
                 top_logprobs=options.logprob_count() or 0,
                 deadline=self.started_at + settings.request_timeout,

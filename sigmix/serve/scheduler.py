@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +102,7 @@ class GenerationRequest:
         on_event: receives every event, in the scheduler's thread.
         text: user turn that the strategy sees.
         strategy: name of the strategy.
+        params: sampling options of every choice, except the seed.
         seeds: one random seed per choice.
         top_logprobs: number of most probable tokens to report.
         deadline: `time.monotonic` after which the request is given up.
@@ -114,10 +115,8 @@ class GenerationRequest:
     on_event: Callable[[Event], None]
     text: str = ""
     strategy: str = ""
+    params: SamplingParams = field(default_factory=SamplingParams)
     seeds: Sequence[int] = (0,)
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
     deadline: float = float("inf")
@@ -127,7 +126,7 @@ class GenerationRequest:
     @property
     def max_length(self) -> int:
         """Largest number of tokens of one sequence."""
-        return len(self.ids) + self.max_new_tokens
+        return len(self.ids) + self.params.max_new_tokens
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -352,13 +351,7 @@ class Scheduler:
 
         return SequenceState(
             prompt_ids=request.ids,
-            params=SamplingParams(
-                max_new_tokens=request.max_new_tokens,
-                do_sample=request.temperature > 0,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=request.seeds[index],
-            ),
+            params=replace(request.params, seed=request.seeds[index]),
             mix=request.mix,
             detokenizer=detokenizer,
             on_token=on_token,

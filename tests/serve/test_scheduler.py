@@ -14,6 +14,7 @@ from helpers_tiny import build_tiny, build_tokenizer
 from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
 from sigmix.engine import Engine
 from sigmix.engine.execution import BREAK_EVEN
+from sigmix.engine.generation import SamplingParams
 from sigmix.experts.mix import Mix
 from sigmix.serve import load_settings
 from sigmix.serve.fair_queue import QueueFullError
@@ -100,7 +101,9 @@ def start(shared):
 def request(ids, mix="base", client="a", **options) -> tuple[GenerationRequest, Events]:
     events = Events()
     parsed = None if mix is None else Mix.parse(mix)
-    return GenerationRequest(client, ids, parsed, events, strategy="math", **options), events
+    sampling = {name: options.pop(name) for name in list(options) if name in SamplingParams.__dataclass_fields__}
+    params = SamplingParams(do_sample="temperature" in sampling, **sampling)
+    return GenerationRequest(client, ids, parsed, events, strategy="math", params=params, **options), events
 
 
 def random_ids(draw, length) -> list[int]:
@@ -197,8 +200,8 @@ def test_many_requests_under_many_mixtures(start, alone, count):
     for one, events in kept:
         events.wait()
         (expected,) = alone.generate(
-            [one.ids], one.mix, max_new_tokens=one.max_new_tokens, do_sample=one.temperature > 0,
-            temperature=one.temperature, top_p=one.top_p, seeds=list(one.seeds), form="factored",
+            [one.ids], one.mix, max_new_tokens=one.params.max_new_tokens, do_sample=one.params.do_sample,
+            temperature=one.params.temperature, top_p=one.params.top_p, seeds=list(one.seeds), form="factored",
         )  # fmt: skip
         assert isinstance(events.all[0], Started)
         assert events.ids() == expected.ids

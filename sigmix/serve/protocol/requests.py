@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sigmix.engine.generation import SamplingParams
+
 MAX_TEXT = 1 << 20
 """Characters of one text field."""
 
@@ -86,6 +88,11 @@ class GenerationOptions(RequestModel):
     def token_limit(self) -> int | None:
         """Return the requested number of new tokens."""
         return self.max_tokens
+
+    def sampling_params(self, max_new_tokens: int, default_temperature: float) -> SamplingParams:
+        """Return the sampling options of a choice, without a seed."""
+        temperature = default_temperature if self.temperature is None else self.temperature
+        return SamplingParams(max_new_tokens, temperature > 0, temperature, 1.0 if self.top_p is None else self.top_p)
 
 
 class ChatCompletionRequest(GenerationOptions):
