@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_NAME = 128
+"""Characters of an unknown name that an error quotes."""
+
 
 class SigmixError(Exception):
     """Base of all errors that sigmix raises on purpose.
@@ -40,6 +43,7 @@ class UnknownNameError(InputError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, remedy: str | None = None) -> None:
         known = sorted(known)
+        name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:8]
         hint = f"nearest: {', '.join(near)}" if near else "there are none"
         super().__init__(f"unknown {kind} {name!r}; {hint}", remedy=remedy)
@@ -79,6 +83,10 @@ class DataError(InputError):
 
 class ContextError(InputError):
     """Prompt longer than the model's context."""
+
+
+class PromptError(ContextError):
+    """Prompt that the model cannot read at any length."""
 
 
 class OutputError(InputError, OSError):

@@ -102,9 +102,9 @@ class Engine:
         """Context length in tokens; None if the config does not state one."""
         return context_length(self.model)
 
-    def check_prompt(self, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
-        """Raise `ContextError` if a prompt is empty, or exceeds the context together with its answer."""
-        check_context(self.model, ids, max_new_tokens, what)
+    def check_prompt(self, ids: Sequence[int], max_new_tokens: int, what: str = "the prompt") -> None:
+        """Raise `ContextError` unless the model can read a prompt and answer it, see `check_context`."""
+        check_context(self.model, ids, max_new_tokens, what, self.tokenizer)
 
     def check_mix(self, mix: Mix) -> None:
         """Raise as `z` does unless a mixture can run on this base."""
@@ -203,7 +203,7 @@ class Engine:
         errors: dict[int, SigmixError] = {}
         for row, one in enumerate(sequences):
             try:
-                check_context(self.model, one.prompt_ids, max_new_tokens, f"prompt {row}")
+                self.check_prompt(one.prompt_ids, max_new_tokens, f"prompt {row}")
             except ContextError as error:
                 if not keep_errors:
                     raise
@@ -252,7 +252,7 @@ class Engine:
         _check_stop_strings(stop_strings)
         detokenizer = StreamingDetokenizer(self.tokenizer, stop_strings)
         one = SequenceState(self.encode(prompt, chat=chat), params, self.mixes(mix, 1)[0], detokenizer)
-        check_context(self.model, one.prompt_ids, max_new_tokens)
+        self.check_prompt(one.prompt_ids, max_new_tokens)
         sent = 0
         with ContinuousBatch(self, chunked=False) as batch:
             batch.add([one])

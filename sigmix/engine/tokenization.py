@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sigmix.errors import ConfigError, ContextError
+from sigmix.errors import ConfigError, ContextError, PromptError
 from sigmix.models.multimodal import image_prompt, processor_of
 from sigmix.utils.images import Shown, pictures
 
@@ -134,10 +134,28 @@ def context_length(model: Any) -> int | None:
     return None
 
 
-def check_context(model: Any, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
-    """Raise `ContextError` if a prompt is empty, or exceeds the context together with its answer."""
+def check_context(
+    model: Any, ids: Sequence[int], max_new_tokens: int, what: str = "the prompt", tokenizer: Any = None
+) -> None:
+    """Check that a model can read a prompt and answer it.
+
+    Args:
+        tokenizer: for the text of a token in an error.
+
+    Raises:
+        PromptError: an empty prompt, or a token without a row in the embedding matrix.
+        ContextError: a prompt that exceeds the context together with its answer.
+    """
     if not ids:
-        raise ContextError(f"{what} is empty", remedy="give some text")
+        raise PromptError(f"{what} is empty", remedy="give some text")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (token := next((token for token in ids if not 0 <= token < rows), None)) is not None:
+        text = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and 0 <= token < len(tokenizer) else None
+        raise PromptError(
+            f"{what} has token {token}{'' if text is None else f' ({text})'}, but the model's embedding has tokens "
+            f"0 to {rows - 1} only",
+            remedy="remove it from the text",
+        )
     limit = context_length(model)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise ContextError(

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from sigmix.serve import routes
 from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
-from sigmix.serve.protocol.errors import ApiError
+from sigmix.serve.protocol.errors import ApiError, validation_error
 from sigmix.serve.scheduler import ClosingError
 from sigmix.serve.service import Service
 from sigmix.serve.settings import Settings
@@ -85,10 +85,7 @@ async def _closing_error(_: Request, error: Any) -> Response:
 
 
 async def _validation_error(_: Request, error: Any) -> Response:
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{param or 'body'}: {message}", param=param).response()
+    return validation_error(error.errors(), error.body).response()
 
 
 async def _http_error(_: Request, error: Any) -> Response:

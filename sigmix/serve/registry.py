@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.adapt.two_pass import AUTO
-from sigmix.errors import ConfigError, ExpertError, UnknownNameError
+from sigmix.errors import ConfigError, ExpertError, InputError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import check_name
 from sigmix.experts.mix import Mix
@@ -153,13 +153,21 @@ class ModelRegistry(Mapping[str, Expert]):
 
         Raises:
             UnknownNameError: unknown model or expert.
-            ConfigError: not a valid mixture expression.
+            ConfigError: invalid weights in a mixture of known experts.
         """
         if model == AUTO:
             return None
-        mix = self._mixes[model][0] if model in self._mixes else Mix.parse(model)
-        for name in mix.weights:
-            if name not in self._experts:
+        invalid: InputError | None = None
+        try:
+            mix = self._mixes[model][0] if model in self._mixes else Mix.parse(model)
+            names = list(mix.weights)
+        except InputError as error:  # any other string is the name of an unknown model
+            invalid, names = error, [term.split(":")[0].strip() for term in model.split("+")]
+        for name in names:
+            if name not in self._experts and name != BASE:
                 models = [*self._experts, *self._mixes, AUTO, BASE]
-                raise UnknownNameError("model", name, models, remedy="GET /v1/models lists all models")
+                shown = name if len(names) > 1 else model
+                raise UnknownNameError("model", shown, models, remedy="GET /v1/models lists all models")
+        if invalid is not None:
+            raise invalid
         return mix

@@ -77,9 +77,15 @@ class RequestHandler:
             raise api_error(error, "model") from error
         try:
             strategy = service.check_strategy((options.sigmix and options.sigmix.strategy) or "")
-            limits = [service.fit_context(ids, options.token_limit()) for ids, _ in prompts]
         except SigmixError as error:
-            raise api_error(error) from error
+            raise api_error(error, "sigmix.strategy") from error
+        limits = []
+        for number, (ids, _) in enumerate(prompts):
+            try:
+                limits.append(service.fit_context(ids, options.token_limit()))
+            except SigmixError as error:
+                place = f"prompt.{number}" if len(prompts) > 1 else "prompt"
+                raise api_error(error, "messages" if isinstance(options, ChatCompletionRequest) else place) from error
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
         self.requests = [

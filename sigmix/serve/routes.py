@@ -92,15 +92,13 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         given = [given]
     if not 1 <= len(given) <= service.settings.max_choices:
         raise ApiError(400, f"prompt must hold 1 to {service.settings.max_choices} prompts", param="prompt")
-    vocabulary = service.engine.model.get_input_embeddings().weight.shape[0]
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):
             prompts.append((await in_thread("prompt", service.encode_text, prompt), prompt))
             continue
         ids = [int(token) for token in prompt]  # type: ignore[union-attr]
-        if not all(0 <= token < vocabulary for token in ids):
-            raise ApiError(400, f"token ids must be between 0 and {vocabulary - 1}", param="prompt")
+        await in_thread("prompt", service.fit_context, ids, None)
         prompts.append((ids, await in_thread("prompt", service.decode, ids)))
     return await RequestHandler(service, request, key, body, prompts).respond()
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy, TwoPass
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
-from sigmix.engine.tokenization import check_context, context_length, encode_turns, has_template
+from sigmix.engine.tokenization import context_length, encode_turns, has_template
 from sigmix.engine.truncation import bank_truncation
-from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
+from sigmix.errors import ConfigError, ContextError, ExpertError, PromptError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.mix import Mix
@@ -157,7 +157,7 @@ class Service:
         """Return the token ids of a conversation, by the chat template or, without one, of its lines.
 
         Raises:
-            ContextError: the template rejects the conversation.
+            PromptError: the template rejects the conversation.
         """
         if not has_template(self._tokenizer):
             return self.encode_text("\n".join(turn["content"] for turn in turns))
@@ -165,7 +165,7 @@ class Service:
             try:
                 return encode_turns(self._tokenizer, turns)
             except Exception as error:  # templates raise arbitrary errors
-                raise ContextError(f"the chat template rejects these messages: {error}") from error
+                raise PromptError(f"the chat template rejects these messages: {error}") from error
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of bare text."""
@@ -185,10 +185,10 @@ class Service:
         """Check a prompt against the context length; return the number of tokens to generate.
 
         Args:
-            max_new_tokens: as requested; None: the default, less where the context ends earlier.
+            max_new_tokens: as requested, a ceiling; None: the default.
 
         Raises:
-            ContextError: empty prompt, or too long with the requested tokens.
+            ContextError: empty prompt, or one that leaves no room for an answer.
         """
         settings = self.settings
         if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
@@ -196,9 +196,9 @@ class Service:
                 f"the prompt has {len(ids)} tokens; this server accepts {settings.max_prompt_tokens}",
                 remedy="shorten the prompt",
             )
-        check_context(self.engine.model, list(ids), max_new_tokens or 1)
+        self.engine.check_prompt(ids, 1)
         room = settings.max_new_tokens if self.context_length is None else self.context_length - len(ids)
-        return min(max_new_tokens or min(settings.default_new_tokens, room), settings.max_new_tokens)
+        return min(max_new_tokens or settings.default_new_tokens, room, settings.max_new_tokens)
 
     # Experts
 

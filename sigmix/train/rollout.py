@@ -124,7 +124,8 @@ class Actor:
         """Sample and score ``num_generations`` completions of each prompt, with sampling parameters for each."""
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
-            check_context(self.model, ids, params[0].max_new_tokens, f"sample {sample.id} of {self.task.name}")
+            name = f"sample {sample.id} of {self.task.name}"
+            check_context(self.model, ids, params[0].max_new_tokens, name, self.tokenizer)
         rows = complete(self.model, prompts, params, self.ends, self.pad_id, num_generations, self.choices)
         texts = self.decode(rows)
         scores = [self.task.score(samples[i // num_generations], text) for i, text in enumerate(texts)]

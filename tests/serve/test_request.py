@@ -126,70 +126,6 @@ def test_text_parts_and_system_message(server, alone):
     assert text_of(found) == alone.generate([ids], "math", max_new_tokens=8)[0].text
 
 
-USER = b'"messages": [{"role": "user", "content": "x"}]}'
-
-
-@pytest.mark.parametrize(
-    "body, status, word, param",
-    [
-        ({"messages": []}, 400, "", "messages"),
-        ({"messages": "hi"}, 400, "", "messages"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role", None),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "user", "messages"),
-        ({**BODY, "model": "maths"}, 404, "math", "model"),
-        ({**BODY, "model": "math:x"}, 400, "", "model"),
-        ({**BODY, "temperature": -1}, 400, "", "temperature"),
-        ({**BODY, "top_p": 0}, 400, "", "top_p"),
-        ({**BODY, "n": 0}, 400, "", "n"),
-        ({**BODY, "n": 99}, 400, "", "n"),
-        ({**BODY, "max_tokens": 0}, 400, "", "max_tokens"),
-        ({**BODY, "max_tokens": 10**6}, 400, "context", None),
-        ({**BODY, "tools": [{}]}, 400, "tools", None),
-        ({**BODY, "response_format": {"type": "json_object"}}, 400, "response_format", None),
-        ({**BODY, "top_logprobs": 2}, 400, "logprobs", None),
-        ({**BODY, "presence_penalty": 1}, 400, "presence_penalty", None),
-        ({**BODY, "logit_bias": {"5": 1}}, 400, "logit_bias", None),
-        ({**BODY, "stop": [""]}, 400, "stop", None),
-        ({**BODY, "stop": ["x"] * 17}, 400, "stop", None),
-        ({**BODY, "sigmix": {"strategy": "Z"}}, 404, "strategy", None),
-        ({"messages": [{"role": "user", "content": "x " * 400}], "max_tokens": 4}, 400, "context", None),
-        (b"{", 400, "", None),
-        (b"\xff\xfe{}", 400, "", None),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "", None),
-        (b"[" * 100_000, 400, "", None),
-        (b"null", 400, "", None),
-        (b'{"\\ud800": 1}', 400, "", None),
-        (b'{"model": "\\ud800", ' + USER, 400, "", None),
-        (b'{"temperature": NaN, ' + USER, 400, "", None),
-        (b'{"top_p": Infinity, ' + USER, 400, "", None),
-        (b'{"seed": 1' + b"0" * 5000 + b", " + USER, 400, "", None),
-        (b'{"max_tokens": 1e400, ' + USER, 400, "", None),
-    ],
-)
-def test_invalid_requests(server, body, status, word, param):
-    got, found, _ = server.call("POST", CHAT, body)
-    assert got == status, found
-    error = found["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert word in error["message"] + str(error["param"])
-    if param:
-        assert error["param"] == param
-    stream = body if isinstance(body, bytes) else {**body, "stream": True}
-    assert server.call("POST", CHAT, stream)[0] == status
-
-
-@pytest.mark.parametrize(
-    "body", [{"prompt": [10**9]}, {"prompt": []}, {"prompt": ""}, {"prompt": "x", "echo": True},
-             {"prompt": "x", "suffix": "y"}, {"prompt": "x", "best_of": 2}],
-)  # fmt: skip
-def test_invalid_completions(server, body):
-    assert server.call("POST", "/v1/completions", body)[0] == 400
-
-
-def test_unknown_fields_are_ignored(server):
-    assert server.call("POST", CHAT, {**BODY, "unknown": 1})[0] == 200
-
-
 def test_full_queue(server):
     scheduler = server.service.scheduler
     limits, scheduler.queue.max_size = scheduler.queue.max_size, 2
@@ -202,3 +138,33 @@ def test_full_queue(server):
         assert statuses == [200, 200]
     finally:
         scheduler.queue.max_size = limits
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_max_tokens_is_a_ceiling(server, path):
+    body = {**BODY, "model": "code"} if path == CHAT else {"prompt": "one two", "model": "code"}
+    limit = server.service.settings.max_new_tokens
+    _, longest, _ = server.call("POST", path, {**body, "max_tokens": limit})
+    for requested in (limit + 1, 10**6):
+        status, found, _ = server.call("POST", path, {**body, "max_tokens": requested})
+        assert (status, found["choices"], found["usage"]) == (200, longest["choices"], longest["usage"])
+
+
+def test_an_answer_ends_with_the_context(server):
+    full = server.service.context_length
+    for length, status in ((full - 2, 200), (full, 400)):
+        body = {"prompt": [5] * length, "model": "math", "max_tokens": 50, "logit_bias": {}}
+        got, found, _ = server.call("POST", "/v1/completions", body)
+        assert got == status
+        if status == 400:
+            assert found["error"]["code"] == "context_length_exceeded"
+            assert str(full) in found["error"]["message"]
+        else:
+            assert found["choices"][0]["finish_reason"] == "length"
+            assert found["usage"]["total_tokens"] <= full
+
+
+def test_both_limits_of_chat_completions_are_ceilings(server):
+    for one, other in ((3, 5), (5, 3)):
+        status, found = server.chat(max_tokens=one, max_completion_tokens=other, model="math")
+        assert (status, found["usage"]["completion_tokens"]) == (200, 3)

@@ -41,13 +41,14 @@ def test_empty_bank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prompt, requested, expected", [(10, None, 20), (10, 50, 50), (10, 200, 100), (246, None, 10), (246, 10, 10)]
+    "prompt, requested, expected",
+    [(10, None, 20), (10, 50, 50), (10, 200, 100), (246, None, 10), (246, 10, 10), (246, 11, 10), (100, 10**9, 100)],
 )
 def test_number_of_new_tokens(service, prompt, requested, expected):
     assert service.fit_context([5] * prompt, requested) == expected
 
 
-@pytest.mark.parametrize("prompt, requested", [(0, None), (246, 11), (247, 1), (100, 200)])
+@pytest.mark.parametrize("prompt, requested", [(0, None), (247, 1), (256, None), (300, 10**9)])
 def test_prompts_that_do_not_fit(service, prompt, requested):
     with pytest.raises(ContextError):
         service.fit_context([5] * prompt, requested)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from sigmix.engine.generation import SamplingParams
 
@@ -17,10 +20,39 @@ DEFAULT_COMPLETION_TOKENS = 16
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
-class RequestModel(BaseModel):
-    """Base class of request bodies."""
 
-    model_config = ConfigDict(extra="ignore", strict=False)
+def field_error(field: str, problem: str) -> PydanticCustomError:
+    """Return an error to raise in a validator of a model; ``problem`` follows the path of the field."""
+    field = field.encode(errors="backslashreplace").decode()  # lone surrogates
+    return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
+
+
+class RequestModel(BaseModel):
+    """Base class of request bodies. null is an absent field, as in OpenAI's API; unknown fields are errors.
+
+    Attributes:
+        ignored: fields that do not change an answer.
+        neutral: values of unsupported fields that do not change an answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        body = {name: value for name, value in body.items() if value is not None and name not in cls.ignored}
+        for name in [name for name in body if name not in cls.model_fields]:
+            if body[name] not in cls.neutral.get(name, ()):
+                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.85)
+                hint = f"did you mean {near[0]}?" if near else "leave it out"
+                raise field_error(name, f"is not supported; {hint}")
+            del body[name]
+        return body
 
 
 class TextPart(RequestModel):
@@ -29,9 +61,19 @@ class TextPart(RequestModel):
     type: Literal["text"]
     text: str = Field(max_length=MAX_TEXT)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, part: Any) -> Any:
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise PydanticCustomError("part", "is a part of type {kind}; only text parts are supported", {"kind": kind})
+        return part
+
 
 class ChatMessage(RequestModel):
     """Message of a conversation."""
+
+    ignored = frozenset({"refusal"})
+    neutral = {"annotations": ([],), "tool_calls": ([],)}  # in replies of clients and servers
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] = Field(description="Text, or a list of text parts.")
@@ -45,6 +87,8 @@ class ChatMessage(RequestModel):
 class StreamOptions(RequestModel):
     """Streaming options."""
 
+    ignored = frozenset({"include_obfuscation"})  # padding of events
+
     include_usage: bool = False
 
 
@@ -57,9 +101,22 @@ class SigmixOptions(RequestModel):
 class GenerationOptions(RequestModel):
     """Fields of chat completions and of text completions."""
 
-    unsupported: ClassVar[tuple[str, ...]] = ("presence_penalty", "frequency_penalty", "logit_bias")
+    ignored = frozenset({
+        "audio", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user",
+    })  # fmt: skip
+    neutral = {
+        "add_generation_prompt": (True,), "best_of": (1,), "continue_final_message": (False,), "echo": (False,),
+        "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
+        "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,), "priority": (0,),
+        "reasoning_effort": ("none",), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "stop_token_ids": ([],),
+        "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (-1, 0),
+        "use_beam_search": (False,), "verbosity": ("medium",),
+    }  # fmt: skip
 
-    model: Name = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
+    model: str = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -68,17 +125,7 @@ class GenerationOptions(RequestModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
-    user: str | None = Field(None, max_length=256)
     sigmix: SigmixOptions | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-
-    @model_validator(mode="after")
-    def _reject_unsupported(self) -> GenerationOptions:
-        if found := [name for name in self.unsupported if getattr(self, name)]:
-            raise ValueError(f"unsupported: {', '.join(found)}; leave out")
-        return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -98,26 +145,19 @@ class GenerationOptions(RequestModel):
 class ChatCompletionRequest(GenerationOptions):
     """POST /v1/chat/completions."""
 
-    unsupported = (*GenerationOptions.unsupported, "tools", "functions")
-
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:
-        if self.response_format and self.response_format.get("type", "text") != "text":
-            raise ValueError("unsupported: response_format other than text")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs requires logprobs: true")
+            raise field_error("top_logprobs", "requires logprobs: true")
         return self
 
     def token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return min(filter(None, (self.max_completion_tokens, self.max_tokens)), default=None)
 
     def logprob_count(self) -> int | None:
         """Return the number of most probable tokens to report; None: no log-probabilities."""
@@ -127,13 +167,8 @@ class ChatCompletionRequest(GenerationOptions):
 class CompletionRequest(GenerationOptions):
     """POST /v1/completions."""
 
-    unsupported = (*GenerationOptions.unsupported, "echo", "suffix")
-
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = Field(None, le=1)
 
     def token_limit(self) -> int | None:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
