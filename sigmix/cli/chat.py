@@ -220,10 +220,6 @@ class Session:
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return token ids under the chat template, or of bare lines where there is none."""
-        from sigmix.engine.tokenization import encode_turns, has_template
+        from sigmix.engine.tokenization import encode_turns
 
-        messages = [*self.system, *messages]
-        if not has_template(self.engine.tokenizer):
-            text = "\n".join(message["content"] for message in messages)
-            return list(self.engine.tokenizer(text)["input_ids"])
-        return encode_turns(self.engine.tokenizer, messages)
+        return encode_turns(self.engine.tokenizer, [*self.system, *messages])

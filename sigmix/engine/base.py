@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
 
-Prompt = str | Sequence[int]
-"""A user turn, or token ids as `Engine.encode` returns them."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A user turn, token ids as `Engine.encode` returns them, or the messages {"role", "content"} of a conversation."""
 
 
 class InferenceEngine(Protocol):

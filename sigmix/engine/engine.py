@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -83,9 +83,12 @@ class Engine:
         system: str | None = None,
         chat: bool | None = None,
         images: Shown | Sequence[Shown] | None = (),
+        **template_options: Any,
     ) -> list[int]:
         """Return token ids of a prompt; ids pass through. See `sigmix.engine.tokenization.encode`."""
-        return encode(self.tokenizer, prompt, system, chat, images) if isinstance(prompt, str) else as_token_ids(prompt)
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+            return encode(self.tokenizer, cast(Any, prompt), system, chat, images, **template_options)
+        return as_token_ids(cast(Sequence[int], prompt))
 
     @property
     def base_name(self) -> str | None:

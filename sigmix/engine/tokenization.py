@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sigmix.errors import ConfigError, ContextError, PromptError
@@ -12,28 +15,32 @@ from sigmix.utils.images import Shown, pictures
 
 def encode(
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, Any]],
     system: str | None = None,
     chat: bool | None = None,
     images: Shown | Sequence[Shown] | None = None,
+    **template_options: Any,
 ) -> list[int]:
     """Return token ids of a prompt, with the start of the model's turn.
 
     Args:
-        prompt: the user turn.
+        prompt: the user turn, or all messages {"role", "content"}.
         system: the system turn; None leaves it to the template (many add a default one).
         chat: apply the chat template; None: if the tokenizer has one.
         images: placed before the prompt: paths, PIL images or `Picture`s, or one of these.
+        template_options: see `encode_turns`.
 
     Raises:
-        ConfigError: images for a text model. DataError: an image that cannot be read.
+        ConfigError, PromptError: see `encode_turns`. DataError: an image that cannot be read.
     """
     shown = pictures(images)
-    if chat is None:
-        chat = has_template(tokenizer)
-    if not chat:
-        return _bare(tokenizer, bare_text(prompt, system), shown)
-    return encode_turns(tokenizer, turns_of(prompt, system), shown)
+    if isinstance(prompt, str):
+        if not (has_template(tokenizer) if chat is None else chat):
+            return _bare(tokenizer, bare_text(prompt, system), shown)
+        prompt = turns_of(prompt, system)
+    elif system:
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return encode_turns(tokenizer, prompt, shown, **template_options)
 
 
 def turns_of(prompt: str, system: str | None = None) -> list[dict[str, str]]:
@@ -52,27 +59,115 @@ def has_template(tokenizer: Any) -> bool:
     return getattr(processor_of(tokenizer) or tokenizer, "chat_template", None) is not None
 
 
-def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], images: Sequence[Shown] = ()) -> list[int]:
-    """Return token ids of messages {"role", "content"} under the chat template; images precede the last message's text.
+def encode_turns(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    images: Sequence[Shown] = (),
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    **template_options: Any,
+) -> list[int]:
+    """Return token ids of messages {"role", "content"} under the chat template, or of their lines where there is none.
+
+    Images precede the last message's text.
+
+    Args:
+        tools: function tools {"type": "function", "function": {"name", "description", "parameters"}}.
+        add_generation_prompt: append the start of the model's turn; default: unless ``continue_final_message``.
+        continue_final_message: leave the last message open, to be continued.
+        template_options: other variables of the template. ``enable_thinking`` is False by default: reasoning models
+            skip their reasoning; other templates ignore it.
 
     Raises:
-        ConfigError: images for a text model. Other errors are the template's.
+        ConfigError: images for a text model, options that exclude each other, tools or tool turns that the template
+            does not render. PromptError: messages that it rejects.
     """
+    if continue_final_message and add_generation_prompt:
+        raise ConfigError(
+            "continue_final_message and add_generation_prompt exclude each other", remedy="set one of them to false"
+        )
     processor, shown = processor_of(tokenizer), pictures(list(images))
+    template = chat_template(tokenizer, tools)
+    _check_tool_turns(template, turns, tools)
+    if template is None:
+        return _bare(tokenizer, "\n".join(turn["content"] for turn in turns), shown)
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    options = {
+        "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
+        "tools": list(tools) if tools else None, "tokenize": True, "return_dict": True, **template_options,
+    }  # fmt: skip
     if processor is None:
         _no_images(shown)
-        # reasoning models skip their reasoning; other templates ignore the option
-        ids = tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=True, tokenize=True, enable_thinking=False
+        render = partial(tokenizer.apply_chat_template, **{"enable_thinking": False, **options})
+    else:
+        no_marks(processor, *(turn["content"] for turn in turns))
+        turns = in_parts(turns)
+        turns[-1]["content"] = [*({"type": "image", "image": one.open()} for one in shown), *turns[-1]["content"]]
+        render = partial(processor.apply_chat_template, return_tensors="pt", **options)
+    try:
+        inputs = _render(render, turns)
+    except PromptError:
+        raise
+    except Exception as error:  # templates raise arbitrary errors
+        raise PromptError(f"the chat template rejects these messages: {error}") from error
+    return list(inputs["input_ids"]) if processor is None else image_prompt(processor, inputs, shown)
+
+
+def _render(render: Callable[[list[Any]], Any], turns: Sequence[Mapping[str, Any]]) -> Any:
+    """Apply a template to messages with the arguments of their tool calls as objects, or else as text."""
+    parsed = [{**turn, "tool_calls": list(map(_parsed, turn["tool_calls"]))} if turn.get("tool_calls") else turn
+              for turn in turns]  # fmt: skip
+    try:
+        return render(parsed)
+    except TypeError:
+        if parsed == list(turns):
+            raise
+        return render(list(turns))  # templates such as DeepSeek-V3's concatenate them with other text
+
+
+def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise PromptError(
+            f"the arguments of the tool call {function['name']!r} are {function['arguments']!r}, not a JSON object"
         )
-        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
-    no_marks(processor, *(turn["content"] for turn in turns))
-    parts = in_parts(turns)
-    parts[-1]["content"] = [*({"type": "image", "image": one.open()} for one in shown), *parts[-1]["content"]]
-    inputs = processor.apply_chat_template(
-        parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return image_prompt(processor, inputs, shown)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def chat_template(tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    """Return the text of the chat template, of several the one for tools or the default one; None if there is none."""
+    if not has_template(tokenizer):
+        return None
+    processor = processor_of(tokenizer)
+    return str(processor.chat_template if processor is not None else tokenizer.get_chat_template(tools=tools or None))
+
+
+def _check_tool_turns(
+    template: str | None, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Raise `ConfigError` for tools or tool turns that a template would drop."""
+    needed = {
+        "tools": (bool(tools), r"\btools\b"),
+        "tool_calls": (any(turn.get("tool_calls") for turn in turns), r"\btool_calls\b"),
+        "messages of role tool": (any(turn["role"] == "tool" for turn in turns), r"""["']tool["']|\btool_calls\b"""),
+    }
+    for name, (given, pattern) in needed.items():
+        if given and not re.search(pattern, template or ""):
+            model = "the model has no chat template" if template is None else "the model's chat template does not"
+            raise ConfigError(
+                f"{model} {'to ' if template is None else ''}render {name}",
+                remedy=f"leave out {name}, or use a base model trained with tools, such as Qwen/Qwen2.5-0.5B-Instruct",
+            )
 
 
 def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
@@ -87,9 +182,9 @@ def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
     return image_prompt(processor, inputs, shown)
 
 
-def in_parts(turns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def in_parts(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with their texts as lists of parts, as templates of vision-language models expect them."""
-    return [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
 def no_marks(processor: Any, *texts: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy, TwoPass
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
-from sigmix.engine.tokenization import context_length, encode_turns, has_template
+from sigmix.engine.tokenization import context_length, encode_turns
 from sigmix.engine.truncation import bank_truncation
-from sigmix.errors import ConfigError, ContextError, ExpertError, PromptError, UnknownNameError
+from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.mix import Mix
@@ -153,19 +154,14 @@ class Service:
 
     # Tokenization
 
-    def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation, by the chat template or, without one, of its lines.
+    def encode_chat(self, turns: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the token ids of a conversation, see `sigmix.engine.tokenization.encode_turns`.
 
         Raises:
-            PromptError: the template rejects the conversation.
+            ConfigError, PromptError: see `encode_turns`.
         """
-        if not has_template(self._tokenizer):
-            return self.encode_text("\n".join(turn["content"] for turn in turns))
         with self._tokenizer_lock:
-            try:
-                return encode_turns(self._tokenizer, turns)
-            except Exception as error:  # templates raise arbitrary errors
-                raise PromptError(f"the chat template rejects these messages: {error}") from error
+            return encode_turns(self._tokenizer, turns, **options)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of bare text."""

@@ -6,7 +6,7 @@ import pytest
 from helpers_serve import BODY, CHAT, bank, make_service, serving
 
 from sigmix.adapt import TwoPass
-from sigmix.errors import ContextError, UnknownNameError
+from sigmix.errors import ContextError, PromptError, UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -62,7 +62,7 @@ def test_bare_lines_without_a_chat_template(service):
 
 def test_a_template_that_rejects_a_conversation(service):
     service._tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ContextError) as error:
+    with pytest.raises(PromptError) as error:
         service.encode_chat([{"role": "user", "content": "one"}])
     assert "roles must alternate" in str(error.value)
 
