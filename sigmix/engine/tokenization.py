@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from sigmix.errors import ConfigError, ContextError, PromptError
-from sigmix.models.multimodal import image_prompt, processor_of
+from sigmix.models.multimodal import image_prompt, is_image_token, processor_of
 from sigmix.utils.images import Shown, pictures
 
 
@@ -244,7 +244,8 @@ def check_context(
     if not ids:
         raise PromptError(f"{what} is empty", remedy="give some text")
     rows = model.get_input_embeddings().weight.shape[0]
-    if (token := next((token for token in ids if not 0 <= token < rows), None)) is not None:
+    unreadable = (token for token in ids if token >= rows or (token < 0 and not is_image_token(token)))
+    if (token := next(unreadable, None)) is not None:
         text = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and 0 <= token < len(tokenizer) else None
         raise PromptError(
             f"{what} has token {token}{'' if text is None else f' ({text})'}, but the model's embedding has tokens "

@@ -204,6 +204,13 @@ def as_token_ids(prompt: Sequence[int]) -> list[int]:
     return prompt if isinstance(prompt, ImagePrompt) else list(prompt)
 
 
+def is_image_token(token: int) -> bool:
+    """Return True if a negative id is that of a token of an image that is still in use."""
+    number = -1 - token
+    image = _KNOWN.get(number >> PLACE_BITS)
+    return image is not None and number & ((1 << PLACE_BITS) - 1) < image.tokens
+
+
 def embed_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return ``input_ids`` [N, R], or ``inputs_embeds`` [N, R, d] if there are images among the ids."""
     if not bool((ids < 0).any()):
