@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from sigmix.engine.generation import DecodingBatch, SequenceState
+from sigmix.engine.generation import DecodingBatch, SequenceState, token_logprobs
 from sigmix.engine.prefix_cache import Entry, StoredPrefix, prefill, read_prefix
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
@@ -61,20 +61,30 @@ class ContinuousBatch(DecodingBatch):
         Prompts must not be empty, and must fit the context together with their answers.
         """
         self.release()
-        whole = []
+        whole, scored = [], []
         for one in sequences:
-            prefix = self.engine.cached_prefix(one.prompt_ids, one.mix, self.form) if self.chunked else None
+            # a cached prefix has no logits
+            reuse = self.chunked and one.on_prompt is None
+            prefix = self.engine.cached_prefix(one.prompt_ids, one.mix, self.form) if reuse else None
             if prefix is not None:
                 self._pending.append((one, prefix.cache, len(prefix.ids)))
             elif self.chunked and len(one.prompt_ids) > CHUNK_TOKENS:
                 self._pending.append((one, DynamicCache(config=self.model.config), 0))
             else:
-                whole.append(one)
-        for part in _by_length(whole) if self.chunked else [whole]:
+                (whole if one.on_prompt is None else scored).append(one)
+        parts = [*_by_length(whole)] if self.chunked else [whole]
+        for part in [*parts, *_by_length(scored, CHUNK_TOKENS)]:  # few at once: all their logits are in memory
             rows, mixes = [one.prompt_ids for one in part], [one.mix for one in part]
             tokens = sum(map(len, rows))
             self._enter(mixes, 0 if self.chunked else tokens)
-            self.append(part, self.engine.read(rows, mixes, self._select))
+            if part[0].on_prompt is None:
+                state = self.engine.read(rows, mixes, self._select)
+            else:
+                state = prefill(self.model, rows, self.engine.pad_id, share=False, all_logits=True)
+                assert state.prompt_logits is not None
+                for one, logits in zip(part, state.prompt_logits, strict=True):
+                    _report_prompt(one, logits[-len(one.prompt_ids) :], 0)
+            self.append(part, state)
             if self.chunked:
                 self.engine.execution.count_step(tokens)
         if not self._rows:  # the state is not that of the next step
@@ -131,22 +141,37 @@ class ContinuousBatch(DecodingBatch):
         chunk = one.prompt_ids[done : done + budget]
         self._enter([one.mix])
         self.engine.execution.count_step(len(chunk))
+        scored = one.on_prompt is not None
         if done + len(chunk) < len(one.prompt_ids):
-            read_prefix(self.model, chunk, cache)
+            logits = read_prefix(self.model, chunk, cache, all_logits=scored)[0]
             self._pending[0] = (one, cache, done + len(chunk))
+            if scored:
+                _report_prompt(one, logits, done)
         else:
             self._pending.pop(0)
             start = StoredPrefix(tuple(one.prompt_ids[:done]), cache) if done else None
-            state = prefill(self.model, [one.prompt_ids], self.engine.pad_id, self._select is None, start)
+            share = self._select is None
+            state = prefill(self.model, [one.prompt_ids], self.engine.pad_id, share, start, all_logits=scored)
+            if state.prompt_logits is not None:
+                _report_prompt(one, state.prompt_logits[0], done)
             self.append([one], state)
         return len(chunk)
 
 
-def _by_length(sequences: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:
-    """Group sequences so that padding is at most as long as the prompts."""
+def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None:
+    """Pass on the log-probabilities of prompt tokens, given the logits [R, V] after the tokens from ``start`` on."""
+    following = one.prompt_ids[start + 1 : start + 1 + len(logits)]
+    if one.on_prompt is not None and following:
+        tokens = torch.tensor(following, device=logits.device)
+        one.on_prompt(token_logprobs(logits[: len(following)], tokens, one.top_logprobs))
+
+
+def _by_length(sequences: Sequence[SequenceState], limit: float = float("inf")) -> Iterator[list[SequenceState]]:
+    """Group sequences so that padding is at most as long as the prompts, and each group has at most ``limit`` tokens."""
     part: list[SequenceState] = []
     for one in sorted(sequences, key=lambda one: len(one.prompt_ids)):
-        if part and len(one.prompt_ids) > 2 * len(part[0].prompt_ids):
+        width = len(one.prompt_ids)
+        if part and (width > 2 * len(part[0].prompt_ids) or width * (len(part) + 1) > limit):
             yield part
             part = []
         part.append(one)

@@ -91,6 +91,9 @@ class Generation:
     error: SigmixError | None = None
 
 
+TokenLogprobs = tuple[float, list[tuple[int, float]]]
+"""Natural log-probability of a token, and the most probable tokens at its place with theirs."""
+
 OnToken = Callable[[int, float, list[tuple[int, float]], str], None]
 """Callback of (token id, its natural log-probability, the most probable tokens with theirs, new final text)."""
 
@@ -102,6 +105,8 @@ class SequenceState:
     Attributes:
         top_logprobs: number of most probable tokens that `on_token` receives.
         detokenizer: decodes the sequence and ends it at a stop string.
+        on_prompt: receives the log-probabilities of the prompt's tokens from the second one on, in one or several parts;
+            None: they are not computed.
         cache_prefix: keep keys and values for prompts that continue this sequence.
         ids, logprobs: generated so far, as in `Generation`.
         finish: "" while decoding, then "stop", "length" or "error" (non-finite logits).
@@ -113,6 +118,7 @@ class SequenceState:
     mix: Mix = field(default_factory=Mix.base)
     detokenizer: StreamingDetokenizer | None = None
     on_token: OnToken | None = None
+    on_prompt: Callable[[list[TokenLogprobs]], None] | None = None
     top_logprobs: int = 0
     cache_prefix: bool = False
     context: Any = None
@@ -127,6 +133,17 @@ class SequenceState:
             stream = torch.Generator().manual_seed(int(self.params.seed) % 2**63)
             self._draws = torch.rand(self.params.max_new_tokens, generator=stream, dtype=torch.float64).tolist()
         return self._draws[len(self.ids)]
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int = 0) -> list[TokenLogprobs]:
+    """Return the log-probability of each of N tokens, and the ``top`` most probable ones, from logits [N, V]."""
+    scores = logits.float()
+    normalizer = scores.logsumexp(-1, keepdim=True)
+    chosen = (scores.gather(-1, tokens[:, None]) - normalizer)[:, 0].tolist()
+    best = scores.topk(top)
+    values = (best.values - normalizer).tolist()
+    most = [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), values, strict=True)]
+    return list(zip(chosen, most, strict=True))
 
 
 def select_tokens(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:

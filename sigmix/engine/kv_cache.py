@@ -24,12 +24,14 @@ class Prefilled:
         logits: [N, V] of the token after each prompt, in the model's dtype.
         lengths: int64 [N], position of the next token: the prompt's length without padding (less in Qwen-VL, where the
             tokens of an image share positions).
+        prompt_logits: [N, R, V] after each of the last R columns, if they were requested.
     """
 
     cache: DynamicCache
     mask: torch.Tensor
     logits: torch.Tensor
     lengths: torch.Tensor
+    prompt_logits: torch.Tensor | None = None
 
     def repeat(self, times: int) -> Prefilled:
         """Repeat every row ``times`` times in place, copies side by side."""

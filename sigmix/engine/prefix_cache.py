@@ -56,31 +56,39 @@ class StoredPrefix:
         return all(len(row) > len(self.ids) and tuple(row[: len(self.ids)]) == self.ids for row in rows)
 
 
-def read_prefix(model: Any, ids: Sequence[int], cache: DynamicCache, rows: int = 1) -> None:
-    """Compute the keys and values of a prefix, or its continuation, in every row of a cache."""
+def read_prefix(
+    model: Any, ids: Sequence[int], cache: DynamicCache, rows: int = 1, all_logits: bool = False
+) -> torch.Tensor:
+    """Compute the keys and values of a prefix, or its continuation, in every row of a cache.
+
+    Returns:
+        Logits [rows, P, V] after each token; [rows, 0, V] unless ``all_logits``.
+    """
     device = model.get_input_embeddings().weight.device
     no_logits = torch.empty(0, dtype=torch.long, device=device)
     batch = torch.tensor([list(ids)] * rows, device=device)
     places = grid_positions(model, [ids])
     positions = None if places is None else places[0][:, None].expand(-1, rows, -1).to(device)
-    model(
+    return model(
         **embed_inputs(model, batch),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=no_logits,
-    )
+        logits_to_keep=0 if all_logits else no_logits,
+    ).logits
 
 
 def prefill(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool = True, start: StoredPrefix | None = None
-) -> Prefilled:
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool = True, start: StoredPrefix | None = None,
+    all_logits: bool = False,
+) -> Prefilled:  # fmt: skip
     """Run prompts through a causal language model in its present adapted state; gradients flow if enabled.
 
     Args:
         rows: N token-id lists, none empty; for images see `sigmix.models.multimodal`.
         share: compute the common prefix once; False if rows have different weights.
         start: cached prefix of all rows under the same weights; its cache is consumed.
+        all_logits: keep the logits after every token that is not in a prefix.
     """
     device = model.get_input_embeddings().weight.device
     cache = DynamicCache(config=model.config)
@@ -107,9 +115,9 @@ def prefill(
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=0 if all_logits else 1,
     )
-    return Prefilled(cache, mask, out.logits[:, -1], lengths)
+    return Prefilled(cache, mask, out.logits[:, -1], lengths, out.logits if all_logits else None)
 
 
 def _can_share(cache: DynamicCache, rows: Sequence[Sequence[int]]) -> bool:
