@@ -61,7 +61,8 @@ class ContinuousBatch(DecodingBatch):
         Prompts must not be empty, and must fit the context together with their answers.
         """
         self.release()
-        whole, scored = [], []
+        whole: list[SequenceState] = []
+        scored: list[SequenceState] = []
         for one in sequences:
             # a cached prefix has no logits
             reuse = self.chunked and one.on_prompt is None
@@ -72,8 +73,8 @@ class ContinuousBatch(DecodingBatch):
                 self._pending.append((one, DynamicCache(config=self.model.config), 0))
             else:
                 (whole if one.on_prompt is None else scored).append(one)
-        parts = [*_by_length(whole)] if self.chunked else [whole]
-        for part in [*parts, *_by_length(scored, CHUNK_TOKENS)]:  # few at once: all their logits are in memory
+        parts = [*_by_length(scored, CHUNK_TOKENS)]  # few at once: all their logits are in memory
+        for part in [*parts, *(_by_length(whole) if self.chunked else [whole])]:
             rows, mixes = [one.prompt_ids for one in part], [one.mix for one in part]
             tokens = sum(map(len, rows))
             self._enter(mixes, 0 if self.chunked else tokens)
@@ -167,7 +168,7 @@ def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None
 
 
 def _by_length(sequences: Sequence[SequenceState], limit: float = float("inf")) -> Iterator[list[SequenceState]]:
-    """Group sequences so that padding is at most as long as the prompts, and each group has at most ``limit`` tokens."""
+    """Group sequences: padding is at most as long as the prompts, and a group has at most ``limit`` tokens."""
     part: list[SequenceState] = []
     for one in sorted(sequences, key=lambda one: len(one.prompt_ids)):
         width = len(one.prompt_ids)

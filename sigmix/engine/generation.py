@@ -105,7 +105,7 @@ class SequenceState:
     Attributes:
         top_logprobs: number of most probable tokens that `on_token` receives.
         detokenizer: decodes the sequence and ends it at a stop string.
-        on_prompt: receives the log-probabilities of the prompt's tokens from the second one on, in one or several parts;
+        on_prompt: receives the log-probabilities of the prompt's tokens from the second one on, in one or more parts;
             None: they are not computed.
         cache_prefix: keep keys and values for prompts that continue this sequence.
         ids, logprobs: generated so far, as in `Generation`.
@@ -248,26 +248,22 @@ class DecodingBatch:
         if self.trie is not None:
             scores = self.trie.constrain(scores, [one.ids for one in sequences])
         tokens = select_tokens(scores, sequences)
-        normalizer = scores.logsumexp(-1)
-        logprobs = (scores.gather(1, tokens[:, None])[:, 0] - normalizer).tolist()
-        most = max(one.top_logprobs for one in sequences)
-        best = scores.topk(most) if most else None
+        logprobs = token_logprobs(scores, tokens, max(one.top_logprobs for one in sequences))
         chosen = tokens.tolist()
-        for row, (one, token, logprob) in enumerate(zip(sequences, chosen, logprobs, strict=True)):
-            one.ids.append(token)
-            one.logprobs.append(logprob)
+        for one, token, (logprob, most) in zip(sequences, chosen, logprobs, strict=True):
             if not logprob > float("-inf"):  # or NaN
                 one.finish = "error"
                 continue
+            if not one.params.max_new_tokens:
+                one.finish = "length"
+                continue
+            one.ids.append(token)
+            one.logprobs.append(logprob)
             text = ""
             if one.detokenizer is not None and token not in self.eos_token_ids:
                 text = one.detokenizer.add(token)
             if one.on_token is not None:
-                top = []
-                if best is not None and one.top_logprobs:
-                    values = (best.values[row, : one.top_logprobs] - normalizer[row]).tolist()
-                    top = list(zip(best.indices[row, : one.top_logprobs].tolist(), values, strict=True))
-                one.on_token(token, logprob, top, text)
+                one.on_token(token, logprob, most[: one.top_logprobs], text)
             if token in self.eos_token_ids or (one.detokenizer is not None and one.detokenizer.stopped is not None):
                 one.finish = "stop"
             elif len(one.ids) >= one.params.max_new_tokens:

@@ -26,6 +26,7 @@ from sigmix.serve.scheduler import (
     Failed,
     Finished,
     GenerationRequest,
+    PromptLogprobs,
     Started,
     Token,
     choice_seed,
@@ -46,7 +47,7 @@ class ClientDisconnected(Exception):
 
 
 class RequestHandler:
-    """Handler of a chat or text completion with several prompts, each with ``n`` choices, numbered through.
+    """Handler of a chat or text completion with several prompts, each with one or more choices, numbered through.
 
     Args:
         service: parts of the server.
@@ -54,6 +55,7 @@ class RequestHandler:
         key: API key of the client.
         options: parsed body.
         prompts: (token ids, user turn) of each prompt.
+        echoes: text of each prompt, to be returned before every completion; None: only completions are returned.
 
     Raises:
         ApiError: invalid request.
@@ -66,11 +68,14 @@ class RequestHandler:
         key: ApiKey,
         options: ChatCompletionRequest | CompletionRequest,
         prompts: Sequence[tuple[list[int], str]],
+        echoes: Sequence[str] | None = None,
     ) -> None:
         self.service, self.request, self.key, self.options = service, request, key, options
-        settings, n = service.settings, options.n
-        if (limit := min(settings.max_choices, settings.max_batch_size)) < n:
-            raise ApiError(400, f"n must be at most {limit}", param="n")
+        settings = service.settings
+        self.count = count = options.choice_count()
+        if (limit := min(settings.max_choices, settings.max_batch_size)) < count:
+            name = "n" if count == options.n else "best_of"
+            raise ApiError(400, f"{name} must be at most {limit}, not {count}", param=name)
         try:
             mix = service.registry.resolve(options.model)
         except SigmixError as error:
@@ -96,12 +101,13 @@ class RequestHandler:
                 on_event=self._receiver(number),
                 text=text,
                 strategy=strategy,
-                seeds=[choice_seed(seed, number * n + index) for index in range(n)],
+                seeds=[choice_seed(seed, number * count + index) for index in range(count)],
                 params=options.sampling_params(
                     min(limits[number], key.max_new_tokens or settings.max_new_tokens), settings.default_temperature
                 ),
                 stop_strings=options.stop_strings,
                 top_logprobs=options.logprob_count() or 0,
+                prompt_logprobs=echoes is not None and options.logprob_count() is not None,
                 deadline=self.started_at + settings.request_timeout,
             )
             for number, (ids, text) in enumerate(prompts)
@@ -110,7 +116,11 @@ class RequestHandler:
             isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_text,
             options.logprob_count() is not None,
         )  # fmt: skip
-        self.choices = [Choice() for _ in range(n * len(prompts))]
+        self.choices = [Choice() for _ in range(count * len(prompts))]
+        self.echoes = [Choice() for _ in prompts]
+        for echo, text, request_ in zip(self.echoes, echoes or (), self.requests, strict=False):
+            echo.text = text
+            echo.tokens = [Token(0, request_.ids[0], None, [])] if request_.prompt_logprobs else []
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -186,7 +196,12 @@ class RequestHandler:
             self.decisions[number] = decision_json(event.decision, event.queue_seconds)
             self._save_for_feedback(event)
             return
-        choice = self.choices[number * self.options.n + event.index]
+        if isinstance(event, PromptLogprobs):
+            tokens = self.echoes[number].tokens
+            following = self.requests[number].ids[len(tokens) :]
+            tokens += [Token(0, id, *scores) for id, scores in zip(following, event.logprobs, strict=False)]
+            return
+        choice = self.choices[number * self.count + event.index]
         choice.text += event.text
         if isinstance(event, Finished):
             choice.finish_reason = event.reason
@@ -202,6 +217,15 @@ class RequestHandler:
             self.service.store.save_reply(self.builder.id, self.key.name, *arm_and_context(event.decision))
         except SigmixError:
             log.warning("reply not saved; it cannot receive feedback", exc_info=True)
+
+    def _listed(self) -> Iterator[Choice]:
+        """Yield the choices of the response: the best ones of each prompt, after its text with ``echo``."""
+        for number, echo in enumerate(self.echoes):
+            choices = self.choices[number * self.count : (number + 1) * self.count]
+            if self.count > self.options.n:
+                choices = sorted(choices, key=lambda choice: choice.mean_logprob, reverse=True)[: self.options.n]
+            for choice in choices:
+                yield Choice(echo.text + choice.text, echo.tokens + choice.tokens, choice.finish_reason)
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(len(request.ids) for request in self.requests)
@@ -226,7 +250,7 @@ class RequestHandler:
         except ClientDisconnected:
             return Response(status_code=499)
         sigmix = self.decisions[0] if len(self.decisions) == 1 else self.decisions
-        return JSONResponse(self.builder.response(self.choices, self._usage(), sigmix))
+        return JSONResponse(self.builder.response([*self._listed()], self._usage(), sigmix))
 
     async def _streamed(self) -> Response:
         lines = self._lines()
@@ -258,9 +282,9 @@ class RequestHandler:
         async with aclosing(self._follow(HEARTBEAT_SECONDS)) as events:
             async for item in events:
                 if item is not None:
-                    started = True
                     self._record(*item)
                     for chunk in self._chunks(*item):
+                        started = True
                         yield sse(chunk)
                 elif started:
                     yield ": waiting\n\n"
@@ -268,16 +292,17 @@ class RequestHandler:
             yield sse(self.builder.chunk([], usage=self._usage()))
 
     def _chunks(self, number: int, event: Event) -> Iterator[dict[str, Any]]:
-        builder, n = self.builder, self.options.n
-        if isinstance(event, Started):
-            indices = range(number * n, (number + 1) * n)
-            yield builder.chunk(builder.first(indices), sigmix=self.decisions[number])
+        builder, request, echo = self.builder, self.requests[number], self.echoes[number]
+        if isinstance(event, (Started, PromptLogprobs)):
+            if not request.prompt_logprobs or len(echo.tokens) == len(request.ids):
+                indices = range(number * self.count, (number + 1) * self.count)
+                yield builder.chunk(builder.first(indices, echo), sigmix=self.decisions[number])
             return
         assert isinstance(event, (Token, Finished))
-        index = number * n + event.index
+        index = number * self.count + event.index
         tokens = [event] if isinstance(event, Token) else []
         if event.text or (builder.logprobs and tokens):
-            offset = len(self.choices[index].text) - len(event.text)
+            offset = len(echo.text) + len(self.choices[index].text) - len(event.text)
             yield builder.chunk([builder.delta(index, event.text, tokens, offset)])
         if isinstance(event, Finished):
             yield builder.chunk([builder.last(index, event.reason)])

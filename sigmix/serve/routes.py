@@ -92,15 +92,17 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         given = [given]
     if not 1 <= len(given) <= service.settings.max_choices:
         raise ApiError(400, f"prompt must hold 1 to {service.settings.max_choices} prompts", param="prompt")
-    prompts = []
+    prompts, echoes = [], []
     for prompt in given:
         if isinstance(prompt, str):
             prompts.append((await in_thread("prompt", service.encode_text, prompt), prompt))
+            echoes.append(prompt)
             continue
         ids = [int(token) for token in prompt]  # type: ignore[union-attr]
-        await in_thread("prompt", service.fit_context, ids, None)
+        await in_thread("prompt", service.fit_context, ids, body.token_limit())
         prompts.append((ids, await in_thread("prompt", service.decode, ids)))
-    return await RequestHandler(service, request, key, body, prompts).respond()
+        echoes.append(await in_thread("prompt", service.decode, ids, skip_special_tokens=False))
+    return await RequestHandler(service, request, key, body, prompts, echoes if body.echo else None).respond()
 
 
 # --- Models

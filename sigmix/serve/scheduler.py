@@ -24,7 +24,7 @@ from sigmix.adapt.two_pass import AUTO
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.detokenizer import StreamingDetokenizer
-from sigmix.engine.generation import SamplingParams, SequenceState
+from sigmix.engine.generation import SamplingParams, SequenceState, TokenLogprobs
 from sigmix.engine.prefix_cache import Entry, Select, StoredPrefix
 from sigmix.errors import SigmixError
 from sigmix.experts.mix import Mix
@@ -51,20 +51,28 @@ class Started:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of the next tokens of the prompt, from its second one on."""
+
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True)
 class Token:
-    """Generated token of one choice.
+    """Token of the prompt, or generated token of one choice.
 
     Attributes:
         index: of the choice.
+        logprob: natural log-probability; None: the first token of the prompt.
         top: most probable tokens, with natural log-probabilities.
         text: text that became final with this token; may be empty.
     """
 
     index: int
     id: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
-    text: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Failed:
     message: str
 
 
-Event = Started | Token | Finished | Failed
+Event = Started | PromptLogprobs | Token | Finished | Failed
 
 
 @dataclass(eq=False)
@@ -105,6 +113,7 @@ class GenerationRequest:
         params: sampling options of every choice, except the seed.
         seeds: one random seed per choice.
         top_logprobs: number of most probable tokens to report.
+        prompt_logprobs: report the log-probabilities of the prompt, too.
         deadline: `time.monotonic` after which the request is given up.
         running: choices that are still decoding.
     """
@@ -119,6 +128,7 @@ class GenerationRequest:
     seeds: Sequence[int] = (0,)
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
+    prompt_logprobs: bool = False
     deadline: float = float("inf")
     queued_at: float = field(default_factory=time.monotonic)
     running: list[SequenceState] = field(default_factory=list)
@@ -349,12 +359,16 @@ class Scheduler:
             self._generated += 1
             request.on_event(Token(index, token, logprob, top, text))
 
+        def on_prompt(logprobs: list[TokenLogprobs]) -> None:
+            request.on_event(PromptLogprobs(logprobs))
+
         return SequenceState(
             prompt_ids=request.ids,
             params=replace(request.params, seed=request.seeds[index]),
             mix=request.mix,
             detokenizer=detokenizer,
             on_token=on_token,
+            on_prompt=on_prompt if request.prompt_logprobs and index == 0 else None,
             top_logprobs=request.top_logprobs,
             cache_prefix=index == 0,
             context=(request, index, detokenizer),

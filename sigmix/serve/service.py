@@ -192,9 +192,10 @@ class Service:
                 f"the prompt has {len(ids)} tokens; this server accepts {settings.max_prompt_tokens}",
                 remedy="shorten the prompt",
             )
-        self.engine.check_prompt(ids, 1)
+        self.engine.check_prompt(ids, 0 if max_new_tokens == 0 else 1)
         room = settings.max_new_tokens if self.context_length is None else self.context_length - len(ids)
-        return min(max_new_tokens or settings.default_new_tokens, room, settings.max_new_tokens)
+        limit = settings.default_new_tokens if max_new_tokens is None else max_new_tokens
+        return min(limit, room, settings.max_new_tokens)
 
     # Experts
 

@@ -19,11 +19,16 @@ MIN_LOGPROB = -9999.0
 
 @dataclass
 class Choice:
-    """One completion as received so far."""
+    """One completion as received so far, or the prompt before it."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str = ""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token; 0 without tokens."""
+        return sum(token.logprob or 0.0 for token in self.tokens) / max(len(self.tokens), 1)
 
 
 def decision_json(decision: Decision, queue_seconds: float) -> dict[str, Any]:
@@ -69,10 +74,10 @@ class ResponseBuilder:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head, "object": kind, "choices": list(choices), **extra}
 
-    def first(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the choices of the first chunk, without text."""
-        content = {"delta": {"role": "assistant", "content": ""}}
-        return [self._choice(index, content) for index in indices] if self.chat else []
+    def first(self, indices: Sequence[int], echo: Choice) -> list[dict[str, Any]]:
+        """Return the choices of the first chunk, without text, or with that of the prompt."""
+        content = {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": echo.text}
+        return [self._choice(index, content, echo.tokens or None) for index in indices]
 
     def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         """Return new text of a streamed choice; ``offset`` is its position in the choice's text."""
@@ -98,20 +103,33 @@ class ResponseBuilder:
         ]
         return {"content": content, "refusal": None}
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self.token_text(id)
         encoded = None if "�" in text else list(text.encode())  # None: part of a character
-        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": encoded}
+        return {"token": text, "logprob": _finite(logprob), "bytes": encoded}
 
     def _text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         texts = [self.token_text(token.id) for token in tokens]
-        top = [{self.token_text(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top} for token in tokens]
         return {
             "tokens": texts,
-            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
-            "top_logprobs": top if any(top) else None,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens] if any(token.top for token in tokens) else None,
             "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
         }
+
+    def _top(self, token: Token) -> dict[str, float | None] | None:
+        """Return the most probable tokens and the token itself, in this order; of equal texts the most probable."""
+        if token.logprob is None:
+            return None
+        top: dict[str, float | None] = {}
+        for id, logprob in [*token.top, (token.id, token.logprob)]:
+            top.setdefault(self.token_text(id), _finite(logprob))
+        return top
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Return a log-probability that JSON can hold."""
+    return None if logprob is None else logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
 def sse(value: Any) -> str:

@@ -106,7 +106,7 @@ class GenerationOptions(RequestModel):
         "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user",
     })  # fmt: skip
     neutral = {
-        "add_generation_prompt": (True,), "best_of": (1,), "continue_final_message": (False,), "echo": (False,),
+        "add_generation_prompt": (True,), "continue_final_message": (False,),
         "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
         "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,), "priority": (0,),
@@ -131,6 +131,10 @@ class GenerationOptions(RequestModel):
     def stop_strings(self) -> tuple[str, ...]:
         """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def choice_count(self) -> int:
+        """Return the number of choices to generate for each prompt."""
+        return self.n
 
     def token_limit(self) -> int | None:
         """Return the requested number of new tokens."""
@@ -169,9 +173,23 @@ class CompletionRequest(GenerationOptions):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.choice_count() < self.n:
+            raise field_error("best_of", f"must be at least n, which is {self.n}")
+        if self.stream and self.choice_count() > self.n:
+            raise field_error("best_of", "above n cannot be streamed; leave out stream")
+        return self
+
+    def choice_count(self) -> int:
+        return self.best_of or self.n
 
     def token_limit(self) -> int | None:
-        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def logprob_count(self) -> int | None:
         """Return the number of most probable tokens to report; None: no log-probabilities."""
