@@ -251,14 +251,15 @@ class DecodingBatch:
         logprobs = token_logprobs(scores, tokens, max(one.top_logprobs for one in sequences))
         chosen = tokens.tolist()
         for one, token, (logprob, most) in zip(sequences, chosen, logprobs, strict=True):
-            if not logprob > float("-inf"):  # or NaN
-                one.finish = "error"
-                continue
-            if not one.params.max_new_tokens:
+            valid = logprob > float("-inf")  # False for NaN, too
+            if valid and not one.params.max_new_tokens:
                 one.finish = "length"
                 continue
             one.ids.append(token)
             one.logprobs.append(logprob)
+            if not valid:
+                one.finish = "error"
+                continue
             text = ""
             if one.detokenizer is not None and token not in self.eos_token_ids:
                 text = one.detokenizer.add(token)

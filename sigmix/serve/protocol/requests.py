@@ -106,7 +106,7 @@ class GenerationOptions(RequestModel):
         "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user",
     })  # fmt: skip
     neutral = {
-        "add_generation_prompt": (True,), "continue_final_message": (False,),
+        "add_generation_prompt": (True,), "best_of": (1,), "continue_final_message": (False,), "echo": (False,),
         "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
         "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,), "priority": (0,),
