@@ -43,9 +43,9 @@ class TokenDecoder:
     @cached_property
     def special_texts(self) -> frozenset[str]:
         """Texts of the special tokens."""
-        return frozenset(text for text in map(self.text, self.special) if text)
+        return frozenset(token_text(self.token_bytes(id)) for id in self.special) - {""}
 
-    def bytes(self, id: int, first: bool = False) -> bytes:
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
         """Return the raw bytes of a token, special ones included; b"" for an id that the tokenizer does not have.
 
         Args:
@@ -56,18 +56,12 @@ class TokenDecoder:
             data = cache[id] = self._bytes_of(id, first)
         return data
 
-    def text(self, id: int) -> str:
-        r"""Return the text of a token as log-probabilities show it; ``bytes:\xe2\x82`` for a part of a character."""
-        data = self.bytes(id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of a whole sequence, without special tokens."""
-        visible = [id for id in ids if id not in self.special]
-        return b"".join(self.bytes(id, first=not place) for place, id in enumerate(visible)).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, end: Collection[int] = ()) -> str:
+        """Return the text of a whole sequence, without its ``end`` tokens."""
+        skip = self.special.union(end) if skip_special_tokens else end
+        visible = [id for id in ids if id not in skip]
+        data = b"".join(self.token_bytes(id, first=not place) for place, id in enumerate(visible))
+        return data.decode("utf-8", "replace")
 
     def _bytes_of(self, id: int, first: bool) -> bytes:
         # a token's text depends on its place only at the beginning of a text, so the second of two is the general form
@@ -91,6 +85,14 @@ def token_decoder(tokenizer: PreTrainedTokenizerBase) -> TokenDecoder:
     return decoder
 
 
+def token_text(data: bytes) -> str:
+    r"""Return a token's bytes as text for log-probabilities; ``bytes:\xe2\x82`` for a part of a character."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
 @cache
 def _byte_level() -> dict[str, int]:
     """Byte of each character of a byte-level vocabulary."""
@@ -109,6 +111,7 @@ class StreamingDetokenizer:
     Args:
         stop_strings: they end the text and are not part of it.
         prompt_ids: the tokens that the text continues; its first space is kept. (): a text of its own.
+        skip_special_tokens: leave special tokens out of the text.
 
     Attributes:
         text: text that later tokens cannot change.
@@ -117,12 +120,17 @@ class StreamingDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = (), prompt_ids: Iterable[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str] = (),
+        prompt_ids: Iterable[int] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
         self.text = ""
         self.stopped: str | None = None
         self.offset = 0
         self._tokens = token_decoder(tokenizer)
+        self._skip = self._tokens.special if skip_special_tokens else frozenset()
         self._first = all(id in self._tokens.special for id in prompt_ids)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop_strings)
@@ -140,12 +148,12 @@ class StreamingDetokenizer:
         """
         if self.stopped is not None:
             return ""
-        if end or token in self._tokens.special:
+        if end or token in self._skip:
             self.offset = len(self._visible)
             if not self._special_stops:
                 return ""
-            return self._extend("", self._tokens.bytes(token).decode("utf-8", "replace"))
-        data, part = self._tokens.bytes(token, self._first), self._utf8.getstate()[0]
+            return self._extend("", self._tokens.token_bytes(token).decode("utf-8", "replace"))
+        data, part = self._tokens.token_bytes(token, self._first), self._utf8.getstate()[0]
         self._first = False
         self.offset = len(self._visible)
         if part:  # of a character that this token completes, continues or leaves broken
@@ -186,6 +194,18 @@ class StreamingDetokenizer:
         new = self._visible[len(self.text) : end]
         self.text += new
         return new
+
+
+def text_offsets(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], text: str) -> Iterator[int]:
+    """Yield the index in ``text`` of the character in which each of its tokens begins.
+
+    Special tokens that the tokenizer added, such as the first one, are not in the text.
+    """
+    tokens, detokenizer = token_decoder(tokenizer), StreamingDetokenizer(tokenizer, skip_special_tokens=False)
+    for id in ids:
+        added = id in tokens.special and not text.startswith(token_text(tokens.token_bytes(id)), len(detokenizer.text))
+        detokenizer.add(id, end=added)
+        yield min(detokenizer.offset, len(text))
 
 
 def _matches(text: str, stops: Collection[str], start: int) -> Iterator[tuple[int, int, str]]:

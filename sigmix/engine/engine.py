@@ -25,7 +25,7 @@ from sigmix.engine.prefix_cache import (
     common_prefix,
     prefill,
 )
-from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids
+from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids, has_template
 from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, SigmixError
 from sigmix.experts.bank import Bank
@@ -176,7 +176,7 @@ class Engine:
             mix: one for all, or one for each; None is the base.
             do_sample: sample with `temperature` and `top_p`; False: greedy decoding, which ignores both.
             seeds: B random seeds, one per row; default: the row's index.
-            stop_strings: strings that end a completion; they are cut off its text.
+            stop_strings: strings that end a completion; they are cut off its text. They may contain special tokens.
             form: see `Execution.choose`.
             chat: apply the chat template; None: if there is one.
             keep_errors: return a `Generation` with finish "error" for a prompt that fails, in place of raising.
@@ -196,12 +196,12 @@ class Engine:
         mixes = self.mixes(mix, len(prompts))
         sequences = [
             SequenceState(
-                self.encode(prompt, chat=chat),
+                ids,
                 SamplingParams(max_new_tokens, do_sample, temperature, top_p, row if seeds is None else seeds[row]),
                 mixes[row],
-                StreamingDetokenizer(self.tokenizer, stop_strings) if stop_strings else None,
+                self._detokenizer(ids, chat, stop_strings),
             )
-            for row, prompt in enumerate(prompts)
+            for row, ids in enumerate([self.encode(prompt, chat=chat) for prompt in prompts])
         ]
         errors: dict[int, SigmixError] = {}
         for row, one in enumerate(sequences):
@@ -227,13 +227,14 @@ class Engine:
     def _generation(self, one: SequenceState, error: SigmixError | None) -> Generation:
         if error is not None:
             return Generation("", [], [], one.mix, len(one.prompt_ids), "error", error)
-        if one.detokenizer is not None:
-            one.detokenizer.flush()
-            text = one.detokenizer.text
-        else:
-            ids = one.ids[:-1] if one.ids[-1] in self.eos_token_ids else one.ids
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Generation(text, one.ids, one.logprobs, one.mix, len(one.prompt_ids), one.finish)
+        assert one.detokenizer is not None
+        one.detokenizer.flush()
+        return Generation(one.detokenizer.text, one.ids, one.logprobs, one.mix, len(one.prompt_ids), one.finish)
+
+    def _detokenizer(self, ids: Sequence[int], chat: bool | None, stop_strings: Sequence[str]) -> StreamingDetokenizer:
+        # a chat reply is a text of its own; without a chat template the text continues the prompt
+        reply = has_template(self.tokenizer) if chat is None else chat
+        return StreamingDetokenizer(self.tokenizer, stop_strings, () if reply else ids)
 
     @torch.no_grad()
     def stream(
@@ -253,8 +254,9 @@ class Engine:
         params = SamplingParams(max_new_tokens, do_sample, temperature, top_p, seed)
         params.check()
         _check_stop_strings(stop_strings)
-        detokenizer = StreamingDetokenizer(self.tokenizer, stop_strings)
-        one = SequenceState(self.encode(prompt, chat=chat), params, self.mixes(mix, 1)[0], detokenizer)
+        ids = self.encode(prompt, chat=chat)
+        detokenizer = self._detokenizer(ids, chat, stop_strings)
+        one = SequenceState(ids, params, self.mixes(mix, 1)[0], detokenizer)
         self.check_prompt(one.prompt_ids, max_new_tokens)
         sent = 0
         with ContinuousBatch(self, chunked=False) as batch:

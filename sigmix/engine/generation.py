@@ -261,8 +261,8 @@ class DecodingBatch:
                 one.finish = "error"
                 continue
             text = ""
-            if one.detokenizer is not None and token not in self.eos_token_ids:
-                text = one.detokenizer.add(token)
+            if one.detokenizer is not None:
+                text = one.detokenizer.add(token, end=token in self.eos_token_ids)
             if one.on_token is not None:
                 one.on_token(token, logprob, most[: one.top_logprobs], text)
             if token in self.eos_token_ids or (one.detokenizer is not None and one.detokenizer.stopped is not None):

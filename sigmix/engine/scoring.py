@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sigmix.engine.base import Prompt
+from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import answer_logits, left_pad
@@ -100,7 +101,8 @@ def replies_and_logprobs(
             if max_new_tokens:
                 replies = [SequenceState(row, SamplingParams(max_new_tokens)) for row in rows]
                 DecodingBatch(engine.model, engine.eos_token_ids, select).run(replies, state)
-                texts += [engine.tokenizer.decode(one.ids, skip_special_tokens=True) for one in replies]
+                decoder = token_decoder(engine.tokenizer)
+                texts += [decoder.decode(one.ids, end=engine.eos_token_ids) for one in replies]
     return texts, logprobs
 
 

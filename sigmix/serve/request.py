@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -108,19 +109,24 @@ class RequestHandler:
                 stop_strings=options.stop_strings,
                 top_logprobs=options.logprob_count() or 0,
                 prompt_logprobs=echoes is not None and options.logprob_count() is not None,
+                continues=isinstance(options, CompletionRequest),
                 deadline=self.started_at + settings.request_timeout,
             )
             for number, (ids, text) in enumerate(prompts)
         ]
         self.builder = ResponseBuilder(
-            isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_text,
+            isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_bytes,
             options.logprob_count() is not None,
         )  # fmt: skip
         self.choices = [Choice() for _ in range(count * len(prompts))]
         self.echoes = [Choice() for _ in prompts]
-        for echo, text, request_ in zip(self.echoes, echoes or (), self.requests, strict=False):
+        self.offsets: list[list[int]] = [[]] * len(prompts)
+        for number, text in enumerate(echoes or ()):
+            echo, request_ = self.echoes[number], self.requests[number]
             echo.text = text
-            echo.tokens = [Token(0, request_.ids[0], None, [])] if request_.prompt_logprobs else []
+            if request_.prompt_logprobs:
+                self.offsets[number] = service.text_offsets(request_.ids, text)
+                echo.tokens = [Token(0, request_.ids[0], None, [])]
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -129,6 +135,8 @@ class RequestHandler:
         """Return a callback that moves events of prompt ``number`` from the scheduler's thread to the event loop."""
 
         def receive(event: Event) -> None:
+            if isinstance(event, Token) and (shift := len(self.echoes[number].text)):
+                event = replace(event, offset=event.offset + shift)
             try:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
             except RuntimeError:
@@ -198,8 +206,9 @@ class RequestHandler:
             return
         if isinstance(event, PromptLogprobs):
             tokens = self.echoes[number].tokens
-            following = self.requests[number].ids[len(tokens) :]
-            tokens += [Token(0, id, *scores) for id, scores in zip(following, event.logprobs, strict=False)]
+            following = slice(len(tokens), None)
+            rows = zip(self.requests[number].ids[following], event.logprobs, self.offsets[number][following], strict=False)
+            tokens += [Token(0, id, *scores, offset=offset) for id, scores, offset in rows]
             return
         choice = self.choices[number * self.count + event.index]
         choice.text += event.text
@@ -302,7 +311,6 @@ class RequestHandler:
         index = number * self.count + event.index
         tokens = [event] if isinstance(event, Token) else []
         if event.text or (builder.logprobs and tokens):
-            offset = len(echo.text) + len(self.choices[index].text) - len(event.text)
-            yield builder.chunk([builder.delta(index, event.text, tokens, offset)])
+            yield builder.chunk([builder.delta(index, event.text, tokens)])
         if isinstance(event, Finished):
             yield builder.chunk([builder.last(index, event.reason)])

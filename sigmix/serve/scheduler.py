@@ -66,6 +66,7 @@ class Token:
         logprob: natural log-probability; None: the first token of the prompt.
         top: most probable tokens, with natural log-probabilities.
         text: text that became final with this token; may be empty.
+        offset: index in the choice's text of the character in which the token begins.
     """
 
     index: int
@@ -73,6 +74,7 @@ class Token:
     logprob: float | None
     top: list[tuple[int, float]]
     text: str = ""
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class GenerationRequest:
         seeds: one random seed per choice.
         top_logprobs: number of most probable tokens to report.
         prompt_logprobs: report the log-probabilities of the prompt, too.
+        continues: the text continues the prompt, so its first space is kept; False: a reply, a text of its own.
         deadline: `time.monotonic` after which the request is given up.
         running: choices that are still decoding.
     """
@@ -129,6 +132,7 @@ class GenerationRequest:
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    continues: bool = False
     deadline: float = float("inf")
     queued_at: float = field(default_factory=time.monotonic)
     running: list[SequenceState] = field(default_factory=list)
@@ -352,12 +356,13 @@ class Scheduler:
         return [decisions[request] for request in requests]
 
     def _sequence(self, request: GenerationRequest, index: int) -> SequenceState:
-        detokenizer = StreamingDetokenizer(self.engine.tokenizer, request.stop_strings)
+        prefix = request.ids if request.continues else ()
+        detokenizer = StreamingDetokenizer(self.engine.tokenizer, request.stop_strings, prefix)
         assert request.mix is not None
 
         def on_token(token: int, logprob: float, top: list[tuple[int, float]], text: str) -> None:
             self._generated += 1
-            request.on_event(Token(index, token, logprob, top, text))
+            request.on_event(Token(index, token, logprob, top, text, detokenizer.offset))
 
         def on_prompt(logprobs: list[TokenLogprobs]) -> None:
             request.on_event(PromptLogprobs(logprobs))

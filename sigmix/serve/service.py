@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy, TwoPass
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
+from sigmix.engine.detokenizer import text_offsets, token_decoder
 from sigmix.engine.tokenization import context_length, encode_turns
 from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
@@ -171,11 +172,17 @@ class Service:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
         with self._tokenizer_lock:
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return token_decoder(self._tokenizer).decode(ids, skip_special_tokens)
 
-    def token_text(self, token: int) -> str:
-        """Return the text of one token."""
-        return self.decode([token], skip_special_tokens=False)
+    def text_offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Return the index in a prompt's text of the character in which each of its tokens begins."""
+        with self._tokenizer_lock:
+            return list(text_offsets(self._tokenizer, ids, text))
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token, special ones included."""
+        with self._tokenizer_lock:
+            return token_decoder(self._tokenizer).token_bytes(token)
 
     def fit_context(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
         """Check a prompt against the context length; return the number of tokens to generate.

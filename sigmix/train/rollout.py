@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sigmix.engine.constrained import TokenTrie
+from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import SamplingParams, SequenceState, complete
 from sigmix.engine.tokenization import check_context, encode, eos_token_ids, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
@@ -149,4 +150,4 @@ class Actor:
 
     def decode(self, rows: Sequence[SequenceState]) -> list[str]:
         """Decode completions without special tokens."""
-        return [str(self.tokenizer.decode(row.ids, skip_special_tokens=True)) for row in rows]
+        return [token_decoder(self.tokenizer).decode(row.ids, end=self.ends) for row in rows]

@@ -7,10 +7,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from sigmix.adapt import Decision
+from sigmix.engine.detokenizer import token_text
 from sigmix.serve.scheduler import Token
 
 MIN_LOGPROB = -9999.0
@@ -48,14 +48,14 @@ class ResponseBuilder:
         chat: chat completion, not text completion.
         model: as in the request.
         fingerprint: of the base model.
-        token_text: maps a token id to its text.
+        token_bytes: maps a token id to its bytes.
         logprobs: include log-probabilities.
     """
 
     def __init__(
-        self, chat: bool, model: str, fingerprint: str, token_text: Callable[[int], str], logprobs: bool
+        self, chat: bool, model: str, fingerprint: str, token_bytes: Callable[[int], bytes], logprobs: bool
     ) -> None:
-        self.chat, self.token_text, self.logprobs = chat, token_text, logprobs
+        self.chat, self.token_bytes, self.logprobs = chat, token_bytes, logprobs
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
@@ -65,7 +65,7 @@ class ResponseBuilder:
         for index, choice in enumerate(choices):
             message = {"role": "assistant", "content": choice.text, "refusal": None}
             content = {"message": message} if self.chat else {"text": choice.text}
-            listed.append(self._choice(index, content, choice.tokens, 0, choice.finish_reason))
+            listed.append(self._choice(index, content, choice.tokens, choice.finish_reason))
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head, "object": kind, "choices": listed, "usage": usage, "sigmix": sigmix}
 
@@ -79,21 +79,21 @@ class ResponseBuilder:
         content = {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": echo.text}
         return [self._choice(index, content, echo.tokens or None) for index in indices]
 
-    def delta(self, index: int, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-        """Return new text of a streamed choice; ``offset`` is its position in the choice's text."""
-        return self._choice(index, {"delta": {"content": text}} if self.chat else {"text": text}, tokens, offset)
+    def delta(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return new text and tokens of a streamed choice."""
+        return self._choice(index, {"delta": {"content": text}} if self.chat else {"text": text}, tokens)
 
     def last(self, index: int, finish_reason: str) -> dict[str, Any]:
         """Return the end of a streamed choice."""
         return self._choice(index, {"delta": {}} if self.chat else {"text": ""}, finish_reason=finish_reason)
 
     def _choice(
-        self, index: int, content: dict[str, Any], tokens: Sequence[Token] | None = None, offset: int = 0,
+        self, index: int, content: dict[str, Any], tokens: Sequence[Token] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         logprobs = None
         if self.logprobs and tokens is not None:
-            logprobs = self._chat_logprobs(tokens) if self.chat else self._text_logprobs(tokens, offset)
+            logprobs = self._chat_logprobs(tokens) if self.chat else self._text_logprobs(tokens)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -104,26 +104,25 @@ class ResponseBuilder:
         return {"content": content, "refusal": None}
 
     def _token(self, id: int, logprob: float | None) -> dict[str, Any]:
-        text = self.token_text(id)
-        encoded = None if "�" in text else list(text.encode())  # None: part of a character
-        return {"token": text, "logprob": _finite(logprob), "bytes": encoded}
+        data = self.token_bytes(id)
+        return {"token": token_text(data), "logprob": _finite(logprob), "bytes": list(data)}
 
-    def _text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-        texts = [self.token_text(token.id) for token in tokens]
+    def _text_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {
-            "tokens": texts,
+            "tokens": [token_text(self.token_bytes(token.id)) for token in tokens],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens] if any(token.top for token in tokens) else None,
-            "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
+            "text_offset": [token.offset for token in tokens],
         }
 
     def _top(self, token: Token) -> dict[str, float | None] | None:
-        """Return the most probable tokens and the token itself, in this order; of equal texts the most probable."""
+        """Return the most probable tokens and the token itself, in this order; of equal texts all but one by id."""
         if token.logprob is None:
             return None
         top: dict[str, float | None] = {}
-        for id, logprob in [*token.top, (token.id, token.logprob)]:
-            top.setdefault(self.token_text(id), _finite(logprob))
+        for id, logprob in dict([*token.top, (token.id, token.logprob)]).items():
+            text = token_text(self.token_bytes(id))
+            top[f"token_id:{id}" if text in top else text] = _finite(logprob)
         return top
 
 
