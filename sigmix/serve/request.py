@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from starlette.requests import Request
@@ -206,9 +207,9 @@ class RequestHandler:
             return
         if isinstance(event, PromptLogprobs):
             tokens = self.echoes[number].tokens
-            following = slice(len(tokens), None)
-            rows = zip(self.requests[number].ids[following], event.logprobs, self.offsets[number][following], strict=False)
-            tokens += [Token(0, id, *scores, offset=offset) for id, scores, offset in rows]
+            places = zip(self.requests[number].ids, self.offsets[number], strict=True)
+            following = zip(islice(places, len(tokens), None), event.logprobs, strict=False)
+            tokens += [Token(0, id, *scores, offset=offset) for (id, offset), scores in following]
             return
         choice = self.choices[number * self.count + event.index]
         choice.text += event.text
