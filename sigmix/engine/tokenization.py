@@ -12,6 +12,13 @@ from sigmix.errors import ConfigError, ContextError, PromptError
 from sigmix.models.multimodal import image_prompt, is_image_token, processor_of
 from sigmix.utils.images import Shown, pictures
 
+TEMPLATE_ARGUMENTS = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "images",
+    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "sanitize_control_tokens", "tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation", "turns",
+})  # fmt: skip
+"""Arguments of `encode_turns` and of ``apply_chat_template`` that are not variables of a template."""
+
 
 def encode(
     tokenizer: Any,
