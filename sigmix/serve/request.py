@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -132,12 +133,8 @@ class RequestHandler:
         self._sent_calls = [0] * len(self.choices)
         self.echoes = [Choice() for _ in prompts]
         self.offsets: list[list[int]] = [[]] * len(prompts)
-        for number, text in enumerate(echoes or ()):
-            echo, request_ = self.echoes[number], self.requests[number]
+        for echo, text in zip(self.echoes, echoes or (), strict=False):
             echo.text = text
-            if request_.prompt_logprobs:
-                self.offsets[number] = service.text_offsets(request_.ids, text)
-                echo.tokens = [Token(0, request_.ids[0], None, [])]
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -268,6 +265,10 @@ class RequestHandler:
         Raises:
             ApiError: the request failed. A stream that has begun ends with an error event instead.
         """
+        for number, (request, echo) in enumerate(zip(self.requests, self.echoes, strict=True)):
+            if request.prompt_logprobs:
+                self.offsets[number] = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
+                echo.tokens = [Token(0, request.ids[0], None, [], offset=self.offsets[number][0])]
         self._submit()
         return await (self._streamed() if self.options.stream else self._whole())
 
