@@ -26,9 +26,11 @@ _MODULES = {
     "Mix": "sigmix.experts.mix",
     "ProbeDispatch": "sigmix.adapt.probe",
     "PromptDispatch": "sigmix.adapt.prompt",
+    "SamplingParams": "sigmix.engine.generation",
     "SVFConfig": "sigmix.svf.tuner",  # imports the tuner, which registers SVF
     "SVFModel": "sigmix.svf.tuner",
     "SigmixError": "sigmix.errors",
+    "StructuredOutput": "sigmix.engine.structured_output",
     "TrainConfig": "sigmix.train.config",
     "Trainer": "sigmix.train.trainer",
     "TwoPass": "sigmix.adapt.two_pass",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from sigmix.adapt.two_pass import TwoPass as TwoPass
     from sigmix.engine.engine import Engine as Engine
     from sigmix.engine.generation import Generation as Generation
+    from sigmix.engine.generation import SamplingParams as SamplingParams
+    from sigmix.engine.structured_output import StructuredOutput as StructuredOutput
     from sigmix.errors import SigmixError as SigmixError
     from sigmix.experts.bank import Bank as Bank
     from sigmix.experts.expert import Expert as Expert

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -25,6 +27,7 @@ from sigmix.engine.prefix_cache import (
     common_prefix,
     prefill,
 )
+from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
 from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids, has_template
 from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, SigmixError
@@ -34,6 +37,11 @@ from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import as_token_ids, forward_inputs
 from sigmix.utils.images import Shown
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+T = TypeVar("T")
 
 MIN_GAIN = 16
 """Tokens that a prefix must have beyond the chat template's to be cached."""
@@ -109,6 +117,18 @@ class Engine:
         """Raise `ContextError` unless the model can read a prompt and answer it, see `check_context`."""
         check_context(self.model, ids, max_new_tokens, what, self.tokenizer)
 
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise `ConfigError` for a sampling option out of range."""
+        params.check(min(len(self.tokenizer), self.model.config.get_text_config().vocab_size))
+
+    def compile(self, output: StructuredOutput | None) -> LLMatcher | None:
+        """Return a structured output's matcher for one sequence; for any thread, see `GrammarCompiler`."""
+        return None if output is None else self._grammars.compile(output)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.eos_token_ids)
+
     def check_mix(self, mix: Mix) -> None:
         """Raise as `z` does unless a mixture can run on this base."""
         self.execution.z(mix)
@@ -162,20 +182,31 @@ class Engine:
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         seeds: Sequence[int] | None = None,
+        num_return_sequences: int = 1,
+        structured_output: StructuredOutput | Sequence[StructuredOutput | None] | None = None,
         stop_strings: Sequence[str] = (),
         form: str | None = None,
         chat: bool | None = None,
         batch_size: int = 64,
         keep_errors: bool = False,
     ) -> list[Generation]:
-        """Generate one completion per prompt.
+        """Generate completions of prompts; see `SamplingParams` for the sampling options.
 
         Args:
             prompts: B user turns, or token-id lists.
             mix: one for all, or one for each; None is the base.
-            do_sample: sample with `temperature` and `top_p`; False: greedy decoding, which ignores both.
-            seeds: B random seeds, one per row; default: the row's index.
+            params: sampling options, one for all or one for each prompt, in place of the single options.
+            seeds: random seeds, one per completion; default: that of ``params``, or the completion's index.
+            num_return_sequences: completions per prompt; those of one prompt are side by side.
+            structured_output: constraint on the completions, one for all or one for each prompt.
             stop_strings: strings that end a completion; they are cut off its text. They may contain special tokens.
             form: see `Execution.choose`.
             chat: apply the chat template; None: if there is one.
@@ -189,24 +220,44 @@ class Engine:
             raise ConfigError("prompts must be a list, not one string", remedy="generate([prompt])[0]")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts", remedy="give one seed for each prompt")
-        SamplingParams(max_new_tokens, do_sample, temperature, top_p).check()
+        if num_return_sequences < 1:
+            raise ConfigError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
+        count = len(prompts) * num_return_sequences
+        if seeds is not None and len(seeds) != count:
+            raise ConfigError(
+                f"{len(seeds)} seeds for {len(prompts)} prompts with num_return_sequences={num_return_sequences}",
+                remedy=f"give {count} seeds, one for each completion",
+            )
+        options = SamplingParams(
+            max_new_tokens, do_sample, temperature, top_p, 0, top_k, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, logit_bias or {},
+        )  # fmt: skip
+        if params is not None and options != SamplingParams():
+            raise ConfigError("params and single sampling options are both given", remedy="give one of them")
+        each = _for_each("params", options if params is None else params, len(prompts))
+        for given in each:
+            self.check_params(given)
         _check_stop_strings(stop_strings)
         mixes = self.mixes(mix, len(prompts))
-        sequences = [
-            SequenceState(
-                ids,
-                SamplingParams(max_new_tokens, do_sample, temperature, top_p, row if seeds is None else seeds[row]),
-                mixes[row],
-                self._detokenizer(ids, chat, stop_strings),
-            )
-            for row, ids in enumerate([self.encode(prompt, chat=chat) for prompt in prompts])
-        ]
+        outputs = _for_each("structured outputs", structured_output, len(prompts))
+        sequences: list[SequenceState] = []
+        for number, prompt in enumerate(prompts):
+            ids = self.encode(prompt, chat=chat)
+            for row in range(len(sequences), len(sequences) + num_return_sequences):
+                default = row if params is None else each[number].seed
+                sequences.append(SequenceState(
+                    ids,
+                    replace(each[number], seed=default if seeds is None else seeds[row]),
+                    mixes[number],
+                    self._detokenizer(ids, chat, stop_strings, outputs[number]),
+                    matcher=self.compile(outputs[number]),
+                ))  # fmt: skip
+        mixes = [one.mix for one in sequences]
         errors: dict[int, SigmixError] = {}
         for row, one in enumerate(sequences):
             try:
-                self.check_prompt(one.prompt_ids, max_new_tokens, f"prompt {row}")
+                what = f"prompt {row // num_return_sequences}"
+                self.check_prompt(one.prompt_ids, one.params.max_new_tokens, what)
             except ContextError as error:
                 if not keep_errors:
                     raise
@@ -219,7 +270,7 @@ class Engine:
                     batch.step()
             for row in part:
                 if sequences[row].finish == "error":
-                    errors[row] = _not_finite(mixes[row])
+                    errors[row] = sequences[row].error or _not_finite(mixes[row])
                     if not keep_errors:
                         raise errors[row]
         return [self._generation(one, errors.get(row)) for row, one in enumerate(sequences)]
@@ -231,10 +282,13 @@ class Engine:
         one.detokenizer.flush()
         return Generation(one.detokenizer.text, one.ids, one.logprobs, one.mix, len(one.prompt_ids), one.finish)
 
-    def _detokenizer(self, ids: Sequence[int], chat: bool | None, stop_strings: Sequence[str]) -> StreamingDetokenizer:
+    def _detokenizer(
+        self, ids: Sequence[int], chat: bool | None, stop_strings: Sequence[str], output: StructuredOutput | None
+    ) -> StreamingDetokenizer:
         # a chat reply is a text of its own; without a chat template the text continues the prompt
         reply = has_template(self.tokenizer) if chat is None else chat
-        return StreamingDetokenizer(self.tokenizer, stop_strings, () if reply else ids)
+        # a constraint holds for the bytes of the tokens, so all of them are kept
+        return StreamingDetokenizer(self.tokenizer, stop_strings, () if reply and output is None else ids)
 
     @torch.no_grad()
     def stream(
@@ -246,17 +300,28 @@ class Engine:
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int = 0,
+        structured_output: StructuredOutput | None = None,
         stop_strings: Sequence[str] = (),
         chat: bool | None = None,
     ) -> Iterator[str]:
         """Generate one completion piece by piece; the joined pieces are the text that `generate` returns."""
-        params = SamplingParams(max_new_tokens, do_sample, temperature, top_p, seed)
-        params.check()
+        params = SamplingParams(
+            max_new_tokens, do_sample, temperature, top_p, seed, top_k, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, logit_bias or {},
+        )  # fmt: skip
+        self.check_params(params)
         _check_stop_strings(stop_strings)
         ids = self.encode(prompt, chat=chat)
-        detokenizer = self._detokenizer(ids, chat, stop_strings)
-        one = SequenceState(ids, params, self.mixes(mix, 1)[0], detokenizer)
+        detokenizer = self._detokenizer(ids, chat, stop_strings, structured_output)
+        matcher = self.compile(structured_output)
+        one = SequenceState(ids, params, self.mixes(mix, 1)[0], detokenizer, matcher=matcher)
         self.check_prompt(one.prompt_ids, max_new_tokens)
         sent = 0
         with ContinuousBatch(self, chunked=False) as batch:
@@ -269,7 +334,7 @@ class Engine:
                     break
                 batch.step()
         if one.finish == "error":
-            raise _not_finite(one.mix)
+            raise one.error or _not_finite(one.mix)
         if rest := detokenizer.flush():
             yield rest
 
@@ -366,3 +431,12 @@ def _not_finite(mix: Mix) -> ExpertError:
     return ExpertError(
         f"the logits under {mix.id} are not finite", remedy="use smaller weights, or load the base in float32"
     )
+
+
+def _for_each(what: str, given: T | Sequence[T], count: int) -> list[T]:
+    """Return one value for each prompt, from one for all or one for each."""
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise ConfigError(f"{len(given)} {what} for {count} prompts", remedy="give one for all, or one for each prompt")
+    return list(given)

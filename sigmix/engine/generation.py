@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.kv_cache import BatchKVCache, Prefilled
 from sigmix.engine.prefix_cache import Select, prefill
+from sigmix.engine.structured_output import constrain, matcher_error
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.mix import Mix
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,15 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
-    def check(self) -> None:
+    @cached_property
+    def penalized(self) -> bool:
+        """True if a bias or a penalty changes the logits."""
+        neutral = (1, 0, 0)
+        return bool(self.logit_bias) or neutral != (
+            self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        )  # fmt: skip
+
+    def check(self, vocab_size: int) -> None:
         """Raise `ConfigError` for a value out of range."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
@@ -62,8 +77,10 @@ class SamplingParams:
             if not -2 <= getattr(self, name) <= 2:
                 raise ConfigError(f"{name} must be in [-2, 2], not {getattr(self, name)}")
         for token, bias in self.logit_bias.items():
-            if token < 0 or not -100 <= bias <= 100:
-                raise ConfigError(f"logit_bias must map token ids to numbers in [-100, 100], not {token} to {bias}")
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"logit_bias has token {token}, but the vocabulary has tokens 0 to {vocab_size - 1}")
+            if not -100 <= bias <= 100:
+                raise ConfigError(f"logit_bias of token {token} must be in [-100, 100], not {bias}")
         if self.do_sample and not 0 < self.temperature < float("inf"):
             raise ConfigError(
                 f"temperature must be positive and finite, not {self.temperature}",
@@ -94,6 +111,9 @@ class Generation:
 TokenLogprobs = tuple[float, list[tuple[int, float]]]
 """Natural log-probability of a token, and the most probable tokens at its place with theirs."""
 
+MIN_TEMPERATURE = 1e-5
+"""Lowest temperature in use; lower ones choose the same tokens, but overflow."""
+
 OnToken = Callable[[int, float, list[tuple[int, float]], str], None]
 """Callback of (token id, its natural log-probability, the most probable tokens with theirs, new final text)."""
 
@@ -109,7 +129,9 @@ class SequenceState:
             None: they are not computed.
         cache_prefix: keep keys and values for prompts that continue this sequence.
         ids, logprobs: generated so far, as in `Generation`.
-        finish: "" while decoding, then "stop", "length" or "error" (non-finite logits).
+        finish: "" while decoding, then "stop", "length" or "error".
+        error: reason of an "error"; None: non-finite logits.
+        matcher: constraint on the output, from `GrammarCompiler.compile`; the sequence ends when it is complete.
         context: for the caller's use.
     """
 
@@ -121,11 +143,18 @@ class SequenceState:
     on_prompt: Callable[[list[TokenLogprobs]], None] | None = None
     top_logprobs: int = 0
     cache_prefix: bool = False
+    matcher: LLMatcher | None = None
     context: Any = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
+    error: SigmixError | None = None
     _draws: list[float] | None = field(default=None, repr=False)
+
+    @cached_property
+    def prompt_tokens(self) -> frozenset[int]:
+        """Distinct tokens of the prompt."""
+        return frozenset(self.prompt_ids)
 
     def draw(self) -> float:
         """Uniform random number in [0, 1) for the next token."""
@@ -148,32 +177,93 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int = 0) -> 
 
 def select_tokens(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
     """Choose the next token int64 [N] of each sequence from logits float32 [N, V], by its own options."""
-    groups: dict[tuple[float, float], list[int]] = {}
+    logits = _process(logits, sequences)
+    groups: dict[tuple[float, float, int, float], list[int]] = {}
     for row, params in enumerate(one.params for one in sequences):
         if params.do_sample:
-            groups.setdefault((params.temperature, params.top_p), []).append(row)
+            options = (max(params.temperature, MIN_TEMPERATURE), params.top_p, params.top_k, params.min_p)
+            groups.setdefault(options, []).append(row)
     tokens = logits.argmax(-1)
-    for (temperature, top_p), rows in groups.items():
+    for options, rows in groups.items():
         draws = torch.tensor([sequences[row].draw() for row in rows], dtype=torch.float64, device=logits.device)
         whole = len(rows) == len(sequences)
-        tokens[rows] = _sample(logits if whole else logits[rows], temperature, top_p, draws)
+        tokens[rows] = _sample(logits if whole else logits[rows], *options, draws)
     return tokens
 
 
-def _sample(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor) -> torch.Tensor:
-    logits = TemperatureLogitsWarper(temperature)(None, logits)
+def _process(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+    """Apply biases, penalties and structured outputs, which hold for greedy decoding, too."""
+    matchers = {row: one.matcher for row, one in enumerate(sequences) if one.matcher is not None}
+    penalized = [(row, one) for row, one in enumerate(sequences) if one.params.penalized]
+    if not matchers and not penalized:
+        return logits
+    logits = logits.clone()
+    if matchers:
+        constrain(logits, matchers)
+    biases, seen, counted = list[Part](), list[Part](), list[Part]()
+    for row, one in penalized:
+        params = one.params
+        if params.logit_bias:
+            biases.append((row, params.logit_bias, list(params.logit_bias.values())))
+        if params.repetition_penalty != 1:
+            seen.append((row, one.prompt_tokens.union(one.ids), params.repetition_penalty))
+        if one.ids and (params.presence_penalty or params.frequency_penalty):
+            counts = Counter(one.ids)
+            amounts = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+            counted.append((row, counts, amounts))
+    if biases:
+        places, amount = _flatten(biases, logits)
+        logits[places] += amount
+    if seen:
+        places, penalty = _flatten(seen, logits)
+        values = logits[places]
+        logits[places] = torch.where(values < 0, values * penalty, values / penalty)
+    if counted:
+        places, amount = _flatten(counted, logits)
+        logits[places] -= amount
+    return logits
+
+
+Part = tuple[int, Collection[int], "float | list[float]"]
+"""(row, tokens, a number for all or one for each)."""
+
+
+def _flatten(
+    parts: Sequence[Part], logits: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the index (rows, tokens) and the numbers of parts, so that any number of rows takes a few kernels."""
+    rows = np.repeat([row for row, _, _ in parts], [len(tokens) for _, tokens, _ in parts])
+    tokens = np.concatenate([np.fromiter(tokens, np.int64, len(tokens)) for _, tokens, _ in parts])
+    numbers = np.concatenate([np.broadcast_to(number, len(tokens)) for _, tokens, number in parts]).astype(np.float32)
+    fits = tokens < logits.shape[-1]  # image tokens have no logit
+    arrays = [torch.from_numpy(array[fits]).to(logits.device) for array in (rows, tokens, numbers)]
+    return (arrays[0], arrays[1]), arrays[2]
+
+
+def _sample(
+    logits: torch.Tensor, temperature: float, top_p: float, top_k: int, min_p: float, draws: torch.Tensor
+) -> torch.Tensor:
+    ids: Any = None  # not used
+    logits = TemperatureLogitsWarper(temperature)(ids, logits)
+    if min_p > 0:
+        logits = MinPLogitsWarper(min_p)(ids, logits)
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k)(ids, logits)
     if top_p < 1:
-        logits = TopPLogitsWarper(top_p)(None, logits)
-    cumulative = logits.softmax(-1).cumsum(-1)  # on the CPU torch accumulates in double
+        logits = TopPLogitsWarper(top_p)(ids, logits)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)  # on the CPU torch accumulates in double
     # scaled by the last value so that rounding cannot leave the draw beyond every token
     draws = draws.to(cumulative.dtype) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, draws[:, None], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, draws[:, None], right=True).clamp_max(logits.shape[-1] - 1)
+    # nor on an excluded one
+    return torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, True))[:, 0]
 
 
 class DecodingBatch:
     """Sequences that decode together; finished ones leave, and prefilled ones can join.
 
-    Log-probabilities are of the model's own distribution, regardless of temperature and top_p.
+    Log-probabilities are of the model's own distribution, regardless of sampling options and structured outputs.
 
     Args:
         model: a causal language model in the adapted state of the batch's rows.
@@ -260,12 +350,16 @@ class DecodingBatch:
             if not valid:
                 one.finish = "error"
                 continue
+            if one.matcher is not None and not one.matcher.consume_token(token):
+                one.finish, one.error = "error", matcher_error(one.matcher)
+                continue
             text = ""
             if one.detokenizer is not None:
                 text = one.detokenizer.add(token, end=token in self.eos_token_ids)
             if one.on_token is not None:
                 one.on_token(token, logprob, most[: one.top_logprobs], text)
-            if token in self.eos_token_ids or (one.detokenizer is not None and one.detokenizer.stopped is not None):
+            stopped = one.detokenizer is not None and one.detokenizer.stopped is not None
+            if token in self.eos_token_ids or stopped or (one.matcher is not None and one.matcher.is_stopped()):
                 one.finish = "stop"
             elif len(one.ids) >= one.params.max_new_tokens:
                 one.finish = "length"

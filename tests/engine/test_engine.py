@@ -7,6 +7,7 @@ import torch
 from helpers_engine import expert, rows
 
 from sigmix.engine import Engine
+from sigmix.engine.generation import SamplingParams
 from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids
 from sigmix.errors import ConfigError, ContextError, FingerprintError, UnknownNameError
 from sigmix.experts.mix import Mix
@@ -259,6 +260,18 @@ def test_an_expert_is_checked_again_when_the_bank_changes(engine, tiny):
         ({"do_sample": True, "temperature": float("nan")}, "temperature"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": {7: 101.0}}, "token 7"),
+        ({"logit_bias": {100: 1.0}}, "token 100.*0 to 99"),
+        ({"params": [SamplingParams()]}, "1 params for 2 prompts"),
+        ({"params": SamplingParams(min_p=2.0)}, "min_p"),
+        ({"params": SamplingParams(), "top_k": 5}, "params"),
+        ({"num_return_sequences": 0}, "num_return_sequences"),
+        ({"num_return_sequences": 2, "seeds": [1, 2]}, "2 seeds"),
         ({"form": "fused"}, "unknown form 'fused'"),
         ({"mix": ["math"]}, "1 mixes for 2 prompts"),
         ({"mix": ["math", None], "form": "merged"}, "one mix"),
@@ -272,6 +285,31 @@ def test_an_expert_is_checked_again_when_the_bank_changes(engine, tiny):
 def test_bad_options(engine, options, message):
     with pytest.raises(ConfigError, match=message):
         engine.generate([[5, 6], [5, 7]], **options)
+
+
+def test_options_of_each_prompt(engine):
+    prompts, mixes = [[5, 6, 7], [8, 9], [5, 6]], ["math", "base", "math:0.5"]
+    params = [
+        SamplingParams(9, repetition_penalty=1.5),
+        SamplingParams(4, True, 1.5, seed=3, top_k=20, logit_bias={2: -100.0}),
+        SamplingParams(6, logit_bias={11: 100.0}),
+    ]  # fmt: skip
+    found = engine.generate(prompts, mixes, params=params)
+    assert [len(one.ids) for one in found] == [9, 4, 6]
+    assert found[2].ids == [11] * 6
+    for prompt, mix, one, row in zip(prompts, mixes, params, found, strict=True):
+        assert engine.generate([prompt], mix, params=one)[0].ids == row.ids
+    options = {"max_new_tokens": 4, "do_sample": True, "temperature": 1.5, "top_k": 20, "logit_bias": {2: -100.0}}
+    assert engine.generate(prompts[1:2], seeds=[3], **options)[0].ids == found[1].ids
+
+
+def test_several_completions_of_each_prompt(engine):
+    prompts, options = [[5, 6, 7], [8, 9]], {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12}
+    found = engine.generate(prompts, ["math", "base"], num_return_sequences=3, **options)
+    assert len({tuple(one.ids) for one in found}) == 6
+    for row, one in enumerate(found):
+        mix = ["math", "base"][row // 3]
+        assert engine.generate([prompts[row // 3]], mix, seeds=[row], **options)[0].ids == one.ids
 
 
 def test_bad_options_of_a_stream(engine):

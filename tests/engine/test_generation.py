@@ -7,7 +7,7 @@ import torch
 from helpers_engine import alone, greedy, rows
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState, complete
+from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState, complete, select_tokens
 from sigmix.engine.prefix_cache import prefill
 
 PROMPTS = rows([14, 22, 11, 17], shared=9)
@@ -143,3 +143,95 @@ def test_top_p_keeps_the_smallest_set(tiny_llama):
 def test_a_low_temperature_is_nearly_greedy(tiny_llama):
     cold = sampled(tiny_llama, PROMPTS, [1, 2, 3, 4], temperature=1e-3)
     assert [row.ids for row in cold] == [row.ids for row in answers(tiny_llama, PROMPTS, SamplingParams(10))]
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"min_p": 1.0}, {"top_k": 10**6, "top_p": 1e-6}, {"temperature": 1e-320}]
+)
+def test_options_that_leave_one_token_are_greedy(tiny_llama, options):
+    one = sampled(tiny_llama, PROMPTS, [1, 2, 3, 4], **options)
+    assert [row.ids for row in one] == [row.ids for row in answers(tiny_llama, PROMPTS, SamplingParams(10))]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"min_p": 0.4}, {"top_k": 5, "min_p": 0.3, "temperature": 0.8}])
+def test_top_k_and_min_p_keep_the_most_probable(tiny_llama, options):
+    with torch.no_grad():
+        logits = alone(tiny_llama, PROMPTS[0])[-1] / options.get("temperature", 1)
+    p, order = logits.softmax(-1).sort(descending=True)
+    kept = min(options.get("top_k", len(p)), int((p >= options.get("min_p", 0) * p[0]).sum()))
+    assert 1 < kept < 20
+    found = {row.ids[0] for row in sampled(tiny_llama, PROMPTS[:1] * 400, list(range(400)), new=1, **options)}
+    assert found == set(order[:kept].tolist())
+
+
+PENALTIES = [
+    {},
+    {"repetition_penalty": 1.6},
+    {"repetition_penalty": 0.7, "frequency_penalty": -0.4},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": 1.5, "presence_penalty": -1.0},
+    {"logit_bias": {5: -100.0, 9: 4.0, 77: 3.5}, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+]
+
+
+def processed(logits, prompt, ids, options):
+    """Logits with logit_bias and penalties, by their definitions in vLLM."""
+    logits = logits.clone()
+    for token, bias in options.get("logit_bias", {}).items():
+        logits[token] += bias
+    for token in {*prompt, *ids}:
+        penalty = options.get("repetition_penalty", 1)
+        logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+    for token in set(ids):
+        logits[token] -= ids.count(token) * options.get("frequency_penalty", 0) + options.get("presence_penalty", 0)
+    return logits
+
+
+@torch.no_grad()
+def test_penalties_in_one_batch(tiny_llama):
+    prompts = rows([14, 22, 11, 17, 9, 13], shared=7)
+    params = [SamplingParams(24, **options) for options in PENALTIES]
+    found = answers(tiny_llama, prompts, params)
+    for prompt, options, row in zip(prompts, PENALTIES, found, strict=True):
+        logits = alone(tiny_llama, [*prompt, *row.ids])
+        for place, token in enumerate(row.ids):
+            own = logits[len(prompt) - 1 + place]
+            best = processed(own, prompt, row.ids[:place], options)
+            assert best[token] >= best.max() - 1e-4
+            assert row.logprobs[place] == pytest.approx(float(own.log_softmax(-1)[token]), **NEAR)
+    assert len({tuple(row.ids) for row in answers(tiny_llama, prompts[:1] * 6, params)}) == 6
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.9, "top_k": 40, "min_p": 0.01}])
+def test_a_row_with_options_does_not_depend_on_its_batch_mates(tiny_llama, sampling):
+    prompts = rows([14, 22, 11, 17, 9, 13], shared=7)
+    params = [SamplingParams(16, seed=row, **sampling, **options) for row, options in enumerate(PENALTIES)]
+    together = answers(tiny_llama, prompts, params)
+    for prompt, one, row in zip(prompts, params, together, strict=True):
+        assert answers(tiny_llama, [prompt], one)[0].ids == row.ids
+
+
+def test_repetition_penalty_equals_transformers(tiny_llama):
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        theirs = tiny_llama.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, repetition_penalty=1.3,
+            eos_token_id=None,
+        )  # fmt: skip
+        (ours,) = answers(tiny_llama, [prompt], SamplingParams(16, repetition_penalty=1.3))
+        assert ours.ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_a_bias_bans_and_forces_tokens(tiny_llama):
+    free = answers(tiny_llama, PROMPTS[:1], SamplingParams(8))[0].ids
+    banned = answers(tiny_llama, PROMPTS[:1], SamplingParams(8, logit_bias=dict.fromkeys(free, -100)))[0].ids
+    assert not set(banned) & set(free)
+    assert answers(tiny_llama, PROMPTS[:1], SamplingParams(8, logit_bias={42: 100}))[0].ids == [42] * 8
+
+
+def test_prompt_tokens_without_a_logit_are_not_penalized(tiny_llama):
+    sequences = [SequenceState([5, 300], SamplingParams(4, repetition_penalty=2.0))]
+    logits = torch.full((1, 256), 1.0)
+    logits[0, 5], logits[0, 7] = 1.8, 1.5
+    assert select_tokens(logits, sequences).tolist() == [7]
+    assert logits[0, 5] == pytest.approx(1.8)  # the model's logits stay
