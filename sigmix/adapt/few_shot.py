@@ -23,6 +23,7 @@ from sigmix.adapt.base import Decision, skills
 from sigmix.adapt.search import SEARCHERS, Searcher
 from sigmix.engine import Engine
 from sigmix.engine.scoring import replies_and_logprobs
+from sigmix.engine.tokenization import reply_ids
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import LAYER, Layout, Mix
@@ -253,10 +254,7 @@ class FewShotSearch:
         else:
             self.space = AlphaSpace(names, tuple(engine.layers), granularity, normalised, low, high)
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
-        end = engine.eos_token_ids[:1]
-        self.answers = [
-            [*engine.tokenizer.encode(one.gold, add_special_tokens=False), *end] for one in self.examples
-        ]
+        self.answers = [reply_ids(engine.tokenizer, one.gold, engine.eos_token_ids) for one in self.examples]
         self.rows = [engine.encode(one.prompt, images=one.images) for one in self.examples]
         self.values: dict[str, tuple[float, float]] = {}
         self.trace: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from sigmix.errors import ConfigError, OutputError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
+    from sigmix.tasks.base import Score
+    from sigmix.tasks.data import Row
 
     Labelled = tuple[list[Example], Callable[[Example, str], float], int]
 
@@ -25,7 +28,9 @@ def adapt(
     examples: Path = typer.Option(None, help='JSONL file with {"prompt": …, "answer": …} per line.'),
     task: str = typer.Option(None, help="Task that gives --shots training items and their grader."),
     shots: int = typer.Option(10, min=1, help="Items of --task."),
-    score: str = typer.Option("exact", help="Grader of --examples: exact (text) or number."),
+    score: str = typer.Option(
+        "exact", help="Grader of --examples: exact (text), number, final (a reasoned reply's number), math or json."
+    ),
     out: Path = typer.Option(None, help="JSON file for the mixture; for --granularity z the new expert's folder."),
     expert: list[str] = typer.Option([], help="Expert to mix; may be repeated. Default: all of the bank."),
     method: str = typer.Option("cem", help="Search method: cem, cma-es or swarm."),
@@ -37,7 +42,9 @@ def adapt(
     population: int = typer.Option(None, help="Mixtures per round."),
     iterations: int = typer.Option(None, help="Maximum rounds."),
     patience: int = typer.Option(None, help="Rounds without improvement before the search stops."),
-    max_new_tokens: int = typer.Option(None, min=1, help="Maximum tokens of a reply. Default: the task's, or 16."),
+    max_new_tokens: int = typer.Option(
+        None, min=1, help="Maximum tokens of a reply. Default: the task's; with --examples 16, or the longest answer's."
+    ),
     seed: int = typer.Option(0, help="Random seed of the search and of the items."),
     fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the probe on the experts' training prompts."),
     per_label: int = typer.Option(200, min=4, help="Training prompts per label, with --fit-probe."),
@@ -80,6 +87,8 @@ def adapt(
     check_writable(out)
     labelled, grade, longest = _task_examples(task, shots, seed, data_dir) if task else _file_examples(examples, score)
     engine = open_engine(base, open_bank(bank))
+    if max_new_tokens is None and examples:  # a reply as long as the longest answer, and its end token
+        longest = max(longest, *(len(engine.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled))
     with Progress("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as progress:
         search = FewShotSearch(
             engine, labelled, grade, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
@@ -131,18 +140,22 @@ def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: di
 
 
 def _file_examples(path: Path, score: str) -> Labelled:
-    from sigmix.adapt import Example
     from sigmix.tasks.data import local_rows
-    from sigmix.tasks.graders import exact, strict_number
+    from sigmix.tasks.graders import GRADERS
 
-    graders = {"exact": exact, "number": strict_number}
-    if score not in graders:
-        raise UnknownNameError("grader", score, graders)
-    examples = [
-        Example(str(row.get("prompt", "question", kind=str)), str(row.get("answer", "gold", kind=(str, int, float))))
-        for row in local_rows(path)
-    ]
-    return examples, lambda example, reply: graders[score](reply, example.gold).value or 0.0, 16
+    if score not in GRADERS:
+        raise UnknownNameError("grader", score, GRADERS)
+    examples = [_example(row, GRADERS[score]) for row in local_rows(path)]
+    return examples, lambda example, reply: GRADERS[score](reply, example.gold).value or 0.0, 16
+
+
+def _example(row: Row, grade: Callable[[str, str], Score]) -> Example:
+    from sigmix.adapt import Example
+
+    prompt, answer = row.get("prompt", "question", kind=str), row.get("answer", "gold")
+    gold = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    row.check_gold(gold, lambda reply: grade(reply, gold))
+    return Example(prompt, gold)
 
 
 def _task_examples(name: str, shots: int, seed: int, data_dir: Path | None) -> Labelled:

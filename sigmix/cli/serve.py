@@ -30,7 +30,7 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     with importing():
         from sigmix.serve import Server, Service, load_settings
         from sigmix.serve.observability import configure_logging
-        from sigmix.tasks.graders import exact, strict_number
+        from sigmix.tasks.graders import GRADERS
 
     settings = load_settings(config, **{name: None if value == [] else value for name, value in flags.items()})
     configure_logging(settings.log_level, settings.log_format)
@@ -40,7 +40,7 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     )
     graders = {
         name: lambda reply, gold, score=score: score(reply, gold).value or 0.0
-        for name, score in {"exact": exact, "number": strict_number}.items()
+        for name, score in GRADERS.items()
     }
     with working("checking the experts"):
         service = Service(model, tokenizer, bank, settings, graders)

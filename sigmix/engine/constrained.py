@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sigmix.engine.tokenization import reply_ids
 from sigmix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ class TokenTrie:
     def from_texts(
         cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], eos_token_ids: Sequence[int]
     ) -> TokenTrie:
-        """Tokenize the replies and close each with the first end token.
+        """Tokenize the replies, each with its end token; see `reply_ids`.
 
         Raises:
             ConfigError: two texts have the same tokens, or one has none.
         """
-        end = list(eos_token_ids[:1])
-        replies = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text in texts]
-        if len({tuple(ids) for ids in replies}) < len(replies) or min(map(len, replies)) <= len(end):
+        replies = [reply_ids(tokenizer, text, eos_token_ids) for text in texts]
+        empty = reply_ids(tokenizer, "", eos_token_ids)
+        if len({tuple(ids) for ids in replies}) < len(replies) or empty in replies:
             raise ConfigError(
                 f"the labels {', '.join(texts)} need distinct, non-empty token ids",
                 remedy="rename the experts or their domains",

@@ -112,6 +112,7 @@ class StreamingDetokenizer:
         stop_strings: they end the text and are not part of it.
         prompt_ids: the tokens that the text continues; its first space is kept. (): a text of its own.
         skip_special_tokens: leave special tokens out of the text.
+        visible_tokens: texts of special tokens that are part of the text all the same.
 
     Attributes:
         text: text that later tokens cannot change.
@@ -125,12 +126,16 @@ class StreamingDetokenizer:
         stop_strings: Sequence[str] = (),
         prompt_ids: Iterable[int] = (),
         skip_special_tokens: bool = True,
+        visible_tokens: Collection[str] = (),
     ) -> None:
         self.text = ""
         self.stopped: str | None = None
         self.offset = 0
         self._tokens = token_decoder(tokenizer)
         self._skip = self._tokens.special if skip_special_tokens else frozenset()
+        if visible_tokens:
+            texts = {id: token_text(self._tokens.token_bytes(id)) for id in self._skip}
+            self._skip = frozenset(id for id, text in texts.items() if text not in visible_tokens)
         self._first = all(id in self._tokens.special for id in prompt_ids)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stop_strings)

@@ -6,11 +6,19 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from sigmix.errors import ConfigError, ContextError, PromptError
 from sigmix.models.multimodal import image_prompt, is_image_token, processor_of
 from sigmix.utils.images import Shown, pictures
+
+TEMPLATE_ARGUMENTS = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "images",
+    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "sanitize_control_tokens", "tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation", "turns",
+})  # fmt: skip
+"""Arguments of `encode_turns` and of ``apply_chat_template`` that are not variables of a template."""
 
 
 def encode(
@@ -205,18 +213,54 @@ def _no_images(shown: Sequence[Any]) -> None:
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return all end token ids of the generation config, the model config and the tokenizer."""
-    found: list[int] = []
-    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+    """Return the ids of all end tokens; the first is the one that ends a reply.
+
+    It is the token that the chat template writes after an assistant turn, without a template the tokenizer's end
+    token. The others are those of the tokenizer, the generation config and the model config.
+    """
+    ends: list[int] = []
+    for source in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
         value = getattr(source, "eos_token_id", None)
-        for token in [value] if isinstance(value, int) else (value or []):
-            if token not in found:
-                found.append(int(token))
-    return found
+        ends += [int(token) for token in ([value] if isinstance(value, int) else value or [])]
+    first = _end_of_turn(tokenizer, ends) if has_template(tokenizer) else None
+    return list(dict.fromkeys(ends if first is None else [first, *ends]))
+
+
+def _end_of_turn(tokenizer: Any, ends: Sequence[int]) -> int | None:
+    """Return the id of the token that the chat template writes after an assistant turn; None if it writes none."""
+    reply = "sigmixreply"
+    turns = [{"role": "user", "content": "sigmixprompt"}, {"role": "assistant", "content": reply}]
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" ▁\n\t")}
+    # some templates end all turns but the last; before a further turn, only an end token is none of its beginning
+    for following, allowed in (([], added.union(ends)), (turns[:1], set(ends))):
+        text = _text_of(tokenizer, [*turns, *following])
+        if text is None or reply not in text:
+            continue
+        tail = tokenizer(text[text.rindex(reply) + len(reply) :], add_special_tokens=False)["input_ids"]
+        # the first marks after the text, such as <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
+        start = next((place for place, id in enumerate(tail) if id in added or id in ends), len(tail))
+        marks = list(takewhile(lambda id: id in added or id in ends, tail[start:]))
+        if found := [*(id for id in marks if id in ends), *(id for id in marks if id in allowed)]:
+            return int(found[0])
+    return None
+
+
+def _text_of(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a conversation under the chat template, after a system turn if it needs one; None if it is rejected."""
+    processor = processor_of(tokenizer)
+    for first in ([], [{"role": "system", "content": "sigmixsystem"}]):
+        rendered = [*first, *turns]
+        try:
+            return str((processor or tokenizer).apply_chat_template(
+                in_parts(rendered) if processor else rendered, tokenize=False, add_generation_prompt=False
+            ))  # fmt: skip
+        except Exception:  # templates raise arbitrary errors
+            continue
+    return None
 
 
 def reply_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
-    """Return token ids of a reply, followed by the first end token."""
+    """Return token ids of a reply with its end token, the first of `eos_token_ids`."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], *ends[:1]]
 
 

@@ -105,11 +105,16 @@ class AdaptationWorker:
 
         Raises:
             UnknownNameError: unknown grader.
-            ConfigError, ExpertError: no experts, or see `ModelRegistry.check_mix_name`.
+            ConfigError, ExpertError: no experts, an answer that no reply can match, or see
+                `ModelRegistry.check_mix_name`.
             QueueFullError: too many queued searches.
         """
         if request.score not in self.graders:
             raise UnknownNameError("grader", request.score, self.graders)
+        for number, example in enumerate(request.examples):
+            grade = self.graders[request.score]
+            if grade(example.answer, example.answer) < 1 or grade("", example.answer):
+                raise ConfigError(f"examples[{number}]: no reply can match the answer {example.answer[:40]!r}")
         if not len(self.registry):
             raise ConfigError("no experts to mix", remedy="POST /v1/experts loads one")
         id = f"adapt-{uuid.uuid4().hex}"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -19,7 +20,7 @@ from sigmix.adapt.bandit import arm_and_context
 from sigmix.errors import SigmixError
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
-from sigmix.serve.protocol.builder import Choice, ResponseBuilder, decision_json, sse
+from sigmix.serve.protocol.builder import Choice, ResponseBuilder, decision_json
 from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
 from sigmix.serve.protocol.requests import ChatCompletionRequest, CompletionRequest
 from sigmix.serve.scheduler import (
@@ -34,6 +35,7 @@ from sigmix.serve.scheduler import (
     choice_seed,
 )
 from sigmix.serve.service import Service
+from sigmix.serve.tool_parser import ToolCallParser
 
 log = logging.getLogger("sigmix.serve")
 
@@ -58,6 +60,8 @@ class RequestHandler:
         options: parsed body.
         prompts: (token ids, user turn) of each prompt.
         echoes: text of each prompt, to be returned before every completion; None: only completions are returned.
+        new_parser: returns a parser of tool calls for one reply; None: replies are text.
+        builder: of the responses; default: chat or text completions.
 
     Raises:
         ApiError: invalid request.
@@ -71,6 +75,9 @@ class RequestHandler:
         options: ChatCompletionRequest | CompletionRequest,
         prompts: Sequence[tuple[list[int], str]],
         echoes: Sequence[str] | None = None,
+        *,
+        new_parser: Callable[[], ToolCallParser] | None = None,
+        builder: ResponseBuilder | None = None,
     ) -> None:
         self.service, self.request, self.key, self.options = service, request, key, options
         settings = service.settings
@@ -93,6 +100,7 @@ class RequestHandler:
             except SigmixError as error:
                 place = f"prompt.{number}" if len(prompts) > 1 else "prompt"
                 raise api_error(error, "messages" if isinstance(options, ChatCompletionRequest) else place) from error
+        parsers = [new_parser() for _ in range(count * len(prompts))] if new_parser else []
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
         self.requests = [
@@ -110,24 +118,23 @@ class RequestHandler:
                 stop_strings=options.stop_strings,
                 top_logprobs=options.logprob_count() or 0,
                 prompt_logprobs=echoes is not None and options.logprob_count() is not None,
-                continues=isinstance(options, CompletionRequest),
+                continues=isinstance(options, CompletionRequest) or options.continue_final_message,
+                visible_tokens=parsers[0].markers if parsers else (),
                 deadline=self.started_at + settings.request_timeout,
             )
             for number, (ids, text) in enumerate(prompts)
         ]
-        self.builder = ResponseBuilder(
+        self.builder = builder or ResponseBuilder(
             isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_bytes,
             options.logprob_count() is not None,
         )  # fmt: skip
         self.choices = [Choice() for _ in range(count * len(prompts))]
+        self.parsers = parsers
+        self._sent_calls = [0] * len(self.choices)
         self.echoes = [Choice() for _ in prompts]
         self.offsets: list[list[int]] = [[]] * len(prompts)
-        for number, text in enumerate(echoes or ()):
-            echo, request_ = self.echoes[number], self.requests[number]
+        for echo, text in zip(self.echoes, echoes or (), strict=False):
             echo.text = text
-            if request_.prompt_logprobs:
-                self.offsets[number] = service.text_offsets(request_.ids, text)
-                echo.tokens = [Token(0, request_.ids[0], None, [])]
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -192,6 +199,16 @@ class RequestHandler:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
+    def _parse(self, number: int, event: Event) -> Event:
+        """Return an event without the markup of tool calls, which are added to the choice."""
+        if not self.parsers or not isinstance(event, (Token, Finished)):
+            return event
+        index = number * self.count + event.index
+        parser = self.parsers[index]
+        text = parser.feed(event.text, final=isinstance(event, Finished))
+        self.choices[index].calls = parser.calls
+        return replace(event, text=text)
+
     def _record(self, number: int, event: Event) -> None:
         """Add an event to the response.
 
@@ -214,7 +231,7 @@ class RequestHandler:
         choice = self.choices[number * self.count + event.index]
         choice.text += event.text
         if isinstance(event, Finished):
-            choice.finish_reason = event.reason
+            choice.finish_reason = "tool_calls" if choice.calls and event.reason == "stop" else event.reason
             return
         if not any(other.tokens for other in self.choices):
             self.service.metrics.first_token_seconds.observe(time.monotonic() - self.started_at)
@@ -235,7 +252,7 @@ class RequestHandler:
             if self.count > self.options.n:
                 choices = sorted(choices, key=lambda choice: choice.mean_logprob, reverse=True)[: self.options.n]
             for choice in choices:
-                yield Choice(echo.text + choice.text, echo.tokens + choice.tokens, choice.finish_reason)
+                yield replace(choice, text=echo.text + choice.text, tokens=echo.tokens + choice.tokens)
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(len(request.ids) for request in self.requests)
@@ -248,6 +265,10 @@ class RequestHandler:
         Raises:
             ApiError: the request failed. A stream that has begun ends with an error event instead.
         """
+        for number, (request, echo) in enumerate(zip(self.requests, self.echoes, strict=True)):
+            if request.prompt_logprobs:
+                self.offsets[number] = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
+                echo.tokens = [Token(0, request.ids[0], None, [], offset=self.offsets[number][0])]
         self._submit()
         return await (self._streamed() if self.options.stream else self._whole())
 
@@ -256,7 +277,7 @@ class RequestHandler:
             async with aclosing(self._follow()) as events:
                 async for item in events:
                     assert item is not None
-                    self._record(*item)
+                    self._record(item[0], self._parse(*item))
         except ClientDisconnected:
             return Response(status_code=499)
         sigmix = self.decisions[0] if len(self.decisions) == 1 else self.decisions
@@ -279,8 +300,8 @@ class RequestHandler:
             except ClientDisconnected:
                 return
             except ApiError as error:
-                yield sse(error.body())
-            yield "data: [DONE]\n\n"
+                yield self.builder.failed(error)
+            yield self.builder.end
 
     async def _lines(self) -> AsyncGenerator[str, None]:
         """Yield the events of a stream, without the end; heartbeats only after the first event.
@@ -292,26 +313,30 @@ class RequestHandler:
         async with aclosing(self._follow(HEARTBEAT_SECONDS)) as events:
             async for item in events:
                 if item is not None:
-                    self._record(*item)
-                    for chunk in self._chunks(*item):
+                    number, event = item[0], self._parse(*item)
+                    self._record(number, event)
+                    for line in self._events_of(number, event):
                         started = True
-                        yield sse(chunk)
+                        yield line
                 elif started:
                     yield ": waiting\n\n"
-        if self.options.stream_options and self.options.stream_options.include_usage:
-            yield sse(self.builder.chunk([], usage=self._usage()))
+        include_usage = bool(self.options.stream_options and self.options.stream_options.include_usage)
+        for line in self.builder.finish(self.choices, self._usage(), include_usage):
+            yield line
 
-    def _chunks(self, number: int, event: Event) -> Iterator[dict[str, Any]]:
+    def _events_of(self, number: int, event: Event) -> Iterator[str]:
+        """Yield the lines of a stream for an event that was recorded."""
         builder, request, echo = self.builder, self.requests[number], self.echoes[number]
         if isinstance(event, (Started, PromptLogprobs)):
             if not request.prompt_logprobs or len(echo.tokens) == len(request.ids):
                 indices = range(number * self.count, (number + 1) * self.count)
-                yield builder.chunk(builder.first(indices, echo), sigmix=self.decisions[number])
+                yield from builder.first(indices, echo, self.decisions[number])
             return
         assert isinstance(event, (Token, Finished))
         index = number * self.count + event.index
-        tokens = [event] if isinstance(event, Token) else []
-        if event.text or (builder.logprobs and tokens):
-            yield builder.chunk([builder.delta(index, event.text, tokens)])
+        choice = self.choices[index]
+        calls = list(enumerate(choice.calls))[self._sent_calls[index] :]
+        self._sent_calls[index] += len(calls)
+        yield from builder.delta(index, event.text, [event] if isinstance(event, Token) else [], calls)
         if isinstance(event, Finished):
-            yield builder.chunk([builder.last(index, event.reason)])
+            yield from builder.last(index, choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -16,6 +17,7 @@ from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import Adaptation
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
+from sigmix.serve.protocol.builder import ResponseBuilder
 from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
 from sigmix.serve.protocol.requests import (
     AdaptRequest,
@@ -76,12 +78,22 @@ async def in_thread(param: str | None, function: Callable[P, T], *args: P.args, 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatCompletionRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
     """Generate the next message of a conversation."""
+    return await (await _chat_handler(body, request, service, key)).respond()
+
+
+async def _chat_handler(
+    body: ChatCompletionRequest, request: Request, service: Service, key: ApiKey, builder: ResponseBuilder | None = None
+) -> RequestHandler:
     turns = [message.turn() for message in body.messages]
     user = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
-    if not user.strip():
-        raise ApiError(400, "messages must contain a non-empty user message", param="messages")
-    ids = await in_thread("messages", service.encode_chat, turns)
-    return await RequestHandler(service, request, key, body, [(ids, user)]).respond()
+    if body.model == AUTO and not user.strip():
+        raise ApiError(400, "messages must contain a non-empty user message for the model auto", param="messages")
+    new_parser = None
+    if tools := body.rendered_tools():
+        parser = await in_thread("tools", service.tool_call_parser, tools)
+        new_parser = partial(parser, tools, body.parallel_tool_calls)
+    ids = await in_thread("messages", service.encode_chat, turns, **body.template_options())
+    return RequestHandler(service, request, key, body, [(ids, user)], new_parser=new_parser, builder=builder)
 
 
 @router.post("/v1/completions")

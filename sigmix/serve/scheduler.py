@@ -117,6 +117,7 @@ class GenerationRequest:
         top_logprobs: number of most probable tokens to report.
         prompt_logprobs: report the log-probabilities of the prompt, too.
         continues: the text continues the prompt, so its first space is kept; False: a reply, a text of its own.
+        visible_tokens: texts of special tokens that are part of the text.
         deadline: `time.monotonic` after which the request is given up.
         running: choices that are still decoding.
     """
@@ -133,6 +134,7 @@ class GenerationRequest:
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     continues: bool = False
+    visible_tokens: tuple[str, ...] = ()
     deadline: float = float("inf")
     queued_at: float = field(default_factory=time.monotonic)
     running: list[SequenceState] = field(default_factory=list)
@@ -357,7 +359,9 @@ class Scheduler:
 
     def _sequence(self, request: GenerationRequest, index: int) -> SequenceState:
         prefix = request.ids if request.continues else ()
-        detokenizer = StreamingDetokenizer(self.engine.tokenizer, request.stop_strings, prefix)
+        detokenizer = StreamingDetokenizer(
+            self.engine.tokenizer, request.stop_strings, prefix, visible_tokens=request.visible_tokens
+        )
         assert request.mix is not None
 
         def on_token(token: int, logprob: float, top: list[tuple[int, float]], text: str) -> None:

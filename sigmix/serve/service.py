@@ -16,7 +16,7 @@ from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, Pro
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
 from sigmix.engine.detokenizer import text_offsets, token_decoder
-from sigmix.engine.tokenization import context_length, encode_turns
+from sigmix.engine.tokenization import chat_template, context_length, encode_turns
 from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
@@ -28,6 +28,7 @@ from sigmix.serve.registry import ModelRegistry
 from sigmix.serve.scheduler import Scheduler, SharedEngine
 from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
+from sigmix.serve.tool_parser import ToolCallParser, tool_call_parser
 
 log = logging.getLogger("sigmix.serve")
 
@@ -163,6 +164,15 @@ class Service:
         """
         with self._tokenizer_lock:
             return encode_turns(self._tokenizer, turns, **options)
+
+    def tool_call_parser(self, tools: Sequence[Mapping[str, Any]]) -> type[ToolCallParser]:
+        """Return the parser of tool calls for the model's chat template.
+
+        Raises:
+            ConfigError: the format of its tool calls is not known.
+        """
+        with self._tokenizer_lock:
+            return tool_call_parser(chat_template(self._tokenizer, tools))
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of bare text."""

@@ -45,6 +45,7 @@ class ToolCallParser(ABC):
 
     Args:
         tools: function tools of the request.
+        parallel: keep all calls; False: the first one.
 
     Attributes:
         markers: texts that begin or divide calls; tokenizers have some of them as special tokens.
@@ -53,7 +54,8 @@ class ToolCallParser(ABC):
 
     markers: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, Any]] = (), parallel: bool = True) -> None:
+        self.parallel = parallel
         self.functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self.calls: list[ToolCall] = []
         self._buffer = ""
@@ -120,6 +122,8 @@ class ToolCallParser(ABC):
                 raise NotACall
             found.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
         self.calls += found
+        if not self.parallel:
+            del self.calls[1:]
 
 
 class HermesParser(ToolCallParser):

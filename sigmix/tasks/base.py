@@ -166,9 +166,10 @@ class Task(ABC):
     def validate(self, split: Split = "train", n: int = 50) -> ValidationReport:
         """Check the grader on up to ``n`` samples of ``split``, and that the splits are disjoint.
 
-        Gold must score `gold_value`, and wrong, empty and garbage replies 0; ungradable wrong replies are counted, an
-        ungradable gold reply is a problem. Ids are recomputed from the content and compared across all splits: whole
-        splits of a finite set, two draws of a generated one. If ``split`` is missing, the first existing one is used.
+        Gold must score `gold_value`; wrong, empty and garbage replies, and gold in a draft, 0. Ungradable wrong replies
+        are counted, an ungradable gold reply is a problem. Ids are recomputed from the content and compared across all
+        splits: whole splits of a finite set, two draws of a generated one. If ``split`` is missing, the first
+        existing one is used.
         """
         split = split if split in self.splits() or split not in SPLITS else self.splits()[0]
         problems: list[str] = []
@@ -183,7 +184,8 @@ class Task(ABC):
                     f"gold {_short(sample.gold)} scores {gold.value} on {_short(sample.prompt)} "
                     f"({_short(gold.explanation)})"
                 )
-            for reply in (*GARBAGE, *self.wrong_replies(sample)):
+            drafted = f"<think>{sample.gold}</think>\nI don't know."
+            for reply in (*GARBAGE, drafted, *self.wrong_replies(sample)):
                 value = self.score(sample, reply).value
                 counts["wrong_replies"] += 1
                 counts["wrong_refused"] += value == 0.0

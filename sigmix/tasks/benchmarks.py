@@ -11,6 +11,7 @@ import functools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from sigmix.tasks.data import Row, hub_rows, local_rows
 from sigmix.tasks.graders import (
     boxed,
     math_equal,
+    number_text,
     parse_number,
     relabel,
     score_choice,
@@ -76,7 +78,7 @@ class BenchmarkTask(Task):
     def tables(self) -> dict[str, list[Sample]]:
         """Split to samples in the file's order, checked and without shared content."""
         rows = self._rows()
-        tables = self.divide({split: [s for row in part if (s := self.sample(row))] for split, part in rows.items()})
+        tables = self.divide({split: [s for row in part if (s := self._checked(row))] for split, part in rows.items()})
         seen: dict[str, str] = {}
         for split in (name for name in PRIORITY if name in tables):
             kept = []
@@ -95,6 +97,12 @@ class BenchmarkTask(Task):
             if not kept:
                 raise DataError(f"task {self.name}: split {split!r} is empty")
         return tables
+
+    def _checked(self, row: Row) -> Sample | None:
+        sample = self.sample(row)
+        if sample is not None and not self.costly:
+            row.check_gold(sample.gold, functools.partial(self.score, sample), self.gold_value(sample))
+        return sample
 
     def divide(self, tables: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
         """Create the splits that the source lacks, by content hash; override for a benchmark's own rule."""
@@ -161,24 +169,25 @@ class WordProblemTask(BenchmarkTask):
         self.max_new_tokens = 12 if self.strict else 320
 
     def _make(self, row: Row, question: str, answer: str, **meta: Any) -> Sample:
-        value = parse_number(answer)
+        value = parse_number(answer, unit=True)
         if value is None:
             raise row.bad(f"the answer {answer!r} is not a number")
-        plain = str(value.numerator) if value.denominator == 1 else str(float(value))
         return Sample.make(
-            f"{question.strip()}\n{ONLY if self.strict else REASON}", plain, key=content_id(question), **meta
-        )
+            f"{question.strip()}\n{ONLY if self.strict else REASON}", number_text(value), key=content_id(question),
+            **meta,
+        )  # fmt: skip
 
     def score(self, sample: Sample, reply: str) -> Score:
         return strict_number(reply, sample.gold) if self.strict else score_final(reply, sample.gold)
 
     def wrong_replies(self, sample: Sample) -> list[str]:
-        gold, other = sample.gold, str(float(sample.gold) + 1).removesuffix(".0")
+        value = Fraction(sample.gold)
+        gold, other = sample.gold, number_text(value + 1)
         return [
             *super().wrong_replies(sample), other, f"{gold}\n#### {other}", f"#### {gold}\n#### {other}",
             f"The answer is {other}, not {gold}.", f"{other} or {gold}", f"{gold} or {other}",
             f"The answer is {other} or {gold}.", f"The answer is not {gold}.", f"It cannot be {gold}; it is {other}.",
-            rf"\boxed{{{other}}} and then \boxed{{{gold}}}", f"{gold}7", str(1 - 2 * float(gold)),
+            rf"\boxed{{{other}}} and then \boxed{{{gold}}}", f"{gold}7", number_text(-abs(value) - 1),
         ]  # fmt: skip
 
 
@@ -192,7 +201,7 @@ class GSM8K(WordProblemTask):
     hub, hub_configs = "openai/gsm8k", ("main",)
 
     def sample(self, row: Row) -> Sample:
-        solution, mark, answer = row.get("answer", kind=str).partition("####")
+        solution, mark, answer = row.get("answer", kind=str).rpartition("####")
         if not mark:
             raise row.bad("the answer has no ####")
         return self._make(row, row.get("question", kind=str), answer.strip(), solution=solution.strip())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sigmix.errors import DataError
+from sigmix.tasks.base import Score
 from sigmix.utils.images import Picture
+from sigmix.utils.io import read_text
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,18 @@ class Row:
         """
         for name in names:
             if (value := self.data.get(name)) is not None:
-                if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
+                blank = isinstance(value, str) and not value.strip()
+                if blank or not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
                     raise self.bad(f"field {name!r} holds {str(value)[:40]!r} ({type(value).__name__})")
                 return value
         raise self.bad(f"no field {' or '.join(map(repr, names))}; it has {', '.join(self.data) or 'none'}")
+
+    def check_gold(self, gold: str, score: Callable[[str], Score], full: float = 1.0) -> None:
+        """Raise `DataError` if the row's gold reply does not score ``full``, or an empty reply does not score 0."""
+        scored, empty = score(gold), score("").value
+        if scored.value != full or empty:
+            why = "an empty reply does" if empty else scored.explanation
+            raise self.bad(f"no reply can match the answer {gold[:40]!r}: {why}")
 
     def bad(self, why: str) -> DataError:
         """Return the error for a row with invalid content."""
@@ -40,28 +51,25 @@ class Row:
 
 
 def local_rows(path: Path) -> list[Row]:
-    """Read all rows of a JSONL file in UTF-8, with or without a byte-order mark; blank lines are skipped.
+    """Read all rows of a JSONL file (see `read_text`); blank lines are skipped.
 
     Raises:
         DataError: the file cannot be read, a line is not a JSON object, or there are no rows.
     """
     rows = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip():
-                    continue
-                try:
-                    data = json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{number}: not JSON in UTF-8: {error}") from error
-                if not isinstance(data, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, not a {type(data).__name__}")
-                rows.append(Row(data, f"{path}:{number}"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON: {error}", remedy="write one JSON object a line") from error
+        if not isinstance(data, dict):
+            raise DataError(
+                f"{where}: expected a JSON object, not a {type(data).__name__}", remedy="write one JSON object a line"
+            )
+        rows.append(Row(data, where))
     if not rows:
         raise DataError(f"{path} has no rows")
     return rows

@@ -18,7 +18,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -36,6 +36,20 @@ def wrong_candidates(candidates: Sequence[str], gold: str, *more: str) -> list[s
         f"{others[0]} or {gold}", f"{others[0]} and {gold}", f"{others[0]}, not {gold}", f"not {gold} but {others[0]}",
         f"not {others[0]} but {gold}", *more,
     ]  # fmt: skip
+
+
+_DRAFT = re.compile(r"(?<![\"'`])[<\[](/?)think(?:ing)?[>\]](?![\"'`])", re.IGNORECASE)
+
+
+def final_part(reply: str) -> str:
+    """Return the reply without its draft: the text after the last ``</think>``, "" after an open ``<think>``.
+
+    ``<thinking>`` and ``[THINK]`` are drafts too; a tag in quotes is not one.
+    """
+    tags = list(_DRAFT.finditer(reply))
+    if not tags:
+        return reply
+    return reply[tags[-1].end() :] if tags[-1][1] else ""
 
 
 def normalise(text: str, *, casefold: bool = True) -> str:
@@ -56,7 +70,7 @@ def exact(reply: str, gold: str, *, accept: Iterable[str] = (), casefold: bool =
 
     A reply of another form (a sentence in place of a word) has no answer (``answer`` is None).
     """
-    answer = normalise(reply, casefold=casefold)
+    answer = normalise(final_part(reply), casefold=casefold)
     accepted = {normalise(text, casefold=casefold) for text in (gold, *accept)}
     if form(answer) not in {form(text) for text in accepted}:
         return Score(0.0, None, f"not of the form of {gold!r}")
@@ -65,7 +79,7 @@ def exact(reply: str, gold: str, *, accept: Iterable[str] = (), casefold: bool =
 
 def one_of(reply: str, gold: str, allowed: Iterable[str]) -> Score:
     """Grade like `exact`; a reply outside ``allowed`` has no answer (``answer`` is None)."""
-    answer = normalise(reply)
+    answer = normalise(final_part(reply))
     labels = {normalise(text) for text in allowed} | {normalise(gold)}
     if answer not in labels:
         return Score(0.0, None, f"the reply is none of {', '.join(sorted(labels))}")
@@ -74,7 +88,7 @@ def one_of(reply: str, gold: str, allowed: Iterable[str]) -> Score:
 
 def exact_lines(reply: str, gold: str) -> Score:
     """Return 1 if the reply has the lines of gold; case counts, blanks at the ends of lines do not."""
-    lines = [line.rstrip() for line in reply.strip().splitlines()]
+    lines = [line.rstrip() for line in final_part(reply).strip().splitlines()]
     expected = gold.strip().splitlines()
     if [form(line) for line in lines] != [form(line) for line in expected]:
         return Score(0.0, None, f"not of the form of {gold!r}")
@@ -105,11 +119,11 @@ def json_value(text: str) -> Any:
 def json_only(reply: str, gold: str) -> Score:
     """Return 1 if the reply is a JSON value equal to gold's; key order is free, 31, "31", 31.0 and true differ."""
     try:
-        value = json_value(reply)
+        value, right = json_value(final_part(reply)), json_value(gold)
     except ValueError as error:
         return Score(0.0, None, f"not a JSON value alone: {error}")
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    expected = json.dumps(json_value(gold), sort_keys=True, ensure_ascii=False)
+    expected = json.dumps(right, sort_keys=True, ensure_ascii=False)
     return Score.of(canonical == expected, canonical, f"expected {expected}")
 
 
@@ -128,6 +142,11 @@ def relabel(labels: Sequence[str]) -> dict[str, str]:
     return dict(zip(labels, LETTERS, strict=False))
 
 
+def _bare(reply: str) -> str:
+    r"""Return a reply without its draft, Markdown's marks, "####" and \boxed{\text{...}}."""
+    return re.sub(r"[*_`{}$]|^\s*#+|\\(?:boxed|text(?:bf)?|mathrm|mathbf)(?![A-Za-z])", "", final_part(reply)).strip()
+
+
 def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | None = None) -> str | None:
     """Return the label that the whole reply is, or None.
 
@@ -135,7 +154,7 @@ def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | N
         labels: as the prompt shows them.
         texts: label to choice text; allows "B. Paris".
     """
-    text = re.sub(r"[*_`]", "", reply).strip()
+    text = _bare(reply)
     any_label = "|".join(re.escape(label) for label in labels)
     # "(B" and "B)" both occur in truncated replies
     match = re.fullmatch(rf"{_LEAD}[(\[]?\s*({any_label})\s*[)\]]?\s*[.:)]?\s*(.*)", text, re.IGNORECASE | re.DOTALL)
@@ -147,7 +166,7 @@ def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | N
     between = text[match.end(1) : match.start(2)]
     if texts is None or not between or between.isalnum():
         return None
-    return label if normalise(match[2]) == normalise(re.sub(r"[*_`]", "", texts[label])) else None
+    return label if normalise(match[2]) == normalise(_bare(texts[label])) else None
 
 
 def score_choice(reply: str, gold: str, texts: Mapping[str, str]) -> Score:
@@ -158,85 +177,154 @@ def score_choice(reply: str, gold: str, texts: Mapping[str, str]) -> Score:
 
 def score_yes_no(reply: str, gold: str) -> Score:
     """Return 1 if the reply is the gold "yes" or "no", alone or after "Answer:"; "true" is not "yes"."""
-    match = re.fullmatch(rf"{_LEAD}(yes|no)\s*[.!]?", re.sub(r"[*_`]", "", reply).strip(), re.IGNORECASE)
+    match = re.fullmatch(rf"{_LEAD}(yes|no)\s*[.!]?", _bare(reply), re.IGNORECASE)
     if match is None:
         return Score(0.0, None, "the reply is not just yes or no")
     return Score.of(match[1].lower() == gold, match[1].lower(), f"expected {gold}")
 
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_PLAIN = re.compile(rf"(?P<sign>[-+]?)\s?(?:{_DIGITS})(?P<exp>[eE][-+]?\d{{1,3}})?(?:\s?/\s?(?P<over>\d+))?", re.ASCII)
+_SIGNS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-")
+_THIN = "\u00a0\u2009\u202f"  # no-break and thin spaces
+_GROUPS = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234,567, in India 12,34,567
+_SPACED = r"\d{1,3}(?:[ '’]\d{3})+(?![\d'’])"  # 1 234 567 and 1'234'567
+_POWER = r"[eE][-+]?\d{1,3}|\s?[×x*]\s?10\s?\^\s?\{?[-+]?\d{1,3}\}?"
+_SCALES = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = rf"\s?({'|'.join(_SCALES)})(?![^\W_])"
+_MONEY = r"(?:(?:[A-Z]{0,2}[$€£¥₹]|[A-Z]{3}|Rs\.?)\s?)"
+_PLAIN = re.compile(
+    rf"(?P<sign>[-+]?)\s?(?:(?P<whole>\d+)\s(?=\d+\s?/))?(?P<digits>(?:{_GROUPS}|\d+)(?:\.\d+)?|\.\d+)"
+    rf"(?P<power>{_POWER})?(?:\s?/\s?(?P<over>\d+))?",
+    re.ASCII,
+)
 # A sign belongs to the number unless something stands right before it: "5-3" holds 5 and 3, "5 -3" holds 5 and -3.
 # The whole run of digits, points and commas is taken, so a malformed "1,2,3" is no number rather than the number 1.
 _IN_TEXT = re.compile(
-    r"(?<![\w.,/])(?:(?<![\w)\]-])-)?[$€£]?(?:(?<=[$€£])-)?(?:\d|\.\d)(?:[\d,.]*\d)?(?:\s?/\s?\d+)?(?![\d/])", re.ASCII
+    rf"(?<![\w.,/])(?:(?<![\w)\]-])-)?{_MONEY}?(?:(?<=[$€£¥₹])-)?"
+    rf"(?:{_SPACED}(?:\.\d+)?|\d+\s\d+\s?/\s?\d+|(?:\d|\.\d)(?:[\d,.]*\d)?)"
+    rf"(?:{_POWER})?(?:\s?/\s?\d+)*(?:{_SCALE})?",
+    re.ASCII,
 )
-_UNIT = r"(?:\s?%|\s?°\s?[CF]?|\s?[A-Za-z]+(?:[ -][A-Za-z]+){0,2})"
-_HASHES = re.compile(r"####\s*([^\n]*)")
-_ANSWER = re.compile(r"\banswer(?:\s+is|\s*:|\s*=)\s*:?\s*", re.IGNORECASE)
-_RESULT = re.compile(r"^[\d\s+*/().,$×÷-]*=(.*)")  # "5 + 3 = 8" states 8
+_LETTER = "[mgshdtlLKNJWVACFTHB]"  # a single letter that is a unit: "5 m", while "5x" is an expression
+_WORD = (
+    rf"(?!(?:or|and|not|but|to|plus|minus|times|over)\b)"
+    rf"(?:[^\W\d_]{{2,}}\.?|{_LETTER}(?![^\W\d_]))(?:\^?\{{?[23²³]\}}?)?"
+)
+_UNIT = rf"\s?(?:[%‰$€£¥₹¢]|°\s?[CFK]?|(?:[%$€£¥₹°]\s?)?{_WORD}(?:[ /·-]{{1,2}}{_WORD}){{0,2}})"
+_HASHES = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")
+_ANSWER = re.compile(r"\b(final\s+)?answer[*_]*(?:\s+is|\s*:|\s*=)[\s*_:]*", re.IGNORECASE)
+_RESULT = re.compile(r"^(?:[\d\s+*/().,$×÷-]*|\s*[A-Za-z]\w*\s*)=(.*)")  # "5 + 3 = 8" and "x = 8" state 8
+_MINUS = re.compile(r"(?<![\d)])(?<![\d)]\s)\b(?:minus|negative)\s+(?=[$€£¥₹]?\d)", re.IGNORECASE)
 _NEGATED = re.compile(r"\b(?:not|isn't|never|except)\s+[*$\\({]*$", re.IGNORECASE)
 # on these sympy may not terminate: huge exponents, towers, factorials, sums, products and binomials
 _HUGE = re.compile(
-    r"\^\s*\{?\s*\d{4,}|\^\s*\{?[^{}]*\^|[\d)}]\s*!|\*\*|\\(?:sum|prod|int|lim)(?![a-z])|binom\D{0,3}\d{4,}"
+    r"\^\s*\d{4,}|\^\s*\{(?:[^{}\d]*\d){4,}|\^\s*\{?[^{}]*\^|[\d)}]\s*!|\*\*|\\(?:sum|prod|int|lim)(?![a-z])"
+    r"|binom\D{0,3}\d{4,}"
 )
 MAX_DIGITS = 400  # Python refuses to print integers of more than 4,300 digits; no answer here is near that
+
+
+def plain(text: str) -> str:
+    r"""Return text with numbers of LaTeX and Unicode in ASCII: "1{,}234", "1\,234", "\frac12", "−5", "1½", "\$5"."""
+    text = re.sub(r"\\!|\\left|\\right|\\displaystyle|\\[()\[\]]", "", text.translate(_SIGNS))
+    text = re.sub(rf"(?<=\d)(?:\{{,\}}|\\[,;: ]|~|[{_THIN}])(?=\d{{3}}(?!\d))", ",", text)
+    text = re.sub(r"\\(?:text|mathrm|mathbf|mbox|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", _fraction, text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: _after_digit(match, unicodedata.normalize("NFKC", match[0])), text)
+    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", text.replace("\u2044", "/"))
+    text = re.sub(r"\^\s*\{\s*\\circ\s*\}|\^?\\(?:circ|degree)(?![A-Za-z])", "°", text)
+    return re.sub(rf"\\[,;: ]|[~{_THIN}]", " ", re.sub(r"\\([$%])", r"\1", text))
+
+
+def _fraction(match: re.Match[str]) -> str:
+    return _after_digit(match, f"{match[1] or match[2]}/{match[3] or match[4]}")
+
+
+def _after_digit(match: re.Match[str], text: str) -> str:
+    """Return text, after a blank if a digit stands before the match: "1½" is "1 1/2"."""
+    return f" {text}" if match.string[: match.start()][-1:].isdigit() else text
 
 
 def parse_number(text: str, *, unit: bool = False) -> Fraction | None:
     """Return the number that the whole text is, or None.
 
     Args:
-        text: an optional sign, digits with well-formed thousands commas, decimals, an exponent, or a fraction.
-        unit: also allow a currency sign in front, and a percent sign or up to three words behind.
+        text: an optional sign, digits with well-formed thousands commas, decimals, an exponent, a fraction or a mixed
+            number, in ASCII, Unicode or LaTeX.
+        unit: also allow a currency in front, "thousand", "million" or a unit (up to three words, a percent sign)
+            behind, and thousands grouped by blanks. A percentage is the number before the sign.
     """
-    text = text.strip().replace("\u2212", "-").replace("\u2013", "-")
+    text = plain(text).strip()
     if len(text) > MAX_DIGITS:
         return None
+    scale = 0
     if unit:
-        text = re.sub(r"^([-+]?)\s?[$€£]\s?([-+]?)(?=[\d.])", r"\1\2", text)
-        text = re.sub(rf"(?<=[\d.]){_UNIT}$", "", text) if not re.fullmatch(r"\S*\d[eE][-+]?\d+", text) else text
+        text = re.sub(rf"^([-+]?)\s?{_MONEY}([-+]?)(?=[\d.])", r"\1\2", text)
+        text = re.sub(rf"^[-+]?{_SPACED}", lambda match: re.sub("[ '’]", ",", match[0]), text)
+        if match := re.fullmatch(rf"(.*[\d.]){_SCALE}((?:{_UNIT})?)", text):
+            text, scale = match[1] + match[3], _SCALES[match[2]]
+        text = re.sub(rf"(?<=[\d.}}]){_UNIT}$", "", text) if not re.fullmatch(r"\S*\d[eE][-+]?\d+", text) else text
     match = _PLAIN.fullmatch(text)
     if match is None:
         return None
-    head = text.split("/")[0].replace(",", "").replace(" ", "")
     over = int(match["over"]) if match["over"] else 1
-    return Fraction(head) / over if over else None
+    power = int(re.sub(r"^[eE]|^.*\^|[{}\s]", "", match["power"])) if match["power"] else 0
+    number = Fraction(match["digits"].replace(",", ""))
+    if not over or (match["whole"] and not number < over):  # "3 5/4" is no mixed number
+        return None
+    number = number * Fraction(10) ** (power + scale) / over + int(match["whole"] or 0)
+    return -number if match["sign"] == "-" else number
+
+
+def number_text(number: Fraction) -> str:
+    """Return a number as people write it: "5", "2.5", and "1/3" where decimals do not end."""
+    if number.denominator == 1:
+        return str(number.numerator)
+    decimal = str(float(number))
+    return decimal if Fraction(decimal) == number else str(number)
 
 
 def strict_number(reply: str, gold: str) -> Score:
     """Return 1 if the whole reply (stripped, less one final full stop) is a number equal to gold."""
-    text = reply.strip()
+    text = final_part(reply).strip()
     number = parse_number(text[:-1] if text.endswith(".") else text)
     if number is None:
         return Score(0.0, None, "the reply is not just a number")
     return Score.of(number == parse_number(gold), str(number), f"expected {gold}")
 
 
-def numbers_in(text: str) -> list[tuple[Fraction, int, int]]:
-    """Return every number in a text with its start and end, left to right."""
-    numbers = []
-    for match in _IN_TEXT.finditer(text.replace("\u2212", "-")):
-        number = parse_number(match[0], unit=True)
-        if number is not None:
-            numbers.append((number, match.start(), match.end()))
+def numbers_in(text: str) -> list[tuple[Fraction | None, int, int]]:
+    """Return every number in a `plain` text with its start and end, left to right.
+
+    The number is None where it cannot be read by itself: malformed ("1,2,3"), or a part of a date, a time, a ratio, a
+    power or a root.
+    """
+    numbers: list[tuple[Fraction | None, int, int]] = []
+    for match in _IN_TEXT.finditer(text):
+        before, after = text[: match.start()][-2:], text[match.end() :][:2]
+        part = re.search(r"[\^{]$|\d:$", before) or re.match(r":\d|[/^]|\\|½", after)
+        numbers.append((None if part else parse_number(match[0], unit=True), match.start(), match.end()))
     return numbers
 
 
 def final_number(reply: str) -> Fraction | None:
     r"""Return the number that a reasoned reply ends in, or None.
 
-    The first of these that occurs decides: "#### 42", "\boxed{42}", the last "the answer is 42" (or "answer: 42"),
+    The first of these that occurs decides: "#### 42" and "\boxed{42}", the last "the answer is 42" (or "answer: 42"),
     the last number. The last is lax: it reads "29 is larger than 895" as 895, so use `strict_number` for short
-    answers. Refused: two different "####" or boxed values, "41 or 42", and a number after "not".
+    answers. A "####" before text that is no number is a heading. Refused: different values after "####", in boxes or
+    after "final answer", "41 or 42", a number after "not", and a reply that ends in a "####" without a number.
     """
-    for candidates in (_HASHES.findall(reply), boxed(reply)):
-        if candidates:
-            values = {_whole(text) for text in candidates}
-            return values.pop() if len(values) == 1 else None
+    reply = _MINUS.sub("-", plain(final_part(reply)).strip())
+    marked = [value for text in _HASHES.findall(reply) if (value := _whole(text)) is not None]
+    marked += [_whole(text) for text in boxed(reply)]  # type: ignore[misc]
+    if marked:
+        return marked[0] if len(set(marked)) == 1 else None
     if answers := list(_ANSWER.finditer(reply)):
-        return _first(reply[answers[-1].end() :].split("\n")[0])
-    return _last(reply)
+        values = [_first(reply[match.end() :].split("\n")[0]) for match in answers]
+        final = {value for value, match in zip(values, answers, strict=True) if match[1]}
+        return values[-1] if len(final) < 2 else None
+    headings = list(_HASHES.finditer(reply))
+    return None if headings and headings[-1].end() == len(reply) else _last(reply)
 
 
 def score_final(reply: str, gold: str) -> Score:
@@ -248,15 +336,16 @@ def score_final(reply: str, gold: str) -> Score:
 
 
 def boxed(text: str) -> list[str]:
-    r"""Return the contents of every \boxed{...}, braces matched; unclosed ones are left out."""
+    r"""Return the contents of every innermost \boxed{...}, braces matched; unclosed ones are left out."""
     contents = []
-    for match in re.finditer(r"\\f?boxed\s*\{", text):
-        depth, at = 1, match.end()
+    for match in re.finditer(r"\\f?boxed\s*(?:\{|([0-9A-Za-z]))", text):
+        depth, at = int(match[1] is None), match.end()
         while at < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[at], 0)
             at += 1
-        if not depth:
-            contents.append(text[match.end() : at - 1])
+        content = match[1] or text[match.end() : at - 1]
+        if not depth and not re.search(r"\\f?boxed", content):
+            contents.append(content)
     return contents
 
 
@@ -266,20 +355,24 @@ def math_equal(reply: str, gold: str) -> Score:
     Source: huggingface/Math-Verify. Several different boxed answers are refused. math-verify's own time limit needs
     the main thread, so it is off, and answers longer than 400 characters or with huge exponents are refused instead.
     """
+    reply = final_part(reply)
     contents = list(dict.fromkeys(boxed(reply))) or [reply.strip().rstrip(".")]
     if len(contents) != 1:
         return Score(0.0, None, f"{len(contents)} different boxed answers")
     answer = contents[0].strip()
+    if answer and answer == gold.strip():  # also answers that no parser reads, such as "\text{east}"
+        return Score(1.0, answer)
     if not answer or len(answer) > MAX_DIGITS or "boxed" in answer:  # a box that never closes
         return Score(0.0, None, "no answer of a sensible length")
     words = re.sub(r"\\[A-Za-z]+", " ", answer)
     if re.search(r"\bnot\b", words) or (not boxed(reply) and re.search(r"[A-Za-z]{2}", words)):
         # math-verify picks the expression out of any sentence, also out of one that denies it
         return Score(0.0, None, "a sentence, not an answer")
-    if answer == gold.strip():  # also answers that no parser reads, such as "\text{east}"
-        return Score(1.0, answer)
     if _HUGE.search(answer):
         return Score(0.0, answer, "an expression too large to evaluate")
+    number = parse_number(answer, unit=True)  # reads units and thousands that math-verify does not
+    if number is not None and number == parse_number(gold, unit=True):
+        return Score(1.0, answer)
     expected, parsed = _parse_latex(gold), _parse_latex(answer)
     if not parsed:
         return Score(0.0, answer, "math-verify reads no expression")
@@ -305,8 +398,10 @@ def _parse_latex(text: str) -> list[Any]:
 
 
 def _whole(text: str) -> Fraction | None:
-    text = text.strip().strip("$*").removesuffix(".").strip().removesuffix(r"\%").removesuffix("\\")
-    number = parse_number(re.sub(r"\\(?:text|mathrm)\{[^{}]*\}$|\\[,;! $]", "", text).strip(), unit=True)
+    text = plain(text).strip().strip("$*").removesuffix(".").strip("$* ")
+    while match := _RESULT.match(text):
+        text = match[1].strip()
+    number = parse_number(text, unit=True)
     if number is not None or "\\" not in text or len(text) > MAX_DIGITS or "^" in text or _HUGE.search(text):
         return number
     parsed = _parse_latex(text)
@@ -320,7 +415,10 @@ def _first(text: str) -> Fraction | None:
     numbers = numbers_in(text)
     if not numbers or re.match(r"\s*(?:not|isn't|never)\b", text, re.IGNORECASE):
         return None
-    return None if len(numbers) > 1 and _is_or(text[numbers[0][2] : numbers[1][1]]) else numbers[0][0]
+    if _NEGATED.search(text[: numbers[0][1]]):
+        return None
+    between = text[numbers[0][2] : numbers[1][1]] if len(numbers) > 1 else ""
+    return None if _is_or(between) or re.fullmatch(r"\s*(?:[-,;&]|and|to)\s*", between) else numbers[0][0]
 
 
 def _last(text: str) -> Fraction | None:
@@ -371,7 +469,7 @@ def normalise_vqa(answer: str) -> str:
 
 def vqa_accuracy(reply: str, answers: Sequence[str]) -> float:
     """Return the accuracy of a reply in [0, 1] against people's answers (ten as published, at least one)."""
-    answer = normalise_vqa(reply)
+    answer = normalise_vqa(final_part(reply))
     same = sum(normalise_vqa(other) == answer for other in answers)
     if not answer or not same:
         return 0.0
@@ -387,3 +485,9 @@ def most_agreed(answers: Sequence[str]) -> str:
     counts = Counter(normalise_vqa(answer) for answer in answers)
     most = max((count for key, count in counts.items() if key), default=0)
     return next((answer for answer in answers if counts[normalise_vqa(answer)] == most and normalise_vqa(answer)), "")
+
+
+GRADERS: Mapping[str, Callable[[str, str], Score]] = {
+    "exact": exact, "number": strict_number, "final": score_final, "math": math_equal, "json": json_only,
+}  # fmt: skip
+"""Graders of a user's own labelled examples, by name."""

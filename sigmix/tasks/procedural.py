@@ -26,7 +26,7 @@ from typing import Any
 
 from sigmix.errors import ConfigError, DataError, UnknownNameError
 from sigmix.tasks.base import ProceduralTask, Sample, Score, content_id
-from sigmix.tasks.graders import normalise, strict_number
+from sigmix.tasks.graders import final_part, normalise, strict_number
 
 REFUSED = {
     "boxnet": "it has no answers, so its grader cannot be checked",
@@ -305,7 +305,7 @@ class ReasoningGymTask(ProceduralTask):
 
     def score(self, sample: Sample, reply: str) -> Score:
         """Return 1 for full marks of reasoning-gym's scorer on the stripped reply, else 0 (unless ``partial``)."""
-        text, entry = reply.strip(), sample.meta["entry"]
+        text, entry = final_part(reply).strip(), sample.meta["entry"]
         if not text:
             return Score(0.0, None, "an empty reply")
         if self._rule is not None and not self._rule(text, entry):

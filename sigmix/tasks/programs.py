@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,18 +13,73 @@ from sigmix.errors import ConfigError
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.benchmarks import SAME_NAMES, BenchmarkTask
 from sigmix.tasks.data import Row
+from sigmix.tasks.graders import final_part
 from sigmix.tasks.registry import register
 from sigmix.tasks.sandbox import run_tests
 
 FENCE = "```python\n{}\n```"
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+MAX_ENDS = 8
+"""Fences that are tried as the end of a block."""
+PYTHON = ("python", "py", "python3", "")
+_FENCE = re.compile(
+    r"(?P<indent>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)"  # a block may be in a list or a quotation
+    r"(?P<marks>`{3,}|~{3,})[ \t{.]*(?P<language>[\w+#-]*)(?P<rest>.*)"
+)
 
 
-def extract_code(reply: str) -> str:
-    """Return the first block fenced as Python, else the first closed fence, else the whole reply."""
-    blocks = _BLOCK.findall(reply.replace("\r\n", "\n") + "\n")
-    python = [code for language, code in blocks if language.lower() in ("python", "py", "python3")]
-    return (python or [code for _, code in blocks] or [reply])[0].strip("\n")
+def extract_code(reply: str, name: str | None = None) -> str:
+    """Return the program in a reply: its last Python block that defines ``name``, after what other blocks define.
+
+    Blocks are fenced by three or more backticks or tildes, indented or not; a fence inside a string does not end a
+    block, and a block may lack its end. Without a block that defines ``name``: all Python blocks, joined. Without
+    blocks: the whole reply. Drafts (see `final_part`) do not count.
+    """
+    reply = final_part(reply.replace("\r\n", "\n"))
+    blocks = _blocks(reply)
+    python = [code for language, code in blocks if language in PYTHON] or [code for _, code in blocks]
+    if name is not None:
+        pattern = re.compile(rf"^(?:(?:async )?def {name}\b|class {name}\b|{name}\s*(?:=(?!=)|:))", re.MULTILINE)
+        defining = [code for code in map(textwrap.dedent, python) if pattern.search(code)]
+        if defining:
+            last = [code for code in defining if _parse(code) is not None or code is defining[0]][-1]
+            others = [_definitions(code) for code in map(textwrap.dedent, python) if code != last]
+            return "\n\n".join([*filter(None, others), last])
+    tagged = [code for language, code in blocks if language and language in PYTHON]
+    return "\n\n".join(tagged or python or [reply]).strip("\n")
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Return (language, code) of every fenced block."""
+    lines, blocks, at = text.split("\n"), [], 0
+    while at < len(lines):
+        fence, at = _FENCE.fullmatch(lines[at]), at + 1
+        if fence is None or (fence["marks"][0] == "`" and "`" in fence["rest"]):
+            continue
+        end = re.compile(rf"[\s>]*{fence['marks'][0]}{{{len(fence['marks'])},}}\s*")
+        ends = [number for number in range(at, len(lines)) if end.fullmatch(lines[number])] or [len(lines)]
+        margin = re.compile(rf"[ \t>]{{0,{len(fence['indent'])}}}")
+        dedented = [margin.sub("", line, count=1) for line in lines]
+        # an end inside a string leaves code that does not parse
+        stop = next((n for n in ends[:MAX_ENDS] if _parse("\n".join(dedented[at:n])) is not None), ends[0])
+        blocks.append((fence["language"].lower(), "\n".join(dedented[at:stop]).strip("\n")))
+        at = stop + 1
+    return blocks
+
+
+def _parse(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _definitions(code: str) -> str:
+    """Return the imports, functions and classes of a block, without what it runs."""
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    tree = _parse(code)
+    return "\n".join(ast.unparse(one) for one in tree.body if isinstance(one, kept)) if tree is not None else ""
 
 
 def score_program(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0) -> Score:
@@ -56,7 +114,7 @@ class ProgramTask(BenchmarkTask):
 
     def score(self, sample: Sample, reply: str) -> Score:
         require_permission(self.allow_code, self.name or type(self).__name__)
-        return score_program(self.program(sample, extract_code(reply)), sample.meta["tests"])
+        return score_program(self.program(sample, extract_code(reply, sample.meta["entry"])), sample.meta["tests"])
 
     def program(self, sample: Sample, code: str) -> str:
         """Return the program to run for the code in a reply."""

@@ -6,6 +6,7 @@ content, the new content, or nothing.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sigmix.errors import OutputError, SigmixError
+from sigmix.errors import DataError, OutputError, SigmixError
 
 _OTHER_FOLDER = "choose a folder that you can write to"
 _FREE_SPACE = "free some space or choose another folder"
@@ -158,6 +160,27 @@ def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lamb
         yield
     finally:
         lock.release()
+
+
+def read_text(
+    path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None
+) -> str:
+    """Read a user's file in UTF-8, with or without a byte-order mark; "-" is stdin.
+
+    Raises:
+        DataError (or ``error``): it cannot be read, or is in another encoding, which the message names.
+    """
+    path = Path(path).expanduser()
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as failure:
+        raise error(f"cannot read {path}: {failure.strerror or failure}", remedy=remedy) from failure
+    except UnicodeDecodeError as failure:
+        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data[:64].count(0) > 8
+        where = path if utf16 else f"{path}:{data.count(10, 0, failure.start) + 1}"
+        found = "UTF-16" if utf16 else "another encoding"
+        raise error(f"cannot read {where}: expected UTF-8, not {found}", remedy="save it as UTF-8") from failure
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

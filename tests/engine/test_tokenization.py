@@ -1,16 +1,19 @@
-"""Prompts of conversations: the continued last message, tools and tool turns under chat templates of known models."""
+"""Prompts of conversations (the continued last message, tools) and end tokens, under chat templates of known models."""
 
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers_tiny import build_tiny, build_tokenizer
+from helpers_tokenizers import scripted_llama
 
 from sigmix.engine import Engine
-from sigmix.engine.tokenization import encode_turns
+from sigmix.engine.tokenization import encode_turns, eos_token_ids, reply_ids
 from sigmix.errors import ConfigError, PromptError
 
 TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
@@ -112,3 +115,93 @@ def test_templates_that_drop_tools(turns, tools, word):
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         encode_turns(tokenizer, turns, tools=tools)
+
+
+# ---------------------------------------------------------------- end tokens
+
+SPECIALS = re.compile(r"<[|｜/]?[A-Za-z_▁]+[^<>\s'\"{}]*>")
+NEED_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+MISTRAL = (
+    "<s>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}"
+    "{% endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}"
+    "{% endfor %}"
+)
+OPEN_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last %}<|im_end|>\n{% endif %}"
+    "{% endfor %}"
+)
+
+
+def with_ends(name: str | None = None, text: str = "", eos: str = "<eos>"):
+    """Tokenizer of a template with its special tokens."""
+    tokenizer = templated(name, text)
+    specials = sorted({"<|im_end|>", *SPECIALS.findall(tokenizer.chat_template)})
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.add_special_tokens({"eos_token": eos})
+    return tokenizer
+
+
+def model_with(tokenizer, *ends: str):
+    ids = tokenizer.convert_tokens_to_ids(list(ends))
+    return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ids), config=SimpleNamespace(eos_token_id=3))
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        ("llama3", "<eos>", "<|eot_id|>"),
+        ("llama3_1", "<|eot_id|>", "<|eot_id|>"),
+        ("gemma", "<eos>", "<end_of_turn>"),  # no system turn, roles alternate, text is stripped
+        ("gemma3", "<eos>", "<end_of_turn>"),
+        ("phi3", "<|endoftext|>", "<|end|>"),
+        ("qwen2_5", "<eos>", "<|im_end|>"),
+        ("qwen3", "<|im_end|>", "<|im_end|>"),
+        ("deepseekv3", "<eos>", "<｜end▁of▁sentence｜>"),
+        ("cohere2", "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),  # after <|END_RESPONSE|>
+        ("gptoss", "<eos>", "<|return|>"),
+        ("glm4moe", "<eos>", "<eos>"),  # writes none
+        (CHATML, "<eos>", "<|im_end|>"),
+        (NEED_SYSTEM + CHATML, "<eos>", "<|im_end|>"),
+        (MISTRAL, "</s>", "</s>"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<eos>", "<eos>"),
+        ("{{ raise_exception('never') }}", "<eos>", "<eos>"),
+        (OPEN_END, "<|im_end|>", "<|im_end|>"),
+    ],
+)
+def test_a_reply_ends_as_the_chat_template_writes_it(template, eos, end):
+    tokenizer = with_ends(template, eos=eos) if template.isidentifier() else with_ends(text=template, eos=eos)
+    expected = tokenizer.convert_tokens_to_ids(end)
+    # the generation config's first token is another one
+    ends = eos_token_ids(model_with(tokenizer, "<pad>", eos), tokenizer)
+    assert reply_ids(tokenizer, "42", ends) == [*tokenizer("42")["input_ids"], expected]
+    assert set(ends) == {0, 3, tokenizer.convert_tokens_to_ids(eos), expected}  # generation stops at each
+    assert len(ends) == len(set(ends))
+
+
+def test_an_end_that_only_later_turns_show_is_an_end_token():
+    tokenizer = with_ends(text=OPEN_END)
+    end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    assert eos_token_ids(model_with(tokenizer, "<eos>", "<|im_end|>"), tokenizer)[0] == end
+    no_end = with_ends(text=OPEN_END.replace("<|im_end|>", ""))
+    assert start not in eos_token_ids(model_with(no_end, "<eos>"), no_end)
+
+
+def test_a_reply_without_a_chat_template_ends_with_the_tokenizers_token():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    model = model_with(tokenizer, "<pad>", "<eos>")
+    assert eos_token_ids(model, tokenizer) == [2, 0, 3]
+    tokenizer.eos_token = None
+    assert eos_token_ids(model, tokenizer) == [0, 2, 3]
+    assert eos_token_ids(SimpleNamespace(), tokenizer) == []
+    assert reply_ids(tokenizer, "42", []) == tokenizer("42")["input_ids"]
+
+
+def test_generation_stops_at_the_end_of_the_turn():
+    tokenizer = with_ends("gemma")
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    prompt, reply = tokenizer("6 x 7?")["input_ids"], [*tokenizer("42")["input_ids"], end]
+    engine = Engine(scripted_llama(len(tokenizer), [prompt[-1], *reply, 30]), tokenizer)
+    (found,) = engine.generate([prompt], max_new_tokens=8)
+    assert (found.ids, found.text, found.finish) == (reply, "42", "stop")

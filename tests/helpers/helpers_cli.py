@@ -63,11 +63,12 @@ def run(home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) ->
     monkeypatch.setenv("SIGMIX_CACHE", str(home.cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def call(*arguments: object, stdin: str = "") -> SimpleNamespace:
+    def call(*arguments: object, stdin: str | bytes = "") -> SimpleNamespace:
         from sigmix.cli import main
 
         monkeypatch.setattr(sys, "argv", ["sigmix", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        content = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         capsys.readouterr()
         code = 0
         try:
@@ -85,7 +86,7 @@ def run(home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) ->
 def refused(run) -> Callable:
     """Run, and demand exit code 2, one line on stderr, no traceback; returns that line."""
 
-    def call(*arguments: object, stdin: str = "", silent: bool = True) -> str:
+    def call(*arguments: object, stdin: str | bytes = "", silent: bool = True) -> str:
         done = run(*arguments, stdin=stdin)
         assert done.code == 2, (done.out, done.err)
         assert len(done.err) == 1, done.err

@@ -17,7 +17,7 @@ EXAMPLES = [{"prompt": "one", "answer": "two"}]
 
 
 def request(**options) -> AdaptRequest:
-    return AdaptRequest(examples=EXAMPLES, **options)
+    return AdaptRequest(**{"examples": EXAMPLES, **options})
 
 
 @pytest.fixture
@@ -33,6 +33,8 @@ def held_grader(service) -> tuple[threading.Event, threading.Event]:
     called, release = threading.Event(), threading.Event()
 
     def grade(reply: str, reference: str) -> float:
+        if reply == reference:
+            return 1.0
         called.set()
         release.wait(30)
         return 0.0
@@ -69,6 +71,9 @@ def test_invalid_searches(tmp_path, service):
     with pytest.raises(UnknownNameError) as error:
         service.adaptations.submit(request(score="none"), None)
     assert "exact" in str(error.value)
+    examples = [{"prompt": "one", "answer": "1"}, {"prompt": "two", "answer": "."}]
+    with pytest.raises(ConfigError, match=r"examples\[1\]"):
+        service.adaptations.submit(request(examples=examples), None)
     with pytest.raises(ConfigError) as error:
         service.adaptations.submit(request(name=next(iter(bank()))), None)
     assert "math" in str(error.value)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sigmix.errors import ConfigError, DataError
-from sigmix.tasks import content_id, get_task
+from sigmix.tasks import Score, content_id, get_task
 
 
 def write(path, rows):
@@ -159,6 +159,10 @@ def test_thousands_commas_in_gold(data):
         ("[1]", r"train\.jsonl:2: .*list"),
         ('{"question": "q", "answer": "no mark"}', r"train\.jsonl:2: .*####"),
         ('{"question": "q", "answer": "#### many"}', r"train\.jsonl:2: .*many"),
+        ('{"question": "q", "answer": "#### 1,5"}', r"train\.jsonl:2: .*1,5"),
+        ('{"question": "q", "answer": "####"}', r"train\.jsonl:2: .*''"),
+        ('{"question": "q", "answer": "#### nan"}', r"train\.jsonl:2: .*nan"),
+        ('{"question": "q", "answer": "#### 1", "x": nan}', r"train\.jsonl:2: .*JSON"),
         ('{"question": 3, "answer": "#### 1"}', ":2: field"),
         ('{"question": " ", "answer": "#### 1"}', ":2: field 'question'"),
     ],
@@ -168,6 +172,33 @@ def test_bad_rows_name_file_and_line(data, line, match):
     file.write_text(file.read_text().splitlines()[0] + "\n" + line + "\n")
     with pytest.raises(DataError, match=match):
         get_task("gsm8k", data_dir=data).samples("test")
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("#### Step 1\n2 + 3 = 5\n#### $5.50", "5.5"), ("#### 1/3", "1/3"), ("#### 18 dollars", "18"),
+        ("####1e17", "1" + 17 * "0"),
+    ],
+)  # fmt: skip
+def test_gold_numbers_in_other_forms(data, answer, gold):
+    write(data / "gsm8k/test.jsonl", [{"question": "How many?", "answer": answer}])
+    task = get_task("gsm8k", data_dir=data)
+    (sample,) = task.samples("test")
+    assert sample.gold == gold
+    assert task.score(sample, f"#### {gold}").value == 1.0
+    assert not task.validate("test").problems
+
+
+def test_every_answer_is_matched_by_itself_or_refused(data, monkeypatch):
+    """A row with an answer that the task's own grader does not accept is named."""
+    cls = type(get_task("svamp", data_dir=data))
+    monkeypatch.setattr(cls, "score", lambda self, sample, reply: Score.of(reply != "7" and bool(reply), reply))
+    with pytest.raises(DataError, match=r"SVAMP\.jsonl:8: no reply can match"):
+        get_task("svamp", data_dir=data).samples("test")
+    monkeypatch.setattr(cls, "score", lambda self, sample, reply: Score.of(True, reply))
+    with pytest.raises(DataError, match=r"SVAMP\.jsonl:1: .*empty reply"):
+        get_task("svamp", data_dir=data).samples("test")
 
 
 @pytest.mark.parametrize(

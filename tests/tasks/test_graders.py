@@ -9,8 +9,10 @@ from sigmix.tasks.graders import (
     exact,
     exact_lines,
     final_number,
+    final_part,
     json_only,
     math_equal,
+    number_text,
     one_of,
     parse_choice,
     parse_number,
@@ -222,3 +224,146 @@ def test_boxed_matches_braces():
 )  # fmt: skip
 def test_math_equal(reply, gold, value):
     assert math_equal(reply, gold).value == value
+
+
+def number(reply: str, value) -> None:
+    assert final_number(reply) == (None if value is None else Fraction(value))
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("#### Step 1: add\n3 + 4 = 7\n#### Step 2\n#### 42", 42), ("#### 1. Add\n#### 2. Subtract\n#### 42", 42),
+        ("### Step 1\n## Step 2\n#### 42", 42), ("# 5\n## 6\n#### 7", 7), ("#### 42\n\n#### Check\n40 + 2 = 42", 42),
+        ("#### Step 1\nadd 5\n\nThe answer is 42.", 42), ("#### Step 1: 5 apples\nso 40 + 2 = 42", 42),
+        ("#### Answer: 42", 42), ("#### Final answer: 42 apples", 42), ("#### The answer is 42", 42),
+        ("#### Answer\n42", 42), ("####42", 42), ("**#### 42**", 42), ("#### **$42.00**", 42), ("#### x = 42", 42),
+        (r"#### \boxed{42}", 42), (r"#### $\boxed{42}$", 42), ("#### 40 + 2 = 42", 42), ("#### 42\n#### 42.0", 42),
+        ("##### 42", 42), ("\\boxed{8}\n#### 8", 8),
+        # no number after the last mark, or different ones
+        ("#### Step 1\n#### Step 2", None), ("so it is 42.\n\n#### Step 3", None), ("#### 41\n#### 42", None),
+        ("#### 7\n\\boxed{8}", None),
+    ],
+)  # fmt: skip
+def test_headings_before_the_answer(reply, value):
+    number(reply, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("$1,234.50", "1234.5"), ("42 km", 42), ("5 %", 5), ("€ 12", 12), ("12€", 12), ("12 apples", 12), ("42.0", 42),
+        ("USD 12", 12), ("US$12", 12), ("Rs. 500", 500), ("£3", 3), ("₹500", 500), ("42 km/h", 42), ("42 km²", 42),
+        ("42 m^2", 42), ("42 sq. ft.", 42), ("$18 per day", 18), ("5 kg", 5), ("300 K", 300), ("20°C", 20),
+        (r"20^\circ", 20), (r"20^{\circ}\text{C}", 20), (r"12\text{ cm}^2", 12), (r"12~\mathrm{km/h}", 12),
+        ("1.5 million dollars", 1500000), ("$2 million", 2000000), ("10k", 10000), ("3 hundred", 300),
+        ("1{,}234", 1234), (r"1\,234", 1234), (r"1\,234\,567", 1234567), (r"1,\!234", 1234), (r"\$1,234", 1234),
+        (r"\$1{,}234.50", "1234.5"), (r"1{,}234\text{ cm}", 1234), (r"\text{42 apples}", 42),
+        ("1 234", 1234), ("1\u2009234", 1234), ("1\u202f234\u00a0567", 1234567), ("1'234", 1234),
+        ("12,34,567", 1234567),
+        ("1/2", "1/2"), ("1 1/2", "3/2"), ("1½", "3/2"), ("½", "1/2"), (r"\frac{3}{4}", "3/4"), (r"-\dfrac34", "-3/4"),
+        (r"1\frac{1}{2}", "3/2"), ("−5", -5), ("–5", -5), ("-$5", -5), ("minus 5", -5), ("negative 5", -5),
+        ("1.5e3", 1500), ("1.5 × 10^3", 1500), ("1.5 x 10^3", 1500), (r"3 \times 10^{-2}", "0.03"),
+        # ambiguous, or an expression
+        ("1,5", None), ("1.234,56", None), ("1,2345", None), ("3 5/4", None), ("42 or 43", None), ("42, 43", None),
+        ("12 and a half", None), ("41 not 42", None), ("12x", None), (r"12\pi", None), (r"2\sqrt{3}", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["#### {}", r"\boxed{{{}}}"])
+def test_units_currency_and_groups_of_thousands(text, value, form):
+    number(form.format(text), value)
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("The answer is 1 1/2.", "3/2"), ("The answer is $\\frac{1}{2}$.", "1/2"), ("It is 1½ cups", "3/2"),
+        ("The answer is 1 000.", 1000), ("The answer is 1.5 million.", 1500000), ("The answer is 1.2e3", 1200),
+        ("The answer is \\(42\\).", 42), ("The answer is:\n$$42$$", 42), ("**Answer**: 42 (5 more)", 42),
+        ("The answer is minus 5", -5), ("8 minus 3 is 5", 5), ("The answer is 42, not 43", 42), ("x = 10^2 = 100", 100),
+        ("Final answer: 42\n\nFinal Answer: 42.0", 42),
+        ("Final Answer: The final answer is $42$. I hope it is correct.", 42),
+        ("The answer is 10:30", None), ("The answer is 3:4", None), ("The answer is 5-8", None),
+        ("= $2\\sqrt{3}$", None),
+        ("The answer is 41 and 42", None), ("The answer is certainly not 42", None), ("total 2^10", None),
+        ("Final answer: 41\nFinal answer: 42", None), ("The final answer is 41. The final answer is 42.", None),
+        ("She paid 10 and got 42,5", None), ("She had 5 of them on 3/4/2021", None),
+    ],
+)  # fmt: skip
+def test_numbers_in_sentences_are_read_whole_or_not_at_all(reply, value):
+    number(reply, value)
+
+
+@pytest.mark.parametrize(("reply", "gold"), [("50%", "0.5"), ("0.5", "50%"), ("1,234", "1.234"), ("1.234", "1234")])
+def test_ambiguous_numbers_stay_wrong(reply, gold):
+    assert score_final(f"#### {reply}", gold).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "rest"),
+    [
+        ("42", "42"), ("<think>41</think>42", "42"), ("41</think>42", "42"), ("<think>41</think>", ""),
+        ("<think>a</think>41<think>b</think>42", "42"), ("<think>it is 42", ""), ("41 <think>or 42", ""),
+        ("[THINK]41[/THINK]42", "42"), ("<thinking>41</thinking>42", "42"), ("<Think>41</THINK>42", "42"),
+        ('a "</think>" b', 'a "</think>" b'), ("I think 42", "I think 42"),
+    ],
+)  # fmt: skip
+def test_a_draft_is_not_part_of_the_reply(reply, rest):
+    assert final_part(reply) == rest
+
+
+@pytest.mark.parametrize(
+    "grade",
+    [
+        lambda reply: exact(reply, "42"), lambda reply: one_of(reply, "42", ["41", "42"]),
+        lambda reply: exact_lines(reply, "42"), lambda reply: json_only(reply, "42"),
+        lambda reply: strict_number(reply, "42"), lambda reply: score_final(reply, "42"),
+        lambda reply: math_equal(reply, "42"), lambda reply: score_choice(reply, "42", {"41": "x", "42": "y"}),
+    ],
+)  # fmt: skip
+def test_no_grader_reads_a_draft(grade):
+    assert grade("<think>\nis it 41?\n</think>\n\n42").value == 1.0
+    for reply in ("<think>42</think>41", "<think>42</think>", "<think>42", "42</think>41", "42</think>"):
+        assert grade(reply).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "label"),
+    [
+        ("#### B", "B"), (r"\boxed{B}", "B"), (r"$\boxed{\text{B}}$", "B"), ("**Answer:** (B)", "B"),
+        ("Final answer: B", "B"), ("### Answer: B", "B"), (r"The final answer is \boxed{B}.", "B"),
+        ("A\nB", None), (r"\boxed{A}\boxed{B}", None), ("Answer: A\nAnswer: B", None), ("#### A or B", None),
+    ],
+)  # fmt: skip
+def test_choices_in_boxes_and_after_headings(reply, label):
+    assert parse_choice(reply, list(TEXTS), TEXTS) == label
+
+
+def test_yes_in_a_box_and_after_a_heading():
+    for reply in ("#### yes", r"\boxed{\text{yes}}", "**Final answer:** Yes."):
+        assert score_yes_no(reply, "yes").value == 1.0
+    assert score_yes_no(r"\boxed{yes} \boxed{no}", "yes").value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "value"),
+    [
+        (r"\boxed{1\,234}", "1234", 1.0), (r"\boxed{1{,}234}", "1234", 1.0), (r"\boxed{\$1,234}", "1234", 1.0),
+        (r"\boxed{12~\mathrm{km/h}}", "12", 1.0), (r"\boxed{€12}", "12", 1.0), (r"\boxed{\boxed{4}}", "4", 1.0),
+        (r"\boxed{\text{not possible}}", r"\text{not possible}", 1.0), (r"\boxed{234}", "1{,}234", 0.0),
+        (r"\boxed{1}", "1{,}234", 0.0), (r"\boxed{1{,}5}", "1.5", 0.0), (r"\boxed{9^{999\cdot999\cdot999}}", "1", 0.0),
+        (r"\boxed4", "4", 1.0), (r"\boxed{\boxed{4} \boxed{5}}", "4", 0.0),
+    ],
+)  # fmt: skip
+def test_math_units_thousands_and_nested_boxes(reply, gold, value):
+    assert math_equal(reply, gold).value == value
+
+
+def test_a_gold_answer_that_is_no_json_is_an_answer_that_nothing_equals():
+    assert json_only("{}", "{").value == 0.0
+
+
+@pytest.mark.parametrize(("number", "text"), [("5", "5"), ("5/2", "2.5"), ("1/3", "1/3"), ("-0.1", "-0.1")])
+def test_number_text_reads_back_exactly(number, text):
+    assert number_text(Fraction(number)) == text
+    assert parse_number(text) == Fraction(number)

@@ -7,7 +7,7 @@ import pytest
 
 from sigmix.errors import ConfigError
 from sigmix.tasks import sandbox
-from sigmix.tasks.programs import extract_code, require_permission, score_program
+from sigmix.tasks.programs import require_permission, score_program
 from sigmix.tasks.sandbox import Guards, guards, run_tests
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs Linux or macOS")
@@ -145,14 +145,6 @@ def test_a_broken_sandbox_is_not_the_programs_fault(monkeypatch):
     score = score_program("x = 1", "pass")
     assert score.value is None
     assert "sandbox" in score.explanation
-
-
-def test_extract_code():
-    assert extract_code("```python\nx = 1\n```") == "x = 1"
-    assert extract_code("Sure!\n```py\nx = 1\n```\nand\n```python\nx = 2\n```") == "x = 1"
-    assert extract_code("```\ntext\n```\n```python\nx = 2\n```") == "x = 2"
-    assert extract_code("```\r\nx = 1\r\n```") == "x = 1"
-    assert extract_code("x = 1") == "x = 1"
 
 
 def test_permission():

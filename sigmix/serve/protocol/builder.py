@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sigmix.adapt import Decision
 from sigmix.engine.detokenizer import token_text
+from sigmix.serve.protocol.errors import ApiError
 from sigmix.serve.scheduler import Token
+from sigmix.serve.tool_parser import ToolCall
 
 MIN_LOGPROB = -9999.0
 """Lowest log-probability in a response, as in OpenAI's API; JSON has no infinity."""
@@ -24,6 +26,7 @@ class Choice:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def mean_logprob(self) -> float:
@@ -63,29 +66,55 @@ class ResponseBuilder:
         """Return a whole response."""
         listed = []
         for index, choice in enumerate(choices):
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message |= {"content": choice.text or None, "tool_calls": [_call(call) for call in choice.calls]}
             content = {"message": message} if self.chat else {"text": choice.text}
             listed.append(self._choice(index, content, choice.tokens, choice.finish_reason))
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head, "object": kind, "choices": listed, "usage": usage, "sigmix": sigmix}
 
-    def chunk(self, choices: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
-        """Return one event of a stream."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": list(choices), **extra}
+    # Events of a stream
 
-    def first(self, indices: Sequence[int], echo: Choice) -> list[dict[str, Any]]:
-        """Return the choices of the first chunk, without text, or with that of the prompt."""
+    end = "data: [DONE]\n\n"
+    """Last line of a stream."""
+
+    def first(self, indices: Sequence[int], echo: Choice, sigmix: Any) -> Iterator[str]:
+        """Yield the event of started choices, without text, or with that of the prompt."""
         content = {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": echo.text}
-        return [self._choice(index, content, echo.tokens or None) for index in indices]
+        choices = [self._choice(index, content, echo.tokens or None) for index in indices]
+        yield self._chunk(choices, sigmix=sigmix)
 
-    def delta(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return new text and tokens of a streamed choice."""
-        return self._choice(index, {"delta": {"content": text}} if self.chat else {"text": text}, tokens)
+    def delta(
+        self, index: int, text: str, tokens: Sequence[Token], calls: Sequence[tuple[int, ToolCall]]
+    ) -> Iterator[str]:
+        """Yield the events of new text, tokens and numbered tool calls of a choice."""
+        if text or (self.logprobs and tokens):
+            content = {"delta": {"content": text}} if self.chat else {"text": text}
+            yield self._chunk([self._choice(index, content, tokens)])
+        for number, call in calls:
+            whole = _call(call)
+            head = {"index": number, **whole, "function": {**whole["function"], "arguments": ""}}
+            for part in (head, {"index": number, "function": {"arguments": call.arguments}}):
+                yield self._chunk([self._choice(index, {"delta": {"tool_calls": [part]}})])
 
-    def last(self, index: int, finish_reason: str) -> dict[str, Any]:
-        """Return the end of a streamed choice."""
-        return self._choice(index, {"delta": {}} if self.chat else {"text": ""}, finish_reason=finish_reason)
+    def last(self, index: int, choice: Choice) -> Iterator[str]:
+        """Yield the event of a finished choice."""
+        content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        yield self._chunk([self._choice(index, content, finish_reason=choice.finish_reason)])
+
+    def finish(self, choices: Sequence[Choice], usage: dict[str, int], include_usage: bool) -> Iterator[str]:
+        """Yield the events of the end of a stream."""
+        if include_usage:
+            yield self._chunk([], usage=usage)
+
+    def failed(self, error: ApiError) -> str:
+        """Return the event of an error."""
+        return sse(error.body())
+
+    def _chunk(self, choices: Sequence[dict[str, Any]], **extra: Any) -> str:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return sse({**self._head, "object": kind, "choices": list(choices), **extra})
 
     def _choice(
         self, index: int, content: dict[str, Any], tokens: Sequence[Token] | None = None,
@@ -124,6 +153,10 @@ class ResponseBuilder:
             text = token_text(self.token_bytes(id))
             top[f"token_id:{id}" if text in top else text] = _finite(logprob)
         return top
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -2,86 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from sigmix.engine.generation import SamplingParams
-
-MAX_TEXT = 1 << 20
-"""Characters of one text field."""
+from sigmix.engine.tokenization import TEMPLATE_ARGUMENTS
+from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, field_error
+from sigmix.serve.protocol.messages import ChatMessage, NamedToolChoice, Tool, ToolChoice
 
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a text completion without one, as in OpenAI's API."""
 
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-def field_error(field: str, problem: str) -> PydanticCustomError:
-    """Return an error to raise in a validator of a model; ``problem`` follows the path of the field."""
-    field = field.encode(errors="backslashreplace").decode()  # lone surrogates
-    return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
-
-
-class RequestModel(BaseModel):
-    """Base class of request bodies. null is an absent field, as in OpenAI's API; unknown fields are errors.
-
-    Attributes:
-        ignored: fields that do not change an answer.
-        neutral: values of unsupported fields that do not change an answer.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_fields(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        body = {name: value for name, value in body.items() if value is not None and name not in cls.ignored}
-        for name in [name for name in body if name not in cls.model_fields]:
-            if body[name] not in cls.neutral.get(name, ()):
-                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.85)
-                hint = f"did you mean {near[0]}?" if near else "leave it out"
-                raise field_error(name, f"is not supported; {hint}")
-            del body[name]
-        return body
-
-
-class TextPart(RequestModel):
-    """Text part of a message."""
-
-    type: Literal["text"]
-    text: str = Field(max_length=MAX_TEXT)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_type(cls, part: Any) -> Any:
-        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
-            raise PydanticCustomError("part", "is a part of type {kind}; only text parts are supported", {"kind": kind})
-        return part
-
-
-class ChatMessage(RequestModel):
-    """Message of a conversation."""
-
-    ignored = frozenset({"refusal"})
-    neutral = {"annotations": ([],), "tool_calls": ([],)}  # in replies of clients and servers
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = Field(description="Text, or a list of text parts.")
-
-    def turn(self) -> dict[str, str]:
-        """Return the message as a chat template expects it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(RequestModel):
@@ -102,14 +35,15 @@ class GenerationOptions(RequestModel):
     """Fields of chat completions and of text completions."""
 
     ignored = frozenset({
-        "audio", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+        "audio", "metadata", "prediction", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user",
     })  # fmt: skip
-    neutral = {
+    neutral: ClassVar = {
         "add_generation_prompt": (True,), "best_of": (1,), "continue_final_message": (False,), "echo": (False,),
         "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
         "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
-        "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,), "priority": (0,),
+        "min_tokens": (0,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "presence_penalty": (0,),
+        "priority": (0,),
         "reasoning_effort": ("none",), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
         "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "stop_token_ids": ([],),
         "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (-1, 0),
@@ -149,15 +83,35 @@ class GenerationOptions(RequestModel):
 class ChatCompletionRequest(GenerationOptions):
     """POST /v1/chat/completions."""
 
+    successors: ClassVar = {"functions": "tools", "function_call": "tool_choice"}
+
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool | None = Field(None, description="Default: unless continue_final_message.")
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables of the chat template.")
 
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise field_error("top_logprobs", "requires logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise field_error("continue_final_message", "excludes add_generation_prompt; set one to false")
+        for name in self.chat_template_kwargs:
+            if name in TEMPLATE_ARGUMENTS:
+                raise field_error(f"chat_template_kwargs.{name}", "is not a variable of a chat template; leave it out")
+        if self.tool_choice not in ("none", "auto"):
+            raise field_error("tool_choice", "must be none or auto" if self.tools else "requires tools")
+        names = [tool.function.name for tool in self.tools]
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise field_error("tool_choice.function.name", f"must be one of {', '.join(names)}")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise field_error("tools", f"hold the function {repeated[0]} twice")
         return self
 
     def token_limit(self) -> int | None:
@@ -166,6 +120,17 @@ class ChatCompletionRequest(GenerationOptions):
     def logprob_count(self) -> int | None:
         """Return the number of most probable tokens to report; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def rendered_tools(self) -> list[dict[str, Any]]:
+        """Return the tools that the model may call, as a chat template expects them."""
+        return [] if self.tool_choice == "none" else [tool.rendered() for tool in self.tools]
+
+    def template_options(self) -> dict[str, Any]:
+        """Return the options of `encode_turns`."""
+        return {
+            "tools": self.rendered_tools(), "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message, **self.chat_template_kwargs,
+        }  # fmt: skip
 
 
 class CompletionRequest(GenerationOptions):
@@ -221,7 +186,7 @@ class AdaptRequest(RequestModel):
 
     examples: list[LabelledExample] = Field(min_length=1, max_length=1024)
     name: Name | None = Field(None, description="Name of the saved mixture. Default: derived from the id.")
-    score: str = Field("exact", max_length=64, description="Grader of replies: exact or number.")
+    score: str = Field("exact", max_length=64, description="Grader of replies: exact, number, final, math or json.")
     method: Literal["cem", "cma-es"] = "cem"
     settings: Literal["light", "full"] = "light"
     granularity: Literal["model", "layer"] = "model"

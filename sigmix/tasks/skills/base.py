@@ -20,6 +20,7 @@ from typing import Any
 
 from sigmix.errors import ConfigError
 from sigmix.tasks.base import ProceduralTask, Sample, Score
+from sigmix.tasks.graders import final_part
 from sigmix.tasks.registry import register
 
 ONE_WORD = "Answer with one word."
@@ -65,7 +66,7 @@ class SkillTask(ProceduralTask):
             yield sample, None if item.key is None else f"{self._label} {item.key}"
 
     def score(self, sample: Sample, reply: str) -> Score:
-        return self._grader(reply, sample.gold, **sample.meta["extra"])
+        return self._grader(final_part(reply), sample.gold, **sample.meta["extra"])
 
     def wrong_replies(self, sample: Sample) -> list[str]:
         return [*super().wrong_replies(sample), f"{sample.gold} {sample.gold}", *sample.meta["wrong"]]

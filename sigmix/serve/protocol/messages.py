@@ -1,0 +1,116 @@
+"""Messages of a conversation and function tools."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from sigmix.serve.protocol.base import MAX_TEXT, RequestModel, field_error
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class TextPart(RequestModel):
+    """Text part of a message."""
+
+    type: Literal["text"]
+    text: str = Field(max_length=MAX_TEXT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, part: Any) -> Any:
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise PydanticCustomError("part", "is a part of type {kind}; only text parts are supported", {"kind": kind})
+        return part
+
+
+class FunctionCall(RequestModel):
+    """Called function; ``arguments`` is the text of a JSON object."""
+
+    name: FunctionName
+    arguments: str = Field("", max_length=MAX_TEXT)
+
+
+class MessageToolCall(RequestModel):
+    """Tool call of an assistant's message."""
+
+    ignored = frozenset({"index"})
+
+    id: str | None = Field(None, max_length=256)
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(RequestModel):
+    """Message of a conversation."""
+
+    ignored = frozenset({"refusal"})
+    neutral: ClassVar = {"annotations": ([],)}  # in replies of clients and servers
+    successors: ClassVar = {"function_call": "tool_calls"}
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = Field(None, description="Text, or a list of text parts.")
+    name: str | None = Field(None, max_length=256)
+    tool_calls: list[MessageToolCall] = Field([], max_length=128)
+    tool_call_id: str | None = Field(None, max_length=256)
+    reasoning_content: str | None = Field(None, max_length=MAX_TEXT)
+
+    @model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise field_error("tool_calls", f"belong to messages of role assistant, not {self.role}")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise field_error("tool_call_id", f"belongs to messages of role tool, not {self.role}")
+        if self.content is None and not self.tool_calls:
+            raise field_error("content", "is missing; only messages with tool_calls may have none")
+        return self
+
+    @property
+    def text(self) -> str:
+        """Text of the message, of several parts one after the other."""
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+    def turn(self) -> dict[str, Any]:
+        """Return the message as a chat template expects it."""
+        absent = {"role", "content"} | (set() if self.tool_calls else {"tool_calls"})
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.text, **self.model_dump(exclude=absent, exclude_none=True)}
+
+
+class FunctionDefinition(RequestModel):
+    """Function that the model may call; ``parameters`` is a JSON schema."""
+
+    name: FunctionName
+    description: str | None = Field(None, max_length=MAX_TEXT)
+    parameters: dict[str, Any] = Field({"type": "object", "properties": {}})
+    strict: bool = False
+
+
+class Tool(RequestModel):
+    """Function tool."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def rendered(self) -> dict[str, Any]:
+        """Return the tool as a chat template expects it."""
+        return {"type": "function", "function": self.function.model_dump(exclude={"strict"}, exclude_none=True)}
+
+
+class NamedFunction(RequestModel):
+    """Name of a function."""
+
+    name: FunctionName
+
+
+class NamedToolChoice(RequestModel):
+    """Choice of one function."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
