@@ -31,7 +31,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from sigmix.adapt.base import Decision
 from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
@@ -303,7 +302,7 @@ class SigmixLM(HFLM):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
         texts = [""] * len(requests)
         for numbers in groups.values():
-            options, eos_token_ids = generation_options(requests[numbers[0]].args[1], self.max_gen_toks, self.tokenizer)
+            options = generation_options(requests[numbers[0]].args[1], self.max_gen_toks)
             room = self.max_length - options["max_new_tokens"]
             if room < 1:
                 raise ContextError(
@@ -315,18 +314,14 @@ class SigmixLM(HFLM):
             prompts = {number: ids[-room:] for number, ids in prompts.items()}
             lengths = {number: len(ids) + options["max_new_tokens"] for number, ids in prompts.items()}
             order = sorted(numbers, key=lengths.__getitem__, reverse=True)
-            ends, self.engine.eos_token_ids = self.engine.eos_token_ids, [*self.engine.eos_token_ids, *eos_token_ids]
-            try:
-                for batch in self._batches(order, lengths.__getitem__, disable_tqdm):
-                    generations = self.engine.generate(
-                        [prompts[number] for number in batch], [mixes[number] for number in batch], form=self.form,
-                        seeds=[torch.initial_seed() + number for number in batch], batch_size=len(batch), **options,
-                    )  # fmt: skip
-                    for number, generation in zip(batch, generations, strict=True):
-                        texts[number] = generation.text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, generation.text)
-            finally:
-                self.engine.eos_token_ids = ends
+            for batch in self._batches(order, lengths.__getitem__, disable_tqdm):
+                generations = self.engine.generate(
+                    [prompts[number] for number in batch], [mixes[number] for number in batch], form=self.form,
+                    seeds=[torch.initial_seed() + number for number in batch], batch_size=len(batch), **options,
+                )  # fmt: skip
+                for number, generation in zip(batch, generations, strict=True):
+                    texts[number] = generation.text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, generation.text)
         return texts
 
     def _batches(self, items: Sequence[T], length: Callable[[T], int], disable_tqdm: bool) -> Iterator[list[T]]:
@@ -340,10 +335,8 @@ class SigmixLM(HFLM):
                 bar.update(len(batch))
 
 
-def generation_options(
-    kwargs: Mapping[str, Any], max_gen_toks: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, Any], list[int]]:
-    """Return the engine's options and additional end tokens (special tokens, which decoded text does not show).
+def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
+    """Return the engine's options.
 
     Args:
         kwargs: a request's generation arguments. max_gen_toks: default.
@@ -364,12 +357,10 @@ def generation_options(
                 f"generation option {name}={value!r} is not supported",
                 remedy="supported are until, max_gen_toks, do_sample, temperature and top_p",
             )
-    special = [text for text in stop_strings if text in tokenizer.all_special_tokens]
-    options = {
+    return {
         "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature, "top_p": top_p,
-        "stop_strings": [text for text in stop_strings if text not in special],
+        "stop_strings": stop_strings,
     }  # fmt: skip
-    return options, [int(tokenizer.convert_tokens_to_ids(text)) for text in special]  # type: ignore[arg-type]
 
 
 def device_of(name: str | None) -> str | None:

@@ -195,7 +195,7 @@ def test_strings_and_ids_are_the_same_prompt(tiny, tiny_tokenizer):
 
 def test_end_ids_of_all_sources(tiny_llama, tiny_tokenizer):
     tiny_llama.generation_config.eos_token_id = [7, 8]
-    assert eos_token_ids(tiny_llama, tiny_tokenizer) == [7, 8, 2]
+    assert eos_token_ids(tiny_llama, tiny_tokenizer) == [2, 7, 8]
 
 
 def test_context(tiny):
