@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from sigmix.models.default import DEFAULT, SMOLLM2, fetch_member
 from sigmix.models.gguf import convert_gguf, model_files, models_dir
 from sigmix.models.hub import base_names, hub_folder, near_paths
 from sigmix.models.multimodal import auto_class, is_vision, load_tokenizer
-from sigmix.models.quantization import config_name, load_weights
+from sigmix.models.quantization import load_weights, quantization_of
 from sigmix.utils.cache import MANIFEST, cache_dir, verify
 from sigmix.utils.io import file_lock, write_json
 from sigmix.utils.logging import quiet
+from sigmix.utils.safetensors import INDEX, SINGLE, Shards, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def load_base(
@@ -53,8 +54,9 @@ def load_base(
         device: default: ``cuda`` if available, else ``cpu``.
         revision: branch, tag or commit of a hub model.
         quantization_config: ``"int8"``, ``"int4"`` or ``"nf4"`` (see `sigmix.models.quantization`), or a configuration
-            object of transformers. A quantized base has singular vectors of its own;
-            `sigmix.experts.original_basis.use_original_basis` gives it those of the original weights.
+            object of transformers; None for a checkpoint that is stored quantized. A quantized base has singular
+            vectors of its own; `sigmix.experts.original_basis.use_original_basis` gives it those of the original
+            weights.
         device_map: in place of ``device``: ``"auto"`` or {module: device}, as in transformers. Modules on ``"disk"``
             stay in the checkpoint, or in ``offload_folder``, and are read in every pass.
 
@@ -67,7 +69,8 @@ def load_base(
     Raises:
         BaseModelError: not found, no network, gated, not a causal language model, incomplete or unreadable; or
             quantization needs a package that is missing.
-        UnknownNameError: unknown quantization. ConfigError: both ``device`` and ``device_map``; LLM.int8().
+        UnknownNameError: unknown quantization. ConfigError: both ``device`` and ``device_map``; LLM.int8(); a
+            quantization other than that of the checkpoint.
         CacheError: damaged cached conversion.
         OutputError: the cache cannot be written or the disk is full.
     """
@@ -81,11 +84,14 @@ def load_base(
     torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
     config = _check_folder(folder, label)
+    stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    quantization = quantization_of(stored, quantization_config, label, target)
     settings = (torch_dtype, target.type, quantization_config, device_map)
     digests = digests_file(folder, *settings)
     model: Any = load_weights(
-        folder, label, torch_dtype, target, auto_class=auto_class(config), quantization_config=quantization_config,
-        device_map=device_map, offload_folder=offload_folder,
+        folder, label, torch_dtype, target, auto_class=auto_class(config),
+        quantization_config=None if stored else quantization_config, stored=bool(stored), device_map=device_map,
+        offload_folder=offload_folder,
     )  # fmt: skip
     tokenizer = _load_tokenizer(folder, label, config)
     _align_special_tokens(model, tokenizer)
@@ -93,9 +99,9 @@ def load_base(
     if digests is not None and digests == digests_file(folder, *settings):  # unchanged while it was read
         recall_digests(model, digests)
     model.sigmix_base = {"name": label, "source": str(folder), "kind": kind}
-    if quantization_config is not None:
+    if quantization is not None:
         dtype_name = str(torch_dtype).removeprefix("torch.")
-        model.sigmix_base |= {"quantization": config_name(quantization_config), "dtype": dtype_name}
+        model.sigmix_base |= {"quantization": quantization, "dtype": dtype_name}
     return model, tokenizer
 
 
@@ -215,25 +221,35 @@ def _check_folder(folder: Path, label: str) -> dict[str, Any]:
         verify(folder)
         with contextlib.suppress(OSError):  # records the last use, for `sigmix cache`; a read-only cache keeps its time
             os.utime(folder / MANIFEST)
-    files = sorted(entry.name for entry in folder.iterdir())
+    files = sorted(entry.name for entry in folder.iterdir() if entry.exists())
     shown = ", ".join(files[:8]) + (", …" if len(files) > 8 else "") if files else "nothing"
     if "config.json" not in files:
         raise BaseModelError(
             f"{label} has no config.json; it holds {shown}",
             remedy="give the folder that holds config.json and model.safetensors, or a .gguf file itself",
         )
+    _check_pointers(folder, (name for name in files if (folder / name).is_file()), label)
     config = _read_json(folder / "config.json")
     _check_architecture(config, label)
-    if WEIGHTS not in files and INDEX not in files:
+    if SINGLE not in files and INDEX not in files:
         raise BaseModelError(
-            f"{label} has neither {WEIGHTS} nor {INDEX}; it holds {shown}",
+            f"{label} has neither {SINGLE} nor {INDEX}; it holds {shown}",
             remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(folder)",
         )
-    if WEIGHTS not in files:
-        missing = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()) - set(files))
-        if missing:
-            raise BaseModelError(f"{label} lacks the weight files {', '.join(missing)}", remedy="download them again")
+    if missing := [name for name in weight_files(folder) if name not in files]:
+        raise BaseModelError(f"{label} lacks the weight files {', '.join(missing)}", remedy="download them again")
+    Shards(folder)  # reads the headers: a truncated file is named before anything is built
     return config
+
+
+def _check_pointers(folder: Path, files: Iterable[str], label: str) -> None:
+    """Raise BaseModelError if files are git-lfs pointers: a clone without git-lfs."""
+    small = [name for name in files if (folder / name).stat().st_size < 1024]
+    if pointers := [name for name in small if (folder / name).read_bytes().startswith(LFS_POINTER)]:
+        raise BaseModelError(
+            f"{label} holds git-lfs pointers in place of {', '.join(pointers[:3])}{', …' if pointers[3:] else ''}",
+            remedy=f"download the files: git -C {folder} lfs pull",
+        )
 
 
 def _check_architecture(config: Mapping[str, Any], label: str) -> None:

@@ -9,6 +9,9 @@ Quantization by name, of all linear layers but the output head:
 
 bitsandbytes' LLM.int8() is refused: it also rounds activations, and which columns it spares depends on all rows of the
 batch, so the output of one request would depend on the others.
+
+A checkpoint that is stored quantized loads as it is if bitsandbytes (4 bits) or torchao wrote it. Other formats (GPTQ,
+AWQ, FP8, compressed-tensors …) have layer classes of their own and are refused.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 
+PACKED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
+"""Ends of tensor names of quantized checkpoints."""
+
 GROUP_SIZE = 32
 """Weights of a row that share a scale under int4; divides every width that is a multiple of 32."""
 
@@ -40,6 +46,7 @@ def load_weights(
     *,
     auto_class: Any = None,
     quantization_config: str | QuantizationConfigMixin | None = None,
+    stored: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
@@ -48,27 +55,28 @@ def load_weights(
     Args:
         label: name of the model in messages.
         auto_class: transformers' class to load it with; default: `AutoModelForCausalLM`.
+        stored: the checkpoint is stored quantized, so ``quantization_config`` must be None.
 
     Raises:
         BaseModelError: incomplete or unreadable weights, an unusable device map, or a missing package.
-        UnknownNameError: unknown quantization. ConfigError: LLM.int8().
+        UnknownNameError: unknown quantization.
     """
     from transformers import AutoModelForCausalLM
+
+    from sigmix.models.weights import prevent_repacking
 
     options: dict[str, Any] = {}
     if device_map is not None:
         options = {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
         if offload_folder is not None:
             options["offload_folder"] = str(offload_folder)
+    if isinstance(quantization_config, str):
+        quantization_config = named_config(quantization_config, dtype, device)
     if quantization_config is not None:
-        if isinstance(quantization_config, str):
-            quantization_config = named_config(quantization_config, dtype, device)
-        if getattr(quantization_config, "load_in_8bit", False):
-            raise ConfigError(
-                "bitsandbytes' LLM.int8() makes a row's output depend on its batch", remedy="quantization_config='int8'"
-            )
+        options["quantization_config"] = quantization_config
+    if quantization_config is not None or stored:
         # a device map makes transformers quantize on the device, shard by shard
-        options = {"device_map": {"": str(device)}} | options | {"quantization_config": quantization_config}
+        options = {"device_map": {"": str(device)}} | options
     try:
         with quiet():
             loaded: Any = (auto_class or AutoModelForCausalLM).from_pretrained(
@@ -83,17 +91,18 @@ def load_weights(
             f"the weights of {label} cannot be loaded: {type(error).__name__}: {error}", remedy=remedy
         ) from error
     if missing := sorted(report["missing_keys"]):  # transformers initializes these at random
+        if packed := sorted(key for key in report["unexpected_keys"] if key.endswith(PACKED)):
+            raise _unsupported(label, f"in a packed format: it holds {packed[0]}")
         raise BaseModelError(
             f"the weights of {label} are incomplete: {len(missing)} tensors are missing, such as {missing[0]}",
             remedy="download the model again",
         )
     if not options:
         model.to(device)
+    prevent_repacking(model)
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            # on CPUs with avx512_bf16 bitsandbytes would repack the weights in the first pass, which rounds their
-            # scales to bfloat16 (another base than before) and loses gradients
-            module.support_avx512bf16_for_cpu = False
+        if type(module).__name__ == "Linear4bit":  # a stored checkpoint records the dtype of who wrote it
+            module.compute_dtype, module.compute_type_is_set = dtype, True
     if device_map is not None and model.get_input_embeddings().weight.is_meta:
         raise BaseModelError(
             f"the device map offloads the input embedding of {label}",
@@ -127,9 +136,84 @@ def named_config(name: str, dtype: torch.dtype, device: torch.device) -> Quantiz
         ) from error
 
 
-def config_name(config: str | QuantizationConfigMixin) -> str:
-    """Return the name that metadata records: one of `QUANTIZATIONS`, or a config object's method."""
-    return config if isinstance(config, str) else str(getattr(config.quant_method, "value", config.quant_method))
+def config_name(config: str | QuantizationConfigMixin, device: torch.device) -> str:
+    """Return the name that metadata records: one of `QUANTIZATIONS` if a config object is that, else what it is.
+
+    Examples: ``fp4``, ``nf4-double`` (quantized scales), ``Float8WeightOnlyConfig``, ``gptq``.
+
+    Raises:
+        ConfigError: LLM.int8().
+    """
+
+    if isinstance(config, str):
+        return config
+    method, known = str(getattr(config.quant_method, "value", config.quant_method)), config.to_dict()
+    if known.get("load_in_8bit"):
+        raise ConfigError(
+            "bitsandbytes' LLM.int8() makes a row's output depend on its batch", remedy="quantization_config='int8'"
+        )
+    if method == "bitsandbytes":
+        return f"{known['bnb_4bit_quant_type']}{'-double' if known['bnb_4bit_use_double_quant'] else ''}"
+    if method == "torchao":
+        kind = config.quant_type  # type: ignore[attr-defined]  # of TorchAoConfig
+        for name in [name for name, package in QUANTIZATIONS.items() if package == method]:
+            if kind == _torchao_config(name, device).quant_type:  # type: ignore[attr-defined]
+                return name
+        return type(kind).__name__
+    return method
+
+
+def quantization_of(
+    stored: Mapping[str, Any] | None,
+    given: str | QuantizationConfigMixin | None,
+    label: str,
+    device: torch.device,
+) -> str | None:
+    """Return the name of a base's quantization: the one that its checkpoint is stored in, or the one to apply.
+
+    Args:
+        stored: ``quantization_config`` of the checkpoint's config.json. given: see `sigmix.models.loading.load_base`.
+
+    Raises:
+        BaseModelError: stored in an unsupported format, or its package is missing.
+        ConfigError: ``given`` contradicts the checkpoint; LLM.int8(). UnknownNameError: unknown quantization.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if isinstance(given, str) and given not in QUANTIZATIONS and stored is None:
+        raise UnknownNameError("quantization", given, QUANTIZATIONS)
+    asked = None if given is None else config_name(given, device)
+    if stored is None:
+        return asked
+    method = str(stored.get("quant_method") or "an unknown format")
+    if stored.get("load_in_8bit"):
+        raise _unsupported(label, "by bitsandbytes' LLM.int8(), which makes a row's output depend on its batch")
+    if method not in QUANTIZATIONS.values():
+        raise _unsupported(label, f"by {method}")
+    try:
+        with quiet():
+            __import__(method)
+            name = config_name(AutoQuantizationConfig.from_dict(dict(stored)), device)
+    except ImportError as error:
+        raise BaseModelError(
+            f"{label} is stored quantized by {method}: {error}", remedy=f"pip install {method}"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a config of another release of the package
+        raise _unsupported(label, f"by {method}, with settings that cannot be read: {error}") from error
+    if asked not in (None, name):
+        raise ConfigError(
+            f"{label} is stored quantized to {name}, which contradicts the quantization {asked!r}",
+            remedy="leave quantization_config (--quantization) out, or quantize the original checkpoint",
+        )
+    return name
+
+
+def _unsupported(label: str, how: str) -> BaseModelError:
+    return BaseModelError(
+        f"{label} is stored quantized {how}, which sigmix does not support",
+        remedy="load the original checkpoint with unquantized safetensors weights, quantized while it is read: "
+        f"quantization_config (--quantization) {', '.join(QUANTIZATIONS)}",
+    )
 
 
 def _torchao_config(name: str, device: torch.device) -> QuantizationConfigMixin:

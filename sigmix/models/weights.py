@@ -41,6 +41,17 @@ def _is_subclass(weight: Any) -> bool:
     return hasattr(weight, "__tensor_flatten__") and type(weight).dequantize is not Tensor.dequantize
 
 
+def prevent_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit weights as they are stored.
+
+    On CPUs with avx512_bf16 bitsandbytes would repack them in the first pass, which rounds their scales to bfloat16
+    (another base than before) and loses gradients.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def shape(layer: nn.Module) -> tuple[int, int]:
     """Return (out, in) of a `torch.nn.Linear`, a quantized linear layer, or a `Conv1D`."""
     if isinstance(layer, Conv1D):

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.models.multimodal import backbone, bare
-from sigmix.models.weights import OFFLOADED, kind
+from sigmix.models.weights import OFFLOADED, kind, prevent_repacking
 from sigmix.svf.config import SigmixPeftType, SVFConfig
 from sigmix.svf.functional import mix_z
 from sigmix.svf.layer import SVFLinear
@@ -51,6 +51,7 @@ class SVFModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> SVFConfig:
         assert isinstance(peft_config, SVFConfig)
+        prevent_repacking(self.model)
         layers = target_layers(self.model, peft_config)
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = sorted(set(_layer_numbers(layers, peft_config).values()))

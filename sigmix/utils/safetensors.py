@@ -54,7 +54,7 @@ class Shards:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        index = self._index()
+        index = _read_index(self.folder)
         self.entries: dict[str, Entry] = {}
         for file in sorted(set(index.values())) if index else [SINGLE]:
             for name, entry in _read_header(self.folder / file).items():
@@ -108,22 +108,32 @@ class Shards:
         except (SafetensorError, OSError) as error:
             raise BaseModelError(f"cannot read {name} from {file}: {error}", remedy=AGAIN) from error
 
-    def _index(self) -> dict[str, str]:
-        """{tensor: file name}; empty if one file holds everything."""
-        if (self.folder / SINGLE).is_file():
-            return {}
-        path = self.folder / INDEX
-        if not path.is_file():
-            raise BaseModelError(f"{self.folder} has neither {SINGLE} nor {INDEX}", remedy="give a model's folder")
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            # a name with a folder in it would read files elsewhere
-            valid = bool(index) and all(Path(file).name == file for file in index.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BaseModelError(f"cannot read {path}: {error}", remedy=AGAIN) from error
-        if not valid:
-            raise BaseModelError(f"{path} has no valid weight_map", remedy=AGAIN)
-        return index
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files that hold a model's weights, present or not.
+
+    Raises:
+        BaseModelError: neither safetensors nor an index, or an invalid index.
+    """
+    return sorted(set(_read_index(folder).values())) or [SINGLE]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return {tensor: file name}; empty if one file holds everything."""
+    if (folder / SINGLE).is_file():
+        return {}
+    path = folder / INDEX
+    if not path.is_file():
+        raise BaseModelError(f"{folder} has neither {SINGLE} nor {INDEX}", remedy="give a model's folder")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        # a name with a folder in it would read files elsewhere
+        valid = bool(index) and all(Path(file).name == file for file in index.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"cannot read {path}: {error}", remedy=AGAIN) from error
+    if not valid:
+        raise BaseModelError(f"{path} has no valid weight_map", remedy=AGAIN)
+    return index
 
 
 def _read_header(file: Path) -> dict[str, Entry]:

@@ -117,7 +117,7 @@ def test_a_config_object_of_transformers_is_taken(folder):
     config = named_config("int8", torch.float32, torch.device("cpu"))
     by_object = load_base(folder, "float32", quantization_config=config)[0]
     assert fingerprint(by_object) == fingerprint(by_name)
-    assert (by_name.sigmix_base["quantization"], by_object.sigmix_base["quantization"]) == ("int8", "torchao")
+    assert (by_name.sigmix_base["quantization"], by_object.sigmix_base["quantization"]) == ("int8", "int8")
 
 
 def test_llm_int8_is_refused(folder):
