@@ -6,8 +6,10 @@ in its batch, up to the rounding of batched matmuls.
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,8 @@ from sigmix.experts.mix import Mix
 
 if TYPE_CHECKING:
     from sigmix.engine.engine import Engine
+
+log = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 512
 """Prompt tokens that are read between two decoding steps; longer prompts take several chunks."""
@@ -35,11 +39,16 @@ class ContinuousBatch(DecodingBatch):
         form: see `Execution.choose`.
         chunked: read long prompts in chunks between the steps, and reuse cached conversations; False: read all prompts
             in one pass.
+        isolate: end a sequence with an error where its forward passes raise, and continue the others; False: raise.
     """
 
-    def __init__(self, engine: Engine, form: str | None = None, *, chunked: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, form: str | None = None, *, chunked: bool = True, isolate: bool = False
+    ) -> None:
         super().__init__(engine.model, engine.eos_token_ids)
-        self.engine, self.form, self.chunked = engine, form, chunked
+        self.engine, self.form, self.chunked, self.isolate = engine, form, chunked, isolate
+        self._limit = float("inf")  # of sequences that decode together; the pending ones wait
+        self._failed = False  # the last step
         self._pending: list[tuple[SequenceState, DynamicCache, int]] = []  # prompts read up to a number of tokens
         self._finished: list[tuple[Mix, list[int], Entry]] = []  # for the prefix cache, at the next release
         self._stack = ExitStack()
@@ -75,19 +84,8 @@ class ContinuousBatch(DecodingBatch):
                 (whole if one.on_prompt is None else scored).append(one)
         parts = [*_by_length(scored, CHUNK_TOKENS)]  # few at once: all their logits are in memory
         for part in [*parts, *(_by_length(whole) if self.chunked else [whole])]:
-            rows, mixes = [one.prompt_ids for one in part], [one.mix for one in part]
-            tokens = sum(map(len, rows))
-            self._enter(mixes, 0 if self.chunked else tokens)
-            if part[0].on_prompt is None:
-                state = self.engine.read(rows, mixes, self._select)
-            else:
-                state = prefill(self.model, rows, self.engine.pad_id, share=False, all_logits=True)
-                assert state.prompt_logits is not None
-                for one, logits in zip(part, state.prompt_logits, strict=True):
-                    _report_prompt(one, logits[-len(one.prompt_ids) :], 0)
-            self.append(part, state)
-            if self.chunked:
-                self.engine.execution.count_step(tokens)
+            with self._recovering(part):
+                self._read(part)
         if not self._rows:  # the state is not that of the next step
             self.release()
 
@@ -95,8 +93,11 @@ class ContinuousBatch(DecodingBatch):
     def step(self) -> None:
         """Decode one token of every sequence and read a chunk of the pending prompts."""
         budget = CHUNK_TOKENS
-        while self._pending and budget > 0:
-            budget -= self._read_chunk(budget)
+        while self._pending and budget > 0 and len(self.sequences) < self._limit:
+            with self._recovering([self._pending[0][0]]):
+                budget -= self._read_chunk(budget)
+        if not self._pending:
+            self._limit = float("inf")
         if not self.sequences:
             self.release()
             return
@@ -105,10 +106,12 @@ class ContinuousBatch(DecodingBatch):
                 "another call changed the state of this engine during decoding",
                 remedy="finish the stream first, or give each stream its own engine and model",
             )
-        if self._rows is None or self.engine.execution.count_step(len(self.sequences)):
-            self._enter([one.mix for one in self.sequences])
-            self._rows = list(range(len(self.sequences)))
-        super().step()
+        with self._recovering():
+            if self._rows is None or self.engine.execution.count_step(len(self.sequences)):
+                self._enter([one.mix for one in self.sequences])
+                self._rows = list(range(len(self.sequences)))
+            super().step()
+            self._failed = False
 
     def remove(self, sequences: Sequence[SequenceState]) -> None:
         """Remove sequences at once; those that are not in the batch are ignored."""
@@ -117,7 +120,7 @@ class ContinuousBatch(DecodingBatch):
         for row, one in enumerate(self.sequences):
             if id(one) in gone and one.cache_prefix and one.finish in ("stop", "length"):
                 # the last token was chosen, but not read
-                read = [*one.prompt_ids, *one.ids][: int(self.kv_cache.lengths[row])]
+                read = one.token_ids[: int(self.kv_cache.lengths[row])]
                 self._finished.append((one.mix, read, self.kv_cache.row(row)))
         super().remove(sequences)
         if not self.sequences:
@@ -131,28 +134,85 @@ class ContinuousBatch(DecodingBatch):
         for mix, read, entry in finished:
             self.engine.cache_prefix(read, mix, entry, self.form)
 
+    @contextmanager
+    def _recovering(self, joining: Sequence[SequenceState] = ()) -> Iterator[None]:
+        """Isolate an error: the sequence that causes it fails, and the others continue.
+
+        A single sequence fails at once. Several are read again, each alone, from prompt and generated tokens (vLLM's
+        preemption by recomputation). If the step after that fails too, half of them wait until others have finished:
+        the batch may be too large for the memory.
+
+        Args:
+            joining: sequences that are read; empty: the running ones decode.
+        """
+        before = [len(one.ids) for one in joining]
+        try:
+            yield
+        except Exception as error:
+            if not self.isolate:
+                raise
+            log.warning("a forward pass failed", exc_info=True)
+            self.release()
+            suspects = list(joining or self.sequences)
+            self._pending = [entry for entry in self._pending if entry[0] not in suspects]
+            if joining and before == [len(one.ids) for one in joining]:
+                again = suspects  # the running ones are untouched
+            else:
+                again = list(dict.fromkeys([*self.sequences, *joining]))
+                self.clear()
+            if len(suspects) == 1:
+                suspects[0].fail(error)
+                self._limit = float("inf")
+            elif not joining:
+                self._limit = max(len(again) // 2, 1) if self._failed else float("inf")
+                self._failed = True
+            self._read_again(again)
+            traceback.clear_frames(error.__traceback__)  # they hold activations
+
+    def _read_again(self, sequences: Sequence[SequenceState]) -> None:
+        """Move sequences to the pending prompts, with their generated tokens."""
+        fresh = [(one, DynamicCache(config=self.model.config), 0) for one in sequences if not one.finish]
+        self._pending = fresh + self._pending
+
     def _enter(self, mixes: Sequence[Mix], tokens: int = 0) -> None:
         self.release()
         self._select = self._stack.enter_context(self.engine.under(mixes, self.form, tokens))
         self._state_id = self.engine.state_id
 
+    def _read(self, sequences: Sequence[SequenceState]) -> None:
+        """Read prompts in one pass and choose their first tokens."""
+        rows, mixes = [one.prompt_ids for one in sequences], [one.mix for one in sequences]
+        tokens = sum(map(len, rows))
+        self._enter(mixes, 0 if self.chunked else tokens)
+        if sequences[0].on_prompt is None:
+            state = self.engine.read(rows, mixes, self._select)
+        else:
+            state = prefill(self.model, rows, self.engine.pad_id, share=False, all_logits=True)
+            assert state.prompt_logits is not None
+            for one, logits in zip(sequences, state.prompt_logits, strict=True):
+                _report_prompt(one, logits[-len(one.prompt_ids) :], 0)
+        self.append(sequences, state)
+        if self.chunked:
+            self.engine.execution.count_step(tokens)
+
     def _read_chunk(self, budget: int) -> int:
         """Read up to ``budget`` tokens of the first pending prompt; return their number."""
         one, cache, done = self._pending[0]
-        chunk = one.prompt_ids[done : done + budget]
+        ids = one.token_ids
+        chunk = ids[done : done + budget]
         self._enter([one.mix])
         self.engine.execution.count_step(len(chunk))
-        scored = one.on_prompt is not None
-        if done + len(chunk) < len(one.prompt_ids):
+        scored = one.on_prompt is not None and one.scored < len(one.prompt_ids) - 1
+        if done + len(chunk) < len(ids):
             logits = read_prefix(self.model, chunk, cache, all_logits=scored)[0]
             self._pending[0] = (one, cache, done + len(chunk))
             if scored:
                 _report_prompt(one, logits, done)
         else:
             self._pending.pop(0)
-            start = StoredPrefix(tuple(one.prompt_ids[:done]), cache) if done else None
+            start = StoredPrefix(tuple(ids[:done]), cache) if done else None
             share = self._select is None
-            state = prefill(self.model, [one.prompt_ids], self.engine.pad_id, share, start, all_logits=scored)
+            state = prefill(self.model, [ids], self.engine.pad_id, share, start, all_logits=scored)
             if state.prompt_logits is not None:
                 _report_prompt(one, state.prompt_logits[0], done)
             self.append([one], state)
@@ -160,11 +220,16 @@ class ContinuousBatch(DecodingBatch):
 
 
 def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None:
-    """Pass on the log-probabilities of prompt tokens, given the logits [R, V] after the tokens from ``start`` on."""
-    following = one.prompt_ids[start + 1 : start + 1 + len(logits)]
+    """Pass on the log-probabilities of prompt tokens, given the logits [R, V] after the tokens from ``start`` on.
+
+    Those that were passed on before, when the prompt was first read, are left out.
+    """
+    first = max(start, one.scored)
+    following, logits = one.prompt_ids[first + 1 : start + 1 + len(logits)], logits[first - start :]
     if one.on_prompt is not None and following:
         tokens = torch.tensor(following, device=logits.device)
         one.on_prompt(token_logprobs(logits[: len(following)], tokens, one.top_logprobs))
+        one.scored = first + len(following)
 
 
 def _by_length(sequences: Sequence[SequenceState], limit: float = float("inf")) -> Iterator[list[SequenceState]]:

@@ -30,7 +30,7 @@ from sigmix.engine.prefix_cache import (
 from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
 from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids, has_template
 from sigmix.engine.truncation import Truncation
-from sigmix.errors import ConfigError, ContextError, ExpertError, SigmixError
+from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
@@ -253,7 +253,7 @@ class Engine:
                     matcher=self.compile(outputs[number]),
                 ))  # fmt: skip
         mixes = [one.mix for one in sequences]
-        errors: dict[int, SigmixError] = {}
+        errors: dict[int, Exception] = {}
         for row, one in enumerate(sequences):
             try:
                 what = f"prompt {row // num_return_sequences}"
@@ -269,13 +269,13 @@ class Engine:
                 while batch:
                     batch.step()
             for row in part:
-                if sequences[row].finish == "error":
-                    errors[row] = sequences[row].error or _not_finite(mixes[row])
+                if (failed := sequences[row].error) is not None:
+                    errors[row] = failed
                     if not keep_errors:
-                        raise errors[row]
+                        raise failed
         return [self._generation(one, errors.get(row)) for row, one in enumerate(sequences)]
 
-    def _generation(self, one: SequenceState, error: SigmixError | None) -> Generation:
+    def _generation(self, one: SequenceState, error: Exception | None) -> Generation:
         if error is not None:
             return Generation("", [], [], one.mix, len(one.prompt_ids), "error", error)
         assert one.detokenizer is not None
@@ -333,8 +333,8 @@ class Engine:
                 if one.finish:
                     break
                 batch.step()
-        if one.finish == "error":
-            raise one.error or _not_finite(one.mix)
+        if one.error is not None:
+            raise one.error
         if rest := detokenizer.flush():
             yield rest
 
@@ -425,12 +425,6 @@ def _check_stop_strings(stop_strings: Sequence[str]) -> None:
             f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}",
             remedy="stop_strings=['END']",
         )
-
-
-def _not_finite(mix: Mix) -> ExpertError:
-    return ExpertError(
-        f"the logits under {mix.id} are not finite", remedy="use smaller weights, or load the base in float32"
-    )
 
 
 def _for_each(what: str, given: T | Sequence[T], count: int) -> list[T]:

@@ -17,7 +17,7 @@ from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.kv_cache import BatchKVCache, Prefilled
 from sigmix.engine.prefix_cache import Select, prefill
 from sigmix.engine.structured_output import constrain, matcher_error
-from sigmix.errors import ConfigError, SigmixError
+from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.mix import Mix
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Generation:
     mix: Mix
     prompt_tokens: int
     finish: str
-    error: SigmixError | None = None
+    error: Exception | None = None
 
 
 TokenLogprobs = tuple[float, list[tuple[int, float]]]
@@ -128,9 +128,10 @@ class SequenceState:
         on_prompt: receives the log-probabilities of the prompt's tokens from the second one on, in one or more parts;
             None: they are not computed.
         cache_prefix: keep keys and values for prompts that continue this sequence.
+        scored: number of prompt tokens that `on_prompt` has received.
         ids, logprobs: generated so far, as in `Generation`.
         finish: "" while decoding, then "stop", "length" or "error".
-        error: reason of an "error"; None: non-finite logits.
+        error: reason of an "error".
         matcher: constraint on the output, from `GrammarCompiler.compile`; the sequence ends when it is complete.
         context: for the caller's use.
     """
@@ -145,16 +146,26 @@ class SequenceState:
     cache_prefix: bool = False
     matcher: LLMatcher | None = None
     context: Any = None
+    scored: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
-    error: SigmixError | None = None
+    error: Exception | None = None
     _draws: list[float] | None = field(default=None, repr=False)
 
     @cached_property
     def prompt_tokens(self) -> frozenset[int]:
         """Distinct tokens of the prompt."""
         return frozenset(self.prompt_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and generated tokens."""
+        return [*self.prompt_ids, *self.ids]
+
+    def fail(self, error: Exception) -> None:
+        """End the sequence with an error."""
+        self.finish, self.error = "error", error
 
     def draw(self) -> float:
         """Uniform random number in [0, 1) for the next token."""
@@ -276,9 +287,13 @@ class DecodingBatch:
         self, model: Any, eos_token_ids: Sequence[int], select: Select | None = None, trie: TokenTrie | None = None
     ) -> None:
         self.model, self.eos_token_ids, self.trie = model, eos_token_ids, trie
+        self._select = select
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all sequences with their keys and values."""
         self.sequences: list[SequenceState] = []
         self.kv_cache = BatchKVCache()
-        self._select = select
         self._rows: list[int] | None = None  # row of the adapter state of each sequence; None: state to be entered anew
         self._next: list[int] = []  # last token of each sequence, chosen but not read
 
@@ -348,22 +363,34 @@ class DecodingBatch:
             one.ids.append(token)
             one.logprobs.append(logprob)
             if not valid:
-                one.finish = "error"
+                one.fail(_not_finite(one.mix))
                 continue
-            if one.matcher is not None and not one.matcher.consume_token(token):
-                one.finish, one.error = "error", matcher_error(one.matcher)
-                continue
-            text = ""
-            if one.detokenizer is not None:
-                text = one.detokenizer.add(token, end=token in self.eos_token_ids)
-            if one.on_token is not None:
-                one.on_token(token, logprob, most[: one.top_logprobs], text)
-            stopped = one.detokenizer is not None and one.detokenizer.stopped is not None
-            if token in self.eos_token_ids or stopped or (one.matcher is not None and one.matcher.is_stopped()):
-                one.finish = "stop"
-            elif len(one.ids) >= one.params.max_new_tokens:
-                one.finish = "length"
+            try:
+                self._deliver(one, token, logprob, most[: one.top_logprobs])
+            except Exception as error:  # of the matcher, the detokenizer or the callback: the other rows go on
+                one.fail(error)
         return chosen
+
+    def _deliver(self, one: SequenceState, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        """Decode a chosen token, pass it to the callback, and end the sequence if it is the last one."""
+        if one.matcher is not None and not one.matcher.consume_token(token):
+            raise matcher_error(one.matcher)
+        text = ""
+        if one.detokenizer is not None:
+            text = one.detokenizer.add(token, end=token in self.eos_token_ids)
+        if one.on_token is not None:
+            one.on_token(token, logprob, top, text)
+        stopped = one.detokenizer is not None and one.detokenizer.stopped is not None
+        if token in self.eos_token_ids or stopped or (one.matcher is not None and one.matcher.is_stopped()):
+            one.finish = "stop"
+        elif len(one.ids) >= one.params.max_new_tokens:
+            one.finish = "length"
+
+
+def _not_finite(mix: Mix) -> ExpertError:
+    return ExpertError(
+        f"the logits under {mix.id} are not finite", remedy="use smaller weights, or load the base in float32"
+    )
 
 
 @torch.no_grad()

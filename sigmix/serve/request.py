@@ -42,7 +42,7 @@ log = logging.getLogger("sigmix.serve")
 HEARTBEAT_SECONDS = 15.0
 """Interval of comments in a silent stream, which keep proxies from closing the connection."""
 
-STATUS = {"model": 503, "mix": 404, "timeout": 504, "closing": 503, "internal": 500}
+STATUS = {"model": 503, "memory": 503, "mix": 404, "timeout": 504, "closing": 503, "internal": 500}
 """HTTP status by the code of `Failed`."""
 
 
@@ -301,6 +301,9 @@ class RequestHandler:
                 return
             except ApiError as error:
                 yield self.builder.failed(error)
+            except Exception:
+                log.exception("a stream failed")
+                yield self.builder.failed(ApiError(500, "internal server error", "server_error", code="internal"))
             yield self.builder.end
 
     async def _lines(self) -> AsyncGenerator[str, None]:

@@ -223,7 +223,8 @@ async def feedback(body: FeedbackRequest, service: ServiceDep, key: KeyDep) -> d
 @router.get("/health")
 async def health(service: ServiceDep) -> Response:
     """Return 200 once the server accepts requests, else 503."""
-    status = "ok" if service.ready else "closing" if service.closing else "starting"
+    stopped = "closing" if service.closing else "failed" if service.started else "starting"
+    status = "ok" if service.ready else stopped
     return JSONResponse({"status": status}, 200 if service.ready else 503)
 
 

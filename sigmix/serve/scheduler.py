@@ -26,7 +26,7 @@ from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.generation import SamplingParams, SequenceState, TokenLogprobs
 from sigmix.engine.prefix_cache import Entry, Select, StoredPrefix
-from sigmix.errors import SigmixError
+from sigmix.errors import SigmixError, UnknownNameError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair_queue import FairQueue
 from sigmix.serve.observability import Metrics
@@ -91,12 +91,14 @@ class Failed:
     """End of the whole request without a result.
 
     Attributes:
-        code: "model" (logits are not finite), "mix" (mixture unavailable), "timeout", "closing" or "internal".
+        code: "model" (logits are not finite), "mix" (mixture unavailable), "memory", "timeout", "closing", "internal".
     """
 
     code: str
     message: str
 
+
+INTERNAL = Failed("internal", "internal server error")
 
 Event = Started | PromptLogprobs | Token | Finished | Failed
 
@@ -181,14 +183,14 @@ class Scheduler:
         self.queue: FairQueue[GenerationRequest] = FairQueue(
             settings.max_queue_size, settings.max_queue_size_per_client
         )
-        self.batch = ContinuousBatch(engine)
+        self.batch = ContinuousBatch(engine, isolate=True)
         self._running: set[GenerationRequest] = set()
         self._cancelled: deque[GenerationRequest] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()  # guards queue, _running, _cancelled, _calls and the two flags
         self._closing = self._stopped = False
         self._generated = 0
-        self._thread = threading.Thread(target=self._loop, name="sigmix-scheduler", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="sigmix-scheduler", daemon=True)
 
     # Methods for other threads
 
@@ -206,6 +208,8 @@ class Scheduler:
         with self._wake:
             if self._closing:
                 raise ClosingError
+            if self._stopped:
+                raise RuntimeError("the scheduler has stopped; restart the server")
             self.queue.push(request)
             self._wake.notify()
 
@@ -267,6 +271,16 @@ class Scheduler:
 
     # Methods of the scheduler's thread
 
+    def _run(self) -> None:
+        end = Failed("internal", "internal server error: the scheduler has stopped")
+        try:
+            self._loop()
+            end = Failed("closing", "the server is shutting down")
+        except BaseException:
+            log.critical("the scheduler has stopped; restart the server", exc_info=True)
+        finally:
+            self._abort(end)
+
     def _loop(self) -> None:
         while True:
             with self._wake:
@@ -277,6 +291,8 @@ class Scheduler:
                 cancelled, self._cancelled = self._cancelled, deque()
                 calls, self._calls = self._calls, deque()
             for future, function in calls:
+                if not future.set_running_or_notify_cancel():
+                    continue
                 try:
                     self.batch.release()  # releases the engine
                     future.set_result(function())
@@ -291,9 +307,8 @@ class Scheduler:
                 if self.batch:
                     self._step()
             except Exception:
-                log.exception("decoding step failed; its requests are given up")
-                self._abort("internal", "internal server error")
-        self._abort("closing", "the server is shutting down")
+                log.exception("the scheduler failed; all running requests are given up")
+                self._give_up(INTERNAL)
 
     def _has_work(self) -> bool:
         pending = self.queue or self._running or self._cancelled or self._calls
@@ -315,11 +330,11 @@ class Scheduler:
             )
 
         while (request := self.queue.pop(fits)) is not None:
+            self._running.add(request)
             selected.append(request)
             size, length = size + len(request.seeds), max(length, request.max_length)
             prefill += len(request.ids)
             self.queue.charge(request.client, prompt_tokens=len(request.ids))
-        self._running.update(selected)
         return selected
 
     def _admit(self, requests: Sequence[GenerationRequest]) -> None:
@@ -327,35 +342,45 @@ class Scheduler:
         now = time.monotonic()
         new = []
         for request, decision in zip(requests, self._decide(requests), strict=True):
-            try:
-                self.engine.z(decision.mix)  # the mixture's only check; an expert can be unloaded while it is queued
-            except SigmixError as error:
-                if request.mix is not None:
-                    self._finish(request, Failed("mix", str(error)))
-                    continue
-                decision = Decision(Mix.base(), OTHER, f"{decision.reason}; unavailable: {error}", decision.evidence)
-            request.mix = decision.mix
-            request.on_event(Started(decision, now - request.queued_at))
-            self.metrics.on_start(request.mix.id, len(request.ids), now - request.queued_at)
-            request.running = [self._sequence(request, index) for index in range(len(request.seeds))]
-            new += request.running
+            with self._isolating(request):
+                self._start(request, decision, now - request.queued_at)
+                new += request.running
         if new:
             self.batch.add(new)
             self._collect(new)
 
+    def _start(self, request: GenerationRequest, decision: Decision, queue_seconds: float) -> None:
+        try:
+            self.engine.z(decision.mix)  # the mixture's only check; an expert can be unloaded while it is queued
+        except SigmixError as error:
+            if request.mix is not None:
+                self._finish(request, Failed("mix", str(error)))
+                return
+            decision = Decision(Mix.base(), OTHER, f"{decision.reason}; unavailable: {error}", decision.evidence)
+        request.mix = decision.mix
+        request.on_event(Started(decision, queue_seconds))
+        self.metrics.on_start(request.mix.id, len(request.ids), queue_seconds)
+        request.running = [self._sequence(request, index) for index in range(len(request.seeds))]
+
     def _decide(self, requests: Sequence[GenerationRequest]) -> list[Decision]:
         decisions: dict[GenerationRequest, Decision] = {}
         for strategy in dict.fromkeys(request.strategy for request in requests):
-            group = [request for request in requests if request.strategy == strategy]
-            mixes = [AUTO if request.mix is None else request.mix for request in group]
-            try:
-                decided = self.strategies[strategy].decide([request.text for request in group], mixes)
-            except Exception:
-                log.exception("strategy %s failed; using the base model", strategy)
-                failed = Decision(Mix.base(), OTHER, "the strategy failed")
-                decided = [Decision(r.mix, r.mix.id, "given") if r.mix is not None else failed for r in group]
-            decisions |= zip(group, decided, strict=True)
+            decisions |= self._apply(strategy, [request for request in requests if request.strategy == strategy])
         return [decisions[request] for request in requests]
+
+    def _apply(self, strategy: str, requests: Sequence[GenerationRequest]) -> dict[GenerationRequest, Decision]:
+        """Return a strategy's decisions; the base model for requests on which it fails."""
+        mixes = [AUTO if request.mix is None else request.mix for request in requests]
+        try:
+            decided = self.strategies[strategy].decide([request.text for request in requests], mixes)
+            return dict(zip(requests, decided, strict=True))
+        except Exception:
+            log.exception("strategy %s failed", strategy)
+        if len(requests) > 1:
+            return {one: decision for one in requests for decision in self._apply(strategy, [one]).values()}
+        (request,) = requests
+        failed = Decision(Mix.base(), OTHER, "the strategy failed")
+        return {request: failed if request.mix is None else Decision(request.mix, request.mix.id, "given")}
 
     def _sequence(self, request: GenerationRequest, index: int) -> SequenceState:
         prefix = request.ids if request.continues else ()
@@ -400,13 +425,22 @@ class Scheduler:
             request, index, detokenizer = sequence.context
             if not sequence.finish or sequence not in request.running:
                 continue
-            if sequence.finish == "error":
-                self._finish(request, Failed("model", f"logits are not finite under {sequence.mix.id}"))
+            if sequence.error is not None:
+                self._finish(request, _failure(sequence.error))
                 continue
-            request.running.remove(sequence)
-            request.on_event(Finished(index, sequence.finish, detokenizer.flush()))
+            with self._isolating(request):
+                request.running.remove(sequence)
+                request.on_event(Finished(index, sequence.finish, detokenizer.flush()))
             if not request.running:
                 self._finish(request)
+
+    @contextmanager
+    def _isolating(self, request: GenerationRequest) -> Iterator[None]:
+        """End a request, and no other, with an error that is raised inside this context."""
+        try:
+            yield
+        except Exception as error:
+            self._finish(request, _failure(error))
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -415,11 +449,11 @@ class Scheduler:
             for request in late:
                 self.queue.remove(request)
         for request in late:
-            request.on_event(Failed("timeout", "timeout in the queue"))
+            self._send(request, Failed("timeout", "timeout in the queue"))
         for request in [request for request in self._running if request.deadline < now]:
             self._finish(request, Failed("timeout", "timeout during generation"))
 
-    def _finish(self, request: GenerationRequest, event: Event | None = None) -> None:
+    def _finish(self, request: GenerationRequest, event: Failed | None = None) -> None:
         """Remove an admitted request; no effect on a finished one."""
         if request not in self._running:
             return
@@ -430,28 +464,53 @@ class Scheduler:
             self._running.discard(request)
             self.queue.finish(request.client)
         if event is not None:
-            request.on_event(event)
+            self._send(request, event)
 
-    def _abort(self, code: str, message: str) -> None:
-        """Fail all running requests, and at shutdown the queued ones; start an empty batch."""
+    def _send(self, request: GenerationRequest, event: Failed) -> None:
+        """Deliver the last event of a request."""
+        try:
+            request.on_event(event)
+        except Exception:
+            log.exception("an event could not be delivered")
+
+    def _give_up(self, event: Failed) -> None:
+        """Fail all running requests; start an empty batch."""
         try:
             self.batch.release()
         except Exception:
             log.exception("the engine's state could not be restored")
-        self.batch = ContinuousBatch(self.engine)
+        self.batch = ContinuousBatch(self.engine, isolate=True)
         for request in list(self._running):
             request.running = []
-            self._finish(request, Failed(code, message))
-        if code == "closing":
-            with self._wake:
-                self._stopped = True
-                queued, calls = list(self.queue), list(self._calls)
-                for request in queued:
-                    self.queue.remove(request)
+            self._finish(request, event)
+
+    def _abort(self, event: Failed) -> None:
+        """Fail all requests and calls, and accept no more."""
+        with self._wake:
+            self._stopped = True
+            queued, calls = list(self.queue), list(self._calls)
             for request in queued:
-                request.on_event(Failed(code, message))
-            for future, _ in calls:
+                self.queue.remove(request)
+            requests = [*self._running, *queued]
+            self._running.clear()
+        for request in requests:
+            self._send(request, event)
+        for future, _ in calls:
+            if future.set_running_or_notify_cancel():
                 future.set_exception(ClosingError())
+        self.batch.release()
+
+
+def _failure(error: Exception) -> Failed:
+    """Return the event of a request that an error ends."""
+    if isinstance(error, UnknownNameError):
+        return Failed("mix", str(error))
+    if isinstance(error, SigmixError):
+        return Failed("model", str(error))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return Failed("memory", "the server is out of memory")
+    log.error("a request failed", exc_info=error)
+    return INTERNAL
 
 
 # --- Sharing the engine between threads

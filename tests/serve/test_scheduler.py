@@ -308,6 +308,216 @@ def test_a_failed_step_ends_only_its_requests(start, shared, monkeypatch):
     assert isinstance(events.wait()[-1], Finished)
 
 
+class FaultyModel:
+    """Replacement of a model's forward pass that raises for some inputs.
+
+    Attributes:
+        marker: token that no pass may read. failures: number of passes over several rows that raise. max_rows: largest
+            batch.
+    """
+
+    def __init__(self, model) -> None:
+        self.forward = model.forward
+        self.marker, self.failures, self.max_rows = -1, 0, 10**6
+
+    def __call__(self, *args, **kwargs):
+        ids = kwargs["input_ids"]
+        if self.failures and len(ids) > 1:
+            self.failures -= 1
+            raise RuntimeError("fault")
+        if len(ids) > self.max_rows or bool((ids == self.marker).any()):
+            raise RuntimeError("fault")
+        return self.forward(*args, **kwargs)
+
+
+@pytest.fixture
+def faulty(shared, monkeypatch):
+    model = FaultyModel(shared.model)
+    monkeypatch.setattr(shared.model, "forward", model)
+    return model
+
+
+def answers(alone, one) -> list:
+    """Completions that the choices of a request get alone."""
+    return alone.generate(
+        [one.ids] * len(one.seeds), one.mix, max_new_tokens=one.params.max_new_tokens, do_sample=one.params.do_sample,
+        temperature=one.params.temperature, seeds=one.seeds, form="factored", batch_size=1,
+    )  # fmt: skip
+
+
+def unused_token(alone, planned) -> int:
+    """Token of no prompt and no answer."""
+    used = {token for one, _ in planned for answer in answers(alone, one) for token in [*one.ids, *answer.ids]}
+    return max(set(range(4, 250)) - used)
+
+
+def check_alone(alone, planned) -> None:
+    """Check that requests got the answers that they get alone, without lost or repeated tokens."""
+    for one, events in planned:
+        events.wait(len(one.seeds))
+        for index, expected in enumerate(answers(alone, one)):
+            assert events.ids(index) == expected.ids
+            assert events.text(index) == expected.text
+
+
+def neighbours(scheduler, count=4, steps=5):
+    """Running requests with different mixtures, lengths and sampling that have already decoded some tokens."""
+    draw, planned = random.Random(11), []
+    for number in range(count):
+        options = {"temperature": 0.8, "seeds": [number, number + 50]} if number % 2 else {}
+        planned.append(request(random_ids(draw, 5 + 9 * number), random_mix(draw), max_new_tokens=60, **options))
+        scheduler.submit(planned[-1][0])
+    for _, events in planned:
+        wait_until(lambda events=events: events.queue.qsize() >= steps)
+    return planned
+
+
+def hold(scheduler) -> threading.Event:
+    """Block the scheduler's thread until the event is set."""
+    release = threading.Event()
+    scheduler.call(lambda: release.wait(20))
+    return release
+
+
+@pytest.mark.parametrize("length", [6, 700])  # read at once, and in chunks
+def test_a_prompt_that_the_model_cannot_read_fails_alone(start, alone, faulty, length):
+    scheduler = start(max_batch_tokens=10**6)
+    planned = neighbours(scheduler)
+    late = request([5, 6, 7], "code", max_new_tokens=9)
+    faulty.marker = unused_token(alone, [*planned, late])
+    release = hold(scheduler)
+    bad, events = request([*random_ids(random.Random(1), length), faulty.marker, 7], "math", max_new_tokens=5)
+    for one in (bad, late[0]):
+        scheduler.submit(one)
+    release.set()
+    assert events.wait()[-1] == Failed("internal", "internal server error")
+    check_alone(alone, [*planned, late])
+
+
+def test_a_generated_token_that_the_model_cannot_read_fails_its_request_alone(start, alone, faulty):
+    ids = endless(alone, "math")
+    answer = alone.generate([ids], "math", max_new_tokens=12)[0].ids
+    scheduler = start()
+    release = hold(scheduler)
+    draw = random.Random(12)
+    options = {"max_new_tokens": 40}
+    planned = [request([token % 240 + 4 for token in random_ids(draw, 6)], mix, **options) for mix in ("code", "base")]
+    bad, events = request(ids, "math", max_new_tokens=30)
+    others = [alone.generate([one.ids], one.mix, max_new_tokens=40)[0].ids + one.ids for one, _ in planned]
+    faulty.marker = next(token for token in answer if token not in ids and not any(token in other for other in others))
+    for one in (planned[0][0], bad, planned[1][0]):
+        scheduler.submit(one)
+    release.set()
+    assert isinstance(events.wait()[-1], Failed)
+    assert events.ids() == answer[: answer.index(faulty.marker) + 1]
+    check_alone(alone, planned)
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_failed_steps_are_repeated(start, alone, faulty, failures):
+    scheduler = start()
+    planned = neighbours(scheduler)
+    faulty.failures = failures
+    check_alone(alone, planned)
+    wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
+
+
+def test_a_batch_that_is_too_large_for_the_memory_gets_smaller(start, alone, faulty):
+    scheduler = start()
+    planned = neighbours(scheduler)  # six sequences
+    faulty.max_rows = 2
+    check_alone(alone, planned)
+
+
+def test_a_model_that_always_fails_leaves_no_request(start, faulty):
+    scheduler = start()
+    planned = neighbours(scheduler)
+    faulty.max_rows = 0
+    for _, events in planned:
+        assert events.wait(2)[-1].code == "internal"
+    wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
+    faulty.max_rows = 10
+    one, events = request([5, 6, 7], "math", max_new_tokens=3)
+    scheduler.submit(one)
+    assert isinstance(events.wait()[-1], Finished)
+
+
+@pytest.mark.parametrize("kind", [Started, Token, Finished])
+def test_a_receiver_that_raises_ends_its_request_alone(start, alone, kind):
+    scheduler = start()
+    release = hold(scheduler)
+    planned = [request(random_ids(random.Random(n), 6), "math", max_new_tokens=20) for n in range(3)]
+    bad, failed = planned.pop(1)
+
+    def receive(event) -> None:
+        if isinstance(event, kind):
+            raise RuntimeError("receiver")
+        failed(event)
+
+    bad.on_event = receive
+    for one in (bad, *(one for one, _ in planned)):
+        scheduler.submit(one)
+    release.set()
+    check_alone(alone, planned)
+    assert failed.wait()[-1].code == "internal"
+    wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
+
+
+def test_a_token_that_cannot_be_decoded_fails_its_request_alone(start, shared, alone, monkeypatch):
+    scheduler = start()
+    ids = random_ids(random.Random(1), 6)
+    (answer,) = alone.generate([ids], "math", max_new_tokens=20)
+    planned = [request(random_ids(random.Random(n), 6), "code", max_new_tokens=20) for n in (7, 8)]
+    others = {token for one, _ in planned for token in alone.generate([one.ids], one.mix, max_new_tokens=20)[0].ids}
+    marker = next(token for token in answer.ids if token not in others)
+    decode = shared.tokenizer.decode
+
+    def failing(tokens, **options):
+        if marker in tokens:
+            raise ValueError("cannot decode")
+        return decode(tokens, **options)
+
+    monkeypatch.setattr(shared.tokenizer, "decode", failing)
+    bad, events = request(ids, "math", max_new_tokens=20)
+    release = hold(scheduler)
+    for one in (planned[0][0], bad, planned[1][0]):
+        scheduler.submit(one)
+    release.set()
+    assert events.wait()[-1].code == "internal"
+    check_alone(alone, planned)
+
+
+def test_a_strategy_that_fails_on_one_text_decides_on_the_others(start, alone):
+    scheduler = start()
+    release = hold(scheduler)
+    planned = [request(random_ids(random.Random(n), 6), None, text=text, max_new_tokens=4)
+               for n, text in enumerate(["good", "bad", "fine"])]  # fmt: skip
+    for one, _ in planned:
+        scheduler.submit(one)
+    release.set()
+    check_alone(alone, planned)
+    assert [events.all[0].decision.label for _, events in planned] == ["math", OTHER, "math"]
+
+
+def test_a_scheduler_that_dies_fails_all_requests(start, monkeypatch):
+    scheduler = start(max_batch_size=1)
+    release = hold(scheduler)
+    running, queued = (request([5, 6, number], "math", max_new_tokens=200) for number in (7, 8))
+    scheduler.submit(running[0])
+    scheduler.submit(queued[0])
+
+    def broken(*_):
+        raise SystemError("bug")
+
+    monkeypatch.setattr(scheduler.queue, "charge", broken)
+    release.set()
+    for _, events in (running, queued):
+        assert events.wait(timeout=20)[-1].code == "internal"
+    wait_until(lambda: not scheduler.alive)
+    with pytest.raises(RuntimeError):
+        scheduler.submit(request([5, 6])[0])
+
+
 def test_limits_of_queue_and_time(start):
     hold = threading.Event()
     scheduler = start(max_batch_size=1, max_queue_size=3, max_queue_size_per_client=2)
