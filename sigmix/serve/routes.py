@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from sigmix.adapt.two_pass import AUTO
+from sigmix.engine.tokenization import chat_template
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
@@ -23,9 +24,11 @@ from sigmix.serve.protocol.requests import (
     AdaptRequest,
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     FeedbackRequest,
     LoadExpertRequest,
     SaveMixRequest,
+    TokenizeRequest,
 )
 from sigmix.serve.registry import BASE
 from sigmix.serve.request import RequestHandler
@@ -102,8 +105,9 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
-    if not 1 <= len(given) <= service.settings.max_choices:
-        raise ApiError(400, f"prompt must hold 1 to {service.settings.max_choices} prompts", param="prompt")
+    limit = min(service.settings.max_queue_size, service.settings.max_queue_size_per_client)
+    if not 1 <= len(given) <= limit:
+        raise ApiError(400, f"prompt must hold 1 to {limit} prompts, not {len(given)}", param="prompt")
     prompts, echoes = [], []
     for prompt in given:
         if isinstance(prompt, str):
@@ -115,6 +119,30 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         prompts.append((ids, await in_thread("prompt", service.decode, ids)))
         echoes.append(await in_thread("prompt", service.decode, ids, skip_special_tokens=False))
     return await RequestHandler(service, request, key, body, prompts, echoes if body.echo else None).respond()
+
+
+# --- Tokenizer, as in vLLM's server
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]:
+    """Return the token ids of a text."""
+    ids = await in_thread("prompt", service.encode_text, body.prompt, body.add_special_tokens)
+    return {"tokens": ids, "count": len(ids), "max_model_len": service.context_length}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> dict[str, Any]:
+    """Return the text of token ids."""
+    return {"prompt": await in_thread("tokens", service.decode, body.tokens, skip_special_tokens=False)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(service: ServiceDep) -> dict[str, Any]:
+    """Return the special tokens and the chat template."""
+    tokenizer = service.engine.tokenizer
+    special = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token")}
+    return {"tokenizer_class": type(tokenizer).__name__, **special, "chat_template": chat_template(tokenizer)}
 
 
 # --- Models

@@ -174,10 +174,10 @@ class Service:
         with self._tokenizer_lock:
             return tool_call_parser(chat_template(self._tokenizer, tools))
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of bare text."""
         with self._tokenizer_lock:
-            return list(self._tokenizer(text)["input_ids"])
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""

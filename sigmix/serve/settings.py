@@ -52,12 +52,14 @@ class Settings(BaseSettings):
     max_new_tokens: int = Field(1024, ge=1, description="Generated tokens per choice.")
     default_new_tokens: int = Field(256, ge=1, description="Generated tokens per choice if the request sets no limit.")
     default_temperature: float = Field(0.0, ge=0, le=2, description="Temperature if the request sets none.")
-    max_choices: int = Field(8, ge=1, description="Choices per prompt (n), and prompts per request.")
+    max_choices: int = Field(8, ge=1, description="Choices per prompt (n, best_of).")
     max_examples: int = Field(32, ge=1, description="Labelled examples of one adaptation.")
     max_batch_size: int = Field(32, ge=1, description="Sequences that decode together.")
     max_batch_tokens: int = Field(65536, ge=64, description="Sequences times the longest one's tokens, in one batch.")
     max_queue_size: int = Field(256, ge=1, description="Queued requests. More get status 429.")
-    max_queue_size_per_client: int = Field(64, ge=1, description="Queued requests per client. More get status 429.")
+    max_queue_size_per_client: int = Field(
+        64, ge=1, description="Queued requests per client, and prompts of one text completion. More get status 429."
+    )
     max_connections: int = Field(512, ge=1, description="Open connections. More get status 503.")
     request_timeout: float = Field(300, gt=0, description="Seconds of a request, including its time in the queue.")
     shutdown_timeout: float = Field(30, ge=0, description="Seconds for running requests to finish at shutdown.")

@@ -243,13 +243,14 @@ def harness_model(server):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch_size": 4}, {"num_concurrent": 3}, {"tokenized_requests": False}],
-    ids=lambda options: ",".join(options),
+    [{}, {"batch_size": 9}, {"num_concurrent": 3}, {"tokenized_requests": False}, {"tokenizer_backend": "remote"}],
+    ids=lambda options: ",".join(options) or "default",
 )
 def test_local_completions(server, evaluate, harness_model, options):
     """Scores and answers are those of `sigmix lm-eval`."""
-    arguments = {"model": MIX, "base_url": f"{server.v1}/completions", "tokenizer": str(server.base),
-                 "tokenizer_backend": "huggingface", "max_length": 256, "max_retries": 1, **options}  # fmt: skip
+    arguments = {"model": MIX, "base_url": f"{server.v1}/completions", "max_length": 256, "max_retries": 1, **options}
+    remote = options.get("tokenizer_backend") == "remote"
+    arguments |= {"auth_token": server.key} if remote else {"tokenizer": str(server.base)}
     for task in ("tiny_choice", "tiny_text"):
         found = evaluate(task, "local-completions", arguments)
         expected = evaluate(task, harness_model)

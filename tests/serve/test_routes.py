@@ -173,3 +173,16 @@ def test_page(server):
     for name in ("app.js", "api.js", "style.css", "icon.svg"):
         assert server.call("GET", f"/static/{name}")[0] == 200
     assert server.call("GET", "/static/../app.py")[0] == 404
+
+
+def test_tokenizer(server, alone):
+    text = "one two three"
+    _, found, _ = server.call("POST", "/tokenize", {"prompt": text})
+    ids = alone.encode(text, chat=False)
+    assert found == {"tokens": ids, "count": len(ids), "max_model_len": alone.context_length}
+    assert server.call("POST", "/detokenize", {"tokens": ids})[1] == {"prompt": text}
+    _, info, _ = server.call("GET", "/tokenizer_info")
+    assert info["eos_token"] == alone.tokenizer.eos_token
+    assert info["chat_template"] == alone.tokenizer.chat_template
+    assert server.call("POST", "/detokenize", {"tokens": [2**70]})[0] == 400
+    assert server.call("POST", "/tokenize", {"prompt": text, "text": text})[0] == 400

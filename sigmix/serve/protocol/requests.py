@@ -161,6 +161,23 @@ class CompletionRequest(GenerationOptions):
         return self.logprobs
 
 
+class TokenizeRequest(RequestModel):
+    """POST /tokenize."""
+
+    ignored = frozenset({"model"})
+
+    prompt: str = Field(max_length=MAX_TEXT)
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(RequestModel):
+    """POST /detokenize."""
+
+    ignored = frozenset({"model"})
+
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
 class LoadExpertRequest(RequestModel):
     """POST /v1/experts."""
 
