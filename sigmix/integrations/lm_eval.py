@@ -58,6 +58,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0, None), "use_cache": (True, None), "top_k": (0, None), "min_p": (0, 0.0, None),
 }  # fmt: skip
 """Unsupported generation options, with the values that have no effect."""
+OPTIONS_REMEDY = "supported are until, max_gen_toks, do_sample, temperature and top_p"
 
 T = TypeVar("T")
 Row = tuple[Mix, list[int], list[int]]  # mixture, context and continuation as token ids
@@ -236,6 +237,42 @@ class SigmixLM(HFLM):
 
     # ------------------------------------------------------------------ likelihoods
 
+    @property
+    def prefix_token_id(self) -> int:
+        """Token that stands for an empty context.
+
+        Raises:
+            ConfigError: the tokenizer has neither a start nor an end token.
+        """
+        token = super().prefix_token_id
+        if token is None:
+            raise ConfigError(
+                f"the tokenizer of {self.model.sigmix_base['name']} has no start and no end token",
+                remedy="give one with --model_args prefix_token_id=N",
+            )
+        return token
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return token ids of context and continuation, where the harness's split may be empty.
+
+        A context of blanks becomes the prefix token; a continuation that merges into the context's last token is
+        encoded by itself.
+        """
+        context_ids, ids = super()._encode_pair(context, continuation)
+        if continuation and not ids:
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+        return context_ids or [self.prefix_token_id], ids
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy) of continuations; an empty one has (0.0, True)."""
+        scored = [number for number, request in enumerate(requests) if request.args[1]]
+        scores = [(0.0, True)] * len(requests)
+        for number, score in zip(
+            scored, super().loglikelihood([requests[number] for number in scored], disable_tqdm), strict=True
+        ):
+            scores[number] = score
+        return scores
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
@@ -277,6 +314,8 @@ class SigmixLM(HFLM):
                     f"an answer to score has {len(answer)} tokens, more than the context of {self.max_length}",
                     remedy="leave the task out, or give a larger max_length if the model has one",
                 )
+            if not answer:
+                continue
             self.truncated += len(context) + len(answer) > self.max_length + 1
             inputs[mix, tuple((context + answer)[-(self.max_length + 1) :][:-1])].append(number)
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
@@ -344,18 +383,24 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
     Raises:
         ConfigError: an unsupported option.
     """
-    rest = dict(normalize_gen_kwargs(dict(kwargs), max_gen_toks))
-    stop_strings = [text for text in handle_stop_sequences(rest.pop("until", None), eos=None) if text]
-    rest.pop("do_sample", None)  # normalize_gen_kwargs sets the temperature to 0 without it
-    temperature = float(rest.pop("temperature", 0) or 0)
-    max_new_tokens, top_p = int(rest.pop("max_gen_toks")), float(rest.pop("top_p", 1) or 1)
+    try:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        rest = dict(normalize_gen_kwargs(given, max_gen_toks))
+        stop_strings = [text for text in handle_stop_sequences(rest.pop("until", None), eos=None) if text]
+        rest.pop("do_sample", None)  # normalize_gen_kwargs sets the temperature to 0 without it
+        temperature = float(rest.pop("temperature", 0) or 0)
+        max_new_tokens, top_p = int(rest.pop("max_gen_toks")), float(rest.pop("top_p", 1) or 1)
+        if max_new_tokens < 1 or not all(isinstance(text, str) for text in stop_strings):
+            raise ValueError("max_gen_toks must be at least 1 and until a list of strings")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation options {dict(kwargs)}: {error}", remedy=OPTIONS_REMEDY) from error
     if temperature == 0:
         rest.pop("top_k", None)  # no effect on greedy decoding
     for name, value in rest.items():
         if value not in NEUTRAL.get(name, ()):
             raise ConfigError(
                 f"generation option {name}={value!r} is not supported",
-                remedy="supported are until, max_gen_toks, do_sample, temperature and top_p",
+                remedy=OPTIONS_REMEDY,
             )
     return {
         "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature, "top_p": top_p,

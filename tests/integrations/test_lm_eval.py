@@ -308,6 +308,70 @@ def test_requests_without_context_and_rows_that_share_an_input(model, place):
         assert told[1] == right[1]
 
 
+def oracle_of(place, kind, *asked):
+    return getattr(oracle(place, Mix.parse(MIX)), kind)(instances(kind, *asked), True)
+
+
+EMPTY = [("", "abc"), ("", " "), ("", "  a"), ("ab", " "), ("ab", "\n"), ("ab  ", "c"), ("\nab", "c")]
+EMPTY += [("x" * 300, "ab")]
+
+
+def test_empty_and_blank_texts_score_as_in_the_harnesss_own_model(model, place):
+    expected = oracle_of(place, "loglikelihood", *EMPTY)
+    for one, right in zip(model.loglikelihood(instances("loglikelihood", *EMPTY), True), expected, strict=True):
+        assert one == (pytest.approx(right[0], **TOLERANCE), right[1])
+
+
+def test_texts_that_the_harnesss_own_model_fails_on(model, place):
+    """A context of blanks is no context; an empty continuation is certain; neither changes the requests beside it."""
+    asked = [("  ", "a"), ("", ""), ("ab", ""), ("ab", "c"), ("\n", "")]
+    expected = oracle_of(place, "loglikelihood", ("", "  a"), ("ab", "c"))
+    blank, *nothing, plain, last = model.loglikelihood(instances("loglikelihood", *asked), True)
+    assert blank == (pytest.approx(expected[0][0], **TOLERANCE), expected[0][1])
+    assert plain == (pytest.approx(expected[1][0], **TOLERANCE), expected[1][1])
+    assert [*nothing, last] == [(0.0, True)] * 3
+
+
+def test_rolling_likelihoods_of_short_long_and_no_texts(model, place):
+    texts = [("a",), ("ab c",), ("x" * 300,), (" ",)]
+    expected = oracle_of(place, "loglikelihood_rolling", *texts)
+    got = model.loglikelihood_rolling(instances("loglikelihood_rolling", *texts, ("",)), True)
+    assert got[:-1] == [pytest.approx(one, **TOLERANCE) for one in expected]
+    assert got[-1] == 0.0
+
+
+@pytest.mark.parametrize("until", ["e", ["e"], ["", "e"], [None, "e"], [], [""], None])
+def test_every_form_of_until(model, place, until):
+    context, options = "8 + 5", {"max_gen_toks": 12}
+    (free,) = model.generate_until(instances("generate_until", (context, options)), True)
+    (cut,) = model.generate_until(instances("generate_until", (context, {**options, "until": until})), True)
+    assert cut == (free.split("e")[0] if until and "e" in until else free)
+
+
+def test_generation_from_an_empty_and_from_a_long_context(model, place):
+    options = {"until": ["e"], "max_gen_toks": 6}
+    (expected,) = oracle_of(place, "generate_until", ("x" * 300, options))
+    prefix = model.tokenizer.decode([model.prefix_token_id])
+    empty, start, long = model.generate_until(
+        instances("generate_until", ("", options), (prefix, options), ("x" * 300, options)), True
+    )
+    assert long == expected
+    assert empty == start
+
+
+@pytest.mark.parametrize("options", [{"max_gen_toks": 0}, {"max_gen_toks": -1}, {"until": [5]}, {"until": 5},
+                                     {"temperature": "hot", "do_sample": True}, {"max_gen_toks": "many"}])  # fmt: skip
+def test_generation_options_without_a_meaning(model, options):
+    with pytest.raises(ConfigError, match="max_gen_toks"):
+        model.generate_until(instances("generate_until", ("say", options)), True)
+
+
+def test_no_token_for_an_empty_context(model, monkeypatch):
+    monkeypatch.setattr(HFLM, "prefix_token_id", property(lambda self: None))  # neither bos nor eos
+    with pytest.raises(ConfigError, match="prefix_token_id"):
+        model.loglikelihood(instances("loglikelihood", ("", "a")), True)
+
+
 def test_sampling_follows_the_seed_and_repeats_differ(model):
     options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
     asked = instances("generate_until", *[("say", options)] * 4)

@@ -71,9 +71,10 @@ def test_invalid_searches(tmp_path, service):
     with pytest.raises(UnknownNameError) as error:
         service.adaptations.submit(request(score="none"), None)
     assert "exact" in str(error.value)
-    examples = [{"prompt": "one", "answer": "1"}, {"prompt": "two", "answer": "."}]
+    service.adaptations.graders["number"] = lambda reply, gold: float(reply == gold and reply.isdigit())
+    examples = [{"prompt": "one", "answer": "1"}, {"prompt": "two", "answer": "two"}]
     with pytest.raises(ConfigError, match=r"examples\[1\]"):
-        service.adaptations.submit(request(examples=examples), None)
+        service.adaptations.submit(request(examples=examples, score="number"), None)
     with pytest.raises(ConfigError) as error:
         service.adaptations.submit(request(name=next(iter(bank()))), None)
     assert "math" in str(error.value)
