@@ -153,15 +153,16 @@ class StreamingDetokenizer:
         """
         if self.stopped is not None:
             return ""
+        part = self._utf8.getstate()[0]  # of a character
         if end or token in self._skip:
-            self.offset = len(self._visible)
+            self.offset = len(self._visible) + bool(part)
             if not self._special_stops:
                 return ""
             return self._extend("", self._tokens.token_bytes(token).decode("utf-8", "replace"))
-        data, part = self._tokens.token_bytes(token, self._first), self._utf8.getstate()[0]
+        data = self._tokens.token_bytes(token, self._first)
         self._first = False
         self.offset = len(self._visible)
-        if part:  # of a character that this token completes, continues or leaves broken
+        if part:  # the token completes, continues or breaks the character
             self.offset += len((part + data[:1]).decode("utf-8", "replace")) - 1
         return self._extend(self._utf8.decode(data))
 
