@@ -8,7 +8,7 @@ import pytest
 from helpers_tiny import build_tokenizer
 from helpers_tokenizers import KINDS, byte_level, gemma, metaspace, sentencepiece, wordpiece
 
-from sigmix.engine.detokenizer import StreamingDetokenizer, TokenDecoder, token_decoder, token_text
+from sigmix.engine.detokenizer import StreamingDetokenizer, TokenDecoder, text_offsets, token_decoder, token_text
 
 
 def stream(tokenizer, ids, stop_strings=(), prompt_ids=()):
@@ -197,3 +197,14 @@ def test_a_broken_character_at_the_end_completes_a_stop_string():
     tokenizer = byte_level()
     pieces, detokenizer = stream(tokenizer, tokenizer("a€")["input_ids"][:-1], ["\N{REPLACEMENT CHARACTER}"])
     assert "".join(pieces) == detokenizer.text == "a"
+
+
+def test_offsets_in_a_prompt():
+    tokenizer = sentencepiece()
+    ids = ids_of(tokenizer, "<s>", "▁The", "▁capital", "<|im_end|>", "▁is")
+    for text, expected in [
+        ("The capital<|im_end|> is", [0, 0, 3, 11, 21]),  # the tokenizer added <s>
+        ("<s> The capital<|im_end|> is", [0, 3, 7, 15, 25]),
+        ("The capital is", [0, 0, 3, 11, 11]),
+    ]:
+        assert list(text_offsets(tokenizer, ids, text)) == expected
