@@ -171,7 +171,8 @@ class SequenceState:
         """Uniform random number in [0, 1) for the next token."""
         if self._draws is None:
             stream = torch.Generator().manual_seed(int(self.params.seed) % 2**63)
-            self._draws = torch.rand(self.params.max_new_tokens, generator=stream, dtype=torch.float64).tolist()
+            count = max(self.params.max_new_tokens, 1)
+            self._draws = torch.rand(count, generator=stream, dtype=torch.float64).tolist()
         return self._draws[len(self.ids)]
 
 
