@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sigmix.engine.base import InferenceEngine
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -108,12 +108,22 @@ def check_bank(engine: InferenceEngine, bank: Mapping[str, Expert]) -> None:
         engine.check_expert(bank[name])
 
 
-def decide_within(
-    rows: Sequence[list[int]], limit: int | None, decide: Callable[[list[list[int]]], list[Decision]]
+def decide_readable(
+    engine: InferenceEngine,
+    rows: Sequence[list[int]],
+    new_tokens: int,
+    decide: Callable[[list[list[int]]], list[Decision]],
 ) -> list[Decision]:
-    """Apply ``decide`` to the rows of at most ``limit`` tokens; longer ones get the base model."""
-    fits = [limit is None or len(row) <= limit for row in rows]
-    short = [row for row, fit in zip(rows, fits, strict=True) if fit]
-    decisions = iter(decide(short) if short else [])
-    too_long = Decision(Mix.base(), OTHER, f"the request is too long for the first pass: more than {limit} tokens")
-    return [next(decisions) if fit else too_long for fit in fits]
+    """Apply ``decide`` to the prompts that the model can read, see `check_prompt`; the others get the base model."""
+    errors: dict[int, ContextError] = {}
+    for number, row in enumerate(rows):
+        try:
+            engine.check_prompt(row, new_tokens, "the request in the first pass")
+        except ContextError as error:
+            errors[number] = error
+    readable = [row for number, row in enumerate(rows) if number not in errors]
+    decisions = iter(decide(readable) if readable else [])
+    return [
+        Decision(Mix.base(), OTHER, errors[number].message) if number in errors else next(decisions)
+        for number in range(len(rows))
+    ]

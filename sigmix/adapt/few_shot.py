@@ -202,6 +202,7 @@ class FewShotSearch:
         trace: one JSON entry per round. result: best mixture, after `fit`.
 
     Raises:
+        ContextError: an example that the model cannot read.
         ConfigError: no examples, or invalid options. UnknownNameError: unknown expert, method or settings.
     """
 
@@ -256,6 +257,8 @@ class FewShotSearch:
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         self.answers = [reply_ids(engine.tokenizer, one.gold, engine.eos_token_ids) for one in self.examples]
         self.rows = [engine.encode(one.prompt, images=one.images) for one in self.examples]
+        for number, (row, answer) in enumerate(zip(self.rows, self.answers, strict=True)):
+            engine.check_prompt([*row, *answer], max(max_new_tokens - len(answer), 0), f"example {number}")
         self.values: dict[str, tuple[float, float]] = {}
         self.trace: list[dict[str, Any]] = []
         self.result: Mix | None = None

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy.optimize import minimize_scalar
 
-from sigmix.adapt.base import OTHER, Decision, check_bank, decide_within, labels
+from sigmix.adapt.base import OTHER, Decision, check_bank, decide_readable, labels
 from sigmix.engine import Engine
 from sigmix.engine.base import HiddenStatesEngine
 from sigmix.engine.scoring import decoder_layers, hidden_states
@@ -162,8 +162,7 @@ class ProbeDispatch:
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """Return one decision per user turn; "other" and a request over the context length mean the base model."""
         rows = [self.engine.encode(prompt) for prompt in prompts]
-        limit = self.engine.context_length
-        return decide_within(rows, None if limit is None else limit - 1, self._decide)
+        return decide_readable(self.engine, rows, 1, self._decide)
 
     def _decide(self, rows: list[list[int]]) -> list[Decision]:
         started = time.perf_counter()

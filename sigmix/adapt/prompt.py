@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_within, labels
+from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_readable, labels
 from sigmix.engine import Engine
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.scoring import next_logits
-from sigmix.engine.tokenization import context_length
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -80,10 +79,8 @@ class PromptDispatch:
         """Return one decision per user turn; the label "other" and a request over the context length mean the base."""
         if len(self.labels) == 1:
             return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
-        limit = context_length(self.engine.model)
-        if limit is not None:
-            limit -= max(map(len, self.trie.replies))
-        return decide_within([self._encode(text) for text in prompts], limit, self._decide)
+        longest = max(map(len, self.trie.replies))
+        return decide_readable(self.engine, [self._encode(text) for text in prompts], longest, self._decide)
 
     def _encode(self, request: str) -> list[int]:
         return self.engine.encode(question(self.labels, request))

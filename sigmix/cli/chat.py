@@ -205,7 +205,7 @@ class Session:
         Raises:
             ContextError: the last message alone does not fit.
         """
-        from sigmix.engine.tokenization import context_length
+        from sigmix.engine.tokenization import check_context, context_length
 
         limit, dropped = context_length(self.engine.model), 0
         new = self.options["max_new_tokens"]
@@ -213,7 +213,7 @@ class Session:
         while limit is not None and len(messages) > 1 and len(ids) + new > limit:
             messages, dropped = messages[2:], dropped + 1
             ids = self.ids(messages)
-        self.engine.check_prompt(ids, new)
+        check_context(self.engine.model, ids, new, tokenizer=self.engine.tokenizer)
         if dropped:
             note(f"({dropped} of the oldest turns dropped: the context has {limit} tokens)")
         return ids, messages

@@ -46,7 +46,7 @@ class InferenceEngine(Protocol):
     ) -> list[int]:
         """Return token ids of a prompt; ids pass through."""
 
-    def check_prompt(self, ids: list[int], max_new_tokens: int, what: str = "the prompt") -> None:
+    def check_prompt(self, ids: Sequence[int], max_new_tokens: int, what: str = "the prompt") -> None:
         """Raise `ContextError` if a prompt is empty, or exceeds the context together with its answer."""
 
     def check_mix(self, mix: Mix) -> None:

@@ -17,7 +17,6 @@ from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import answer_logits, left_pad
-from sigmix.engine.tokenization import check_context
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import forward_inputs
@@ -93,7 +92,8 @@ def replies_and_logprobs(
     for rows, mixes in _batches(engine, prompts, mix, batch_size):
         part = answers[len(logprobs) : len(logprobs) + len(rows)]
         for row, answer in zip(rows, part, strict=True):
-            check_context(engine.model, row, max(len(answer), max_new_tokens))
+            rest = max(max_new_tokens - len(answer), 0)
+            engine.check_prompt([*row, *answer], rest, "a prompt with its completion")
         tokens = sum(len(row) + len(answer) for row, answer in zip(rows, part, strict=True))
         with engine.under(mixes, tokens=tokens) as select:
             state = engine.read(rows, mixes, select)
@@ -185,6 +185,6 @@ def _batches(
     rows = [engine.encode(prompt) for prompt in prompts]
     mixes = engine.mixes(mix, len(rows))
     for number, row in enumerate(rows):
-        check_context(engine.model, row, 1, f"prompt {number}")
+        engine.check_prompt(row, 1, f"prompt {number}")
     for start in range(0, len(rows), batch_size):
         yield rows[start : start + batch_size], mixes[start : start + batch_size]

@@ -279,26 +279,42 @@ def check_context(
     """Check that a model can read a prompt and answer it.
 
     Args:
-        tokenizer: for the text of a token in an error.
+        tokenizer: see `check_tokens`.
 
     Raises:
-        PromptError: an empty prompt, or a token without a row in the embedding matrix.
+        PromptError: an empty prompt, or see `check_tokens`.
         ContextError: a prompt that exceeds the context together with its answer.
     """
     if not ids:
         raise PromptError(f"{what} is empty", remedy="give some text")
+    check_tokens(model, ids, what, tokenizer)
+    limit = context_length(model)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        room, has = max(limit - max_new_tokens, 0), f"{what} has {len(ids)} tokens"
+        if max_new_tokens == 1:
+            message = f"{has}, which leave no room for an answer in the model's context of {limit}"
+            raise ContextError(message, remedy=f"shorten it to {room} tokens")
+        raise ContextError(
+            f"{has} and {max_new_tokens} new ones, more than the model's context of {limit}",
+            remedy=f"shorten it to {room} tokens or lower --max-new-tokens",
+        )
+
+
+def check_tokens(model: Any, ids: Sequence[int], what: str = "the prompt", tokenizer: Any = None) -> None:
+    """Check that every token has a row in the model's embedding matrix.
+
+    Args:
+        tokenizer: for the text of a token in an error.
+
+    Raises:
+        PromptError: a token without one: the tokenizer has tokens that the model was not resized for.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     unreadable = (token for token in ids if token >= rows or (token < 0 and not is_image_token(token)))
     if (token := next(unreadable, None)) is not None:
         text = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and 0 <= token < len(tokenizer) else None
         raise PromptError(
-            f"{what} has token {token}{'' if text is None else f' ({text})'}, but the model's embedding has tokens "
-            f"0 to {rows - 1} only",
+            f"{what} has the token {token if text is None else f'{token} ({text})'}, but the model has embeddings of "
+            f"the tokens 0 to {rows - 1} only",
             remedy="remove it from the text",
-        )
-    limit = context_length(model)
-    if limit is not None and len(ids) + max_new_tokens > limit:
-        raise ContextError(
-            f"{what} has {len(ids)} tokens and {max_new_tokens} new ones, more than the model's context of {limit}",
-            remedy=f"shorten it to {max(limit - max_new_tokens, 0)} tokens or lower --max-new-tokens",
         )

@@ -36,7 +36,7 @@ from sigmix.adapt.base import Decision
 from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
 from sigmix.engine import Engine
 from sigmix.engine.prefix_cache import left_pad
-from sigmix.engine.tokenization import context_length, has_template, in_parts, no_marks
+from sigmix.engine.tokenization import check_tokens, context_length, has_template, in_parts, no_marks
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
@@ -317,12 +317,14 @@ class SigmixLM(HFLM):
             if not answer:
                 continue
             self.truncated += len(context) + len(answer) > self.max_length + 1
-            inputs[mix, tuple((context + answer)[-(self.max_length + 1) :][:-1])].append(number)
+            ids = (context + answer)[-(self.max_length + 1) :]
+            check_tokens(self.engine.model, ids, "a text to score", self.tokenizer)
+            inputs[mix, tuple(ids[:-1])].append(number)
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         order = sorted(inputs, key=lambda one: -len(one[1]))
         for batch in self._batches(order, lambda one: len(one[1]), disable_tqdm):
-            ids, mask = left_pad([list(tokens) for _, tokens in batch], self.engine.pad_id, self.device)
-            logits = self.engine.logits(ids, mask, [mix for mix, _ in batch], self.form)
+            padded, mask = left_pad([list(tokens) for _, tokens in batch], self.engine.pad_id, self.device)
+            logits = self.engine.logits(padded, mask, [mix for mix, _ in batch], self.form)
             for index, one in enumerate(batch):
                 for number in inputs[one]:
                     target = torch.tensor(rows[number][2], device=logits.device)

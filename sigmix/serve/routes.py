@@ -109,15 +109,16 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     if not 1 <= len(given) <= limit:
         raise ApiError(400, f"prompt must hold 1 to {limit} prompts, not {len(given)}", param="prompt")
     prompts, echoes = [], []
-    for prompt in given:
+    for number, prompt in enumerate(given):
+        place = f"prompt.{number}" if len(given) > 1 else "prompt"
         if isinstance(prompt, str):
-            prompts.append((await in_thread("prompt", service.encode_text, prompt), prompt))
+            prompts.append((await in_thread(place, service.encode_text, prompt), prompt))
             echoes.append(prompt)
             continue
         ids = [int(token) for token in prompt]  # type: ignore[union-attr]
-        await in_thread("prompt", service.fit_context, ids, body.token_limit())
-        prompts.append((ids, await in_thread("prompt", service.decode, ids)))
-        echoes.append(await in_thread("prompt", service.decode, ids, skip_special_tokens=False))
+        await in_thread(place, service.fit_context, ids, body.token_limit())
+        prompts.append((ids, await in_thread(place, service.decode, ids)))
+        echoes.append(await in_thread(place, service.decode, ids, skip_special_tokens=False))
     return await RequestHandler(service, request, key, body, prompts, echoes if body.echo else None).respond()
 
 
@@ -195,9 +196,8 @@ async def adapt(body: AdaptRequest, service: ServiceDep, key: KeyDep) -> dict[st
     """Start a background search for a mixture on labelled examples."""
     if len(body.examples) > service.settings.max_examples:
         raise ApiError(400, f"at most {service.settings.max_examples} examples", param="examples")
-    for example in body.examples:
-        ids = await in_thread("examples", service.encode_chat, [{"role": "user", "content": example.prompt}])
-        await in_thread("examples", service.fit_context, ids, body.max_tokens)
+    for number, one in enumerate(body.examples):
+        await in_thread(f"examples.{number}", service.check_example, one.prompt, one.answer, body.max_tokens)
     try:
         adaptation = service.adaptations.submit(body, None if key.admin else key.name)
     except SigmixError as error:

@@ -214,6 +214,12 @@ class Service:
         limit = settings.default_new_tokens if max_new_tokens is None else max_new_tokens
         return min(limit, room, settings.max_new_tokens)
 
+    def check_example(self, prompt: str, answer: str, max_new_tokens: int) -> None:
+        """Raise `ContextError` unless the model can read an example and write a reply of ``max_new_tokens``."""
+        ids, reply = self.encode_chat([{"role": "user", "content": prompt}]), self.encode_text(answer)
+        self.fit_context(ids, max_new_tokens)
+        self.engine.check_prompt([*ids, *reply], max(max_new_tokens - len(reply), 1), "the example")
+
     # Experts
 
     def load_expert(self, folder: str) -> str:

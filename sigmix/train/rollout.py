@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import SamplingParams, SequenceState, complete
-from sigmix.engine.tokenization import check_context, encode, eos_token_ids, reply_ids
+from sigmix.engine.tokenization import check_context, check_tokens, encode, eos_token_ids, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
 
@@ -136,6 +136,8 @@ class Actor:
     def gold(self, samples: Sequence[Sample]) -> Rollouts:
         """Return the gold replies as rollouts of reward 1, for the next-token objective."""
         completions = [reply_ids(self.tokenizer, sample.gold, self.ends) for sample in samples]
+        for sample, ids in zip(samples, completions, strict=True):
+            check_tokens(self.model, ids, f"the answer of sample {sample.id} of {self.task.name}", self.tokenizer)
         texts = [sample.gold for sample in samples]
         return Rollouts([self.encode(s) for s in samples], completions, texts, torch.ones(len(texts)), list(texts))
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-import pytest
-from helpers_serve import BODY, CHAT, NAMES
-from helpers_tiny import build_tokenizer
+import json
+import re
+import threading
 
+import helpers_serve
+import pytest
+from helpers_serve import BODY, CHAT, NAMES, bank, serving, wait_until
+from helpers_tiny import build_tiny, build_tokenizer
+
+from sigmix.adapt import FewShotSearch, PromptDispatch
+from sigmix.engine import Engine
+from sigmix.errors import PromptError
 from sigmix.experts.mix import Mix
+
+LAST = "<|x199|>"
+"""Text of the last token of `extended_tokenizer`, which the tiny model has no embedding for."""
+
+
+def extended_tokenizer():
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|x{number}|>" for number in range(200)]})
+    return tokenizer
 
 
 def text_of(response, index: int = 0) -> str:
@@ -168,3 +185,73 @@ def test_both_limits_of_chat_completions_are_ceilings(server):
     for one, other in ((3, 5), (5, 3)):
         status, found = server.chat(max_tokens=one, max_completion_tokens=other, model="math")
         assert (status, found["usage"]["completion_tokens"]) == (200, 3)
+
+
+@pytest.fixture
+def extended(tmp_path, monkeypatch):
+    """Server on a tokenizer with more tokens than the model has embeddings."""
+    monkeypatch.setenv("SIGMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(helpers_serve, "build_tokenizer", extended_tokenizer)
+    with serving(tmp_path, strategy="A") as client:
+        yield client
+
+
+def test_a_token_without_an_embedding_fails_its_request_alone(extended, alone):
+    bad = f"one {LAST}"
+    planned = {"model": "math", "max_tokens": 120, "seed": 1, "temperature": 0.5}
+    statuses, replies = [], []
+    thread = threading.Thread(target=lambda: replies.append(extended.chat("one two three", **planned)))
+    thread.start()
+    wait_until(lambda: extended.service.scheduler.load()[0] == 1)
+    while thread.is_alive():
+        statuses.append(extended.chat(bad, model="code")[0])
+    thread.join()
+    assert set(statuses) == {400}
+    (expected,) = alone.generate(
+        ["one two three"], "math", max_new_tokens=120, do_sample=True, temperature=0.5, seeds=[1], form="factored"
+    )
+    assert (replies[0][0], text_of(replies[0][1])) == (200, expected.text)
+
+
+@pytest.mark.parametrize(
+    "path, body, param",
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "{}"}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "{}"}], "model": "auto", "stream": True}, "messages"),
+        ("/v1/completions", {"prompt": "one {}"}, "prompt"),
+        ("/v1/completions", {"prompt": ["one", "two {}"]}, "prompt.1"),
+        ("/v1/completions", {"prompt": ["one", "two {}"], "echo": True, "max_tokens": 0}, "prompt.1"),
+        ("/v1/adapt", {"examples": [{"prompt": "a", "answer": "b"}, {"prompt": "{}", "answer": "b"}]}, "examples.1"),
+        ("/v1/adapt", {"examples": [{"prompt": "a", "answer": "b {}"}]}, "examples.0"),
+    ],
+)
+def test_tokens_without_an_embedding_are_named(extended, path, body, param):
+    filled = json.loads(json.dumps(body).replace("{}", LAST))
+    status, found, _ = extended.call("POST", path, filled)
+    assert (status, found["error"]["param"], found["error"]["code"]) == (400, param, None)
+    assert LAST in found["error"]["message"]
+
+
+def test_ids_without_an_embedding_are_named(extended):
+    for prompt, param in (([5, 290], "prompt"), ([[5], [5, 290]], "prompt.1")):
+        status, found, _ = extended.call("POST", "/v1/completions", {"prompt": prompt})
+        assert (status, found["error"]["param"]) == (400, param)
+        assert "290" in found["error"]["message"]
+
+
+def test_engine_and_strategies_name_tokens_without_an_embedding():
+    engine = Engine(build_tiny(), extended_tokenizer(), bank())
+    prompts = ["one two", f"one {LAST}", "three"]
+    with pytest.raises(PromptError, match=re.escape(LAST)):
+        engine.generate(prompts, max_new_tokens=3)
+    good = engine.generate([prompts[0], prompts[2]], max_new_tokens=3)
+    kept = engine.generate(prompts, max_new_tokens=3, keep_errors=True)
+    assert [kept[0].text, kept[2].text] == [one.text for one in good]
+    assert isinstance(kept[1].error, PromptError)
+    decisions = PromptDispatch(engine).decide(prompts)
+    assert [LAST in one.reason for one in decisions] == [False, True, False]
+    assert decisions[1].mix == Mix.base()
+    with pytest.raises(PromptError, match="example 1"):
+        FewShotSearch(engine, [("one", "two"), ("three", LAST)], lambda *_: 0.0)
+    with pytest.raises(PromptError):
+        engine.score(["one"], [[5, 290]])

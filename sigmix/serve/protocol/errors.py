@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ class FieldError:
 
     def __init__(self, details: Details, body: Any) -> None:
         self.type, self.input, self.context = details["type"], details["input"], details.get("ctx", {})
-        self.message = details["msg"].removeprefix("Value error, ")
+        self.message = re.sub(r"^\w+ should ", "must ", details["msg"].removeprefix("Value error, "))
         self.loc = details["loc"][1:]
         self.tags: list[int] = []
         path: list[str | int] = []
