@@ -130,6 +130,7 @@ def gguf(
     with importing():
         from sigmix.experts.mix import Mix
         from sigmix.export.gguf import TYPES, export_gguf
+        from sigmix.export.model_card import CACHE_NOTE, gguf_card
         from sigmix.export.verify import Reference, base_gguf, verify_gguf
         from sigmix.utils.io import atomic_dir, check_new
 
@@ -151,6 +152,9 @@ def gguf(
                 with Progress(f"writing {file.name}", len(factors.paths)) as progress:
                     facts = export_gguf(factors, folder / file.name, number, progress.advance)
                 files.append({"file": str(file), "scale": alpha, **facts})
+            if each:
+                names = {file.name: alpha for file, alpha in scales.items()}
+                (folder / "README.md").write_text(gguf_card(parsed.id, names, files), encoding="utf-8")
         figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
         if verify:
             whole = base_gguf(source, gguf_base)
@@ -164,7 +168,7 @@ def gguf(
             else:
                 figures["not_verified"] = whole
     lines = [f"{one['file']}: rank {one['rank']}, {size(one['bytes'])} in {number}" for one in files]
-    _emit(figures, as_json, lines, source, [_server_command(scales)])
+    _emit(figures, as_json, lines, source, [CACHE_NOTE, _server_command(scales)])
 
 
 def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[BaseCheckpoint, Mix, Bank]:
@@ -254,7 +258,10 @@ def _server_command(scales: Mapping[Path, float]) -> str:
     """Return a llama-server command for these files, and the request's scales as JSON."""
     files = " ".join(f"--lora {shlex.quote(str(file))}" for file in scales)
     request = json.dumps([{"id": number, "scale": scale} for number, scale in enumerate(scales.values())])
-    return f'llama-server -m BASE.gguf {files} --lora-init-without-apply; in a request: "lora": {request}'
+    return (
+        f'llama-server -m BASE.gguf {files} --lora-init-without-apply --no-cache-prompt; in a request: "lora": '
+        f"{request}"
+    )
 
 
 def _rank(text: str, error: float | None) -> int | None:

@@ -18,6 +18,7 @@ import torch
 from sigmix.errors import ConfigError, OutputError, UnknownNameError
 from sigmix.experts.model_card import on_hub, without_path
 from sigmix.export.low_rank import LowRank
+from sigmix.export.model_card import CACHE_NOTE
 from sigmix.utils.io import atomic_file
 
 TYPES = {"f32": np.float32, "f16": np.float16}
@@ -128,6 +129,7 @@ def _add_metadata(writer: gguf.GGUFWriter, low: LowRank, about: dict[str, Any]) 
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # 0: the request's scale alone, without alpha / rank
     writer.add_name(low.mix.id)
+    writer.add_description(CACHE_NOTE)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, without_path(low.base.name))
     if (repo := on_hub(about["base"]["name"])) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ from sigmix.export.base import BaseCheckpoint
 from sigmix.models.default import DEFAULT
 
 RECORD = "sigmix_export.json"
+
+CACHE_NOTE = (
+    "llama-server reuses the keys and values of earlier prompts whatever adapter scales they were computed with: send "
+    '"cache_prompt": false with every request, or start it with --no-cache-prompt'
+)
+"""Warning in files and model cards; see https://github.com/ggml-org/llama.cpp/issues/26207."""
 
 MERGED = """\
 ---
@@ -46,6 +53,26 @@ The weight change of the experts below, ΔW = U diag(s (z - 1)) Vᵀ with z = 1 
 
 {facts}{default}
 {use}"""
+
+EACH = """\
+---
+{header}
+---
+
+# GGUF adapters of the mix {mix} on {base}
+
+One LoRA for llama.cpp per expert, ΔW = U diag(s (z - 1)) Vᵀ as a product B A. The scales of a request are the weights
+of the mixture.
+
+{facts}
+```bash
+llama-server -m BASE.gguf {loras} --lora-init-without-apply --no-cache-prompt
+curl localhost:8080/v1/chat/completions -H 'content-type: application/json' -d '{request}'
+```
+
+{note}. The cached keys and values depend on the scales, so an answer would mix two mixtures. Faster, and as
+safe: a slot (`id_slot`) or a server for each mixture.
+"""
 
 FOLDER_OF_DEFAULT = """ Print the folder of the former with
 `python -c "from sigmix.models.loading import locate; print(locate()[1])"`.
@@ -95,6 +122,23 @@ def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
         header=header(base, "adapter", "peft", _tags(about), license_), mix=about["mix"], base=base, exact=exact,
         facts=_facts(about), default=FROM_FILE + FOLDER_OF_DEFAULT if base == DEFAULT else "",
         use=PEFT_USE.format(base=loads, auto=_auto(vision)),
+    )  # fmt: skip
+
+
+def gguf_card(mix: str, files: Mapping[str, float], abouts: Sequence[Mapping[str, Any]]) -> str:
+    """Return README.md of a folder of GGUF adapters.
+
+    Args:
+        files: {file name: scale in the mixture}. abouts: `LowRank.describe` of each.
+    """
+    base = abouts[0]["base"]["name"]
+    scales = [{"id": number, "scale": scale} for number, scale in enumerate(files.values())]
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    return EACH.format(
+        header=header(base, "adapter", "gguf", _tags(abouts[0]), None), mix=mix, base=base,
+        facts=_facts({**abouts[0], "mix": mix, "experts": {k: v for one in abouts for k, v in one["experts"].items()}}),
+        loras=" ".join(f"--lora {name}" for name in files), note=CACHE_NOTE,
+        request=json.dumps({"messages": messages, "cache_prompt": False, "lora": scales}),
     )  # fmt: skip
 
 

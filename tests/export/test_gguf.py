@@ -172,3 +172,21 @@ def test_without_llama_cpp_it_is_said(both, monkeypatch):
     monkeypatch.setattr(llamacpp, "llama_cpp_installed", lambda: False)
     with pytest.raises(ConfigError, match="pip install llama-cpp-python"):
         LlamaCpp(both[0], 32)
+
+
+@needs_llama_cpp
+def test_the_kv_cache_of_other_scales_gives_stale_logits(both):
+    """llama.cpp's cache does not depend on the scales: what docs/exports.md warns of, and what avoids it."""
+    base, bank, files = both
+    engine = Engine(*load_base(base, "float32"), bank)
+    row = [1, *(3 + token for token in ids(10))]
+    right = engine.logits(torch.tensor([row]), mix="word")[0, -1]
+    with LlamaCpp(base, 32, threads=1) as llama:
+        llama.apply({files["math"]: 1.0})
+        llama.llama.eval(row[:-1])  # a request at one mixture
+        llama.apply({files["word"]: 1.0})
+        llama.llama.eval(row[-1:])  # the same prompt at another one, as llama-server reads it with cache_prompt
+        stale = torch.from_numpy(llama.llama.scores[len(row) - 1].copy())
+        fresh = llama.logits(row)[-1]  # resets, as "cache_prompt": false does
+    torch.testing.assert_close(fresh, right, rtol=0, atol=0.02)
+    assert float((stale - right).abs().max()) > 0.2
