@@ -93,13 +93,17 @@ class RequestHandler:
             strategy = service.check_strategy((options.sigmix and options.sigmix.strategy) or "")
         except SigmixError as error:
             raise api_error(error, "sigmix.strategy") from error
+        self.builder = builder or ResponseBuilder(
+            isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_bytes,
+            options.logprob_count() is not None,
+        )  # fmt: skip
         limits = []
         for number, (ids, _) in enumerate(prompts):
             try:
                 limits.append(service.fit_context(ids, options.token_limit()))
             except SigmixError as error:
-                place = f"prompt.{number}" if len(prompts) > 1 else "prompt"
-                raise api_error(error, "messages" if isinstance(options, ChatCompletionRequest) else place) from error
+                param = self.builder.param
+                raise api_error(error, f"{param}.{number}" if len(prompts) > 1 else param) from error
         parsers = [new_parser() for _ in range(count * len(prompts))] if new_parser else []
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
@@ -124,10 +128,6 @@ class RequestHandler:
             )
             for number, (ids, text) in enumerate(prompts)
         ]
-        self.builder = builder or ResponseBuilder(
-            isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_bytes,
-            options.logprob_count() is not None,
-        )  # fmt: skip
         self.choices = [Choice() for _ in range(count * len(prompts))]
         self.parsers = parsers
         self._sent_calls = [0] * len(self.choices)

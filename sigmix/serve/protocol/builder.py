@@ -53,12 +53,16 @@ class ResponseBuilder:
         fingerprint: of the base model.
         token_bytes: maps a token id to its bytes.
         logprobs: include log-probabilities.
+
+    Attributes:
+        param: field of the request that holds the prompt.
     """
 
     def __init__(
         self, chat: bool, model: str, fingerprint: str, token_bytes: Callable[[int], bytes], logprobs: bool
     ) -> None:
         self.chat, self.token_bytes, self.logprobs = chat, token_bytes, logprobs
+        self.param = "messages" if chat else "prompt"
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 

@@ -15,13 +15,15 @@ FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 class TextPart(RequestModel):
     """Text part of a message."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("text",)
+
     type: Literal["text"]
     text: str = Field(max_length=MAX_TEXT)
 
     @model_validator(mode="before")
     @classmethod
     def _check_type(cls, part: Any) -> Any:
-        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind not in cls.kinds:
             raise PydanticCustomError("part", "is a part of type {kind}; only text parts are supported", {"kind": kind})
         return part
 
