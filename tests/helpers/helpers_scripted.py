@@ -23,7 +23,8 @@ def scripted(reply: str, template: str | None = None, special: Sequence[str] = (
     tokenizer.model_max_length = 4096
     pieces = _pieces(reply, special)
     tokenizer.add_tokens([piece for piece in pieces if piece not in special])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    marks = sorted(set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)) - set(special))
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, *marks]})
     chain = [*tokenizer.convert_tokens_to_ids(pieces), tokenizer.eos_token_id]
     size = len(tokenizer)
     config = LlamaConfig(
