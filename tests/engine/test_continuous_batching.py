@@ -59,6 +59,35 @@ def run(batch, arrivals: dict[int, list[SequenceState]], leaving: dict[int, list
     raise AssertionError("it does not end")
 
 
+def test_log_probabilities_of_prompts(made, monkeypatch):
+    """In ragged batches, in chunks, and where the beginning is cached, they are those of one plain pass."""
+    monkeypatch.setattr(continuous_batching, "CHUNK_TOKENS", 24)
+    draw = random.Random(0)
+    batch = ContinuousBatch(made.engine)
+    for number, ids in enumerate(rows([5, 9, 20, 23, 60, 24, 1, 70], shared=0)):
+        count, options = draw.choice([0, 2, 9]), {"mix": MIXES[number % 4], "top_logprobs": 2}
+        first = sequence(ids, max_new_tokens=count, cache_prefix=True, **options)
+        again = sequence([*ids, 7, 9], max_new_tokens=2, **options)
+        plain = sequence(ids, draw.choice(MIXES), max_new_tokens=5)
+        found = {one: [] for one in (first, again)}
+        first.on_prompt, again.on_prompt = found[first].extend, found[again].extend
+        batch.add([first, plain])
+        if number % 2:
+            finish(batch)
+        batch.add([again])
+        finish(batch)
+        assert plain.ids == expected(made.alone, plain).ids
+        for one, scores in found.items():
+            prompt = torch.tensor([one.prompt_ids])
+            logprobs = made.alone.logits(prompt, mix=one.mix, form="factored")[0, :-1].log_softmax(-1)
+            assert len(scores) == len(one.prompt_ids) - 1
+            own = logprobs.gather(1, prompt[0, 1:, None])[:, 0].tolist()
+            assert [score for score, _ in scores] == pytest.approx(own, abs=1e-3)
+            for place, (_, top) in enumerate(scores):
+                assert [value for _, value in top] == pytest.approx(logprobs[place].topk(2).values.tolist(), abs=1e-3)
+        assert len(first.ids) <= count
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_each_answers_as_if_alone(made, monkeypatch, seed):
     monkeypatch.setattr(continuous_batching, "CHUNK_TOKENS", 24)
