@@ -200,12 +200,8 @@ class Session:
         self.history = [*messages, {"role": "assistant", "content": reply}]
 
     def fit(self, messages: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
-        """Return token ids of the conversation, and its messages without the oldest that exceed the context.
-
-        Raises:
-            ContextError: the last message alone does not fit.
-        """
-        from sigmix.engine.tokenization import check_context, context_length
+        """Return token ids of the conversation, and its messages without the oldest that exceed the context."""
+        from sigmix.engine.tokenization import context_length
 
         limit, dropped = context_length(self.engine.model), 0
         new = self.options["max_new_tokens"]
@@ -213,7 +209,6 @@ class Session:
         while limit is not None and len(messages) > 1 and len(ids) + new > limit:
             messages, dropped = messages[2:], dropped + 1
             ids = self.ids(messages)
-        check_context(self.engine.model, ids, new, tokenizer=self.engine.tokenizer)
         if dropped:
             note(f"({dropped} of the oldest turns dropped: the context has {limit} tokens)")
         return ids, messages

@@ -112,7 +112,7 @@ async def responses(body: ResponsesRequest, request: Request, service: ServiceDe
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
     """Continue bare text, without a chat template."""
-    given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
     limit = min(service.settings.max_queue_size, service.settings.max_queue_size_per_client)
@@ -125,7 +125,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             prompts.append((await in_thread(place, service.encode_text, prompt), prompt))
             echoes.append(prompt)
             continue
-        ids = [int(token) for token in prompt]  # type: ignore[union-attr]
+        ids = [int(token) for token in prompt]
         await in_thread(place, service.fit_context, ids, body.token_limit())
         prompts.append((ids, await in_thread(place, service.decode, ids)))
         echoes.append(await in_thread(place, service.decode, ids, skip_special_tokens=False))
