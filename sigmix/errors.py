@@ -53,6 +53,10 @@ class ConfigError(InputError):
     """Invalid option, or options that cannot be combined."""
 
 
+class StructuredOutputError(ConfigError):
+    """Constraint on an answer that is invalid, unsupported, too large, or that no token continues."""
+
+
 class BaseModelError(InputError, OSError):
     """Base model that cannot be found, downloaded, read or used."""
 

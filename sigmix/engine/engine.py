@@ -121,7 +121,7 @@ class Engine:
         """Raise `ConfigError` for a sampling option out of range."""
         params.check(min(len(self.tokenizer), self.model.config.get_text_config().vocab_size))
 
-    def compile(self, output: StructuredOutput | None) -> LLMatcher | None:
+    def compile_grammar(self, output: StructuredOutput | None) -> LLMatcher | None:
         """Return a structured output's matcher for one sequence; for any thread, see `GrammarCompiler`."""
         return None if output is None else self._grammars.compile(output)
 
@@ -250,7 +250,7 @@ class Engine:
                     replace(each[number], seed=default if seeds is None else seeds[row]),
                     mixes[number],
                     self._detokenizer(ids, chat, stop_strings, outputs[number]),
-                    matcher=self.compile(outputs[number]),
+                    matcher=self.compile_grammar(outputs[number]),
                 ))  # fmt: skip
         mixes = [one.mix for one in sequences]
         errors: dict[int, Exception] = {}
@@ -320,7 +320,7 @@ class Engine:
         _check_stop_strings(stop_strings)
         ids = self.encode(prompt, chat=chat)
         detokenizer = self._detokenizer(ids, chat, stop_strings, structured_output)
-        matcher = self.compile(structured_output)
+        matcher = self.compile_grammar(structured_output)
         one = SequenceState(ids, params, self.mixes(mix, 1)[0], detokenizer, matcher=matcher)
         self.check_prompt(one.prompt_ids, max_new_tokens)
         sent = 0

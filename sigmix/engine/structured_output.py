@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from sigmix.engine.detokenizer import token_decoder
-from sigmix.errors import ConfigError
+from sigmix.errors import StructuredOutputError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 WHITESPACE = r" |\n{1,2}[ \t]{0,20}"
 """Whitespace between JSON tokens, as in llama.cpp; unbounded, small models repeat it until the length limit."""
@@ -33,6 +37,11 @@ MAX_ITEMS = 20_000
 
 CACHED_GRAMMARS = 64
 """Compiled constraints that an engine keeps."""
+
+STACK_BYTES = 256 << 20
+"""Stack for compilation: llguidance recurses along chains of references, and an overflow would end the process."""
+
+_compiling = threading.Lock()  # one at a time, so that large constraints leave the other cores to decoding
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class StructuredOutput:
         grammar: context-free grammar in llguidance's variant of Lark, or in GBNF.
 
     Raises:
-        ConfigError: no field, or several.
+        StructuredOutputError: no field, or several.
     """
 
     json: Mapping[str, Any] | str | type | None = None
@@ -59,7 +68,7 @@ class StructuredOutput:
     def __post_init__(self) -> None:
         given = [one.name for one in fields(self) if getattr(self, one.name) not in (None, False)]
         if len(given) != 1:
-            raise ConfigError(
+            raise StructuredOutputError(
                 f"a structured output has one constraint, not {' and '.join(given) or 'none'}",
                 remedy=f"give one of {', '.join(one.name for one in fields(self))}",
             )
@@ -69,7 +78,7 @@ class StructuredOutput:
         """The constraint in llguidance's format.
 
         Raises:
-            ConfigError: a constraint of the wrong type, too large, or llguidance is not installed.
+            StructuredOutputError: a constraint of the wrong type, too large, or llguidance is not installed.
         """
         guidance = _llguidance()
         try:
@@ -84,9 +93,9 @@ class StructuredOutput:
             else:
                 text = guidance.grammar_from("grammar", self.grammar)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"invalid {self.kind}: {_reason(error)}") from error
+            raise StructuredOutputError(f"invalid {self.kind}: {_reason(error)}") from error
         if len(text) > MAX_CHARACTERS:
-            raise ConfigError(f"the {self.kind} has {len(text)} characters, more than {MAX_CHARACTERS}")
+            raise StructuredOutputError(f"the {self.kind} has {len(text)} characters, more than {MAX_CHARACTERS}")
         return text
 
     @property
@@ -106,17 +115,17 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = _grammar_tokenizer(tokenizer, eos_token_ids)
-        self._cached = lru_cache(CACHED_GRAMMARS)(self._compile)
+        self._cached = lru_cache(CACHED_GRAMMARS)(lambda grammar: _with_large_stack(lambda: self._compile(grammar)))
 
     def compile(self, output: StructuredOutput) -> LLMatcher:
         """Return a matcher at the beginning of an answer, for one sequence.
 
         Raises:
-            ConfigError: an invalid, unsupported or too large constraint, with the library's reason.
+            StructuredOutputError: an invalid, unsupported or too large constraint, with the library's reason.
         """
         matcher, problem = self._cached(output.serialized)
         if problem:
-            raise ConfigError(f"invalid {output.kind}: {problem}")
+            raise StructuredOutputError(f"invalid {output.kind}: {problem}")
         return matcher.deep_copy()
 
     def _compile(self, grammar: str) -> tuple[LLMatcher, str]:
@@ -151,16 +160,35 @@ def constrain(logits: torch.Tensor, matchers: Mapping[int, LLMatcher]) -> None:
     logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
 
 
-def matcher_error(matcher: LLMatcher) -> ConfigError:
+def matcher_error(matcher: LLMatcher) -> StructuredOutputError:
     """Return the error of a matcher that failed during decoding."""
-    return ConfigError(f"the structured output cannot be continued: {_reason(matcher.get_error())}")
+    return StructuredOutputError(f"the structured output cannot be continued: {_reason(matcher.get_error())}")
+
+
+def _with_large_stack(function: Callable[[], T]) -> T:
+    """Call a function in a thread with a stack of `STACK_BYTES`."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # a panic of Rust is not an Exception
+            future.set_exception(error if isinstance(error, Exception) else StructuredOutputError(str(error)))
+
+    with _compiling:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="sigmix-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+        return future.result()
 
 
 def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise ConfigError(
+        raise StructuredOutputError(
             "structured output needs llguidance, which is not installed",
             remedy="pip install 'sigmix[structured-output]'",
         ) from error

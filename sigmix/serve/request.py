@@ -42,7 +42,9 @@ log = logging.getLogger("sigmix.serve")
 HEARTBEAT_SECONDS = 15.0
 """Interval of comments in a silent stream, which keep proxies from closing the connection."""
 
-STATUS = {"model": 503, "memory": 503, "mix": 404, "timeout": 504, "closing": 503, "internal": 500}
+STATUS = {
+    "model": 503, "memory": 503, "mix": 404, "structured_output": 400, "timeout": 504, "closing": 503, "internal": 500,
+}  # fmt: skip
 """HTTP status by the code of `Failed`."""
 
 
@@ -104,6 +106,11 @@ class RequestHandler:
             except SigmixError as error:
                 param = self.builder.param
                 raise api_error(error, f"{param}.{number}" if len(prompts) > 1 else param) from error
+        temperature = settings.default_temperature
+        try:
+            service.engine.check_params(options.sampling_params(1, temperature))
+        except SigmixError as error:
+            raise api_error(error, "logit_bias") from error  # the schema has checked the other options
         parsers = [new_parser() for _ in range(count * len(prompts))] if new_parser else []
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
@@ -117,7 +124,7 @@ class RequestHandler:
                 strategy=strategy,
                 seeds=[choice_seed(seed, number * count + index) for index in range(count)],
                 params=options.sampling_params(
-                    min(limits[number], key.max_new_tokens or settings.max_new_tokens), settings.default_temperature
+                    min(limits[number], key.max_new_tokens or settings.max_new_tokens), temperature
                 ),
                 stop_strings=options.stop_strings,
                 top_logprobs=options.logprob_count() or 0,
@@ -216,8 +223,9 @@ class RequestHandler:
             ApiError: the request failed.
         """
         if isinstance(event, Failed):
-            retry_after = None if event.code == "mix" else 5
-            raise ApiError(STATUS[event.code], event.message, "server_error", code=event.code, retry_after=retry_after)
+            status = STATUS[event.code]
+            kind, retry_after = ("server_error", 5) if status >= 500 else ("invalid_request_error", None)
+            raise ApiError(status, event.message, kind, code=event.code, retry_after=retry_after)
         if isinstance(event, Started):
             self.decisions[number] = decision_json(event.decision, event.queue_seconds)
             self._save_for_feedback(event)
@@ -269,6 +277,14 @@ class RequestHandler:
             if request.prompt_logprobs:
                 self.offsets[number] = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
                 echo.tokens = [Token(0, request.ids[0], None, [], offset=self.offsets[number][0])]
+        name, output = self.options.structured_output()
+        if output is not None:
+            try:
+                matcher = await run_in_threadpool(self.service.engine.compile_grammar, output)
+            except SigmixError as error:
+                raise ApiError(400, f"{name}: {error}", param=name) from error
+            for request in self.requests:
+                request.matcher = matcher
         self._submit()
         return await (self._streamed() if self.options.stream else self._whole())
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -26,11 +26,14 @@ from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.generation import SamplingParams, SequenceState, TokenLogprobs
 from sigmix.engine.prefix_cache import Entry, Select, StoredPrefix
-from sigmix.errors import SigmixError, UnknownNameError
+from sigmix.errors import SigmixError, StructuredOutputError, UnknownNameError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair_queue import FairQueue
 from sigmix.serve.observability import Metrics
 from sigmix.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 log = logging.getLogger("sigmix.serve")
 
@@ -91,7 +94,8 @@ class Failed:
     """End of the whole request without a result.
 
     Attributes:
-        code: "model" (logits are not finite), "mix" (mixture unavailable), "memory", "timeout", "closing", "internal".
+        code: "model" (logits are not finite), "mix" (mixture unavailable), "structured_output" (a constraint that
+            cannot be continued), "memory", "timeout", "closing" or "internal".
     """
 
     code: str
@@ -118,6 +122,7 @@ class GenerationRequest:
         seeds: one random seed per choice.
         top_logprobs: number of most probable tokens to report.
         prompt_logprobs: report the log-probabilities of the prompt, too.
+        matcher: constraint on every choice, at its beginning, from `Engine.compile_grammar`.
         continues: the text continues the prompt, so its first space is kept; False: a reply, a text of its own.
         visible_tokens: texts of special tokens that are part of the text.
         deadline: `time.monotonic` after which the request is given up.
@@ -135,6 +140,7 @@ class GenerationRequest:
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    matcher: LLMatcher | None = None
     continues: bool = False
     visible_tokens: tuple[str, ...] = ()
     deadline: float = float("inf")
@@ -383,7 +389,7 @@ class Scheduler:
         return {request: failed if request.mix is None else Decision(request.mix, request.mix.id, "given")}
 
     def _sequence(self, request: GenerationRequest, index: int) -> SequenceState:
-        prefix = request.ids if request.continues else ()
+        prefix = request.ids if request.continues or request.matcher is not None else ()
         detokenizer = StreamingDetokenizer(
             self.engine.tokenizer, request.stop_strings, prefix, visible_tokens=request.visible_tokens
         )
@@ -405,6 +411,7 @@ class Scheduler:
             on_prompt=on_prompt if request.prompt_logprobs and index == 0 else None,
             top_logprobs=request.top_logprobs,
             cache_prefix=index == 0,
+            matcher=None if request.matcher is None else request.matcher.deep_copy(),
             context=(request, index, detokenizer),
         )
 
@@ -505,6 +512,8 @@ def _failure(error: Exception) -> Failed:
     """Return the event of a request that an error ends."""
     if isinstance(error, UnknownNameError):
         return Failed("mix", str(error))
+    if isinstance(error, StructuredOutputError):
+        return Failed("structured_output", str(error))
     if isinstance(error, SigmixError):
         return Failed("model", str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

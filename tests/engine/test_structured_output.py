@@ -220,11 +220,11 @@ def test_a_constraint_that_fails_ends_its_row_only(engine):
 def test_constraints_are_compiled_once(engine, monkeypatch):
     limits, compiled = llguidance.LLParserLimits, []
     monkeypatch.setattr(llguidance, "LLParserLimits", lambda **options: compiled.append(1) or limits(**options))
-    first, second = (engine.compile(StructuredOutput(regex="once[0-9]")) for _ in range(2))
+    first, second = (engine.compile_grammar(StructuredOutput(regex="once[0-9]")) for _ in range(2))
     assert len(compiled) == 1
     assert first.consume_token(engine.tokenizer.encode("o")[0])  # the matchers are independent
     assert first.compute_bitmask() != second.compute_bitmask()
-    engine.compile(StructuredOutput(regex="once[0-8]"))
+    engine.compile_grammar(StructuredOutput(regex="once[0-8]"))
     assert len(compiled) == 2
 
 

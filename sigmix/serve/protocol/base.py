@@ -41,10 +41,11 @@ class RequestModel(BaseModel):
     def _check_fields(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        fields = [field.alias or name for name, field in cls.model_fields.items()]
         body = {name: value for name, value in body.items() if value is not None and name not in cls.ignored}
-        for name in [name for name in body if name not in cls.model_fields]:
+        for name in [name for name in body if name not in fields]:
             if body[name] not in cls.neutral.get(name, ()):
-                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.85)
+                near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
                 hint = f"did you mean {near[0]}?" if near else "leave it out"
                 hint = f"use {cls.successors[name]}" if name in cls.successors else hint
                 raise field_error(name, f"is not supported; {hint}")

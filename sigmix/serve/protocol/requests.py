@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from sigmix.engine.generation import SamplingParams
+from sigmix.engine.structured_output import StructuredOutput
 from sigmix.engine.tokenization import TEMPLATE_ARGUMENTS
 from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, field_error
 from sigmix.serve.protocol.messages import ChatMessage, NamedToolChoice, Tool, ToolChoice
+from sigmix.serve.protocol.structured_output import ResponseFormat, Schema, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a text completion without one, as in OpenAI's API."""
@@ -35,19 +38,17 @@ class GenerationOptions(RequestModel):
     """Fields of chat completions and of text completions."""
 
     ignored = frozenset({
-        "audio", "metadata", "prediction", "prompt_cache_key", "prompt_cache_options",
+        "audio", "guided_decoding_backend", "metadata", "prediction", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user",
     })  # fmt: skip
     neutral: ClassVar = {
         "add_generation_prompt": (True,), "best_of": (1,), "continue_final_message": (False,), "echo": (False,),
-        "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
-        "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
-        "min_tokens": (0,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "presence_penalty": (0,),
-        "priority": (0,),
-        "reasoning_effort": ("none",), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
+        "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,), "length_penalty": (1,), "min_tokens": (0,), "modalities": (["text"],),
+        "parallel_tool_calls": (True, False), "priority": (0,), "reasoning_effort": ("none",),
         "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "stop_token_ids": ([],),
-        "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (-1, 0),
-        "use_beam_search": (False,), "verbosity": ("medium",),
+        "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "use_beam_search": (False,),
+        "verbosity": ("medium",),
     }  # fmt: skip
 
     model: str = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
@@ -59,7 +60,28 @@ class GenerationOptions(RequestModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
+    top_k: int = Field(0, ge=-1, description="-1 and 0: all tokens.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     sigmix: SigmixOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_generation(self) -> GenerationOptions:
+        for token in self.logit_bias:
+            if not re.fullmatch("[0-9]{1,9}", token):
+                raise field_error("logit_bias", f"must map token ids to numbers; {token!r} is not a token id")
+        if len(outputs := list(self._outputs())) > 1:
+            raise field_error(outputs[1], f"excludes {outputs[0]}; give one of them")
+        return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -77,7 +99,33 @@ class GenerationOptions(RequestModel):
     def sampling_params(self, max_new_tokens: int, default_temperature: float) -> SamplingParams:
         """Return the sampling options of a choice, without a seed."""
         temperature = default_temperature if self.temperature is None else self.temperature
-        return SamplingParams(max_new_tokens, temperature > 0, temperature, 1.0 if self.top_p is None else self.top_p)
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+        )
+
+    def structured_output(self) -> tuple[str, StructuredOutput | None]:
+        """Return the constraint on the text, and the name of its field."""
+        return next(iter(self._outputs().items()), ("", None))
+
+    def _outputs(self) -> dict[str, StructuredOutput]:
+        outputs: dict[str, StructuredOutput] = {}
+        if self.response_format is not None and (output := self.response_format.output()) is not None:
+            outputs["response_format"] = output
+        if self.structured_outputs is not None:
+            outputs["structured_outputs"] = self.structured_outputs.output()
+        for name in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{name}")) is not None:
+                outputs[f"guided_{name}"] = StructuredOutput(**{name: value})
+        return outputs
 
 
 class ChatCompletionRequest(GenerationOptions):
