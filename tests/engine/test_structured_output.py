@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from sigmix.engine import Engine
 from sigmix.engine.structured_output import StructuredOutput
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, StructuredOutputError
 from sigmix.experts.bank import Bank
 
 TEXT = {"type": "string", "maxLength": 6}
@@ -197,8 +197,18 @@ def test_a_schema_as_text_and_as_a_pydantic_model(engine):
     ({"regex": "a", "choice": ["a"]}, "regex and choice"),
 ])  # fmt: skip
 def test_invalid_constraints(engine, output, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(StructuredOutputError, match=message):
         engine.generate(["one"], structured_output=StructuredOutput(**output))
+
+
+def test_long_chains_of_references(engine):
+    # on a common stack the library's recursion would end the process
+    count = 4000
+    names = {f"{i:x}": {"$ref": f"#/$defs/{i + 1:x}"} for i in range(count)}
+    schema = {"$defs": {**names, f"{count:x}": {"enum": ["end"]}}, "$ref": "#/$defs/0"}
+    rules = "\n".join(f"a{i}: a{i + 1}" for i in range(count))
+    outputs = [StructuredOutput(json=schema), StructuredOutput(grammar=f'start: a0\n{rules}\na{count}: "end"')]
+    assert [one.text for one in engine.generate(["one"] * 2, structured_output=outputs)] == ['"end"', "end"]
 
 
 def test_one_constraint_for_each_prompt(engine):
@@ -210,10 +220,10 @@ def test_a_constraint_that_fails_ends_its_row_only(engine):
     # é is not in this vocabulary
     outputs = [StructuredOutput(json={"const": "é"}), OUTPUTS["choice"], None]
     broken, good, free = engine.generate(["one"] * 3, structured_output=outputs, keep_errors=True, max_new_tokens=9)
-    assert (broken.finish, type(broken.error)) == ("error", ConfigError)
+    assert (broken.finish, type(broken.error)) == ("error", StructuredOutputError)
     assert good.text == engine.generate(["one"], structured_output=outputs[1], max_new_tokens=9)[0].text
     assert free.ids == engine.generate(["one"], max_new_tokens=9)[0].ids
-    with pytest.raises(ConfigError, match="structured output"):
+    with pytest.raises(StructuredOutputError, match="structured output"):
         engine.generate(["one"], structured_output=outputs[0])
 
 
