@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sigmix.engine.generation import SequenceState
-from sigmix.engine.prefix_cache import answer_logits, prefill
+from sigmix.engine.prefix_cache import completion_logits
 from sigmix.tasks.base import Sample
 from sigmix.train.objectives import token_stats
 from sigmix.train.rollout import Actor, Rollouts
@@ -31,7 +31,7 @@ def divergence(
     ids, mask = (t.to(model.get_input_embeddings().weight.device) for t in rollouts.padded(slice(None), actor.pad_id))
 
     def logits() -> torch.Tensor:
-        return answer_logits(model, prefill(model, prompts, actor.pad_id), ids, mask)
+        return completion_logits(model, prompts, ids, mask, actor.pad_id)
 
     with torch.no_grad():
         with reference():

@@ -38,7 +38,7 @@ class ContinuousBatch(DecodingBatch):
     Args:
         form: see `Execution.choose`.
         chunked: read long prompts in chunks between the steps, and reuse cached conversations; False: read all prompts
-            in one pass.
+            in one pass. Models with linear attention always read a prompt in one pass.
         isolate: end a sequence with an error where its forward passes raise, and continue the others; False: raise.
     """
 
@@ -78,7 +78,7 @@ class ContinuousBatch(DecodingBatch):
             prefix = self.engine.cached_prefix(one.prompt_ids, one.mix, self.form) if reuse else None
             if prefix is not None:
                 self._pending.append((one, prefix.cache, len(prefix.ids)))
-            elif self.chunked and len(one.prompt_ids) > CHUNK_TOKENS:
+            elif self.chunked and len(one.prompt_ids) > CHUNK_TOKENS and not self.engine.batching.recurrent:
                 self._pending.append((one, DynamicCache(config=self.model.config), 0))
             else:
                 (whole if one.on_prompt is None else scored).append(one)
@@ -118,7 +118,8 @@ class ContinuousBatch(DecodingBatch):
         gone = set(map(id, sequences))
         self._pending = [entry for entry in self._pending if id(entry[0]) not in gone]
         for row, one in enumerate(self.sequences):
-            if id(one) in gone and one.cache_prefix and one.finish in ("stop", "length"):
+            kept = one.cache_prefix and not self.engine.batching.recurrent
+            if id(one) in gone and kept and one.finish in ("stop", "length"):
                 # the last token was chosen, but not read
                 read = one.token_ids[: int(self.kv_cache.lengths[row])]
                 self._finished.append((one.mix, read, self.kv_cache.row(row)))
@@ -187,7 +188,7 @@ class ContinuousBatch(DecodingBatch):
         if sequences[0].on_prompt is None:
             state = self.engine.read(rows, mixes, self._select)
         else:
-            state = prefill(self.model, rows, self.engine.pad_id, share=False, all_logits=True)
+            state = prefill(self.model, rows, self.engine.pad_id, share=False, select=self._select, all_logits=True)
             assert state.prompt_logits is not None
             for one, logits in zip(sequences, state.prompt_logits, strict=True):
                 _report_prompt(one, logits[-len(one.prompt_ids) :], 0)
@@ -199,12 +200,13 @@ class ContinuousBatch(DecodingBatch):
         """Read up to ``budget`` tokens of the first pending prompt; return their number."""
         one, cache, done = self._pending[0]
         ids = one.token_ids
-        chunk = ids[done : done + budget]
+        chunk = ids[done:] if self.engine.batching.recurrent else ids[done : done + budget]
         self._enter([one.mix])
         self.engine.execution.count_step(len(chunk))
         scored = one.on_prompt is not None and one.scored < len(one.prompt_ids) - 1
         if done + len(chunk) < len(ids):
-            logits = read_prefix(self.model, chunk, cache, all_logits=scored)[0]
+            with self.engine.batching.part_of(len(ids)):
+                logits = read_prefix(self.model, chunk, cache, all_logits=scored)[0]
             self._pending[0] = (one, cache, done + len(chunk))
             if scored:
                 _report_prompt(one, logits, done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from sigmix.engine.prefix_cache import (
     StoredPrefix,
     common_prefix,
     prefill,
+    right_pad,
 )
 from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
 from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids, has_template
@@ -35,6 +36,7 @@ from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
+from sigmix.models.batching import batching
 from sigmix.models.multimodal import as_token_ids, forward_inputs
 from sigmix.utils.images import Shown
 
@@ -58,7 +60,11 @@ class Engine:
         keep_packed: bytes of packed weights, which speed up half precision on a CPU; 0: none.
         keep_prefixes: bytes of the prefix cache.
 
+    Raises:
+        BaseModelError: an architecture that is not supported.
+
     Attributes:
+        batching: how the model reads and decodes batches.
         eos_token_ids: tokens that end a completion.
         state_id: changes whenever the adapted layers are switched.
     """
@@ -73,6 +79,7 @@ class Engine:
         keep_prefixes: int = PREFIX_BYTES,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.batching = batching(model)
         self.execution = Execution(model, bank if bank is not None else {}, keep_merged, keep_packed)
         self.layers = self.execution.layers
         self.prefix_cache = PrefixCache(model, keep_prefixes)
@@ -350,7 +357,15 @@ class Engine:
     ) -> torch.Tensor:
         """Return logits [B, T, V] of token ids [B, T], padded left or right where the mask [B, T] is 0."""
         with self.under(self.mixes(mix, len(input_ids)), form, input_ids.numel()):
-            return self.model(**forward_inputs(self.model, input_ids, attention_mask), use_cache=False).logits
+            if attention_mask is None or not self.batching.recurrent:
+                return self.model(**forward_inputs(self.model, input_ids, attention_mask), use_cache=False).logits
+            used = attention_mask.bool()
+            ids, mask = right_pad([row[own].tolist() for row, own in zip(input_ids, used, strict=True)], self.pad_id,
+                                  input_ids.device)  # fmt: skip
+            own = self.model(**forward_inputs(self.model, ids, mask), use_cache=False).logits
+            logits = own.new_zeros(*input_ids.shape, own.shape[-1])
+            logits[used] = own[mask]
+            return logits
 
     def score(
         self,
@@ -393,21 +408,27 @@ class Engine:
             start: prefix to cache; None: the chat template's, or the common prefix of the rows.
         """
         ids = self._common_start(rows) if start is None else list(start)
-        stored = None
-        if all(len(row) > len(ids) and row[: len(ids)] == ids for row in rows):
-            stored = self.prefix_cache.batch(ids, self.execution.prefix_keys(mixes), select)
-        return prefill(self.model, rows, self.pad_id, share=select is None, start=stored)
+        stored, shortest = None, min(map(len, rows))
+        if self.batching.one_regime(rows) and all(len(row) > len(ids) and row[: len(ids)] == ids for row in rows):
+            keys = [(key, self.batching.regime(shortest)) for key in self.execution.prefix_keys(mixes)]
+            with self.batching.part_of(shortest):
+                stored = self.prefix_cache.batch(ids, keys, select)
+        return prefill(self.model, rows, self.pad_id, share=select is None, start=stored, select=select)
 
     def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
         """Return the longest cached prefix of a prompt that is longer than the chat template's, outside `under`."""
-        found = self.prefix_cache.longest(self.execution.prefix_key(mix, form), ids)
+        found = self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
         if found is None or len(found.ids) < len(self._common_start([list(ids)])) + MIN_GAIN:
             return None
         return found
 
     def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
         """Cache keys and values that were computed under a mixture, outside `under`."""
-        self.prefix_cache.put(self.execution.prefix_key(mix, form), ids, entry)
+        self.prefix_cache.put(self._prefix_key(ids, mix, form), ids, entry)
+
+    def _prefix_key(self, ids: Sequence[int], mix: Mix, form: str | None) -> tuple[Hashable, bool]:
+        # beyond a threshold of its rotary embedding a row's keys are others from its first token on
+        return self.execution.prefix_key(mix, form), self.batching.regime(len(ids))
 
     def _common_start(self, rows: Sequence[list[int]]) -> list[int]:
         if self._template is None:

@@ -19,6 +19,7 @@ from sigmix.engine.prefix_cache import Select, prefill
 from sigmix.engine.structured_output import constrain, matcher_error
 from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.mix import Mix
+from sigmix.models.batching import batching
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -288,13 +289,13 @@ class DecodingBatch:
         self, model: Any, eos_token_ids: Sequence[int], select: Select | None = None, trie: TokenTrie | None = None
     ) -> None:
         self.model, self.eos_token_ids, self.trie = model, eos_token_ids, trie
-        self._select = select
+        self._select, self._threshold = select, batching(model).threshold
         self.clear()
 
     def clear(self) -> None:
         """Drop all sequences with their keys and values."""
         self.sequences: list[SequenceState] = []
-        self.kv_cache = BatchKVCache()
+        self.kv_cache = BatchKVCache(batching(self.model).cache_argument)
         self._rows: list[int] | None = None  # row of the adapter state of each sequence; None: state to be entered anew
         self._next: list[int] = []  # last token of each sequence, chosen but not read
 
@@ -316,12 +317,36 @@ class DecodingBatch:
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every sequence; those that finish leave."""
+        if self._threshold is not None:
+            self._read_crossing(self._threshold)
+            if not self.sequences:
+                return
         tokens = torch.tensor(self._next, device=self.kv_cache.lengths.device)
         logits = self.model(**self.kv_cache.inputs(tokens)).logits[:, -1]
         self.kv_cache.advance()
         self._next = self._choose(self.sequences, logits)
         if finished := [one for one in self.sequences if one.finish]:
             self.remove(finished)
+
+    def _read_crossing(self, threshold: int) -> None:
+        """Read sequences again that grow beyond a threshold of the rotary embedding, and choose their next tokens."""
+        crossing = {
+            row: one for row, one in enumerate(self.sequences) if len(one.prompt_ids) + len(one.ids) == threshold + 1
+        }
+        if not crossing:
+            return
+        assert self._rows is not None
+        places = {id(one): self._rows[row] for row, one in crossing.items()}
+        if self._select is not None:
+            self._select(list(places.values()))
+        members = list(crossing.values())
+        state = prefill(self.model, [one.token_ids for one in members], pad_id=0, share=False)
+        DecodingBatch.remove(self, members)
+        kept = self._rows if self.sequences else []
+        self.append(members, state)
+        self._rows = [*kept, *(places[id(one)] for one in self.sequences[len(kept) :])]
+        if self._select is not None and self._rows:
+            self._select(self._rows)
 
     def run(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
         """Decode prefilled sequences to their end."""

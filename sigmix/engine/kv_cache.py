@@ -8,10 +8,21 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 MIN_ROOM = 64
 """Least number of free columns in new buffers."""
+
+STATE_FIELDS = (
+    "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
+    "has_previous_state", "conv_kernel_size",
+)  # fmt: skip
+"""Fields of a `LinearAttentionCacheLayerMixin` that belong to its rows."""
 
 
 @dataclass
@@ -35,24 +46,55 @@ class Prefilled:
 
     def repeat(self, times: int) -> Prefilled:
         """Repeat every row ``times`` times in place, copies side by side."""
-        if times > 1:
-            self.cache.batch_repeat_interleave(times)
-            self.mask, self.logits, self.lengths = (
-                t.repeat_interleave(times, 0) for t in (self.mask, self.logits, self.lengths)
-            )
-        return self
+        return self if times == 1 else self.select([row for row in range(len(self.mask)) for _ in range(times)])
 
     def select(self, rows: Sequence[int]) -> Prefilled:
-        """Keep only the given rows, in place."""
-        if len(rows) < len(self.mask):
+        """Keep only the given rows, in place and in their order."""
+        if list(rows) != list(range(len(self.mask))):
             index = torch.tensor(rows, device=self.mask.device)
             self.cache.reorder_cache(index)  # type: ignore[arg-type]
             self.mask, self.logits, self.lengths = (t[index] for t in (self.mask, self.logits, self.lengths))
+            self.prompt_logits = None if self.prompt_logits is None else self.prompt_logits[index]
         return self
 
 
+def join(states: Sequence[Prefilled]) -> Prefilled:
+    """Join the rows of several prefilled batches, padded on the left; consumes them."""
+    first = states[0]
+    if len(states) == 1:
+        return first
+    for layer, *others in zip(*(state.cache.layers for state in states), strict=True):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for other in others:
+                append_states(layer, other)
+        if isinstance(layer, DynamicLayer) and layer.keys is not None:
+            parts = [keys_and_values(one) for one in (layer, *others)]
+            layer.keys, layer.values = (_join_columns([pair[part] for pair in parts], -2) for part in (0, 1))
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = max(one.cumulative_length for one in (layer, *others))
+    mask = _join_columns([state.mask for state in states], -1)
+    logits, lengths = (torch.cat([getattr(state, name) for state in states]) for name in ("logits", "lengths"))
+    every = [state.prompt_logits for state in states if state.prompt_logits is not None]
+    return Prefilled(first.cache, mask, logits, lengths, _join_columns(every, -2) if every else None)
+
+
+def _join_columns(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate rows, with zeros on the left of the shorter ones in dimension ``dim``."""
+    width = max(part.shape[dim] for part in parts)
+    blank = [0, 0] * (-dim - 1)
+    return torch.cat([torch.nn.functional.pad(part, [*blank, width - part.shape[dim], 0]) for part in parts])
+
+
+def append_states(layer: Any, other: Any) -> None:
+    """Append the rows of another layer's convolution and recurrent states."""
+    for mine, more in ((layer.conv_states, other.conv_states), (layer.recurrent_states, other.recurrent_states)):
+        for number, state in mine.items():
+            if state is not None:
+                mine[number] = torch.cat([state, more[number]])
+
+
 def keys_and_values(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [N, heads, P, d] of a filled `DynamicLayer`."""
+    """Keys and values [N, heads, P, d] of a filled `DynamicLayer`; their widths d may differ."""
     assert isinstance(layer, DynamicLayer)
     assert layer.keys is not None
     assert layer.values is not None
@@ -71,11 +113,12 @@ class Window:
 class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer in two buffers [capacity, heads, width, d], of which a window is in use."""
 
-    def __init__(self, window: Window, like: torch.Tensor, capacity: int, width: int) -> None:
+    def __init__(self, window: Window, like: DynamicLayer, capacity: int, width: int) -> None:
         super().__init__()
         self.window, self.is_initialized = window, True
-        self.dtype, self.device = like.dtype, like.device
-        self.buffers = [like.new_zeros(capacity, like.shape[1], width, like.shape[3]) for _ in range(2)]
+        pair = keys_and_values(like)
+        self.dtype, self.device = pair[0].dtype, pair[0].device
+        self.buffers = [one.new_zeros(capacity, one.shape[1], width, one.shape[3]) for one in pair]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write one token's keys and values [rows, heads, 1, d]; return views of all, [rows, heads, P + 1, d]."""
@@ -104,26 +147,33 @@ class PreallocatedLayer(DynamicLayer):
             buffer[target, :, span] = buffer[source, :, span]
 
 
+class PreallocatedHybridLayer(PreallocatedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """Keys and values in buffers, and states of linear attention."""
+
+
 class BatchKVCache:
     """KV cache of the sequences of a decoding batch.
 
-    All rows end at the same column, so that a step writes one column and shorter rows are padded on the left. Layers of
-    other kinds than attention over keys and values (linear attention) are taken over from the first prompts; further
-    prompts cannot join.
+    All rows end at the same column, so that a step writes one column and shorter rows are padded on the left. States of
+    linear attention and convolutions have a fixed size per row, and are concatenated.
+
+    Args:
+        argument: name of the cache in the model's forward pass.
 
     Attributes:
         cache: argument of the model's forward pass. mask: bool [capacity, width].
         lengths: int64 [capacity], position of each row's next token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, argument: str = "past_key_values") -> None:
+        self.argument = argument
         self.window = Window()
         self.cache = DynamicCache()
         self.mask = torch.zeros(0, 0, dtype=torch.bool)
         self.lengths = torch.zeros(0, dtype=torch.long)
         self._widths: list[int] = []  # columns of each row, padding between prefix and prompt included
         self._layers: list[PreallocatedLayer] = []
-        self._others: list[Any] = []  # layers of other kinds
+        self._states: list[Any] = []  # layers with states of a fixed size
 
     def __len__(self) -> int:
         return self.window.rows
@@ -139,9 +189,9 @@ class BatchKVCache:
         window = self.window
         if not window.rows:
             window.start = window.end = 0
-        read: list[Any] = self._reserve(state, window.rows + count, columns)
+        self._reserve(state, window.rows + count, columns)
         new = slice(window.rows, window.rows + count)
-        for layer, given in zip(self._layers, read, strict=True):
+        for layer, given in zip(self._layers, _attention(state), strict=True):
             for buffer, states in zip(layer.buffers, (given.keys, given.values), strict=True):
                 # a sliding-window layer has only its last tokens, and later ones attend to no others
                 buffer[new, :, window.end - states.shape[2] : window.end] = states
@@ -160,9 +210,10 @@ class BatchKVCache:
         self.mask[: window.rows, window.end] = True
         return {
             "input_ids": tokens[:, None],
-            "attention_mask": self.mask[: window.rows, window.start : window.end + 1],
+            # without attention there is no padding, and Mamba multiplies the token's state by the whole mask
+            "attention_mask": self.mask[: window.rows, window.start : window.end + 1] if self._layers else None,
             "position_ids": self.lengths[: window.rows, None],
-            "past_key_values": self.cache,
+            self.argument: self.cache,
             "use_cache": True,
         }
 
@@ -192,8 +243,9 @@ class BatchKVCache:
                 order[row], self._widths[row] = order[last], self._widths[last]
             order.pop()
             self._widths.pop()
-        for other in self._others if order else ():
-            other.reorder_cache(torch.tensor(order, device=self.lengths.device))
+        for layer in self._states if order else ():
+            index: Any = torch.tensor(order, device=self.lengths.device)
+            LinearAttentionCacheLayerMixin.reorder_cache(layer, index)
         self.window.rows = len(order)
         self._trim()
         return order
@@ -205,32 +257,35 @@ class BatchKVCache:
         return [(keys, values) for keys, values in pairs]
 
     def _trim(self) -> None:
-        if not self._others:  # their lengths are fixed
-            self.window.start = self.window.end - max(self._widths, default=0)
+        self.window.start = self.window.end - max(self._widths, default=0)
 
-    def _reserve(self, state: Prefilled, rows: int, columns: int) -> list[Any]:
-        """Make room for rows, and columns up to the present one; return the state's attention layers."""
-        plain = [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in state.cache.layers]
-        read: list[Any] = [layer for layer, one in zip(state.cache.layers, plain, strict=True) if one]
-        if not self.window.rows:
-            self._others = [layer for layer, one in zip(state.cache.layers, plain, strict=True) if not one]
-        elif not all(plain):
-            raise NotImplementedError("sequences cannot join a running batch of a model with linear attention")
+    def _reserve(self, state: Prefilled, rows: int, columns: int) -> None:
+        """Make room for rows, and columns up to the present one; take over or append states."""
         if not self.cache.layers:
             device = state.mask.device
             self.mask = torch.zeros(rows, columns + MIN_ROOM, dtype=torch.bool, device=device)
             self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
             self._layers = [
-                PreallocatedLayer(self.window, keys_and_values(layer)[0], rows, columns + MIN_ROOM) for layer in read
+                (PreallocatedHybridLayer if isinstance(layer, LinearAttentionCacheLayerMixin) else PreallocatedLayer)(
+                    self.window, layer, rows, columns + MIN_ROOM
+                )
+                for layer in _attention(state)
             ]
-        mine, others = iter(self._layers), iter(self._others)
-        self.cache.layers = [next(mine) if one else next(others) for one in plain]
+            mine = iter(self._layers)
+            self.cache.layers = [next(mine) if _is_attention(layer) else layer for layer in state.cache.layers]
+            self._states = [one for one in self.cache.layers if isinstance(one, LinearAttentionCacheLayerMixin)]
+        given = [one for one in state.cache.layers if isinstance(one, LinearAttentionCacheLayerMixin)]
+        for layer, new in zip(self._states, given, strict=True):
+            if self.window.rows:
+                append_states(layer, new)
+            else:
+                for name in STATE_FIELDS:
+                    setattr(layer, name, getattr(new, name))
         capacity, width = self.mask.shape
         if not self.window.rows and columns <= width:
             self.window.start = self.window.end = columns
         if rows > capacity or columns > self.window.end:
             self._grow(max(rows, min(2 * capacity, rows + 8)), max(columns, self.window.end - self.window.start))
-        return read
 
     def _grow(self, capacity: int, used: int) -> None:
         """Allocate larger buffers in which the present column is number ``used``."""
@@ -243,3 +298,12 @@ class BatchKVCache:
         mask[:rows, new], lengths[:rows] = self.mask[:rows, old], self.lengths[:rows]
         self.mask, self.lengths = mask, lengths
         window.start, window.end = new.start, new.stop
+
+
+def _is_attention(layer: Any) -> bool:
+    return isinstance(layer, DynamicLayer) and layer.keys is not None
+
+
+def _attention(state: Prefilled) -> list[Any]:
+    """Layers of a prefilled cache with keys and values."""
+    return [layer for layer in state.cache.layers if _is_attention(layer)]

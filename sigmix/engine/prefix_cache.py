@@ -3,7 +3,7 @@
 Chat prompts share a prefix (system turn, start of the user's turn), and the answers of one rollout share their prompt.
 A batch is therefore a tree: common prefix [1, P], left-padded rests of the prompts [N, R] and, in training, G answers
 to each prompt [N·G, C]. Keys and values of each level are computed once and repeated for its children; gradients flow
-back through the repetition.
+back through the repetition. Models with linear attention (`Batching.recurrent`) share nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sigmix.engine.kv_cache import Prefilled, keys_and_values
-from sigmix.models.multimodal import embed_inputs, grid_positions
+from sigmix.engine.kv_cache import Prefilled, join, keys_and_values
+from sigmix.models.batching import batching
+from sigmix.models.multimodal import embed_inputs, forward_inputs, grid_positions
 from sigmix.utils.lru import LRUCache
 
 MIN_SHARED = 8
@@ -34,6 +35,13 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     first, last = min(rows, key=list), max(rows, key=list)
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return max(min(shared, min(map(len, rows)) - 1), 0)
+
+
+def right_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids int64 [N, R] and mask bool [N, R] of right-padded rows."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
 
 
 def left_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,50 +87,101 @@ def read_prefix(
 
 
 def prefill(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, share: bool = True, start: StoredPrefix | None = None,
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    share: bool = True,
+    start: StoredPrefix | None = None,
+    select: Select | None = None,
     all_logits: bool = False,
-) -> Prefilled:  # fmt: skip
+) -> Prefilled:
     """Run prompts through a causal language model in its present adapted state; gradients flow if enabled.
 
     Args:
         rows: N token-id lists, none empty; for images see `sigmix.models.multimodal`.
         share: compute the common prefix once; False if rows have different weights.
         start: cached prefix of all rows under the same weights; its cache is consumed.
+        select: restricts the model to some of its rows, if they have different weights.
         all_logits: keep the logits after every token that is not in a prefix.
     """
-    device = model.get_input_embeddings().weight.device
-    cache = DynamicCache(config=model.config)
+    kind = batching(model)
+    if kind.recurrent:
+        return _read_by_length(model, rows, pad_id, select, all_logits)
+    cache, shared = DynamicCache(config=model.config), 0
     if start is not None and start.starts(rows):
         cache, shared = start.cache, len(start.ids)
-    else:
-        shared = common_prefix(rows) if share else 0
-        shared = shared if shared >= MIN_SHARED and _can_share(cache, rows) else 0
-        if shared:
+    elif share and kind.one_regime(rows) and _can_share(cache, rows, common_prefix(rows)):
+        shared = common_prefix(rows)
+        with kind.part_of(min(map(len, rows))):
             read_prefix(model, rows[0][:shared], cache)
-            cache.batch_repeat_interleave(len(rows))
-    ids, mask = left_pad([row[shared:] for row in rows], pad_id, device)
-    positions = (mask.long().cumsum(1) - 1).clamp_min(0) + shared
+        cache.batch_repeat_interleave(len(rows))
+    return _read(model, rows, pad_id, cache, shared, all_logits)
+
+
+def _read_by_length(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, select: Select | None, all_logits: bool
+) -> Prefilled:
+    """Read prompts without padding, which would enter the states of linear attention."""
+    groups: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(len(row), []).append(number)
+    states = []
+    for group in groups.values():
+        if select is not None and len(groups) > 1:
+            select(group)
+        part, cache = [rows[number] for number in group], DynamicCache(config=model.config)
+        states.append(_read(model, part, pad_id, cache, 0, all_logits))
+    if select is not None and len(groups) > 1:
+        select(None)
+    order = [number for group in groups.values() for number in group]
+    return join(states).select([order.index(number) for number in range(len(rows))])
+
+
+def _read(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, cache: DynamicCache, shared: int, all_logits: bool
+) -> Prefilled:
+    """Read prompts behind a prefix of ``shared`` tokens that the cache has in every row."""
+    device = model.get_input_embeddings().weight.device
+    ids, mask = left_pad(rows, pad_id, device)
+    _shift(cache, [ids.shape[1] - len(row) for row in rows])
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     if (places := grid_positions(model, rows)) is not None:
         positions = positions.expand(3, -1, -1).clone()
         for number, own in enumerate(places):
-            positions[:, number, positions.shape[2] - own.shape[1] + shared :] = own[:, shared:].to(device)
+            positions[:, number, positions.shape[2] - own.shape[1] :] = own.to(device)
             lengths[number] = own.max() + 1
-    mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
-    out = model(
-        **embed_inputs(model, ids),
-        attention_mask=mask if not bool(mask.all()) else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=0 if all_logits else 1,
-    )
+    kind = batching(model)
+    arguments: dict[str, Any] = {
+        **embed_inputs(model, ids[:, shared:]),
+        "attention_mask": mask if not bool(mask.all()) else None,
+        "position_ids": positions[..., shared:],
+        kind.cache_argument: cache,
+    }
+    out = model(**arguments, use_cache=True, logits_to_keep=0 if all_logits else 1)
     return Prefilled(cache, mask, out.logits[:, -1], lengths, out.logits if all_logits else None)
 
 
-def _can_share(cache: DynamicCache, rows: Sequence[Sequence[int]]) -> bool:
-    # padding between a prefix and ragged rests would count as distance in a sliding window
-    return len(set(map(len, rows))) == 1 or not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+def _shift(cache: DynamicCache, padding: Sequence[int]) -> None:
+    """Move each row's keys and values to the right by its padding; those beyond the end are read again.
+
+    So a row has its padding on the left only, and columns are as far apart as tokens.
+    """
+    for layer in cache.layers if any(padding) else ():
+        if not isinstance(layer, DynamicLayer) or layer.keys is None:
+            continue
+        columns = torch.arange(layer.keys.shape[2], device=layer.keys.device)
+        places = (columns - torch.tensor(padding, device=columns.device)[:, None]).clamp_min(0)[:, None, :, None]
+        keys, values = keys_and_values(layer)
+        layer.keys, layer.values = (
+            one.gather(2, places.expand(-1, one.shape[1], -1, one.shape[3])) for one in (keys, values)
+        )
+
+
+def _can_share(cache: DynamicCache, rows: Sequence[Sequence[int]], shared: int) -> bool:
+    """Return True unless the prefix is short, or padded rows would need tokens that a sliding window has dropped."""
+    windows = [one.sliding_window for one in cache.layers if isinstance(one, DynamicSlidingWindowLayer)]
+    return shared >= MIN_SHARED and (len(set(map(len, rows))) == 1 or all(shared < window for window in windows))
 
 
 def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -135,16 +194,84 @@ def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: tor
     first = state.logits.unsqueeze(1)
     if answers.shape[1] == 1:
         return first
-    width = answers.shape[1] - 1
-    positions = state.lengths.unsqueeze(1) + torch.arange(width, device=answers.device)
+    read = mask[:, 1:]  # the last token of an answer predicts nothing
     out = model(
         input_ids=answers[:, :-1].contiguous(),
-        attention_mask=torch.cat([state.mask, mask[:, :-1]], dim=1),
-        position_ids=positions,
+        attention_mask=torch.cat([state.mask, read], dim=1),
+        position_ids=state.lengths.unsqueeze(1) + (read.long().cumsum(1) - 1).clamp_min(0),
         past_key_values=state.cache,
         use_cache=True,
     )
     return torch.cat([first, out.logits], dim=1)
+
+
+def reads_whole(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[int]) -> bool:
+    """Return True if `whole_logits` must take the place of `answer_logits`.
+
+    Args:
+        answers: length of the answer to each prompt.
+    """
+    kind = batching(model)
+    pairs = zip(prompts, answers, strict=True)
+    return kind.recurrent or any(kind.regime(len(row)) != kind.regime(len(row) + more - 1) for row, more in pairs)
+
+
+def whole_logits(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: torch.Tensor,
+    mask: torch.Tensor,
+    pad_id: int,
+    select: Select | None = None,
+) -> torch.Tensor:
+    """Return logits [N, C, V] that predict each answer token as decoding computes them, in one pass without a cache.
+
+    Args:
+        prompts: N token-id lists. answers: int64 [N, C], right-padded. mask: bool [N, C].
+        select: restricts the model to some of its rows, if they have different weights.
+    """
+    kind, counts = batching(model), mask.sum(1).tolist()
+    read = [answer[: max(count - 1, 0)] for answer, count in zip(answers.tolist(), counts, strict=True)]
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, read, strict=True)]
+    # rows that cross the threshold are read a second time, up to it
+    crossing = [row for row, prompt in enumerate(prompts) if kind.regime(len(prompt)) != kind.regime(len(rows[row]))]
+    ids, used = right_pad([*rows, *(rows[row][: kind.threshold] for row in crossing)], pad_id, answers.device)
+    first = min(map(len, prompts)) - 1
+    if select is not None and crossing:
+        select([*range(len(rows)), *crossing])
+    inputs = forward_inputs(model, ids, used)
+    raw = model(**inputs, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
+    if select is not None and crossing:
+        select(None)
+    columns = [list(range(len(prompt) - 1, len(prompt) - 1 + answers.shape[1])) for prompt in prompts]
+    source = [[row] * answers.shape[1] for row in range(len(rows))]
+    for number, row in enumerate(crossing):
+        early = (kind.threshold or 0) - len(prompts[row]) + 1
+        source[row][:early] = [len(rows) + number] * early
+    places = (torch.tensor(columns, device=raw.device) - first).clamp_max(raw.shape[1] - 1)
+    return raw[torch.tensor(source, device=raw.device), places]
+
+
+def completion_logits(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: torch.Tensor,
+    mask: torch.Tensor,
+    pad_id: int,
+    share: bool = True,
+) -> torch.Tensor:
+    """Return logits [N·G, C, V] that predict each token of G answers to each of N prompts; gradients flow if enabled.
+
+    Args:
+        answers: int64 [N·G, C], right-padded, those to one prompt side by side. mask: bool [N·G, C].
+        share: compute the common prefix once; False: the number of passes does not depend on the data.
+    """
+    generations = len(answers) // len(prompts)
+    each = [prompt for prompt in prompts for _ in range(generations)]
+    always = not share and batching(model).threshold is not None
+    if always or reads_whole(model, each, mask.sum(1).tolist()):
+        return whole_logits(model, each, answers, mask, pad_id)
+    return answer_logits(model, prefill(model, prompts, pad_id, share=share).repeat(generations), answers, mask)
 
 
 PREFIX_BYTES = 128 << 20

@@ -15,8 +15,7 @@ from torch import nn
 from sigmix.engine.base import Prompt
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
-from sigmix.engine.kv_cache import Prefilled
-from sigmix.engine.prefix_cache import answer_logits, left_pad
+from sigmix.engine.prefix_cache import answer_logits, reads_whole, right_pad, whole_logits
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import forward_inputs
@@ -96,25 +95,23 @@ def replies_and_logprobs(
             engine.check_prompt([*row, *answer], rest, "a prompt with its completion")
         tokens = sum(len(row) + len(answer) for row, answer in zip(rows, part, strict=True))
         with engine.under(mixes, tokens=tokens) as select:
-            state = engine.read(rows, mixes, select)
-            logprobs += _logprobs(engine, copy.deepcopy(state) if max_new_tokens else state, part)
+            whole = reads_whole(engine.model, rows, list(map(len, part)))
+            ids, mask = right_pad(part, engine.pad_id, engine.model.get_input_embeddings().weight.device)
+            if max_new_tokens or not whole:
+                state = engine.read(rows, mixes, select)
+            if whole:
+                logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select)
+            else:
+                logits = answer_logits(engine.model, copy.deepcopy(state) if max_new_tokens else state, ids, mask)
+            scores = logits.float()
+            chosen = (scores.gather(2, ids[..., None])[..., 0] - scores.logsumexp(-1)).tolist()
+            logprobs += [row[: len(answer)] for row, answer in zip(chosen, part, strict=True)]
             if max_new_tokens:
                 replies = [SequenceState(row, SamplingParams(max_new_tokens)) for row in rows]
                 DecodingBatch(engine.model, engine.eos_token_ids, select).run(replies, state)
                 decoder = token_decoder(engine.tokenizer)
                 texts += [decoder.decode(one.ids, end=engine.eos_token_ids) for one in replies]
     return texts, logprobs
-
-
-def _logprobs(engine: Engine, state: Prefilled, answers: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Score answers to prefilled prompts; consumes the state."""
-    width = max(map(len, answers))
-    device = engine.model.get_input_embeddings().weight.device
-    ids = torch.tensor([[*one, *[engine.pad_id] * (width - len(one))] for one in answers], device=device)
-    mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in answers], device=device).bool()
-    logits = answer_logits(engine.model, state, ids, mask).float()
-    chosen = logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(-1)
-    return [row[: len(one)] for row, one in zip(chosen.tolist(), answers, strict=True)]
 
 
 @torch.no_grad()
@@ -129,7 +126,7 @@ def hidden_states(
         layers: numbers of layers passed, from 1 to that of the model.
 
     Raises:
-        ConfigError: the model has no list of layers, or fewer.
+        ConfigError: the model has no list of layers, or fewer, or its layers return several states (Gemma 3n).
     """
     modules = decoder_layers(engine.model)
     if not layers or not all(1 <= layer <= len(modules) for layer in layers):
@@ -140,7 +137,10 @@ def hidden_states(
 
     def record(layer: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[layer] = (output[0] if isinstance(output, tuple) else output)[:, -1].float().cpu()
+            states = output[0] if isinstance(output, tuple) else output
+            if states.dim() != 3:
+                raise ConfigError(f"the layers of a {engine.model.config.model_type} model have no single hidden state")
+            seen[layer] = states[last].float().cpu()
             if layer == deepest:
                 raise _LayersDone
 
@@ -148,7 +148,8 @@ def hidden_states(
 
     states = []
     for rows, mixes in _batches(engine, prompts, None, batch_size):
-        ids, mask = left_pad(rows, engine.pad_id, device)
+        ids, mask = right_pad(rows, engine.pad_id, device)
+        last = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
         handles = [modules[layer - 1].register_forward_hook(record(layer)) for layer in set(layers)]
         try:
             with engine.under(mixes):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigmix.errors import BaseModelError, ConfigError, OutputError
+from sigmix.models.batching import check_config
 from sigmix.models.default import DEFAULT, SMOLLM2, fetch_member
 from sigmix.models.gguf import convert_gguf, model_files, models_dir
 from sigmix.models.hub import base_names, hub_folder, near_paths
@@ -84,6 +85,7 @@ def load_base(
     torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
     config = _check_folder(folder, label)
+    check_config(config, label)
     stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     quantization = quantization_of(stored, quantization_config, label, target)
     settings = (torch_dtype, target.type, quantization_config, device_map)

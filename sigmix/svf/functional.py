@@ -51,10 +51,26 @@ class Gain(torch.autograd.Function):
 
 
 def _sum_rows(product: Tensor, z: Tensor) -> Tensor:
-    """Gradient of z [r], [B, r] or [B, 1, r] from products [..., r], in float32."""
+    """Gradient of z [r], [B, r] or [B, 1, …, r] from products [..., r], in float32."""
     if z.ndim == 1:
         return product.reshape(-1, product.shape[-1]).sum(0, dtype=torch.float32)
-    return product.float() if product.ndim == 2 else product.sum(1, keepdim=True, dtype=torch.float32)
+    inner = tuple(range(1, product.ndim - 1))
+    return product.sum(inner, keepdim=True, dtype=torch.float32) if inner else product.float()
+
+
+def z_per_row(z: Tensor, x: Tensor) -> Tensor:
+    """Shape z [B, r] for inputs x with a first dimension of B rows, or of the tokens of all rows, row by row.
+
+    Raises:
+        ConfigError: x has neither.
+    """
+    if x.ndim == 3:
+        return z.unsqueeze(1)
+    if x.ndim == 2 and len(z) not in (1, len(x)):
+        if len(x) % len(z):
+            raise ConfigError(f"an input of {len(x)} tokens cannot be split into {len(z)} rows")
+        return z.repeat_interleave(len(x) // len(z), 0)
+    return z.reshape(len(z), *[1] * (x.ndim - 2), -1)
 
 
 def scaled(h: Tensor, z: Tensor, gain: Tensor | None = None) -> Tensor:

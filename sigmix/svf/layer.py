@@ -15,7 +15,7 @@ from sigmix.errors import ConfigError
 from sigmix.models import weights
 from sigmix.models.digests import layer_digest
 from sigmix.svf.decomposition import cached_decompose, read_factors
-from sigmix.svf.functional import Gain, Scale, mix_z, scaled
+from sigmix.svf.functional import Gain, Scale, mix_z, scaled, z_per_row
 
 FORMS = ("factored", "gain")
 
@@ -269,8 +269,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         if self.row_z is not None:
             z = self.row_z
             gain = self._row_gain[1] if self._row_gain[0] is z else None
-            if x.ndim == 3:
-                z, gain = z.unsqueeze(1), None if gain is None else gain.unsqueeze(1)
+            z, gain = z_per_row(z, x), None if gain is None else z_per_row(gain, x)
         elif adapter_names is not None:
             z = self._z_of_rows(adapter_names, x)
         elif any(n in self.svf_z for n in self.active_adapters):
@@ -289,7 +288,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         z = torch.stack([self.svf_z[n].weight if n in self.svf_z else one for n in names])
         if len(z) != len(x):
             raise ConfigError(f"adapter_names has {len(z)} entries for a batch of {len(x)} rows")
-        return z.unsqueeze(1) if x.ndim == 3 else z
+        return z_per_row(z, x)
 
     def _factored(self, x: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
         first, second = self.factors()

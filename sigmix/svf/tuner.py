@@ -158,7 +158,7 @@ def target_layers(model: nn.Module, config: SVFConfig | None = None) -> dict[str
     """
     config = SVFConfig() if config is None else config
     model = bare(model)
-    every = layers = linear_layers(model)
+    every = layers = {path: layer for path, layer in linear_layers(model).items() if _adaptable(path, layer)}
     targets = "all-linear" if config.target_modules is None else config.target_modules
     full = set(targets) & layers.keys() if isinstance(targets, list) else set()
     # full paths reach every layer; everything else means the language backbone of a vision-language model
@@ -239,6 +239,14 @@ def _head(model: nn.Module, config: SVFConfig) -> nn.Module | None:
     return getattr(head, "base_layer", head)
 
 
+def _adaptable(path: str, layer: Linear) -> bool:
+    """Return False for layers without rows, or with a weight that the model multiplies by itself.
+
+    These are routers, experts that read some tokens of a batch, and the step size of Mamba.
+    """
+    return not (type(layer).__name__.endswith("Router") or re.search(r"\.experts\.\d+\.|(^|\.)dt_proj$", path))
+
+
 def _named(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
@@ -247,6 +255,8 @@ def _unknown(name: str, model: nn.Module, layers: dict[str, Linear], where: str)
     module = next((m for path, m in model.named_modules() if _named(base_path(path), name)), None)
     if module is not None and not isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)):
         return ConfigError(f"target module {name} is a {type(module).__name__}, not a torch.nn.Linear or Conv1D")
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return ConfigError(f"target module {name} of {where} is not applied to whole rows of a batch as a layer")
     length = name.count(".") + 1
     known = {".".join(path.split(".")[-length:]) for path in layers}
     return UnknownNameError("target module", name, known, remedy=f"name linear layers of {where}")

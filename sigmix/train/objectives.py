@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sigmix.engine.cpu_kernels import short_attention
 from sigmix.engine.generation import SamplingParams
-from sigmix.engine.prefix_cache import answer_logits, prefill
+from sigmix.engine.prefix_cache import completion_logits
 from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
 from sigmix.train.distributed import Processes
@@ -259,8 +259,7 @@ class Learner:
         ids, mask = ids.to(device), mask.to(device)
 
         def logits() -> Tensor:
-            state = prefill(model, prompts, self.actor.pad_id, share=not self.policy.sharded).repeat(generations)
-            raw = answer_logits(model, state, ids, mask)
+            raw = completion_logits(model, prompts, ids, mask, self.actor.pad_id, share=not self.policy.sharded)
             return raw if choices is None else choices.constrain_answers(raw, ids)
 
         reference = None
