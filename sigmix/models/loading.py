@@ -85,7 +85,6 @@ def load_base(
     torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
     config = _check_folder(folder, label)
-    check_config(config, label)
     stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     quantization = quantization_of(stored, quantization_config, label, target)
     settings = (torch_dtype, target.type, quantization_config, device_map)
@@ -266,6 +265,7 @@ def _check_architecture(config: Mapping[str, Any], label: str) -> None:
             remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a "
             "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
+    check_config(config, label)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
