@@ -399,7 +399,7 @@ class DecodingBatch:
 
     def _deliver(self, one: SequenceState, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
         """Decode a chosen token, pass it to the callback, and end the sequence if it is the last one."""
-        if one.matcher is not None and not one.matcher.consume_token(token):
+        if one.matcher is not None and (not one.matcher.consume_token(token) or one.matcher.is_error()):
             raise matcher_error(one.matcher)
         text = ""
         if one.detokenizer is not None:

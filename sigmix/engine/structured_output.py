@@ -137,8 +137,6 @@ class GrammarCompiler:
             # Large constraints exceed the limits at the first token only. This also computes what its copies share.
             first = matcher.deep_copy()
             allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-            if not matcher.is_error() and not allowed.any():
-                return matcher, "no answer matches it"
             if not matcher.is_error() and first.consume_token(int(allowed.argmax())):
                 first.compute_bitmask()
             matcher = first if first.is_error() else matcher
@@ -240,11 +238,15 @@ class _Vocabulary:
         self.tokens = [decoder.token_bytes(id) for id in range(len(tokenizer))]
 
     def __call__(self, text: bytes) -> list[int]:
-        return list(self.tokenizer(text.decode(), add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(self.tokenizer(text.decode(), add_special_tokens=False, verbose=False)["input_ids"])
+        exact = b"".join(self.tokens[id] for id in ids) == text  # no added space, no <unk>
+        return ids if exact else []
 
 
 def _reason(error: object) -> str:
     """Return the reason in a message of llguidance, which shows the place in the lines around it."""
     text = str(error).strip()
+    if text.startswith("NoExtensionBias"):
+        return "no token of this model's vocabulary continues it"
     found = re.search(r"^error: (.+)$", text, re.MULTILINE)
     return found[1] if found else text.split("\n")[0]

@@ -10,6 +10,7 @@ import llguidance
 import pytest
 from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
+from helpers_tokenizers import KINDS
 from pydantic import BaseModel
 
 from sigmix.engine import Engine
@@ -201,6 +202,35 @@ def test_invalid_constraints(engine, output, message):
         engine.generate(["one"], structured_output=StructuredOutput(**output))
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "gemma"])
+def test_tokenizers(kind):
+    tokenizer = KINDS[kind]()
+    engine = Engine(build_tiny(vocab_size=len(tokenizer) + 7), tokenizer, {})
+    patterns = ["( The| capital| a){2,3}b?", "(The|capital)( is Paris){1,2}", "é{1,3}", " {3}", "日|本", "[0-9]{3}\n?"]
+    found = engine.generate(
+        [[5, 6]] * len(patterns), structured_output=[StructuredOutput(regex=pattern) for pattern in patterns],
+        num_return_sequences=4, do_sample=True, temperature=2.0, chat=True,
+    )  # fmt: skip
+    for row, one in enumerate(found):
+        assert one.finish == "stop"
+        assert re.fullmatch(patterns[row // 4], one.text)
+
+
+def test_a_vocabulary_without_bytes():
+    tokenizer = KINDS["metaspace"]()  # T5's: some words and no bytes
+    engine = Engine(build_tiny(vocab_size=len(tokenizer)), tokenizer, {})
+    words, no_words = StructuredOutput(regex="( The| capital){2}"), StructuredOutput(regex="The")
+    found = engine.generate(
+        [[5]] * 8, structured_output=words, do_sample=True, temperature=2.0, keep_errors=True, chat=False
+    )
+    # "▁" is the beginning of a match, but "The" is not a token
+    assert {one.finish for one in found} == {"stop", "error"}
+    for one in found:
+        assert one.finish == "error" or re.fullmatch("( The| capital){2}", one.text)
+    with pytest.raises(StructuredOutputError, match="vocabulary"):
+        engine.generate([[5]], structured_output=no_words)
+
+
 def test_long_chains_of_references(engine):
     # on a common stack the library's recursion would end the process
     count = 4000
@@ -218,7 +248,7 @@ def test_one_constraint_for_each_prompt(engine):
 
 def test_a_constraint_that_fails_ends_its_row_only(engine):
     # é is not in this vocabulary
-    outputs = [StructuredOutput(json={"const": "é"}), OUTPUTS["choice"], None]
+    outputs = [StructuredOutput(json={"const": "abé"}), OUTPUTS["choice"], None]
     broken, good, free = engine.generate(["one"] * 3, structured_output=outputs, keep_errors=True, max_new_tokens=9)
     assert (broken.finish, type(broken.error)) == ("error", StructuredOutputError)
     assert good.text == engine.generate(["one"], structured_output=outputs[1], max_new_tokens=9)[0].text
