@@ -274,12 +274,18 @@ def context_length(model: Any) -> int | None:
 
 
 def check_context(
-    model: Any, ids: Sequence[int], max_new_tokens: int, what: str = "the prompt", tokenizer: Any = None
+    model: Any,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    what: str = "the prompt",
+    tokenizer: Any = None,
+    option: str = "--max-new-tokens",
 ) -> None:
     """Check that a model can read a prompt and answer it.
 
     Args:
         tokenizer: see `check_tokens`.
+        option: name of the option that sets ``max_new_tokens``.
 
     Raises:
         PromptError: an empty prompt, or see `check_tokens`.
@@ -296,7 +302,7 @@ def check_context(
             raise ContextError(message, remedy=f"shorten it to {room} tokens")
         raise ContextError(
             f"{has} and {max_new_tokens} new ones, more than the model's context of {limit}",
-            remedy=f"shorten it to {room} tokens or lower --max-new-tokens",
+            remedy=f"shorten it to {room} tokens or lower {option}",
         )
 
 

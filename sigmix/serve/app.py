@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from sigmix.serve import routes
 from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
-from sigmix.serve.protocol.errors import ApiError, validation_error
+from sigmix.serve.protocol.errors import ApiError, internal_error, validation_error
 from sigmix.serve.scheduler import ClosingError
 from sigmix.serve.service import Service
 from sigmix.serve.settings import Settings
@@ -56,6 +56,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(ClosingError, _closing_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
     settings = service.settings
     wrapped: ASGIApp = AuthMiddleware(app, settings, service.keys)
     wrapped = TrustedHostMiddleware(wrapped, allowed_hosts=trusted_hosts(settings), www_redirect=False)
@@ -88,8 +89,15 @@ async def _validation_error(_: Request, error: Any) -> Response:
     return validation_error(error.errors(), error.body).response()
 
 
-async def _http_error(_: Request, error: Any) -> Response:
-    body = ApiError(error.status_code, str(error.detail), code=ERROR_CODES.get(error.status_code)).body()
+async def _internal_error(_: Request, __: Any) -> Response:
+    return internal_error().response()
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"there is no route {request.method} {request.url.path}; the documentation lists all routes"
+    body = ApiError(error.status_code, message, code=ERROR_CODES.get(error.status_code)).body()
     return JSONResponse(body, error.status_code, error.headers)
 
 

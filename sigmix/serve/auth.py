@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.metadata import check_name
 from sigmix.serve.observability import REQUEST_ID, Metrics
-from sigmix.serve.protocol.errors import ApiError, rate_limited
+from sigmix.serve.protocol.errors import ApiError, internal_error, rate_limited
 from sigmix.serve.settings import Settings
 from sigmix.utils.io import atomic_file
 
@@ -230,8 +230,7 @@ class RequestLogMiddleware:
         except Exception:
             log.exception("request failed")
             if not status:
-                error = ApiError(500, "internal server error", "server_error", code="internal")
-                await error.response()(scope, receive, send_with_headers)
+                await internal_error().response()(scope, receive, send_with_headers)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "(none)")

@@ -21,7 +21,7 @@ from sigmix.errors import SigmixError
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol.builder import Choice, ResponseBuilder, decision_json
-from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
+from sigmix.serve.protocol.errors import ApiError, api_error, internal_error, rate_limited
 from sigmix.serve.protocol.requests import ChatCompletionRequest, CompletionRequest
 from sigmix.serve.scheduler import (
     ClosingError,
@@ -319,7 +319,7 @@ class RequestHandler:
                 yield self.builder.failed(error)
             except Exception:
                 log.exception("a stream failed")
-                yield self.builder.failed(ApiError(500, "internal server error", "server_error", code="internal"))
+                yield self.builder.failed(internal_error())
             yield self.builder.end
 
     async def _lines(self) -> AsyncGenerator[str, None]:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from sigmix.adapt.two_pass import AUTO
 from sigmix.engine.tokenization import chat_template
-from sigmix.errors import ConfigError, SigmixError
+from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import Adaptation
@@ -211,7 +211,7 @@ async def adapt(body: AdaptRequest, service: ServiceDep, key: KeyDep) -> dict[st
     try:
         adaptation = service.adaptations.submit(body, None if key.admin else key.name)
     except SigmixError as error:
-        raise api_error(error, "examples") from error
+        raise api_error(error, "score" if isinstance(error, UnknownNameError) else "name") from error
     except QueueFullError as error:
         raise rate_limited("too many queued adaptations", ADAPTATION_RETRY_SECONDS) from error
     return adaptation.to_json()
@@ -311,13 +311,14 @@ async def save_mix(body: SaveMixRequest, service: ServiceDep) -> dict[str, Any]:
     """Save a mixture under a name that requests can use as ``model``."""
 
     def save() -> Mix:
-        mix = Mix.from_json(body.mix) if isinstance(body.mix, dict) else service.registry.resolve(body.mix)
+        mix = service.registry.resolve(body.mix) if isinstance(body.mix, str) else Mix(body.mix.weights)
         if mix is None:
             raise ConfigError("auto is not a mixture", remedy="name experts, for example a:0.7+b:0.3")
         service.engine.z(mix)  # checks the experts and the shape of the weights
         service.registry.save_mix(body.name, mix, {"made_by": "hand"})
         return mix
 
+    await in_thread("name", service.registry.check_mix_name, body.name)
     mix = await in_thread("mix", save)
     return {"id": body.name, "object": "sigmix.mix", "mix": mix.id, **mix.to_json()}
 

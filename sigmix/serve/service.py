@@ -16,7 +16,7 @@ from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, Pro
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
 from sigmix.engine.detokenizer import text_offsets, token_decoder
-from sigmix.engine.tokenization import chat_template, context_length, encode_turns
+from sigmix.engine.tokenization import chat_template, check_context, context_length, encode_turns
 from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
@@ -218,7 +218,8 @@ class Service:
         """Raise `ContextError` unless the model can read an example and write a reply of ``max_new_tokens``."""
         ids, reply = self.encode_chat([{"role": "user", "content": prompt}]), self.encode_text(answer)
         self.fit_context(ids, max_new_tokens)
-        self.engine.check_prompt([*ids, *reply], max(max_new_tokens - len(reply), 1), "the example")
+        rest, model = max(max_new_tokens - len(reply), 1), self.engine.model
+        check_context(model, [*ids, *reply], rest, "the example", self.engine.tokenizer, option="max_tokens")
 
     # Experts
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from helpers_engine import expert
-from helpers_serve import NAMES, wait_until
+from helpers_serve import NAMES, serving, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
@@ -186,3 +186,19 @@ def test_tokenizer(server, alone):
     assert info["chat_template"] == alone.tokenizer.chat_template
     assert server.call("POST", "/detokenize", {"tokens": [2**70]})[0] == 400
     assert server.call("POST", "/tokenize", {"prompt": text, "text": text})[0] == 400
+
+
+def test_health_reports_a_scheduler_that_died(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGMIX_CACHE", str(tmp_path / "cache"))
+    with serving(tmp_path) as server:
+        assert server.call("GET", "/health")[:2] == (200, {"status": "ok"})
+        scheduler = server.service.scheduler
+
+        def broken(*_, **__):
+            raise SystemError("bug")
+
+        monkeypatch.setattr(scheduler.queue, "charge", broken)
+        for _ in range(2):
+            status, found = server.chat()
+            assert (status, found["error"]["code"]) == (500, "internal")
+        assert server.call("GET", "/health")[:2] == (503, {"status": "failed"})

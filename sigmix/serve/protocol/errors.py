@@ -59,6 +59,11 @@ def api_error(error: SigmixError, param: str | None = None) -> ApiError:
     return ApiError(503, str(error), "server_error", param=param)
 
 
+def internal_error() -> ApiError:
+    """Return the error of a fault of the server."""
+    return ApiError(500, "internal server error", "server_error", code="internal")
+
+
 def rate_limited(message: str, retry_after: float) -> ApiError:
     """Return a 429 error."""
     return ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
@@ -92,7 +97,9 @@ Details = Mapping[str, Any]
 def validation_error(errors: Sequence[Details], body: Any) -> ApiError:
     """Convert pydantic's errors of a request body to an error response about the first wrong field."""
     if errors[0]["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {errors[0]['ctx']['error']}")
+        return ApiError(
+            400, f"the body is not valid JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][-1]}"
+        )
     if not isinstance(body, dict):
         return ApiError(400, "the body must be a JSON object, with the header content-type: application/json")
     chosen = _first([FieldError(error, body) for error in errors])

@@ -232,11 +232,17 @@ class LoadExpertRequest(RequestModel):
     path: Name = Field(description="Folder of the expert, inside one of the allowed folders.")
 
 
+class MixWeights(RequestModel):
+    """Mixture by its weights, numbers, or lists (per layer) or mappings (per matrix) of them."""
+
+    weights: dict[str, Any]
+
+
 class SaveMixRequest(RequestModel):
     """POST /v1/mixes."""
 
     name: Name
-    mix: str | dict[str, Any] = Field(description="a:.7+b:.3, or {'weights': {…}} with α per layer or matrix.")
+    mix: str | MixWeights = Field(description="a:.7+b:.3, or {'weights': {…}} with α per layer or matrix.")
 
 
 class LabelledExample(RequestModel):

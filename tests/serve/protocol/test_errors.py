@@ -90,7 +90,7 @@ def test_chat_fields(server, fields, param, words):
         ("", "prompt", "empty"),
         ([[]], "prompt", "empty"),
         ([10**9], "prompt", "1000000000"),
-        ([[5], [-1]], "prompt", "-1"),
+        ([[5], [-1]], "prompt.1", "-1"),
         ([10**30], "prompt", "0 to"),
     ],
 )
@@ -154,3 +154,30 @@ def test_unknown_strategy(server):
 def test_too_long_prompt(server):
     error = error_of(server, CHAT, {"messages": [{"role": "user", "content": "x " * 400}], "max_tokens": 4})
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    "path, body, status, param",
+    [
+        ("/v1/adapt", {"examples": [{"prompt": "a", "answer": "b"}], "score": "x"}, 404, "score"),
+        ("/v1/adapt", {"examples": [{"prompt": "a", "answer": "b"}], "name": "A B"}, 400, "name"),
+        ("/v1/adapt", {"examples": [{"prompt": "a", "answer": "b"}], "max_tokens": 250}, 400, "examples.0"),
+        ("/v1/adapt", {"examples": [{"prompt": "a", "answer": 5}]}, 400, "examples.0.answer"),
+        ("/v1/feedback", {"id": "x", "reward": True}, 400, "reward"),
+        ("/v1/mixes", {"name": "A", "mix": "math"}, 400, "name"),
+        ("/v1/mixes", {"name": "x", "mix": 5}, 400, "mix"),
+        ("/v1/mixes", {"name": "x", "mix": {"weights": {"math": 1}, "other": 1}}, 400, "mix.other"),
+        ("/v1/mixes", {"name": "x", "mix": {"weights": {"math": "a"}}}, 400, "mix"),
+        ("/v1/mixes", {"name": "x", "mix": "nope"}, 404, "mix"),
+        ("/v1/experts", {"path": ["x"]}, 400, "path"),
+    ],
+)
+def test_other_routes(server, path, body, status, param):
+    assert error_of(server, path, body, status)["param"] == param
+
+
+def test_unknown_routes_are_named(server):
+    for method, path, status in (("POST", "/v1/chat", 404), ("GET", CHAT, 405)):
+        got, found, _ = server.call(method, path)
+        assert got == status
+        assert f"{method} {path}" in found["error"]["message"]
