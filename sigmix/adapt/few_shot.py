@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
@@ -41,12 +42,13 @@ REACH = 2.0
 
 @dataclass(frozen=True)
 class Example:
-    """Labelled example: user turn, gold answer, data for the scorer and images."""
+    """Labelled example: user turn, gold answer, data for the scorer, images and system turn."""
 
     prompt: str
     gold: str
     extra: Any = None
     images: tuple[Any, ...] = ()
+    system: str | None = None
 
 
 Score = Callable[[Example, str], float]
@@ -241,8 +243,11 @@ class FewShotSearch:
             raise UnknownNameError("search settings", settings, SETTINGS)
         given = {"population": population, "iterations": iterations, "patience": patience}
         self.limits = {**SETTINGS[settings], **{key: value for key, value in given.items() if value is not None}}
-        if min(self.limits.values()) < 1:
-            raise ConfigError(f"population, iterations and patience must be at least 1, not {self.limits}")
+        if min(self.limits.values()) < 1 or seed < 0:
+            raise ConfigError(
+                f"population, iterations and patience must be at least 1 and the seed at least 0, not {self.limits} "
+                f"and {seed}"
+            )
         self.method, self.seed = method, seed
         names = tuple(skills(engine.bank) if experts is None else experts)
         for name in names:
@@ -256,7 +261,7 @@ class FewShotSearch:
             self.space = AlphaSpace(names, tuple(engine.layers), granularity, normalised, low, high)
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         self.answers = [reply_ids(engine.tokenizer, one.gold, engine.eos_token_ids) for one in self.examples]
-        self.rows = [engine.encode(one.prompt, images=one.images) for one in self.examples]
+        self.rows = [engine.encode(one.prompt, one.system, images=one.images) for one in self.examples]
         for number, (row, answer) in enumerate(zip(self.rows, self.answers, strict=True)):
             engine.check_prompt([*row, *answer], max(max_new_tokens - len(answer), 0), f"example {number}")
         self.values: dict[str, tuple[float, float]] = {}
@@ -277,8 +282,9 @@ class FewShotSearch:
                 part = slice(place * count, (place + 1) * count)
                 scores = [float(self.score(*pair)) for pair in zip(self.examples, replies[part], strict=True)]
                 likelihood = sum(sum(tokens) / len(tokens) for tokens in logprobs[part]) / count
-                # a mixture that breaks the model must lose, and NaN has no order
-                self.values[mix.id] = sum(scores) / count, likelihood if math.isfinite(likelihood) else -math.inf
+                # a mixture that breaks the model must lose; NaN has no order, and JSON no infinity
+                lowest = -sys.float_info.max
+                self.values[mix.id] = sum(scores) / count, likelihood if math.isfinite(likelihood) else lowest
         return [self.values[mix.id] for mix in mixes]
 
     def fit(self) -> Mix:

@@ -12,6 +12,9 @@ from typing import Any
 
 import typer
 
+from sigmix.errors import ConfigError, OutputError
+from sigmix.utils.io import check_writable, writing
+
 
 def emit(figures: Any, as_json: bool, text: str) -> None:
     """Print figures as JSON, or the text."""
@@ -65,9 +68,6 @@ def size(number: float) -> str:
 
 def check_output(folder: Path, marker: str) -> None:
     """Raise `OutputError` if ``folder`` cannot be written or contains the file ``marker`` already."""
-    from sigmix.errors import OutputError
-    from sigmix.utils.io import check_writable, writing
-
     with writing(folder):
         if (folder / marker).exists():
             raise OutputError(f"{folder} contains {marker} already", remedy="give another --out, or remove it")
@@ -132,9 +132,13 @@ class TrainingProgress(Progress):
         self.validation = ""
         self.writer: Any = None
         if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ConfigError("--tensorboard needs tensorboard", remedy="pip install tensorboard") from error
 
-            self.writer = SummaryWriter(str(tensorboard))
+            with writing(tensorboard):
+                self.writer = SummaryWriter(str(tensorboard))
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()

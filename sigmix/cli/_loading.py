@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sigmix.cli._console import Progress, working
 from sigmix.errors import ConfigError, ExpertError
+from sigmix.utils.io import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,9 @@ def importing() -> Iterator[None]:
 
 def read_targets(text: str | None) -> list[str] | str | None:
     """Return ``target_modules`` from --targets: a keyword or regular expression, or comma-separated names."""
-    return text.split(",") if text and "," in text else text
+    if not text or "," not in text:
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_layers(text: str | None) -> list[int] | str | None:
@@ -61,10 +64,9 @@ def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
         return text
     remedy = 'give auto, or a file such as {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
     try:
-        places = json.loads(Path(text).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"--device-map {text} cannot be read: {why}", remedy=remedy) from error
+        places = json.loads(read_text(text, ConfigError, remedy))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"--device-map {text} is not JSON: {error}", remedy=remedy) from error
     devices = places.values() if isinstance(places, dict) else ()
     if not devices or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in devices):
         raise ConfigError(f"--device-map {text} holds no object of modules and devices", remedy=remedy)
@@ -112,7 +114,7 @@ def expert_source(name: str, bank: Path | None) -> Path | str:
     if (path / "adapter_config.json").is_file():
         return path
     if path.is_absolute() or len(path.parts) > 1 or name.startswith("."):
-        what = "has no adapter_config.json" if path.is_dir() else "does not exist"
+        what = "has no adapter_config.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise ExpertError(f"there is no expert at {path}: it {what}", remedy="give an expert's folder, or a name")
     return open_bank(bank).path(name)
 

@@ -164,7 +164,7 @@ def _task_examples(name: str, shots: int, seed: int, data_dir: Path | None) -> L
 
     task = get_task(name, data_dir=data_dir)
     samples = task.samples("train", shots, seed=seed)
-    examples = [Example(sample.prompt, sample.gold, sample, sample.images) for sample in samples]
+    examples = [Example(one.prompt, one.gold, one, one.images, one.system) for one in samples]
     return examples, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
 
 

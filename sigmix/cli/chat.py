@@ -67,6 +67,8 @@ def chat(
         "top_p": top_p,
     }  # fmt: skip
     session = Session(engine, first, strategy, options, seed, single_turn, system)
+    if system:
+        session.ids([{"role": "user", "content": ""}])  # raises where the chat template takes no system message
     if mix == "auto":
         session.choose()
     if sys.stdin.isatty():
@@ -100,6 +102,7 @@ class Session:
     def lines(self) -> Iterator[str]:
         """Yield typed lines, or those of piped input."""
         if not sys.stdin.isatty():
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
             yield from sys.stdin
             return
         while True:

@@ -127,7 +127,8 @@ def _strategies(
     engine = open_engine(base, open_bank(bank))
     chosen: dict[str, Any] = {letter: open_strategy(engine, letter) for letter in letters if letter in LETTERS}
     if "C" in letters:
-        examples = [Example(one.prompt, one.gold, one, one.images) for one in task.samples("train", shots, seed=seed)]
+        samples = task.samples("train", shots, seed=seed)
+        examples = [Example(one.prompt, one.gold, one, one.images, one.system) for one in samples]
         search = FewShotSearch(
             engine, examples, lambda example, reply: task.score(example.extra, reply).value or 0.0,
             max_new_tokens=task.max_new_tokens, seed=seed, settings="light",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sigmix.cli import app
 from sigmix.cli._console import emit, note, working
 from sigmix.cli._loading import open_engine, open_mixes
 from sigmix.errors import ConfigError, DataError
+from sigmix.utils.io import read_text
 
 EXAMPLE = 'for example: sigmix generate "What is 17 + 25?"'
 
@@ -23,7 +25,7 @@ def generate(
     mix: list[str] = typer.Option(
         ["base"], help=f"Mixture: {shared.MIXTURE}, auto, or base; once, or once for each prompt."
     ),
-    file: Path = typer.Option(None, help="File of prompts, one per line."),
+    file: Path = typer.Option(None, help="File of prompts, one per line; - is stdin."),
     image: list[Path] = typer.Option([], help="Image shown before the prompt; once, or once for each prompt."),
     max_new_tokens: int = typer.Option(64, min=1, help="Maximum tokens of an answer."),
     temperature: float = shared.TEMPERATURE,
@@ -94,18 +96,13 @@ def _prompts(prompts: list[str], file: Path | None) -> list[str]:
     if prompts and file is not None:
         raise ConfigError("prompts are given both as arguments and with --file", remedy="give one of them")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise DataError(f"cannot read prompts from {file}: {why}") from error
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in re.split(r"\r?\n", read_text(file)) if line.strip()]
         if not prompts:
             raise DataError(f"{file} has no prompts", remedy="write one prompt per line")
     elif not prompts:
         if sys.stdin is None or sys.stdin.isatty():
             raise ConfigError("no prompt", remedy=EXAMPLE)
-        prompts = [sys.stdin.read().rstrip("\n")]
+        prompts = [read_text("-").rstrip("\r\n")]
     if not all(text.strip() for text in prompts):
         raise ConfigError("the prompt is empty", remedy=EXAMPLE)
     return prompts

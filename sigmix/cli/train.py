@@ -25,7 +25,7 @@ def train(
     out: Path = typer.Option(..., help="Folder for the expert; its name is the expert's."),
     run: Path = typer.Option(None, help="Folder for checkpoints and metrics. Default: runs/NAME."),
     resume: bool = typer.Option(False, "--resume", help="Continue from the run's checkpoint."),
-    test_n: int = typer.Option(300, help="Test items for the base model and the expert after training; 0: none."),
+    test_n: int = typer.Option(300, min=0, help="Test items, of the base and the expert after training; 0: none."),
     device_map: str = DEVICE_MAP,
     shard: bool = typer.Option(False, "--shard", help="Shard the base model over the processes; see docs/scaling.md."),
     data_dir: Path = DATA_DIR,

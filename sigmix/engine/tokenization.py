@@ -115,13 +115,31 @@ def encode_turns(
         turns = in_parts(turns)
         turns[-1]["content"] = [*({"type": "image", "image": one.open()} for one in shown), *turns[-1]["content"]]
         render = partial(processor.apply_chat_template, return_tensors="pt", **options)
+    check_unicode(*(turn["content"] for turn in turns))
     try:
         inputs = _render(render, turns)
     except PromptError:
         raise
     except Exception as error:  # templates raise arbitrary errors
-        raise PromptError(f"the chat template rejects these messages: {error}") from error
+        raise template_error(error, turns) from error
     return list(inputs["input_ids"]) if processor is None else image_prompt(processor, inputs, shown)
+
+
+def check_unicode(*texts: Any) -> None:
+    """Raise `PromptError` for a text with a lone surrogate: bytes that were not UTF-8, or half of a character."""
+    for text in texts:
+        if isinstance(text, str) and (odd := re.search("[\ud800-\udfff]", text)):
+            raise PromptError(
+                f"the text is not valid Unicode: {odd[0]!a} at character {odd.start() + 1}", remedy="give UTF-8"
+            )
+
+
+def template_error(error: Exception, turns: Sequence[Mapping[str, Any]]) -> PromptError:
+    """Return the error for messages that a chat template does not take, such as Gemma's and a system message."""
+    remedy = "alternate between user and assistant, beginning with user"
+    if turns and turns[0]["role"] == "system" and "system" in str(error).lower():
+        remedy = "leave the system message out, or put its text in front of the first user message"
+    return PromptError(f"the chat template rejects these messages: {error}", remedy=remedy)
 
 
 def _render(render: Callable[[list[Any]], Any], turns: Sequence[Mapping[str, Any]]) -> Any:
@@ -179,6 +197,7 @@ def _check_tool_turns(
 
 
 def _bare(tokenizer: Any, text: str, shown: Sequence[Any]) -> list[int]:
+    check_unicode(text)
     processor = processor_of(tokenizer)
     if processor is not None:
         no_marks(processor, text)

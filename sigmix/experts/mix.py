@@ -25,6 +25,7 @@ from torch import Tensor
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
 from sigmix.experts.metadata import NAME, check_name
 from sigmix.svf.functional import mix_z
+from sigmix.utils.io import read_text
 
 if TYPE_CHECKING:
     from sigmix.experts.bank import Bank
@@ -110,10 +111,8 @@ class Mix:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"a mix is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", remedy=EXAMPLE
-                ) from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ConfigError(f"a mix is not valid JSON: {error}", remedy=EXAMPLE) from error
         if not isinstance(value, Mapping) or not isinstance(value.get("weights"), Mapping):
             raise ConfigError(
                 f"a mix in JSON is an object with 'weights', not {value!r}", remedy="{'weights': {'arithmetic': 0.7}}"
@@ -221,11 +220,7 @@ def read_mix(text: str, bank: Bank | None = None) -> Mix:
     """
     path = Path(text).expanduser()
     if path.suffix == ".json":
-        try:
-            mix = Mix.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ConfigError(f"cannot read the mix {path}: {problem}", remedy="give a file, or a:0.7+b:0.3") from error
+        mix = Mix.from_json(read_text(path, ConfigError, "give a file, or a:0.7+b:0.3"))
     else:
         mix = Mix.parse(text)
     for name in mix.weights if bank is not None else ():

@@ -125,6 +125,8 @@ def check_free(path: str | os.PathLike[str], *, replace: bool = False) -> None:
     path = Path(path)
     if (path / CONFIG).exists() and not replace:
         raise OutputError(f"{path} holds an expert already", remedy="give another --out, or remove it first")
+    if path.is_file():
+        raise OutputError(f"{path} is a file", remedy="give the name of a new folder")
     _check_replaceable(path)
     check_writable(path)
 

@@ -36,7 +36,14 @@ from sigmix.adapt.base import Decision
 from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
 from sigmix.engine import Engine
 from sigmix.engine.prefix_cache import left_pad
-from sigmix.engine.tokenization import check_tokens, context_length, has_template, in_parts, no_marks
+from sigmix.engine.tokenization import (
+    check_tokens,
+    context_length,
+    has_template,
+    in_parts,
+    no_marks,
+    template_error,
+)
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
@@ -218,13 +225,20 @@ class SigmixLM(HFLM):
 
         Raises:
             ConfigError: a turn with an image placeholder of a vision-language model.
+            PromptError: the template rejects the turns.
         """
         processor, turns = processor_of(self.tokenizer), chat_history
         if processor is not None:
             no_marks(processor, *(turn["content"] for turn in chat_history))
             turns = in_parts(chat_history)
-        with self._processor_as_tokenizer():
-            text = super().apply_chat_template(turns, add_generation_prompt)
+        try:
+            with self._processor_as_tokenizer():  # the harness's own method drops a system turn that is rejected
+                text = self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt, **self.chat_template_args,
+                )  # fmt: skip
+        except Exception as error:  # templates raise arbitrary errors
+            raise template_error(error, chat_history) from error
         if user_turns := [turn["content"] for turn in chat_history if turn["role"] == "user"]:
             self._user_turns[text] = user_turns[-1]
         return text

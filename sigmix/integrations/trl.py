@@ -206,13 +206,14 @@ def _check_samples(samples: Sequence[Sample]) -> None:
 
 def _check_format(tokenizer: PreTrainedTokenizerBase, sample: Sample, chat: bool) -> None:
     """Raise unless TRL, which uses the tokenizer, formats a prompt like the engine, which uses the processor."""
+    own = encode(tokenizer, sample.prompt, sample.system)
     if chat:
         turns = turns_of(sample.prompt, sample.system)
         options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, **CHAT}
         ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]  # type: ignore[call-overload,index]
     else:
         ids = tokenizer(bare_text(sample.prompt, sample.system))["input_ids"]
-    if list(ids) != encode(tokenizer, sample.prompt, sample.system):
+    if list(ids) != own:
         raise ConfigError(
             "TRL would format this vision-language model's prompts differently: "
             + ("the tokenizer has another chat template" if chat else "only the processor has a chat template"),

@@ -27,7 +27,7 @@ from sigmix.experts.metadata import check_name
 from sigmix.serve.observability import REQUEST_ID, Metrics
 from sigmix.serve.protocol.errors import ApiError, internal_error, rate_limited
 from sigmix.serve.settings import Settings
-from sigmix.utils.io import atomic_file
+from sigmix.utils.io import atomic_file, read_text
 
 log = logging.getLogger("sigmix.serve.auth")
 
@@ -77,10 +77,12 @@ def read_keys(path: Path) -> list[ApiKey]:
     if not path.is_file():
         return []
     try:
-        keys = [ApiKey(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["keys"]]
+        keys = [ApiKey(**entry) for entry in json.loads(read_text(path, ConfigError))["keys"]]
         if not all(isinstance(key.hash, str) and len(key.hash) == 64 for key in keys):
             raise ValueError("missing hash")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"cannot read API keys from {path}: {error}", remedy=f"fix or delete {path}") from error
     return keys
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from sigmix.errors import ConfigError, SigmixError
+from sigmix.errors import ConfigError
 from sigmix.utils.cache import cache_dir
+from sigmix.utils.io import read_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Source = PydanticBaseSettingsSource
 
@@ -88,13 +95,6 @@ class Settings(BaseSettings):
             raise ValueError("name each origin; * is not allowed")
         return origins
 
-    @classmethod
-    def settings_customise_sources(  # type: ignore[override]
-        cls, settings_cls: type[BaseSettings], init_settings: Source, env_settings: Source, **_: Source
-    ) -> tuple[Source, ...]:
-        """Order of precedence: keyword arguments, environment, TOML file."""
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
-
 
 def load_settings(file: Path | None = None, **options: Any) -> Settings:
     """Merge options (None: not given), the environment and a TOML file.
@@ -102,11 +102,18 @@ def load_settings(file: Path | None = None, **options: Any) -> Settings:
     Raises:
         ConfigError: unreadable file, unknown setting or invalid value.
     """
-    if file is not None and not file.is_file():
-        raise ConfigError(f"settings file {file} not found", remedy="pass an existing TOML file to --config")
+    try:
+        stored = {} if file is None else tomllib.loads(read_text(file, ConfigError, "give a TOML file to --config"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}", remedy="see docs/serving.md for an example") from error
 
     class FileSettings(Settings):
-        model_config = SettingsConfigDict(toml_file=file)
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], init_settings: Source, env_settings: Source, **_: Source
+        ) -> tuple[Source, ...]:
+            """Order of precedence: keyword arguments, environment, TOML file."""
+            return init_settings, env_settings, InitSettingsSource(settings_cls, stored)
 
     try:
         return FileSettings(**{name: value for name, value in options.items() if value is not None})
@@ -116,7 +123,3 @@ def load_settings(file: Path | None = None, **options: Any) -> Settings:
         raise ConfigError(
             f"setting {name}: {first['msg']}, got {first.get('input')!r}", remedy="see `sigmix serve --help`"
         ) from error
-    except SigmixError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}", remedy="see docs/serving.md for an example") from error

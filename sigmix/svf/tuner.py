@@ -178,6 +178,8 @@ def target_layers(model: nn.Module, config: SVFConfig | None = None) -> dict[str
             raise _unknown(targets, model, layers, where)
     else:
         for name in targets:
+            if name.lower() in SHORTHANDS:
+                raise ConfigError(f"target_modules: {name!r} stands alone", remedy=f"give {name} without other names")
             if not any(_named(path, name) for path in every):
                 raise _unknown(name, model, layers, where)
         paths = [path for path in layers if any(_named(path, name) for name in targets)]
@@ -188,6 +190,10 @@ def target_layers(model: nn.Module, config: SVFConfig | None = None) -> dict[str
     if isinstance(excluded := config.exclude_modules or [], str):
         paths = [path for path in paths if not re.fullmatch(excluded, path)]
     else:
+        modules = [base_path(path) for path, _ in model.named_modules()] if excluded else []
+        for name in excluded:
+            if not any(_named(path, name) for path in modules):
+                raise UnknownNameError("excluded module", name, {path.split(".")[-1] for path in layers})
         paths = [path for path in paths if not any(_named(path, name) for name in excluded)]
     if not paths:
         at = config.layers_to_transform
@@ -252,13 +258,13 @@ def _named(path: str, name: str) -> bool:
 
 
 def _unknown(name: str, model: nn.Module, layers: dict[str, Linear], where: str) -> ConfigError | UnknownNameError:
-    module = next((m for path, m in model.named_modules() if _named(base_path(path), name)), None)
+    module = next((m for path, m in model.named_modules() if name and _named(base_path(path), name)), None)
     if module is not None and not isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)):
-        return ConfigError(f"target module {name} is a {type(module).__name__}, not a torch.nn.Linear or Conv1D")
+        return ConfigError(f"target module {name} is of type {type(module).__name__}, not a torch.nn.Linear or Conv1D")
     if isinstance(module, (nn.Linear, Conv1D)):
         return ConfigError(f"target module {name} of {where} is not applied to whole rows of a batch as a layer")
     length = name.count(".") + 1
-    known = {".".join(path.split(".")[-length:]) for path in layers}
+    known = {".".join(path.split(".")[-length:]) for path in layers} | (set(SHORTHANDS) if length == 1 else set())
     return UnknownNameError("target module", name, known, remedy=f"name linear layers of {where}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,13 +67,13 @@ class TrainConfig:
         choices=("none", "mean", "leave-one-out"),
     )
     temperature: float = _option(1.0, "Sampling temperature of the rollouts; 0 is greedy.", ge=0)
-    max_new_tokens: int | None = _option(None, "Maximum tokens of a completion. Default: the task's.")
+    max_new_tokens: int | None = _option(None, "Maximum tokens of a completion. Default: the task's.", ge=1)
     eval_steps: int = _option(10, "Optimizer steps between validations.", ge=1)
     max_eval_samples: int = _option(128, "Validation items.", ge=1)
     early_stopping_patience: int = _option(
         0, "Validations without improvement before training stops; 0 disables early stopping.", ge=0
     )
-    max_train_samples: int | None = _option(None, "Distinct training prompts. Default: as many as the steps use.")
+    max_train_samples: int | None = _option(None, "Distinct training prompts. Default: as many as the steps use.", ge=1)
     target_modules: str | list[str] = field(
         default="all-linear",
         metadata={
@@ -133,6 +134,10 @@ class TrainConfig:
 
 
 def _check(name: str, value: Any, limits: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"{name} must be finite, not {value}")
     if "choices" in limits and value not in limits["choices"]:
         raise ConfigError(f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
     # written so that NaN fails every comparison

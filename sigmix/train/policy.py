@@ -31,7 +31,7 @@ from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.functional import reference_z
-from sigmix.svf.tuner import svf_layers
+from sigmix.svf.tuner import svf_layers, target_layers
 from sigmix.train.config import TrainConfig
 from sigmix.utils.io import atomic_dir
 
@@ -129,7 +129,7 @@ class PeftPolicy:
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
-        self.model: PeftModel = get_peft_model(base, _peft_config(config)).eval()
+        self.model: PeftModel = get_peft_model(base, _peft_config(base, config)).eval()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name."""
@@ -205,14 +205,17 @@ def svf_config(config: TrainConfig) -> SVFConfig:
     return SVFConfig(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)
 
 
-def _peft_config(config: TrainConfig) -> PeftConfig:
+def _peft_config(base: nn.Module, config: TrainConfig) -> PeftConfig:
     if config.policy == "ia3":
         return IA3Config()
+    targets = config.target_modules
+    if targets != "all-linear":  # names that match nothing are refused, as for SVF
+        targets = sorted(target_layers(base, svf_config(config)))
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=targets,
     )
 
 

@@ -54,6 +54,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         message = os.strerror(code) if code else str(error)
         reason, remedy = REASONS.get(code or 0, (message, _OTHER_PATH))
+        if isinstance(error, FileExistsError) and os.path.isfile(other := error.filename or path) and other != path:
+            reason = f"{other} is a file"
         raise OutputError(f"cannot write {os.fspath(path)}: {reason}", remedy=remedy) from error
 
 
@@ -170,9 +172,12 @@ def read_text(
     Raises:
         DataError (or ``error``): it cannot be read, or is in another encoding, which the message names.
     """
-    path = Path(path).expanduser()
+    path = os.path.expanduser(path)
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        if path == "-":
+            path, data = "stdin", sys.stdin.buffer.read()
+        else:
+            data = Path(path).read_bytes()
         return data.decode("utf-8-sig")
     except OSError as failure:
         raise error(f"cannot read {path}: {failure.strerror or failure}", remedy=remedy) from failure
@@ -211,10 +216,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"cannot write {path}: not a regular file", remedy=_OTHER_PATH)
-    probe = path.with_name(f".{path.name}.probe")
-    with writing(path), atomic_file(probe):
-        pass
-    probe.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
 
 
 def check_new(path: str | os.PathLike[str]) -> None:

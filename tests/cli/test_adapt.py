@@ -160,6 +160,7 @@ def test_bad_adapt_input(refused, home, bank, tmp_path):
     assert "nowhere.jsonl" in refused("adapt", "--examples", tmp_path / "nowhere.jsonl", *out, *where)
     file.write_text("\n")
     assert "shots.jsonl" in refused("adapt", "--examples", file, *out, *where)
+    assert "seed" in refused("adapt", "--task", "addition", "--seed", -1, *out, *where)
     for score, gold in (("number", '"$18"'), ("number", "NaN"), ("json", '"{"'), ("exact", '" "'), ("final", "true")):
         file.write_text(f'{{"prompt": "a", "answer": "1"}}\n\n{{"prompt": "b", "answer": {gold}}}\n')
         assert "shots.jsonl:3" in refused("adapt", "--examples", file, "--score", score, *out, *where)
@@ -173,6 +174,33 @@ def test_bad_adapt_input(refused, home, bank, tmp_path):
     (tmp_path / "m.json").write_text("mine")
     assert "m.json" in refused("adapt", "--examples", file, *out, *where)
     assert (tmp_path / "m.json").read_text() == "mine"
+
+
+SYSTEM = """
+from sigmix.tasks.base import Sample, Score, Task
+
+class Brief(Task):
+    def samples(self, split, n=None, seed=0):
+        return [Sample.make(f"{split} {i}", "a", system="be brief") for i in range(n or 4)]
+
+    def score(self, sample, reply):
+        return Score.of(reply == "a", reply)
+"""
+
+
+def test_system_messages_of_a_task_reach_the_chat_template(run, refused, home, bank, tmp_path):
+    """A template that refuses them is an error of every command, rather than a prompt without them."""
+    (tmp_path / "mine.py").write_text(SYSTEM)
+    task = ("--task", f"{tmp_path / 'mine.py'}:Brief")
+    strict = ("--base", home.strict, "--bank", bank)
+    assert "System role" in refused("adapt", *task, "--out", tmp_path / "m.json", *strict)
+    assert "System role" in refused("eval", *task, "--n", 2, *strict)
+    assert "System role" in refused("eval", *task, "--strategy", "C", "--n", 2, *strict)
+    done = run("train", *task, "--base", home.strict, "--out", tmp_path / "new", "--run", tmp_path / "run")
+    assert done.code == 2
+    assert "System role" in done.err[-1]
+    assert not (tmp_path / "new").exists()
+    assert run("eval", *task, "--n", 2, "--base", home.base, "--bank", bank).code == 0
 
 
 def test_eval_of_strategies_pairs_each_with_the_base(run, home, probed, tmp_path):

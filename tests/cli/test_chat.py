@@ -66,6 +66,17 @@ def test_chat_refuses_bad_options(refused, home):
     assert "nearest: reading" in refused("chat", "--mix", "readin", *at)
     assert "--top-p" in refused("chat", "--top-p", 2, *at)
     assert "does not exist" in refused("chat", "--base", home.base, "--bank", "no-such-folder")
+    strict = ("--base", home.strict, "--bank", home.bank, "--system", "be brief")
+    assert "System role" in refused("chat", *strict, stdin="hi\n")
+
+
+def test_bytes_that_are_not_utf8_are_an_error_and_the_session_goes_on(run, home):
+    at = ("--base", home.base, "--bank", home.bank, "--max-new-tokens", 5)
+    done = run("chat", *at, stdin=b"\xef\xbb\xbfcaf\xe9\r\nhello\r\n")
+    assert done.code == 0
+    assert len(done.err) == 1
+    assert "Unicode" in done.err[0]
+    assert done.out == run("generate", "hello", *at).out
 
 
 class Parrot:

@@ -89,10 +89,63 @@ def test_a_stop_text_ends_the_answer(generate):
         (["hi", "--top-p", "0"], "top_p"),
         (["--file", "/no/such/file"], "/no/such/file"),
         (["hi", "--file", "/no/such/file"], "both"),
+        (["--file", "."], "cannot read ."),
+        (["--file", "/dev/null"], "no prompts"),
+        (["hi\udcff"], "Unicode"),
+        (["hi\udcff", "--raw"], "Unicode"),
+        (["hi", "--system", "\udcff"], "Unicode"),
+        (["hi", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["hi", "--temperature", "nan"], "--temperature"),
+        (["hi", "--temperature", "inf"], "temperature"),
+        (["hi", "--form", "mergd"], "merged"),
+        (["hi", "--mix", "auto", "--strategy", "Z"], "'Z'"),
+        (["hi", "--quantization", "int9"], "int8"),
     ],
 )
 def test_bad_input(refused, home, arguments, expected):
     assert expected in refused("generate", *arguments, "--base", home.base, "--bank", home.bank)
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfhello\r\nyou\r\n\r\n \r\n", b"hello\nyou", b"\nhello\n\nyou\n\n"])
+def test_byte_order_marks_windows_line_ends_and_blank_lines_are_no_prompts(generate, tmp_path, content):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    for arguments, stdin in ((("--file", file), b""), (("--file", "-"), content)):
+        answers = generate(*arguments, "--json", stdin=stdin).json["answers"]
+        assert [one["prompt"] for one in answers] == ["hello", "you"]
+
+
+def test_stdin_is_one_prompt_without_its_byte_order_mark(generate):
+    assert generate("--json", stdin=b"\xef\xbb\xbfhello\r\nyou\r\n").json["answers"][0]["prompt"] == "hello\r\nyou"
+
+
+@pytest.mark.parametrize(("content", "found"), [("hi".encode("utf-16"), "UTF-16"), (b"a\ncaf\xe9", ":2")])
+def test_other_encodings_are_named(refused, home, tmp_path, content, found):
+    at = ("--base", home.base, "--bank", home.bank)
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    for arguments, stdin in ((("--file", file), b""), ((), content)):
+        line = refused("generate", *arguments, *at, stdin=stdin)
+        assert found in line
+        assert "UTF-8" in line
+    mix = tmp_path / "mix.json"
+    mix.write_bytes(content)
+    assert "mix.json" in refused("generate", "hi", "--mix", mix, *at)
+
+
+def test_a_mix_with_a_byte_order_mark(generate, tmp_path):
+    file = tmp_path / "mix.json"
+    file.write_bytes(b'\xef\xbb\xbf{"weights": {"arithmetic": 0.5}}\r\n')
+    assert generate("hi", "--mix", file, "--json").json["answers"][0]["mix"] == "arithmetic:0.5"
+
+
+def test_a_template_that_refuses_system_messages(run, refused, home):
+    at = ("--base", home.strict, "--bank", home.bank)
+    line = refused("generate", "hi", "--system", "be brief", *at)
+    assert "System role not supported" in line
+    assert "system message" in line.partition(" -> ")[2]
+    assert run("generate", "hi", *at, "--max-new-tokens", 1).code == 0
+    assert run("generate", "hi", "--system", "be brief", "--raw", *at, "--max-new-tokens", 1).code == 0
 
 
 def test_no_base_and_no_bank(refused, home, tmp_path):

@@ -236,6 +236,40 @@ def test_an_out_folder_with_other_files_is_refused_before_training(sigmix, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--targets", "q_proj,v_porj"], ["v_porj", "v_proj"]), (["--targets", "v_porj"], ["v_porj", "v_proj"]),
+        (["--targets", "atention"], ["atention", "attention"]), (["--targets", "mlp,q_proj"], ["mlp"]),
+        (["--targets", "embed_tokens"], ["embed_tokens"]), (["--targets", ","], ["target_modules"]),
+        (["--targets", ""], ["target_modules"]), (["--targets", "("], ["("]),
+        (["--targets", "v_porj", "--policy", "lora"], ["v_porj", "v_proj"]), (["--layers", "99"], ["99", "[0, 1]"]),
+        (["--layers", "0,99"], ["99"]), (["--layers", "-1"], ["-1"]), (["--layers", "haf"], ["haf", "half"]),
+        (["--layers", "0-1"], ["0-1"]), (["--learning-rate", "inf"], ["learning_rate"]), (["--beta", "nan"], ["beta"]),
+        (["--test-n", "-1"], ["--test-n"]), (["--max-new-tokens", "0"], ["max_new_tokens"]),
+        (["--max-train-samples", "0"], ["max_train_samples"]), (["--tensorboard", "file"], ["file"]),
+        (["--device-map", "none.json"], ["none.json"]),
+    ],
+)  # fmt: skip
+def test_options_that_fit_nothing_are_named_before_training(sigmix, tmp_path, options, words):
+    (tmp_path / "file").write_text("")
+    refused(sigmix("--out", "sums", *options), *words)
+    assert not (tmp_path / "sums").exists()
+
+
+def test_blanks_between_names_of_modules(sigmix, tmp_path):
+    assert sigmix("--out", "sums", "--targets", "q_proj, v_proj,", "--test-n", 0)[0] == 0
+    config = json.loads((tmp_path / "sums" / "adapter_config.json").read_text())
+    assert {path.split(".")[-1] for path in config["target_modules"]} == {"q_proj", "v_proj"}
+
+
+def test_a_file_in_place_of_the_out_folder(sigmix, tmp_path):
+    (tmp_path / "sums").write_text("mine")
+    refused(sigmix("--out", "sums"), "sums")
+    assert (tmp_path / "sums").read_text() == "mine"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_layers_that_are_no_numbers_are_named(sigmix):
     code, _, err = sigmix("--out", "sums", "--layers", "first,last")
     assert (code, len(err.strip().splitlines())) == (2, 1)

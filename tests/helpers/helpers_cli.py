@@ -41,7 +41,10 @@ def add_expert(bank, base: Path, name: str, seed: int = 0, **meta):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """cache, base, other (a base with other weights), bank: folders. Tests leave them as they are."""
+    """cache, base, other (a base with other weights), bank, strict: folders. Tests leave them as they are.
+
+    ``strict`` is the base with a chat template that refuses system messages, as Gemma's does.
+    """
     from sigmix import Bank
 
     folder = tmp_path_factory.mktemp("cli")
@@ -51,6 +54,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         for seed, path in enumerate((made.base, made.other)):
             root.build_tiny(seed=seed).save_pretrained(path)
             root.build_tokenizer().save_pretrained(path)
+        made.strict = folder / "strict"
+        root.build_tiny(seed=0).save_pretrained(made.strict)
+        tokenizer = root.build_tokenizer()
+        raises = "{{ raise_exception('System role not supported') }}"
+        refusal = f"{{% if messages[0]['role'] == 'system' %}}{raises}{{% endif %}}"
+        tokenizer.chat_template = refusal + tokenizer.chat_template
+        tokenizer.save_pretrained(made.strict)
         bank = Bank(made.bank, create=True)
         for seed, (name, task) in enumerate(TASKS.items()):
             add_expert(bank, made.base, name, seed, task=task, domain=name, description=f"knows {name}")

@@ -188,6 +188,22 @@ def test_with_the_chat_template_the_last_user_turn_is_decided_on(harness, tmp_pa
     assert "tiny_choice" in done.out
 
 
+def test_a_system_instruction_that_the_chat_template_refuses(refused, place, harness, tmp_path, monkeypatch):
+    """The harness's own model leaves it out, with a warning; here it is an error."""
+    strict = tmp_path / "strict"
+    build_tiny().save_pretrained(strict)
+    tokenizer = build_tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(strict)
+    chat = ("--base", strict, "--mix", "base", "--apply_chat_template", "--limit", 1)
+    assert harness(*chat).code == 0
+    done = harness(*chat, "--system_instruction", "be brief")
+    assert done.code == 2
+    assert "System role not supported" in done.err[-1]
+    assert "system message" in done.err[-1]
+
+
 def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
     def line(*words, **options):
         done = harness(*words, **options)

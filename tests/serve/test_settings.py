@@ -44,6 +44,20 @@ def test_invalid_files(tmp_path, content, named):
     assert named in str(error.value)
 
 
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_bytes(b"\xef\xbb\xbfport = 1111\r\n")
+    assert load_settings(file).port == 1111
+
+
+@pytest.mark.parametrize("content", ["port = 1".encode("utf-16"), 'host = "é"'.encode("latin-1")])
+def test_a_file_in_another_encoding(tmp_path, content):
+    file = tmp_path / "serve.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"serve\.toml.*UTF-8"):
+        load_settings(file)
+
+
 @pytest.mark.parametrize("host, loopback", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False),
                                             ("10.0.0.1", False), ("example.org", False)])  # fmt: skip
 def test_loopback(host, loopback):

@@ -194,6 +194,16 @@ def test_exclude(name, value, targets, tiny):
         assert first == {path for path in found if ".0." in path}
 
 
+def test_a_misspelt_name_to_exclude(tiny):
+    with pytest.raises(UnknownNameError, match=r"'q_porj'.*q_proj"):
+        adapt(tiny(), exclude_modules=["q_porj", "mlp.up_proj"])
+
+
+def test_a_shorthand_stands_alone(tiny):
+    with pytest.raises(ConfigError, match="attention"):
+        adapt(tiny(), target_modules=["attention", "up_proj"])
+
+
 def test_exclude_given_twice():
     assert SVFConfig(exclude=["a"], exclude_modules=["a"]).exclude_modules == ["a"]
     with pytest.raises(ConfigError, match="exclude_modules"):
@@ -211,6 +221,8 @@ def test_no_module_matches(targets, tiny):
     [
         (["q_proj", "v_porj"], "v_porj", "v_proj"),
         ("v_porj", "v_porj", "v_proj"),
+        ("atention", "atention", "attention"),
+        (["q_proj", ""], "", "q_proj"),
         (["self_attn.q_proj", "self_atn.k_proj"], "self_atn.k_proj", "self_attn.k_proj"),
         (["q_proj", "model.layers.7.mlp.up_proj"], "model.layers.7.mlp.up_proj", "model.layers.1.mlp.up_proj"),
     ],
