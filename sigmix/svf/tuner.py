@@ -11,6 +11,7 @@ fills PEFT's mappings directly; ``import sigmix`` calls it as soon as PEFT is im
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -264,7 +265,7 @@ def _unknown(name: str, model: nn.Module, layers: dict[str, Linear], where: str)
     if isinstance(module, (nn.Linear, Conv1D)):
         return ConfigError(f"target module {name} of {where} is not applied to whole rows of a batch as a layer")
     length = name.count(".") + 1
-    known = {".".join(path.split(".")[-length:]) for path in layers} | (set(SHORTHANDS) if length == 1 else set())
+    known = {".".join(path.split(".")[-length:]) for path in layers} | set(difflib.get_close_matches(name, SHORTHANDS))
     return UnknownNameError("target module", name, known, remedy=f"name linear layers of {where}")
 
 
