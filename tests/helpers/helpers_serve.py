@@ -25,11 +25,11 @@ def bank() -> dict[str, Any]:
     return {name: expert(build_tiny(), name, seed) for seed, name in enumerate(NAMES, 1)}
 
 
-def make_service(folder, experts=None, **settings: Any) -> Service:
-    """A service that is not started."""
+def make_service(folder, experts=None, model=None, **settings: Any) -> Service:
+    """A service that is not started; its model is the tiny Llama by default."""
     made = load_settings(None, **{"state": folder / "state", "shutdown_timeout": 5.0, "port": 0, **settings})
     graders = {"exact": lambda reply, gold: float(reply.strip() == gold)}
-    return Service(build_tiny(), build_tokenizer(), bank() if experts is None else experts, made, graders)
+    return Service(model or build_tiny(), build_tokenizer(), bank() if experts is None else experts, made, graders)
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers_architectures import build
 from helpers_train import Letter, config, trainer
 
 from sigmix.errors import ConfigError, ContextError, DivergedError
@@ -38,6 +39,18 @@ class Scripted(Letter):
 
 
 # ------------------------------------------------------------------ the course of a run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["reinforce", "sft"])
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "deepseek_v3", "phi3, longrope"])
+def test_a_run_of_other_architectures(tiny_tokenizer, tmp_path, name, objective):
+    own = {"num_generations": 1, "generation_batch_size": 8} if objective == "sft" else {}
+    run = trainer(build(name), tiny_tokenizer, tmp_path / "run", task=Letter(), objective=objective, **own)
+    run.fit()
+    steps = entries(run, "step")
+    assert len(steps) == 6
+    assert all(entry["grad_norm"] > 0 for entry in steps if objective == "sft" or 0 < entry["reward"] < 1)
 
 
 def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
