@@ -10,8 +10,9 @@ import contextlib
 import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sigmix.errors import BaseModelError, ConfigError, SigmixError
 from sigmix.models.default import DEFAULT, OFFLINE_VARIABLES, offline
@@ -22,8 +23,11 @@ IGNORED = ("*/*",)  # in the hub's patterns a star matches slashes too
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-def hub_folder(name: str, revision: str | None) -> Path:
+def hub_folder(name: str, revision: str | None, check: Callable[[Path], None] | None = None) -> Path:
     """Download a base model into the hub's own cache, or find it there, and return its folder.
+
+    Args:
+        check: called before a first download of weights with the folder of ``config.json``; raises to refuse the model.
 
     Raises:
         BaseModelError: not found, gated, or unreachable and not cached, or cached only in part; the cache cannot be
@@ -40,12 +44,14 @@ def hub_folder(name: str, revision: str | None) -> Path:
     if broken_off:
         hint = "; it is in the hub's cache only in part"
     with hub_errors(name, BaseModelError, hint=hint, instead=base_names()) as token:
+        options: dict[str, Any] = {"revision": revision, "local_files_only": offline(), "token": token}
+        if check is not None and not any(cache.glob("snapshots/*/*.safetensors*")):
+            check(Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json"], **options)))
         folder = Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(IGNORED),
-                local_files_only=offline(), token=token,
+                name, allow_patterns=list(HUB_FILES), ignore_patterns=list(IGNORED), **options
             )
-        )  # fmt: skip
+        )
     # online the folder is complete, unless the hub was unreachable and the cache answered
     if (offline() or broken_off) and (lacking := _lacking(folder)):
         version = f" --revision {revision}" if revision else ""

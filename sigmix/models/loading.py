@@ -125,7 +125,7 @@ def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = Non
         return str(files[0]), convert_gguf(files), "gguf"
     if path.suffix.lower() == ".gguf" or text.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(text):
         raise BaseModelError(f"no base at {text!r}{near_paths(path)}", remedy=f"check the path, or {base_names()}")
-    return text, hub_folder(text, revision), "hub"
+    return text, hub_folder(text, revision, lambda folder: _check_config_file(folder, text)), "hub"
 
 
 def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
@@ -251,6 +251,11 @@ def _check_pointers(folder: Path, files: Iterable[str], label: str) -> None:
             f"{label} holds git-lfs pointers in place of {', '.join(pointers[:3])}{', …' if pointers[3:] else ''}",
             remedy=f"download the files: git -C {folder} lfs pull",
         )
+
+
+def _check_config_file(folder: Path, label: str) -> None:
+    if (folder / "config.json").is_file():
+        _check_architecture(_read_json(folder / "config.json"), label)
 
 
 def _check_architecture(config: Mapping[str, Any], label: str) -> None:

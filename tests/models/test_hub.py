@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import traceback
 from unittest.mock import Mock
 
@@ -108,6 +109,15 @@ def test_only_what_transformers_loads_is_fetched(fake_hub):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(wanted)
     assert (hub.hub_folder("org/small", None) / "model.safetensors").is_file()
     assert (hub.hub_folder("org/other", None) / "model.safetensors-00001-of-00002.safetensors").is_file()
+
+
+def test_an_unsupported_architecture_is_refused_before_its_weights_are_fetched(fake_hub):
+    config = json.dumps({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}).encode()
+    fake_hub.add("org/rwkv", {"config.json": config, "model.safetensors": b"w"})
+    for _ in range(2):
+        with pytest.raises(BaseModelError, match="rwkv"):
+            load_base("org/rwkv")
+    assert not [path for _, path, _ in fake_hub.requests if "safetensors" in path]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, hub_errors.HFValidationError])
