@@ -66,10 +66,11 @@ class TokenDecoder:
     def _bytes_of(self, id: int, first: bool) -> bytes:
         # a token's text depends on its place only at the beginning of a text, so the second of two is the general form
         once, twice = (self._decode([id] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
-        text = str(once) if first else str(twice)[len(once) :]
+        token, text = str(self._token(id)), str(once) if first else str(twice)[len(once) :]
+        if token.endswith("</w>"):  # of openai-gpt, which puts spaces after words
+            text = str(twice)[: len(twice) - len(once)]
         if REPLACEMENT not in twice:
             return text.encode()
-        token = str(self._token(id))
         if match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
             return bytes.fromhex(match[1])
         if all(character in _byte_level() for character in token):
@@ -176,6 +177,8 @@ class StreamingDetokenizer:
     def _extend(self, text: str, special: str = "") -> str:
         visible, full = len(self._visible), len(self._full)
         self._visible += text
+        if not self._stops:
+            return self._emit(len(self._visible))
         if self._special_stops:
             self._full += text + special
             if special:

@@ -7,6 +7,8 @@ import random
 import pytest
 from helpers_tiny import build_tokenizer
 from helpers_tokenizers import KINDS, byte_level, gemma, metaspace, sentencepiece, wordpiece
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from sigmix.engine.detokenizer import StreamingDetokenizer, TokenDecoder, text_offsets, token_decoder, token_text
 
@@ -52,6 +54,14 @@ def test_no_incomplete_characters(make):
     assert set(pieces) == {*text, ""}
     cut, _ = stream(tokenizer, [single[bytes([byte])] for byte in "a🙂".encode()[:-1]])
     assert cut == ["a", "", "", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_spaces_after_words():
+    backend = Tokenizer(models.BPE({"lo": 0, "w</w>": 1, "tide</w>": 2}, [], end_of_word_suffix="</w>"))
+    backend.decoder = decoders.BPEDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert stream(tokenizer, [0, 1, 2])[0] == ["lo", "w ", "tide ", ""]
+    assert tokenizer.decode([0, 1, 2]) == "low tide"
 
 
 def test_broken_characters_keep_their_neighbours():
