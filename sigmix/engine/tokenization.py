@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
+from itertools import groupby
 from typing import Any
 
 from sigmix.errors import ConfigError, ContextError, PromptError
@@ -249,17 +249,17 @@ def _end_of_turn(tokenizer: Any, ends: Sequence[int]) -> int | None:
     """Return the id of the token that the chat template writes after an assistant turn; None if it writes none."""
     reply = "sigmixreply"
     turns = [{"role": "user", "content": "sigmixprompt"}, {"role": "assistant", "content": reply}]
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" ▁\n\t")}
     # some templates end all turns but the last; before a further turn, only an end token is none of its beginning
-    for following, allowed in (([], added.union(ends)), (turns[:1], set(ends))):
+    for following in ([], turns[:1]):
         text = _text_of(tokenizer, [*turns, *following])
         if text is None or reply not in text:
             continue
-        tail = tokenizer(text[text.rindex(reply) + len(reply) :], add_special_tokens=False)["input_ids"]
-        # the first marks after the text, such as <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
-        start = next((place for place, id in enumerate(tail) if id in added or id in ends), len(tail))
-        marks = list(takewhile(lambda id: id in added or id in ends, tail[start:]))
-        if found := [*(id for id in marks if id in ends), *(id for id in marks if id in allowed)]:
+        tail = text[text.rindex(reply) + len(reply) :]
+        added = tokenizer.added_tokens_decoder.items()
+        marks = {id for id, token in added if token.special or token.content == tail.strip()}.union(ends)
+        runs = groupby(tokenizer(tail, add_special_tokens=False)["input_ids"], marks.__contains__)
+        first = next((list(run) for marked, run in runs if marked), [])  # <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
+        if found := [id for id in first if id in ends] or ([] if following else first):
             return int(found[0])
     return None
 

@@ -179,6 +179,16 @@ def test_a_reply_ends_as_the_chat_template_writes_it(template, eos, end):
     assert len(ends) == len(set(ends))
 
 
+def test_an_end_token_that_is_not_special():
+    tokenizer = templated(text=CHATML)
+    tokenizer.add_tokens(["<|im_end|>", "\n\n", "_e", "ne"])
+    model = model_with(tokenizer, "<eos>")
+    assert eos_token_ids(model, tokenizer)[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer = templated(text=CHATML)  # without the token, the template's end is text
+    tokenizer.add_tokens(["\n\n", "_e", ">\n"])
+    assert eos_token_ids(model, tokenizer)[0] == tokenizer.eos_token_id
+
+
 def test_an_end_that_only_later_turns_show_is_an_end_token():
     tokenizer = with_ends(text=OPEN_END)
     end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
