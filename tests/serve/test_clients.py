@@ -111,6 +111,17 @@ def test_openai_completions(client, alone):
     assert len(client.completions.create(**options, n=2, best_of=3, temperature=1.0).choices) == 2
 
 
+def test_openai_responses(client, expected):
+    def whole(turns):
+        return client.responses.create(model="math", input=turns, max_output_tokens=LIMIT).output_text
+
+    def streamed(turns):
+        with client.responses.stream(model="math", input=turns, max_output_tokens=LIMIT) as events:
+            return "".join(event.delta for event in events if event.type == "response.output_text.delta")
+
+    assert converse(whole) == converse(streamed) == expected("math")
+
+
 def test_openai_errors(client):
     openai = pytest.importorskip("openai")
     turns = [{"role": "user", "content": "hi"}]
@@ -147,6 +158,14 @@ def test_litellm(litellm, expected):
     assert converse(whole) == converse(streamed) == expected("math")
 
 
+def test_litellm_responses(litellm, expected):
+    def whole(turns):
+        (item,) = litellm("responses", input=turns, max_output_tokens=LIMIT).output
+        return item.content[0].text
+
+    assert converse(whole) == expected("math")
+
+
 @pytest.mark.parametrize("model", ["openai/math", "text-completion-openai/math"])
 def test_litellm_text_completion(litellm, alone, model):
     (reply,) = alone.generate(["one two"], "math", max_new_tokens=4, chat=False)
@@ -173,7 +192,7 @@ def langchain(server):
     return build
 
 
-@pytest.mark.parametrize("options", [{}, {"use_responses_api": False}])
+@pytest.mark.parametrize("options", [{}, {"use_responses_api": False}, {"use_responses_api": True}])
 def test_langchain(langchain, expected, options):
     model = langchain("ChatOpenAI", max_tokens=LIMIT, **options)
 
