@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from typing import Literal
 
 import pytest
 from helpers_serve import bank, live
 from helpers_tiny import build_tiny, build_tokenizer
+from pydantic import BaseModel, ConfigDict
 
 from sigmix import Bank
 from sigmix.engine import Engine
@@ -18,6 +20,15 @@ pytestmark = pytest.mark.slow
 FIRST, SECOND = "one two three", "four five"
 LIMIT = 9
 MIX = "math:0.7+code:0.3"
+
+
+class Answer(BaseModel):
+    """An answer that a random model can give in a few tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    color: Literal["red", "green"]
+    right: bool
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +133,16 @@ def test_openai_responses(client, expected):
     assert converse(whole) == converse(streamed) == expected("math")
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_openai_structured_output(client, temperature):
+    turns, options = [{"role": "user", "content": FIRST}], {"model": MIX, "temperature": temperature}
+    parsed = client.chat.completions.parse(messages=turns, response_format=Answer, **options)
+    assert isinstance(parsed.choices[0].message.parsed, Answer)
+    with client.chat.completions.stream(messages=turns, response_format=Answer, **options) as events:
+        assert isinstance(events.get_final_completion().choices[0].message.parsed, Answer)
+    assert isinstance(client.responses.parse(input=FIRST, text_format=Answer, **options).output_parsed, Answer)
+
+
 def test_openai_errors(client):
     openai = pytest.importorskip("openai")
     turns = [{"role": "user", "content": "hi"}]
@@ -156,6 +177,12 @@ def test_litellm(litellm, expected):
         return "".join(part.choices[0].delta.content or "" for part in parts)
 
     assert converse(whole) == converse(streamed) == expected("math")
+
+
+def test_litellm_structured_output(litellm):
+    turns = [{"role": "user", "content": FIRST}]
+    reply = litellm("completion", messages=turns, response_format=Answer)
+    assert Answer.model_validate_json(reply.choices[0].message.content)
 
 
 def test_litellm_responses(litellm, expected):
@@ -203,6 +230,13 @@ def test_langchain(langchain, expected, options):
     assert [reply.text for reply in model.batch([FIRST, FIRST])] == [expected("math")[0]] * 2
     reply = langchain("ChatOpenAI", max_tokens=LIMIT, logprobs=True, temperature=0, top_p=0.9, seed=1).invoke(FIRST)
     assert len(reply.response_metadata["logprobs"]["content"]) == reply.usage_metadata["output_tokens"]
+
+
+@pytest.mark.parametrize("responses", [False, True])
+def test_langchain_structured_output(langchain, responses):
+    model = langchain("ChatOpenAI", use_responses_api=responses)
+    assert isinstance(model.with_structured_output(Answer).invoke(FIRST), Answer)
+    assert isinstance(model.with_structured_output(Answer.model_json_schema()).invoke(FIRST), dict)
 
 
 def test_langchain_completions(langchain, alone):
