@@ -8,12 +8,14 @@ import subprocess
 from typing import Literal
 
 import pytest
-from helpers_serve import bank, live
+from helpers_scripted import real_template, scripted
+from helpers_serve import Live, bank, live
 from helpers_tiny import build_tiny, build_tokenizer
 from pydantic import BaseModel, ConfigDict
 
 from sigmix import Bank
 from sigmix.engine import Engine
+from sigmix.serve import Service, load_settings
 from sigmix.serve.auth import add_key
 
 pytestmark = pytest.mark.slow
@@ -245,6 +247,51 @@ def test_langchain_completions(langchain, alone):
     assert model.invoke("one two") == "".join(model.stream("one two")) == reply.text
     found = langchain("OpenAI", max_tokens=4, n=2, best_of=3).generate(["one", "two"])
     assert [len(choices) for choices in found.generations] == [2, 2]
+
+
+# --- Tools
+
+
+@pytest.fixture
+def caller(tmp_path, cache):
+    """Server on a model that calls the tool `weather`, with the chat template of Qwen 2.5."""
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    model, tokenizer = scripted(call, real_template("qwen2_5"))
+    settings = load_settings(None, state=tmp_path / "state", port=0, max_new_tokens=256)
+    server = Live(Service(model, tokenizer, {}, settings, {}))
+    yield f"{server.url}/v1"
+    server.stop()
+
+
+def weather(city: str) -> str:
+    """Weather of a city."""
+    return f"sunny in {city}"
+
+
+@pytest.mark.parametrize("responses", [False, True])
+def test_langchain_tools(caller, responses):
+    module = pytest.importorskip("langchain_openai")
+    model = module.ChatOpenAI(model="base", base_url=caller, api_key="none", use_responses_api=responses)
+    bound = model.bind_tools([weather])
+    reply = bound.invoke("Paris?")
+    (call,) = reply.tool_calls
+    assert (call["name"], call["args"]) == ("weather", {"city": "Paris"})
+    streamed = [*bound.stream("Paris?")]
+    assert sum(streamed[1:], streamed[0]).tool_calls[0]["args"] == {"city": "Paris"}
+    result = {"role": "tool", "content": weather(**call["args"]), "tool_call_id": call["id"]}
+    assert bound.invoke([{"role": "user", "content": "Paris?"}, reply, result]).tool_calls
+
+
+def test_litellm_tools(caller):
+    litellm = pytest.importorskip("litellm")
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    turns = [{"role": "user", "content": "Paris?"}]
+    options = {"model": "openai/base", "api_base": caller, "api_key": "none", "tools": tools}
+    message = litellm.completion(messages=turns, **options).choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Paris"}
+    result = {"role": "tool", "content": "sunny", "tool_call_id": message.tool_calls[0].id}
+    assert litellm.completion(messages=[*turns, message.model_dump(), result], **options).choices[0].message.tool_calls
 
 
 # --- lm-eval

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from helpers_scripted import scripted
+from helpers_scripted import real_template, scripted
 from helpers_serve import CHAT, Client
 
 from sigmix.serve import Service, load_settings
@@ -25,12 +23,6 @@ WEATHER = {
 USER = {"role": "user", "content": "Paris?"}
 HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 LLAMA = '{"name": "weather", "parameters": {"city": "Paris"}}'
-
-
-def real_template(name: str) -> str:
-    if (trl := find_spec("trl")) is None:
-        pytest.skip("trl is not installed")
-    return (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
 
 
 @pytest.fixture
