@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sigmix.errors import BaseModelError
 from sigmix.models.gguf_config import MODEL_TYPES, ORIGINAL, ROPE_TENSORS, config_of
 from sigmix.utils.cache import cache_dir, write_manifest
-from sigmix.utils.io import atomic_dir, file_lock, sha256_file, writing
+from sigmix.utils.io import atomic_dir, file_lock, sha256_file, write_json, writing
 from sigmix.utils.logging import quiet
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def _check_kind(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTen
     kind, architecture = fields.get("general.type", "model"), fields.get("general.architecture")
     if kind == "adapter" or "adapter.type" in fields or any(".lora_" in name for name in tensors):
         base = fields.get("general.base_model.0.name", "the model that it was made for")
-        own = "sigmix loads the expert itself (--base BASE --mix NAME)" if "sigmix.mix" in fields else f"give {base}"
+        mix = fields.get("sigmix.mix")
+        own = f"give {base}" if mix is None else f"sigmix loads the experts themselves: --base BASE --mix {mix}"
         raise BaseModelError(
             f"{path} is an adapter for {base}, not a model",
             remedy=f"{own}; llama.cpp loads this file beside its base: llama-server -m BASE.gguf --lora {path.name}",
@@ -227,10 +229,19 @@ def _convert(files: Sequence[Path], folder: Path, digests: Sequence[str]) -> Non
     with atomic_dir(folder) as temporary, quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _drop_tokens(temporary / "tokenizer.json", model.config.vocab_size)
         for path in temporary.iterdir():  # safetensors writes for the owner alone, which breaks a shared cache
             shutil.copymode(temporary / "config.json", path)
         source = {"kind": "gguf", "file": files[0].name, "sha256": " ".join(digests)}
         write_manifest(temporary, source | {"architecture": contents.architecture})
+
+
+def _drop_tokens(file: Path, size: int) -> None:
+    """Remove the tokens beyond the embedding: transformers adds GPT-2's ``<|endoftext|>`` to every byte-level BPE."""
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    kept = [token for token in tokenizer["added_tokens"] if token["id"] < size]
+    if len(kept) < len(tokenizer["added_tokens"]):
+        write_json(file, tokenizer | {"added_tokens": kept})
 
 
 def _differing(label: str, difference: str) -> BaseModelError:
@@ -265,21 +276,31 @@ def _unused(contents: Contents, config: PreTrainedConfig) -> list[str]:
 
 @contextlib.contextmanager
 def _merged(contents: Contents, files: Sequence[Path]) -> Iterator[Path]:
-    """Yield the path of the whole model in one file: transformers does not read split ones."""
-    if len(files) == 1:
+    """Yield the path of the whole model in one file that transformers reads rightly.
+
+    It does not read split files, and it leaves q and k of a Llama permuted unless the header states both numbers of
+    heads, each as one number.
+    """
+    numbers: dict[str, int] = {}
+    if contents.architecture == "llama":
+        for name in ("llama.attention.head_count", "llama.attention.head_count_kv"):
+            value = contents.fields.get(name, contents.fields["llama.attention.head_count"])
+            numbers[name] = value[0] if isinstance(value, list) else value
+    if len(files) == 1 and all(contents.fields.get(name) == value for name, value in numbers.items()):
         yield files[0]
         return
-    from gguf import GGUFWriter
-    from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
+    from gguf import GGUFValueType, GGUFWriter
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-    first = contents.readers[0]
-    tensors = list(contents.tensors.values())
+    first, tensors = contents.readers[0], list(contents.tensors.values())
     whole: Any = SimpleNamespace(fields=first.fields, tensors=tensors, endianess=first.endianess)
+    changed = {name: MetadataDetails(GGUFValueType.UINT32, value) for name, value in numbers.items()}
+    dropped = [name for name in first.fields if name.startswith("split.") or name in changed]
     scratch = tempfile.TemporaryDirectory(dir=models_dir(), prefix=".merge.", suffix=".tmp")
     with writing(models_dir()), scratch as folder:
         path = Path(folder) / "model.gguf"
         with quiet():
             writer = GGUFWriter(path, contents.architecture, endianess=first.endianess)
             writer.data_alignment = first.alignment
-            copy_with_new_metadata(whole, writer, {}, [name for name in first.fields if name.startswith("split.")])
+            copy_with_new_metadata(whole, writer, changed, dropped)
         yield path
