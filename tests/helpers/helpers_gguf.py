@@ -124,7 +124,8 @@ def gguf_tensors(model, architecture: str) -> dict[str, torch.Tensor]:
     """{llama.cpp's name: value in its layout} of a model's parameters."""
     config = model.config
     tied = config.tie_word_embeddings
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = kinds.get(architecture, gguf.MODEL_ARCH.LLAMA)
     table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     found: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
+from helpers_tiny import build_tiny
 from huggingface_hub import errors as hub_errors
 
 from sigmix.cli.doctor import read_config
@@ -76,6 +77,44 @@ def test_offline_mode_asks_the_network_for_nothing(monkeypatch, tmp_path):
     with pytest.raises(BaseModelError, match="'org/model'.* -> unset SIGMIX_OFFLINE"):
         load_base("org/model")
     assert asked["local_files_only"] is True
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "tokenizer"])
+@pytest.mark.parametrize("why", ["offline", "incomplete"])
+def test_a_download_that_broke_off_is_named_with_what_it_lacks(monkeypatch, model_folder, tmp_path, lost, why):
+    for file in model_folder.glob(f"{lost}*"):
+        file.unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    if why == "offline":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    else:  # the hub could not be reached, and the cache answered
+        monkeypatch.setattr(hub, "offline", lambda: False)
+        (tmp_path / "hub" / "models--org--model" / "blobs").mkdir(parents=True)
+        (tmp_path / "hub" / "models--org--model" / "blobs" / "deadbeef.incomplete").touch()
+    message = rf"org/model is in the hub's cache only in part.*{lost}.* -> run it again online.*hf download org/model"
+    with pytest.raises(BaseModelError, match=f"{message} --revision v1"):
+        load_base("org/model", revision="v1")
+
+
+def test_shards_that_a_broken_download_lacks_are_named(monkeypatch, model_folder):
+    build_tiny().save_pretrained(model_folder, max_shard_size="100KB")
+    (model_folder / "model.safetensors").unlink(missing_ok=True)
+    shard = sorted(model_folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    shard.symlink_to("../blobs/gone")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BaseModelError, match=f"only in part.* lacks {shard.name} -> run it again online"):
+        load_base("org/model")
+
+
+def test_a_repository_without_safetensors_is_not_taken_for_a_broken_download(monkeypatch, model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    with pytest.raises(BaseModelError, match=r"pytorch_model\.bin.* -> convert it"):
+        load_base("org/model")
 
 
 def test_a_full_disk_under_the_hubs_cache_is_named(monkeypatch):

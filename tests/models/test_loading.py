@@ -107,6 +107,24 @@ def test_truncated_weights_are_an_error(model_folder):
         load_base(model_folder)
 
 
+@pytest.mark.parametrize("size", [0, 4, 200])
+def test_a_file_of_weights_that_ends_early_is_named(model_folder, size):
+    build_tiny().save_pretrained(model_folder, max_shard_size="100KB")
+    (model_folder / "model.safetensors").unlink(missing_ok=True)
+    file = sorted(model_folder.glob("model-*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(BaseModelError, match=f"{file.name}.* -> download"):
+        load_base(model_folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_git_lfs_pointers_in_place_of_files_are_named(model_folder, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+    (model_folder / name).write_text(pointer)
+    with pytest.raises(BaseModelError, match=f"git-lfs pointers in place of {name} -> .*lfs pull"):
+        load_base(model_folder)
+
+
 def test_missing_tensors_are_never_filled_with_random_numbers(model_folder):
     from safetensors.torch import load_file, save_file
 

@@ -1,18 +1,21 @@
-"""Device maps: layers left on the disk compute in the gain form, are read one at a time, and are the same base."""
+"""Device maps (layers on the disk are read one at a time and are the same base) and stored quantization."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from helpers_tiny import build_tiny, build_tokenizer
 from peft import get_peft_model
-from transformers import BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from sigmix import Engine, Expert, Mix, SVFConfig, load_base
 from sigmix.errors import BaseModelError, ConfigError
 from sigmix.experts.fingerprint import fingerprint
-from sigmix.models.quantization import named_config
+from sigmix.models.quantization import QUANTIZATIONS, named_config
 from sigmix.svf import decomposition as module
 from sigmix.svf.linears import readers
 from sigmix.svf.tuner import svf_layers
@@ -123,3 +126,103 @@ def test_a_config_object_of_transformers_is_taken(folder):
 def test_llm_int8_is_refused(folder):
     with pytest.raises(ConfigError, match="int8"):
         load_base(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+# --- checkpoints that are stored quantized
+
+
+def stored(folder, config, dtype=torch.float32):
+    """A folder with the weights of ``folder`` as transformers stores them under ``config``."""
+    path = folder.with_name("stored")
+    options = {"quantization_config": config, "dtype": dtype, "device_map": {"": "cpu"}}
+    AutoModelForCausalLM.from_pretrained(folder, **options).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def four_bits(**changes):
+    return BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **changes})
+
+
+def torchao(name):
+    quantization = pytest.importorskip("torchao.quantization")
+    return TorchAoConfig(getattr(quantization, name)()) if name[0].isupper() else named_config(
+        name, torch.float32, torch.device("cpu")
+    )  # fmt: skip
+
+
+STORED = [
+    ("nf4", lambda: four_bits()),
+    ("fp4", lambda: four_bits(bnb_4bit_quant_type="fp4")),
+    ("nf4-double", lambda: four_bits(bnb_4bit_use_double_quant=True)),
+    ("nf4", lambda: four_bits(bnb_4bit_compute_dtype=torch.bfloat16)),  # as most on the hub
+    ("int8", lambda: torchao("int8")),
+    ("int4", lambda: torchao("int4")),
+    ("Float8WeightOnlyConfig", lambda: torchao("Float8WeightOnlyConfig")),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), STORED, ids=[f"{n}-{name}" for n, (name, _) in enumerate(STORED)])
+def test_a_stored_quantization_is_recorded_and_no_work_is_lost_on_it(folder, name, config):
+    path = stored(folder, config())
+    model, tokenizer = load_base(path, "float32")
+    assert model.sigmix_base["quantization"] == name
+    with torch.no_grad():
+        before = model(IDS).logits
+    expert = expert_on(model)  # after a pass
+    assert expert.base["dtype"] == f"float32 in {name}"
+    expert.save_pretrained(folder.with_name("expert"))
+    again, _ = load_base(path, "float32", quantization_config=name if name in QUANTIZATIONS else config())
+    assert again.sigmix_base == model.sigmix_base
+    engine = Engine(again, tokenizer, {"mine": Expert.from_pretrained(folder.with_name("expert"))})
+    assert torch.equal(engine.logits(IDS), before)
+    assert float((engine.logits(IDS, mix="mine") - before).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        (four_bits(), "int8", "is stored quantized to nf4.*'int8'"),
+        (four_bits(bnb_4bit_quant_type="fp4"), "nf4", "is stored quantized to fp4.*'nf4'"),
+        (four_bits(bnb_4bit_use_double_quant=True), four_bits(), "is stored quantized to nf4-double.*'nf4'"),
+        (four_bits(), "bogus", "is stored quantized to nf4.*'bogus'"),
+    ],
+)
+def test_a_quantization_that_contradicts_the_stored_one_is_refused(folder, config, given, message):
+    with pytest.raises(ConfigError, match=f"{message} -> leave quantization_config"):
+        load_base(stored(folder, config), quantization_config=given)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes' LLM\.int8\(\)"),
+        ({"bits": 4}, "an unknown format"),
+    ],
+)
+def test_other_stored_formats_are_refused_by_name(folder, config, name):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
+    with pytest.raises(BaseModelError, match=f"stored quantized by {name}.* -> .*original checkpoint.*int8"):
+        load_base(folder)
+
+
+def test_packed_weights_without_a_quantization_config_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 96, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"stored quantized.*up_proj\.qweight"):
+        load_base(folder)
+
+
+def test_svf_on_a_model_loaded_by_transformers_can_be_saved_after_a_pass(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits(), dtype=torch.float32)
+    adapted = get_peft_model(model, SVFConfig())
+    with torch.no_grad():
+        adapted.eval()(IDS)  # bitsandbytes would repack the weights of some CPUs here
+    Expert.from_model(adapted, name="mine").save_pretrained(folder.with_name("expert"))
