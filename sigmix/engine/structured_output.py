@@ -230,17 +230,25 @@ class _Vocabulary:
     """Bytes of a tokenizer's tokens, with the attributes that llguidance reads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> None:
-        self.tokenizer = tokenizer
         self.bos_token_id = None
         self.eos_token_id = next(iter(eos_token_ids), None)
         decoder = token_decoder(tokenizer)
         self.special_token_ids = sorted(decoder.special.union(eos_token_ids))
         self.tokens = [decoder.token_bytes(id) for id in range(len(tokenizer))]
+        self._ids = {data: id for id, data in enumerate(self.tokens) if id not in decoder.special}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        ids = list(self.tokenizer(text.decode(), add_special_tokens=False, verbose=False)["input_ids"])
-        exact = b"".join(self.tokens[id] for id in ids) == text  # no added space, no <unk>
-        return ids if exact else []
+        """Split text into the longest tokens; the tokenizer itself could add a space or <unk>."""
+        ids: list[int] = []
+        while text:
+            sizes = range(min(len(text), self._longest), 0, -1)
+            size = next((size for size in sizes if text[:size] in self._ids), 0)
+            if not size:
+                break
+            ids.append(self._ids[text[:size]])
+            text = text[size:]
+        return ids
 
 
 def _reason(error: object) -> str:
