@@ -123,7 +123,15 @@ class ContinuousBatch(DecodingBatch):
                 # the last token was chosen, but not read
                 read = one.token_ids[: int(self.kv_cache.lengths[row])]
                 self._finished.append((one.mix, read, self.kv_cache.row(row)))
-        super().remove(sequences)
+        running = list(self.sequences)
+        try:
+            super().remove(sequences)
+        except Exception:
+            if not self.isolate:
+                raise
+            log.warning("sequences could not be removed; the others are read again", exc_info=True)
+            self.clear()
+            self._read_again([one for one in running if id(one) not in gone])
         if not self.sequences:
             self.release()
 
@@ -133,7 +141,10 @@ class ContinuousBatch(DecodingBatch):
         self._select = self._rows = None
         finished, self._finished = self._finished, []
         for mix, read, entry in finished:
-            self.engine.cache_prefix(read, mix, entry, self.form)
+            try:
+                self.engine.cache_prefix(read, mix, entry, self.form)
+            except Exception:
+                log.warning("a conversation was not cached", exc_info=True)
 
     @contextmanager
     def _recovering(self, joining: Sequence[SequenceState] = ()) -> Iterator[None]:
@@ -146,7 +157,7 @@ class ContinuousBatch(DecodingBatch):
         Args:
             joining: sequences that are read; empty: the running ones decode.
         """
-        before = [len(one.ids) for one in joining]
+        before, running = [len(one.ids) for one in joining], list(self.sequences)
         try:
             yield
         except Exception as error:
@@ -154,12 +165,12 @@ class ContinuousBatch(DecodingBatch):
                 raise
             log.warning("a forward pass failed", exc_info=True)
             self.release()
-            suspects = list(joining or self.sequences)
+            suspects = list(joining or [one for one in running if not one.finish])
             self._pending = [entry for entry in self._pending if entry[0] not in suspects]
             if joining and before == [len(one.ids) for one in joining]:
                 again = suspects  # the running ones are untouched
             else:
-                again = list(dict.fromkeys([*self.sequences, *joining]))
+                again = list(dict.fromkeys([*running, *joining]))
                 self.clear()
             if len(suspects) == 1:
                 suspects[0].fail(error)

@@ -429,6 +429,31 @@ def test_a_batch_that_is_too_large_for_the_memory_gets_smaller(start, alone, fau
     check_alone(alone, planned)
 
 
+def test_a_cancelled_request_that_cannot_be_removed_leaves_the_others(start, alone, monkeypatch):
+    scheduler = start()
+    planned = neighbours(scheduler)
+    cancelled, _ = planned.pop(1)
+
+    def broken(*_):
+        monkeypatch.undo()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(scheduler.batch.kv_cache, "remove", broken)
+    scheduler.cancel(cancelled)
+    check_alone(alone, planned)
+    wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
+
+
+def test_a_conversation_that_cannot_be_cached_is_answered(start, shared, alone, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(shared.prefix_cache, "put", broken)
+    scheduler = start()
+    planned = neighbours(scheduler)
+    check_alone(alone, planned)
+
+
 def test_a_model_that_always_fails_leaves_no_request(start, faulty):
     scheduler = start()
     planned = neighbours(scheduler)
