@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sigmix.engine.cpu_kernels import Group, Packing, Shared, find_groups, packed_linear, patch
 from sigmix.engine.execution import as_base
-from sigmix.engine.prefix_cache import left_pad
+from sigmix.engine.prefix_cache import right_pad
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.svf.subspace import LowRank, Subspace, subspace
@@ -285,7 +285,7 @@ def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int
     try:
         with as_base(engine.layers):
             for start in range(0, len(rows), batch):
-                ids, mask = left_pad(rows[start : start + batch], engine.pad_id, device)
+                ids, mask = right_pad(rows[start : start + batch], engine.pad_id, device)
                 positions = (mask.long().cumsum(1) - 1).clamp_min(0)
                 engine.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     finally:

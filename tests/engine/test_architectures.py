@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -197,7 +199,9 @@ def test_answers_equal_transformers_generate(name):
         theirs = model.generate(
             torch.tensor([ids]), max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        assert engine.generate([ids], max_new_tokens=steps)[0].ids == theirs[0, len(ids) :].tolist()
+        (found,) = engine.generate([ids], max_new_tokens=steps)
+        assert found.ids == theirs[0, len(ids) :].tolist()
+        assert "".join(engine.stream(ids, max_new_tokens=steps)) == found.text
 
 
 @pytest.mark.usefixtures("cache")
@@ -252,6 +256,15 @@ def test_dynamic_frequencies_of_a_row_do_not_depend_on_others():
 
 
 # ------------------------------------------------------------------ what is not supported
+
+
+def test_the_documentation_lists_what_is_tested():
+    page = (Path(__file__).parents[2] / "docs/architectures.md").read_text(encoding="utf-8")
+    supported, refused = page.split("## Refused")
+    for part, table in ((supported, {**PLAIN, **RECURRENT}), (refused.split("## Rules")[0], REFUSED)):
+        lines = [line for line in part.splitlines() if line.startswith("| `") and "model_type`" not in line]
+        listed = {name for line in lines for name in re.findall("`(.+?)`", line.split("|")[1])}
+        assert listed == {kind for kind, _ in table.values()}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -50,6 +50,27 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": THRESHOLD, **SLIDING},
     ),
+    "phi3, longrope, partial": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE
+            | {"partial_rotary_factor": 0.75, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6},
+            "original_max_position_embeddings": THRESHOLD,
+        },
+    ),
+    "phimoe, longrope": (
+        "phimoe",
+        {
+            **EXPERTS,
+            "rope_parameters": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3},
+            "original_max_position_embeddings": THRESHOLD,
+        },
+    ),
+    "minicpm3, longrope": (
+        "minicpm3",
+        {**LATENT, "rope_parameters": LONGROPE | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
+    ),
+    "deepseek_v3, yarn": ("deepseek_v3", {**LATENT, **ROUTED, "rope_parameters": YARN}),
     "gpt2": ("gpt2", GPT),
     "gpt_bigcode": ("gpt_bigcode", GPT),
     "gpt_neo": ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
