@@ -40,6 +40,13 @@ STRATEGY = typer.Option(
 )
 TEMPERATURE = typer.Option(0.0, min=0.0, help="Sampling temperature; 0 is greedy.")
 TOP_P = typer.Option(1.0, help="Cumulative probability of nucleus sampling.")
+TOP_K = typer.Option(0, min=-1, help="Number of most probable tokens to sample from; 0: all.")
+MIN_P = typer.Option(0.0, min=0.0, max=1.0, help="Lowest probability to sample, relative to the highest one.")
+REPETITION_PENALTY = typer.Option(1.0, help="Above 1: tokens of the prompt and the answer become less likely.")
+PRESENCE_PENALTY = typer.Option(0.0, min=-2.0, max=2.0, help="Subtracted from the logits of tokens in the answer.")
+FREQUENCY_PENALTY = typer.Option(
+    0.0, min=-2.0, max=2.0, help="Subtracted from a token's logit for each of its occurrences in the answer."
+)
 SYSTEM = typer.Option(None, help="System message. Default: the chat template's own.")
 TARGETS = typer.Option("all-linear", help="Modules: all-linear, attention, mlp, or comma-separated names.")
 LAYERS = typer.Option(None, help="half, or comma-separated layer numbers. Default: all.")

@@ -37,6 +37,11 @@ def chat(
     max_new_tokens: int = typer.Option(256, min=1, help="Maximum tokens of an answer."),
     temperature: float = shared.TEMPERATURE,
     top_p: float = shared.TOP_P,
+    top_k: int = shared.TOP_K,
+    min_p: float = shared.MIN_P,
+    repetition_penalty: float = shared.REPETITION_PENALTY,
+    presence_penalty: float = shared.PRESENCE_PENALTY,
+    frequency_penalty: float = shared.FREQUENCY_PENALTY,
     seed: int = typer.Option(0, help="Random seed; turn i is sampled with seed + i."),
     single_turn: bool = typer.Option(
         False, "--single-turn", help="Forget each turn after its answer, as the bundled experts were trained."
@@ -58,14 +63,17 @@ def chat(
             raise
         experts = None
 
+    from sigmix.engine.generation import SamplingParams
     from sigmix.experts.mix import Mix, read_mix
 
     first = Mix.base() if mix == "auto" else read_mix(mix, experts)
     engine = open_engine(base, experts, [first], quantization, basis, device_map)
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
-        "top_p": top_p,
+        "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
     }  # fmt: skip
+    engine.check_params(SamplingParams(**options))
     session = Session(engine, first, strategy, options, seed, single_turn, system)
     if system:
         session.ids([{"role": "user", "content": ""}])  # raises where the chat template takes no system message

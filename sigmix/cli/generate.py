@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from sigmix.cli._console import emit, note, working
 from sigmix.cli._loading import open_engine, open_mixes
 from sigmix.errors import ConfigError, DataError
 from sigmix.utils.io import read_text
+
+if TYPE_CHECKING:
+    from sigmix.engine.structured_output import StructuredOutput
 
 EXAMPLE = 'for example: sigmix generate "What is 17 + 25?"'
 
@@ -30,8 +33,16 @@ def generate(
     max_new_tokens: int = typer.Option(64, min=1, help="Maximum tokens of an answer."),
     temperature: float = shared.TEMPERATURE,
     top_p: float = shared.TOP_P,
+    top_k: int = shared.TOP_K,
+    min_p: float = shared.MIN_P,
+    repetition_penalty: float = shared.REPETITION_PENALTY,
+    presence_penalty: float = shared.PRESENCE_PENALTY,
+    frequency_penalty: float = shared.FREQUENCY_PENALTY,
     seed: int = typer.Option(0, help="Random seed; prompt i is sampled with seed + i."),
     stop: list[str] = typer.Option([], help="Stop string; may be repeated."),
+    json_schema: Path = typer.Option(None, help="File with a JSON schema that every answer matches."),
+    regex: str = typer.Option(None, help="Regular expression that every answer matches as a whole."),
+    choice: list[str] = typer.Option([], help="Possible answer; repeated for the others."),
     system: str = shared.SYSTEM,
     raw: bool = typer.Option(False, "--raw", help="Continue the prompt without a chat template."),
     form: str = typer.Option(None, help="merged, factored, gain or truncated. Default: chosen by the batch."),
@@ -51,6 +62,7 @@ def generate(
             raise ConfigError(
                 f"{len(values)} {option} for {len(prompts)} prompts", remedy="give it once, or once for each prompt"
             )
+    output = _output(json_schema, regex, choice)
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     images = _images(image, len(prompts))
     explicit, experts = open_mixes([text for text in texts if text != "auto"], bank, "auto" in texts)
@@ -70,6 +82,8 @@ def generate(
         answers = TwoPass(engine, strategy).generate(
             prompts, ["auto" if text == "auto" else next(parsed) for text in texts], inputs=rows,
             max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature, top_p=top_p,
+            top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, structured_output=output,
             seeds=[seed + number for number in range(len(rows))], stop_strings=[text for text in stop if text],
             form=form, keep_errors=True,
         )  # fmt: skip
@@ -106,6 +120,15 @@ def _prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not all(text.strip() for text in prompts):
         raise ConfigError("the prompt is empty", remedy=EXAMPLE)
     return prompts
+
+
+def _output(json_schema: Path | None, regex: str | None, choice: list[str]) -> StructuredOutput | None:
+    if json_schema is None and regex is None and not choice:
+        return None
+    from sigmix.engine.structured_output import StructuredOutput
+
+    schema = None if json_schema is None else read_text(json_schema)
+    return StructuredOutput(json=schema, regex=regex, choice=choice or None)
 
 
 def _images(files: list[Path], prompts: int) -> list[Any]:

@@ -65,6 +65,8 @@ def test_chat_refuses_bad_options(refused, home):
     at = ("--base", home.base, "--bank", home.bank)
     assert "nearest: reading" in refused("chat", "--mix", "readin", *at)
     assert "--top-p" in refused("chat", "--top-p", 2, *at)
+    assert "--min-p" in refused("chat", "--min-p", 2, *at)
+    assert "repetition_penalty" in refused("chat", "--repetition-penalty", 0, *at)
     assert "does not exist" in refused("chat", "--base", home.base, "--bank", "no-such-folder")
     strict = ("--base", home.strict, "--bank", home.bank, "--system", "be brief")
     assert "System role" in refused("chat", *strict, stdin="hi\n")

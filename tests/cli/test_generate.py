@@ -73,6 +73,30 @@ def test_a_stop_text_ends_the_answer(generate):
     assert cut["finish"] == "stop"
 
 
+def test_sampling_options(generate):
+    def ids(*options):
+        return generate("hello", "--json", "--max-new-tokens", 12, *options).json["answers"][0]["ids"]
+
+    greedy = ids()
+    assert ids("--temperature", 2, "--top-k", 1) == ids("--temperature", 2, "--min-p", 1) == greedy
+    for option in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty"):
+        assert ids(option, 1.9) != greedy
+
+
+def test_answers_match_a_schema_a_regex_or_a_choice(generate, tmp_path):
+    file = tmp_path / "schema.json"
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
+    file.write_text(json.dumps(schema), encoding="utf-8-sig")
+    options = ("hello", "you", "--temperature", 1, "--max-new-tokens", 120, "--json")
+    for one in generate(*options, "--json-schema", file).json["answers"]:
+        assert one["finish"] == "stop"
+        assert {type(item) for item in json.loads(one["text"])} == {bool}
+    for one in generate(*options, "--regex", "[xyz]{9}").json["answers"]:
+        assert len(one["text"]) == 9
+    for one in generate(*options, "--choice", "yes", "--choice", "no").json["answers"]:
+        assert one["text"] in ("yes", "no")
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -87,6 +111,13 @@ def test_a_stop_text_ends_the_answer(generate):
         (["x" * 300], "context of 256"),
         (["hi", "--max-new-tokens", "999"], "context of 256"),
         (["hi", "--top-p", "0"], "top_p"),
+        (["hi", "--top-k", "-5"], "--top-k"),
+        (["hi", "--min-p", "1.5"], "--min-p"),
+        (["hi", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["hi", "--presence-penalty", "3"], "--presence-penalty"),
+        (["hi", "--regex", "(a"], "unclosed"),
+        (["hi", "--regex", "a", "--choice", "a"], "regex and choice"),
+        (["hi", "--json-schema", "/no/such/file"], "/no/such/file"),
         (["--file", "/no/such/file"], "/no/such/file"),
         (["hi", "--file", "/no/such/file"], "both"),
         (["--file", "."], "cannot read ."),
