@@ -94,6 +94,8 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
             _fail(error.format_message() + _nearest_commands(error), 2)
         if os.environ.get("SIGMIX_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.strerror:  # of stdout, if there is no name
+            _fail(f"{error.filename or 'the output'}: {error.strerror}", 1)
         _fail(f"{type(error).__name__}: {error} -> set SIGMIX_TRACEBACK=1 for a traceback", 1)
 
 

@@ -20,6 +20,7 @@ from sigmix.cli._console import emit, note
 from sigmix.cli._loading import importing
 from sigmix.cli._options import BANK, BASIS, JSON, MIXTURE, QUANTIZATION, STRATEGY
 from sigmix.errors import ConfigError, OutputError, SigmixError
+from sigmix.utils.io import check_writable
 
 HELP = """Run tasks of EleutherAI's evaluation harness on a base model or a mixture, or with --mix auto.
 
@@ -68,6 +69,7 @@ def lm_eval(
         if place is None:
             options.output_path = temporary
         folder = Path(place or temporary)
+        check_writable(folder if folder.suffix == ".json" else folder / "results.json")
         before = set(_results(folder))
         with contextlib.redirect_stdout(io.StringIO() if as_json else sys.stdout):
             harness.execute(options)
@@ -114,6 +116,11 @@ def _options(model_args: dict[str, Any]) -> tuple[Any, argparse.Namespace, str |
         raise ConfigError(f"the model must be sigmix, not {model!r}", remedy="use lm-eval for its other models")
     if not value("tasks"):
         raise ConfigError("no --tasks", remedy=LISTS)
+    for option, lowest in (("limit", 0), ("num_fewshot", -1)):  # exclusive
+        number = getattr(options, option, None)
+        number = file.get(option) if number is None else number
+        if number is not None and not number > lowest:
+            raise ConfigError(f"--{option} must be above {lowest}, not {number}")
     place = value("output_path") or pairs(value("hf_hub_log_args")).get("output_path")
     if place is None and (name := next((one for one in ("log_samples", "predict_only") if value(one)), None)):
         raise ConfigError(f"--{name} needs an output path", remedy="add --output_path FOLDER")
@@ -145,8 +152,10 @@ def _harness_arguments(words: list[str], model: Any) -> Iterator[None]:
         yield
     except SigmixError:
         raise
-    except (ValueError, TypeError, OSError, KeyError) as failure:
-        if model.instances > instances:
+    except (ValueError, TypeError, OSError, KeyError, StopIteration) as failure:
+        if isinstance(failure, StopIteration) or "did not find any docs" in str(failure):
+            raise ConfigError("lm-eval: a task has no documents", remedy="check its data files and split") from failure
+        if model.instances > instances and not isinstance(failure, OSError):
             raise  # the evaluation itself failed
         raise ConfigError(f"lm-eval: {failure}") from failure
     finally:

@@ -118,6 +118,8 @@ class SigmixLM(HFLM):
             raise ConfigError("strategy and decisions go with mix=auto only", remedy="leave the mix out, or give auto")
         if form not in (None, "factored", "gain"):
             raise ConfigError(f"form must be factored or gain, not {form!r}")
+        if (length := options.get("max_length")) is not None and not (isinstance(length, int) and length > 0):
+            raise ConfigError(f"max_length must be a number of tokens, at least 1, not {length!r}")
         check_basis(basis, quantization)
         self.rows = rows_of(batch_size)
         if decisions is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -110,6 +111,8 @@ def failing(error):
         (DivergedError("NaN at step 3", remedy="lower --lr"), 1, "NaN at step 3 -> lower --lr"),
         (RuntimeError("several\nlines"), 1, "RuntimeError: several lines"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the output: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
     ],
 )
 def test_failures(capsys, error, code, line):

@@ -204,6 +204,34 @@ def test_a_system_instruction_that_the_chat_template_refuses(refused, place, har
     assert "system message" in done.err[-1]
 
 
+def test_a_task_without_documents_and_one_without_data(refused, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    source = (place.tasks / "choice.yaml").read_text()
+    (tmp_path / "none.jsonl").write_text("")
+    for name, file in (("none", tmp_path / "none.jsonl"), ("missing", tmp_path / "missing.jsonl")):
+        text = source.replace(str(place.tasks / "items.jsonl"), str(file)).replace("tiny_choice", name)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    at = ("--include_path", tmp_path, "--base", place.base, "--tasks")
+    assert "no documents" in refused("lm-eval", *at, "none")
+    assert "missing.jsonl" in refused("lm-eval", *at, "missing")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(("--limit", 0), "--limit"), (("--limit", -1), "--limit"), (("--num_fewshot", -1), "--num_fewshot"),
+     (("--output_path", "/proc/x"), "/proc/x")],
+)  # fmt: skip
+def test_options_of_the_harness_without_a_meaning(refused, place, words, name):
+    at = ("--include_path", place.tasks, "--base", place.base, "--tasks", "tiny_choice")
+    assert name in refused("lm-eval", *at, *words)
+
+
+@pytest.mark.parametrize("length", [0, "x", -5])
+def test_a_context_length_without_a_meaning(place, length):
+    with pytest.raises(ConfigError, match="max_length"):
+        SigmixLM(str(place.base), max_length=length)
+
+
 def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
     def line(*words, **options):
         done = harness(*words, **options)
