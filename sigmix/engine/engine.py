@@ -382,6 +382,17 @@ class Engine:
         """Return hidden states of the base, see `sigmix.engine.scoring.hidden_states`."""
         return scoring.hidden_states(self, prompts, layers, batch_size)
 
+    def embeddings(
+        self,
+        prompts: Sequence[Prompt],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        batch_size: int = 64,
+        normalize: bool = True,
+    ) -> torch.Tensor:
+        """Return the mean of the last hidden states over each prompt, see `sigmix.engine.scoring.embeddings`."""
+        return scoring.embeddings(self, prompts, mix, batch_size=batch_size, normalize=normalize)
+
     # ------------------------------------------------------------------ state and prefix cache
 
     @contextmanager

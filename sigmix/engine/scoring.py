@@ -16,9 +16,9 @@ from sigmix.engine.base import Prompt
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
 from sigmix.engine.prefix_cache import answer_logits, reads_whole, right_pad, whole_logits
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.mix import Mix
-from sigmix.models.multimodal import forward_inputs
+from sigmix.models.multimodal import bare, forward_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -163,6 +163,51 @@ def hidden_states(
     return torch.cat(states)
 
 
+@torch.no_grad()
+def embeddings(
+    engine: Engine, prompts: Sequence[Prompt], mix: Mixes = None, *, batch_size: int = 64, normalize: bool = True
+) -> torch.Tensor:
+    """Return float32 [N, d] on the CPU: the mean of the last hidden states over the tokens of each prompt.
+
+    The last hidden states are those after the final norm. Strings are read without the chat template.
+
+    Args:
+        normalize: scale every row to Euclidean length 1, so that the dot product of two rows is their cosine.
+
+    Raises:
+        ContextError: an empty prompt, or one longer than the context. ExpertError: hidden states that are not finite.
+        ConfigError: the model has no backbone without a language-model head.
+    """
+    backbone: Any = bare(engine.model).base_model
+    device = engine.model.get_input_embeddings().weight.device
+    if backbone is bare(engine.model):
+        raise ConfigError(f"{type(backbone).__name__} has no backbone without a language-model head")
+    seen: list[torch.Tensor] = []
+
+    def record(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0].float())
+        raise _LayersDone  # the head is not needed
+
+    means = []
+    bare_rows = [engine.encode(prompt, chat=False) for prompt in prompts]
+    for rows, mixes in _batches(engine, bare_rows, mix, batch_size, new_tokens=0):
+        ids, mask = right_pad(rows, engine.pad_id, device)
+        handle = backbone.register_forward_hook(record)
+        try:
+            with engine.under(mixes, tokens=ids.numel()):
+                engine.model(**forward_inputs(engine.model, ids, mask), use_cache=False)
+        except _LayersDone:
+            pass
+        finally:
+            handle.remove()
+        states, weights = seen.pop(), torch.ones(ids.shape, device=device) if mask is None else mask.float()
+        means.append(((states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)).cpu())
+    found = torch.cat(means) if means else torch.empty(0, 0)
+    if not found.isfinite().all():
+        raise ExpertError("the hidden states are not finite", remedy="use smaller weights in the mixture")
+    return nn.functional.normalize(found, dim=-1) if normalize else found
+
+
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """Return the model's layers, in order.
 
@@ -177,15 +222,15 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
 
 
 class _LayersDone(Exception):
-    """Ends a forward pass after the deepest layer needed."""
+    """Ends a forward pass after the last module needed."""
 
 
 def _batches(
-    engine: Engine, prompts: Sequence[Prompt], mix: Mixes, batch_size: int
+    engine: Engine, prompts: Sequence[Prompt], mix: Mixes, batch_size: int, new_tokens: int = 1
 ) -> Iterator[tuple[list[list[int]], list[Mix]]]:
     rows = [engine.encode(prompt) for prompt in prompts]
     mixes = engine.mixes(mix, len(rows))
     for number, row in enumerate(rows):
-        engine.check_prompt(row, 1, f"prompt {number}")
+        engine.check_prompt(row, new_tokens, f"prompt {number}")
     for start in range(0, len(rows), batch_size):
         yield rows[start : start + batch_size], mixes[start : start + batch_size]

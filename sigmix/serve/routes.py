@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar
 
+import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
@@ -18,7 +21,9 @@ from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import Adaptation
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
+from sigmix.serve.protocol.base import as_prompts
 from sigmix.serve.protocol.builder import ResponseBuilder
+from sigmix.serve.protocol.embeddings import EmbeddingsRequest, embeddings_response
 from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
 from sigmix.serve.protocol.requests import (
     AdaptRequest,
@@ -33,7 +38,8 @@ from sigmix.serve.protocol.requests import (
 from sigmix.serve.protocol.responses import ResponsesBuilder, ResponsesRequest
 from sigmix.serve.registry import BASE
 from sigmix.serve.request import RequestHandler
-from sigmix.serve.service import Service
+from sigmix.serve.service import Service, embedding_batches
+from sigmix.serve.tool_parser import JsonParser
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -95,7 +101,8 @@ async def _chat_handler(
         raise ApiError(400, f"{param} must contain a non-empty user message for the model auto", param=param)
     new_parser = None
     if tools := body.rendered_tools():
-        parser = await in_thread("tools", service.tool_call_parser, tools)
+        required = body.required_functions()
+        parser = JsonParser if required else await in_thread("tools", service.tool_call_parser, tools)
         new_parser = partial(parser, tools, body.parallel_tool_calls)
     ids = await in_thread(param, service.encode_chat, turns, **body.template_options())
     return RequestHandler(service, request, key, body, [(ids, user)], new_parser=new_parser, builder=builder)
@@ -112,9 +119,7 @@ async def responses(body: ResponsesRequest, request: Request, service: ServiceDe
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
     """Continue bare text, without a chat template."""
-    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if given and isinstance(given[0], int):
-        given = [given]
+    given = as_prompts(body.prompt)
     limit = min(service.settings.max_queue_size, service.settings.max_queue_size_per_client)
     if not 1 <= len(given) <= limit:
         raise ApiError(400, f"prompt must hold 1 to {limit} prompts, not {len(given)}", param="prompt")
@@ -125,11 +130,44 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             prompts.append((await in_thread(place, service.encode_text, prompt), prompt))
             echoes.append(prompt)
             continue
-        ids = [int(token) for token in prompt]
-        await in_thread(place, service.fit_context, ids, body.token_limit())
-        prompts.append((ids, await in_thread(place, service.decode, ids)))
-        echoes.append(await in_thread(place, service.decode, ids, skip_special_tokens=False))
+        await in_thread(place, service.fit_context, prompt, body.token_limit())
+        prompts.append((prompt, await in_thread(place, service.decode, prompt)))
+        echoes.append(await in_thread(place, service.decode, prompt, skip_special_tokens=False))
     return await RequestHandler(service, request, key, body, prompts, echoes if body.echo else None).respond()
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingsRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
+    """Return the mean of the last hidden states over the tokens of each text, scaled to length 1."""
+    try:
+        mix = service.registry.resolve(body.model)
+    except SigmixError as error:
+        raise api_error(error, "model") from error
+    if mix is None:
+        raise ApiError(400, "auto has no embeddings; use base, an expert or a mixture for all of them", param="model")
+    size = service.engine.model.config.get_text_config().hidden_size
+    if body.dimensions not in (None, size):
+        raise ApiError(400, f"dimensions must be {size}, not {body.dimensions}", param="dimensions")
+    rows = []
+    for number, text in enumerate(as_prompts(body.input)):
+        place = f"input.{number}" if isinstance(body.input, list) else "input"
+        rows.append(await in_thread(place, service.encode_text, text) if isinstance(text, str) else text)
+        await in_thread(place, service.fit_context, rows[-1], 0)
+    vectors: dict[int, torch.Tensor] = {}
+    deadline = time.monotonic() + service.settings.request_timeout
+    for batch in embedding_batches(rows):
+        if await request.is_disconnected():
+            return Response(status_code=499)
+        try:
+            call = service.embeddings([rows[number] for number in batch], mix)
+            vectors |= zip(batch, await asyncio.wait_for(call, deadline - time.monotonic()), strict=True)
+        except asyncio.TimeoutError as error:
+            raise ApiError(504, "timeout", "server_error", code="timeout", retry_after=5) from error
+        except SigmixError as error:
+            raise api_error(error, "model") from error
+    ordered = [vectors[number] for number in range(len(rows))]
+    found = embeddings_response(body.model, ordered, sum(map(len, rows)), body.encoding_format, mix.id)
+    return JSONResponse(found)
 
 
 # --- Tokenizer, as in vLLM's server

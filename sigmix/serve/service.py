@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import AdaptationWorker, Grader
 from sigmix.serve.auth import ApiKeys
 from sigmix.serve.registry import ModelRegistry
-from sigmix.serve.scheduler import Scheduler, SharedEngine
+from sigmix.serve.scheduler import MAX_PREFILL_TOKENS, Scheduler, SharedEngine
 from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
 from sigmix.serve.tool_parser import ToolCallParser, tool_call_parser
@@ -86,6 +88,7 @@ class Service:
             self.engine.execution.prefer_truncated = True
         self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
         self._tokenizer_lock = threading.Lock()
+        self._embeddings_lock = asyncio.Lock()
         self.context_length = context_length(model)
         self.bandit: BanditDispatch | None = None
         self.strategies = self._open_strategies()
@@ -221,6 +224,20 @@ class Service:
         rest, model = max(max_new_tokens - len(reply), 1), self.engine.model
         check_context(model, [*ids, *reply], rest, "the example", self.engine.tokenizer, option="max_tokens")
 
+    # Embeddings
+
+    async def embeddings(self, rows: Sequence[list[int]], mix: Mix) -> torch.Tensor:
+        """Return the embeddings float32 [N, d] of prompts, computed in one pass between two decoding steps.
+
+        One call runs at a time, so that other requests wait for at most one pass per step.
+
+        Raises:
+            UnknownNameError: an expert has been unloaded.
+        """
+        async with self._embeddings_lock:
+            compute = partial(self.engine.embeddings, rows, mix, batch_size=len(rows))
+            return await asyncio.wrap_future(self.scheduler.call(compute))
+
     # Experts
 
     def load_expert(self, folder: str) -> str:
@@ -253,3 +270,15 @@ class Service:
             self.registry.remove(name)
 
         self.scheduler.call(remove).result(CALL_TIMEOUT)
+
+
+def embedding_batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield the numbers of prompts to read in one pass: of similar lengths, at most `MAX_PREFILL_TOKENS` or one."""
+    batch: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
+        if batch and len(rows[number]) * (len(batch) + 1) > MAX_PREFILL_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch

@@ -254,18 +254,26 @@ class JsonParser(ToolCallParser):
 
 
 def required_calls(functions: Iterable[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """Return the JSON schema of the replies that `JsonParser` reads: calls of one of these functions."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function["name"]}, "parameters": function["parameters"]},
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **({} if parallel else {"maxItems": 1})}
+    """Return the JSON schema of the replies that `JsonParser` reads: calls of these functions."""
+    calls: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for function in functions:
+        schema = dict(function["parameters"])
+        for key in DEFINITIONS:  # references to them begin at the root
+            definitions[key] = {**definitions.get(key, {}), **schema.pop(key, {})}
+        properties = {"name": {"const": function["name"]}, "parameters": schema}
+        calls.append({
+            "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
+        })  # fmt: skip
+    limits = {"minItems": 1} if parallel else {"minItems": 1, "maxItems": 1}
+    return {"type": "array", "items": {"anyOf": calls}, **limits, **definitions, "x-guidance": COMPACT}
 
+
+COMPACT = {"whitespace_flexible": False, "whitespace_pattern": "", "item_separator": ", ", "key_separator": ": "}
+"""JSON in one line, as in the training data of models."""
+
+DEFINITIONS = ("$defs", "definitions")
+"""Keys of a JSON schema's definitions."""
 
 FORMATS: Sequence[tuple[str, type[ToolCallParser]]] = (
     (r"\[TOOL_CALLS\]", MistralParser),

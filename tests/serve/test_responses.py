@@ -157,6 +157,20 @@ def test_function_tools(caller):
     assert again.usage.input_tokens > len(rendered)
 
 
+def test_json(server, client):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    text = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
+    found = client.responses.create(model="math", input="one", text=text, max_output_tokens=60)
+    assert json.loads(found.output_text)["a"] in (1, 2)
+    assert found.text.format.type == "json_schema"
+    pydantic = pytest.importorskip("pydantic")
+
+    class Answer(pydantic.BaseModel):
+        a: bool
+
+    assert client.responses.parse(model="math", input="one", text_format=Answer, max_output_tokens=60).output_parsed
+
+
 def test_errors_in_a_stream(server, monkeypatch):
     engine = server.service.engine
     monkeypatch.setattr(type(engine), "read", lambda *_, **__: 1 / 0)

@@ -20,6 +20,16 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+SHORT = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}  # fmt: skip
 USER = {"role": "user", "content": "Paris?"}
 HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 LLAMA = '{"name": "weather", "parameters": {"city": "Paris"}}'
@@ -132,6 +142,40 @@ def test_several_choices_and_logprobs(answering):
     choices = answering(HERMES).call("POST", CHAT, body)[1]["choices"]
     assert [len(choice["message"]["tool_calls"]) for choice in choices] == [1, 1]
     assert "".join(token["token"] for token in choices[0]["logprobs"]["content"]).startswith(HERMES)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("template", ["qwen2_5", "glm4moe"])
+def test_required_calls(answering, template, choice):
+    """The grammar permits calls of the function only, whatever the model prefers."""
+    server = answering("No call at all.", template)
+    fields = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200, "tools": [SHORT]}
+    found = ask(server, **fields)
+    assert (found["finish_reason"], found["message"]["content"]) == ("tool_calls", None)
+    (call,) = found["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+    content, (streamed_call,), reason = streamed(server, **fields)
+    assert (content, streamed_call["function"], reason) == (None, call["function"], "tool_calls")
+    cut = ask(server, **{**fields, "max_tokens": 5})
+    assert (cut["finish_reason"], "tool_calls" in cut["message"]) == ("length", False)
+
+
+def test_required_calls_with_definitions(answering):
+    city, definitions = {"$ref": "#/$defs/City"}, {"City": {"enum": ["Oslo"]}}
+    parameters = {**SHORT["function"]["parameters"], "properties": {"city": city}, "$defs": definitions}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    found = ask(answering("No."), tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=200)
+    assert json.loads(found["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
+
+
+def test_structured_output_excludes_tools(server):
+    for fields in ({"response_format": {"type": "json_object"}}, {"guided_regex": "a"}):
+        for choice in ("auto", "required"):
+            body = {"messages": [USER], "tools": [WEATHER], "tool_choice": choice, **fields}
+            status, found, _ = server.call("POST", CHAT, body)
+            assert status == 400
+            assert {*fields, "tool_choice"} & {found["error"]["param"]}
 
 
 def test_tool_choice_none_leaves_the_tools_out(answering):

@@ -51,3 +51,8 @@ class RequestModel(BaseModel):
                 raise field_error(name, f"is not supported; {hint}")
             del body[name]
         return body
+
+
+def as_prompts(given: Any) -> list[str | list[int]]:
+    """Return a list of texts or of token-id lists, from a list of them or from one of them."""
+    return given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]

@@ -13,6 +13,7 @@ from sigmix.engine.tokenization import TEMPLATE_ARGUMENTS
 from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, field_error
 from sigmix.serve.protocol.messages import ChatMessage, NamedToolChoice, Tool, ToolChoice
 from sigmix.serve.protocol.structured_output import ResponseFormat, Schema, StructuredOutputs
+from sigmix.serve.tool_parser import required_calls
 
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a text completion without one, as in OpenAI's API."""
@@ -153,8 +154,10 @@ class ChatCompletionRequest(GenerationOptions):
         for name in self.chat_template_kwargs:
             if name in TEMPLATE_ARGUMENTS:
                 raise field_error(f"chat_template_kwargs.{name}", "is not a variable of a chat template; leave it out")
-        if self.tool_choice not in ("none", "auto"):
-            raise field_error("tool_choice", "must be none or auto" if self.tools else "requires tools")
+        if not self.tools and self.tool_choice not in ("none", "auto"):
+            raise field_error("tool_choice", "requires tools")
+        if self.rendered_tools() and (outputs := super()._outputs()):
+            raise field_error(next(iter(outputs)), "excludes tools; set tool_choice to none")
         names = [tool.function.name for tool in self.tools]
         if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
             raise field_error("tool_choice.function.name", f"must be one of {', '.join(names)}")
@@ -168,6 +171,20 @@ class ChatCompletionRequest(GenerationOptions):
     def logprob_count(self) -> int | None:
         """Return the number of most probable tokens to report; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def _outputs(self) -> dict[str, StructuredOutput]:
+        outputs = super()._outputs()
+        if functions := self.required_functions():
+            outputs["tool_choice"] = StructuredOutput(json=required_calls(functions, self.parallel_tool_calls))
+        return outputs
+
+    def required_functions(self) -> list[dict[str, Any]]:
+        """Return the functions of which the reply must be calls; empty: it may be text."""
+        choice = self.tool_choice
+        if choice == "none" or choice == "auto":
+            return []
+        functions = [tool.function.model_dump() for tool in self.tools]
+        return [one for one in functions if choice == "required" or one["name"] == choice.function.name]
 
     def rendered_tools(self) -> list[dict[str, Any]]:
         """Return the tools that the model may call, as a chat template expects them."""
