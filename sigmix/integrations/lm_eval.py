@@ -61,11 +61,16 @@ OPTIONS = ("base", "mix", "strategy", "bank", "dtype", "device", "form", "decisi
 TOKEN_BUDGET = 8192
 """Tokens of a batch, padding included, with batch_size "auto"."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1, None), "num_return_sequences": (1, None), "repetition_penalty": (1, 1.0, None),
-    "length_penalty": (1, 1.0, None), "use_cache": (True, None), "top_k": (0, None), "min_p": (0, 0.0, None),
+    "num_beams": (1, None), "num_return_sequences": (1, None), "length_penalty": (1, 1.0, None),
+    "use_cache": (True, None),
 }  # fmt: skip
 """Unsupported generation options, with the values that have no effect."""
-OPTIONS_REMEDY = "supported are until, max_gen_toks, do_sample, temperature and top_p"
+SAMPLING = {
+    "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
+    "frequency_penalty": float,
+}  # fmt: skip
+"""Options that the engine has under the same name, and their types."""
+OPTIONS_REMEDY = f"supported are until, max_gen_toks, do_sample, temperature, {', '.join(SAMPLING)}"
 
 T = TypeVar("T")
 Row = tuple[Mix, list[int], list[int]]  # mixture, context and continuation as token ids
@@ -407,13 +412,13 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
         stop_strings = [text for text in handle_stop_sequences(rest.pop("until", None), eos=None) if text]
         rest.pop("do_sample", None)  # normalize_gen_kwargs sets the temperature to 0 without it
         temperature = float(rest.pop("temperature", 0) or 0)
-        max_new_tokens, top_p = int(rest.pop("max_gen_toks")), float(rest.pop("top_p", 1) or 1)
+        max_new_tokens = int(rest.pop("max_gen_toks"))
+        rest["top_p"] = rest.get("top_p") or 1  # greedy tasks have 0
+        sampling = {name: kind(rest.pop(name)) for name, kind in SAMPLING.items() if name in rest}
         if max_new_tokens < 1 or not all(isinstance(text, str) for text in stop_strings):
             raise ValueError("max_gen_toks must be at least 1 and until a list of strings")
     except (TypeError, ValueError) as error:
         raise ConfigError(f"generation options {dict(kwargs)}: {error}", remedy=OPTIONS_REMEDY) from error
-    if temperature == 0:
-        rest.pop("top_k", None)  # no effect on greedy decoding
     for name, value in rest.items():
         if value not in NEUTRAL.get(name, ()):
             raise ConfigError(
@@ -421,8 +426,8 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
                 remedy=OPTIONS_REMEDY,
             )
     return {
-        "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature, "top_p": top_p,
-        "stop_strings": stop_strings,
+        "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
+        "stop_strings": stop_strings, **sampling,
     }  # fmt: skip
 
 

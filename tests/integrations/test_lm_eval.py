@@ -438,6 +438,16 @@ def test_a_special_token_as_a_stop_string(model, place):
     assert len(cut) <= 2 < len(free)
 
 
+def test_sampling_options(model):
+    def ask(**options):
+        return model.generate_until(instances("generate_until", ("say", {"max_gen_toks": 12, **options})), True)
+
+    greedy = ask()
+    assert ask(do_sample=True, temperature=2.0, top_k=1) == ask(do_sample=True, temperature=2.0, min_p=1.0) == greedy
+    for option in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        assert ask(**{option: 1.9}) != greedy
+
+
 def test_what_generation_cannot_do(model):
     def ask(**options):
         return model.generate_until(instances("generate_until", ("say", options)), True)
