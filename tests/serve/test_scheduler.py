@@ -15,6 +15,7 @@ from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
 from sigmix.engine import Engine
 from sigmix.engine.execution import BREAK_EVEN
 from sigmix.engine.generation import SamplingParams
+from sigmix.engine.structured_output import StructuredOutput
 from sigmix.experts.mix import Mix
 from sigmix.serve import load_settings
 from sigmix.serve.fair_queue import QueueFullError
@@ -420,6 +421,22 @@ def test_failed_steps_are_repeated(start, alone, faulty, failures):
     faulty.failures = failures
     check_alone(alone, planned)
     wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
+
+
+def test_structured_outputs_survive_failed_steps(start, shared, alone, faulty):
+    scheduler = start()
+    output = StructuredOutput(regex="[a-z]{30}")
+    ids = [5, 6, 7]
+    one, events = request(ids, "math", max_new_tokens=80, matcher=shared.compile_grammar(output))
+    scheduler.submit(one)
+    wait_until(lambda: events.queue.qsize() >= 5)
+    planned = neighbours(scheduler)
+    faulty.failures = 2
+    check_alone(alone, planned)
+    events.wait()
+    (expected,) = alone.generate([ids], "math", max_new_tokens=80, structured_output=output, form="factored")
+    assert events.text() == expected.text
+    assert len(expected.text) == 30
 
 
 def test_a_batch_that_is_too_large_for_the_memory_gets_smaller(start, alone, faulty):

@@ -49,7 +49,7 @@ class ChatMessage(RequestModel):
     """Message of a conversation."""
 
     ignored = frozenset({"refusal"})
-    neutral: ClassVar = {"annotations": ([],)}  # in replies of clients and servers
+    neutral: ClassVar = {"annotations": ([],), "type": ("message", "text")}  # in histories of clients
     successors: ClassVar = {"function_call": "tool_calls"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

@@ -74,6 +74,6 @@ def test_unknown_fields_of_other_objects_and_routes(server, path, body, param):
 def test_messages_of_stock_clients(server):
     reply = {"role": "assistant", "content": "two", "refusal": None, "annotations": [], "audio": None,
              "function_call": None, "tool_calls": None}  # fmt: skip
-    messages = [{"role": "user", "content": "one"}, reply, {"role": "user", "content": "three"}]
+    messages = [{"role": "user", "content": "one", "type": "text"}, reply, {"role": "user", "content": "three"}]
     status, found, _ = server.call("POST", CHAT, {**BODY, "messages": messages})
     assert status == 200, found
