@@ -250,23 +250,24 @@ def _own_config(name: str, path: Path) -> Any:
     from transformers import AutoConfig
 
     from sigmix.errors import BaseModelError
+    from sigmix.models import gguf
     from sigmix.models.default import offline
     from sigmix.models.hub import base_names, hub_errors, near_paths
     from sigmix.models.loading import HUB_NAME
     from sigmix.utils.logging import quiet
 
-    options: dict[str, Any] = {}
     where: Any = name
     if path.is_dir():
         where = path
         if not (path / "config.json").is_file():
             raise BaseModelError(f"{name} is no model folder: config.json is missing", remedy=base_names())
     elif path.is_file() and path.suffix.lower() == ".gguf":
-        where, options = path.parent, {"gguf_file": path.name}
+        files = gguf.model_files(path)
+        return gguf.read_config(gguf.read_contents(files), files[0])
     elif path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
         raise BaseModelError(f"there is no base model at {name!r}{near_paths(path)}", remedy=base_names())
     with hub_errors(name, BaseModelError, action="read the config of", instead=base_names()), quiet():
-        return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name, **options)
+        return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name)
 
 
 def problems(figures: dict[str, Any], plan: bool = False) -> list[str]:

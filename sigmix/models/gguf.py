@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sigmix.errors import BaseModelError
-from sigmix.models.gguf_config import MODEL_TYPES, ORIGINAL, ROPE_TENSORS, config_of
+from sigmix.models.gguf_config import MODEL_TYPES, ORIGINAL, ROPE_TENSORS, config_of, splits_of
 from sigmix.utils.cache import cache_dir, write_manifest
 from sigmix.utils.io import atomic_dir, file_lock, sha256_file, write_json, writing
 from sigmix.utils.logging import quiet
@@ -139,6 +139,21 @@ def read_contents(files: Sequence[Path]) -> Contents:
     return Contents(architecture, fields, tensors, readers)
 
 
+def read_config(contents: Contents, path: Path) -> PreTrainedConfig:
+    """Return transformers' configuration of a GGUF model; ``path`` is for messages.
+
+    Raises:
+        BaseModelError: a key that changes the logits and has no counterpart in transformers.
+    """
+    values = {name: tensor.data for name, tensor in contents.tensors.items()}
+    try:
+        return config_of(contents.fields, values, _tied(contents))
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"{path} (architecture {contents.architecture}) cannot be converted: {error.message}", remedy=error.remedy
+        ) from error
+
+
 def _open(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
@@ -185,12 +200,8 @@ def _convert(files: Sequence[Path], folder: Path, digests: Sequence[str]) -> Non
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     contents = read_contents(files)
+    config = read_config(contents, files[0])
     label = f"{files[0]} (architecture {contents.architecture})"
-    values = {name: tensor.data for name, tensor in contents.tensors.items()}
-    try:
-        config = config_of(contents.fields, values, _tied(contents))
-    except BaseModelError as error:
-        raise BaseModelError(f"{label} cannot be converted: {error.message}", remedy=error.remedy) from error
     print(f"converting {files[0].name} once (a small model takes about half a minute)", file=sys.stderr)
     with _merged(contents, files) as file:
         try:
@@ -203,6 +214,8 @@ def _convert(files: Sequence[Path], folder: Path, digests: Sequence[str]) -> Non
                 )  # fmt: skip
                 model, report = loaded
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+                if (splits := splits_of(contents.fields)) is not None:
+                    tokenizer.backend_tokenizer.pre_tokenizer = splits
         except BaseModelError:
             raise
         except Exception as error:

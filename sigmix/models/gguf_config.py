@@ -16,6 +16,7 @@ import numpy as np
 from sigmix.errors import BaseModelError
 
 if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedConfig
 
 ORIGINAL = "use the model's original safetensors checkpoint (a hub name or a folder)"
@@ -74,6 +75,27 @@ FLAGS = {
     "use_qkv_bias": ("attn_q.bias",), "qk_layernorm": ("attn_q_norm.weight",),
 }  # fmt: skip
 """{switch of transformers' configurations: tensors of a layer that it adds}"""
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+DIGITS, WORDS = (r"\p{N}", GPT2_SPLIT), (r" ?[^(\s|.,!?…。，、।۔،)]+",)
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), DIGITS),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), WORDS),
+    "viking": (*WORDS, r"\p{N}"),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]"),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+}
+"""{``tokenizer.ggml.pre``: regular expressions that cut a text in turn}, from llama.cpp; transformers lacks these."""
+
+GPT2_SPLITS = (
+    "default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "gigachat", "roberta-bpe",
+    "smollm",  # it also cuts digits apart; the experts of the default base were trained without that
+)  # fmt: skip
+"""Values of ``tokenizer.ggml.pre`` for which transformers' default is right."""
+
+ALIASES = {"stablelm2": "qwen2", "hunyuan": "qwen2", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
+"""Other names of splits that transformers has."""
 
 PARTIAL = ("phi3", "stablelm", "nemotron")
 """Model types that rotate a part of each head."""
@@ -134,6 +156,7 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    splits_of(fields)  # before weights are read
     header = Header(fields)
     architecture = header["general.architecture"]
     config_class = CONFIG_MAPPING[MODEL_TYPES[architecture]]
@@ -157,6 +180,25 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
         if name != key and name not in HARMLESS and not _carried(name, header[key], config):
             raise unsupported(key, header[key])
     return config
+
+
+def splits_of(fields: Mapping[str, Any]) -> PreTokenizer | None:
+    """Return how a byte-level BPE cuts texts, where transformers would take GPT-2's way in place of the file's.
+
+    Raises:
+        BaseModelError: an unsupported ``tokenizer.ggml.pre``.
+    """
+    from tokenizers import Regex, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    name = fields.get("tokenizer.ggml.pre", "default")
+    if fields.get("tokenizer.ggml.model") != "gpt2" or name in (*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLITS):
+        return None
+    if name not in SPLITS and name not in ALIASES:
+        raise unsupported("tokenizer.ggml.pre", name)
+    expressions = SPLITS[name] if name in SPLITS else (GGUF_PRE_TOKENIZER_SPLITS[ALIASES[name]],)
+    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in expressions]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _carried(name: str, value: Any, config: Any) -> bool:
@@ -253,6 +295,9 @@ def _rope(header: Header, kind: str, head_dim: int, tensors: Mapping[str, np.nda
     elif dimensions != head_dim:
         raise unsupported(header.prefix + "rope.dimension_count", dimensions)
     factors = {name: _numbers(tensors[name]) for name in ROPE_TENSORS if name in tensors}
+    for name, numbers in factors.items():
+        if len(numbers) != dimensions // 2:
+            raise unsupported(f"the tensor {name} with {len(numbers)} factors for", f"{dimensions} dimensions")
     scaled = scaling != "none" and factor != 1.0
     if factors and scaled:
         raise unsupported(header.prefix + "rope.scaling.factor", factor)

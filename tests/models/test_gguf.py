@@ -337,3 +337,38 @@ def test_a_conversion_by_an_earlier_version_is_not_used(tmp_path):
     stale = models_dir() / hashlib.sha256(file.read_bytes()).hexdigest()
     build_tiny(vocab_size=260).save_pretrained(stale)
     assert torch.equal(logits(load_base(file, "float32")[0]), logits(model))
+
+
+# --- the tokenizer
+
+TEXTS = ["a  1 b", "12 345 6789", "  12", "a !! b!", "x\n\n  y", "don't  1.5 (x)", "é ü  22"]
+
+
+def set_tokenizer(writer, pre, merge):
+    tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+    tokens[-1] = merge.replace(" ", "")
+    writer.kv_data[0].pop("tokenizer.ggml.merges")
+    writer.add_token_merges([merge])
+    writer.kv_data[0].pop("tokenizer.ggml.pre")
+    writer.add_tokenizer_pre(pre)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("merge", ["Ġ Ġ", "Ġ 1", "1 2", "! !", "Ċ Ċ"])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "qwen2", "llama-bpe", "starcoder", "falcon", "bloom", "stablelm2", "deepseek-coder", "refact"]
+)
+def test_texts_are_cut_as_llama_cpp_cuts_them(tmp_path, pre, merge):
+    file = write_gguf(tmp_path / "tiny.gguf", build("llama"), extra=lambda writer: set_tokenizer(writer, pre, merge))
+    tokenizer = load_base(file)[1]
+    with LlamaCpp(file, 32, threads=1) as llama:
+        theirs = [llama.llama.tokenize(text.encode(), add_bos=False, special=False) for text in TEXTS]
+    assert [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS] == theirs
+
+
+def test_an_unsupported_way_to_cut_texts_is_refused_by_name(tmp_path):
+    file = write_gguf(
+        tmp_path / "tiny.gguf", build("llama"), extra=lambda writer: set_tokenizer(writer, "youtu", "! !")
+    )
+    with pytest.raises(BaseModelError, match="tokenizer.ggml.pre = 'youtu'"):
+        load_base(file)
