@@ -37,7 +37,7 @@ class TokenDecoder:
         self._bytes: dict[int, bytes] = {}
         self._first: dict[int, bytes] = {}
         added = tokenizer.added_tokens_decoder.items()
-        self.special = frozenset([*tokenizer.all_special_ids, *(id for id, token in added if token.special)])
+        self.special = frozenset([*tokenizer.all_special_ids, *(id for id, token in added if token.special)]) - {None}
         """Ids of special tokens, which are not part of a text."""
 
     @cached_property

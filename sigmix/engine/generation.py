@@ -94,7 +94,8 @@ class Generation:
     """Completion of one prompt.
 
     Attributes:
-        text: decoded without special tokens, up to the first stop string.
+        text: decoded without special tokens, up to the first stop string. Without a chat template it continues the
+            prompt: prompt + text keeps the space between both.
         ids: generated token ids, the end token included. logprobs: natural log-probability of each id.
         prompt_tokens: length of the prompt. finish: "stop", "length" or "error".
         error: reason of an "error"; the text is then empty.
