@@ -80,6 +80,10 @@ def expected(alone):
     return find
 
 
+def near(values: list[float]):
+    return pytest.approx(values, abs=1e-4)
+
+
 # --- openai
 
 
@@ -145,6 +149,13 @@ def test_openai_structured_output(client, temperature):
     assert isinstance(client.responses.parse(input=FIRST, text_format=Answer, **options).output_parsed, Answer)
 
 
+def test_openai_embeddings(client, alone):
+    texts = [FIRST, SECOND]
+    for options in ({}, {"encoding_format": "float"}):  # by default base64
+        found = client.embeddings.create(model="math", input=texts, **options)
+        assert [one.embedding for one in found.data] == list(map(near, alone.embeddings(texts, "math").tolist()))
+
+
 def test_openai_errors(client):
     openai = pytest.importorskip("openai")
     turns = [{"role": "user", "content": "hi"}]
@@ -185,6 +196,11 @@ def test_litellm_structured_output(litellm):
     turns = [{"role": "user", "content": FIRST}]
     reply = litellm("completion", messages=turns, response_format=Answer)
     assert Answer.model_validate_json(reply.choices[0].message.content)
+
+
+def test_litellm_embeddings(litellm, alone):
+    found = litellm("embedding", input=[FIRST])
+    assert found.data[0]["embedding"] == near(alone.embeddings([FIRST], "math")[0].tolist())
 
 
 def test_litellm_responses(litellm, expected):
@@ -241,6 +257,16 @@ def test_langchain_structured_output(langchain, responses):
     assert isinstance(model.with_structured_output(Answer.model_json_schema()).invoke(FIRST), dict)
 
 
+def test_langchain_embeddings(langchain, server, alone):
+    """By default LangChain sends ids of OpenAI's tokenizer."""
+    expected = list(map(near, alone.embeddings([FIRST, SECOND], "math").tolist()))
+    own_tokenizer = {"tiktoken_enabled": False, "tiktoken_model_name": str(server.base)}
+    for options in ({"check_embedding_ctx_length": False}, own_tokenizer):
+        model = langchain("OpenAIEmbeddings", **options)
+        assert model.embed_documents([FIRST, SECOND]) == expected
+        assert model.embed_query(FIRST) == expected[0]
+
+
 def test_langchain_completions(langchain, alone):
     (reply,) = alone.generate(["one two"], "math", max_new_tokens=4, chat=False)
     model = langchain("OpenAI", max_tokens=4, temperature=0)
@@ -280,6 +306,16 @@ def test_langchain_tools(caller, responses):
     assert sum(streamed[1:], streamed[0]).tool_calls[0]["args"] == {"city": "Paris"}
     result = {"role": "tool", "content": weather(**call["args"]), "tool_call_id": call["id"]}
     assert bound.invoke([{"role": "user", "content": "Paris?"}, reply, result]).tool_calls
+
+
+@pytest.mark.parametrize("responses", [False, True])
+def test_langchain_forced_tools(caller, responses):
+    module = pytest.importorskip("langchain_openai")
+    model = module.ChatOpenAI(model="base", base_url=caller, api_key="none", use_responses_api=responses)
+    assert isinstance(model.with_structured_output(Answer, method="function_calling").invoke("red?"), Answer)
+    for choice in ("any", "Answer"):
+        (call,) = model.bind_tools([Answer], tool_choice=choice, parallel_tool_calls=False).invoke("red?").tool_calls
+        assert Answer(**call["args"])
 
 
 def test_litellm_tools(caller):
