@@ -398,7 +398,7 @@ def _parse_latex(text: str) -> list[Any]:
 
 
 def _whole(text: str) -> Fraction | None:
-    text = plain(text).strip().strip("$*").removesuffix(".").strip("$* ")
+    text = plain(text).strip().strip("$*_`").removesuffix(".").strip("$*_` ")
     while match := _RESULT.match(text):
         text = match[1].strip()
     number = parse_number(text, unit=True)
