@@ -139,7 +139,7 @@ class Reader:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", words)
-            patch.setattr(sys, "stdin", io.StringIO(""))
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
             code = None
             try:
                 main()
