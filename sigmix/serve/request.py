@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -139,7 +138,7 @@ class RequestHandler:
         self.parsers = parsers
         self._sent_calls = [0] * len(self.choices)
         self.echoes = [Choice() for _ in prompts]
-        self.offsets: list[list[int]] = [[]] * len(prompts)
+        self._prompt_tokens: list[Iterator[tuple[int, int]]] = [iter(())] * len(prompts)  # ids and offsets that follow
         for echo, text in zip(self.echoes, echoes or (), strict=False):
             echo.text = text
         self.decisions: list[dict[str, Any] | None] = [None] * len(prompts)
@@ -231,10 +230,8 @@ class RequestHandler:
             self._save_for_feedback(event)
             return
         if isinstance(event, PromptLogprobs):
-            tokens = self.echoes[number].tokens
-            places = zip(self.requests[number].ids, self.offsets[number], strict=True)
-            following = zip(islice(places, len(tokens), None), event.logprobs, strict=False)
-            tokens += [Token(0, id, *scores, offset=offset) for (id, offset), scores in following]
+            following = zip(event.logprobs, self._prompt_tokens[number], strict=False)
+            self.echoes[number].tokens += [Token(0, id, *scores, offset=offset) for scores, (id, offset) in following]
             return
         choice = self.choices[number * self.count + event.index]
         choice.text += event.text
@@ -275,8 +272,10 @@ class RequestHandler:
         """
         for number, (request, echo) in enumerate(zip(self.requests, self.echoes, strict=True)):
             if request.prompt_logprobs:
-                self.offsets[number] = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
-                echo.tokens = [Token(0, request.ids[0], None, [], offset=self.offsets[number][0])]
+                offsets = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
+                self._prompt_tokens[number] = places = iter(zip(request.ids, offsets, strict=True))
+                id, offset = next(places)
+                echo.tokens = [Token(0, id, None, [], offset=offset)]
         name, output = self.options.structured_output()
         if output is not None:
             try:
