@@ -19,7 +19,7 @@ from sigmix import Bank, Engine, Mix, load_base
 from sigmix.adapt import Probe, ProbeDispatch
 from sigmix.adapt.base import labels
 from sigmix.engine.scoring import hidden_states
-from sigmix.errors import ConfigError, ContextError, UnknownNameError
+from sigmix.errors import ConfigError, ContextError, PromptError, UnknownNameError
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.integrations.lm_eval import SigmixLM
 
@@ -382,6 +382,13 @@ def test_rolling_likelihoods_of_short_long_and_no_texts(model, place):
     got = model.loglikelihood_rolling(instances("loglikelihood_rolling", *texts, ("",)), True)
     assert got[:-1] == [pytest.approx(one, **TOLERANCE) for one in expected]
     assert got[-1] == 0.0
+
+
+def test_a_token_without_an_embedding_is_named(model):
+    rows = model.engine.model.get_input_embeddings().weight.shape[0]
+    for context, answer in (([5, rows], [6]), ([5], [6, rows])):
+        with pytest.raises(PromptError, match=f"token {rows}"):
+            model._loglikelihood_tokens([(("a", "b"), context, answer)], True)
 
 
 @pytest.mark.parametrize("until", ["e", ["e"], ["", "e"], [None, "e"], [], [""], None])
