@@ -177,13 +177,16 @@ def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict
     """Return the plan of a base model, see `sigmix.models.memory.model_plan`, and whether it fits this machine.
 
     Raises:
-        BaseModelError: no config, or not of a causal language model. ConfigError: unknown dtype or quantization.
+        BaseModelError: no config, or not of a supported causal language model.
+        ConfigError: unknown dtype or quantization.
     """
+    from sigmix.models.batching import check_architecture
     from sigmix.models.memory import empty_model, model_plan
     from sigmix.svf.tuner import target_layers
 
     config, source = read_config(name)
     model = empty_model(config)
+    check_architecture(type(model), config, name)
     plan = model_plan(model, target_layers(model), dtype, quantization, cuda)
     memory, disk = has["memory_available_bytes"], plan["weights_bf16_bytes"] + plan["disk_bytes"]
     forms = {form: plan["weights_bytes"] + extra for form, extra in plan["form_bytes"].items()}

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import BaseModelError, ConfigError
@@ -158,11 +159,21 @@ def _token_bytes(config: PretrainedConfig, b: int) -> tuple[int, int] | None:
     )
     if not (isinstance(layers, int) and isinstance(hidden, int) and isinstance(heads, int)):
         return None
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or hidden // heads
-    if not (isinstance(kv_heads, int) and isinstance(width, int)):
+    every = zip(DynamicCache(config=config).layers, text.per_layer_config, strict=True)
+    numbers = [_cached_numbers(own, hidden // heads, heads) for layer, own in every if isinstance(layer, DynamicLayer)]
+    if not all(isinstance(number, int) for number in numbers):
         return None
-    return 2 * layers * kv_heads * width * b, ACTIVATIONS * layers * hidden * b
+    return sum(numbers) * b, ACTIVATIONS * layers * hidden * b
+
+
+def _cached_numbers(layer: PretrainedConfig, width: int, heads: int) -> int:
+    """Return how many numbers a layer caches for a token, given the usual width of a head."""
+    if latent := getattr(layer, "kv_lora_rank", None):
+        return latent + layer.qk_rope_head_dim
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    if getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False):
+        kv_heads = 1
+    return 2 * kv_heads * (getattr(layer, "head_dim", None) or width)
 
 
 def _not_adapted(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[dict[str, Any]]:

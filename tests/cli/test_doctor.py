@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import RwkvConfig
+
 from sigmix.cli import doctor as diagnose
 
 pytest_plugins = ["helpers_cli"]
@@ -28,6 +30,11 @@ def test_doctor_knows_the_default_without_its_weights(run, tmp_path, monkeypatch
     assert figures["base"]["plan"]["parameters"] == 134_515_008
     assert figures["base"]["plan"]["z_parameters"] == 97_920
     assert figures["cache"]["models"] == []
+
+
+def test_doctor_on_an_unsupported_architecture(refused, tmp_path):
+    RwkvConfig(hidden_size=64, attention_hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert "rwkv" in refused("doctor", "--base", tmp_path, silent=False)
 
 
 def test_doctor_on_a_base_that_is_none(refused, run, tmp_path):

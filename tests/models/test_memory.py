@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers_architectures import build
 from helpers_tiny import ARCHITECTURES, build_tiny
 from peft import get_peft_model
 from safetensors.torch import save_file
@@ -43,6 +44,17 @@ def test_counts_are_those_of_the_model(arch, tiny):
     assert found["matrices"] == len(linear) == sum(shape["count"] for shape in found["by_shape"])
     assert found["z_parameters"] == sum(ranks)
     assert found["cache_bytes"] == sum(4 * (r * r + r) for r in ranks)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1", "deepseek_v3", "gemma3n_text", "falcon", "gpt_bigcode"])
+def test_only_layers_with_keys_and_values_count_for_the_cache(name):
+    model = build(name)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
+    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    states = [states for layer in filled for states in (layer.keys, layer.values)]
+    assert plan(model.config, dtype="float32")["kv_bytes_per_1000_tokens"] == 100 * held(states)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
