@@ -270,8 +270,10 @@ def _sample(
     # scaled by the last value so that rounding cannot leave the draw beyond every token
     draws = draws.to(cumulative.dtype) * cumulative[:, -1]
     tokens = torch.searchsorted(cumulative, draws[:, None], right=True).clamp_max(logits.shape[-1] - 1)
-    # nor on an excluded one
-    return torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, True))[:, 0]
+    chosen = probabilities.gather(1, tokens)
+    if not chosen.all():  # nor on an excluded one
+        tokens = torch.where(chosen > 0, tokens, probabilities.argmax(-1, keepdim=True))
+    return tokens[:, 0]
 
 
 class DecodingBatch:
