@@ -254,13 +254,18 @@ class JsonParser(ToolCallParser):
 
 
 def required_calls(functions: Iterable[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """Return the JSON schema of the replies that `JsonParser` reads: calls of these functions."""
+    """Return the JSON schema of the replies that `JsonParser` reads: calls of these functions.
+
+    Arguments beside the declared ones are excluded unless a function's schema permits them.
+    """
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for function in functions:
         schema = dict(function["parameters"])
         for key in DEFINITIONS:  # references to them begin at the root
             definitions[key] = {**definitions.get(key, {}), **schema.pop(key, {})}
+        if "properties" in schema:
+            schema.setdefault("additionalProperties", False)
         properties = {"name": {"const": function["name"]}, "parameters": schema}
         calls.append({
             "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,

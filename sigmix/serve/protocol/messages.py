@@ -31,6 +31,8 @@ class TextPart(RequestModel):
 class FunctionCall(RequestModel):
     """Called function; ``arguments`` is the text of a JSON object."""
 
+    ignored = frozenset({"parsed_arguments"})  # of OpenAI's client
+
     name: FunctionName
     arguments: str = Field("", max_length=MAX_TEXT)
 
@@ -48,7 +50,7 @@ class MessageToolCall(RequestModel):
 class ChatMessage(RequestModel):
     """Message of a conversation."""
 
-    ignored = frozenset({"refusal"})
+    ignored = frozenset({"parsed", "refusal"})
     neutral: ClassVar = {"annotations": ([],), "type": ("message", "text")}  # in histories of clients
     successors: ClassVar = {"function_call": "tool_calls"}
 

@@ -175,7 +175,8 @@ class ChatCompletionRequest(GenerationOptions):
     def _outputs(self) -> dict[str, StructuredOutput]:
         outputs = super()._outputs()
         if functions := self.required_functions():
-            outputs["tool_choice"] = StructuredOutput(json=required_calls(functions, self.parallel_tool_calls))
+            several = self.parallel_tool_calls and self.tool_choice == "required"
+            outputs["tool_choice"] = StructuredOutput(json=required_calls(functions, several))
         return outputs
 
     def required_functions(self) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ LOGPROBS = "message.output_text.logprobs"
 class ContentPart(TextPart):
     """Text part of an item."""
 
-    ignored = frozenset({"annotations", "logprobs"})  # in replies of servers
+    ignored = frozenset({"annotations", "logprobs", "parsed"})  # in replies of clients and servers
     kinds = ("input_text", "output_text")
 
     type: Literal["input_text", "output_text"]  # type: ignore[assignment]
@@ -50,7 +50,7 @@ class MessageItem(RequestModel):
 class FunctionCallItem(RequestModel):
     """Function call of the model."""
 
-    ignored = frozenset({"id", "status"})
+    ignored = frozenset({"id", "parsed_arguments", "status"})
 
     type: Literal["function_call"]
     call_id: ItemId
