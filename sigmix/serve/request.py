@@ -281,6 +281,7 @@ class RequestHandler:
             try:
                 matcher = await run_in_threadpool(self.service.engine.compile_grammar, output)
             except SigmixError as error:
+                name = self.builder.format_param if name == "response_format" else name
                 raise ApiError(400, f"{name}: {error}", param=name) from error
             for request in self.requests:
                 request.matcher = matcher

@@ -149,6 +149,12 @@ def test_invalid_fields(server, fields, param, word):
             assert param in found["error"]["message"]
 
 
+def test_the_field_of_the_responses_api(server):
+    text = {"format": {"type": "json_schema", "name": "a", "schema": {"type": "text"}}}
+    status, found, _ = server.call("POST", "/v1/responses", {"input": "one", "text": text})
+    assert (status, found["error"]["param"]) == (400, "text.format")
+
+
 def test_a_constraint_without_a_continuation_fails_its_request_only(server):
     status, found = server.chat(guided_json={"const": "abé"})  # not in this vocabulary
     assert (status, found["error"]["code"]) == (400, "structured_output")

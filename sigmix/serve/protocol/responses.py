@@ -216,6 +216,7 @@ class ResponsesBuilder(ResponseBuilder):
     """
 
     end = ""
+    format_param = "text.format"
 
     def __init__(
         self, body: ResponsesRequest, temperature: float, fingerprint: str, token_bytes: Callable[[int], bytes]
