@@ -19,19 +19,19 @@ def gguf_permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def write_gguf(
     path: Path, model, architecture: str = "llama", extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-    drop: Callable[[str], bool] = lambda name: False,
+    drop: Callable[[str], bool] = lambda name: False, rope_scaling: bool = False,
 ) -> Path:  # fmt: skip
     """Write ``model`` (vocabulary 260) to ``path`` in float32.
 
     Args:
-        extra: adds keys and tensors. drop: whether a tensor is left out.
+        extra: adds keys and tensors. drop: whether a tensor is left out. rope_scaling: write the model's.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     _add_sizes(writer, config)
     if getattr(config, "rope_parameters", None):
-        _add_rope(writer, config)
+        _add_rope(writer, config, rope_scaling)
     tokens = ["<pad>", "<bos>", "<eos>", *sorted(ByteLevel.alphabet()), "!!"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -83,14 +83,14 @@ def _add_sizes(writer: gguf.GGUFWriter, config) -> None:
             writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
 
-def _add_rope(writer: gguf.GGUFWriter, config) -> None:
+def _add_rope(writer: gguf.GGUFWriter, config, scaling: bool) -> None:
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-    kind = rope["rope_type"]
+    kind = rope["rope_type"] if scaling else "default"
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from helpers_engine import expert
-from helpers_gguf import split_gguf, write_gguf
+from helpers_gguf import split_gguf
+from helpers_gguf import write_gguf as write_plain
 from helpers_tiny import build_tiny
 
 from sigmix import load_base
@@ -26,6 +27,7 @@ from sigmix.export.verify import LlamaCpp, llama_cpp_installed
 from sigmix.models.gguf import models_dir
 
 pytestmark = pytest.mark.usefixtures("cache")
+write_gguf = partial(write_plain, rope_scaling=True)
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_installed(), reason="llama-cpp-python is not installed")
 IDS = torch.randint(4, 250, (1, 100), generator=torch.Generator().manual_seed(1))
 
