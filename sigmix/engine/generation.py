@@ -183,7 +183,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int = 0) -> 
     scores = logits.float()
     normalizer = scores.logsumexp(-1, keepdim=True)
     chosen = (scores.gather(-1, tokens[:, None]) - normalizer)[:, 0].tolist()
-    best = scores.topk(top)
+    best = scores.topk(min(top, scores.shape[-1]))
     values = (best.values - normalizer).tolist()
     most = [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), values, strict=True)]
     return list(zip(chosen, most, strict=True))

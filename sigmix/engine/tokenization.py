@@ -96,6 +96,8 @@ def encode_turns(
         raise ConfigError(
             "continue_final_message and add_generation_prompt exclude each other", remedy="set one of them to false"
         )
+    if continue_final_message and turns and turns[-1].get("tool_calls"):
+        raise PromptError("the last message has tool_calls, so it cannot be continued", remedy="add their results")
     processor, shown = processor_of(tokenizer), pictures(list(images))
     template = chat_template(tokenizer, tools)
     _check_tool_turns(template, turns, tools)
@@ -316,8 +318,9 @@ def check_context(
     limit = context_length(model)
     if limit is not None and len(ids) + max_new_tokens > limit:
         room, has = max(limit - max_new_tokens, 0), f"{what} has {len(ids)} tokens"
-        if max_new_tokens == 1:
-            message = f"{has}, which leave no room for an answer in the model's context of {limit}"
+        if max_new_tokens <= 1:
+            excess = "which leave no room for an answer in" if max_new_tokens else "more than"
+            message = f"{has}, {excess} the model's context of {limit}"
             raise ContextError(message, remedy=f"shorten it to {room} tokens")
         raise ContextError(
             f"{has} and {max_new_tokens} new ones, more than the model's context of {limit}",

@@ -35,7 +35,7 @@ from sigmix.serve.protocol.requests import (
     SaveMixRequest,
     TokenizeRequest,
 )
-from sigmix.serve.protocol.responses import ResponsesBuilder, ResponsesRequest
+from sigmix.serve.protocol.responses import ResponsesBuilder, ResponsesRequest, responses_error
 from sigmix.serve.registry import BASE
 from sigmix.serve.request import RequestHandler
 from sigmix.serve.service import Service, embedding_batches
@@ -94,17 +94,16 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, servic
 async def _chat_handler(
     body: ChatCompletionRequest, request: Request, service: Service, key: ApiKey, builder: ResponseBuilder | None = None
 ) -> RequestHandler:
-    param = builder.param if builder else "messages"
     turns = [message.turn() for message in body.messages]
     user = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
     if body.model == AUTO and not user.strip():
-        raise ApiError(400, f"{param} must contain a non-empty user message for the model auto", param=param)
+        raise ApiError(400, "messages must contain a non-empty user message for the model auto", param="messages")
     new_parser = None
     if tools := body.rendered_tools():
         required = body.required_functions()
         parser = JsonParser if required else await in_thread("tools", service.tool_call_parser, tools)
         new_parser = partial(parser, tools, body.parallel_tool_calls)
-    ids = await in_thread(param, service.encode_chat, turns, **body.template_options())
+    ids = await in_thread("messages", service.encode_chat, turns, **body.template_options())
     return RequestHandler(service, request, key, body, [(ids, user)], new_parser=new_parser, builder=builder)
 
 
@@ -113,7 +112,10 @@ async def responses(body: ResponsesRequest, request: Request, service: ServiceDe
     """Generate the next items of a conversation, in the format of OpenAI's Responses API."""
     temperature = service.settings.default_temperature if body.temperature is None else body.temperature
     builder = ResponsesBuilder(body, temperature, service.fingerprint, service.token_bytes)
-    return await (await _chat_handler(body.chat_request(), request, service, key, builder)).respond()
+    try:
+        return await (await _chat_handler(body.chat_request(), request, service, key, builder)).respond()
+    except ApiError as error:
+        raise responses_error(error) from error
 
 
 @router.post("/v1/completions")

@@ -18,7 +18,7 @@ from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, Pro
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
 from sigmix.engine.detokenizer import text_offsets, token_decoder
-from sigmix.engine.tokenization import chat_template, check_context, context_length, encode_turns
+from sigmix.engine.tokenization import chat_template, check_context, check_unicode, context_length, encode_turns
 from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
@@ -178,7 +178,12 @@ class Service:
             return tool_call_parser(chat_template(self._tokenizer, tools))
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of bare text."""
+        """Return the token ids of bare text.
+
+        Raises:
+            PromptError: lone surrogates.
+        """
+        check_unicode(text)
         with self._tokenizer_lock:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 

@@ -261,7 +261,7 @@ def required_calls(functions: Iterable[Mapping[str, Any]], parallel: bool) -> di
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for function in functions:
-        schema = dict(function["parameters"])
+        schema = {"type": "object", **function["parameters"]}
         for key in DEFINITIONS:  # references to them begin at the root
             definitions[key] = {**definitions.get(key, {}), **schema.pop(key, {})}
         if "properties" in schema:

@@ -7,7 +7,14 @@ import torch
 from helpers_engine import alone, greedy, rows
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState, complete, select_tokens
+from sigmix.engine.generation import (
+    DecodingBatch,
+    SamplingParams,
+    SequenceState,
+    complete,
+    select_tokens,
+    token_logprobs,
+)
 from sigmix.engine.prefix_cache import prefill
 
 PROMPTS = rows([14, 22, 11, 17], shared=9)
@@ -127,6 +134,11 @@ def test_log_probabilities_are_the_models_own(tiny_llama):
         logp = alone(tiny_llama, [*PROMPTS[0], *row.ids]).log_softmax(-1)
     expected = [float(logp[len(PROMPTS[0]) - 1 + i, token]) for i, token in enumerate(row.ids)]
     assert row.logprobs == pytest.approx(expected, **NEAR)
+
+
+def test_more_log_probabilities_than_tokens():
+    ((_, top),) = token_logprobs(torch.tensor([[0.0, 1.0]]), torch.tensor([0]), 20)
+    assert [token for token, _ in top] == [1, 0]
 
 
 def test_top_p_keeps_the_smallest_set(tiny_llama):

@@ -52,6 +52,16 @@ def test_invalid_options(server, fields, param):
     assert (status, found["error"]["param"]) == (400, param)
 
 
+def test_tool_calls_cannot_be_continued(server, monkeypatch):
+    template = "{% for m in messages %}{{ m['content'] }}{{ m['tool_calls'] }}{% endfor %}"
+    monkeypatch.setattr(server.service._tokenizer, "chat_template", template)
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    status, found, _ = server.call("POST", CHAT, {**BODY, "messages": turns, "continue_final_message": True})
+    assert (status, found["error"]["param"]) == (400, "messages")
+    assert "tool_calls" in found["error"]["message"]
+
+
 def test_a_template_that_cannot_continue(server, monkeypatch):
     tokenizer = server.service._tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")

@@ -198,7 +198,11 @@ def test_errors_in_a_stream(server, monkeypatch):
         ({"conversation": "conv_1"}, 400, "conversation"),
         ({"background": True}, 400, "background"),
         ({"truncation": "auto"}, 400, "truncation"),
-        ({"reasoning": {"effort": "low"}}, 400, "reasoning"),
+        ({"reasoning": {"effort": "low"}}, 400, "reasoning.effort"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, 400, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}}}, 400, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}, "tools": [WEATHER]}, 400, "text.format"),
+        ({"model": "auto", "input": [{"role": "system", "content": "x"}]}, 400, "input"),
         ({"tools": [{"type": "web_search"}]}, 400, "tools.0"),
         ({"tools": [WEATHER]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
@@ -210,11 +214,12 @@ def test_errors_in_a_stream(server, monkeypatch):
 def test_invalid_requests(server, fields, status, param):
     got, found, _ = server.call("POST", PATH, {"input": "x", **fields})
     assert (got, found["error"]["param"]) == (status, param)
+    assert "response_format" not in found["error"]["message"]
 
 
 def test_fields_without_effect(server):
     fields = {"store": True, "background": False, "truncation": "disabled", "service_tier": "auto", "text": {},
-              "reasoning": {}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "x"}  # fmt: skip
+              "reasoning": {"effort": None}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "x"}  # fmt: skip
     status, found, _ = server.call("POST", PATH, {"input": "x", "model": "math", **fields})
     assert (status, found["store"]) == (200, False)
     assert server.call("GET", f"{PATH}/{found['id']}")[0] == 404

@@ -171,13 +171,19 @@ def test_required_calls_with_definitions(answering):
     assert json.loads(found["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
 
 
+def test_arguments_of_required_calls_are_an_object(answering):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    cut = ask(answering("12"), tools=[tool], tool_choice="required", max_tokens=40)
+    assert cut["message"]["content"].startswith('[{"name": "now", "parameters": {')
+
+
 def test_structured_output_excludes_tools(server):
     for fields in ({"response_format": {"type": "json_object"}}, {"guided_regex": "a"}):
         for choice in ("auto", "required"):
             body = {"messages": [USER], "tools": [WEATHER], "tool_choice": choice, **fields}
             status, found, _ = server.call("POST", CHAT, body)
             assert status == 400
-            assert {*fields, "tool_choice"} & {found["error"]["param"]}
+            assert {*fields, "tools"} & {found["error"]["param"]}
 
 
 def test_tool_choice_none_leaves_the_tools_out(answering):
@@ -249,6 +255,8 @@ CALL = {"id": "a", "type": "function", "function": {"name": "weather", "argument
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+         "tools.0.function.parameters"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages.1.content"),
         ({"messages": [USER, {"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages.1.tool_calls"),

@@ -24,7 +24,8 @@ class TextPart(RequestModel):
     @classmethod
     def _check_type(cls, part: Any) -> Any:
         if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind not in cls.kinds:
-            raise PydanticCustomError("part", "is a part of type {kind}; only text parts are supported", {"kind": kind})
+            context = {"kind": kind, "kinds": " and ".join(cls.kinds)}
+            raise PydanticCustomError("part", "is a part of type {kind}; supported are parts of type {kinds}", context)
         return part
 
 
@@ -91,6 +92,12 @@ class FunctionDefinition(RequestModel):
     description: str | None = Field(None, max_length=MAX_TEXT)
     parameters: dict[str, Any] = Field({"type": "object", "properties": {}})
     strict: bool = False
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> FunctionDefinition:
+        if self.parameters.get("type", "object") != "object":
+            raise field_error("parameters", "must be a schema of type object")
+        return self
 
 
 class Tool(RequestModel):

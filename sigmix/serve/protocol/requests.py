@@ -47,9 +47,9 @@ class GenerationOptions(RequestModel):
         "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
         "include_stop_str_in_output": (False,), "length_penalty": (1,), "min_tokens": (0,), "modalities": (["text"],),
         "parallel_tool_calls": (True, False), "priority": (0,), "reasoning_effort": ("none",),
-        "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "stop_token_ids": ([],),
-        "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "use_beam_search": (False,),
-        "verbosity": ("medium",),
+        "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,), "stop_token_ids": ([],), "suffix": ("",),
+        "tool_choice": ("none", "auto"), "tools": ([],), "use_beam_search": (False,), "verbosity": ("medium",),
     }  # fmt: skip
 
     model: str = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
@@ -176,7 +176,7 @@ class ChatCompletionRequest(GenerationOptions):
         outputs = super()._outputs()
         if functions := self.required_functions():
             several = self.parallel_tool_calls and self.tool_choice == "required"
-            outputs["tool_choice"] = StructuredOutput(json=required_calls(functions, several))
+            outputs["tools"] = StructuredOutput(json=required_calls(functions, several))
         return outputs
 
     def required_functions(self) -> list[dict[str, Any]]:
@@ -201,6 +201,8 @@ class ChatCompletionRequest(GenerationOptions):
 
 class CompletionRequest(GenerationOptions):
     """POST /v1/completions."""
+
+    neutral: ClassVar = {**GenerationOptions.neutral, "add_special_tokens": (True,)}
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -23,6 +23,11 @@ ItemId = Annotated[str, Field(min_length=1, max_length=256)]
 ITEM_TYPES = {"input": ("message", "function_call", "function_call_output"), "tools": ("function",)}
 """Supported types of items and tools."""
 
+CHAT_FIELDS = {
+    "response_format.json_schema.schema": "text.format.schema", "response_format": "text.format", "messages": "input",
+}  # fmt: skip
+"""Fields of this API by their names in the chat completion."""
+
 LOGPROBS = "message.output_text.logprobs"
 
 # --- Requests
@@ -93,6 +98,12 @@ class FunctionTool(FunctionDefinition):
     strict: bool = True
 
 
+class Reasoning(RequestModel):
+    """Options of reasoning; none is supported."""
+
+    neutral: ClassVar = {"effort": ("none",)}
+
+
 class NamedTool(RequestModel):
     """Choice of one function."""
 
@@ -106,9 +117,7 @@ class ResponsesRequest(RequestModel):
     ignored = frozenset({
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier",
     })  # fmt: skip
-    neutral: ClassVar = {
-        "background": (False,), "reasoning": ({}, {"effort": "none"}), "truncation": ("disabled",),
-    }  # fmt: skip
+    neutral: ClassVar = {"background": (False,), "truncation": ("disabled",)}
     successors: ClassVar = dict.fromkeys(("previous_response_id", "conversation"), "input for the whole conversation")
 
     model: str = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
@@ -123,6 +132,7 @@ class ResponsesRequest(RequestModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions = Field(default_factory=TextOptions)
+    reasoning: Reasoning | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[FunctionTool] = Field([], max_length=128)
@@ -200,6 +210,18 @@ class ResponsesRequest(RequestModel):
         return messages
 
 
+def responses_error(error: ApiError) -> ApiError:
+    """Return an error of the chat completion with the field's name in this API."""
+    param = error.param or ""
+    for name, own in CHAT_FIELDS.items():
+        if param == name or param.startswith(f"{name}."):
+            error.param = own + param[len(name) :]
+            if error.message.startswith(name):
+                error.message = own + error.message[len(name) :]
+            break
+    return error
+
+
 def _text(content: str | list[ContentPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
@@ -222,7 +244,6 @@ class ResponsesBuilder(ResponseBuilder):
         self, body: ResponsesRequest, temperature: float, fingerprint: str, token_bytes: Callable[[int], bytes]
     ) -> None:
         super().__init__(True, body.model, fingerprint, token_bytes, LOGPROBS in body.include)
-        self.param = "input"
         self.id = f"resp_{uuid.uuid4().hex}"
         self._response: dict[str, Any] = {
             "id": self.id, "object": "response", "created_at": int(time.time()), "status": "in_progress",

@@ -113,6 +113,13 @@ def test_malformed_bodies(server, body):
     error_of(server, CHAT, body)
 
 
+@pytest.mark.parametrize("prompt", ["one \ud800", ["one", "\udfff"]])
+def test_prompts_that_are_not_unicode(server, prompt):
+    error = error_of(server, TEXT, {"prompt": prompt, "echo": True})
+    assert error["param"] == ("prompt" if isinstance(prompt, str) else "prompt.1")
+    assert "Unicode" in error["message"]
+
+
 def test_a_body_without_the_json_header(server):
     status, found, _ = server.call("POST", CHAT, BODY, content_type="application/x-www-form-urlencoded")
     assert status == 400
