@@ -219,7 +219,8 @@ def test_invalid_requests(server, fields, status, param):
 
 def test_fields_without_effect(server):
     fields = {"store": True, "background": False, "truncation": "disabled", "service_tier": "auto", "text": {},
-              "reasoning": {"effort": None}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "x"}  # fmt: skip
+              "reasoning": {"effort": None}, "include": ["reasoning.encrypted_content"],
+              "prompt_cache_key": "x"}  # fmt: skip
     status, found, _ = server.call("POST", PATH, {"input": "x", "model": "math", **fields})
     assert (status, found["store"]) == (200, False)
     assert server.call("GET", f"{PATH}/{found['id']}")[0] == 404
