@@ -29,7 +29,7 @@ from sigmix.engine.prefix_cache import (
     right_pad,
 )
 from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
-from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids, has_template
+from sigmix.engine.tokenization import check_context, check_tokens, context_length, encode, eos_token_ids, has_template
 from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.bank import Bank
@@ -101,6 +101,11 @@ class Engine:
         **template_options: Any,
     ) -> list[int]:
         """Return token ids of a prompt; ids pass through. See `sigmix.engine.tokenization.encode`."""
+        if isinstance(prompt, Mapping) or not hasattr(prompt, "__len__"):
+            raise ConfigError(
+                f"a prompt is a text, a list of messages or a list of token ids, not {prompt!r}",
+                remedy="give a list of prompts: generate([prompt])",
+            )
         if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
             return encode(self.tokenizer, cast(Any, prompt), system, chat, images, **template_options)
         return as_token_ids(cast(Sequence[int], prompt))
@@ -130,7 +135,13 @@ class Engine:
 
     def compile_grammar(self, output: StructuredOutput | None) -> LLMatcher | None:
         """Return a structured output's matcher for one sequence; for any thread, see `GrammarCompiler`."""
-        return None if output is None else self._grammars.compile(output)
+        if output is None:
+            return None
+        if not isinstance(output, StructuredOutput):
+            raise ConfigError(
+                f"a structured output is a StructuredOutput, not {output!r}", remedy="StructuredOutput(json=schema)"
+            )
+        return self._grammars.compile(output)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -355,7 +366,13 @@ class Engine:
         mix: Mix | str | Sequence[Mix | str] | None = None,
         form: str | None = None,
     ) -> torch.Tensor:
-        """Return logits [B, T, V] of token ids [B, T], padded left or right where the mask [B, T] is 0."""
+        """Return logits [B, T, V] of token ids [B, T], padded left or right where the mask [B, T] is 0.
+
+        Raises:
+            PromptError: a token that the model has no embedding of.
+        """
+        read = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
+        check_tokens(self.model, read.unique().tolist(), tokenizer=self.tokenizer)
         with self.under(self.mixes(mix, len(input_ids)), form, input_ids.numel()):
             if attention_mask is None or not self.batching.recurrent:
                 return self.model(**forward_inputs(self.model, input_ids, attention_mask), use_cache=False).logits
@@ -452,7 +469,7 @@ class Engine:
 
 
 def _check_stop_strings(stop_strings: Sequence[str]) -> None:
-    if isinstance(stop_strings, str) or not all(stop_strings):
+    if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
         raise ConfigError(
             f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}",
             remedy="stop_strings=['END']",

@@ -78,8 +78,8 @@ class SamplingParams:
             if not -2 <= getattr(self, name) <= 2:
                 raise ConfigError(f"{name} must be in [-2, 2], not {getattr(self, name)}")
         for token, bias in self.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise ConfigError(f"logit_bias has token {token}, but the vocabulary has tokens 0 to {vocab_size - 1}")
+            if isinstance(token, str) or not 0 <= token < vocab_size:
+                raise ConfigError(f"logit_bias has token {token!r}, but the vocabulary has tokens 0 to {vocab_size - 1}")
             if not -100 <= bias <= 100:
                 raise ConfigError(f"logit_bias of token {token} must be in [-100, 100], not {bias}")
         if self.do_sample and not 0 < self.temperature < float("inf"):
@@ -195,7 +195,7 @@ def select_tokens(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> t
     groups: dict[tuple[float, float, int, float], list[int]] = {}
     for row, params in enumerate(one.params for one in sequences):
         if params.do_sample:
-            options = (max(params.temperature, MIN_TEMPERATURE), params.top_p, params.top_k, params.min_p)
+            options = (max(float(params.temperature), MIN_TEMPERATURE), params.top_p, params.top_k, params.min_p)
             groups.setdefault(options, []).append(row)
     tokens = logits.argmax(-1)
     for options, rows in groups.items():

@@ -9,7 +9,7 @@ from helpers_engine import expert, rows
 from sigmix.engine import Engine
 from sigmix.engine.generation import SamplingParams
 from sigmix.engine.tokenization import check_context, context_length, encode, eos_token_ids
-from sigmix.errors import ConfigError, ContextError, FingerprintError, UnknownNameError
+from sigmix.errors import ConfigError, ContextError, FingerprintError, PromptError, UnknownNameError
 from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -280,6 +280,9 @@ def test_an_expert_is_checked_again_when_the_bank_changes(engine, tiny):
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": -1}, "batch_size"),
         ({"stop_strings": ["a", ""]}, "stop"),
+        ({"stop_strings": [5]}, "stop"),
+        ({"logit_bias": {"5": 1.0}}, "token '5'"),
+        ({"structured_output": {"type": "object"}}, "StructuredOutput"),
     ],
 )
 def test_bad_options(engine, options, message):
@@ -303,6 +306,18 @@ def test_options_of_each_prompt(engine):
     assert engine.generate(prompts[1:2], seeds=[3], **options)[0].ids == found[1].ids
 
 
+def test_options_may_be_integers(engine):
+    options = {"do_sample": True, "max_new_tokens": 6}
+    found = engine.generate([[5, 6]], temperature=1, top_p=1, min_p=0, presence_penalty=1, **options)
+    assert found == engine.generate([[5, 6]], temperature=1.0, presence_penalty=1.0, **options)
+
+
+def test_logits_of_tokens_beyond_the_vocabulary(engine):
+    for tokens in ([5, 10**6], [5, -1]):
+        with pytest.raises(PromptError, match=f"token {tokens[1]}"):
+            engine.logits(torch.tensor([tokens]))
+
+
 def test_several_completions_of_each_prompt(engine):
     prompts, options = [[5, 6, 7], [8, 9]], {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12}
     found = engine.generate(prompts, ["math", "base"], num_return_sequences=3, **options)
@@ -324,6 +339,8 @@ def test_one_string_is_not_a_list_of_prompts_or_marks(engine):
         engine.generate("What?")
     with pytest.raises(ConfigError, match="list"):
         engine.generate(["What?"], stop_strings="END")
+    with pytest.raises(ConfigError, match="list"):
+        engine.generate([{"role": "user", "content": "What?"}])
 
 
 def test_one_prompt_over_the_context_gets_an_error_and_the_others_answers(tiny, tiny_tokenizer):
