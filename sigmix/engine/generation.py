@@ -79,7 +79,7 @@ class SamplingParams:
                 raise ConfigError(f"{name} must be in [-2, 2], not {getattr(self, name)}")
         for token, bias in self.logit_bias.items():
             if isinstance(token, str) or not 0 <= token < vocab_size:
-                raise ConfigError(f"logit_bias has token {token!r}, but the vocabulary has tokens 0 to {vocab_size - 1}")
+                raise ConfigError(f"logit_bias has token {token!r}, but the tokens are 0 to {vocab_size - 1}")
             if not -100 <= bias <= 100:
                 raise ConfigError(f"logit_bias of token {token} must be in [-100, 100], not {bias}")
         if self.do_sample and not 0 < self.temperature < float("inf"):
