@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,13 +39,15 @@ def wrong_candidates(candidates: Sequence[str], gold: str, *more: str) -> list[s
     ]  # fmt: skip
 
 
-_DRAFT = re.compile(r"(?<![\"'`])[<\[](/?)think(?:ing)?[>\]](?![\"'`])", re.IGNORECASE)
+_TAG = r"[<\[◁](/?)(?:seed:)?(?:think(?:ing)?|thought|reasoning)[>\]▷]"
+_QUOTED = rf"(?<=[\"'`])(?<!```){_TAG.replace('(/?)', '/?')}[\"'`](?!``)"
+_DRAFT = re.compile(rf"(?!{_QUOTED}){_TAG}", re.IGNORECASE)
 
 
 def final_part(reply: str) -> str:
     """Return the reply without its draft: the text after the last ``</think>``, "" after an open ``<think>``.
 
-    ``<thinking>`` and ``[THINK]`` are drafts too; a tag in quotes is not one.
+    ``<thinking>``, ``<thought>``, ``<reasoning>`` and ``[THINK]`` are drafts too; a tag in quotes is not one.
     """
     tags = list(_DRAFT.finditer(reply))
     if not tags:
@@ -128,7 +131,7 @@ def json_only(reply: str, gold: str) -> Score:
 
 
 LETTERS = "ABCDEFGH"
-_LEAD = r"(?:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*)?"
+_LEAD = r"(?:(?:the\s+)?(?:correct\s+|best\s+|final\s+)?(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*)?"
 
 
 def relabel(labels: Sequence[str]) -> dict[str, str]:
@@ -143,8 +146,9 @@ def relabel(labels: Sequence[str]) -> dict[str, str]:
 
 
 def _bare(reply: str) -> str:
-    r"""Return a reply without its draft, Markdown's marks, "####" and \boxed{\text{...}}."""
-    return re.sub(r"[*_`{}$]|^\s*#+|\\(?:boxed|text(?:bf)?|mathrm|mathbf)(?![A-Za-z])", "", final_part(reply)).strip()
+    r"""Return a reply without its draft, Markdown's marks, quotes, "####", <answer> and \boxed{\text{...}}."""
+    marks = r"[*_`{}$\"]|^\s*#+|^\s*<answer>|</answer>\s*$|\\(?:boxed|text(?:bf)?|mathrm|mathbf)(?![A-Za-z])"
+    return re.sub(marks, "", final_part(reply)).strip()
 
 
 def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | None = None) -> str | None:
@@ -157,7 +161,7 @@ def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | N
     text = _bare(reply)
     any_label = "|".join(re.escape(label) for label in labels)
     # "(B" and "B)" both occur in truncated replies
-    match = re.fullmatch(rf"{_LEAD}[(\[]?\s*({any_label})\s*[)\]]?\s*[.:)]?\s*(.*)", text, re.IGNORECASE | re.DOTALL)
+    match = re.fullmatch(rf"{_LEAD}[(\[]?\s*({any_label})\s*[)\]]?\s*[.:)-]?\s*(.*)", text, re.IGNORECASE | re.DOTALL)
     if match is None:
         return None
     label = next(label for label in labels if label.casefold() == match[1].casefold())
@@ -189,6 +193,7 @@ _GROUPS = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234,56
 _SPACED = r"\d{1,3}(?:[ '’]\d{3})+(?![\d'’])"  # 1 234 567 and 1'234'567
 _POWER = r"[eE][-+]?\d{1,3}|\s?[×x*]\s?10\s?\^\s?\{?[-+]?\d{1,3}\}?"
 _SCALES = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "billion": 9, "trillion": 12}
+_MONEY_SCALES = {"K": " thousand", "M": " million", "B": " billion"}  # "$5K", while "5 K" is a temperature
 _SCALE = rf"\s?({'|'.join(_SCALES)})(?![^\W_])"
 _MONEY = r"(?:(?:[A-Z]{0,2}[$€£¥₹]|[A-Z]{3}|Rs\.?)\s?)"
 _PLAIN = re.compile(
@@ -211,10 +216,26 @@ _WORD = (
 )
 _UNIT = rf"\s?(?:[%‰$€£¥₹¢]|°\s?[CFK]?|(?:[%$€£¥₹°]\s?)?{_WORD}(?:[ /·-]{{1,2}}{_WORD}){{0,2}})"
 _HASHES = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")
-_ANSWER = re.compile(r"\b(final\s+)?answer[*_]*(?:\s+is|\s*:|\s*=)[\s*_:]*", re.IGNORECASE)
+_ANSWER = re.compile(r"\b(final\s+)?answer[*_]*(?:\s+is\b|\s*:|\s*=)[\s*_:]*", re.IGNORECASE)
+_TITLE = re.compile(r"^[A-Za-z ]*:\s*")  # "#### Total: 5"; a title with a number is a heading
+_REMARK = re.compile(r"\s\((?=[^()]*[^()\d\s.,/$%])(?![^()]*\bor\b)[^()]*\)$")  # "5 (2 + 3)"; "5 (or 6)" is ambiguous
 _RESULT = re.compile(r"^(?:[\d\s+*/().,$×÷-]*|\s*[A-Za-z]\w*\s*)=(.*)")  # "5 + 3 = 8" and "x = 8" state 8
 _MINUS = re.compile(r"(?<![\d)])(?<![\d)]\s)\b(?:minus|negative)\s+(?=[$€£¥₹]?\d)", re.IGNORECASE)
-_NEGATED = re.compile(r"\b(?:not|isn't|never|except)\s+[*$\\({]*$", re.IGNORECASE)
+_BEFORE = r"(?:\s+be)?\s+[*$\\({]*$"
+_NEGATED = re.compile(rf"(?:\b(?:not|cannot|never|except)|n['’]t){_BEFORE}", re.IGNORECASE)
+_BOUND = re.compile(
+    rf"(?:\b(?:(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most))|(?<!\S)[<>≤≥≠]){_BEFORE}",
+    re.IGNORECASE,
+)
+# between the first two numbers of an answer: a range, a list, a formula, or a quantity in two units
+_COMPOUND = (
+    r"(?:(?:hour|hr|minute|min|day|week|month|year|dollar|euro|pound|lb|mile|yard|gallon)s?|feet|foot|ft|kg|k?m|h)"
+)
+_MORE = re.compile(
+    rf"\s*(?:[-+*×÷,;&]|and|to|plus|minus|times|over|divided by|{_COMPOUND},?(?:\s+and)?)\s*", re.IGNORECASE
+)
+_UNKNOWN = re.compile(r"\s?[a-zA-Z](?![^\W_])")
+
 # on these sympy may not terminate: huge exponents, towers, factorials, sums, products and binomials
 _HUGE = re.compile(
     r"\^\s*\d{4,}|\^\s*\{(?:[^{}\d]*\d){4,}|\^\s*\{?[^{}]*\^|[\d)}]\s*!|\*\*|\\(?:sum|prod|int|lim)(?![a-z])"
@@ -231,6 +252,7 @@ def plain(text: str) -> str:
     text = re.sub(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", _fraction, text)
     text = re.sub("[¼-¾⅐-⅞]", lambda match: _after_digit(match, unicodedata.normalize("NFKC", match[0])), text)
     text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", text.replace("\u2044", "/"))
+    text = re.sub(r"([$€£¥₹]\s?[\d.,]*\d)([KMB])(?![^\W_])", lambda match: match[1] + _MONEY_SCALES[match[2]], text)
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}|\^?\\(?:circ|degree)(?![A-Za-z])", "°", text)
     return re.sub(rf"\\[,;: ]|[~{_THIN}]", " ", re.sub(r"\\([$%])", r"\1", text))
 
@@ -253,9 +275,9 @@ def parse_number(text: str, *, unit: bool = False) -> Fraction | None:
         unit: also allow a currency in front, "thousand", "million" or a unit (up to three words, a percent sign)
             behind, and thousands grouped by blanks. A percentage is the number before the sign.
     """
-    text = plain(text).strip()
     if len(text) > MAX_DIGITS:
         return None
+    text = " ".join(plain(text).split())
     scale = 0
     if unit:
         text = re.sub(rf"^([-+]?)\s?{_MONEY}([-+]?)(?=[\d.])", r"\1\2", text)
@@ -320,7 +342,7 @@ def final_number(reply: str) -> Fraction | None:
     if marked:
         return marked[0] if len(set(marked)) == 1 else None
     if answers := list(_ANSWER.finditer(reply)):
-        values = [_first(reply[match.end() :].split("\n")[0]) for match in answers]
+        values = [_first(reply[match.end() : match.end() + MAX_DIGITS].split("\n")[0]) for match in answers]
         final = {value for value, match in zip(values, answers, strict=True) if match[1]}
         return values[-1] if len(final) < 2 else None
     headings = list(_HASHES.finditer(reply))
@@ -337,23 +359,26 @@ def score_final(reply: str, gold: str) -> Score:
 
 def boxed(text: str) -> list[str]:
     r"""Return the contents of every innermost \boxed{...}, braces matched; unclosed ones are left out."""
-    contents = []
-    for match in re.finditer(r"\\f?boxed\s*(?:\{|([0-9A-Za-z]))", text):
-        depth, at = int(match[1] is None), match.end()
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        content = match[1] or text[match.end() : at - 1]
-        if not depth and not re.search(r"\\f?boxed", content):
-            contents.append(content)
+    contents: list[str] = []
+    opened: list[int | None] = []  # start of the content for each open brace that is an innermost box's
+    for match in re.finditer(r"\\f?boxed\s*(?:\{|([0-9A-Za-z]))|[{}]", text):
+        if match[0] == "{":
+            opened.append(None)
+        elif match[0] != "}":
+            opened = [None] * len(opened)
+            contents += [match[1]] if match[1] else []
+            opened += [] if match[1] else [match.end()]
+        elif opened and (start := opened.pop()) is not None:
+            contents.append(text[start : match.start()])
     return contents
 
 
 def math_equal(reply: str, gold: str) -> Score:
     r"""Return 1 if the reply's one \boxed{} answer (or, without any, the whole reply) equals gold by math-verify.
 
-    Source: huggingface/Math-Verify. Several different boxed answers are refused. math-verify's own time limit needs
-    the main thread, so it is off, and answers longer than 400 characters or with huge exponents are refused instead.
+    Source: huggingface/Math-Verify. Several different boxed answers are refused. Answers longer than 400 characters or
+    with huge exponents are refused, and so is what takes math-verify more than five seconds. Its limit needs a signal,
+    so other threads than the main one have none.
     """
     reply = final_part(reply)
     contents = list(dict.fromkeys(boxed(reply))) or [reply.strip().rstrip(".")]
@@ -376,7 +401,7 @@ def math_equal(reply: str, gold: str) -> Score:
     expected, parsed = _parse_latex(gold), _parse_latex(answer)
     if not parsed:
         return Score(0.0, answer, "math-verify reads no expression")
-    equal = _math_verify().verify(expected, parsed, timeout_seconds=None, raise_on_error=False)
+    equal = _math_verify().verify(expected, parsed, timeout_seconds=_time_limit(), raise_on_error=False)
     return Score.of(bool(equal), answer, gold)
 
 
@@ -394,15 +419,22 @@ def _math_verify() -> Any:
 
 
 def _parse_latex(text: str) -> list[Any]:
-    return _math_verify().parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)
+    return _math_verify().parse(rf"\boxed{{{text}}}", parsing_timeout=_time_limit(), raise_on_error=False)
+
+
+def _time_limit() -> int | None:
+    return 5 if threading.current_thread() is threading.main_thread() else None
 
 
 def _whole(text: str) -> Fraction | None:
-    text = plain(text).strip().strip("$*_`").removesuffix(".").strip("$*_` ")
+    if len(text) > MAX_DIGITS:
+        return None
+    text = plain(text).strip().strip("$*_`").removesuffix(".").rstrip("#$*_` ").lstrip("$*_` ")
+    text = _TITLE.sub("", _REMARK.sub("", text))
     while match := _RESULT.match(text):
         text = match[1].strip()
     number = parse_number(text, unit=True)
-    if number is not None or "\\" not in text or len(text) > MAX_DIGITS or "^" in text or _HUGE.search(text):
+    if number is not None or "\\" not in text or "^" in text or _HUGE.search(text):
         return number
     parsed = _parse_latex(text)
     value: Any = parsed[0] if parsed else None
@@ -415,10 +447,12 @@ def _first(text: str) -> Fraction | None:
     numbers = numbers_in(text)
     if not numbers or re.match(r"\s*(?:not|isn't|never)\b", text, re.IGNORECASE):
         return None
-    if _NEGATED.search(text[: numbers[0][1]]):
+    if any(pattern.search(text[: numbers[0][1]]) for pattern in (_NEGATED, _BOUND)):
+        return None
+    if _UNKNOWN.match(text, numbers[0][2]) and not re.match(rf"\s?{_LETTER}", text[numbers[0][2] :]):
         return None
     between = text[numbers[0][2] : numbers[1][1]] if len(numbers) > 1 else ""
-    return None if _is_or(between) or re.fullmatch(r"\s*(?:[-,;&]|and|to)\s*", between) else numbers[0][0]
+    return None if _is_or(between) or _MORE.fullmatch(between) else numbers[0][0]
 
 
 def _last(text: str) -> Fraction | None:
@@ -429,7 +463,7 @@ def _last(text: str) -> Fraction | None:
 
 
 def _is_or(between: str) -> bool:
-    return re.fullmatch(r"[\s,;]*(?:\bor\b|/|\|)[\s*$]*(?:maybe|perhaps|possibly)?[\s*$]*", between) is not None
+    return re.fullmatch(r"[\s,;(]*(?:\bor\b|/|\|)[\s*$]*(?:maybe|perhaps|possibly)?[\s*$]*", between) is not None
 
 
 # VQA accuracy, as published: https://visualqa.org/evaluation.html

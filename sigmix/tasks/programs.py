@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import textwrap
 import warnings
@@ -56,14 +57,22 @@ def _blocks(text: str) -> list[tuple[str, str]]:
         if fence is None or (fence["marks"][0] == "`" and "`" in fence["rest"]):
             continue
         end = re.compile(rf"[\s>]*{fence['marks'][0]}{{{len(fence['marks'])},}}\s*")
-        ends = [number for number in range(at, len(lines)) if end.fullmatch(lines[number])] or [len(lines)]
-        margin = re.compile(rf"[ \t>]{{0,{len(fence['indent'])}}}")
-        dedented = [margin.sub("", line, count=1) for line in lines]
+        margin = len(fence["indent"])
+        ends = (number for number in range(at, len(lines)) if end.fullmatch(lines[number]))
+        first = next(ends, len(lines))
+        tried = itertools.chain([first], itertools.islice(ends, MAX_ENDS - 1))
         # an end inside a string leaves code that does not parse
-        stop = next((n for n in ends[:MAX_ENDS] if _parse("\n".join(dedented[at:n])) is not None), ends[0])
-        blocks.append((fence["language"].lower(), "\n".join(dedented[at:stop]).strip("\n")))
+        stop = next((n for n in tried if _parse(_without_margin(lines[at:n], margin)) is not None), first)
+        language, code = fence["language"].lower(), _without_margin(lines[at:stop], margin).strip("\n")
+        if stop == len(lines) and _parse(code) is None:  # an end within a line
+            code = code.partition(fence["marks"])[0]
+        blocks += _blocks(code) if language in ("markdown", "md") else [(language, code)]
         at = stop + 1
     return blocks
+
+
+def _without_margin(lines: list[str], margin: int) -> str:
+    return "\n".join(re.sub(rf"^[ \t>]{{0,{margin}}}", "", line) for line in lines)
 
 
 def _parse(code: str) -> ast.Module | None:
@@ -76,10 +85,18 @@ def _parse(code: str) -> ast.Module | None:
 
 
 def _definitions(code: str) -> str:
-    """Return the imports, functions and classes of a block, without what it runs."""
+    """Return the imports, functions, classes and constants of a block, without what it runs."""
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     tree = _parse(code)
-    return "\n".join(ast.unparse(one) for one in tree.body if isinstance(one, kept)) if tree is not None else ""
+    body = tree.body if tree is not None else []
+    return "\n".join(ast.unparse(one) for one in body if isinstance(one, kept) or _is_constant(one))
+
+
+def _is_constant(statement: ast.stmt) -> bool:
+    """Return whether a statement assigns a value that is computed from literals alone."""
+    if not isinstance(statement, ast.Assign) or not all(isinstance(target, ast.Name) for target in statement.targets):
+        return False
+    return not any(isinstance(node, ast.Name | ast.Call) for node in ast.walk(statement.value))
 
 
 def score_program(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0) -> Score:

@@ -368,3 +368,44 @@ def test_a_gold_answer_that_is_no_json_is_an_answer_that_nothing_equals():
 def test_number_text_reads_back_exactly(number, text):
     assert number_text(Fraction(number)) == text
     assert parse_number(text) == Fraction(number)
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("#### 100 (50 + 50)", 100), ("#### 72 (not 73)", 72), ("#### 5 (five)", 5), ("#### Total: 5 eggs", 5),
+        ("#### : 5", 5), ("#### 5 ####", 5), (r"#### 3 \text{ m/s}^2", 3), ("#### $5K", 5000), ("#### $5M", 5_000_000),
+        ("<answer>\n6\n</answer>", 6),
+        # another number or none
+        ("#### 72 (or 73)", None), ("#### 15 (16)", None), ("#### Step 3: 42", None), ("The answer isn't 12", None),
+        ("The answer can't be 12", None), ("The answer is less than 12", None), ("The answer is at least 12", None),
+        ("The answer is ≤ 12", None), ("The answer is 12 (or 13)", None), ("The answer is 5 + 3", None),
+        ("The answer is 2 * 6.", None), ("The answer is 12 divided by 3", None), ("The answer is 2x", None),
+        ("The answer is 5 feet 6 inches", None), ("Answer: 5 hours and 30 minutes", None),
+    ],
+)  # fmt: skip
+def test_what_a_sentence_says_about_its_number(reply, value):
+    assert final_number(reply) == value
+
+
+@pytest.mark.parametrize("tag", ["<thought>", "<reasoning>", "<seed:think>", "◁think▷"])
+def test_drafts_of_other_models(tag):
+    assert final_number(f"{tag}#### 5{tag[0]}/{tag[1:]} #### 6") == 6
+    assert final_number(f"{tag}#### 5") is None
+
+
+@pytest.mark.parametrize("reply", ["<answer>B</answer>", '"B"', "The best answer is B.", "B - Paris, France"])
+def test_choices_in_tags_and_quotes(reply):
+    assert parse_choice(reply, list(TEXTS), TEXTS) == "B"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [r"\boxed{" * 15_000, r"\boxed{" * 3_000 + "5" + "}" * 3_000, "the answer is " * 7_000, "#### " + "1+" * 50_000],
+)
+def test_long_replies_take_linear_time(reply):
+    assert final_number(reply) in (5, None)
+
+
+def test_an_expression_that_takes_too_long_is_not_equal():
+    assert math_equal(r"\boxed{(x+y+z+w)^{200}}", r"\sqrt{5}").value == 0.0

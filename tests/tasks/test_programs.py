@@ -54,6 +54,10 @@ def test_code_without_a_name(reply, code):
         fenced('def f(x):\n    """Add one.\n\n```\nf(1)\n```\n    """\n    return x + 1'),
         fenced(fenced("text"), "markdown", "````") + "\n" + fenced(GOOD),
         f"<think>\n{fenced(BAD)}\n</think>\n{fenced(GOOD)}",
+        f"<think>{fenced(BAD)}</think>{fenced(GOOD)}",
+        fenced(fenced(GOOD), "markdown", "````"),
+        f"```python\n{GOOD}```", f"```python\n{GOOD}\n``` It adds one.",
+        f"{fenced('STEP = 2 - 1')}\n{fenced('total = a + b')}\n{fenced('def f(x): return x + STEP')}",
         fenced(f'{GOOD}\n\n\ndef g(text):\n    return text.split("</think>")[-1]'),
     ],
 )  # fmt: skip
@@ -76,3 +80,8 @@ def test_an_earlier_or_drafted_block_does_not_count(reply):
 def test_drafts_and_prose_are_no_program():
     assert extract_code(f"<think>\n{fenced(GOOD)}", "f") == ""
     assert extract_code(f"{fenced('raise SystemExit')}\n{fenced(GOOD)}", "f").count("SystemExit") == 0
+
+
+@pytest.mark.parametrize("reply", ["```\n" * 25_000, "```python\ndef f():\n  return '''\n```\n'''\n```\n" * 2_000])
+def test_many_fences_take_linear_time(reply):
+    assert isinstance(extract_code(reply, "f"), str)
