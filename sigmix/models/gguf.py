@@ -63,21 +63,28 @@ def models_dir() -> Path:
 def model_files(path: Path) -> list[Path]:
     """Return all files of a GGUF model: ``path`` alone, or in order the parts of a split model that it belongs to.
 
+    Names may differ in case. A link leads to the parts beside it, else to those beside its target.
+
     Raises:
         BaseModelError: parts are missing.
     """
+    target = path.resolve()
+    linked = target != path and PART.fullmatch(target.name) is not None
     match = PART.fullmatch(path.name)
     if match is None:
-        return [path]
+        return model_files(target) if linked else [path]
     stem, count = match["stem"], int(match["count"])
-    files = [path.with_name(f"{stem}-{number:05}-of-{count:05}{path.suffix}") for number in range(1, count + 1)]
-    if missing := [file.name for file in files if not file.is_file()]:
+    names = [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    there = {file.name.casefold(): file for file in path.parent.iterdir() if file.is_file()}
+    if missing := [name for name in names if name.casefold() not in there]:
+        if linked:
+            return model_files(target)
         raise BaseModelError(
             f"{path.name} is a part of a split model, of which {len(missing)} of {count} files are missing in "
             f"{path.parent}: {', '.join(missing[:5])}{', …' if missing[5:] else ''}",
             remedy="download all parts into one folder",
         )
-    return files
+    return [there[name.casefold()] for name in names]
 
 
 def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:
@@ -158,17 +165,22 @@ def _open(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
     with open(path, "rb") as file:
-        magic = file.read(4)
+        magic, version = file.read(4), file.read(4)
     if magic != b"GGUF":
         raise BaseModelError(
             f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'",
-            remedy="download it again, or give a model folder or hub name",
+            remedy="download it again (in a git clone: git lfs pull), or give a model folder or hub name",
+        )
+    if version[:1] not in (b"\2", b"\3", b"\0", b""):
+        raise BaseModelError(
+            f"{path} has the unsupported GGUF version {version[0]}, expected 2 or 3", remedy="download a newer file"
         )
     try:
         return GGUFReader(path)
     except Exception as error:  # the reader has no error of its own: numpy's and struct's propagate
         raise BaseModelError(
-            f"{path} is truncated or damaged ({path.stat().st_size} bytes): {error}", remedy="download it again"
+            f"{path} is truncated or damaged: its header does not describe its {path.stat().st_size} bytes",
+            remedy="download it again",
         ) from error
 
 

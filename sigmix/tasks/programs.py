@@ -51,7 +51,8 @@ def extract_code(reply: str, name: str | None = None) -> str:
 
 def _blocks(text: str) -> list[tuple[str, str]]:
     """Return (language, code) of every fenced block."""
-    lines, blocks, at = text.split("\n"), [], 0
+    blocks: list[tuple[str, str]] = []
+    lines, at = text.split("\n"), 0
     while at < len(lines):
         fence, at = _FENCE.fullmatch(lines[at]), at + 1
         if fence is None or (fence["marks"][0] == "`" and "`" in fence["rest"]):
