@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -281,7 +282,6 @@ class RequestHandler:
             try:
                 matcher = await run_in_threadpool(self.service.engine.compile_grammar, output)
             except SigmixError as error:
-                name = self.builder.format_param if name == "response_format" else name
                 raise ApiError(400, f"{name}: {error}", param=name) from error
             for request in self.requests:
                 request.matcher = matcher
@@ -293,7 +293,10 @@ class RequestHandler:
             async with aclosing(self._follow()) as events:
                 async for item in events:
                     assert item is not None
-                    self._record(item[0], self._parse(*item))
+                    number, event = item[0], self._parse(*item)
+                    self._record(number, event)
+                    if self.builder.incremental:
+                        deque(self._events_of(number, event), maxlen=0)
         except ClientDisconnected:
             return Response(status_code=499)
         sigmix = self.decisions[0] if len(self.decisions) == 1 else self.decisions

@@ -157,6 +157,24 @@ def test_function_tools(caller):
     assert again.usage.input_tokens > len(rendered)
 
 
+@pytest.mark.parametrize("limit", [6, 40, 128])
+def test_items_in_the_order_of_the_reply(tmp_path, cache, limit):
+    model, tokenizer = scripted(f"{REPLY} Then <rest>.", TOOL_TEMPLATE)
+    service = Service(model, tokenizer, {}, load_settings(None, state=tmp_path, max_new_tokens=128), {})
+    service.start()
+    caller = Client(service)
+    for more in ({}, {"include": ["message.output_text.logprobs"]}):
+        body = {"model": "base", "input": "Paris?", "tools": [WEATHER], "max_output_tokens": limit, **more}
+        whole, last = caller.call("POST", PATH, body)[1], events_of(caller, **body)[-1]["response"]
+        keys = ("type", "status", "arguments", "content")
+        items, streamed = ([{key: one.get(key) for key in keys} for one in found["output"]] for found in (whole, last))
+        assert items == streamed
+        assert whole["usage"] == last["usage"]
+        if limit == 128 and not more:
+            assert [item["type"] for item in items] == ["message", "function_call", "message"]
+    service.close()
+
+
 def test_json(server, client):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     text = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}

@@ -56,10 +56,10 @@ class ResponseBuilder:
 
     Attributes:
         param: field of the request that holds the prompt.
-        format_param: field that holds ``response_format``.
+        incremental: a whole response, too, is built from the events of its stream.
     """
 
-    format_param = "response_format"
+    incremental = False
 
     def __init__(
         self, chat: bool, model: str, fingerprint: str, token_bytes: Callable[[int], bytes], logprobs: bool

@@ -238,7 +238,7 @@ class ResponsesBuilder(ResponseBuilder):
     """
 
     end = ""
-    format_param = "text.format"
+    incremental = True  # a message after a function call is an item of its own
 
     def __init__(
         self, body: ResponsesRequest, temperature: float, fingerprint: str, token_bytes: Callable[[int], bytes]
@@ -262,11 +262,7 @@ class ResponsesBuilder(ResponseBuilder):
         self._message: dict[str, Any] | None = None  # open item
 
     def response(self, choices: Sequence[Choice], usage: dict[str, int], sigmix: Any) -> dict[str, Any]:
-        self._response["sigmix"] = sigmix
-        (choice,) = choices
-        for _ in (*self.delta(0, choice.text, choice.tokens, list(enumerate(choice.calls))), *self.last(0, choice)):
-            pass
-        self._complete(choice, usage)
+        self._complete(choices[0], usage)
         return self._response
 
     def first(self, indices: Sequence[int], echo: Choice, sigmix: Any) -> Iterator[str]:
