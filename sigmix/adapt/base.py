@@ -85,27 +85,27 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
     """
     names = skills(bank)
     domains = Counter(bank[name].meta.get("domain") for name in names)
-    found = []
+    listed = []
     for name in names:
         meta = bank[name].meta
         domain = meta.get("domain")
         label = domain if domain and domains[domain] == 1 and domain != OTHER else name
-        found.append(Label(label, str(meta.get("description") or "").strip(), Mix.one(name)))
-    found.append(Label(OTHER, "Anything else.", Mix.base()))
-    duplicates = [name for name, count in Counter(label.name for label in found).items() if count > 1]
+        listed.append(Label(label, str(meta.get("description") or "").strip(), Mix.one(name)))
+    listed.append(Label(OTHER, "Anything else.", Mix.base()))
+    duplicates = [name for name, count in Counter(label.name for label in listed).items() if count > 1]
     if duplicates:
         raise ConfigError(f"two experts have the label {duplicates[0]!r}", remedy="rename one, or set its domain")
-    return found
+    return listed
 
 
-def check_bank(engine: InferenceEngine, bank: Mapping[str, Expert]) -> None:
+def check_bank(engine: InferenceEngine) -> None:
     """Check the fingerprint of every expert that can be chosen; the engine checks its sketches when it is used.
 
     Raises:
         FingerprintError, ExpertError: an expert of another base, or a damaged one.
     """
-    for name in skills(bank):
-        engine.check_expert(bank[name])
+    for name in skills(engine.bank):
+        engine.check_expert(engine.bank[name])
 
 
 def decide_readable(

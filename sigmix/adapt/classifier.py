@@ -18,7 +18,7 @@ class ClassifierDispatch(PromptDispatch):
     """Strategy B: the label that the base model finds most likely under a classification expert.
 
     Args:
-        bank, calibrate, batch_size: see `PromptDispatch`.
+        calibrate, batch_size: see `PromptDispatch`.
         expert: name of the classification expert; default: the only one in the bank.
 
     Raises:
@@ -28,28 +28,21 @@ class ClassifierDispatch(PromptDispatch):
     name = "B (classifier)"
 
     def __init__(
-        self,
-        engine: Engine,
-        bank: Mapping[str, Expert] | None = None,
-        *,
-        expert: str | None = None,
-        calibrate: bool = False,
-        batch_size: int = 64,
+        self, engine: Engine, *, expert: str | None = None, calibrate: bool = False, batch_size: int = 64
     ) -> None:
-        bank = engine.bank if bank is None else bank
-        self.expert = expert = _classifier(bank, expert)
+        self.expert = expert = _classifier(engine.bank, expert)
         self.subject = f"the classification expert {expert}"
-        super().__init__(engine, bank, calibrate=calibrate, batch_size=batch_size, mix=Mix.one(expert))
+        super().__init__(engine, calibrate=calibrate, batch_size=batch_size, mix=Mix.one(expert))
 
 
 def _classifier(bank: Mapping[str, Expert], expert: str | None) -> str:
     """Return the name of the classification expert, checked against the bank's labels."""
     if expert is None:
-        found = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
-        if len(found) != 1:
-            remedy = f"name one of {', '.join(found)}" if found else REMEDY
-            raise ConfigError(f"the bank has {len(found)} classification experts, expected one", remedy=remedy)
-        expert = found[0]
+        experts = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
+        if len(experts) != 1:
+            remedy = f"name one of {', '.join(experts)}" if experts else REMEDY
+            raise ConfigError(f"the bank has {len(experts)} classification experts, expected one", remedy=remedy)
+        expert = experts[0]
     elif expert not in bank:
         raise UnknownNameError("expert", expert, bank, remedy=REMEDY)
     trained = dict(bank[expert].meta.get("training") or {}).get("labels")

@@ -27,7 +27,6 @@ from sigmix.engine import Engine
 from sigmix.engine.base import HiddenStatesEngine
 from sigmix.engine.scoring import decoder_layers, hidden_states
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
-from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint, short
 from sigmix.experts.mix import Mix
 from sigmix.utils.io import atomic_file
@@ -117,7 +116,6 @@ class ProbeDispatch:
     """Strategy D: the probe's most probable expert, or the base model below the threshold.
 
     Args:
-        bank: experts to choose from; default: the engine's.
         probe: a `Probe` or its file; default: ``probe.safetensors`` in the bank's folder.
         soft: mix all experts by their probabilities in place of the most probable one alone.
         batch_size: requests per forward pass.
@@ -131,18 +129,16 @@ class ProbeDispatch:
     def __init__(
         self,
         engine: HiddenStatesEngine,
-        bank: Mapping[str, Expert] | None = None,
         *,
         probe: Probe | str | os.PathLike[str] | None = None,
         soft: bool = False,
         batch_size: int = 64,
     ) -> None:
         self.engine, self.soft, self.batch_size = engine, soft, batch_size
-        bank = engine.bank if bank is None else bank
-        self.labels = labels(bank)
-        check_bank(engine, bank)
+        self.labels = labels(engine.bank)
+        check_bank(engine)
         if probe is None:
-            folder = getattr(bank, "folder", None)
+            folder = getattr(engine.bank, "folder", None)
             if folder is None:
                 raise ConfigError("the bank has no folder to read a probe from", remedy="pass one: probe=…")
             probe = Path(folder) / FILE
@@ -153,9 +149,9 @@ class ProbeDispatch:
                 f"the probe was fitted for {', '.join(self.probe.labels)}; the bank has {', '.join(names)}",
                 remedy=REMEDY,
             )
-        if (found := engine.base_fingerprint) != self.probe.base:
+        if (own := engine.base_fingerprint) != self.probe.base:
             raise FingerprintError(
-                f"the probe was fitted on the base {short(self.probe.base)} (fingerprint), this one is {short(found)}",
+                f"the probe was fitted on the base {short(self.probe.base)} (fingerprint), this one is {short(own)}",
                 remedy=REMEDY,
             )
 
@@ -194,15 +190,11 @@ def fit_probe(
     engine: Engine,
     train: Mapping[str, Sequence[str]],
     validation: Mapping[str, Sequence[str]],
-    *,
-    bank: Mapping[str, Expert] | None = None,
-    depths: Sequence[int] | None = None,
 ) -> Probe:
     """Fit a probe. Needs scikit-learn (``pip install "sigmix[train]"``); using a probe does not.
 
     Args:
         train, validation: {label: user turns} for every label of the bank, "other" included; disjoint.
-        depths: numbers of layers to try; default: 1 to 8, then every fourth.
 
     Raises:
         ConfigError: a label without prompts, or prompts for a label that the bank does not have.
@@ -210,12 +202,12 @@ def fit_probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    names = [label.name for label in labels(engine.bank if bank is None else bank)]
+    names = [label.name for label in labels(engine.bank)]
     for split, prompts in (("training", train), ("validation", validation)):
         if set(prompts) != set(names) or not all(prompts.values()):
             raise ConfigError(f"expected {split} prompts for the labels {', '.join(names)}, not {', '.join(prompts)}")
     count = len(decoder_layers(engine.model))
-    depths = [d for d in (*range(1, 9), *range(12, 200, 4)) if d <= count] if depths is None else list(depths)
+    depths = [depth for depth in (*range(1, 9), *range(12, 200, 4)) if depth <= count]
     x, y = _features(engine, train, names, depths)
     xv, yv = _features(engine, validation, names, depths)
     tried, models = [], []

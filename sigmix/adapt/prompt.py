@@ -8,7 +8,7 @@ possible. If all labels begin with different tokens this is one prefill. The pre
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +16,6 @@ from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_readabl
 from sigmix.engine import Engine
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.scoring import next_logits
-from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 NEUTRAL = ("", "N/A", "…")
@@ -37,7 +36,6 @@ class PromptDispatch:
     """Strategy A: the label that the base model finds most likely.
 
     Args:
-        bank: experts to choose from; default: the engine's.
         calibrate: divide by the labels' probabilities for requests without content.
         batch_size: requests per forward pass.
 
@@ -49,19 +47,12 @@ class PromptDispatch:
     subject = "the base"
 
     def __init__(
-        self,
-        engine: Engine,
-        bank: Mapping[str, Expert] | None = None,
-        *,
-        calibrate: bool = True,
-        batch_size: int = 64,
-        mix: Mix | None = None,
+        self, engine: Engine, *, calibrate: bool = True, batch_size: int = 64, mix: Mix | None = None
     ) -> None:
         self.engine, self.batch_size = engine, batch_size
         self.mix = mix or Mix.base()
-        self.bank = engine.bank if bank is None else bank
-        self.labels = labels(self.bank)
-        check_bank(engine, self.bank)
+        self.labels = labels(engine.bank)
+        check_bank(engine)
         engine.z(self.mix)
         names = [label.name for label in self.labels]
         self.trie = TokenTrie.from_texts(engine.tokenizer, names, engine.eos_token_ids)

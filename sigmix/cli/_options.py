@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,43 @@ STRATEGY = typer.Option(
     help="Strategy of --mix auto: A (prompt), B (classifier) or D (probe). Default: the bank's probe, else its "
     "classifier, else A.",
 )
-TEMPERATURE = typer.Option(0.0, min=0.0, help="Sampling temperature; 0 is greedy.")
-TOP_P = typer.Option(1.0, help="Cumulative probability of nucleus sampling.")
-TOP_K = typer.Option(0, min=-1, help="Number of most probable tokens to sample from; 0: all.")
-MIN_P = typer.Option(0.0, min=0.0, max=1.0, help="Lowest probability to sample, relative to the highest one.")
-REPETITION_PENALTY = typer.Option(1.0, help="Above 1: tokens of the prompt and the answer become less likely.")
-PRESENCE_PENALTY = typer.Option(0.0, min=-2.0, max=2.0, help="Subtracted from the logits of tokens in the answer.")
-FREQUENCY_PENALTY = typer.Option(
-    0.0, min=-2.0, max=2.0, help="Subtracted from a token's logit for each of its occurrences in the answer."
-)
+SAMPLING = {
+    "temperature": typer.Option(0.0, min=0.0, help="Sampling temperature; 0 is greedy."),
+    "top_p": typer.Option(1.0, min=0.0, max=1.0, help="Cumulative probability of nucleus sampling, above 0."),
+    "top_k": typer.Option(0, min=-1, help="Number of most probable tokens to sample from; 0: all."),
+    "min_p": typer.Option(0.0, min=0.0, max=1.0, help="Lowest probability to sample, relative to the highest one."),
+    "repetition_penalty": typer.Option(
+        1.0, help="Above 1: tokens of the prompt and the answer become less likely."
+    ),
+    "presence_penalty": typer.Option(
+        0.0, min=-2.0, max=2.0, help="Subtracted from the logits of tokens in the answer."
+    ),
+    "frequency_penalty": typer.Option(
+        0.0, min=-2.0, max=2.0, help="Subtracted from a token's logit for each of its occurrences in the answer."
+    ),
+}
 SYSTEM = typer.Option(None, help="System message. Default: the chat template's own.")
 TARGETS = typer.Option("all-linear", help="Modules: all-linear, attention, mlp, or comma-separated names.")
 LAYERS = typer.Option(None, help="half, or comma-separated layer numbers. Default: all.")
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `SAMPLING` to the options of a command, which receives them as ``**sampling``."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [one.replace(kind=kind) for one in inspect.signature(command, eval_str=True).parameters.values()][:-1]
+    place = 1 + [one.name for one in own].index("max_new_tokens")
+    sampling = [
+        inspect.Parameter(name, kind, default=option, annotation=type(option.default))
+        for name, option in SAMPLING.items()
+    ]
+    _set_parameters(command, own[:place] + sampling + own[place:])
+    return command
+
+
+def _set_parameters(function: Any, parameters: Sequence[inspect.Parameter]) -> None:
+    """Set the signature that typer reads."""
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {one.name: one.annotation for one in parameters}
 
 
 def generated_command(
@@ -76,8 +101,7 @@ def generated_command(
             def call(**values: Any) -> None:
                 function(**values)
 
-            call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-            call.__annotations__ = {one.name: one.annotation for one in every}
+            _set_parameters(call, every)
             single = typer.Typer(add_completion=False, rich_markup_mode=None)
             single.command()(call)
             return typer.main.get_command(single)

@@ -31,17 +31,11 @@ HELP = """/expert NAME      answer with one expert
 
 
 @app.command(epilog="Example: sigmix chat --mix addition")
+@shared.with_sampling
 def chat(
     mix: str = typer.Option("base", help=f"First mixture: {shared.MIXTURE}, auto, or base."),
     strategy: str = shared.STRATEGY,
     max_new_tokens: int = typer.Option(256, min=1, help="Maximum tokens of an answer."),
-    temperature: float = shared.TEMPERATURE,
-    top_p: float = shared.TOP_P,
-    top_k: int = shared.TOP_K,
-    min_p: float = shared.MIN_P,
-    repetition_penalty: float = shared.REPETITION_PENALTY,
-    presence_penalty: float = shared.PRESENCE_PENALTY,
-    frequency_penalty: float = shared.FREQUENCY_PENALTY,
     seed: int = typer.Option(0, help="Random seed; turn i is sampled with seed + i."),
     single_turn: bool = typer.Option(
         False, "--single-turn", help="Forget each turn after its answer, as the bundled experts were trained."
@@ -52,10 +46,9 @@ def chat(
     basis: str = shared.BASIS,
     device_map: str = shared.DEVICE_MAP,
     bank: Path = shared.BANK,
+    **sampling: Any,
 ) -> None:
     """Talk with the base model or its experts; /help lists the commands."""
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p must be in (0, 1], not {top_p:g}")
     try:
         experts = open_bank(bank)
     except ExpertError:
@@ -68,11 +61,7 @@ def chat(
 
     first = Mix.base() if mix == "auto" else read_mix(mix, experts)
     engine = open_engine(base, experts, [first], quantization, basis, device_map)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
-        "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
-    }  # fmt: skip
+    options = {"max_new_tokens": max_new_tokens, "do_sample": sampling["temperature"] > 0, **sampling}
     engine.check_params(SamplingParams(**options))
     session = Session(engine, first, strategy, options, seed, single_turn, system)
     if system:

@@ -275,24 +275,24 @@ def _own_config(name: str, path: Path) -> Any:
 
 def problems(figures: dict[str, Any], plan: bool = False) -> list[str]:
     """Return what prevents sigmix from working here, each with its remedy; with ``plan``, the base is for elsewhere."""
-    found = []
+    lines = []
     if not (3, 10) <= sys.version_info[:2] < (3, 14):
-        found.append(f"Python {figures['packages']['python']} is not supported -> use 3.10 to 3.13")
+        lines.append(f"Python {figures['packages']['python']} is not supported -> use 3.10 to 3.13")
     for name, row in figures["packages"]["core"].items():
         if not row["ok"]:
             state = f"{name} {row['version']} is too old" if row["version"] else f"{name} is not installed"
-            found.append(f"{state} -> pip install '{name}{row['required']}'")
+            lines.append(f"{state} -> pip install '{name}{row['required']}'")
     if not figures["cache"]["writable"]:
         folder = figures["cache"]["folder"]
-        found.append(f"the cache {folder} is not writable -> set SIGMIX_CACHE to a writable folder")
+        lines.append(f"the cache {folder} is not writable -> set SIGMIX_CACHE to a writable folder")
     base = figures["base"]
     if base.get("fits_disk") is False and not plan:
         free = size(figures["machine"]["disk_free_bytes"])
-        found.append(
+        lines.append(
             f"{base['name']} needs {size(base['disk_bytes'])} of disk space, {free} are free "
             "-> set SIGMIX_CACHE to another disk, or: sigmix cache clear"
         )
-    return found
+    return lines
 
 
 def _lines(figures: dict[str, Any], plan: bool) -> list[str]:

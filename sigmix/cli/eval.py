@@ -33,7 +33,7 @@ def evaluate(
     n: int = typer.Option(300, min=1, help="Items; with --dispatch, per label."),
     split: str = typer.Option("test", help="test, validation or train."),
     seed: int = typer.Option(0, help="Random seed of items, sampling and bootstrap."),
-    temperature: float = shared.TEMPERATURE,
+    temperature: float = shared.SAMPLING["temperature"],
     max_new_tokens: int = typer.Option(None, min=1, help="Maximum tokens of an answer. Default: the task's."),
     batch: int = typer.Option(64, min=1, help="Batch size."),
     out: Path = typer.Option(None, help="Folder for items (JSONL, a file per mixture) and summary.json."),

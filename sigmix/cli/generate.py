@@ -23,6 +23,7 @@ EXAMPLE = 'for example: sigmix generate "What is 17 + 25?"'
 
 
 @app.command(epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3')
+@shared.with_sampling
 def generate(
     prompt: list[str] = typer.Argument(None, help="Prompts. Default: stdin, as one prompt."),
     mix: list[str] = typer.Option(
@@ -31,13 +32,6 @@ def generate(
     file: Path = typer.Option(None, help="File of prompts, one per line; - is stdin."),
     image: list[Path] = typer.Option([], help="Image shown before the prompt; once, or once for each prompt."),
     max_new_tokens: int = typer.Option(64, min=1, help="Maximum tokens of an answer."),
-    temperature: float = shared.TEMPERATURE,
-    top_p: float = shared.TOP_P,
-    top_k: int = shared.TOP_K,
-    min_p: float = shared.MIN_P,
-    repetition_penalty: float = shared.REPETITION_PENALTY,
-    presence_penalty: float = shared.PRESENCE_PENALTY,
-    frequency_penalty: float = shared.FREQUENCY_PENALTY,
     seed: int = typer.Option(0, help="Random seed; prompt i is sampled with seed + i."),
     stop: list[str] = typer.Option([], help="Stop string; may be repeated."),
     json_schema: Path = typer.Option(None, help="File with a JSON schema that every answer matches."),
@@ -54,6 +48,7 @@ def generate(
     device_map: str = shared.DEVICE_MAP,
     bank: Path = shared.BANK,
     as_json: bool = shared.JSON,
+    **sampling: Any,
 ) -> None:
     """Answer prompts with the base model, a mixture of experts, or a mixture chosen per request (--mix auto)."""
     prompts = _prompts(prompt or [], file)
@@ -81,11 +76,9 @@ def generate(
     with working("generating"):
         answers = TwoPass(engine, strategy).generate(
             prompts, ["auto" if text == "auto" else next(parsed) for text in texts], inputs=rows,
-            max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature, top_p=top_p,
-            top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty, structured_output=output,
+            max_new_tokens=max_new_tokens, do_sample=sampling["temperature"] > 0, structured_output=output,
             seeds=[seed + number for number in range(len(rows))], stop_strings=[text for text in stop if text],
-            form=form, keep_errors=True,
+            form=form, keep_errors=True, **sampling,
         )  # fmt: skip
     figures: list[dict[str, Any]] = []
     for text, source, answer in zip(prompts, texts, answers, strict=True):

@@ -60,14 +60,16 @@ class InferenceEngine(Protocol):
         prompts: Sequence[Prompt],
         mix: Mix | str | Sequence[Mix | str] | None = None,
         *,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
+        **options: Any,
     ) -> list[Generation]:
-        """Generate one completion per prompt. ``mix``: one for all, or one per prompt; None: the base model."""
+        """Generate one completion per prompt.
+
+        Args:
+            mix: one for all, or one per prompt; None: the base model.
+            options: fields of `sigmix.engine.generation.SamplingParams`, such as ``max_new_tokens``.
+        """
 
     def score(
         self,

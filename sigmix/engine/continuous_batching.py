@@ -82,8 +82,9 @@ class ContinuousBatch(DecodingBatch):
                 self._pending.append((one, DynamicCache(config=self.model.config), 0))
             else:
                 (whole if one.on_prompt is None else scored).append(one)
-        parts = [*_by_length(scored, CHUNK_TOKENS)]  # few at once: all their logits are in memory
-        for part in [*parts, *(_by_length(whole) if self.chunked else [whole])]:
+        # those that are scored in small parts: all their logits are in memory
+        parts = [*_parts(scored, CHUNK_TOKENS), *(_parts(whole) if self.chunked else [whole])]
+        for part in parts:
             with self._recovering(part):
                 self._read(part)
         if not self._rows:  # the state is not that of the next step
@@ -245,14 +246,22 @@ def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None
         one.scored = first + len(following)
 
 
-def _by_length(sequences: Sequence[SequenceState], limit: float = float("inf")) -> Iterator[list[SequenceState]]:
-    """Group sequences: padding is at most as long as the prompts, and a group has at most ``limit`` tokens."""
-    part: list[SequenceState] = []
-    for one in sorted(sequences, key=lambda one: len(one.prompt_ids)):
-        width = len(one.prompt_ids)
-        if part and (width > 2 * len(part[0].prompt_ids) or width * (len(part) + 1) > limit):
+def _parts(sequences: Sequence[SequenceState], limit: float = float("inf")) -> Iterator[list[SequenceState]]:
+    for numbers in by_length([len(one.prompt_ids) for one in sequences], limit):
+        yield [sequences[number] for number in numbers]
+
+
+def by_length(lengths: Sequence[int], limit: float = float("inf")) -> Iterator[list[int]]:
+    """Yield the numbers of prompts to read in one pass: padding is at most as long as the prompts.
+
+    Args:
+        limit: tokens of one pass, padding included; a longer prompt is read alone.
+    """
+    part: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (lengths[number] > 2 * lengths[part[0]] or lengths[number] * (len(part) + 1) > limit):
             yield part
             part = []
-        part.append(one)
+        part.append(number)
     if part:
         yield part

@@ -131,12 +131,12 @@ class Packing:
             weights: sources of the packed tensor. make: computes it from them; None: it is the only one.
         """
         state = weights_key(weights)
-        known = self._known.get(key)
-        if known is None or known[0][0] != state:
+        packed = self._known.get(key)
+        if packed is None or packed[0][0] != state:
             # references to the weights keep other tensors from getting their addresses
             held = [weight.detach() for weight in weights]
-            known = self._known[key] = ((state, held), pack(weights[0] if make is None else make()))
-        return known[1]
+            packed = self._known[key] = ((state, held), pack(weights[0] if make is None else make()))
+        return packed[1]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
         """Pack merged weights, by the first path of each group that has one."""

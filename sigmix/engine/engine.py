@@ -16,7 +16,7 @@ from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.cpu_kernels import PACKED_BYTES, contiguous_head
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.execution import MERGED_BYTES, Execution
-from sigmix.engine.generation import Generation, SamplingParams, SequenceState
+from sigmix.engine.generation import Generation, SamplingParams, SequenceState, choice_seed
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import (
     PREFIX_BYTES,
@@ -196,16 +196,6 @@ class Engine:
         prompts: Sequence[Prompt],
         mix: Mix | str | Sequence[Mix | str] | None = None,
         *,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         seeds: Sequence[int] | None = None,
         num_return_sequences: int = 1,
@@ -215,20 +205,23 @@ class Engine:
         chat: bool | None = None,
         batch_size: int = 64,
         keep_errors: bool = False,
+        **options: Any,
     ) -> list[Generation]:
-        """Generate completions of prompts; see `SamplingParams` for the sampling options.
+        """Generate completions of prompts.
 
         Args:
             prompts: B user turns, or token-id lists.
             mix: one for all, or one for each; None is the base.
-            params: sampling options, one for all or one for each prompt, in place of the single options.
-            seeds: random seeds, one per completion; default: that of ``params``, or the completion's index.
+            params: sampling options, one for all or one for each prompt; default: ``options``.
+            seeds: random seeds, one per completion; default: see `choice_seed`, or the completion's index if there are
+                no ``params``.
             num_return_sequences: completions per prompt; those of one prompt are side by side.
             structured_output: constraint on the completions, one for all or one for each prompt.
             stop_strings: strings that end a completion; they are cut off its text. They may contain special tokens.
             form: see `Execution.choose`.
             chat: apply the chat template; None: if there is one.
             keep_errors: return a `Generation` with finish "error" for a prompt that fails, in place of raising.
+            options: fields of `SamplingParams`, except the seed.
 
         Raises:
             ContextError: a prompt that does not fit the context. UnknownNameError, ExpertError: see `z`; also logits
@@ -246,13 +239,11 @@ class Engine:
                 f"{len(seeds)} seeds for {len(prompts)} prompts with num_return_sequences={num_return_sequences}",
                 remedy=f"give {count} seeds, one for each completion",
             )
-        options = SamplingParams(
-            max_new_tokens, do_sample, temperature, top_p, 0, top_k, min_p, repetition_penalty, presence_penalty,
-            frequency_penalty, logit_bias or {},
-        )  # fmt: skip
-        if params is not None and options != SamplingParams():
+        if params is not None and options:
             raise ConfigError("params and single sampling options are both given", remedy="give one of them")
-        each = _for_each("params", options if params is None else params, len(prompts))
+        if "seed" in options:
+            raise ConfigError("seed is an option of one completion", remedy="give seeds, one for each completion")
+        each = _for_each("params", SamplingParams(**options) if params is None else params, len(prompts))
         for given in each:
             self.check_params(given)
         _check_stop_strings(stop_strings)
@@ -261,15 +252,11 @@ class Engine:
         sequences: list[SequenceState] = []
         for number, prompt in enumerate(prompts):
             ids = self.encode(prompt, chat=chat)
-            for row in range(len(sequences), len(sequences) + num_return_sequences):
-                default = row if params is None else each[number].seed
-                sequences.append(SequenceState(
-                    ids,
-                    replace(each[number], seed=default if seeds is None else seeds[row]),
-                    mixes[number],
-                    self._detokenizer(ids, chat, stop_strings, outputs[number]),
-                    matcher=self.compile_grammar(outputs[number]),
-                ))  # fmt: skip
+            for index in range(num_return_sequences):
+                row = len(sequences)
+                default = row if params is None else choice_seed(each[number].seed, index)
+                own = replace(each[number], seed=default if seeds is None else seeds[row])
+                sequences.append(self._sequence(ids, own, mixes[number], chat, stop_strings, outputs[number]))
         mixes = [one.mix for one in sequences]
         errors: dict[int, Exception] = {}
         for row, one in enumerate(sequences):
@@ -300,13 +287,15 @@ class Engine:
         one.detokenizer.flush()
         return Generation(one.detokenizer.text, one.ids, one.logprobs, one.mix, len(one.prompt_ids), one.finish)
 
-    def _detokenizer(
-        self, ids: Sequence[int], chat: bool | None, stop_strings: Sequence[str], output: StructuredOutput | None
-    ) -> StreamingDetokenizer:
+    def _sequence(
+        self, ids: list[int], params: SamplingParams, mix: Mix, chat: bool | None, stop_strings: Sequence[str],
+        output: StructuredOutput | None,
+    ) -> SequenceState:  # fmt: skip
         # a chat reply is a text of its own; without a chat template the text continues the prompt
         reply = has_template(self.tokenizer) if chat is None else chat
         # a constraint holds for the bytes of the tokens, so all of them are kept
-        return StreamingDetokenizer(self.tokenizer, stop_strings, () if reply and output is None else ids)
+        detokenizer = StreamingDetokenizer(self.tokenizer, stop_strings, () if reply and output is None else ids)
+        return SequenceState(ids, params, mix, detokenizer, matcher=self.compile_grammar(output))
 
     @torch.no_grad()
     def stream(
@@ -315,32 +304,24 @@ class Engine:
         mix: Mix | str | None = None,
         *,
         max_new_tokens: int = 256,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int = 0,
         structured_output: StructuredOutput | None = None,
         stop_strings: Sequence[str] = (),
         chat: bool | None = None,
+        **options: Any,
     ) -> Iterator[str]:
-        """Generate one completion piece by piece; the joined pieces are the text that `generate` returns."""
-        params = SamplingParams(
-            max_new_tokens, do_sample, temperature, top_p, seed, top_k, min_p, repetition_penalty, presence_penalty,
-            frequency_penalty, logit_bias or {},
-        )  # fmt: skip
+        """Generate one completion piece by piece; the joined pieces are the text that `generate` returns.
+
+        Args:
+            options: fields of `SamplingParams`.
+        """
+        params = SamplingParams(max_new_tokens, **options)
         self.check_params(params)
         _check_stop_strings(stop_strings)
         ids = self.encode(prompt, chat=chat)
-        detokenizer = self._detokenizer(ids, chat, stop_strings, structured_output)
-        matcher = self.compile_grammar(structured_output)
-        one = SequenceState(ids, params, self.mixes(mix, 1)[0], detokenizer, matcher=matcher)
+        one = self._sequence(ids, params, self.mixes(mix, 1)[0], chat, stop_strings, structured_output)
         self.check_prompt(one.prompt_ids, max_new_tokens)
+        detokenizer = one.detokenizer
+        assert detokenizer is not None
         sent = 0
         with ContinuousBatch(self, chunked=False) as batch:
             batch.add([one])
@@ -390,8 +371,15 @@ class Engine:
         completions: Sequence[Sequence[int]],
         mix: Mix | str | Sequence[Mix | str] | None = None,
     ) -> list[list[float]]:
-        """Return the natural log-probability of each token of each completion, see `sigmix.engine.scoring.score`."""
-        return scoring.score(self, prompts, completions, mix)
+        """Return the natural log-probability of each token of given completions.
+
+        Args:
+            completions: token ids, one completion per prompt, none empty.
+
+        Raises:
+            ConfigError: an empty completion, or another number of them than of prompts. ContextError: both do not fit.
+        """
+        return scoring.replies_and_logprobs(self, prompts, completions, mix, max_new_tokens=0)[1]
 
     def hidden_states(
         self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
@@ -445,10 +433,10 @@ class Engine:
 
     def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
         """Return the longest cached prefix of a prompt that is longer than the chat template's, outside `under`."""
-        found = self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
-        if found is None or len(found.ids) < len(self._common_start([list(ids)])) + MIN_GAIN:
+        prefix = self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
+        if prefix is None or len(prefix.ids) < len(self._common_start([list(ids)])) + MIN_GAIN:
             return None
-        return found
+        return prefix
 
     def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
         """Cache keys and values that were computed under a mixture, outside `under`."""

@@ -116,9 +116,9 @@ class Execution:
             UnknownNameError: no such expert. FingerprintError, ExpertError: an expert that does not fit this base.
         """
         flats = {name: self._flat(name) for name in mix.weights}
-        found = self._mixed.get(mix)
-        if found is not None and all(found[0][name] is flat for name, flat in flats.items()):
-            return found[1]
+        cached = self._mixed.get(mix)
+        if cached is not None and all(cached[0][name] is flat for name, flat in flats.items()):
+            return cached[1]
         z = mix.flat_z(self.layout, flats)
         self._mixed.put(mix, (flats, z), z.nbytes)
         return z
@@ -127,12 +127,12 @@ class Execution:
         if name not in self.bank:
             raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
         expert = self.bank[name]
-        found = self._flats.get(name)
-        if found is None or found[0] is not expert:
+        cached = self._flats.get(name)
+        if cached is None or cached[0] is not expert:
             expert.check(self.model)
-            found = (expert, self.layout.flat(name, expert.z))
-            self._flats.put(name, found, found[1].z.nbytes)
-        return found[1]
+            cached = (expert, self.layout.flat(name, expert.z))
+            self._flats.put(name, cached, cached[1].z.nbytes)
+        return cached[1]
 
     def _weight_key(self, mix: Mix) -> tuple[Any, ...]:
         """Key of the model's weights under a mixture: base version, mixture and digests of its experts."""
@@ -154,8 +154,8 @@ class Execution:
 
     def _refresh(self) -> None:
         """Advance the version of the base if any parameter was replaced, cast, moved or edited in place."""
-        found = (parameters[name] for parameters, name in self._parameters)
-        seen = weights_key(parameter for parameter in found if parameter is not None)
+        present = (parameters[name] for parameters, name in self._parameters)
+        seen = weights_key(parameter for parameter in present if parameter is not None)
         if seen != self._seen:
             self._seen = seen
             self._version += 1
@@ -308,11 +308,11 @@ class Execution:
 ENGINE_ADAPTER = "sigmix"
 
 
-def adapted_layers(model: nn.Module, targets: list[str] | str = "all-linear") -> dict[str, SVFLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, SVFLinear]:
     """Return the model's SVF layers by base path; inject them if it has none."""
     layers = svf_layers(model)
     if not layers and not isinstance(model, PeftModel):
-        inject_adapter_in_model(SVFConfig(target_modules=targets, inference_mode=True), model, ENGINE_ADAPTER)
+        inject_adapter_in_model(SVFConfig(target_modules="all-linear", inference_mode=True), model, ENGINE_ADAPTER)
         layers = svf_layers(model)
     return layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,17 @@ class SamplingParams:
                 f"temperature must be positive and finite, not {self.temperature}",
                 remedy="do_sample=False for greedy decoding",
             )
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Return the random seed of choice ``index``: ``seed`` itself for the first one, else a hash of both.
+
+    With ``seed + index`` the choices of neighbouring seeds would repeat each other.
+    """
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits: torch's seeds are signed
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,6 @@ class StoredPrefix:
     ids: tuple[int, ...]
     cache: DynamicCache
 
-    def starts(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Return True if every prompt starts with the prefix and is longer."""
-        return all(len(row) > len(self.ids) and tuple(row[: len(self.ids)]) == self.ids for row in rows)
-
 
 def read_prefix(
     model: Any, ids: Sequence[int], cache: DynamicCache, rows: int = 1, all_logits: bool = False
@@ -100,7 +96,7 @@ def prefill(
     Args:
         rows: N token-id lists, none empty; for images see `sigmix.models.multimodal`.
         share: compute the common prefix once; False if rows have different weights.
-        start: cached prefix of all rows under the same weights; its cache is consumed.
+        start: cached prefix of all rows, which are longer, under the same weights; its cache is consumed.
         select: restricts the model to some of its rows, if they have different weights.
         all_logits: keep the logits after every token that is not in a prefix.
     """
@@ -108,7 +104,7 @@ def prefill(
     if kind.recurrent:
         return _read_by_length(model, rows, pad_id, select, all_logits)
     cache, shared = DynamicCache(config=model.config), 0
-    if start is not None and start.starts(rows):
+    if start is not None:
         cache, shared = start.cache, len(start.ids)
     elif share and kind.one_regime(rows) and _can_share(cache, rows, common_prefix(rows)):
         shared = common_prefix(rows)
@@ -315,7 +311,7 @@ class PrefixCache:
             return None
         names = [(key, tuple(ids)) for key in keys]
         distinct = list(dict.fromkeys(names))
-        cached = {name: found[0] for name in distinct if (found := self.entries.get(name)) is not None}
+        cached = {name: stored[0] for name in distinct if (stored := self.entries.get(name)) is not None}
         missing = [name for name in distinct if name not in cached]
         if missing:
             computed = self._compute(ids, [names.index(name) for name in missing], select)
@@ -333,10 +329,10 @@ class PrefixCache:
         """Return the longest cached proper prefix of a prompt under some weights, with a cache of one row."""
         names = [name for name, _ in self.entries.items() if name[0] == key and len(name[1]) < len(ids)]
         name = max((name for name in names if _starts(ids, name[1])), key=lambda name: len(name[1]), default=None)
-        if name is None or (found := self.entries.get(name)) is None:
+        if name is None or (stored := self.entries.get(name)) is None:
             return None
         cache = DynamicCache(config=self.model.config)
-        for number, (keys, values) in enumerate(found[0]):
+        for number, (keys, values) in enumerate(stored[0]):
             cache.update(keys, values, number)
         return StoredPrefix(name[1], cache)
 

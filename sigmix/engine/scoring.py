@@ -5,8 +5,9 @@ Prompts are read as `Engine.generate` reads them: in left-padded batches, a mixt
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,25 +52,6 @@ def next_logits(
     return torch.cat(logits) if logits else torch.empty(0, 0)
 
 
-def score(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[int]],
-    mix: Mixes = None,
-    *,
-    batch_size: int = 64,
-) -> list[list[float]]:
-    """Return the natural log-probability of every token of given completions.
-
-    Args:
-        completions: token ids, one completion per prompt, none empty.
-
-    Raises:
-        ConfigError: an empty completion, or another number of completions than prompts. ContextError: both do not fit.
-    """
-    return replies_and_logprobs(engine, prompts, completions, mix, max_new_tokens=0, batch_size=batch_size)[1]
-
-
 @torch.no_grad()
 def replies_and_logprobs(
     engine: Engine,
@@ -80,9 +62,15 @@ def replies_and_logprobs(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> tuple[list[str], list[list[float]]]:
-    """Return greedy replies (none if ``max_new_tokens`` is 0) and the scores of given answers, see `score`.
+    """Return greedy replies, none if ``max_new_tokens`` is 0, and the log-probability of every token of given answers.
 
     Prompts are read once for both.
+
+    Args:
+        answers: token ids, one answer per prompt, none empty.
+
+    Raises:
+        ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
     """
     if len(answers) != len(prompts) or not all(answers):
         raise ConfigError(f"expected {len(prompts)} completions, one per prompt and none empty, not {len(answers)}")
@@ -131,35 +119,11 @@ def hidden_states(
     modules = decoder_layers(engine.model)
     if not layers or not all(1 <= layer <= len(modules) for layer in layers):
         raise ConfigError(f"layers must be from 1 to {len(modules)}, not {list(layers)}")
-    device = engine.model.get_input_embeddings().weight.device
-    deepest = max(layers)
-    seen: dict[int, torch.Tensor] = {}
-
-    def record(layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            if states.dim() != 3:
-                raise ConfigError(f"the layers of a {engine.model.config.model_type} model have no single hidden state")
-            seen[layer] = states[last].float().cpu()
-            if layer == deepest:
-                raise _LayersDone
-
-        return hook
-
+    numbers = sorted(set(layers))
     states = []
     for rows, mixes in _batches(engine, prompts, None, batch_size):
-        ids, mask = right_pad(rows, engine.pad_id, device)
-        last = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
-        handles = [modules[layer - 1].register_forward_hook(record(layer)) for layer in set(layers)]
-        try:
-            with engine.under(mixes):
-                engine.model(**forward_inputs(engine.model, ids, mask), use_cache=False)
-        except _LayersDone:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        states.append(torch.stack([seen[layer] for layer in layers], 1))
+        outputs = _outputs(engine, rows, mixes, [modules[number - 1] for number in numbers], _last)
+        states.append(torch.stack([outputs[numbers.index(layer)] for layer in layers], 1))
     return torch.cat(states)
 
 
@@ -179,33 +143,17 @@ def embeddings(
         ConfigError: the model has no backbone without a language-model head.
     """
     backbone: Any = bare(engine.model).base_model
-    device = engine.model.get_input_embeddings().weight.device
     if backbone is bare(engine.model):
         raise ConfigError(f"{type(backbone).__name__} has no backbone without a language-model head")
-    seen: list[torch.Tensor] = []
-
-    def record(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0].float())
-        raise _LayersDone  # the head is not needed
-
-    means = []
     bare_rows = [engine.encode(prompt, chat=False) for prompt in prompts]
-    for rows, mixes in _batches(engine, bare_rows, mix, batch_size, new_tokens=0):
-        ids, mask = right_pad(rows, engine.pad_id, device)
-        handle = backbone.register_forward_hook(record)
-        try:
-            with engine.under(mixes, tokens=ids.numel()):
-                engine.model(**forward_inputs(engine.model, ids, mask), use_cache=False)
-        except _LayersDone:
-            pass
-        finally:
-            handle.remove()
-        states, weights = seen.pop(), torch.ones(ids.shape, device=device) if mask is None else mask.float()
-        means.append(((states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)).cpu())
-    found = torch.cat(means) if means else torch.empty(0, 0)
-    if not found.isfinite().all():
+    means = [
+        _outputs(engine, rows, mixes, [backbone], _mean)[0]
+        for rows, mixes in _batches(engine, bare_rows, mix, batch_size, new_tokens=0)
+    ]
+    vectors = torch.cat(means) if means else torch.empty(0, 0)
+    if not vectors.isfinite().all():
         raise ExpertError("the hidden states are not finite", remedy="use smaller weights in the mixture")
-    return nn.functional.normalize(found, dim=-1) if normalize else found
+    return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
@@ -223,6 +171,48 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
 
 class _LayersDone(Exception):
     """Ends a forward pass after the last module needed."""
+
+
+def _outputs(
+    engine: Engine,
+    rows: Sequence[list[int]],
+    mixes: Sequence[Mix],
+    modules: Sequence[nn.Module],
+    reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the hidden states [N, T, d] after each module, reduced, in float32 on the CPU.
+
+    Args:
+        modules: in the order in which they run; the forward pass ends after the last one.
+        reduce: function of hidden states and mask bool [N, T].
+    """
+    ids, mask = right_pad(rows, engine.pad_id, engine.model.get_input_embeddings().weight.device)
+    outputs: list[torch.Tensor] = []
+
+    def record(_: nn.Module, __: Any, output: Any) -> None:
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if states.dim() != 3:
+            raise ConfigError(f"the layers of a {engine.model.config.model_type} model have no single hidden state")
+        outputs.append(reduce(states, mask.to(states.device)).float().cpu())
+        if len(outputs) == len(modules):
+            raise _LayersDone
+
+    handles = [module.register_forward_hook(record) for module in modules]
+    try:
+        with engine.under(mixes, tokens=ids.numel()), contextlib.suppress(_LayersDone):
+            engine.model(**forward_inputs(engine.model, ids, mask), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return states[torch.arange(len(states), device=mask.device), mask.sum(1) - 1]
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def _batches(

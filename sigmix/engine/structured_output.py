@@ -256,5 +256,5 @@ def _reason(error: object) -> str:
     text = str(error).strip()
     if text.startswith("NoExtensionBias"):
         return "no token of this model's vocabulary continues it"
-    found = re.search(r"^error: (.+)$", text, re.MULTILINE)
-    return found[1] if found else text.split("\n")[0]
+    match = re.search(r"^error: (.+)$", text, re.MULTILINE)
+    return match[1] if match else text.split("\n")[0]

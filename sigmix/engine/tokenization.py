@@ -261,8 +261,8 @@ def _end_of_turn(tokenizer: Any, ends: Sequence[int]) -> int | None:
         marks = {id for id, token in added if token.special or token.content == tail.strip()}.union(ends)
         runs = groupby(tokenizer(tail, add_special_tokens=False)["input_ids"], marks.__contains__)
         first = next((list(run) for marked, run in runs if marked), [])  # <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
-        if found := [id for id in first if id in ends] or ([] if following else first):
-            return int(found[0])
+        if candidates := [id for id in first if id in ends] or ([] if following else first):
+            return int(candidates[0])
     return None
 
 

@@ -190,7 +190,7 @@ class Calibration:
 
     def _sizes(self, price: float) -> dict[str, tuple[int, int]]:
         whole = sum(part.total for part in self.full.values()) or 1.0
-        found = {}
+        sizes = {}
         for group in self.groups:
             part = self.full[group.paths[0]]
             most = tuple(size - 1 for size in part.captured.shape)
@@ -198,8 +198,8 @@ class Calibration:
             options = [(0, 0), *sorted(options)]
             share = part.total / whole
             values = [part.lost(*pair) * share + price * self._cost(group, *pair) / 1e6 for pair in options]
-            found[group.paths[0]] = options[values.index(min(values))]
-        return found
+            sizes[group.paths[0]] = options[values.index(min(values))]
+        return sizes
 
     @staticmethod
     def _cost(group: Group, j: int, k: int, call: int = CALL) -> int:
@@ -268,7 +268,7 @@ def _work(engine: Engine) -> int:
 
 def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:
     """Return the mean x xᵀ float64 [in, in] of each group's inputs over all tokens, by the group's first path."""
-    found = {
+    moments = {
         group.paths[0]: torch.zeros(*[group.layers[0].in_features] * 2, dtype=torch.float64) for group in groups
     }
     mask = torch.empty(0)
@@ -276,7 +276,7 @@ def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int
     def watch(key: str) -> Any:
         def hook(_: Any, args: Any) -> None:
             x = args[0].flatten(0, -2)[mask.flatten()].cpu().double()
-            found[key] += x.T @ x
+            moments[key] += x.T @ x
 
         return hook
 
@@ -291,7 +291,7 @@ def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int
     finally:
         for handle in handles:
             handle.remove()
-    return {key: total / sum(map(len, rows)) for key, total in found.items()}
+    return {key: total / sum(map(len, rows)) for key, total in moments.items()}
 
 
 # ------------------------------------------------------------------ files
@@ -338,10 +338,10 @@ def load_truncation(engine: Engine, path: str | os.PathLike[str]) -> Truncation:
             about = json.loads((file.metadata() or {})["truncation"])
             if about["format"] != FORMAT:
                 raise ValueError(about["format"])
-            if (found := fingerprint(engine.model)) != about["base"]:
+            if (own := fingerprint(engine.model)) != about["base"]:
                 raise FingerprintError(
                     f"the truncation was fitted on the base {short(about['base'])} (fingerprint), this one is "
-                    f"{short(found)}",
+                    f"{short(own)}",
                     remedy="fit it anew on this base: sigmix adapt --fit-truncation --bank FOLDER",
                 )
             count = len(about["experts"])
@@ -360,11 +360,11 @@ def _part(file: Any, number: int, group: Any, experts: int) -> LowRank:
     weight = group.layers[0].matrix()
 
     def read(name: str, *shape: int | None) -> torch.Tensor:
-        found = file.get_tensor(f"{number}.{name}")
-        sound = found.ndim == len(shape) and bool(found.isfinite().all())
-        if not sound or any(want not in (None, have) for want, have in zip(shape, found.shape, strict=True)):
-            raise ValueError(f"{name} of {group.paths[0]} is {tuple(found.shape)}")
-        return found.to(weight.device, weight.dtype)
+        tensor = file.get_tensor(f"{number}.{name}")
+        sound = tensor.ndim == len(shape) and bool(tensor.isfinite().all())
+        if not sound or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
+            raise ValueError(f"{name} of {group.paths[0]} is {tuple(tensor.shape)}")
+        return tensor.to(weight.device, weight.dtype)
 
     inputs, outputs = read("inputs", None, weight.shape[1]), read("outputs", sum(group.sizes), None)
     cores = read("cores", len(group.paths), experts, outputs.shape[1], len(inputs))

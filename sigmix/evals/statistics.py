@@ -15,6 +15,9 @@ from sigmix.tasks.base import Sample, Task
 MAX_SCORINGS, MAX_COSTLY_SCORINGS = 20_000, 100
 """Limits of `best_constant`; a costly task runs a program per scoring."""
 
+TAILS = (0.025, 0.975)
+"""Quantiles of a 95 % interval."""
+
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion; (0, 1) for n = 0."""
@@ -35,7 +38,7 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> dict[str, float]:
 
 
 def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: int = 10_000, confidence: float = 0.95
+    ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: int = 10_000
 ) -> tuple[float, float, float]:
     """Return the mean difference on the same items and its percentile bootstrap interval (pairs resampled)."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
@@ -43,12 +46,12 @@ def paired_difference(
         return 0.0, -1.0, 1.0
     random = np.random.default_rng(seed)
     means = difference[random.integers(0, len(difference), (draws, len(difference)))].mean(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, TAILS)
     return float(difference.mean()), float(low), float(high)
 
 
 def seeds_interval(
-    right: Sequence[Sequence[bool]], seed: int = 0, draws: int = 2_000, confidence: float = 0.95
+    right: Sequence[Sequence[bool]], seed: int = 0, draws: int = 2_000
 ) -> tuple[float, float, float]:
     """Return the mean accuracy of training seeds on the same items and its percentile bootstrap interval.
 
@@ -58,7 +61,7 @@ def seeds_interval(
     """
     values = np.asarray(right, dtype=float)
     means = _resampled(values, np.random.default_rng(seed), draws)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, TAILS)
     return float(values.mean()), float(low), float(high)
 
 
@@ -67,7 +70,6 @@ def paired_seeds(
     theirs: Sequence[Sequence[bool]],
     seed: int = 0,
     draws: int = 2_000,
-    confidence: float = 0.95,
 ) -> tuple[float, float, float]:
     """Return the mean difference of two groups of seeds on the same items and its bootstrap interval.
 
@@ -79,7 +81,7 @@ def paired_seeds(
     random = np.random.default_rng(seed)
     items = random.integers(0, a.shape[1], (draws, a.shape[1]))
     means = _resampled(a, random, draws, items) - _resampled(b, random, draws, items)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, TAILS)
     return float(a.mean() - b.mean()), float(low), float(high)
 
 

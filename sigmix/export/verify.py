@@ -50,30 +50,22 @@ class Reference:
     Args:
         base, mix, bank: the inputs of the export.
         upcast: compute in float32 on the stored weights, so that differences are the export's and not bfloat16's.
-        prompts: texts; default: `PROMPTS`.
 
     Attributes:
-        prompts: texts. tokens: their token ids without a template. rows: ids as the engine encodes prompts.
+        tokens: token ids of `PROMPTS` without a template. rows: ids as the engine encodes prompts.
         dtype: of the base. mixed, plain: float32 [T, V] per row, under the mixture and the base.
     """
 
-    def __init__(
-        self,
-        base: BaseCheckpoint,
-        mix: Mix,
-        bank: Mapping[str, Expert],
-        upcast: bool = False,
-        prompts: Sequence[str] = PROMPTS,
-    ) -> None:
+    def __init__(self, base: BaseCheckpoint, mix: Mix, bank: Mapping[str, Expert], upcast: bool = False) -> None:
         loaded: Any = load_base(base.base, base.dtype, "cpu")
         model, tokenizer = loaded
         if upcast and base.dtype in HALF:
             model.float()
         # packed weights round in another order; z without metadata, since the export has checked the experts
         engine = Engine(model, tokenizer, {name: Expert(name, bank[name].z) for name in mix.weights}, keep_packed=0)
-        self.prompts, self.dtype = list(prompts), base.dtype
-        self.tokens = [list(tokenizer(text)["input_ids"]) for text in self.prompts]
-        rows = [engine.encode(text) for text in self.prompts]
+        self.dtype = base.dtype
+        self.tokens = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
+        rows = [engine.encode(text) for text in PROMPTS]
         limit = getattr(model.config, "max_position_embeddings", None)
         self.rows = [row[:limit] for row in rows]
         self.mixed = [_engine_logits(engine, row, mix) for row in self.rows]
@@ -159,7 +151,7 @@ def verify_merged(folder: Path, reference: Reference) -> dict[str, Any]:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if report["missing_keys"]:
         raise SigmixError(f"{folder} lacks {sorted(report['missing_keys'])[0]}, which transformers expects")
-    for text, expected in zip(reference.prompts, reference.tokens, strict=True):
+    for text, expected in zip(PROMPTS, reference.tokens, strict=True):
         if list(tokenizer(text)["input_ids"]) != expected:
             raise SigmixError(
                 f"the tokenizer in {folder} returns other tokens than the base's for {text!r}",
@@ -255,13 +247,12 @@ class LlamaCpp:
 
     Args:
         model: the GGUF file. context: tokens. threads: None: llama.cpp's default.
-        all_logits: keep the logits of every position, not of the last one only.
 
     Raises:
         ConfigError: llama-cpp-python is not installed. SigmixError: it cannot load the file.
     """
 
-    def __init__(self, model: Path, context: int, threads: int | None = None, all_logits: bool = True) -> None:
+    def __init__(self, model: Path, context: int, threads: int | None = None) -> None:
         if not llama_cpp_installed():
             raise ConfigError("llama-cpp-python is not installed", remedy="pip install llama-cpp-python")
         import llama_cpp
@@ -269,7 +260,7 @@ class LlamaCpp:
         self.lib: Any = llama_cpp
         with _loading("llama.cpp", model):
             self.llama: Any = llama_cpp.Llama(
-                str(model), n_ctx=context, n_batch=min(context, 512), logits_all=all_logits, verbose=False,
+                str(model), n_ctx=context, n_batch=min(context, 512), logits_all=True, verbose=False,
                 n_gpu_layers=0, n_threads=threads, n_threads_batch=threads,
             )  # fmt: skip
         self._adapters: dict[Path, Any] = {}

@@ -20,6 +20,7 @@ import contextlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from sigmix.adapt.base import Decision
 from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
 from sigmix.engine import Engine
+from sigmix.engine.generation import SamplingParams
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.engine.tokenization import (
     check_tokens,
@@ -65,10 +67,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_cache": (True, None),
 }  # fmt: skip
 """Unsupported generation options, with the values that have no effect."""
-SAMPLING = {
-    "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
-    "frequency_penalty": float,
-}  # fmt: skip
+SAMPLING: dict[str, type] = {
+    one.name: type(one.default) for one in fields(SamplingParams) if one.name.endswith(("_p", "_k", "_penalty"))
+}
 """Options that the engine has under the same name, and their types."""
 OPTIONS_REMEDY = f"supported are until, max_gen_toks, do_sample, temperature, {', '.join(SAMPLING)}"
 

@@ -164,8 +164,8 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
         if architecture in GGUF_CONFIG_ARCHS:
             header["tokenizer.ggml.tokens"] = len(fields["tokenizer.ggml.tokens"])
             values = get_gguf_config(header, tuple(tensors))
-            if found := sorted(tensors.keys() & set(ROPE_TENSORS)):
-                raise unsupported(found[0], "…")
+            if scaling := sorted(tensors.keys() & set(ROPE_TENSORS)):
+                raise unsupported(scaling[0], "…")
         else:
             values = _values(header, config_class(), tensors) | {"tie_word_embeddings": tied}
         config = config_class(**{name: value for name, value in values.items() if name != "model_type"})

@@ -144,16 +144,15 @@ def config_name(config: str | QuantizationConfigMixin, device: torch.device) -> 
     Raises:
         ConfigError: LLM.int8().
     """
-
     if isinstance(config, str):
         return config
-    method, known = str(getattr(config.quant_method, "value", config.quant_method)), config.to_dict()
-    if known.get("load_in_8bit"):
+    method, settings = str(getattr(config.quant_method, "value", config.quant_method)), config.to_dict()
+    if settings.get("load_in_8bit"):
         raise ConfigError(
             "bitsandbytes' LLM.int8() makes a row's output depend on its batch", remedy="quantization_config='int8'"
         )
     if method == "bitsandbytes":
-        return f"{known['bnb_4bit_quant_type']}{'-double' if known['bnb_4bit_use_double_quant'] else ''}"
+        return f"{settings['bnb_4bit_quant_type']}{'-double' if settings['bnb_4bit_use_double_quant'] else ''}"
     if method == "torchao":
         kind = config.quant_type  # type: ignore[attr-defined]  # of TorchAoConfig
         for name in [name for name, package in QUANTIZATIONS.items() if package == method]:
@@ -182,9 +181,9 @@ def quantization_of(
 
     if isinstance(given, str) and given not in QUANTIZATIONS and stored is None:
         raise UnknownNameError("quantization", given, QUANTIZATIONS)
-    asked = None if given is None else config_name(given, device)
+    requested = None if given is None else config_name(given, device)
     if stored is None:
-        return asked
+        return requested
     method = str(stored.get("quant_method") or "an unknown format")
     if stored.get("load_in_8bit"):
         raise _unsupported(label, "by bitsandbytes' LLM.int8(), which makes a row's output depend on its batch")
@@ -200,9 +199,9 @@ def quantization_of(
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # a config of another release of the package
         raise _unsupported(label, f"by {method}, with settings that cannot be read: {error}") from error
-    if asked not in (None, name):
+    if requested not in (None, name):
         raise ConfigError(
-            f"{label} is stored quantized to {name}, which contradicts the quantization {asked!r}",
+            f"{label} is stored quantized to {name}, which contradicts the quantization {requested!r}",
             remedy="leave quantization_config (--quantization) out, or quantize the original checkpoint",
         )
     return name

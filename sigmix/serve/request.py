@@ -17,11 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sigmix.adapt.bandit import arm_and_context
+from sigmix.engine.generation import choice_seed
 from sigmix.errors import SigmixError
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol.builder import Choice, ResponseBuilder, decision_json
-from sigmix.serve.protocol.errors import ApiError, api_error, internal_error, rate_limited
+from sigmix.serve.protocol.errors import ApiError, api_errors, internal_error, rate_limited
 from sigmix.serve.protocol.requests import ChatCompletionRequest, CompletionRequest
 from sigmix.serve.scheduler import (
     ClosingError,
@@ -32,7 +33,6 @@ from sigmix.serve.scheduler import (
     PromptLogprobs,
     Started,
     Token,
-    choice_seed,
 )
 from sigmix.serve.service import Service
 from sigmix.serve.tool_parser import ToolCallParser
@@ -87,30 +87,22 @@ class RequestHandler:
         if (limit := min(settings.max_choices, settings.max_batch_size)) < count:
             name = "n" if count == options.n else "best_of"
             raise ApiError(400, f"{name} must be at most {limit}, not {count}", param=name)
-        try:
+        with api_errors("model"):
             mix = service.registry.resolve(options.model)
-        except SigmixError as error:
-            raise api_error(error, "model") from error
-        try:
+        with api_errors("sigmix.strategy"):
             strategy = service.check_strategy((options.sigmix and options.sigmix.strategy) or "")
-        except SigmixError as error:
-            raise api_error(error, "sigmix.strategy") from error
         self.builder = builder or ResponseBuilder(
             isinstance(options, ChatCompletionRequest), options.model, service.fingerprint, service.token_bytes,
             options.logprob_count() is not None,
         )  # fmt: skip
         limits = []
         for number, (ids, _) in enumerate(prompts):
-            try:
+            param = self.builder.param
+            with api_errors(f"{param}.{number}" if len(prompts) > 1 else param):
                 limits.append(service.fit_context(ids, options.token_limit()))
-            except SigmixError as error:
-                param = self.builder.param
-                raise api_error(error, f"{param}.{number}" if len(prompts) > 1 else param) from error
-        temperature = settings.default_temperature
-        try:
-            service.engine.check_params(options.sampling_params(1, temperature))
-        except SigmixError as error:
-            raise api_error(error, "logit_bias") from error  # the schema has checked the other options
+        params = options.sampling_params(settings.default_temperature)
+        with api_errors("logit_bias"):  # the schema has checked the other options
+            service.engine.check_params(params)
         parsers = [new_parser() for _ in range(count * len(prompts))] if new_parser else []
         seed = options.seed if options.seed is not None else secrets.randbits(31)
         self.started_at = time.monotonic()
@@ -123,8 +115,8 @@ class RequestHandler:
                 text=text,
                 strategy=strategy,
                 seeds=[choice_seed(seed, number * count + index) for index in range(count)],
-                params=options.sampling_params(
-                    min(limits[number], key.max_new_tokens or settings.max_new_tokens), temperature
+                params=replace(
+                    params, max_new_tokens=min(limits[number], key.max_new_tokens or settings.max_new_tokens)
                 ),
                 stop_strings=options.stop_strings,
                 top_logprobs=options.logprob_count() or 0,

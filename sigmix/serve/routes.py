@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from sigmix.adapt.two_pass import AUTO
+from sigmix.engine.continuous_batching import by_length
 from sigmix.engine.tokenization import chat_template
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.experts.metadata import thaw
@@ -24,7 +25,7 @@ from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol.base import as_prompts
 from sigmix.serve.protocol.builder import ResponseBuilder
 from sigmix.serve.protocol.embeddings import EmbeddingsRequest, embeddings_response
-from sigmix.serve.protocol.errors import ApiError, api_error, rate_limited
+from sigmix.serve.protocol.errors import ApiError, api_error, api_errors, rate_limited
 from sigmix.serve.protocol.requests import (
     AdaptRequest,
     ChatCompletionRequest,
@@ -38,7 +39,8 @@ from sigmix.serve.protocol.requests import (
 from sigmix.serve.protocol.responses import ResponsesBuilder, ResponsesRequest, responses_error
 from sigmix.serve.registry import BASE
 from sigmix.serve.request import RequestHandler
-from sigmix.serve.service import Service, embedding_batches
+from sigmix.serve.scheduler import MAX_PREFILL_TOKENS
+from sigmix.serve.service import Service
 from sigmix.serve.tool_parser import JsonParser
 
 P = ParamSpec("P")
@@ -76,10 +78,8 @@ admin_router = APIRouter(dependencies=[Depends(require_admin)])
 
 async def in_thread(param: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a blocking function in the thread pool; report an error of sigmix for the field ``param``."""
-    try:
+    with api_errors(param):
         return await run_in_threadpool(function, *args, **kwargs)
-    except SigmixError as error:
-        raise api_error(error, param) from error
 
 
 # --- Generation
@@ -141,10 +141,8 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingsRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
     """Return the mean of the last hidden states over the tokens of each text, scaled to length 1."""
-    try:
+    with api_errors("model"):
         mix = service.registry.resolve(body.model)
-    except SigmixError as error:
-        raise api_error(error, "model") from error
     if mix is None:
         raise ApiError(400, "auto has no embeddings; use base, an expert or a mixture for all of them", param="model")
     size = service.engine.model.config.get_text_config().hidden_size
@@ -157,19 +155,18 @@ async def embeddings(body: EmbeddingsRequest, request: Request, service: Service
         await in_thread(place, service.fit_context, rows[-1], 0)
     vectors: dict[int, torch.Tensor] = {}
     deadline = time.monotonic() + service.settings.request_timeout
-    for batch in embedding_batches(rows):
+    for batch in by_length([len(row) for row in rows], MAX_PREFILL_TOKENS):
         if await request.is_disconnected():
             return Response(status_code=499)
         try:
-            call = service.embeddings([rows[number] for number in batch], mix)
-            vectors |= zip(batch, await asyncio.wait_for(call, deadline - time.monotonic()), strict=True)
+            with api_errors("model"):
+                call = service.embeddings([rows[number] for number in batch], mix)
+                vectors |= zip(batch, await asyncio.wait_for(call, deadline - time.monotonic()), strict=True)
         except asyncio.TimeoutError as error:
             raise ApiError(504, "timeout", "server_error", code="timeout", retry_after=5) from error
-        except SigmixError as error:
-            raise api_error(error, "model") from error
     ordered = [vectors[number] for number in range(len(rows))]
-    found = embeddings_response(body.model, ordered, sum(map(len, rows)), body.encoding_format, mix.id)
-    return JSONResponse(found)
+    response = embeddings_response(body.model, ordered, sum(map(len, rows)), body.encoding_format, mix.id)
+    return JSONResponse(response)
 
 
 # --- Tokenizer, as in vLLM's server
@@ -211,10 +208,8 @@ async def get_model(name: str, service: ServiceDep) -> dict[str, Any]:
     for model in _models(service):
         if model["id"] == name:
             return model
-    try:
+    with api_errors("model"):
         mix = service.registry.resolve(name)
-    except SigmixError as error:
-        raise api_error(error, "model") from error
     assert mix is not None
     return _model(service, name, "mix", mix=mix.id)
 
@@ -272,10 +267,8 @@ async def cancel_adaptation(id: str, service: ServiceDep, key: KeyDep) -> dict[s
 
 
 def _adaptation(service: Service, id: str, key: ApiKey) -> Adaptation:
-    try:
+    with api_errors("id"):
         return service.adaptations.get(id, None if key.admin else key.name)
-    except SigmixError as error:
-        raise api_error(error, "id") from error
 
 
 @router.post("/v1/feedback")

@@ -6,7 +6,6 @@ cancelled or expired ones. Events are delivered from this thread.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -151,17 +150,6 @@ class GenerationRequest:
     def max_length(self) -> int:
         """Largest number of tokens of one sequence."""
         return len(self.ids) + self.params.max_new_tokens
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Return the random seed of choice ``index``: ``seed`` itself for the first one, else a hash of both.
-
-    With ``seed + index`` the choices of neighbouring seeds would repeat each other.
-    """
-    if index == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # 63 bits: torch's seeds are signed
 
 
 class ClosingError(Exception):

@@ -7,7 +7,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import AdaptationWorker, Grader
 from sigmix.serve.auth import ApiKeys
 from sigmix.serve.registry import ModelRegistry
-from sigmix.serve.scheduler import MAX_PREFILL_TOKENS, Scheduler, SharedEngine
+from sigmix.serve.scheduler import Scheduler, SharedEngine
 from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
 from sigmix.serve.tool_parser import ToolCallParser, tool_call_parser
@@ -275,15 +275,3 @@ class Service:
             self.registry.remove(name)
 
         self.scheduler.call(remove).result(CALL_TIMEOUT)
-
-
-def embedding_batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Yield the numbers of prompts to read in one pass: of similar lengths, at most `MAX_PREFILL_TOKENS` or one."""
-    batch: list[int] = []
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
-        if batch and len(rows[number]) * (len(batch) + 1) > MAX_PREFILL_TOKENS:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch

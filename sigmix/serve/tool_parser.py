@@ -111,7 +111,7 @@ class ToolCallParser(ABC):
         Raises:
             NotACall: not a call.
         """
-        found = []
+        calls = []
         for call in value if isinstance(value, list) else [value]:
             call = call.get("function", call) if isinstance(call, dict) else {}
             call = call if isinstance(call, dict) else {}
@@ -120,8 +120,8 @@ class ToolCallParser(ABC):
                 arguments, _ = decode(arguments, 0) or (None, 0)
             if not isinstance(arguments, dict) or not isinstance(name := call.get("name"), str) or not name:
                 raise NotACall
-            found.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
-        self.calls += found
+            calls.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
+        self.calls += calls
         if not self.parallel:
             del self.calls[1:]
 

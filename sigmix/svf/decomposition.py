@@ -152,8 +152,8 @@ def cached_decompose(weight: torch.Tensor, digest: str | None = None, cache: boo
     digest = digest or weight_digest(weight)
     path = cache_path(digest)
     if path.exists():
-        found = read_factors(digest, (weight.shape[0], weight.shape[1]))
-        return replace(found, short=found.short.to(weight.device), s=found.s.to(weight.device))
+        factors = read_factors(digest, (weight.shape[0], weight.shape[1]))
+        return replace(factors, short=factors.short.to(weight.device), s=factors.s.to(weight.device))
     factors = decompose(weight)
     tensors = {"short": factors.short.cpu(), "s": factors.s.cpu()}
     checksum = _checksum(tensors)

@@ -265,8 +265,8 @@ def _unknown(name: str, model: nn.Module, layers: dict[str, Linear], where: str)
     if isinstance(module, (nn.Linear, Conv1D)):
         return ConfigError(f"target module {name} of {where} is not applied to whole rows of a batch as a layer")
     length = name.count(".") + 1
-    known = {".".join(path.split(".")[-length:]) for path in layers} | set(difflib.get_close_matches(name, SHORTHANDS))
-    return UnknownNameError("target module", name, known, remedy=f"name linear layers of {where}")
+    names = {".".join(path.split(".")[-length:]) for path in layers} | set(difflib.get_close_matches(name, SHORTHANDS))
+    return UnknownNameError("target module", name, names, remedy=f"name linear layers of {where}")
 
 
 # ---------------------------------------------------------------------- adapted layers of a model

@@ -100,11 +100,11 @@ def _is_constant(statement: ast.stmt) -> bool:
     return not any(isinstance(node, ast.Name | ast.Call) for node in ast.walk(statement.value))
 
 
-def score_program(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0) -> Score:
+def score_program(program: str, tests: str) -> Score:
     """Return 1 if all of ``tests`` pass after ``program``, 0 if not, None if the sandbox itself failed."""
     if not program.strip():
         return Score(0.0, None, "no program")
-    outcome = run_tests(program, tests, stdin=stdin, timeout=timeout)
+    outcome = run_tests(program, tests)
     if outcome.kind == "sandbox":
         return Score(None, program, f"the sandbox failed: {outcome.detail}")
     return Score.of(outcome.kind == "passed", program, f"{outcome.kind}: {outcome.detail}".rstrip(": "))

@@ -93,18 +93,14 @@ def reward(score: Score, format_reward: float = 0.0) -> float:
 class Actor:
     """Generates and scores completions of a task's samples with a model in its current adapted state.
 
-    Args:
-        ends: token ids that end a completion. Default: those of model and tokenizer.
-
     Attributes:
+        ends: token ids that end a completion.
         choices: the task's closed set of replies, if it has one; the policy is then a distribution over these.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, ends: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.ends = eos_token_ids(model, tokenizer) if ends is None else list(ends)
+        self.ends = eos_token_ids(model, tokenizer)
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.choices = TokenTrie.from_texts(tokenizer, task.choices, self.ends) if task.choices else None
         self._encoded: dict[str, list[int]] = {}

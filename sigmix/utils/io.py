@@ -184,8 +184,8 @@ def read_text(
     except UnicodeDecodeError as failure:
         utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data[:64].count(0) > 8
         where = path if utf16 else f"{path}:{data.count(10, 0, failure.start) + 1}"
-        found = "UTF-16" if utf16 else "another encoding"
-        raise error(f"cannot read {where}: expected UTF-8, not {found}", remedy="save it as UTF-8") from failure
+        encoding = "UTF-16" if utf16 else "another encoding"
+        raise error(f"cannot read {where}: expected UTF-8, not {encoding}", remedy="save it as UTF-8") from failure
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

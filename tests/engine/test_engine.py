@@ -325,6 +325,12 @@ def test_several_completions_of_each_prompt(engine):
     for row, one in enumerate(found):
         mix = ["math", "base"][row // 3]
         assert engine.generate([prompts[row // 3]], mix, seeds=[row], **options)[0].ids == one.ids
+    params = SamplingParams(seed=3, **options)
+    found = engine.generate(prompts, ["math", "base"], params=params, num_return_sequences=3)
+    assert len({tuple(one.ids) for one in found}) == 6
+    assert engine.generate(prompts[1:], params=params)[0].ids == found[3].ids
+    with pytest.raises(ConfigError, match="seeds"):
+        engine.generate(prompts, seed=3, **options)
 
 
 def test_bad_options_of_a_stream(engine):

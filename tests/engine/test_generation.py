@@ -11,6 +11,7 @@ from sigmix.engine.generation import (
     DecodingBatch,
     SamplingParams,
     SequenceState,
+    choice_seed,
     complete,
     select_tokens,
     token_logprobs,
@@ -247,3 +248,11 @@ def test_prompt_tokens_without_a_logit_are_not_penalized(tiny_llama):
     logits[0, 5], logits[0, 7] = 1.8, 1.5
     assert select_tokens(logits, sequences).tolist() == [7]
     assert logits[0, 5] == pytest.approx(1.8)  # the model's logits stay
+
+
+def test_choice_seeds():
+    assert choice_seed(7, 0) == 7
+    seeds = {choice_seed(seed, index) for seed in range(-50, 50) for index in range(20)}
+    assert len(seeds) == 2000
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert choice_seed(1, 1) == choice_seed(1, 1)

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers_scripted import scripted_llama
 from helpers_tiny import build_tiny, build_tokenizer
-from helpers_tokenizers import scripted_llama
 
 from sigmix.engine import Engine
 from sigmix.engine.tokenization import encode_turns, eos_token_ids, reply_ids

@@ -36,22 +36,28 @@ def scripted(reply: str, template: str | None = None, special: Sequence[str] = (
     marks = sorted(set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)) - set(special))
     tokenizer.add_special_tokens({"additional_special_tokens": [*special, *marks]})
     chain = [*tokenizer.convert_tokens_to_ids(pieces), tokenizer.eos_token_id]
-    size = len(tokenizer)
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=size + size % 2, intermediate_size=8, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=1, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    model = scripted_llama(len(tokenizer), chain, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.no_grad():
+        model.lm_head.weight[chain[0]] += 0.5  # after a token of the prompt
+    return model, tokenizer
+
+
+def scripted_llama(vocabulary: int, tokens: Sequence[int], **special: int) -> LlamaForCausalLM:
+    """Llama that generates the following one of distinct tokens after each; ``special`` tokens go into its config."""
+    config = LlamaConfig(**{
+        "vocab_size": vocabulary, "hidden_size": vocabulary + vocabulary % 2, "intermediate_size": 8, "head_dim": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, **special,
+    })  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():  # hidden states are one-hot vectors of the tokens: attention and MLP add nothing
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
+        model.model.embed_tokens.weight.copy_(torch.eye(vocabulary, config.hidden_size))
         model.lm_head.weight.zero_()
-        model.lm_head.weight[chain[0]] = 0.5  # after a token of the prompt
-        for before, after in pairwise(chain):
-            model.lm_head.weight[after, before] = 1.0
-    return model, tokenizer
+        for token, following in pairwise(tokens):
+            model.lm_head.weight[following, token] = 1.0
+    return model
 
 
 def _pieces(reply: str, special: Sequence[str]) -> list[str]:

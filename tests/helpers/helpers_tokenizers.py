@@ -1,13 +1,9 @@
-"""Small tokenizers of the kinds that models have, and a model with a given reply."""
+"""Small tokenizers of the kinds that models have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 WORDS = ["▁The", "▁capital", "▁is", "▁Paris", "▁now", "▁a", "b", "é", "▁", "▁▁", "\N{REPLACEMENT CHARACTER}", "\n"]
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -66,24 +62,6 @@ def _fast(backend: Tokenizer, **options) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
     return tokenizer
-
-
-def scripted_llama(vocabulary: int, tokens: Sequence[int]) -> LlamaForCausalLM:
-    """Llama that generates the following one of distinct tokens after each, by weights of zeros and ones."""
-    size = vocabulary + vocabulary % 2
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        head_dim=8, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, max_position_embeddings=2048,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for weight in (model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.down_proj.weight):
-            weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(vocabulary, size))
-        model.lm_head.weight.zero_()
-        for token, following in pairwise(tokens):
-            model.lm_head.weight[following, token] = 1.0
-    return model
 
 
 KINDS = {kind.__name__: kind for kind in (byte_level, sentencepiece, gemma, metaspace, wordpiece)}

@@ -12,7 +12,6 @@ import torch
 from helpers_serve import CHAT
 
 from sigmix.engine import Engine
-from sigmix.serve.service import embedding_batches
 
 PATH = "/v1/embeddings"
 TEXTS = ["one two three", "four", "one two", "x " * 40]
@@ -106,14 +105,6 @@ def test_a_text_beyond_the_context(server):
     assert found["error"]["code"] == "context_length_exceeded"
     assert "max" not in found["error"]["message"]  # no option would help
     assert vectors(server, input="x " * 128)[0].shape == (1, 64)
-
-
-def test_batches_are_bounded():
-    rows = [[5] * length for length in (700, 10, 400, 3, 400, 2000, 600)]
-    batches = list(embedding_batches(rows))
-    assert sorted(number for batch in batches for number in batch) == list(range(len(rows)))
-    for batch in batches:
-        assert len(batch) == 1 or max(len(rows[number]) for number in batch) * len(batch) <= 1024
 
 
 def test_running_requests_go_on_beside_embeddings(server, monkeypatch):

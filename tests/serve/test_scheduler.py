@@ -14,7 +14,7 @@ from helpers_tiny import build_tiny, build_tokenizer
 from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
 from sigmix.engine import Engine
 from sigmix.engine.execution import BREAK_EVEN
-from sigmix.engine.generation import SamplingParams
+from sigmix.engine.generation import SamplingParams, choice_seed
 from sigmix.engine.structured_output import StructuredOutput
 from sigmix.experts.mix import Mix
 from sigmix.serve import load_settings
@@ -29,7 +29,6 @@ from sigmix.serve.scheduler import (
     SharedEngine,
     Started,
     Token,
-    choice_seed,
 )
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -234,14 +233,6 @@ def test_several_choices_and_stop_strings(start, alone):
     scheduler.submit(two)
     events.wait(3)
     assert [events.text(index) for index in range(3)] == [text.split(mark)[0] for text in texts]
-
-
-def test_choice_seeds():
-    assert choice_seed(7, 0) == 7
-    seeds = {choice_seed(seed, index) for seed in range(-50, 50) for index in range(20)}
-    assert len(seeds) == 2000
-    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
-    assert choice_seed(1, 1) == choice_seed(1, 1)
 
 
 # --- Decisions

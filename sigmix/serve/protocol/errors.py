@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -57,6 +58,15 @@ def api_error(error: SigmixError, param: str | None = None) -> ApiError:
     if isinstance(error, InputError):
         return ApiError(400, str(error), param=param)
     return ApiError(503, str(error), "server_error", param=param)
+
+
+@contextmanager
+def api_errors(param: str | None) -> Iterator[None]:
+    """Convert errors of sigmix inside this context to error responses about a field."""
+    try:
+        yield
+    except SigmixError as error:
+        raise api_error(error, param) from error
 
 
 def internal_error() -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +28,11 @@ class TextPart(RequestModel):
             context = {"kind": kind, "kinds": " and ".join(cls.kinds)}
             raise PydanticCustomError("part", "is a part of type {kind}; supported are parts of type {kinds}", context)
         return part
+
+
+def text_of(content: str | Sequence[TextPart]) -> str:
+    """Return a text, or the texts of parts one after the other."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class FunctionCall(RequestModel):
@@ -72,17 +78,12 @@ class ChatMessage(RequestModel):
             raise field_error("content", "is missing; only messages with tool_calls may have none")
         return self
 
-    @property
-    def text(self) -> str:
-        """Text of the message, of several parts one after the other."""
-        parts = self.content or ""
-        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
-
     def turn(self) -> dict[str, Any]:
         """Return the message as a chat template expects it."""
         absent = {"role", "content"} | (set() if self.tool_calls else {"tool_calls"})
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.text, **self.model_dump(exclude=absent, exclude_none=True)}
+        content = text_of(self.content or "")
+        return {"role": role, "content": content, **self.model_dump(exclude=absent, exclude_none=True)}
 
 
 class FunctionDefinition(RequestModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -97,21 +98,12 @@ class GenerationOptions(RequestModel):
         """Return the requested number of new tokens."""
         return self.max_tokens
 
-    def sampling_params(self, max_new_tokens: int, default_temperature: float) -> SamplingParams:
-        """Return the sampling options of a choice, without a seed."""
-        temperature = default_temperature if self.temperature is None else self.temperature
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
-        )
+    def sampling_params(self, default_temperature: float) -> SamplingParams:
+        """Return the sampling options of a choice, without a seed and a limit of tokens."""
+        names = {one.name for one in fields(SamplingParams)} - {"seed"}
+        given = {"temperature": default_temperature, **self.model_dump(include=names, exclude_none=True)}
+        given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return SamplingParams(do_sample=given["temperature"] > 0, **given)
 
     def structured_output(self) -> tuple[str, StructuredOutput | None]:
         """Return the constraint on the text, and the name of its field."""

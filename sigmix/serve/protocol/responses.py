@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from sigmix.serve.protocol.base import MAX_TEXT, RequestModel, field_error
 from sigmix.serve.protocol.builder import Choice, ResponseBuilder
 from sigmix.serve.protocol.errors import ApiError, validation_error
-from sigmix.serve.protocol.messages import FunctionDefinition, FunctionName, TextPart
+from sigmix.serve.protocol.messages import FunctionDefinition, FunctionName, TextPart, text_of
 from sigmix.serve.protocol.requests import ChatCompletionRequest, SigmixOptions, StreamOptions
 from sigmix.serve.scheduler import Token
 from sigmix.serve.tool_parser import ToolCall
@@ -201,12 +201,12 @@ class ResponsesRequest(RequestModel):
                 function = {"name": item.name, "arguments": item.arguments}
                 messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
             elif isinstance(item, FunctionCallOutputItem):
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)})
             elif item.role in ("system", "developer") and len(messages) == 1 and messages[0]["role"] == "system":
-                messages[0]["content"] += f"\n\n{_text(item.content)}"
+                messages[0]["content"] += f"\n\n{text_of(item.content)}"
             else:
                 role = "system" if item.role == "developer" else item.role
-                messages.append({"role": role, "content": _text(item.content)})
+                messages.append({"role": role, "content": text_of(item.content)})
         return messages
 
 
@@ -220,10 +220,6 @@ def responses_error(error: ApiError) -> ApiError:
                 error.message = own + error.message[len(name) :]
             break
     return error
-
-
-def _text(content: str | list[ContentPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 # --- Responses

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
+from helpers_scripted import scripted_llama
 from helpers_serve import Client
-from helpers_tokenizers import byte_level, gemma, metaspace, scripted_llama, sentencepiece, wordpiece
+from helpers_tokenizers import byte_level, gemma, metaspace, sentencepiece, wordpiece
 
 from sigmix.serve.service import Service
 from sigmix.serve.settings import load_settings
