@@ -17,7 +17,7 @@ from sigmix.errors import ConfigError, OutputError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
-    from sigmix.tasks.base import Score
+    from sigmix.tasks.base import Score, Task
     from sigmix.tasks.data import Row
 
     Labelled = tuple[list[Example], Callable[[Example, str], float], int]
@@ -62,6 +62,7 @@ def adapt(
         from sigmix.adapt.few_shot import SETTINGS
         from sigmix.evals.accuracy import provenance
         from sigmix.experts.metadata import check_name
+        from sigmix.tasks.registry import get_task
         from sigmix.utils.io import check_writable, write_json
 
     if fit_probe + fit_truncation + bool(examples or task) != 1:
@@ -85,7 +86,10 @@ def adapt(
     if out.exists():
         raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
     check_writable(out)
-    labelled, grade, longest = _task_examples(task, shots, seed, data_dir) if task else _file_examples(examples, score)
+    if task:
+        labelled, grade, longest = task_examples(get_task(task, data_dir=data_dir), shots, seed)
+    else:
+        labelled, grade, longest = _file_examples(examples, score)
     engine = open_engine(base, open_bank(bank))
     if max_new_tokens is None and examples:  # a reply as long as the longest answer, and its end token
         longest = max(longest, *(len(engine.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled))
@@ -158,11 +162,10 @@ def _example(row: Row, grade: Callable[[str, str], Score]) -> Example:
     return Example(prompt, gold)
 
 
-def _task_examples(name: str, shots: int, seed: int, data_dir: Path | None) -> Labelled:
+def task_examples(task: Task, shots: int, seed: int) -> Labelled:
+    """Return labelled examples from a task's training split, their scorer, and the tokens of a reply."""
     from sigmix.adapt import Example
-    from sigmix.tasks.registry import get_task
 
-    task = get_task(name, data_dir=data_dir)
     samples = task.samples("train", shots, seed=seed)
     examples = [Example(one.prompt, one.gold, one, one.images, one.system) for one in samples]
     return examples, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens

@@ -112,9 +112,10 @@ def _strategies(
     bank: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy of strategies on a task, on the same items as the base model."""
-    from sigmix.adapt import Example, FewShotSearch
+    from sigmix.adapt import FewShotSearch
     from sigmix.adapt.base import skills
     from sigmix.adapt.two_pass import LETTERS, open_strategy
+    from sigmix.cli.adapt import task_examples
     from sigmix.evals.accuracy import save
     from sigmix.evals.strategies import EACH, NAMES, ORACLE, run_strategies
 
@@ -127,12 +128,8 @@ def _strategies(
     engine = open_engine(base, open_bank(bank))
     chosen: dict[str, Any] = {letter: open_strategy(engine, letter) for letter in letters if letter in LETTERS}
     if "C" in letters:
-        samples = task.samples("train", shots, seed=seed)
-        examples = [Example(one.prompt, one.gold, one, one.images, one.system) for one in samples]
-        search = FewShotSearch(
-            engine, examples, lambda example, reply: task.score(example.extra, reply).value or 0.0,
-            max_new_tokens=task.max_new_tokens, seed=seed, settings="light",
-        )  # fmt: skip
+        examples, score, limit = task_examples(task, shots, seed)
+        search = FewShotSearch(engine, examples, score, max_new_tokens=limit, seed=seed, settings="light")
         with working("searching a mixture"):
             search.fit()
         chosen["C"] = search

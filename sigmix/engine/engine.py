@@ -165,10 +165,8 @@ class Engine:
 
     def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
         """Return a `Mix` for each of ``count`` prompts, from one for all or one for each; None is the base."""
-        given = [mix] * count if mix is None or isinstance(mix, (Mix, str)) else list(mix)
-        if len(given) != count:
-            raise ConfigError(f"{len(given)} mixes for {count} prompts", remedy="give one mix, or one for each prompt")
-        return [Mix.base() if m is None else Mix.parse(m) if isinstance(m, str) else m for m in given]
+        each: list[Any] = _for_each("mixes", mix, count)
+        return [Mix.base() if one is None else Mix.parse(one) if isinstance(one, str) else one for one in each]
 
     @property
     def bank(self) -> Bank | Mapping[str, Any]:
@@ -257,8 +255,6 @@ class Engine:
                 default = row if params is None else choice_seed(each[number].seed, index)
                 own = replace(each[number], seed=default if seeds is None else seeds[row])
                 sequences.append(self._sequence(ids, own, mixes[number], chat, stop_strings, outputs[number]))
-        mixes = [one.mix for one in sequences]
-        errors: dict[int, Exception] = {}
         for row, one in enumerate(sequences):
             try:
                 what = f"prompt {row // num_return_sequences}"
@@ -266,23 +262,21 @@ class Engine:
             except ContextError as error:
                 if not keep_errors:
                     raise
-                errors[row] = error
-        fit = [row for row in range(len(sequences)) if row not in errors]
-        for part in self.execution.batches(fit, mixes, batch_size, form):
+                one.fail(error)
+        fit = [row for row, one in enumerate(sequences) if not one.finish]
+        for part in self.execution.batches(fit, [one.mix for one in sequences], batch_size, form):
             with ContinuousBatch(self, form, chunked=False) as batch:
                 batch.add([sequences[row] for row in part])
                 while batch:
                     batch.step()
-            for row in part:
-                if (failed := sequences[row].error) is not None:
-                    errors[row] = failed
-                    if not keep_errors:
-                        raise failed
-        return [self._generation(one, errors.get(row)) for row, one in enumerate(sequences)]
+            errors = [failed for row in part if (failed := sequences[row].error) is not None]
+            if errors and not keep_errors:
+                raise errors[0]
+        return [self._generation(one) for one in sequences]
 
-    def _generation(self, one: SequenceState, error: Exception | None) -> Generation:
-        if error is not None:
-            return Generation("", [], [], one.mix, len(one.prompt_ids), "error", error)
+    def _generation(self, one: SequenceState) -> Generation:
+        if one.error is not None:
+            return Generation("", [], [], one.mix, len(one.prompt_ids), one.finish, one.error)
         assert one.detokenizer is not None
         one.detokenizer.flush()
         return Generation(one.detokenizer.text, one.ids, one.logprobs, one.mix, len(one.prompt_ids), one.finish)
@@ -466,7 +460,7 @@ def _check_stop_strings(stop_strings: Sequence[str]) -> None:
 
 def _for_each(what: str, given: T | Sequence[T], count: int) -> list[T]:
     """Return one value for each prompt, from one for all or one for each."""
-    if not isinstance(given, Sequence):
+    if isinstance(given, str) or not isinstance(given, Sequence):
         return [given] * count
     if len(given) != count:
         raise ConfigError(f"{len(given)} {what} for {count} prompts", remedy="give one for all, or one for each prompt")

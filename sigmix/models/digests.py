@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import weakref
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from sigmix.errors import OutputError
 from sigmix.models import weights
 from sigmix.utils.cache import cache_dir
-from sigmix.utils.io import write_json
+from sigmix.utils.io import read_json_object, write_json
 
 FORMAT = 1
 """Part of the file's key: raise it when `weight_digest` or `load_base` change what is hashed."""
@@ -110,11 +109,7 @@ def recall_digests(model: nn.Module, file: Path) -> None:
 
     They are computed here and not on first use, so that no edit of a parameter can come in between.
     """
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = {}
-    stored = stored if isinstance(stored, dict) else {}
+    stored = read_json_object(file)
     values: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor] | None]] = {}
     seen: set[int] = set()  # of tied parameters the first name counts
     for path, module in model.named_modules():

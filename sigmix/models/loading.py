@@ -23,7 +23,7 @@ from sigmix.models.hub import base_names, hub_folder, near_paths
 from sigmix.models.multimodal import auto_class, is_vision, load_tokenizer
 from sigmix.models.quantization import load_weights, quantization_of
 from sigmix.utils.cache import MANIFEST, cache_dir, verify
-from sigmix.utils.io import file_lock, write_json
+from sigmix.utils.io import file_lock, read_json_object, write_json
 from sigmix.utils.logging import quiet
 from sigmix.utils.safetensors import INDEX, SINGLE, Shards, weight_files
 
@@ -144,11 +144,7 @@ def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
         return torch.float32
     file = cache_dir() / "dtype.json"
     key = f"{_cpu_name()} | torch {torch.__version__}"
-    try:
-        measured = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        measured = {}
-    measured = measured if isinstance(measured, dict) else {}
+    measured = read_json_object(file)
     if measured.get(key) not in ("bfloat16", "float32"):
         measured[key] = "bfloat16" if _seconds(torch.bfloat16) * 1.2 < _seconds(torch.float32) else "float32"
         with contextlib.suppress(OutputError):  # with a read-only cache it is measured in every run

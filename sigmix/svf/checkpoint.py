@@ -12,7 +12,6 @@ Not supported: quantized checkpoints, and matrices that transformers builds from
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from sigmix.svf.config import SVFConfig
 from sigmix.svf.decomposition import METHOD, cache_path, cached_decompose
 from sigmix.svf.tuner import Linear, linear_layers, target_layers
 from sigmix.utils.cache import MANIFEST, cache_dir, verify
-from sigmix.utils.io import free_bytes, write_json
+from sigmix.utils.io import free_bytes, read_json_object, write_json
 from sigmix.utils.logging import quiet
 from sigmix.utils.safetensors import Shards
 
@@ -357,12 +356,8 @@ class _Ledger:
         files = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in checkpoint.shards.files]
         key = (str(checkpoint.folder.resolve()), files, str(checkpoint.dtype), METHOD)
         self._file = cache_dir() / "svd" / "ledgers" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
-        try:
-            found = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        sound = isinstance(found, dict) and all(isinstance(digest, str) for digest in found.values())
-        self.digests: dict[str, str] = found if sound else {}
+        stored = read_json_object(self._file)
+        self.digests = {path: digest for path, digest in stored.items() if isinstance(digest, str)}
 
     def missing(self, matrices: Sequence[Matrix]) -> list[Matrix]:
         digests = [(matrix, self.digests.get(matrix.path)) for matrix in matrices]

@@ -188,6 +188,15 @@ def read_text(
         raise error(f"cannot read {where}: expected UTF-8, not {encoding}", remedy="save it as UTF-8") from failure
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object that can be computed anew; {} for a missing or damaged file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8, atomically, with the line ends it has."""
     with atomic_file(path) as temporary:
