@@ -97,7 +97,7 @@ class RequestHandler:
         )  # fmt: skip
         limits = []
         for number, (ids, _) in enumerate(prompts):
-            param = self.builder.param
+            param = "messages" if isinstance(options, ChatCompletionRequest) else "prompt"
             with api_errors(f"{param}.{number}" if len(prompts) > 1 else param):
                 limits.append(service.fit_context(ids, options.token_limit()))
         params = options.sampling_params(settings.default_temperature)

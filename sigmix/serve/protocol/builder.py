@@ -55,7 +55,6 @@ class ResponseBuilder:
         logprobs: include log-probabilities.
 
     Attributes:
-        param: field of the request that holds the prompt.
         incremental: a whole response, too, is built from the events of its stream.
     """
 
@@ -65,7 +64,6 @@ class ResponseBuilder:
         self, chat: bool, model: str, fingerprint: str, token_bytes: Callable[[int], bytes], logprobs: bool
     ) -> None:
         self.chat, self.token_bytes, self.logprobs = chat, token_bytes, logprobs
-        self.param = "messages" if chat else "prompt"
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
