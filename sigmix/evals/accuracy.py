@@ -89,10 +89,10 @@ class Result:
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], Sequence[str]]) -> Result:
-    """Answer samples and score the replies, in order."""
+def evaluate(task: Task, samples: Sequence[Sample], replies: Sequence[str]) -> Result:
+    """Score the replies to samples, in order."""
     items = []
-    for sample, reply in zip(samples, answer(samples), strict=True):
+    for sample, reply in zip(samples, replies, strict=True):
         score = task.score(sample, reply)
         names = tuple(image.name for image in sample.images)
         items.append(
@@ -222,7 +222,7 @@ def run(
             do_sample=do_sample, temperature=temperature,
             progress=None if progress is None else lambda count, mix=mix: progress(count, mix.id),  # type: ignore[misc]
         )  # fmt: skip
-        result = evaluate(task, samples, lambda _, answers=answers: [one.text for one in answers])  # type: ignore[misc]
+        result = evaluate(task, samples, [one.text for one in answers])
         results[mix.id] = result
         base = results[Mix.base().id]
         entries.append(
@@ -236,20 +236,19 @@ def run(
                 "paired": compare(result, base, seed) if mix.weights else None,
             }
         )
-    figures = {
-        "task": task.name,
-        "split": split,
-        "seed": seed,
-        "n": len(samples),
-        "temperature": temperature if do_sample else 0.0,
-        "max_new_tokens": limit,
-        "base": engine.base_name,
-        "best_constant": constant_baseline(task, samples),
-        "notes": list(task.notes),
-        "seconds": round(time.monotonic() - began, 2),
-        "results": entries,
-    }
+    figures = figures_of(engine, task, samples, entries, split=split, seed=seed, max_new_tokens=limit)
+    figures |= {"temperature": temperature if do_sample else 0.0, "seconds": round(time.monotonic() - began, 2)}
     return figures, results
+
+
+def figures_of(
+    engine: InferenceEngine, task: Task, samples: Sequence[Sample], entries: list[dict[str, Any]], **options: Any
+) -> dict[str, Any]:
+    """Return the JSON figures of an evaluation: its ``options``, task and base, and an entry per row of results."""
+    return {
+        "task": task.name, **options, "n": len(samples), "base": engine.base_name,
+        "best_constant": constant_baseline(task, samples), "notes": list(task.notes), "results": entries,
+    }  # fmt: skip
 
 
 def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[str, Result]) -> Path:

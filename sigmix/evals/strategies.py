@@ -19,9 +19,9 @@ from sigmix.evals.accuracy import (
     Result,
     answer_samples,
     compare,
-    constant_baseline,
     encode_samples,
     evaluate,
+    figures_of,
 )
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
@@ -39,7 +39,6 @@ def run_strategies(
     split: Split = "test",
     n: int = 300,
     seed: int = 0,
-    max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Result]]:
@@ -56,7 +55,7 @@ def run_strategies(
         base model. And {name: `Result`}.
     """
     samples = task.samples(split, n, seed=seed)
-    limit = max_new_tokens or task.max_new_tokens
+    limit = task.max_new_tokens
     experts = skills(engine.bank) if each_expert else []
     rows: dict[str, Strategy | Mix] = {
         "base": Mix.base(), **strategies, **{expert: Mix.one(expert) for expert in experts}
@@ -76,18 +75,7 @@ def run_strategies(
         entries.append(
             {"strategy": ORACLE, **results[ORACLE].summary(), "chosen": {}, "bound": True, "paired": paired}
         )
-    figures = {
-        "task": task.name,
-        "split": split,
-        "seed": seed,
-        "n": len(samples),
-        "max_new_tokens": limit,
-        "base": engine.base_name,
-        "best_constant": constant_baseline(task, samples),
-        "notes": list(task.notes),
-        "results": entries,
-    }
-    return figures, results
+    return figures_of(engine, task, samples, entries, split=split, seed=seed, max_new_tokens=limit), results
 
 
 def measure_strategy(
@@ -123,7 +111,7 @@ def measure_strategy(
         runner, samples, encode_samples(engine, samples), strategy if fixed else AUTO,  # type: ignore[arg-type]
         batch_size=batch_size, progress=add, max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
     )  # fmt: skip
-    result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
+    result = evaluate(task, samples, [answer.text for answer in answers])
     decisions = [answer.decision for answer in answers]
     return result, {
         "chosen": dict(Counter(decision.mix.id for decision in decisions).most_common()),
