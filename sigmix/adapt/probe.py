@@ -27,7 +27,7 @@ from sigmix.engine import Engine
 from sigmix.engine.base import HiddenStatesEngine
 from sigmix.engine.scoring import decoder_layers, hidden_states
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
-from sigmix.experts.fingerprint import fingerprint, short
+from sigmix.experts.fingerprint import short
 from sigmix.experts.mix import Mix
 from sigmix.utils.io import atomic_file
 
@@ -243,7 +243,7 @@ def fit_probe(
     }
     return Probe(
         tuple(names), depth, torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), temperature, threshold,
-        fingerprint(engine.model), facts,
+        engine.base_fingerprint, facts,
     )  # fmt: skip
 
 

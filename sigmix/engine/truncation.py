@@ -23,7 +23,7 @@ from sigmix.engine.cpu_kernels import Group, Packing, Shared, find_groups, packe
 from sigmix.engine.execution import as_base
 from sigmix.engine.prefix_cache import right_pad
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
-from sigmix.experts.fingerprint import fingerprint, short
+from sigmix.experts.fingerprint import short
 from sigmix.svf.subspace import LowRank, Subspace, subspace
 from sigmix.utils.io import atomic_file
 
@@ -314,7 +314,7 @@ def save_truncation(plan: Truncation, engine: Engine, path: str | os.PathLike[st
     for number, part in enumerate(plan.parts.values()):
         tensors |= {f"{number}.inputs": part.inputs, f"{number}.outputs": part.outputs, f"{number}.cores": part.cores}
     about = {
-        "format": FORMAT, "base": fingerprint(engine.model), "groups": list(plan.parts), "error": plan.error,
+        "format": FORMAT, "base": engine.base_fingerprint, "groups": list(plan.parts), "error": plan.error,
         "cost": plan.cost, "experts": plan.experts, "facts": plan.facts,
     }  # fmt: skip
     content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, {"truncation": json.dumps(about)})
@@ -338,7 +338,7 @@ def load_truncation(engine: Engine, path: str | os.PathLike[str]) -> Truncation:
             about = json.loads((file.metadata() or {})["truncation"])
             if about["format"] != FORMAT:
                 raise ValueError(about["format"])
-            if (own := fingerprint(engine.model)) != about["base"]:
+            if (own := engine.base_fingerprint) != about["base"]:
                 raise FingerprintError(
                     f"the truncation was fitted on the base {short(about['base'])} (fingerprint), this one is "
                     f"{short(own)}",

@@ -176,7 +176,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request, service: Service
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]:
     """Return the token ids of a text."""
     ids = await in_thread("prompt", service.encode_text, body.prompt, body.add_special_tokens)
-    return {"tokens": ids, "count": len(ids), "max_model_len": service.context_length}
+    return {"tokens": ids, "count": len(ids), "max_model_len": service.engine.context_length}
 
 
 @router.post("/detokenize")

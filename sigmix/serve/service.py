@@ -18,11 +18,11 @@ from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, Pro
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.base import skills
 from sigmix.engine.detokenizer import text_offsets, token_decoder
-from sigmix.engine.tokenization import chat_template, check_context, check_unicode, context_length, encode_turns
+from sigmix.engine.tokenization import chat_template, check_context, check_unicode, encode_turns
 from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
-from sigmix.experts.fingerprint import fingerprint, short
+from sigmix.experts.fingerprint import short
 from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import AdaptationWorker, Grader
 from sigmix.serve.auth import ApiKeys
@@ -89,7 +89,6 @@ class Service:
         self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
         self._tokenizer_lock = threading.Lock()
         self._embeddings_lock = asyncio.Lock()
-        self.context_length = context_length(model)
         self.bandit: BanditDispatch | None = None
         self.strategies = self._open_strategies()
         self.default_strategy = settings.strategy
@@ -99,7 +98,7 @@ class Service:
         self.scheduler = Scheduler(self.engine, self.strategies, settings)
         self.metrics = self.scheduler.metrics
         self.adaptations = AdaptationWorker(self.engine, self.registry, graders)
-        self.fingerprint = f"fp_{short(fingerprint(model))}"
+        self.fingerprint = f"fp_{short(self.engine.base_fingerprint)}"
         self.created = int(time.time())
         self.started = self.closing = False
 
@@ -218,7 +217,8 @@ class Service:
                 remedy="shorten the prompt",
             )
         self.engine.check_prompt(ids, 0 if max_new_tokens == 0 else 1)
-        room = settings.max_new_tokens if self.context_length is None else self.context_length - len(ids)
+        length = self.engine.context_length
+        room = settings.max_new_tokens if length is None else length - len(ids)
         limit = settings.default_new_tokens if max_new_tokens is None else max_new_tokens
         return min(limit, room, settings.max_new_tokens)
 

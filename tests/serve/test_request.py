@@ -168,7 +168,7 @@ def test_max_tokens_is_a_ceiling(server, path):
 
 
 def test_an_answer_ends_with_the_context(server):
-    full = server.service.context_length
+    full = server.service.engine.context_length
     for length, status in ((full - 2, 200), (full, 400)):
         body = {"prompt": [5] * length, "model": "math", "max_tokens": 50, "logit_bias": {}}
         got, found, _ = server.call("POST", "/v1/completions", body)
