@@ -53,15 +53,18 @@ def evaluate(
         raise ConfigError("give --task, or --dispatch", remedy="sigmix tasks lists the tasks")
     if (dispatch or strategy) and (mix or expert):
         raise ConfigError("--mix and --expert cannot be combined with --strategy or --dispatch")
-    for option, value in (("--quantization", quantization), ("--device-map", device_map)):
-        if (dispatch or strategy) and value is not None:
-            raise ConfigError(f"{option} can be combined with --mix and --expert, not with --strategy or --dispatch")
+    unused = {
+        "quantization": quantization, "basis": basis != "own", "device-map": device_map, "temperature": temperature,
+        "max-new-tokens": dispatch and max_new_tokens,
+    }  # fmt: skip
+    for option in [option for option, given in unused.items() if given and (dispatch or strategy)]:
+        raise ConfigError(f"--{option} cannot be combined with {'--dispatch' if dispatch else '--strategy'}")
     if dispatch:
         _dispatch(strategy or ["A", "D"], n, seed, split, out, base, bank, data_dir, as_json)
         return
     loaded = get_task(task, data_dir=data_dir, allow_code=allow_code)
     if strategy:
-        _strategies(loaded, strategy, shots, n, split, seed, batch, out, base, bank, as_json)
+        _strategies(loaded, strategy, shots, n, split, seed, max_new_tokens, batch, out, base, bank, as_json)
         return
     mixes, experts = open_mixes([*expert, *mix], bank)
     samples = loaded.samples(split, n, seed=seed)  # type: ignore[arg-type]
@@ -108,8 +111,8 @@ def _title(figures: dict[str, Any]) -> str:
 
 
 def _strategies(
-    task: Task, letters: list[str], shots: int, n: int, split: str, seed: int, batch: int, out: Path | None, base: str,
-    bank: Path | None, as_json: bool,
+    task: Task, letters: list[str], shots: int, n: int, split: str, seed: int, max_new_tokens: int | None, batch: int,
+    out: Path | None, base: str, bank: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy of strategies on a task, on the same items as the base model."""
     from sigmix.adapt import FewShotSearch
@@ -139,7 +142,7 @@ def _strategies(
     with Progress("base", n * runs) as progress:
         figures, results = run_strategies(
             engine, task, chosen, each_expert=alone, split=split, n=n, seed=seed,  # type: ignore[arg-type]
-            batch_size=batch, progress=progress.advance,
+            max_new_tokens=max_new_tokens, batch_size=batch, progress=progress.advance,
         )  # fmt: skip
     if "C" in chosen:
         figures["few_shot"] = {**search.evidence(), "mix": search.result.id}  # type: ignore[union-attr]

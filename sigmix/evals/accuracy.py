@@ -89,10 +89,10 @@ class Result:
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def evaluate(task: Task, samples: Sequence[Sample], replies: Sequence[str]) -> Result:
-    """Score the replies to samples, in order."""
+def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], Sequence[str]]) -> Result:
+    """Answer samples and score the replies, in order."""
     items = []
-    for sample, reply in zip(samples, replies, strict=True):
+    for sample, reply in zip(samples, answer(samples), strict=True):
         score = task.score(sample, reply)
         names = tuple(image.name for image in sample.images)
         items.append(
@@ -222,7 +222,7 @@ def run(
             do_sample=do_sample, temperature=temperature,
             progress=None if progress is None else lambda count, mix=mix: progress(count, mix.id),  # type: ignore[misc]
         )  # fmt: skip
-        result = evaluate(task, samples, [one.text for one in answers])
+        result = evaluate(task, samples, lambda _, answers=answers: [one.text for one in answers])  # type: ignore[misc]
         results[mix.id] = result
         base = results[Mix.base().id]
         entries.append(

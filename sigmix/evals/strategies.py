@@ -39,6 +39,7 @@ def run_strategies(
     split: Split = "test",
     n: int = 300,
     seed: int = 0,
+    max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Result]]:
@@ -55,7 +56,7 @@ def run_strategies(
         base model. And {name: `Result`}.
     """
     samples = task.samples(split, n, seed=seed)
-    limit = task.max_new_tokens
+    limit = max_new_tokens or task.max_new_tokens
     experts = skills(engine.bank) if each_expert else []
     rows: dict[str, Strategy | Mix] = {
         "base": Mix.base(), **strategies, **{expert: Mix.one(expert) for expert in experts}
@@ -111,7 +112,7 @@ def measure_strategy(
         runner, samples, encode_samples(engine, samples), strategy if fixed else AUTO,  # type: ignore[arg-type]
         batch_size=batch_size, progress=add, max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
     )  # fmt: skip
-    result = evaluate(task, samples, [answer.text for answer in answers])
+    result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
     decisions = [answer.decision for answer in answers]
     return result, {
         "chosen": dict(Counter(decision.mix.id for decision in decisions).most_common()),

@@ -219,10 +219,12 @@ class Trainer:
             z: by path, in place of the policy's own.
         """
 
+        def replies(part: Sequence[Sample]) -> list[str]:
+            return self.actor.decode(self.actor.generate(part, self.max_new_tokens))
+
         def work() -> Result:
-            part = samples[self.processes.share(len(samples))]
             with self.policy.acting(z):
-                return evaluate(self.task, part, self.actor.decode(self.actor.generate(part, self.max_new_tokens)))
+                return evaluate(self.task, samples[self.processes.share(len(samples))], replies)
 
         parts = self.processes.gather(work, self.policy.sharded)
         return Result(self.task.name, [item for part in parts for item in part.items])

@@ -60,6 +60,12 @@ def test_equal_mixes_count_once_and_the_base_is_always_there(measure):
     assert [one["mix"] for one in figures["results"]] == ["base", "arithmetic"]
 
 
+def test_strategies_answer_within_max_new_tokens(measure, tmp_path):
+    figures = measure("--strategy", "base", "--n", 3, "--out", tmp_path / "out", "--json").json
+    assert figures["max_new_tokens"] == 4
+    assert [one["strategy"] for one in figures["results"]] == ["base"]
+
+
 def test_sampled_answers_follow_the_seed(measure, tmp_path):
     def replies(name, *more):
         measure("--n", 6, "--temperature", 2, "--out", tmp_path / name, *more)
@@ -78,6 +84,9 @@ def test_sampled_answers_follow_the_seed(measure, tmp_path):
         (["--task", "addition?digit=2"], "no option 'digit'"),
         (["--task", "gsm8k", "--data-dir", "/no/such/folder"], "/no/such/folder"),
         (["--task", "no/such.py:task"], "no/such.py"),
+        (["--task", TASK, "--strategy", "A", "--temperature", 1], "--temperature"),
+        (["--task", TASK, "--strategy", "A", "--basis", "original"], "--basis"),
+        (["--dispatch", "--max-new-tokens", 4], "--max-new-tokens"),
     ],
 )
 def test_bad_input(refused, home, arguments, expected):
