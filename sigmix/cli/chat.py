@@ -201,7 +201,9 @@ class Session:
 
     def fit(self, messages: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
         """Return token ids of the conversation, and its messages without the oldest that exceed the context."""
-        limit, dropped = self.engine.context_length, 0
+        from sigmix.engine.tokenization import context_length
+
+        limit, dropped = context_length(self.engine.model), 0
         new = self.options["max_new_tokens"]
         ids = self.ids(messages)
         while limit is not None and len(messages) > 1 and len(ids) + new > limit:
@@ -213,4 +215,6 @@ class Session:
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return token ids under the chat template, or of bare lines where there is none."""
-        return self.engine.encode([*self.system, *messages])
+        from sigmix.engine.tokenization import encode_turns
+
+        return encode_turns(self.engine.tokenizer, [*self.system, *messages])
