@@ -324,7 +324,7 @@ def check_context(
             raise ContextError(message, remedy=f"shorten it to {room} tokens")
         raise ContextError(
             f"{has} and {max_new_tokens} new ones, more than the model's context of {limit}",
-            remedy=f"shorten it to {room} tokens or lower {option}",
+            remedy=f"shorten it to {room} tokens or lower {option}" if room else f"lower {option}",
         )
 
 

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from sigmix.adapt.two_pass import AUTO
 from sigmix.engine.continuous_batching import by_length
-from sigmix.engine.tokenization import chat_template
+from sigmix.engine.tokenization import chat_template, check_tokens
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
@@ -182,6 +182,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> dict[str, Any]:
     """Return the text of token ids."""
+    await in_thread("tokens", check_tokens, service.engine.model, body.tokens, "the text")
     return {"prompt": await in_thread("tokens", service.decode, body.tokens, skip_special_tokens=False)}
 
 

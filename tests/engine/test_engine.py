@@ -207,6 +207,8 @@ def test_context(tiny):
         check_context(model, [5] * 200, 57, "prompt 3")
     with pytest.raises(ContextError, match="empty"):
         check_context(model, [], 1)
+    with pytest.raises(ContextError, match="-> lower --max-new-tokens"):
+        check_context(model, [5], 10**6)
 
 
 # ------------------------------------------------------------------ errors

@@ -184,7 +184,9 @@ def test_tokenizer(server, alone):
     _, info, _ = server.call("GET", "/tokenizer_info")
     assert info["eos_token"] == alone.tokenizer.eos_token
     assert info["chat_template"] == alone.tokenizer.chat_template
-    assert server.call("POST", "/detokenize", {"tokens": [2**70]})[0] == 400
+    for token in (2**70, 10**6, -1):
+        status, found, _ = server.call("POST", "/detokenize", {"tokens": [5, token]})
+        assert (status, found["error"]["param"].partition(".")[0]) == (400, "tokens")
     assert server.call("POST", "/tokenize", {"prompt": text, "text": text})[0] == 400
 
 
