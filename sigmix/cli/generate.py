@@ -103,7 +103,7 @@ def _prompts(prompts: list[str], file: Path | None) -> list[str]:
     if prompts and file is not None:
         raise ConfigError("prompts are given both as arguments and with --file", remedy="give one of them")
     if file is not None:
-        prompts = [line for line in re.split(r"\r?\n", read_text(file)) if line.strip()]
+        prompts = [line for line in re.split(r"\r\n?|\n", read_text(file)) if line.strip()]
         if not prompts:
             raise DataError(f"{file} has no prompts", remedy="write one prompt per line")
     elif not prompts:

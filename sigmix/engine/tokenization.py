@@ -9,6 +9,8 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from sigmix.errors import ConfigError, ContextError, PromptError
 from sigmix.models.multimodal import image_prompt, is_image_token, processor_of
 from sigmix.utils.images import Shown, pictures
@@ -138,10 +140,18 @@ def check_unicode(*texts: Any) -> None:
 
 def template_error(error: Exception, turns: Sequence[Mapping[str, Any]]) -> PromptError:
     """Return the error for messages that a chat template does not take, such as Gemma's and a system message."""
+    if isinstance(error, TemplateSyntaxError):
+        return PromptError(
+            f"the chat template of the tokenizer is faulty: {error}", remedy="correct chat_template in its files"
+        )
     remedy = "alternate between user and assistant, beginning with user"
-    if turns and turns[0]["role"] == "system" and "system" in str(error).lower():
+    if turns and turns[0]["role"] == "system" and _alternate(turns[1:]):
         remedy = "leave the system message out, or put its text in front of the first user message"
     return PromptError(f"the chat template rejects these messages: {error}", remedy=remedy)
+
+
+def _alternate(turns: Sequence[Mapping[str, Any]]) -> bool:
+    return all(turn["role"] == ("user", "assistant")[number % 2] for number, turn in enumerate(turns))
 
 
 def _render(render: Callable[[list[Any]], Any], turns: Sequence[Mapping[str, Any]]) -> Any:

@@ -138,8 +138,8 @@ def _state(parameter: torch.Tensor) -> tuple:
     about = parameter._version, parameter.dtype, tuple(parameter.shape)
     if parameter.is_meta:
         return about
-    if weights.is_quantized(parameter) and parameter.is_floating_point():  # torchao's: the data is in inner tensors
-        names = parameter.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    if weights.is_quantized(parameter) and hasattr(parameter, "__tensor_flatten__"):  # torchao's: data in inner tensors
+        names = parameter.__tensor_flatten__()[0]
         return *about, *(getattr(parameter, name).data_ptr() for name in names)
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     sample = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].float().cpu().numpy().tobytes()

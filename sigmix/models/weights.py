@@ -32,8 +32,10 @@ def kind(layer: nn.Module) -> str:
 
 def is_quantized(weight: Tensor) -> bool:
     """Return True for a weight stored in fewer bits than it computes in."""
-    # bitsandbytes stores integers; torchao's subclasses have the dtype that they compute in
-    return not weight.is_floating_point() or (type(weight) not in (Tensor, nn.Parameter) and _is_subclass(weight))
+    # bitsandbytes stores integers, or bytes in any dtype; torchao's subclasses have the dtype that they compute in
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        return True
+    return type(weight) not in (Tensor, nn.Parameter) and _is_subclass(weight)
 
 
 def _is_subclass(weight: Any) -> bool:
@@ -71,9 +73,9 @@ def device(layer: nn.Module) -> torch.device:
 def dtype(layer: nn.Module) -> torch.dtype:
     """Return the dtype that the layer computes in."""
     weight: Any = layer.weight
-    if weight.is_floating_point():
-        return weight.dtype
-    return getattr(layer, "compute_dtype", None) or weight.quant_state.dtype
+    if hasattr(weight, "quant_state"):
+        return getattr(layer, "compute_dtype", None) or weight.quant_state.dtype
+    return weight.dtype
 
 
 def value(layer: nn.Module) -> Tensor:

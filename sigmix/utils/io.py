@@ -178,7 +178,10 @@ def read_text(
             path, data = "stdin", sys.stdin.buffer.read()
         else:
             data = Path(path).read_bytes()
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            raise error(f"cannot read {path}: it has NUL characters, expected UTF-8 text", remedy="save it as UTF-8")
+        return text
     except OSError as failure:
         raise error(f"cannot read {path}: {failure.strerror or failure}", remedy=remedy) from failure
     except UnicodeDecodeError as failure:

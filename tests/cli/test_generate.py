@@ -137,7 +137,9 @@ def test_bad_input(refused, home, arguments, expected):
     assert expected in refused("generate", *arguments, "--base", home.base, "--bank", home.bank)
 
 
-@pytest.mark.parametrize("content", [b"\xef\xbb\xbfhello\r\nyou\r\n\r\n \r\n", b"hello\nyou", b"\nhello\n\nyou\n\n"])
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfhello\r\nyou\r\n\r\n \r\n", b"hello\nyou", b"\nhello\n\nyou\n\n", b"hello\ryou\r"]
+)
 def test_byte_order_marks_windows_line_ends_and_blank_lines_are_no_prompts(generate, tmp_path, content):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)

@@ -117,6 +117,25 @@ def test_templates_that_drop_tools(turns, tools, word):
         encode_turns(tokenizer, turns, tools=tools)
 
 
+SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "remedy"),
+    [
+        ("{{ raise_exception('Conversation roles must alternate') }}", SYSTEM, "leave the system message out"),
+        ("{{ raise_exception('Only user and assistant roles') }}", SYSTEM, "leave the system message out"),
+        ("{{ raise_exception('roles must alternate') }}", [*SYSTEM, SYSTEM[1]], "alternate"),
+        ("{{ raise_exception('roles must alternate') }}", SYSTEM[1:] * 2, "alternate"),
+        ("{{ messages | unheard_of }}", SYSTEM, "correct chat_template"),
+        ("{% for %}", SYSTEM, "correct chat_template"),
+    ],
+)  # fmt: skip
+def test_the_remedy_depends_on_what_the_template_rejects(template, turns, remedy):
+    with pytest.raises(PromptError, match=f" -> {remedy}"):
+        encode_turns(templated(text=template), turns)
+
+
 # ---------------------------------------------------------------- end tokens
 
 SPECIALS = re.compile(r"<[|｜/]?[A-Za-z_▁]+[^<>\s'\"{}]*>")

@@ -155,6 +155,7 @@ STORED = [
     ("nf4", lambda: four_bits()),
     ("fp4", lambda: four_bits(bnb_4bit_quant_type="fp4")),
     ("nf4-double", lambda: four_bits(bnb_4bit_use_double_quant=True)),
+    ("nf4", lambda: four_bits(bnb_4bit_quant_storage=torch.bfloat16)),
     ("nf4", lambda: four_bits(bnb_4bit_compute_dtype=torch.bfloat16)),  # as most on the hub
     ("int8", lambda: torchao("int8")),
     ("int4", lambda: torchao("int4")),

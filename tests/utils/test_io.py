@@ -10,7 +10,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from sigmix.errors import BaseModelError, OutputError
+from sigmix.errors import BaseModelError, DataError, OutputError
 from sigmix.utils import io as files
 
 
@@ -167,3 +167,10 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert files.free_bytes("not/made") > 0
     assert seen == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_other_encodings_is_refused(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("hello\n".encode(encoding))
+    with pytest.raises(DataError, match=r"a\.txt.*UTF-8"):
+        files.read_text(tmp_path / "a.txt")
