@@ -56,6 +56,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         reason, remedy = REASONS.get(code or 0, (message, _OTHER_PATH))
         if isinstance(error, FileExistsError) and os.path.isfile(other := error.filename or path) and other != path:
             reason = f"{other} is a file"
+        from sigmix.utils.cache import cache_dir  # it imports this module
+
+        if Path(path).is_relative_to(cache_dir()):
+            remedy = "set SIGMIX_CACHE to a folder that you can write to, with free space"
         raise OutputError(f"cannot write {os.fspath(path)}: {reason}", remedy=remedy) from error
 
 

@@ -17,7 +17,7 @@ from helpers_gguf import write_gguf as write_plain
 from helpers_tiny import build_tiny
 
 from sigmix import load_base
-from sigmix.errors import BaseModelError
+from sigmix.errors import BaseModelError, OutputError
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
 from sigmix.export.base import BaseCheckpoint
@@ -252,6 +252,13 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, damage, message):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(BaseModelError, match=rf"tiny\.gguf .*{message}"):
         load_base(file)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SIGMIX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match=" -> set SIGMIX_CACHE"):
+        load_base(write_gguf(tmp_path / "tiny.gguf", build("llama")))
 
 
 # --- files that are no model
