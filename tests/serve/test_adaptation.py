@@ -33,8 +33,8 @@ def held_grader(service) -> tuple[threading.Event, threading.Event]:
     called, release = threading.Event(), threading.Event()
 
     def grade(reply: str, reference: str) -> float:
-        if reply == reference:
-            return 1.0
+        if reply in ("", reference):  # the check of the examples
+            return float(reply == reference)
         called.set()
         release.wait(30)
         return 0.0
