@@ -85,7 +85,8 @@ class Loop:
         self.config = setting.config(policy, **options)
         self.policy = make_policy(model, self.config)
         contiguous_head(self.policy.model)
-        actor = Actor(self.policy.model, tokenizer, get_task(setting.task), ends=[])
+        actor = Actor(self.policy.model, tokenizer, get_task(setting.task))
+        actor.ends = []
         self.learner = Learner(self.policy, actor, self.config, setting.new_tokens)
 
     def step(self, number: int, samples: Sequence[Sample]) -> dict[str, float]:

@@ -80,9 +80,9 @@ def requests(
 
 
 def prompts_of_experts(
-    bank: Mapping[str, Expert], count: int, *, seed: int = 0, data_dir: Path | None = None
+    bank: Mapping[str, Expert], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
 ) -> list[str]:
-    """Return training prompts of the tasks that a bank's experts were trained on, interleaved.
+    """Return prompts of the tasks that a bank's experts were trained on, interleaved.
 
     Raises:
         ConfigError: empty bank. ExpertError: an expert without its training task.
@@ -91,7 +91,7 @@ def prompts_of_experts(
     if not names:
         raise ConfigError("the bank has no expert", remedy="train one: sigmix train")
     each = -(-count // len(names))
-    drawn = [_task(bank, name, data_dir).samples("train", each, seed=seed) for name in names]
+    drawn = [_task(bank, name, data_dir).samples(split, each, seed=seed) for name in names]
     return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
 
 

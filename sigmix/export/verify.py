@@ -247,12 +247,13 @@ class LlamaCpp:
 
     Args:
         model: the GGUF file. context: tokens. threads: None: llama.cpp's default.
+        all_logits: keep the logits after every token, which `logits` needs; False is faster.
 
     Raises:
         ConfigError: llama-cpp-python is not installed. SigmixError: it cannot load the file.
     """
 
-    def __init__(self, model: Path, context: int, threads: int | None = None) -> None:
+    def __init__(self, model: Path, context: int, threads: int | None = None, all_logits: bool = True) -> None:
         if not llama_cpp_installed():
             raise ConfigError("llama-cpp-python is not installed", remedy="pip install llama-cpp-python")
         import llama_cpp
@@ -260,7 +261,7 @@ class LlamaCpp:
         self.lib: Any = llama_cpp
         with _loading("llama.cpp", model):
             self.llama: Any = llama_cpp.Llama(
-                str(model), n_ctx=context, n_batch=min(context, 512), logits_all=True, verbose=False,
+                str(model), n_ctx=context, n_batch=min(context, 512), logits_all=all_logits, verbose=False,
                 n_gpu_layers=0, n_threads=threads, n_threads_batch=threads,
             )  # fmt: skip
         self._adapters: dict[Path, Any] = {}
