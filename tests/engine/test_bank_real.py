@@ -42,17 +42,18 @@ def test_one_hot_is_the_trained_expert_bit_for_bit(engine):
         assert engine.z(Mix({name: 0.0})) == {}
 
 
-def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(engine, asked):
+def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(asked):
     texts, mixes = asked
+    engine = Engine(*load_base(dtype="float32"), Bank.bundled())  # in bfloat16 rounding alone makes 0.998 of some rows
     pairs = zip(texts, mixes, strict=True)
     alone = torch.cat([next_logits(engine, [text], mix, form="merged") for text, mix in pairs])
     base = next_logits(engine, texts)
     assert similar(alone[:-1], base[:-1]) < 0.99, "the experts must matter, or agreement would say nothing"
     for form in ("factored", "gain"):
-        assert similar(next_logits(engine, texts, mixes, form=form), alone) > 0.999, form
+        assert similar(next_logits(engine, texts, mixes, form=form), alone) > 0.99999, form
     mixed = [Mix(dict.fromkeys(skills(engine.bank), 1 / 6))] * len(texts)
     merged = next_logits(engine, texts, mixed, form="merged")
-    assert similar(next_logits(engine, texts, [*mixed[1:], Mix.base()])[:-1], merged[:-1]) > 0.999
+    assert similar(next_logits(engine, texts, [*mixed[1:], Mix.base()])[:-1], merged[:-1]) > 0.99999
 
 
 def test_the_base_is_the_base_before_between_and_after(engine, asked):
