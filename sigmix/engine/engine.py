@@ -64,7 +64,7 @@ class Engine:
         BaseModelError: an architecture that is not supported.
 
     Attributes:
-        batching: how the model reads and decodes batches.
+        batching: padding and cache that the model supports, see `Batching`.
         eos_token_ids: tokens that end a completion.
         state_id: changes whenever the adapted layers are switched.
     """

@@ -80,7 +80,7 @@ def _layers(config: PreTrainedConfig) -> list[Any]:
 
 
 class Batching:
-    """How one model reads and decodes batches.
+    """Batching capabilities of a model: padding, cache, and the threshold of its rotary embedding.
 
     Attributes:
         cache_argument: name of the cache's argument in the forward pass.
@@ -122,7 +122,7 @@ _BATCHING: weakref.WeakKeyDictionary[nn.Module, Batching] = weakref.WeakKeyDicti
 
 
 def batching(model: Any) -> Batching:
-    """Return how a model reads and decodes batches; the first call replaces rotary modules by `RowRotary`.
+    """Return the `Batching` of a model; the first call replaces its rotary modules by `RowRotary`.
 
     Raises:
         BaseModelError: an architecture with rows that would depend on their batch.

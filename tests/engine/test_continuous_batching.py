@@ -162,8 +162,6 @@ def test_between_steps_others_may_use_the_engine(made):
 
 
 def test_a_turn_is_not_read_twice(made, monkeypatch):
-    if made.engine.prefix_cache.usable(range(99)) is False:
-        pytest.skip("a sliding window keeps no beginnings")
     first = sequence(rows([40])[0], "math", max_new_tokens=8, cache_prefix=True)
     batch = ContinuousBatch(made.engine)
     batch.add([first])
@@ -177,7 +175,8 @@ def test_a_turn_is_not_read_twice(made, monkeypatch):
     )
     finish(batch)
     hook.remove()
-    assert read[0] == 4  # the answer's last token was chosen, but not read
+    # of a cached turn the last token was chosen, but not read; without one, of sliding windows, `add` read all
+    assert read[0] == (4 if made.engine.prefix_cache.usable(range(99)) else 1)
     assert second.ids == expected(made.alone, second).ids
     assert other.ids == expected(made.alone, other).ids
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers_scripted import scripted_llama
+from helpers_scripted import real_template, scripted_llama
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
@@ -33,9 +31,7 @@ def templated(name: str | None = None, text: str = ""):
     """Tokenizer with a chat template that TRL carries, or with a given one."""
     tokenizer = build_tokenizer()
     if name is not None:
-        if (trl := find_spec("trl")) is None:
-            pytest.skip("trl is not installed")
-        text = (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+        text = real_template(name)
     tokenizer.chat_template = text or tokenizer.chat_template
     return tokenizer
 
