@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import pytest
 from helpers_engine import expert
@@ -123,6 +124,26 @@ def test_feedback(server):
     assert server.call("POST", "/v1/feedback", {"id": found["id"], "reward": 2})[0] == 400
     _, two = server.chat(model="math", n=2)
     assert server.call("POST", "/v1/feedback", {"id": two["id"], "reward": 1})[0] == 404
+
+
+def test_the_server_answers_while_examples_are_checked(server, monkeypatch):
+    called, release = threading.Event(), threading.Event()
+
+    def grade(reply: str, reference: str) -> float:
+        called.set()
+        release.wait(10)
+        return 0.0  # no reply can match
+
+    monkeypatch.setitem(server.service.adaptations.graders, "exact", grade)
+    body, statuses = {"examples": [{"prompt": "one", "answer": "two"}]}, []
+    thread = threading.Thread(target=lambda: statuses.append(server.call("POST", "/v1/adapt", body)[0]))
+    thread.start()
+    assert called.wait(10)
+    assert server.call("GET", "/health")[0] == 200
+    assert thread.is_alive()
+    release.set()
+    thread.join(30)
+    assert statuses == [400]
 
 
 def test_adaptation(server):

@@ -269,7 +269,7 @@ class AdaptRequest(RequestModel):
 
     examples: list[LabelledExample] = Field(min_length=1, max_length=1024)
     name: Name | None = Field(None, description="Name of the saved mixture. Default: derived from the id.")
-    score: str = Field("exact", max_length=64, description="Grader of replies: exact, number, final, math or json.")
+    score: str = Field("exact", max_length=64, description="Grader of replies: exact, number, final or json.")
     method: Literal["cem", "cma-es"] = "cem"
     settings: Literal["light", "full"] = "light"
     granularity: Literal["model", "layer"] = "model"
