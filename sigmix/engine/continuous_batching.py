@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from sigmix.engine.generation import DecodingBatch, SequenceState, token_logprobs
+from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import Entry, StoredPrefix, prefill, read_prefix
 from sigmix.errors import ConfigError
 from sigmix.experts.mix import Mix
@@ -45,12 +46,12 @@ class ContinuousBatch(DecodingBatch):
     def __init__(
         self, engine: Engine, form: str | None = None, *, chunked: bool = True, isolate: bool = False
     ) -> None:
-        super().__init__(engine.model, engine.eos_token_ids)
+        super().__init__(engine.model, engine.eos_token_ids, whole=engine.execution.whole)
         self.engine, self.form, self.chunked, self.isolate = engine, form, chunked, isolate
         self._limit = float("inf")  # of sequences that decode together; the pending ones wait
         self._failed = False  # the last step
         self._pending: list[tuple[SequenceState, DynamicCache, int]] = []  # prompts read up to a number of tokens
-        self._finished: list[tuple[Mix, list[int], Entry]] = []  # for the prefix cache, at the next release
+        self._finished: list[tuple[SequenceState, list[int], Entry]] = []  # for the prefix cache, at the next release
         self._stack = ExitStack()
         self._state_id = 0
 
@@ -90,6 +91,16 @@ class ContinuousBatch(DecodingBatch):
         if not self._rows:  # the state is not that of the next step
             self.release()
 
+    def append(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
+        """Add prefilled sequences and choose their first tokens."""
+        super().append(sequences, state)
+        if not all(map(self._same_weights, sequences)):
+            self._rows = None
+
+    def _same_weights(self, one: SequenceState) -> bool:
+        """Return True if a sequence's prompt and answer are computed with the same weights."""
+        return self.engine.execution.decoding(one.mix) == one.mix
+
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every sequence and read a chunk of the pending prompts."""
@@ -109,7 +120,7 @@ class ContinuousBatch(DecodingBatch):
             )
         with self._recovering():
             if self._rows is None or self.engine.execution.count_step(len(self.sequences)):
-                self._enter([one.mix for one in self.sequences])
+                self._enter([self.engine.execution.decoding(one.mix) for one in self.sequences])
                 self._rows = list(range(len(self.sequences)))
             super().step()
             self._failed = False
@@ -123,7 +134,7 @@ class ContinuousBatch(DecodingBatch):
             if id(one) in gone and kept and one.finish in ("stop", "length"):
                 # the last token was chosen, but not read
                 read = one.token_ids[: int(self.kv_cache.lengths[row])]
-                self._finished.append((one.mix, read, self.kv_cache.row(row)))
+                self._finished.append((one, read, self.kv_cache.row(row)))
         running = list(self.sequences)
         try:
             super().remove(sequences)
@@ -141,9 +152,12 @@ class ContinuousBatch(DecodingBatch):
         self._stack.close()
         self._select = self._rows = None
         finished, self._finished = self._finished, []
-        for mix, read, entry in finished:
+        for one, read, entry in finished:
             try:
-                self.engine.cache_prefix(read, mix, entry, self.form)
+                if not self._same_weights(one):  # as part of a longer prompt the answer has other keys and values
+                    end = len(one.prompt_ids)
+                    read, entry = read[:end], [(keys[:, :, :end], values[:, :, :end]) for keys, values in entry]
+                self.engine.cache_prefix(read, one.mix, entry, self.form)
             except Exception:
                 log.warning("a conversation was not cached", exc_info=True)
 
@@ -213,7 +227,12 @@ class ContinuousBatch(DecodingBatch):
         one, cache, done = self._pending[0]
         ids = one.token_ids
         chunk = ids[done:] if self.engine.batching.recurrent else ids[done : done + budget]
-        self._enter([one.mix])
+        is_prompt = torch.arange(done, done + len(chunk)) < len(one.prompt_ids)
+        if bool(is_prompt.all()):
+            self._enter([one.mix])
+        else:  # read before
+            self.release()
+            self._stack.enter_context(self.engine.execution.whole([one.mix], is_prompt[None]))
         self.engine.execution.count_step(len(chunk))
         scored = one.on_prompt is not None and one.scored < len(one.prompt_ids) - 1
         if done + len(chunk) < len(ids):

@@ -326,5 +326,9 @@ class Shared:
 
 def patch(stack: ExitStack, module: nn.Module, name: str, function: Any) -> None:
     """Replace a method of a module until the stack is closed."""
+    before = module.__dict__.get(name)
     object.__setattr__(module, name, function)
-    stack.callback(object.__delattr__, module, name)
+    if before is None:
+        stack.callback(object.__delattr__, module, name)
+    else:
+        stack.callback(object.__setattr__, module, name, before)

@@ -343,6 +343,8 @@ class Engine:
     ) -> torch.Tensor:
         """Return logits [B, T, V] of token ids [B, T], padded left or right where the mask [B, T] is 0.
 
+        All tokens count as a prompt, see `SVFConfig.positions`.
+
         Raises:
             PromptError: a token that the model has no embedding of.
         """

@@ -29,7 +29,7 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Flat, Layout, Mix
 from sigmix.models.weights import weights_key
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.layer import SVFLinear
+from sigmix.svf.layer import SVFLinear, prompt_only
 from sigmix.svf.tuner import svf_layers
 from sigmix.utils.lru import LRUCache
 
@@ -123,10 +123,22 @@ class Execution:
         self._mixed.put(mix, (flats, z), z.nbytes)
         return z
 
-    def _flat(self, name: str) -> Flat:
+    def decoding(self, mix: Mix) -> Mix:
+        """Return the mixture under which answer tokens are computed: its experts with positions "all".
+
+        Raises:
+            UnknownNameError: no such expert.
+        """
+        kept = {name: alpha for name, alpha in mix.weights.items() if self._expert(name).positions == "all"}
+        return mix if len(kept) == len(mix.weights) else Mix(kept)
+
+    def _expert(self, name: str) -> Expert:
         if name not in self.bank:
             raise UnknownNameError("expert", name, self.bank, remedy="`sigmix experts list` shows what there is")
-        expert = self.bank[name]
+        return self.bank[name]
+
+    def _flat(self, name: str) -> Flat:
+        expert = self._expert(name)
         cached = self._flats.get(name)
         if cached is None or cached[0] is not expert:
             expert.check(self.model)
@@ -200,17 +212,18 @@ class Execution:
     def batches(
         self, rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: str | None = None
     ) -> Iterator[list[int]]:
-        """Split rows into batches; unless a form is requested, mixtures with many rows get batches of their own.
+        """Split rows into batches; unless a form is requested, mixtures that decode many rows get batches of their own.
 
         Args:
             rows: row numbers. mixes: of all rows, by number.
         """
         for start in range(0, len(rows), batch_size):
             part = list(rows[start : start + batch_size])
-            distinct = dict.fromkeys(mixes[row] for row in part)
+            decoding = {row: self.decoding(mixes[row]) for row in part}
+            distinct = dict.fromkeys(decoding.values())
             if form is None and self.exact == "factored" and 1 < len(distinct) <= len(part) / ROWS_PER_MIX:
                 for mix in distinct:
-                    yield [row for row in part if mixes[row] == mix]
+                    yield [row for row in part if decoding[row] == mix]
             else:
                 yield part
 
@@ -251,6 +264,30 @@ class Execution:
                 yield select
         finally:
             self._form, self._unmerged = before
+
+    @contextmanager
+    def whole(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
+        """Compute row b of a pass over a prompt and its answer under ``mixes[b]``, and `decoding` on answer tokens.
+
+        Args:
+            is_prompt: tokens of the prompts, bool [B, T].
+
+        Yields:
+            See `under`.
+        """
+        answers = [self.decoding(mix) for mix in mixes]
+        if answers == list(mixes):
+            with self.under(mixes) as select:
+                yield select
+            return
+        self._refresh()
+        table, answer_table = (torch.stack([self.z(mix) for mix in part]) for part in (mixes, answers))
+        with (
+            as_rows(self.layers, table, self.exact, answer_table) as select,
+            self.packing.using(None, self.exact),
+            prompt_only(self.layers, is_prompt),
+        ):
+            yield select
 
     @contextmanager
     def _state(self, form: str, mixes: Sequence[Mix], z: Mapping[Mix, torch.Tensor]) -> Iterator[Select | None]:
@@ -369,11 +406,14 @@ def as_expert(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) ->
 
 
 @contextmanager
-def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> Iterator[Select]:
+def as_rows(
+    layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str, answer_table: torch.Tensor | None = None
+) -> Iterator[Select]:
     """Compute row b of a batch under z = table[b] inside this context.
 
     Args:
         table: float32 [B, R], z over all layers in order.
+        answer_table: z of answer tokens, see `prompt_only`.
     """
     with _restored(layers):
         gains = (table - 1).to(next(iter(layers.values())).dtype)
@@ -387,6 +427,10 @@ def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> 
             z, gain = (table, gains) if rows is None else (table[rows], gains[rows])
             for layer, own, shift in zip(layers.values(), z.split(sizes, 1), gain.split(sizes, 1), strict=True):
                 layer.set_rows(own.to(layer.device), shift.to(layer.device, layer.dtype))
+            if answer_table is not None:
+                part = answer_table if rows is None else answer_table[rows]
+                for layer, own in zip(layers.values(), part.split(sizes, 1), strict=True):
+                    layer.answer_row_z = own.to(layer.device)
 
         select(None)
         yield select
@@ -394,10 +438,15 @@ def as_rows(layers: Mapping[str, SVFLinear], table: torch.Tensor, form: str) -> 
 
 @contextmanager
 def _restored(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
-    before = {path: (layer._disable_adapters, layer.form, layer.row_z) for path, layer in layers.items()}
+    before = {
+        path: (layer._disable_adapters, layer.form, layer.row_z, layer.answer_row_z) for path, layer in layers.items()
+    }
+    merged = {path: layer.get_base_layer().weight.data for path, layer in layers.items() if layer._kept is not None}
     try:
         yield
     finally:
         for path, layer in layers.items():
             layer.unmerge()
-            layer._disable_adapters, layer.form, layer.row_z = before[path]
+            layer._disable_adapters, layer.form, layer.row_z, layer.answer_row_z = before[path]
+            if path in merged:
+                layer.place(merged[path])

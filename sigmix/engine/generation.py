@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -288,6 +289,10 @@ def _sample(
     return tokens[:, 0]
 
 
+Whole = Callable[[Sequence[Mix], torch.Tensor], AbstractContextManager[Any]]
+"""Context manager of (mixture of each row, tokens of the prompts: bool [B, T])."""
+
+
 class DecodingBatch:
     """Sequences that decode together; finished ones leave, and prefilled ones can join.
 
@@ -298,12 +303,18 @@ class DecodingBatch:
         eos_token_ids: tokens that end a sequence.
         select: restricts per-row adapter state to remaining rows.
         trie: the only replies allowed; tokens are chosen, and log-probabilities taken, among its continuations.
+        whole: state in which prompts and answers are read again in one pass, see `Execution.whole`; None: the present.
     """
 
     def __init__(
-        self, model: Any, eos_token_ids: Sequence[int], select: Select | None = None, trie: TokenTrie | None = None
+        self,
+        model: Any,
+        eos_token_ids: Sequence[int],
+        select: Select | None = None,
+        trie: TokenTrie | None = None,
+        whole: Whole | None = None,
     ) -> None:
-        self.model, self.eos_token_ids, self.trie = model, eos_token_ids, trie
+        self.model, self.eos_token_ids, self.trie, self.whole = model, eos_token_ids, trie, whole
         self._select, self._threshold = select, batching(model).threshold
         self.clear()
 
@@ -352,16 +363,24 @@ class DecodingBatch:
             return
         assert self._rows is not None
         places = {id(one): self._rows[row] for row, one in crossing.items()}
-        if self._select is not None:
-            self._select(list(places.values()))
         members = list(crossing.values())
-        state = prefill(self.model, [one.token_ids for one in members], pad_id=0, share=False)
+        if self.whole is None and self._select is not None:
+            self._select(list(places.values()))
+        state = self.read_again(members)
         DecodingBatch.remove(self, members)
         kept = self._rows if self.sequences else []
         self.append(members, state)
         self._rows = [*kept, *(places[id(one)] for one in self.sequences[len(kept) :])]
         if self._select is not None and self._rows:
             self._select(self._rows)
+
+    def read_again(self, sequences: Sequence[SequenceState]) -> Prefilled:
+        """Read prompts and generated tokens."""
+        rows = [one.token_ids for one in sequences]
+        ends = torch.tensor([max(map(len, rows)) - len(one.ids) for one in sequences])  # rows are padded on the left
+        is_prompt = torch.arange(max(map(len, rows))) < ends[:, None]
+        with nullcontext() if self.whole is None else self.whole([one.mix for one in sequences], is_prompt):
+            return prefill(self.model, rows, pad_id=0, share=False)
 
     def run(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
         """Decode prefilled sequences to their end."""

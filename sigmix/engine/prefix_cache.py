@@ -8,7 +8,7 @@ back through the repetition. Models with linear attention (`Batching.recurrent`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sigmix.engine.kv_cache import Prefilled, join, keys_and_values
 from sigmix.models.batching import batching
 from sigmix.models.multimodal import embed_inputs, forward_inputs, grid_positions
+from sigmix.svf.layer import SVFLinear, prompt_only
 from sigmix.utils.lru import LRUCache
 
 MIN_SHARED = 8
@@ -219,12 +220,14 @@ def whole_logits(
     mask: torch.Tensor,
     pad_id: int,
     select: Select | None = None,
+    layers: Mapping[str, SVFLinear] | None = None,
 ) -> torch.Tensor:
     """Return logits [N, C, V] that predict each answer token as decoding computes them, in one pass without a cache.
 
     Args:
         prompts: N token-id lists. answers: int64 [N, C], right-padded. mask: bool [N, C].
         select: restricts the model to some of its rows, if they have different weights.
+        layers: adapted layers with a z of prompt tokens and one of answer tokens; None: one for all.
     """
     kind, counts = batching(model), mask.sum(1).tolist()
     read = [answer[: max(count - 1, 0)] for answer, count in zip(answers.tolist(), counts, strict=True)]
@@ -236,7 +239,10 @@ def whole_logits(
     if select is not None and crossing:
         select([*range(len(rows)), *crossing])
     inputs = forward_inputs(model, ids, used)
-    raw = model(**inputs, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
+    lengths = [len(prompts[row]) for row in [*range(len(rows)), *crossing]]
+    is_prompt = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+    with prompt_only(layers or {}, is_prompt):
+        raw = model(**inputs, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     if select is not None and crossing:
         select(None)
     columns = [list(range(len(prompt) - 1, len(prompt) - 1 + answers.shape[1])) for prompt in prompts]

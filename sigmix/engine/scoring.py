@@ -81,24 +81,30 @@ def replies_and_logprobs(
         for row, answer in zip(rows, part, strict=True):
             rest = max(max_new_tokens - len(answer), 0)
             engine.check_prompt([*row, *answer], rest, "a prompt with its completion")
-        tokens = sum(len(row) + len(answer) for row, answer in zip(rows, part, strict=True))
-        with engine.under(mixes, tokens=tokens) as select:
-            whole = reads_whole(engine.model, rows, list(map(len, part)))
-            ids, mask = right_pad(part, engine.pad_id, engine.model.get_input_embeddings().weight.device)
-            if max_new_tokens or not whole:
+        decoding = list(map(engine.execution.decoding, mixes))
+        whole = reads_whole(engine.model, rows, list(map(len, part)))
+        ids, mask = right_pad(part, engine.pad_id, engine.model.get_input_embeddings().weight.device)
+        if max_new_tokens or not whole:
+            tokens = sum(map(len, rows)) + (sum(map(len, part)) if decoding == mixes else 0)
+            with engine.under(mixes, tokens=tokens) as select:
                 state = engine.read(rows, mixes, select)
-            if whole:
-                logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select)
-            else:
+        if whole:
+            with engine.execution.whole(mixes) as select:
+                layers = None if decoding == mixes else engine.layers
+                logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, layers)
+        with engine.under(decoding) as select:
+            if not whole:
                 logits = answer_logits(engine.model, copy.deepcopy(state) if max_new_tokens else state, ids, mask)
-            scores = logits.float()
-            chosen = (scores.gather(2, ids[..., None])[..., 0] - scores.logsumexp(-1)).tolist()
-            logprobs += [row[: len(answer)] for row, answer in zip(chosen, part, strict=True)]
             if max_new_tokens:
-                replies = [SequenceState(row, SamplingParams(max_new_tokens)) for row in rows]
-                DecodingBatch(engine.model, engine.eos_token_ids, select).run(replies, state)
+                params = SamplingParams(max_new_tokens)
+                replies = [SequenceState(row, params, mix) for row, mix in zip(rows, mixes, strict=True)]
+                batch = DecodingBatch(engine.model, engine.eos_token_ids, select, whole=engine.execution.whole)
+                batch.run(replies, state)
                 decoder = token_decoder(engine.tokenizer)
                 texts += [decoder.decode(one.ids, end=engine.eos_token_ids) for one in replies]
+        scores = logits.float()
+        chosen = (scores.gather(2, ids[..., None])[..., 0] - scores.logsumexp(-1)).tolist()
+        logprobs += [row[: len(answer)] for row, answer in zip(chosen, part, strict=True)]
     return texts, logprobs
 
 

@@ -114,7 +114,8 @@ class Expert:
         if adapter not in adapters:
             raise UnknownNameError("adapter", adapter, adapters)
         z = {path: layer.effective_z([adapter]) for path, layer in layers.items() if adapter in layer.svf_z}
-        return cls(name, z, author_meta).sealed(model)
+        positions = next(layer.positions[adapter] for layer in layers.values() if adapter in layer.svf_z)
+        return cls(name, z, {**author_meta, "positions": positions}).sealed(model)
 
     def with_meta(self, **changes: Any) -> Expert:
         """Return a copy with other author metadata, such as ``metrics=[…]``; None removes a key.
@@ -137,10 +138,15 @@ class Expert:
         """True if a fingerprint of its base is recorded, which `check` needs."""
         return bool(self.base.get("fingerprint"))
 
+    @property
+    def positions(self) -> str:
+        """Tokens on which z acts: "all" or "prompt", see `SVFConfig`."""
+        return str(self.meta.get("positions", "all"))
+
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 over paths and z."""
-        return digest_of(self.z)
+        """Hex SHA-256 over positions, paths and z."""
+        return digest_of(self.z, self.positions)
 
     def gain(self, path: str) -> torch.Tensor:
         """Return z - 1 of one matrix, float32 [r].

@@ -4,6 +4,7 @@ In memory the metadata is a frozen JSON-like mapping. On disk ``schema``, ``name
 
     base         {"name", "dtype", "fingerprint"}; without a fingerprint the expert is unverified; "basis": "original"
                  if it was trained under `sigmix.experts.original_basis.use_original_basis`
+    positions    tokens on which z acts, see `SVFConfig`; "all" if missing
     matrices     {module path: [out, in]}
     sketches     {module path: {"norm", "values": 8 numbers}}
     task, domain, description, objective, seed, commit, license, training    set by the author
@@ -24,6 +25,7 @@ import torch
 
 from sigmix.errors import ExpertError, UnknownNameError
 from sigmix.experts.fingerprint import Sketch
+from sigmix.svf.config import POSITIONS
 
 SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -98,9 +100,9 @@ def check_z(z: Mapping[str, torch.Tensor], owner: str) -> dict[str, torch.Tensor
     return clean
 
 
-def digest_of(z: Mapping[str, torch.Tensor]) -> str:
-    """Return the hex SHA-256 over paths and float32 values."""
-    total = hashlib.sha256(b"sigmix-z-v1\n")
+def digest_of(z: Mapping[str, torch.Tensor], positions: str = "all") -> str:
+    """Return the hex SHA-256 over positions, paths and float32 values."""
+    total = hashlib.sha256(b"sigmix-z-v1\n" if positions == "all" else f"sigmix-z-v1 {positions}\n".encode())
     for path in sorted(z):
         total.update(f"{path} {len(z[path])}\n".encode())
         total.update(z[path].numpy().astype("<f4", copy=False).tobytes())
@@ -124,6 +126,8 @@ def check_meta(meta: Mapping[str, Any], z: Mapping[str, torch.Tensor], owner: st
             raise ExpertError(f"{owner}: metadata {key!r} must be {kind}", remedy=f"fix {key!r}")
     if not all(isinstance(metric, Mapping) for metric in meta.get("metrics") or ()):
         raise ExpertError(f"{owner}: every entry of 'metrics' must be an object", remedy="for example {'name': …}")
+    if (positions := meta.get("positions", "all")) not in POSITIONS:
+        raise ExpertError(f"{owner}: 'positions' must be 'all' or 'prompt', not {positions!r}", remedy=RESTORE)
     for key, value in (meta.get("base") or {}).items():
         if not isinstance(value, (str, type(None))):
             raise ExpertError(f"{owner}: metadata 'base': {key!r} must be text", remedy="fix 'base'")

@@ -58,6 +58,8 @@ engine.generate(["…"], mix=Mix.parse("{name}"))
 
 It is also a PEFT adapter: after `import sigmix`, `PeftModel.from_pretrained(base, {folder})` loads it.
 """
+POSITIONS = {"all": "all tokens", "prompt": "the tokens of the prompt; the base decodes the answer"}
+"""Where z acts, see `SVFConfig`."""
 FROM_FILE = f"""
 `{DEFAULT}` is {DEFAULT_ON_HUB} as sigmix reads it from a 4-bit file;
 the original's weights are another base."""
@@ -74,6 +76,7 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo_id: 
     base_name = without_path(str(base.get("name") or "an unknown base"))
     metrics = [dict(metric) for metric in meta.get("metrics") or ()]
     facts = {
+        "Acts on": POSITIONS[meta.get("positions", "all")],
         "Task": meta.get("task"), "Domain": meta.get("domain"), "Objective": meta.get("objective"),
         "Seed": meta.get("seed"), "Base's dtype": base.get("dtype"), "Commit": meta.get("commit"),
         "Training": meta.get("training"),

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from sigmix.errors import ExpertError, OutputError
 from sigmix.experts.metadata import (
     COMPUTED,
+    RESTORE,
     SCHEMA,
     check_meta,
     check_name,
@@ -36,6 +37,7 @@ from sigmix.experts.metadata import (
     thaw,
 )
 from sigmix.experts.model_card import card
+from sigmix.svf.config import POSITIONS
 from sigmix.utils.io import atomic_dir, check_writable
 
 CONFIG, WEIGHTS, META, CARD = "adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"
@@ -64,17 +66,26 @@ def read(path: Path, name: str | None = None) -> Contents:
         ExpertError: missing, incomplete, damaged, or not an SVF adapter.
     """
     config = _read_config(path)
+    positions = config.get("positions", "all")
+    if positions not in POSITIONS:
+        raise ExpertError(f"{path / CONFIG}: 'positions' must be 'all' or 'prompt', not {positions!r}", remedy=RESTORE)
     z = _read_z(path)
     file = path / META
     if not file.is_file():
         base = config.get("base_model_name_or_path")
-        return Contents(name_from_folder(name or path.resolve().name), z, {"base": {"name": base}} if base else {})
+        bare = {"positions": positions, **({"base": {"name": base}} if base else {})}
+        return Contents(name_from_folder(name or path.resolve().name), z, bare)
     meta = read_json(file)
     check_schema(meta, str(file))
     name, digest = check_name(meta["name"]), meta["z_sha256"]
     meta = {key: value for key, value in meta.items() if key not in ("schema", "name", "z_sha256")}
     check_meta(meta, z, str(path))
-    if digest != digest_of(z):
+    recorded = meta.get("positions", "all")
+    if recorded != positions:
+        raise ExpertError(
+            f"{path}: 'positions' is {positions!r} in {CONFIG}, but {recorded!r} in {META}", remedy=RESTORE
+        )
+    if digest != digest_of(z, positions):
         raise ExpertError(
             f"{path / WEIGHTS} does not match its checksum in {META}",
             remedy=f"restore the file; if the change is intended, delete {META} and seal the expert again",
@@ -103,11 +114,13 @@ def contents(
         "base_model_name_or_path": (plain.get("base") or {}).get("name"),
         "inference_mode": True,
         "peft_type": "SVF",
+        "positions": plain.get("positions", "all"),
         "target_modules": sorted(z),  # full paths, so that PEFT adapts exactly these
         "task_type": "CAUSAL_LM",
     }
     tables = {key: plain.pop(key) for key in COMPUTED if key in plain and key != "base"}  # long, so they come last
-    record = {"schema": SCHEMA, "name": name, "z_sha256": digest_of(z), **plain, **tables}
+    digest = digest_of(z, plain.get("positions", "all"))
+    record = {"schema": SCHEMA, "name": name, "z_sha256": digest, **plain, **tables}
     readme = card(name, plain, len(z), sum(len(value) for value in z.values()), repo_id)
     # not save_file, which writes through a memory map: a full disk would kill the process
     weights = save({f"base_model.model.{path}.svf_z.weight": z[path] for path in sorted(z)}, {"format": "pt"})

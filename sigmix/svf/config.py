@@ -10,6 +10,9 @@ from peft.config import PeftConfig
 
 from sigmix.errors import ConfigError
 
+POSITIONS = ("all", "prompt")
+"""Where z acts: on all tokens, or on those of the prompt."""
+
 
 class SigmixPeftType(str, enum.Enum):
     """PEFT type of singular-value fine-tuning; hashes and compares like the string "SVF"."""
@@ -30,6 +33,8 @@ class SVFConfig(PeftConfig):
         layers_pattern: name of the list of layers where it cannot be inferred (as in PEFT).
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         exclude: alias of `exclude_modules`.
+        positions: tokens on which z acts: "all", or "prompt": those of the prompt, from which the first answer token
+            comes, while the base decodes the answer over their keys and values.
         cache: keep decompositions in the user's cache folder.
     """
 
@@ -38,6 +43,7 @@ class SVFConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     exclude: list[str] | str | None = field(default=None)
+    positions: str = field(default="all")
     cache: bool = field(default=True)
 
     def __post_init__(self) -> None:
@@ -49,6 +55,7 @@ class SVFConfig(PeftConfig):
             self.exclude_modules, self.exclude = self.exclude, None
         if isinstance(self.layers_to_transform, str) and self.layers_to_transform != "half":
             raise ConfigError(f"layers_to_transform must be indices or 'half', not {self.layers_to_transform!r}")
+        check_positions(self.positions)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)):
@@ -58,3 +65,14 @@ class SVFConfig(PeftConfig):
                     re.compile(value)
                 except re.error as error:
                     raise ConfigError(f"{name}: invalid regular expression {value!r}: {error}") from error
+
+
+def check_positions(positions: object) -> str:
+    """Return ``positions`` if it is one of `POSITIONS`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if positions not in POSITIONS:
+        raise ConfigError(f"positions must be 'all' or 'prompt', not {positions!r}")
+    return str(positions)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +55,10 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     Attributes:
         form: computation of an unmerged layer: "factored", U diag(s ⊙ z) Vᵀ x, or "gain", W x + ΔW x (the default
             where `gain_only`).
+        positions: {adapter: where its z acts}, see `SVFConfig`.
         row_z: None, or float32 [B, r]: z per row of the batch, in place of the active adapters'.
+        answer_row_z: z of answer tokens, like `row_z`; None: `row_z`.
+        prompt_mask: tokens of the prompt: True for all, False for none, or bool [B, T], see `prompt_only`.
         side: "in" if the square side of the decomposition is V [in, in], "out" if it is U [out, out].
         svf_short, svf_s, svf_long: factors, see `sigmix.svf.decomposition`; None until `ensure_factors` or first use.
     """
@@ -68,7 +72,14 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
         def get_base_layer(self) -> nn.Linear | Conv1D: ...
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, inference_mode: bool = False, cache: bool = True):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        inference_mode: bool = False,
+        cache: bool = True,
+        positions: str = "all",
+    ) -> None:
         super().__init__()
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             raise ConfigError(f"SVF adapts torch.nn.Linear and Conv1D, not {type(base_layer).__name__}")
@@ -78,7 +89,10 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.side = "in" if self.out_features >= self.in_features else "out"
         self.svf_z = Scales({})
         self.form = "gain" if self.gain_only else "factored"
+        self.positions: dict[str, str] = {}
         self.row_z: torch.Tensor | None = None
+        self.answer_row_z: torch.Tensor | None = None
+        self.prompt_mask: bool | torch.Tensor = True
         self._row_gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self._cache = cache
         self._kept: torch.Tensor | None = None  # the original weight while another one is merged
@@ -86,22 +100,25 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         for name in ("svf_short", "svf_s", "svf_long"):
             self.register_buffer(name, None, persistent=False)
-        self.update_layer(adapter_name, inference_mode=inference_mode)
+        self.update_layer(adapter_name, inference_mode=inference_mode, positions=positions)
 
     # ---------------------------------------------------------------------- adapters
 
-    def update_layer(self, adapter_name: str, inference_mode: bool = False, **_: object) -> None:
+    def update_layer(
+        self, adapter_name: str, inference_mode: bool = False, positions: str = "all", **_: object
+    ) -> None:
         """Add an adapter with z = 1 (the base)."""
         self.ensure_factors()
-        self.add_z(adapter_name)
+        self.add_z(adapter_name, positions)
         active = bool(self.active_adapters) and all(name in self.svf_z for name in self.active_adapters)
         self.set_adapter(self.active_adapters if active else adapter_name, inference_mode=inference_mode)
 
-    def add_z(self, adapter_name: str) -> SingularScale:
+    def add_z(self, adapter_name: str, positions: str = "all") -> SingularScale:
         """Add z = 1 under a name without activating it."""
         if "." in adapter_name or (hasattr(self.svf_z, adapter_name) and adapter_name not in self.svf_z):
             raise ConfigError(f"an adapter cannot be named {adapter_name!r}: torch cannot use it as a module's name")
         self.svf_z[adapter_name] = SingularScale(self.r, self.device)
+        self.positions[adapter_name] = positions
         return self.svf_z[adapter_name]
 
     def effective_z(self, names: list[str] | None = None) -> torch.Tensor:
@@ -113,7 +130,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     def set_rows(self, z: torch.Tensor, gain: torch.Tensor) -> None:
         """Set ``row_z`` [B, r] together with z - 1 in the weight's dtype, so that forward does not recompute it."""
-        self.row_z, self._row_gain = z, (z, gain)
+        self.row_z, self.answer_row_z, self._row_gain = z, None, (z, gain)
 
     # ---------------------------------------------------------------------- weight and factors
 
@@ -265,23 +282,54 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             if adapter_names is not None or self.row_z is not None:
                 raise ConfigError("rows cannot have their own z while a z is merged", remedy="unmerge it first")
             return self.base_layer(x, *args, **kwargs)
-        gain = None
-        if self.row_z is not None:
-            z = self.row_z
-            gain = self._row_gain[1] if self._row_gain[0] is z else None
-            z, gain = z_per_row(z, x), None if gain is None else z_per_row(gain, x)
-        elif adapter_names is not None:
-            z = self._z_of_rows(adapter_names, x)
-        elif any(n in self.svf_z for n in self.active_adapters):
-            z = self.effective_z()
-        else:
+        mask = self.prompt_mask
+        z = None if mask is False else self._prompt_z(x, adapter_names)
+        if mask is not True:
+            answer_z = self._answer_z(x, adapter_names)
+            if isinstance(mask, bool) or z is None:
+                z = answer_z
+            else:
+                return self._masked(x, mask, z, answer_z)
+        if z is None:
             return self.base_layer(x, *args, **kwargs)
+        gain = None
+        if mask is True and self.row_z is not None and self._row_gain[0] is self.row_z:
+            assert self._row_gain[1] is not None
+            gain = z_per_row(self._row_gain[1], x)
         self.ensure_factors()
         if self.form == "factored":
             return self._factored(x, z, gain)
         if self.form == "gain":
             return self._gain(x, (z - 1) if gain is None else gain)
         raise ConfigError(f"unknown form {self.form!r}; one of {', '.join(FORMS)}")
+
+    def _prompt_z(self, x: torch.Tensor, adapter_names: Sequence[str] | None) -> torch.Tensor | None:
+        """Effective z of prompt tokens, which broadcasts to [..., r]; None: the base."""
+        if self.row_z is not None:
+            return z_per_row(self.row_z, x)
+        if adapter_names is not None:
+            return self._z_of_rows(adapter_names, x)
+        return self.effective_z() if any(n in self.svf_z for n in self.active_adapters) else None
+
+    def _answer_z(self, x: torch.Tensor, adapter_names: Sequence[str] | None) -> torch.Tensor | None:
+        """Effective z of answer tokens, see `_prompt_z`."""
+        if self.row_z is not None:
+            return z_per_row(self.row_z if self.answer_row_z is None else self.answer_row_z, x)
+        if adapter_names is not None:
+            return self._z_of_rows([n if self.positions.get(n) == "all" else "__base__" for n in adapter_names], x)
+        names = [n for n in self.active_adapters if self.positions.get(n) == "all"]
+        return self.effective_z(names) if names else None
+
+    def _masked(
+        self, x: torch.Tensor, mask: torch.Tensor, z: torch.Tensor, answer_z: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply ``z`` at tokens where ``mask`` [B, T] is True, and ``answer_z`` elsewhere."""
+        if mask.numel() * x.shape[-1] != x.numel():
+            raise ConfigError(f"a mask of {mask.numel()} tokens does not fit an input of {tuple(x.shape)}")
+        self.ensure_factors()
+        run = self._factored if self.form == "factored" else lambda x, z, _: self._gain(x, z - 1)
+        other = self.base_layer(x) if answer_z is None else run(x, answer_z, None)
+        return torch.where(mask.reshape(*x.shape[:-1], 1), run(x, z, None), other)
 
     def _z_of_rows(self, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         one = torch.ones(self.r, device=x.device)
@@ -316,3 +364,21 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()
+
+
+@contextmanager
+def prompt_only(layers: Mapping[str, SVFLinear], mask: bool | torch.Tensor) -> Iterator[None]:
+    """Apply each z by its `positions` inside this context.
+
+    Args:
+        mask: True at tokens of the prompt: bool [B, T], or one for all. A model's other states (merged, disabled) hold
+            for all tokens.
+    """
+    before = [(layer, layer.prompt_mask) for layer in layers.values()]
+    try:
+        for layer in layers.values():
+            layer.prompt_mask = mask
+        yield
+    finally:
+        for layer, value in before:
+            layer.prompt_mask = value

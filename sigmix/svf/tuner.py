@@ -81,9 +81,11 @@ class SVFModel(BaseTuner):
                 remedy="exclude it, or untie the two (tie_word_embeddings=False)",
             )
         if isinstance(target, SVFLinear):
-            target.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
+            target.update_layer(adapter_name, peft_config.inference_mode, peft_config.positions)
         else:
-            new = SVFLinear(target, adapter_name, inference_mode=peft_config.inference_mode, cache=peft_config.cache)
+            new = SVFLinear(
+                target, adapter_name, peft_config.inference_mode, peft_config.cache, peft_config.positions
+            )
             if kind(target) == OFFLOADED:
                 setattr(parent, target_name, new)  # PEFT would move z to the weight's device, which is meta
             else:
