@@ -85,7 +85,7 @@ class Loop:
         self.config = setting.config(policy, **options)
         self.policy = make_policy(model, self.config)
         contiguous_head(self.policy.model)
-        actor = Actor(self.policy.model, tokenizer, get_task(setting.task))
+        actor = Actor(self.policy.model, tokenizer, get_task(setting.task), self.policy.prompt_only)
         actor.ends = []
         self.learner = Learner(self.policy, actor, self.config, setting.new_tokens)
 

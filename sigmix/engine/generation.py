@@ -17,7 +17,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.kv_cache import BatchKVCache, Prefilled
-from sigmix.engine.prefix_cache import Select, prefill
+from sigmix.engine.prefix_cache import PromptOnly, Select, everywhere, prefill
 from sigmix.engine.structured_output import constrain, matcher_error
 from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.mix import Mix
@@ -377,8 +377,9 @@ class DecodingBatch:
     def read_again(self, sequences: Sequence[SequenceState]) -> Prefilled:
         """Read prompts and generated tokens."""
         rows = [one.token_ids for one in sequences]
-        ends = torch.tensor([max(map(len, rows)) - len(one.ids) for one in sequences])  # rows are padded on the left
-        is_prompt = torch.arange(max(map(len, rows))) < ends[:, None]
+        width, device = max(map(len, rows)), self.kv_cache.lengths.device
+        ends = torch.tensor([width - len(one.ids) for one in sequences], device=device)  # rows are padded on the left
+        is_prompt = torch.arange(width, device=device) < ends[:, None]
         with nullcontext() if self.whole is None else self.whole([one.mix for one in sequences], is_prompt):
             return prefill(self.model, rows, pad_id=0, share=False)
 
@@ -462,12 +463,14 @@ def complete(
     pad_id: int,
     num_generations: int = 1,
     trie: TokenTrie | None = None,
+    prompt_only: PromptOnly = everywhere,
 ) -> list[SequenceState]:
     """Generate ``num_generations`` completions of each prompt with a model in its present adapted state.
 
     Args:
         prompts: N token-id lists. params: for all, or one for each of the N·num_generations completions.
         trie: see `DecodingBatch`.
+        prompt_only: state of the model by the mask of prompt tokens.
 
     Returns:
         The finished sequences, those of one prompt side by side.
@@ -478,5 +481,7 @@ def complete(
         SequenceState(list(prompts[row // num_generations]), one) for row, one in zip(range(count), each, strict=True)
     ]
     state = prefill(model, prompts, pad_id).repeat(num_generations)
-    DecodingBatch(model, eos_token_ids, trie=trie).run(sequences, state)
+    with prompt_only(False):
+        batch = DecodingBatch(model, eos_token_ids, trie=trie, whole=lambda _, is_prompt: prompt_only(is_prompt))
+        batch.run(sequences, state)
     return sequences

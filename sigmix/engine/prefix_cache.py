@@ -8,7 +8,8 @@ back through the repetition. Models with linear attention (`Batching.recurrent`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sigmix.engine.kv_cache import Prefilled, join, keys_and_values
 from sigmix.models.batching import batching
 from sigmix.models.multimodal import embed_inputs, forward_inputs, grid_positions
-from sigmix.svf.layer import SVFLinear, prompt_only
 from sigmix.utils.lru import LRUCache
 
 MIN_SHARED = 8
@@ -27,6 +27,14 @@ MIN_SHARED = 8
 
 Select = Callable[[list[int] | None], None]
 """Restricts the per-row state of adapted layers to the rows with given indices; None: all rows."""
+
+PromptOnly = Callable[[bool | torch.Tensor], AbstractContextManager[None]]
+"""State of adapted layers by the mask of prompt tokens, see `sigmix.svf.layer.prompt_only`."""
+
+
+def everywhere(mask: bool | torch.Tensor) -> AbstractContextManager[None]:
+    """Read answers as prompts are read."""
+    return nullcontext()
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -189,8 +197,8 @@ def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: tor
         answers: int64 [N, C], right-padded. mask: bool [N, C].
     """
     first = state.logits.unsqueeze(1)
-    if answers.shape[1] == 1:
-        return first
+    if answers.shape[1] < 2:
+        return first[:, : answers.shape[1]]
     read = mask[:, 1:]  # the last token of an answer predicts nothing
     out = model(
         input_ids=answers[:, :-1].contiguous(),
@@ -220,14 +228,14 @@ def whole_logits(
     mask: torch.Tensor,
     pad_id: int,
     select: Select | None = None,
-    layers: Mapping[str, SVFLinear] | None = None,
+    prompt_only: PromptOnly = everywhere,
 ) -> torch.Tensor:
     """Return logits [N, C, V] that predict each answer token as decoding computes them, in one pass without a cache.
 
     Args:
         prompts: N token-id lists. answers: int64 [N, C], right-padded. mask: bool [N, C].
         select: restricts the model to some of its rows, if they have different weights.
-        layers: adapted layers with a z of prompt tokens and one of answer tokens; None: one for all.
+        prompt_only: state of the model by the mask of prompt tokens.
     """
     kind, counts = batching(model), mask.sum(1).tolist()
     read = [answer[: max(count - 1, 0)] for answer, count in zip(answers.tolist(), counts, strict=True)]
@@ -241,7 +249,7 @@ def whole_logits(
     inputs = forward_inputs(model, ids, used)
     lengths = [len(prompts[row]) for row in [*range(len(rows)), *crossing]]
     is_prompt = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
-    with prompt_only(layers or {}, is_prompt):
+    with prompt_only(is_prompt):
         raw = model(**inputs, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     if select is not None and crossing:
         select(None)
@@ -261,6 +269,7 @@ def completion_logits(
     mask: torch.Tensor,
     pad_id: int,
     share: bool = True,
+    prompt_only: PromptOnly = everywhere,
 ) -> torch.Tensor:
     """Return logits [N·G, C, V] that predict each token of G answers to each of N prompts; gradients flow if enabled.
 
@@ -272,8 +281,10 @@ def completion_logits(
     each = [prompt for prompt in prompts for _ in range(generations)]
     always = not share and batching(model).threshold is not None
     if always or reads_whole(model, each, mask.sum(1).tolist()):
-        return whole_logits(model, each, answers, mask, pad_id)
-    return answer_logits(model, prefill(model, prompts, pad_id, share=share).repeat(generations), answers, mask)
+        return whole_logits(model, each, answers, mask, pad_id, prompt_only=prompt_only)
+    state = prefill(model, prompts, pad_id, share=share).repeat(generations)
+    with prompt_only(False):
+        return answer_logits(model, state, answers, mask)
 
 
 PREFIX_BYTES = 128 << 20

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from torch import nn
 from sigmix.engine.base import Prompt
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
-from sigmix.engine.prefix_cache import answer_logits, reads_whole, right_pad, whole_logits
+from sigmix.engine.prefix_cache import answer_logits, everywhere, reads_whole, right_pad, whole_logits
 from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import bare, forward_inputs
+from sigmix.svf.layer import prompt_only
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -90,8 +92,8 @@ def replies_and_logprobs(
                 state = engine.read(rows, mixes, select)
         if whole:
             with engine.execution.whole(mixes) as select:
-                layers = None if decoding == mixes else engine.layers
-                logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, layers)
+                positions = everywhere if decoding == mixes else functools.partial(prompt_only, engine.layers)
+                logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, positions)
         with engine.under(decoding) as select:
             if not whole:
                 logits = answer_logits(engine.model, copy.deepcopy(state) if max_new_tokens else state, ids, mask)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.svf.config import POSITIONS
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -42,6 +43,9 @@ class TrainConfig:
     )  # fmt: skip
     policy: str = _option(
         "svf", "Adapter to train: svf, or PEFT's lora or ia3 for comparison.", choices=("svf", "lora", "ia3")
+    )
+    positions: str = _option(
+        "all", "Tokens on which the adapter acts: all, or prompt (answers are decoded by the base).", choices=POSITIONS
     )
     max_steps: int = _option(40, "Optimizer steps.", ge=1)
     generation_batch_size: int = _option(

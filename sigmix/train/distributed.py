@@ -403,7 +403,7 @@ class ShardedPolicy(SVFPolicy):
 
     def expert(self, name: str, meta: Mapping[str, Any]) -> Expert:
         """Return the current z as an expert of the base."""
-        return Expert(name, self.z(), meta).sealed(self.base)
+        return Expert(name, self.z(), {**meta, "positions": self.positions}).sealed(self.base)
 
     @contextmanager
     def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:

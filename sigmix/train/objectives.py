@@ -259,7 +259,8 @@ class Learner:
         ids, mask = ids.to(device), mask.to(device)
 
         def logits() -> Tensor:
-            raw = completion_logits(model, prompts, ids, mask, self.actor.pad_id, share=not self.policy.sharded)
+            share = not self.policy.sharded
+            raw = completion_logits(model, prompts, ids, mask, self.actor.pad_id, share, self.policy.prompt_only)
             return raw if choices is None else choices.constrain_answers(raw, ids)
 
         reference = None

@@ -3,12 +3,15 @@
 acting      rollouts and validation under z: merged weights (gain form on a quantized base)
 learning    gradients reach the policy's parameters, never the base's weights
 reference   the base, bit for bit
+
+With `TrainConfig.positions` "prompt" the adapter acts on prompts alone: inside `prompt_only` the base reads the tokens
+of the answers, and acting does not merge weights for the one pass over the prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,8 +32,10 @@ from torch.nn.utils import parametrize
 from sigmix.engine.execution import as_base, as_expert, gain_only
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
+from sigmix.models.batching import batching
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.functional import reference_z
+from sigmix.svf.layer import prompt_only
 from sigmix.svf.tuner import svf_layers, target_layers
 from sigmix.train.config import TrainConfig
 from sigmix.utils.io import atomic_dir
@@ -63,6 +68,7 @@ class SVFPolicy:
     sharded = False
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
+        self.positions = config.positions
         self.model = self._inject(base, svf_config(config))
         self.layers = svf_layers(self.model)
         self.direct = config.parametrization == "direct"
@@ -93,7 +99,11 @@ class SVFPolicy:
 
     def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> AbstractContextManager[None]:
         """Apply the policy's z, or another one, for inference."""
-        return as_expert(self.layers, self.z() if z is None else z)
+        return as_expert(self.layers, self.z() if z is None else z, merge=self.positions == "all")
+
+    def prompt_only(self, mask: bool | torch.Tensor) -> AbstractContextManager[None]:
+        """Read answers, the tokens where ``mask`` (for all, or [B, T]) is False, as `TrainConfig.positions` says."""
+        return prompt_only(self.layers, mask) if self.positions == "prompt" else nullcontext()
 
     def reference(self) -> AbstractContextManager[None]:
         """Apply the base."""
@@ -128,6 +138,13 @@ class PeftPolicy:
     sharded = False
 
     def __init__(self, base: nn.Module, config: TrainConfig) -> None:
+        self.positions = config.positions
+        if self.positions == "prompt" and (batching(base).recurrent or batching(base).threshold is not None):
+            raise ConfigError(
+                f"policy {config.policy} cannot act on prompts alone on this base, where answers are not read behind "
+                "cached keys and values",
+                remedy="set positions to all, or policy to svf",
+            )
         torch.manual_seed(config.seed)
         self.model: PeftModel = get_peft_model(base, _peft_config(base, config)).eval()
 
@@ -141,11 +158,16 @@ class PeftPolicy:
 
     @contextmanager
     def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
-        """Merge the adapter."""
+        """Apply the adapter for inference: merged, or as it is for prompts alone."""
         if z is not None:
             raise ConfigError("a LoRA or IA3 policy acts under its own parameters only")
-        with merged_adapter(self.model):
+        with merged_adapter(self.model) if self.positions == "all" else nullcontext():
             yield
+
+    def prompt_only(self, mask: bool | torch.Tensor) -> AbstractContextManager[None]:
+        """Read answers as `TrainConfig.positions` says; a mask of single tokens does not occur, see `__init__`."""
+        assert isinstance(mask, bool)
+        return self.reference() if self.positions == "prompt" and not mask else nullcontext()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -202,7 +224,11 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
 
 def svf_config(config: TrainConfig) -> SVFConfig:
     """Return the PEFT configuration of an SVF run."""
-    return SVFConfig(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)
+    return SVFConfig(
+        target_modules=config.target_modules,
+        layers_to_transform=config.layers_to_transform,
+        positions=config.positions,
+    )
 
 
 def _peft_config(base: nn.Module, config: TrainConfig) -> PeftConfig:

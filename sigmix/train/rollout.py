@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import SamplingParams, SequenceState, complete
+from sigmix.engine.prefix_cache import PromptOnly, everywhere
 from sigmix.engine.tokenization import check_context, check_tokens, encode, eos_token_ids, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
 
@@ -93,13 +94,22 @@ def reward(score: Score, format_reward: float = 0.0) -> float:
 class Actor:
     """Generates and scores completions of a task's samples with a model in its current adapted state.
 
+    Args:
+        prompt_only: see `complete`.
+
     Attributes:
         ends: token ids that end a completion.
         choices: the task's closed set of replies, if it has one; the policy is then a distribution over these.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-        self.model, self.tokenizer, self.task = model, tokenizer, task
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        prompt_only: PromptOnly = everywhere,
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.prompt_only = model, tokenizer, task, prompt_only
         self.ends = eos_token_ids(model, tokenizer)
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.choices = TokenTrie.from_texts(tokenizer, task.choices, self.ends) if task.choices else None
@@ -123,7 +133,7 @@ class Actor:
         for sample, ids in zip(samples, prompts, strict=True):
             name = f"sample {sample.id} of {self.task.name}"
             check_context(self.model, ids, params[0].max_new_tokens, name, self.tokenizer)
-        rows = complete(self.model, prompts, params, self.ends, self.pad_id, num_generations, self.choices)
+        rows = self._complete(prompts, params, num_generations)
         texts = self.decode(rows)
         scores = [self.task.score(samples[i // num_generations], text) for i, text in enumerate(texts)]
         rewards = torch.tensor([reward(score, format_reward) for score in scores])
@@ -143,8 +153,14 @@ class Actor:
         for start in range(0, len(samples), batch_size):
             prompts = [self.encode(sample) for sample in samples[start : start + batch_size]]
             params = SamplingParams(max_new_tokens)
-            rows += complete(self.model, prompts, params, self.ends, self.pad_id, trie=self.choices)
+            rows += self._complete(prompts, params)
         return rows
+
+    def _complete(
+        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams], num_generations: int = 1
+    ) -> list[SequenceState]:
+        ends, pad, trie = self.ends, self.pad_id, self.choices
+        return complete(self.model, prompts, params, ends, pad, num_generations, trie, self.prompt_only)
 
     def decode(self, rows: Sequence[SequenceState]) -> list[str]:
         """Decode completions without special tokens."""

@@ -98,7 +98,7 @@ class Trainer:
             self.processes.gather(lambda: self.policy.load(Path(folder)))
             self._check_equal_parameters(f"pass the same --init-from folder on all machines, not another {folder}")
         contiguous_head(self.policy.model)
-        self.actor = Actor(self.policy.model, tokenizer, task)
+        self.actor = Actor(self.policy.model, tokenizer, task, self.policy.prompt_only)
         self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens, self.processes)
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
@@ -135,7 +135,7 @@ class Trainer:
             return None
         best = Expert.from_pretrained(self.run.best) if self.processes.is_main else None
         z = self.processes.from_main(lambda: dict(best.z))  # type: ignore[union-attr]
-        return best or Expert(self.name, z)
+        return best or Expert(self.name, z, {"positions": self.config.positions})
 
     def _begin(self, stack: contextlib.ExitStack, resume: bool) -> Checkpoint | None:
         stack.enter_context(self.run.locked())

@@ -51,7 +51,7 @@ def learner(model, tokenizer, task=None, **changes) -> Learner:
     settings = config(**changes)
     task = task or Letter()
     policy = make_policy(model, settings)
-    return Learner(policy, Actor(policy.model, tokenizer, task), settings, task.max_new_tokens)
+    return Learner(policy, Actor(policy.model, tokenizer, task, policy.prompt_only), settings, task.max_new_tokens)
 
 
 def trainer(model, tokenizer, folder, on_log=None, task=None, **changes) -> Trainer:
