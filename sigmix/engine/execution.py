@@ -14,7 +14,7 @@ The base weights are never written to.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -394,21 +394,14 @@ def as_merged(layers: Mapping[str, SVFLinear], weights: Mapping[str, torch.Tenso
 
 
 @contextmanager
-def as_expert(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor], merge: bool = True) -> Iterator[None]:
-    """Compute all rows under z [r] by path inside this context.
-
-    Args:
-        merge: compose W'(z) unless that is impossible (`gain_only`); False: for so few passes that it would not pay.
-    """
-    state: AbstractContextManager[Any]
-    if merge and not gain_only(layers):
-        state = as_merged(layers, merged_weights(layers, z))
-    elif all(bool((vector == 1).all()) for vector in z.values()):
-        state = as_base(layers)
-    else:
-        one = [z[path].detach().cpu() if path in z else torch.ones(layer.r) for path, layer in layers.items()]
-        state = as_rows(layers, torch.cat(one)[None], "gain" if gain_only(layers) else "factored")
-    with state:
+def as_expert(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Compute all rows under z [r] by path inside this context: merged, or in the gain form if need be."""
+    if not gain_only(layers):
+        with as_merged(layers, merged_weights(layers, z)):
+            yield
+        return
+    one = [z[path].detach().cpu() if path in z else torch.ones(layer.r) for path, layer in layers.items()]
+    with as_rows(layers, torch.cat(one)[None], "gain"):
         yield
 
 

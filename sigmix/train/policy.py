@@ -35,7 +35,7 @@ from sigmix.experts.expert import Expert
 from sigmix.models.batching import batching
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.functional import reference_z
-from sigmix.svf.layer import prompt_only
+from sigmix.svf.layer import SingularScale, prompt_only
 from sigmix.svf.tuner import svf_layers, target_layers
 from sigmix.train.config import TrainConfig
 from sigmix.utils.io import atomic_dir
@@ -99,7 +99,24 @@ class SVFPolicy:
 
     def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> AbstractContextManager[None]:
         """Apply the policy's z, or another one, for inference."""
-        return as_expert(self.layers, self.z() if z is None else z, merge=self.positions == "all")
+        if self.positions == "all":
+            return as_expert(self.layers, self.z() if z is None else z)
+        if z is None:
+            return self.learning()
+        return self.reference() if all(bool((one == 1).all()) for one in z.values()) else self._unmerged(z)
+
+    @contextmanager
+    def _unmerged(self, z: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        own = {path: layer.svf_z["default"] for path, layer in self.layers.items()}
+        try:
+            for path, layer in self.layers.items():
+                layer.svf_z["default"] = SingularScale(layer.r, layer.device)
+                layer.svf_z["default"].weight.data.copy_(z[path])
+            with self.learning():
+                yield
+        finally:
+            for path, layer in self.layers.items():
+                layer.svf_z["default"] = own[path]
 
     def prompt_only(self, mask: bool | torch.Tensor) -> AbstractContextManager[None]:
         """Read answers, the tokens where ``mask`` (for all, or [B, T]) is False, as `TrainConfig.positions` says."""

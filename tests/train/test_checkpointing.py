@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 OPTIONS = [{}, {"parametrization": "reference"}, {"policy": "lora", "learning_rate": 0.01, "lora_dropout": 0.2},
            {"policy": "ia3", "learning_rate": 0.01},
-           {"objective": "sft", "lr_scheduler_type": "constant"}]  # fmt: skip
+           {"objective": "sft", "lr_scheduler_type": "constant"}, {"positions": "prompt"},
+           {"positions": "prompt", "policy": "lora", "learning_rate": 0.01}]  # fmt: skip
 
 
 class Stop(BaseException):
@@ -138,7 +139,7 @@ def test_a_finished_run_resumes_to_its_result(tiny, tiny_tokenizer, tmp_path):
 def test_another_configuration_is_named(tiny, tiny_tokenizer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer(tiny(), tiny_tokenizer, tmp_path, at(("step", 1), KeyboardInterrupt())).fit()
-    for name, value in {"learning_rate": 0.01, "seed": 1, "max_steps": 8, "kl_estimator": "k3"}.items():
+    for name, value in {"learning_rate": 0.01, "seed": 1, "max_steps": 8, "positions": "prompt"}.items():
         with pytest.raises(ConfigError, match=name):
             trainer(tiny(), tiny_tokenizer, tmp_path, **{name: value}).fit(resume=True)
 

@@ -94,6 +94,8 @@ CASES = {
     ),
     "sharded": ("gemma3", True, {"max_eval_samples": 15, "num_generations": 2, "per_device_train_batch_size": 4}),
     "sharded-gpt2": ("gpt2", True, {"generation_batch_size": 16}),
+    "prompt": ("llama", False, {"positions": "prompt", "generation_batch_size": 8}),
+    "sharded-prompt": ("llama", True, {"positions": "prompt", "generation_batch_size": 16, "max_steps": 2}),
 }
 CASES = {name: case for name, case in CASES.items() if find_spec(QUANTIZATIONS.get(name, "torch"))}
 QUICK = ["groups", "sharded"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_architectures import build
 from helpers_train import Letter, config, learner, shake, trainer
-from torch.nn import functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from sigmix import Engine
@@ -17,7 +17,7 @@ from sigmix.engine.prefix_cache import completion_logits
 from sigmix.errors import ConfigError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
-from sigmix.tasks.base import Score
+from sigmix.tasks.base import Sample, Score
 from sigmix.train.objectives import advantages
 from sigmix.train.policy import make_policy
 
@@ -35,29 +35,32 @@ class Even(Letter):
         return Score.of(bool(reply) and ord(reply[0]) % 2 == 0, reply[:1] or None)
 
 
+def matrix(module):
+    return (module.weight.T if isinstance(module, Conv1D) else module.weight).detach()
+
+
+def scaled(weight, z):
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    return (u * (s * z)) @ vt
+
+
 @contextlib.contextmanager
-def dense(model, z, prompt_tokens):
-    """Compute W'(z) x at the first tokens of every row and W x at the others; differentiable in z."""
+def dense(model, z, prompt_tokens, adapt=scaled):
+    """Compute W' x at the first tokens of a sequence and W x at the others; differentiable in z."""
 
-    def forward(module, scale):
-        transposed = isinstance(module, Conv1D)
-        weight = (module.weight.T if transposed else module.weight).detach()
-        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-        adapted = (u * (s * scale)) @ vt
-        bias = module.bias
-
+    def forward(module, weight, adapted):
         def run(x):
             tokens = x.reshape(-1, x.shape[-1])
             mask = torch.arange(len(tokens))[:, None] < prompt_tokens
-            return torch.where(mask, F.linear(tokens, adapted, bias), F.linear(tokens, weight, bias)).reshape(
-                *x.shape[:-1], -1
-            )
+            y = torch.where(mask, tokens @ adapted.T, tokens @ weight.T).reshape(*x.shape[:-1], -1)
+            return y if module.bias is None else y + module.bias
 
         return run
 
     modules = dict(model.named_modules())
-    for path, scale in z.items():
-        modules[path].forward = forward(modules[path], scale)
+    for path, value in z.items():
+        weight = matrix(modules[path])
+        modules[path].forward = forward(modules[path], weight, adapt(weight, value))
     try:
         yield
     finally:
@@ -65,11 +68,16 @@ def dense(model, z, prompt_tokens):
             del modules[path].forward
 
 
-def oracle_logits(model, z, prompt, answer):
+def oracle_logits(model, z, prompt, answer, adapt=scaled):
     """Logits [C, V] that predict each token of an answer: one sequence alone, without cache or padding."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
-    with dense(model, z, len(prompt)):
+    with dense(model, z, len(prompt), adapt):
         return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+
+
+def extended(rows):
+    """Prompts with all but the last token of their answers."""
+    return [[*row.prompt_ids, *row.ids[:-1]] for row in rows]
 
 
 def chosen(logits, answer):
@@ -91,7 +99,11 @@ def test_rollouts_loss_evaluation_and_the_expert_agree(arch, tiny_tokenizer, tmp
             rows = complete(ours.policy.model, prompts, params, [], 0, prompt_only=ours.policy.prompt_only)
             greedy = ours.actor.generate(samples, STEPS)
         expected = [chosen(oracle_logits(plain, z, row.prompt_ids, row.ids), row.ids) for row in rows]
-        elsewhere = [chosen(oracle_logits(plain, z, [*row.prompt_ids, *row.ids], [0]), [0]) for row in rows]
+        everywhere = [whole[-1:].log_softmax(-1) for whole in (oracle_logits(plain, z, p, [0]) for p in extended(rows))]
+        assert not any(
+            torch.allclose(chosen(there, row.ids[-1:]), value[-1:], atol=1e-3)
+            for there, row, value in zip(everywhere, rows, expected, strict=True)
+        )  # z on all tokens is another policy
         ids, mask = torch.tensor([row.ids for row in rows]), torch.ones(3, STEPS, dtype=torch.bool)
         with ours.policy.learning():
             loss = completion_logits(ours.policy.model, prompts, ids, mask, 0, prompt_only=ours.policy.prompt_only)
@@ -102,7 +114,6 @@ def test_rollouts_loss_evaluation_and_the_expert_agree(arch, tiny_tokenizer, tmp
         for row in greedy:
             best = oracle_logits(plain, z, row.prompt_ids, row.ids).argmax(-1)
             assert row.ids == best.tolist()
-    assert all(len(value) == 1 for value in elsewhere)
     expert = ours.policy.expert("letter", {})
     assert expert.positions == "prompt"
     expert.save_pretrained(tmp_path / "bank/letter")
@@ -144,3 +155,87 @@ def test_the_gradient_of_a_step_is_the_oracles(arch, objective, tiny_tokenizer):
     assert scale > 1e-3
     for path, parameter in ours.parameters.items():
         torch.testing.assert_close(parameter.grad.double(), z[path].grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("policy", ["lora", "ia3"])
+def test_other_adapters_at_the_same_positions(policy, tiny_tokenizer):
+    task, options = Even(), {"generation_batch_size": 12, "num_generations": 4}
+    ours = learner(build("llama").double(), tiny_tokenizer, task, positions="prompt", policy=policy, **options)
+    shake(ours.policy)
+    merged = {}
+    plain = build("llama").double()
+    for path, _ in plain.named_modules():
+        layer = dict(ours.policy.model.base_model.model.named_modules())[path]
+        if isinstance(layer, BaseTunerLayer):
+            merged[path] = adapted(layer)
+    prompts = [ours.actor.encode(sample) for sample in task.samples("train", 3)]
+    with torch.no_grad(), ours.policy.acting():
+        params = SamplingParams(STEPS, do_sample=True, seed=3)
+        rows = complete(ours.policy.model, prompts, params, [], 0, prompt_only=ours.policy.prompt_only)
+    ids, mask = torch.tensor([row.ids for row in rows]), torch.ones(3, STEPS, dtype=torch.bool)
+    with ours.policy.learning():
+        loss = completion_logits(ours.policy.model, prompts, ids, mask, 0, prompt_only=ours.policy.prompt_only)
+    for number, row in enumerate(rows):
+        expected = oracle_logits(plain, merged, row.prompt_ids, row.ids, adapt=lambda _, weight: weight)
+        torch.testing.assert_close(loss[number], expected, rtol=1e-4, atol=1e-4)
+        logprobs = torch.tensor(row.logprobs).double()
+        torch.testing.assert_close(logprobs, chosen(expected, row.ids), rtol=1e-4, atol=1e-4)
+    loss.sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in ours.parameters.values())
+    with ours.policy.reference():
+        assert torch.equal(ours.policy.model(ids).logits, build("llama").double()(ids).logits)
+
+
+def adapted(layer):
+    """W' of PEFT's layer, merged by PEFT itself."""
+    weight = layer.get_base_layer().weight
+    before = weight.detach().clone()
+    layer.merge(safe_merge=True)
+    merged = weight.detach().clone()
+    layer.unmerge()
+    weight.data = before
+    return merged
+
+
+@pytest.mark.parametrize("arch", ["lfm2", "phi3, longrope"])
+def test_lora_needs_a_cache_that_can_be_continued(arch):
+    with pytest.raises(ConfigError, match="positions") as caught:
+        make_policy(build(arch), config(policy="lora", positions="prompt"))
+    assert "svf" in str(caught.value)
+
+
+class Edge(Even):
+    """Prompts of one token, and gold replies that are empty or short."""
+
+    def samples(self, split, n=None, seed=0):
+        return [Sample.make("w" if i % 2 else f"{split} {i}?", "" if i % 3 else "no") for i in range(n or 16)]
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "sft", "num_generations": 1}, {"max_new_tokens": 1}])
+def test_prompts_of_one_token_and_empty_answers(tiny, tiny_tokenizer, tmp_path, options):
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Edge(), positions="prompt", max_steps=2, **options)
+    run.actor.encode = lambda sample: tiny_tokenizer(sample.prompt)["input_ids"]
+    assert {len(run.actor.encode(sample)) for sample in run.validation} > {1}
+    expert = run.fit()
+    assert expert.positions == "prompt"
+    norms = [entry["grad_norm"] for entry in run.run.history() if entry["kind"] == "step"]
+    assert len(norms) == 2
+    assert max(norms) > 0
+
+
+def test_only_empty_answers(tiny, tiny_tokenizer):
+    task = Edge()
+    ours = learner(tiny(), tiny_tokenizer, task, positions="prompt", objective="sft", num_generations=1)
+    shake(ours.policy)
+    figures = ours.step(0, [Sample.make(f"train {i}?", "") for i in range(4)])
+    assert figures["completion_tokens"] == 1
+    assert figures["grad_norm"] > 0
+
+
+def test_the_base_is_measured_bit_for_bit(tiny, tiny_tokenizer, tmp_path):
+    run = trainer(tiny(), tiny_tokenizer, tmp_path, task=Even(), positions="prompt", max_steps=2)
+    run.fit()
+    ids = torch.arange(4, 40).reshape(2, 18)
+    ones = {path: torch.ones_like(z) for path, z in run.policy.z().items()}
+    with torch.no_grad(), run.policy.acting(ones):
+        assert torch.equal(run.policy.model(ids).logits, tiny()(ids).logits)
