@@ -130,6 +130,7 @@ class ZSpace:
 
     Args:
         experts: {name: z, float32 [R]}, where the search starts.
+        positions: of the new experts, see `SVFConfig`.
 
     Attributes:
         candidates: {name: Expert} of the vectors that became a mixture.
@@ -138,8 +139,8 @@ class ZSpace:
         ConfigError: no experts, or all of them equal the base model.
     """
 
-    def __init__(self, layout: Layout, experts: Mapping[str, torch.Tensor]) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, experts: Mapping[str, torch.Tensor], positions: str = "all") -> None:
+        self.layout, self.positions = layout, positions
         self.starts = {name: (z.double() - 1).numpy() for name, z in experts.items()}
         if not self.starts:
             raise ConfigError("a search needs at least one expert to start from", remedy="give a bank with experts")
@@ -177,6 +178,17 @@ class ZSpace:
     def keep(self, mix: Mix) -> None:
         """Drop all candidates except those of a mixture."""
         self.candidates = {name: expert for name, expert in self.candidates.items() if name in mix.weights}
+
+
+def _common_positions(names: Sequence[str], bank: Mapping[str, Expert]) -> str:
+    kinds = {name: bank[name].positions for name in names}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
+        raise ConfigError(
+            f"granularity z makes one expert, which has one kind of positions, but {listed}",
+            remedy="name experts of one kind with --expert, or use granularity model, layer or matrix",
+        )
+    return next(iter(kinds.values()), "all")
 
 
 def _checked(vector: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
@@ -256,7 +268,8 @@ class FewShotSearch:
         if granularity == "z":
             if method != "swarm":
                 raise ConfigError(f"granularity z needs the swarm, not {method}", remedy="method='swarm'")
-            self.space = ZSpace(engine.execution.layout, {name: engine.execution.z(Mix.one(name)) for name in names})
+            starts = {name: engine.execution.z(Mix.one(name)) for name in names}
+            self.space = ZSpace(engine.execution.layout, starts, _common_positions(names, engine.bank))
         else:
             self.space = AlphaSpace(names, tuple(engine.layers), granularity, normalised, low, high)
         self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress

@@ -175,15 +175,16 @@ def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Ba
     """Open base model, mixture and bank; the base model is read in the dtype of the experts.
 
     Raises:
-        ConfigError: the mixture is the base model. Others: see `BaseCheckpoint`, `open_bank` and `read_mix`.
+        ConfigError: the mixture is the base model, or has an expert with positions "prompt". Others: see `BaseCheckpoint`, `open_bank` and `read_mix`.
     """
     from sigmix.experts.mix import read_mix
-    from sigmix.export.base import BaseCheckpoint
+    from sigmix.export.base import BaseCheckpoint, check_positions
 
     experts = open_bank(bank)
     parsed = read_mix(mix, experts)
     if not parsed.weights:
         raise ConfigError("the base model itself cannot be exported", remedy="name an expert: --mix addition")
+    check_positions(experts[name] for name in parsed.weights)
     with working(f"reading {base}"):
         source = BaseCheckpoint(base, dtype)
     source.adopt_dtype(experts[name] for name in parsed.weights)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sigmix.errors import ExpertError, FingerprintError, UnknownNameError
+from sigmix.errors import ConfigError, ExpertError, FingerprintError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import Sketch, combined, compare, fingerprint, mismatch, sketch
 from sigmix.experts.mix import Mix
@@ -30,6 +30,22 @@ def dtype_of_experts(experts: Iterable[Expert]) -> str | None:
     """Return the dtype that all verified experts recorded of their base, such as "bfloat16" or "bfloat16 in int8"."""
     dtypes = {expert.base.get("dtype") for expert in experts if expert.verified}
     return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def check_positions(experts: Iterable[Expert]) -> None:
+    """Raise `ConfigError` if experts act on prompt tokens only: exported weights hold for every token."""
+    experts = list(experts)
+    prompt = ", ".join(expert.name for expert in experts if expert.positions == "prompt")
+    every = ", ".join(expert.name for expert in experts if expert.positions != "prompt")
+    if not prompt:
+        return
+    kinds = f"positions 'prompt' ({prompt}) and 'all' ({every})" if every else f"positions 'prompt' ({prompt})"
+    raise ConfigError(
+        f"experts with {kinds} cannot be exported: a merged checkpoint, a LoRA and a GGUF adapter change the weights "
+        "for every token, and z of these acts on prompt tokens only",
+        remedy="serve the mixture with sigmix serve or Engine, or train with --positions all"
+        + (f", or export {every} alone" if every else ""),
+    )
 
 
 class BaseCheckpoint(Checkpoint):
@@ -101,9 +117,10 @@ class BaseCheckpoint(Checkpoint):
 
         Raises:
             UnknownNameError: an expert that the bank lacks. FingerprintError, ExpertError: see `check`.
-            ConfigError: weights for other matrices.
+            ConfigError: weights for other matrices, or an expert with positions "prompt".
         """
         experts = {name: bank[name] for name in mix.weights}
+        check_positions(experts.values())
         for expert in experts.values():
             self.check(expert)
         paths = set(target_layers(self.model)).union(*(expert.z for expert in experts.values()))

@@ -58,7 +58,8 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         positions: {adapter: where its z acts}, see `SVFConfig`.
         row_z: None, or float32 [B, r]: z per row of the batch, in place of the active adapters'.
         answer_row_z: z of answer tokens, like `row_z`; None: `row_z`.
-        prompt_mask: tokens of the prompt: True for all, False for none, or bool [B, T], see `prompt_only`.
+        prompt_mask: tokens of the prompt: True for all, False for none, or bool [B, T], see `prompt_only`. None: all,
+            unless `sigmix.svf.prompt_tokens` finds others in the pass of a PEFT model.
         side: "in" if the square side of the decomposition is V [in, in], "out" if it is U [out, out].
         svf_short, svf_s, svf_long: factors, see `sigmix.svf.decomposition`; None until `ensure_factors` or first use.
     """
@@ -92,7 +93,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.positions: dict[str, str] = {}
         self.row_z: torch.Tensor | None = None
         self.answer_row_z: torch.Tensor | None = None
-        self.prompt_mask: bool | torch.Tensor = True
+        self.prompt_mask: bool | torch.Tensor | None = None
         self._row_gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self._cache = cache
         self._kept: torch.Tensor | None = None  # the original weight while another one is merged
@@ -282,7 +283,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             if adapter_names is not None or self.row_z is not None:
                 raise ConfigError("rows cannot have their own z while a z is merged", remedy="unmerge it first")
             return self.base_layer(x, *args, **kwargs)
-        mask = self.prompt_mask
+        mask = True if self.prompt_mask is None else self.prompt_mask
         z = None if mask is False else self._prompt_z(x, adapter_names)
         if mask is not True:
             answer_z = self._answer_z(x, adapter_names)

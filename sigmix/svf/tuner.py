@@ -4,6 +4,9 @@
     from sigmix import SVFConfig
     model = get_peft_model(base, SVFConfig(target_modules="all-linear"))     # trains z and nothing else
 
+With positions="prompt", `sigmix.svf.prompt_tokens` finds the prompt in every forward pass, also in transformers' and
+TRL's code.
+
 PEFT does injection, saving and loading. `register_peft_method` accepts members of PEFT's own enum only, so `register`
 fills PEFT's mappings directly; ``import sigmix`` calls it as soon as PEFT is imported.
 """
@@ -32,6 +35,7 @@ from sigmix.models.weights import OFFLOADED, kind, prevent_repacking
 from sigmix.svf.config import SigmixPeftType, SVFConfig
 from sigmix.svf.functional import mix_z
 from sigmix.svf.layer import SVFLinear
+from sigmix.svf.prompt_tokens import unwatch, watch
 
 Linear: TypeAlias = "nn.Linear | Conv1D"
 
@@ -52,6 +56,8 @@ class SVFModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> SVFConfig:
         assert isinstance(peft_config, SVFConfig)
+        if peft_config.positions == "prompt":
+            watch(self.model)
         prevent_repacking(self.model)
         layers = target_layers(self.model, peft_config)
         if peft_config.layers_to_transform is not None:
@@ -117,14 +123,54 @@ class SVFModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    # ---------------------------------------------------------------------- merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base layers.
+
+        Raises:
+            ConfigError: one of them has positions "prompt".
+        """
+        self._check_positions(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT declares no result
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_positions(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unwatch(model)
+        return model
+
+    def _check_positions(self, adapters: list[str] | None) -> None:
+        for name in adapters or self.active_adapters:
+            if cast(SVFConfig, self.peft_config[name]).positions == "prompt":
+                raise ConfigError(
+                    f"adapter {name!r} has positions 'prompt', but merged weights would act on answers too",
+                    remedy="use it unmerged, serve it with sigmix's Engine, or train one with positions='all'",
+                )
+
+    # ---------------------------------------------------------------------- mixing
+
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """Add an adapter with z = 1 + Σ weights·(z - 1) over existing adapters."""
+        """Add an adapter with z = 1 + Σ weights·(z - 1) over existing adapters of the same positions."""
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters that do not exist: {', '.join(missing)}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters need as many weights and at least one, not {len(weights)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} exists already")
+        positions = {name: cast(SVFConfig, self.peft_config[name]).positions for name in adapters}
+        if len(set(positions.values())) > 1:
+            raise ConfigError(
+                f"one z has one kind of positions, but {', '.join(f'{n} has {kind}' for n, kind in positions.items())}",
+                remedy=f"activate them together: model.base_model.set_adapter({adapters})",
+            )
         layers = {p: m for p, m in svf_layers(self.model).items() if any(name in m.svf_z for name in adapters)}
         mixed = {}
         for path, layer in layers.items():
@@ -136,7 +182,8 @@ class SVFModel(BaseTuner):
         config.target_modules, config.layers_to_transform = sorted(layers), None
         self.peft_config[adapter_name] = config
         for path, layer in layers.items():
-            layer.add_z(adapter_name).weight.data.copy_(mixed[path])  # active adapters stay as they are
+            # active adapters stay as they are
+            layer.add_z(adapter_name, config.positions).weight.data.copy_(mixed[path])
             layer.svf_z[adapter_name].requires_grad_(False)
 
 
