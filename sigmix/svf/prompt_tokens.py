@@ -60,12 +60,13 @@ class _Hooks:
         ]
         if hasattr(model, "generate"):
             # a deep copy of the model gets a bound method of the copy of this object
-            model.generate = self._generate
+            model.generate, model.init_continuous_batching = self._generate, _refuse_packing
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        vars(self.model).pop("generate", None)
+        for name in ("generate", "init_continuous_batching"):
+            vars(self.model).pop(name, None)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         inputs = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
@@ -107,10 +108,7 @@ class _Hooks:
     def _find(self, given: Mapping[str, Any]) -> bool | torch.Tensor:
         """Tokens of the prompt in a pass with these arguments: all, none, or bool [B, T]."""
         if given.get("cu_seq_lens_q") is not None:
-            raise ConfigError(
-                "an adapter with positions 'prompt' cannot read sequences that are packed into one row",
-                remedy="turn packing, padding-free batches and paged generation off, or use positions='all'",
-            )
+            _refuse_packing()
         ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, tokens = ids.shape[:2]
         cache = next((given[one] for one in ("past_key_values", "cache_params") if given.get(one) is not None), None)
@@ -131,6 +129,13 @@ class _Hooks:
                 remedy="give labels with -100 on the prompt, or use sigmix.svf.layer.prompt_only(layers, mask)",
             )
         return True
+
+
+def _refuse_packing(*_: Any, **__: Any) -> None:
+    raise ConfigError(
+        "an adapter with positions 'prompt' cannot read sequences that are packed into one row",
+        remedy="turn packing, padding-free batches and paged generation off, or use positions='all'",
+    )
 
 
 def _cached_tokens(cache: Any) -> int:

@@ -68,3 +68,14 @@ def dense(model, z):
         made = (u * (s * factors.double())) @ vt
         layer.weight.copy_((made.T if isinstance(layer, Conv1D) else made).to(layer.weight.dtype))
     return model
+
+
+@torch.no_grad()
+def answer_scores(read, write, prompt, answer) -> torch.Tensor:
+    """Log-probabilities [len(answer), V]: `read` computes the prompt, `write` the answer over its keys and values."""
+    out = read(input_ids=torch.tensor([prompt]), use_cache=True)
+    rows = [out.logits[0, -1]]
+    cache = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
+    for token in answer[:-1]:
+        rows.append(write(input_ids=torch.tensor([[token]]), use_cache=True, **cache).logits[0, -1])
+    return torch.stack(rows).log_softmax(-1)

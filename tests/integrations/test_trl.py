@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from helpers_engine import alone, dense
+from helpers_engine import alone, answer_scores, dense
 from helpers_tiny import build_tiny, build_tokenizer
 from peft import PeftModel, get_peft_model
 
@@ -66,7 +66,7 @@ def k1(policy, reference):
 KINDS = {"grpo": ("GRPO", k3), "rloo": ("RLOO", k1)}
 
 
-def train(kind, model, folder, **options):
+def train(kind, model, folder, positions="all", **options):
     """A finished trainer and what its reward function saw; ``model`` a base or a PEFT model."""
     name, tokenizer = KINDS[kind][0], build_tokenizer()
     watch = Watched(tokenizer)
@@ -79,7 +79,7 @@ def train(kind, model, folder, **options):
         ),
         train_dataset=prompt_dataset(get_task("addition?digits=1").samples("train", 16), tokenizer),
         processing_class=tokenizer,
-        peft_config=None if isinstance(model, PeftModel) else SVFConfig(),
+        peft_config=None if isinstance(model, PeftModel) else SVFConfig(positions=positions),
         callbacks=[KeepZ()],
     )  # fmt: skip
     watch.model = made.model
@@ -166,13 +166,13 @@ def test_training_on_from_an_adapter_takes_it_as_the_reference(kind, tmp_path):
     assert all(torch.equal(z, layers[path].svf_z["default"].weight) for path, z in saved.items())
 
 
-def sft(model, tokenizer, samples, folder, **options):
+def sft(model, tokenizer, samples, folder, positions="all", **options):
     trainer = trl.SFTTrainer(
         model,
         args=trl.SFTConfig(str(folder), **{**COMMON, **options}),
         train_dataset=gold_dataset(samples, model, tokenizer),
         processing_class=tokenizer,
-        peft_config=SVFConfig(),
+        peft_config=None if isinstance(model, PeftModel) else SVFConfig(positions=positions),
         callbacks=[KeepZ()],
     )
     trainer.train()
@@ -238,6 +238,92 @@ def test_an_expert_of_a_quantised_base_is_sealed_to_it(tmp_path, home):
     finish(tmp_path / "kept", home.base, get_task("addition?digits=1"), objective="sft", n=2, **how)
     expert = Expert.from_pretrained(tmp_path / "kept", base=load_base(home.base, **how)[0])
     assert expert.meta["base"]["dtype"] == "bfloat16 in int8"
+
+
+# ---------------------------------------------------------------------- z on prompts alone
+
+
+def randomised(positions="prompt"):
+    model = get_peft_model(build_tiny(), SVFConfig(positions=positions, task_type="CAUSAL_LM"))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in svf_layers(model).values():
+            layer.svf_z["default"].weight += 0.6 * (torch.rand(layer.r, generator=draw) - 0.5)
+    return model
+
+
+def prompt_logprobs(z, prompt, reply):
+    """Of decoding with the base over a prompt that was read under z, from dense weights."""
+    rows = answer_scores(dense(build_tiny(), z), build_tiny(), prompt, reply)
+    return rows.gather(1, torch.tensor(reply)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollouts_and_loss_of_prompt_positions_are_those_of_decoding(kind, tmp_path):
+    trainer, watch = train(kind, build_tiny(), tmp_path / "run", "prompt")
+    base, kls = build_tiny(), logged(trainer)
+    assert abs(kls[0]) < 1e-5
+    for kl, (z, prompts, replies) in zip(kls[1:], watch.steps[1:], strict=True):
+        pairs = list(zip(prompts, replies, strict=True))
+        each = [KINDS[kind][1](prompt_logprobs(z, *pair), logprobs(base, *pair)) for pair in pairs]
+        assert kl == pytest.approx(float(torch.cat(each).mean()), rel=1e-3, abs=1e-5)
+        assert abs(kl - true_kl(kind, (z, prompts, replies), base)) > 1e-4, "z at all positions has another KL"
+    trainer.save_model(tmp_path / "saved")
+    assert Expert.from_pretrained(tmp_path / "saved").positions == "prompt"
+
+    _, watch = train(kind, randomised(), tmp_path / "greedy", max_steps=1, generation_kwargs={"do_sample": False})
+    z, prompts, replies = watch.steps[0]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        rows = answer_scores(dense(build_tiny(), z), build_tiny(), prompt, reply)
+        assert rows.argmax(1).tolist() == list(reply)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_loss_of_sft_on_prompt_positions_is_that_of_decoding(checkpointing, tmp_path, tiny_tokenizer):
+    samples = get_task("addition?digits=1").samples("train", BATCH)
+    model = randomised()
+    z = {path: layer.svf_z["default"].weight.detach().clone() for path, layer in svf_layers(model).items()}
+    trainer = sft(model, tiny_tokenizer, samples, tmp_path, gradient_checkpointing=checkpointing)
+    end = tiny_tokenizer.eos_token_id
+    each = [
+        prompt_logprobs(z, encode(tiny_tokenizer, one.prompt), [*tiny_tokenizer.encode(one.gold), end])
+        for one in samples
+    ]
+    losses = logged(trainer, "loss")
+    assert float(losses[0]) == pytest.approx(-float(torch.cat(each).mean()), rel=1e-4)
+    assert float(losses[-1]) < float(losses[0])
+    assert all(not torch.equal(value, z[path]) for path, value in zs(trainer).items())
+
+
+def test_the_rewards_of_dpo_on_prompt_positions_are_those_of_decoding(tmp_path, tiny_tokenizer):
+    from datasets import Dataset
+
+    rows = [{"prompt": f"{n} + 1 is ", "chosen": str(n + 1), "rejected": "no"} for n in range(4)]
+    trainer = trl.DPOTrainer(
+        build_tiny(), args=trl.DPOConfig(str(tmp_path), **{**COMMON, "beta": 0.1, "max_steps": 2}),
+        train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer,
+        peft_config=SVFConfig(positions="prompt"), callbacks=[KeepZ()],
+    )  # fmt: skip
+    trainer.train()
+    z, base = zs(trainer), build_tiny()
+    expected = []
+    for row in trainer.train_dataset:
+        pair = row["prompt_ids"], row["chosen_ids"]
+        expected.append(float((prompt_logprobs(z, *pair) - logprobs(base, *pair)).detach().sum()) * 0.1)
+    found = trainer.evaluate(trainer.train_dataset)["eval_rewards/chosen"]
+    assert found == pytest.approx(sum(expected) / 4, rel=1e-3, abs=1e-5)
+    assert abs(found) > 1e-3
+
+
+def test_a_dataset_without_prompts_is_refused(tmp_path, tiny_tokenizer):
+    from datasets import Dataset
+
+    trainer = trl.SFTTrainer(
+        build_tiny(), args=trl.SFTConfig(str(tmp_path), **COMMON), processing_class=tiny_tokenizer,
+        train_dataset=Dataset.from_list([{"text": "1 + 1 is 2"}] * 8), peft_config=SVFConfig(positions="prompt"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="-100"):
+        trainer.train()
 
 
 # ---------------------------------------------------------------------- data

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers_engine import dense
+from helpers_engine import answer_scores as scores, dense
 from helpers_svf import IDS, logits, randomise, weights
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch.testing import assert_close
@@ -31,17 +31,6 @@ def zs(model, *adapters: str) -> dict[str, torch.Tensor]:
     """z = 1 + Σ (z - 1) over adapters."""
     layers = svf_layers(model).items()
     return {p: 1 + sum(layer.svf_z[name].weight.detach() - 1 for name in adapters) for p, layer in layers}
-
-
-@torch.no_grad()
-def scores(read, write, prompt, answer) -> torch.Tensor:
-    """Log-probabilities [len(answer), V]: ``read`` computes the prompt, ``write`` the answer over its cache."""
-    out = read(input_ids=torch.tensor([prompt]), use_cache=True)
-    rows = [out.logits[0, -1]]
-    cache = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
-    for token in answer[:-1]:
-        rows.append(write(input_ids=torch.tensor([[token]]), use_cache=True, **cache).logits[0, -1])
-    return torch.stack(rows).log_softmax(-1)
 
 
 def greedy(read, write, prompt) -> list[int]:
@@ -68,6 +57,22 @@ def test_generate_reads_the_prompt_with_z_and_decodes_with_the_base(arch, tiny):
     assert expected != [greedy(read, read, row) for row in IDS.tolist()], "z at all positions answers otherwise"
     assert expected != [greedy(write, write, row) for row in IDS.tolist()]
     assert all(layer.prompt_mask is None for layer in svf_layers(model).values())
+
+
+def test_a_state_of_a_fixed_size_is_a_cache_too(tiny):
+    def build():
+        torch.manual_seed(0)
+        config = transformers.MambaConfig(
+            hidden_size=32, num_hidden_layers=2, state_size=8, vocab_size=256, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, initializer_range=0.5,
+        )  # fmt: skip
+        return transformers.MambaForCausalLM(config).eval()
+
+    model = adapt(build())
+    read, write = dense(build(), zs(model, "default")), build()
+    expected = [greedy(read, write, row) for row in IDS.tolist()]
+    assert model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **GREEDY)[:, 6:].tolist() == expected
+    assert expected != [greedy(read, read, row) for row in IDS.tolist()]
 
 
 @pytest.mark.parametrize("kind", ["causal", "plain", "injected"])
@@ -308,6 +313,8 @@ def test_passes_that_cannot_be_divided_are_refused(tiny):
         model(input_ids=IDS, labels=turns)
     with pytest.raises(ConfigError, match="packed"):
         model(input_ids=IDS, labels=labelled(), cu_seq_lens_q=torch.tensor([0, 6]))
+    with pytest.raises(ConfigError, match="paged"):  # transformers' continuous batching
+        model.generate_batch(IDS.tolist(), generation_config=model.generation_config)
     model.train()
     with pytest.raises(ConfigError, match="labels"):
         model(input_ids=IDS)
