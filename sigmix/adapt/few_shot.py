@@ -172,7 +172,7 @@ class ZSpace:
         z = torch.from_numpy(1 + np.clip(gain, self.low, self.high)).float()
         name = f"z-{hashlib.sha256(z.numpy().tobytes()).hexdigest()[:16]}"
         if name not in self.candidates:
-            self.candidates[name] = Expert(name, self.layout.split(z))
+            self.candidates[name] = Expert(name, self.layout.split(z), {"positions": self.positions})
         return Mix.one(name)
 
     def keep(self, mix: Mix) -> None:

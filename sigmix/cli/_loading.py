@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigmix.cli._console import Progress, working
+from sigmix.cli._console import Progress, note, working
 from sigmix.errors import ConfigError, ExpertError
 from sigmix.utils.io import read_text
 
@@ -173,10 +173,14 @@ def open_engine(
     model, tokenizer = open_base(base, None, quantization, basis, device_map)
     with working("checking the experts"):
         from sigmix.engine import Engine
+        from sigmix.experts.mix import answer_note
 
         engine = Engine(model, tokenizer, bank)
         for mix in mixes:
             engine.z(mix)
+    for mix in dict.fromkeys(mixes):
+        if text := answer_note(mix, engine.bank):
+            note(text)
     return engine
 
 

@@ -139,7 +139,8 @@ def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: di
         "training": {"search": figures["search"], "started_from": list(space.starts)},
         **({"task": task} if task else {}),
     }  # fmt: skip
-    Expert(out.name, search.expert.z).with_meta(**meta).sealed(search.engine.model).save_pretrained(out)
+    found = Expert(out.name, search.expert.z, {"positions": search.expert.positions})
+    found.with_meta(**meta).sealed(search.engine.model).save_pretrained(out)
     return f"a new expert between {names}"
 
 

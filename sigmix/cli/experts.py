@@ -45,8 +45,9 @@ def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
     for row in rows:
         state = f"DAMAGED: {row['problem']}" if row["problem"] else "verified" if row["verified"] else "unverified"
         base = (row.get("base") or {}).get("name")
-        cells.append([row["name"], row.get("domain"), _metric((row.get("metrics") or [None])[0]), base, state])
-    table(f"experts in {opened.source}", ["name", "domain", "accuracy", "base", "state"], cells)
+        accuracy = _metric((row.get("metrics") or [None])[0])
+        cells.append([row["name"], row.get("domain"), accuracy, row.get("positions"), base, state])
+    table(f"experts in {opened.source}", ["name", "domain", "accuracy", "positions", "base", "state"], cells)
 
 
 def _metric(metric: Mapping[str, Any] | None) -> str:
@@ -70,11 +71,13 @@ def show(name: str = NAME, bank: Path = BANK, top: int = TOP, as_json: bool = JS
     expert = open_expert(name, bank)
 
     from sigmix.experts.inspect import show
+    from sigmix.experts.model_card import POSITIONS
 
     facts = show(expert, top)
     base, carried, gain = facts["base"] or {}, facts["carried_from"], facts["gain"]
     rows = {
         **{key: facts[key] for key in ("domain", "task", "objective", "seed", "commit", "license")},
+        "positions": f"{facts['positions']}: z acts on {POSITIONS[facts['positions']]}",
         "base": f"{base.get('name')} ({base.get('dtype')}, fingerprint {str(base.get('fingerprint'))[:12]})",
         "verified": "yes" if facts["verified"] else f"no -> {SEAL}",
         "size": f"{facts['numbers']} parameters in {facts['matrices']} matrices, {size(facts['bytes'])}",
@@ -156,7 +159,10 @@ def diff(
         emit(facts, True, "")
         return
     same = {True: "the same base model", False: "DIFFERENT base models", None: "a base model that one does not record"}
-    typer.echo(f"{a} and {b}: {same[facts['same_base']]}{', identical' if facts['identical'] else ''}")
+    text = f"{a} and {b}: {same[facts['same_base']]}{', identical' if facts['identical'] else ''}"
+    if len(set(facts["positions"])) > 1:
+        text += ", positions {} and {}".format(*facts["positions"])
+    typer.echo(text)
     rows = [
         [space + (" (estimated)" if facts[space].get("estimated") else ""), *_figures(facts[space])]
         for space in ("gain", "weight")

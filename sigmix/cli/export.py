@@ -175,7 +175,8 @@ def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Ba
     """Open base model, mixture and bank; the base model is read in the dtype of the experts.
 
     Raises:
-        ConfigError: the mixture is the base model, or has an expert with positions "prompt". Others: see `BaseCheckpoint`, `open_bank` and `read_mix`.
+        ConfigError: the mixture is the base model, or has an expert with positions "prompt". Others: see
+            `BaseCheckpoint`, `open_bank` and `read_mix`.
     """
     from sigmix.experts.mix import read_mix
     from sigmix.export.base import BaseCheckpoint, check_positions

@@ -23,7 +23,8 @@ from sigmix.svf.linears import factors_of, linears
 
 
 def listing(bank: Bank) -> list[dict[str, Any]]:
-    """Return one row per expert: name, path, domain, description, base, verified, matrices, numbers, metrics, problem.
+    """Return one row per expert: name, path, problem, and domain, description, positions, base, verified, matrices,
+    numbers, metrics.
 
     The row of a damaged expert has its name, path and ``problem`` only.
     """
@@ -97,7 +98,8 @@ def diff(a: Expert, b: Expert, base: nn.Module | None = None) -> dict[str, Any]:
             the sketches, overall only: with 8 probes a matrix, the cosine over n matrices has an error of 1/√(8n).
 
     Returns:
-        a, b: names. identical: every z equal bit for bit. same_base: equal fingerprints (None: one is missing).
+        a, b: names. identical: positions and every z equal, bit for bit. positions: of both.
+        same_base: equal fingerprints (None: one is missing).
         gain, weight: each {"cosine", "norm_a", "norm_b", "distance"} with distance ‖a - b‖ / max(‖a‖, ‖b‖); weight also
         has "estimated", and is None without a base or sketches. matrices: {path: {"gain": …, "weight": … or None}}.
 
@@ -127,6 +129,7 @@ def diff(a: Expert, b: Expert, base: nn.Module | None = None) -> dict[str, Any]:
         "a": a.name,
         "b": b.name,
         "identical": a.digest == b.digest,
+        "positions": [a.positions, b.positions],
         "same_base": fingerprints[0] == fingerprints[1] if all(fingerprints) else None,
         "gain": _compare(*_concatenated(gains.values())),
         "weight": weight,
@@ -138,6 +141,7 @@ def _summary(expert: Expert) -> dict[str, Any]:
     return {
         "domain": expert.meta.get("domain"),
         "description": expert.meta.get("description"),
+        "positions": expert.positions,
         "base": thaw(expert.meta.get("base")),
         "verified": expert.verified,
         "matrices": len(expert.z),

@@ -209,6 +209,14 @@ class Mix:
         return f"Mix({self.id!r})"
 
 
+def answer_note(mix: Mix, bank: Mapping[str, Expert]) -> str | None:
+    """Return a sentence on a mixture with experts of both `positions`, else None."""
+    every = [name for name in mix.weights if bank[name].positions == "all"]
+    if len(every) in (0, len(mix.weights)):
+        return None
+    return f"{mix.id}: all its experts act on the prompt, on answer tokens only {', '.join(every)}"
+
+
 def read_mix(text: str, bank: Bank | None = None) -> Mix:
     """Parse a mixture from its text or from a ``.json`` file.
 

@@ -222,7 +222,7 @@ def _models(service: Service) -> list[dict[str, Any]]:
     ]
     for name, expert in service.registry.experts().items():
         metadata = {key: expert.meta.get(key) for key in ("domain", "task", "description")}
-        models.append(_model(service, name, "expert", **metadata))
+        models.append(_model(service, name, "expert", positions=expert.positions, **metadata))
     for name, (mix, saved) in service.registry.mixes().items():
         metadata = {key: value for key, value in saved.items() if key != "client"}
         models.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **metadata))
@@ -313,6 +313,7 @@ async def list_experts(service: ServiceDep) -> dict[str, Any]:
             "object": "sigmix.expert",
             "num_parameters": sum(z.numel() for z in expert.z.values()),
             "digest": expert.digest,
+            "positions": expert.positions,
             "running_requests": service.scheduler.users(name),
             **{key: thaw(expert.meta.get(key)) for key in keys},
         }

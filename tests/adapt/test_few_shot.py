@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers_adapt import bank_of, engine_of
+from helpers_experts import at
 
 from sigmix.adapt import Example, FewShotSearch
 from sigmix.engine.scoring import replies_and_logprobs
@@ -105,6 +106,19 @@ def test_a_swarm_can_move_z_itself_and_makes_a_new_expert(tiny, tiny_tokenizer):
                    iterations=8, patience=8)  # fmt: skip
     assert again.fit() == mix
     assert all((p == before[name]).all() for name, p in engine.model.named_parameters())
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+def test_a_new_expert_has_the_positions_of_those_it_was_found_between(tiny, tiny_tokenizer, positions):
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.bank = {name: at(positions, one) for name, one in engine.bank.items()}
+    space = search(engine, method="swarm", granularity="z").space
+    mix = space.mix(0.5 * space.corners()[-1])
+    assert [space.candidates[name].positions for name in mix.weights] == [positions]
+    first = next(iter(engine.bank))
+    engine.bank = {**engine.bank, first: at("prompt" if positions == "all" else "all", engine.bank[first])}
+    with pytest.raises(ConfigError, match=f"{first} has"):
+        search(engine, method="swarm", granularity="z")
 
 
 def test_z_is_moved_by_the_swarm_only(tiny, tiny_tokenizer):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from helpers_experts import at
+
+from sigmix import Bank
 
 pytest_plugins = ["helpers_cli"]
 
@@ -46,6 +49,23 @@ def test_show_by_name_and_by_folder(experts, home):
     text = experts("show", "arithmetic", "--top", 2).out
     assert "digest" in text
     assert text.count("model.layers") == 2
+
+
+def test_positions_are_shown(run, home, tmp_path):
+    bank = Bank(shutil.copytree(home.bank, tmp_path / "bank"))
+    bank.add(at("prompt", bank["arithmetic"], "prompts"))
+    rows = run("experts", "list", "--bank", bank.folder, "--json").json["experts"]
+    found = {row["name"]: row["positions"] for row in rows}
+    assert found == {"arithmetic": "all", "prompts": "prompt", "reading": "all"}
+    assert "positions" in run("experts", "list", "--bank", bank.folder).out
+    assert run("experts", "show", "prompts", "--bank", bank.folder, "--json").json["positions"] == "prompt"
+    assert "positions: prompt" in run("experts", "show", "prompts", "--bank", bank.folder).out
+    assert "tokens of the prompt" in (bank.folder / "prompts" / "README.md").read_text()
+    difference = run("experts", "diff", "prompts", "arithmetic", "--bank", bank.folder, "--json").json
+    assert difference["positions"] == ["prompt", "all"]
+    assert not difference["identical"]
+    assert difference["gain"]["distance"] == 0
+    assert "positions prompt and all" in run("experts", "diff", "prompts", "arithmetic", "--bank", bank.folder).out
 
 
 def test_verify(experts, home):

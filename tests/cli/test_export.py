@@ -10,6 +10,7 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
+from helpers_experts import at
 from helpers_gguf import write_gguf
 from helpers_tiny import build_tiny, build_tokenizer
 
@@ -124,6 +125,20 @@ def test_weights_per_layer_need_one_file(refused, home, tmp_path):
     out = tmp_path / "out"
     line = refused("export", "gguf", "--mix", mix, "--each", "--out", out, "--base", home.base, "--bank", home.bank)
     assert "one scale" in line
+
+
+@pytest.mark.parametrize("kind", ["merged", "lora", "gguf"])
+@pytest.mark.parametrize("mix, named", [("prompts", "prompts"), ("prompts:0.5+reading:0.5", "'all' (reading)")])
+def test_an_expert_that_acts_on_prompts_is_refused_before_the_base_is_opened(refused, tmp_path, home, kind, mix, named):
+    bank = Bank(shutil.copytree(home.bank, tmp_path / "bank"))
+    bank.add(at("prompt", bank["arithmetic"], "prompts"))
+    out = tmp_path / "out.gguf"
+    line = refused("export", kind, "--mix", mix, "--out", out, "--base", "/nowhere", "--bank", bank.folder)
+    assert "positions 'prompt' (prompts)" in line
+    assert named in line
+    assert "sigmix serve" in line
+    assert "--positions all" in line
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bank"]
 
 
 @pytest.mark.parametrize("kind", ["merged", "lora", "gguf"])

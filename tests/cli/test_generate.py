@@ -6,6 +6,9 @@ import json
 import shutil
 
 import pytest
+from helpers_experts import at
+
+from sigmix import Bank
 
 pytest_plugins = ["helpers_cli"]
 
@@ -37,6 +40,16 @@ def test_several_prompts_each_with_its_mix(generate):
     text = generate("hi", "ho", "--max-new-tokens", 3).out
     assert "> hi" in text
     assert "[base]" in text
+
+
+def test_a_mixture_of_both_positions_says_which_experts_act_on_answers(run, home, tmp_path):
+    bank = Bank(shutil.copytree(home.bank, tmp_path / "bank"))
+    bank.add(at("prompt", bank["arithmetic"], "prompts"))
+    given = ("--base", home.base, "--bank", bank.folder, "--max-new-tokens", 2)
+    done = run("generate", "hi", "--mix", "prompts:0.5+reading:0.5", *given)
+    assert any("on answer tokens only reading" in line for line in done.err)
+    for mix in ("prompts", "reading", "base"):
+        assert not any("answer tokens" in line for line in run("generate", "hi", "--mix", mix, *given).err)
 
 
 def test_prompts_from_stdin_and_from_a_file(generate, tmp_path):

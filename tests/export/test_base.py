@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_engine import expert
-from helpers_export import base_folder, ids
+from helpers_experts import at
+from helpers_export import base_folder, experts, ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sigmix.engine import Engine
-from sigmix.errors import FingerprintError
+from sigmix.errors import ConfigError, FingerprintError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
 from sigmix.export.base import BaseCheckpoint
+from sigmix.export.low_rank import LowRank
 from sigmix.export.merged import export_merged
 from sigmix.models.loading import load_base
 from sigmix.utils.safetensors import Shards
@@ -96,3 +98,19 @@ def test_an_expert_of_a_quantised_base_is_refused_as_that(tmp_path, cache, seale
     with pytest.raises(FingerprintError, match="--quantization int8") as caught:
         source.z(Mix.one("math"), bank)
     assert "--dtype" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mix", ["math", "math:0.5+word:0.5"])
+def test_experts_that_act_on_prompts_alone_are_refused(tmp_path, cache, mix):
+    source = BaseCheckpoint(base_folder(tmp_path / "base"))
+    bank = experts()
+    bank["math"] = at("prompt", bank["math"])
+    for export in (
+        lambda: export_merged(source, Mix.parse(mix), bank, tmp_path / "out"),
+        lambda: LowRank.from_mix(source, Mix.parse(mix), bank),
+    ):
+        with pytest.raises(ConfigError, match=r"'prompt' \(math\).*Engine"):
+            export()
+    assert not (tmp_path / "out").exists()
+    assert source.known_fingerprint is None, "no weight was read"
+    LowRank.from_mix(source, Mix.one("word"), bank)

@@ -6,6 +6,7 @@ import torch
 from peft import get_peft_model
 
 from sigmix.experts.expert import Expert
+from sigmix.experts.metadata import thaw
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.tuner import svf_layers
 
@@ -28,3 +29,8 @@ def made(model, name: str = "arithmetic", seed: int = 0, **meta) -> Expert:
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(4, 20)[None]).logits
+
+
+def at(positions: str, expert: Expert, name: str | None = None) -> Expert:
+    """The same expert with other positions."""
+    return Expert(name or expert.name, expert.z, {**thaw(expert.meta), "positions": positions})

@@ -12,6 +12,7 @@ import helpers_vllm
 import pytest
 import torch
 from helpers_engine import TOLERANCE, expert
+from helpers_experts import at
 from helpers_export import base_folder, experts, ids
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -64,6 +65,18 @@ def test_a_mix_becomes_an_adapter_that_peft_loads(home):
     plain = PeftModel.from_pretrained(load_base(base, "float32")[0], str(path))
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=row).logits, ours, **TOLERANCE)
+
+
+def test_an_expert_that_acts_on_prompts_alone_gets_no_adapter(home):
+    base, folder = home
+    bank = Bank(folder)
+    bank.add(at("prompt", bank["math"], "prompts"))
+    adapters = Adapters(Settings(str(folder), rank=8))
+    for name in ("prompts", "prompts:0.5+word:0.5"):
+        with pytest.raises(ConfigError, match=r"'prompt' \(prompts\)"):
+            adapters.path(str(base), name)
+    assert not [entry for entry in adapters.folder.glob("*") if entry.is_dir()]
+    assert adapters.path(str(base), "word").is_dir()
 
 
 def test_it_is_made_once_and_anew_for_other_experts_ranks_or_weights(home):

@@ -1,4 +1,4 @@
-"""Adapters with positions="prompt" in transformers' and PEFT's own code, against dense weights with a cache in between."""
+"""Adapters with positions="prompt" in transformers' and PEFT's code, against dense weights with a cache in between."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers_engine import answer_scores as scores, dense
+from helpers_engine import answer_scores as scores
+from helpers_engine import dense
 from helpers_svf import IDS, logits, randomise, weights
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch.testing import assert_close
@@ -89,7 +90,9 @@ def test_every_way_of_greedy_decoding_gives_the_same_answer(options, kind, tiny)
         randomise(model, spread=0.4)
     else:
         model = adapt(tiny(), task_type="CAUSAL_LM" if kind == "causal" else None)
-    found = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, 7).long(), **GREEDY, **options)
+    found = model.generate(
+        input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, 7).long(), **GREEDY, **options
+    )
     assert found[0, 7:].tolist() == greedy(*oracles(model, tiny), prompt)
 
 

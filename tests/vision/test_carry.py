@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_engine import expert
+from helpers_experts import at
 from helpers_tiny import build_tiny, build_tokenizer
 from helpers_vision import saved, shape, vlm
 
@@ -44,6 +45,7 @@ def test_an_expert_of_the_same_backbone_does_there_what_it_did(words):
     assert "metrics" not in made.meta  # measured on the text model, and kept with where it came from
     assert origin["metrics"][0]["value"] == 0.5
     ids = torch.tensor([list(range(4, 40))])
+    assert carry(at("prompt", words), seeing).positions == "prompt"
     there = Engine(seeing, bind(processor), bank={"words": made}).logits(ids, mix=Mix.one("words"))
     here = Engine(text_model(), build_tokenizer(), bank={"words": words}).logits(ids, mix=Mix.one("words"))
     assert torch.equal(there, here)
