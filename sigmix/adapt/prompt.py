@@ -87,7 +87,7 @@ class PromptDispatch:
             options = self.trie.allowed(stem)
             tokens = [count + len(row) - cached + len(stem) for count, row in zip(tokens, rows, strict=True)]
             logits = next_logits(
-                self.engine, [[*row, *stem] for row in rows], self.mix, start=self.prefix, batch_size=self.batch_size
+                self.engine, rows, self.mix, answer=stem, start=self.prefix, batch_size=self.batch_size
             )
             logprobs = logits[:, options].log_softmax(-1)
             for column, ids in enumerate(replies):

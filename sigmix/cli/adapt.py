@@ -62,6 +62,7 @@ def adapt(
         from sigmix.adapt.few_shot import SETTINGS
         from sigmix.evals.accuracy import provenance
         from sigmix.experts.metadata import check_name
+        from sigmix.experts.mix import answer_note
         from sigmix.tasks.registry import get_task
         from sigmix.utils.io import check_writable, write_json
 
@@ -113,6 +114,8 @@ def adapt(
         made = mix.id
     text = f"{out}: {made}\naccuracy on the {len(labelled)} examples {evidence['accuracy']:.2f}"
     text += f", {evidence['candidates']} mixtures in {evidence['rounds']} rounds"
+    if granularity != "z" and (both := answer_note(mix, engine.bank)):
+        text += f"\n{both}"
     if "warning" in evidence:
         text += f"\nnote: {evidence['warning']}"
     emit(figures, as_json, text)

@@ -340,26 +340,36 @@ class Engine:
         attention_mask: torch.Tensor | None = None,
         mix: Mix | str | Sequence[Mix | str] | None = None,
         form: str | None = None,
+        is_prompt: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return logits [B, T, V] of token ids [B, T], padded left or right where the mask [B, T] is 0.
 
-        All tokens count as a prompt, see `SVFConfig.positions`.
+        Args:
+            is_prompt: tokens of the prompts, bool [B, T], see `SVFConfig.positions`; None: all. For experts with
+                positions "prompt" the exact mixed form is computed.
 
         Raises:
             PromptError: a token that the model has no embedding of.
         """
         read = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
         check_tokens(self.model, read.unique().tolist(), tokenizer=self.tokenizer)
-        with self.under(self.mixes(mix, len(input_ids)), form, input_ids.numel()):
-            if attention_mask is None or not self.batching.recurrent:
-                return self.model(**forward_inputs(self.model, input_ids, attention_mask), use_cache=False).logits
-            used = attention_mask.bool()
-            ids, mask = right_pad([row[own].tolist() for row, own in zip(input_ids, used, strict=True)], self.pad_id,
-                                  input_ids.device)  # fmt: skip
+        mixes, ids, mask = self.mixes(mix, len(input_ids)), input_ids, attention_mask
+        used = attention_mask.bool() if attention_mask is not None and self.batching.recurrent else None
+        if used is not None:
+            rows = [row[own].tolist() for row, own in zip(input_ids, used, strict=True)]
+            ids, mask = right_pad(rows, self.pad_id, input_ids.device)
+            is_prompt = None if is_prompt is None else torch.zeros_like(mask).masked_scatter_(mask, is_prompt[used])
+        if is_prompt is None or list(map(self.execution.decoding, mixes)) == mixes:
+            state = self.under(mixes, form, input_ids.numel())
+        else:
+            state = self.whole(mixes, is_prompt)
+        with state:
             own = self.model(**forward_inputs(self.model, ids, mask), use_cache=False).logits
-            logits = own.new_zeros(*input_ids.shape, own.shape[-1])
-            logits[used] = own[mask]
-            return logits
+        if used is None:
+            return own
+        logits = own.new_zeros(*input_ids.shape, own.shape[-1])
+        logits[used] = own[mask]
+        return logits
 
     def score(
         self,
@@ -399,10 +409,20 @@ class Engine:
     @contextmanager
     def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
         """Compute row b of a batch under ``mixes[b]`` inside this context, see `Execution.under`."""
+        with self._switched(), self.execution.under(mixes, form, tokens) as select:
+            yield select
+
+    @contextmanager
+    def whole(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
+        """Compute prompts and answers in one pass inside this context, see `Execution.whole`."""
+        with self._switched(), self.execution.whole(mixes, is_prompt) as select:
+            yield select
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
         self.state_id += 1
         try:
-            with self.execution.under(mixes, form, tokens) as select:
-                yield select
+            yield
         finally:
             self.state_id += 1
 

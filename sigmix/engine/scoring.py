@@ -38,19 +38,30 @@ def next_logits(
     prompts: Sequence[Prompt],
     mix: Mixes = None,
     *,
+    answer: Sequence[int] = (),
     start: Sequence[int] | None = None,
     form: str | None = None,
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """Return logits float32 [N, V] of the token after each prompt, on the CPU.
+    """Return logits float32 [N, V] of the token after each prompt and the beginning of its answer, on the CPU.
 
     Args:
+        answer: token ids that every answer begins with.
         start: token ids that every prompt starts with, to be cached; default: see `Engine.read`.
     """
     logits = []
-    for rows, mixes in _batches(engine, prompts, mix, batch_size):
-        with engine.under(mixes, form, sum(map(len, rows))) as select:
-            logits.append(engine.read(rows, mixes, select, start).logits.float().cpu())
+    for rows, mixes in _batches(engine, prompts, mix, batch_size, len(answer) + 1):
+        if answer and list(map(engine.execution.decoding, mixes)) != mixes:
+            device = engine.model.get_input_embeddings().weight.device
+            ids, mask = right_pad([[*answer, engine.pad_id]] * len(rows), engine.pad_id, device)
+            with engine.whole(mixes) as select:
+                divided = functools.partial(prompt_only, engine.layers)
+                found = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, divided)[:, -1]
+        else:
+            given = [[*row, *answer] for row in rows]
+            with engine.under(mixes, form, sum(map(len, given))) as select:
+                found = engine.read(given, mixes, select, start).logits
+        logits.append(found.float().cpu())
     return torch.cat(logits) if logits else torch.empty(0, 0)
 
 
@@ -91,7 +102,7 @@ def replies_and_logprobs(
             with engine.under(mixes, tokens=tokens) as select:
                 state = engine.read(rows, mixes, select)
         if whole:
-            with engine.execution.whole(mixes) as select:
+            with engine.whole(mixes) as select:
                 positions = everywhere if decoding == mixes else functools.partial(prompt_only, engine.layers)
                 logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, positions)
         with engine.under(decoding) as select:

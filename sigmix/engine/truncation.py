@@ -222,7 +222,7 @@ def fit(
     outputs: int = OUTPUTS[-1],
     inputs: int = INPUTS[-1],
 ) -> Calibration:
-    """Fit subspaces to the layers' inputs on prompts and the experts' answers to them.
+    """Fit subspaces to the layers' inputs on the tokens where the experts act: prompts, and their answers to them.
 
     Args:
         prompts: training prompts of the experts' tasks; user turns or token ids.
@@ -237,7 +237,8 @@ def fit(
     rows = [engine.encode(prompt) for prompt in prompts]
     mixes = engine.mixes([experts[number % len(experts)] for number in range(len(rows))], len(rows))
     answers = engine.generate(rows, mixes, max_new_tokens=max_new_tokens)
-    whole = [row + answer.ids for row, answer in zip(rows, answers, strict=True)]
+    acting = [engine.execution.decoding(mix) == mix for mix in mixes]  # on answers, too
+    whole = [row + answer.ids if on else row for row, answer, on in zip(rows, answers, acting, strict=True)]
     with as_base(engine.layers):
         groups = find_groups(engine.model, engine.layers, every=True)
     seconds = _second_moments(engine, groups, whole)

@@ -7,6 +7,9 @@ Requests, truncation and stop strings follow the harness's ``hf`` model, so the 
 generation are the engine's, so every row of a batch may have its own mixture. Log-softmax is always in float32 (``hf``
 with softmax_dtype=float32).
 
+The context of a request is its prompt, and the continuation the answer: an expert with positions "prompt" acts on the
+context alone. A rolling likelihood has one token of context, so hardly anything of such an expert.
+
 With ``mix=auto`` a strategy decides once for each distinct request: on the last user turn if the harness applied a chat
 template, else on its whole context, few-shot examples included. For rolling likelihoods it sees the first half of the
 context length; other requests without context get the base.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -49,7 +53,7 @@ from sigmix.engine.tokenization import (
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
-from sigmix.experts.mix import Mix, read_mix
+from sigmix.experts.mix import Mix, answer_note, read_mix
 from sigmix.experts.original_basis import check_basis, use_original_basis
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
@@ -72,6 +76,8 @@ SAMPLING: dict[str, type] = {
 }
 """Options that the engine has under the same name, and their types."""
 OPTIONS_REMEDY = f"supported are until, max_gen_toks, do_sample, temperature, {', '.join(SAMPLING)}"
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Row = tuple[Mix, list[int], list[int]]  # mixture, context and continuation as token ids
@@ -149,6 +155,8 @@ class SigmixLM(HFLM):
         self._runner = TwoPass(self.engine, letter)
         if self.mix is not None:
             self.engine.z(self.mix)  # raises for an expert of another base
+            if text := answer_note(self.mix, self.engine.bank):
+                log.warning(text)
         self.strategy = self._runner.strategy if self.mix is None else None
         self._decisions: dict[str, Decision] = {}
         self._decisions_file = None if decisions is None else Path(decisions)
@@ -329,7 +337,7 @@ class SigmixLM(HFLM):
     def _score(self, rows: Sequence[Row], disable_tqdm: bool) -> list[tuple[float, bool]]:
         """Return (sum of log-probabilities, whether greedy) of each row's continuation."""
         # continuations that differ in their last token only have the same input, which is run once
-        inputs: dict[tuple[Mix, tuple[int, ...]], list[int]] = defaultdict(list)
+        inputs: dict[tuple[Mix, tuple[int, ...], int], list[int]] = defaultdict(list)
         for number, (mix, context, answer) in enumerate(rows):
             if len(answer) > self.max_length:
                 raise ContextError(
@@ -341,12 +349,14 @@ class SigmixLM(HFLM):
             self.truncated += len(context) + len(answer) > self.max_length + 1
             ids = (context + answer)[-(self.max_length + 1) :]
             check_tokens(self.engine.model, ids, "a text to score", self.tokenizer)
-            inputs[mix, tuple(ids[:-1])].append(number)
+            inputs[mix, tuple(ids[:-1]), len(answer)].append(number)
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         order = sorted(inputs, key=lambda one: -len(one[1]))
         for batch in self._batches(order, lambda one: len(one[1]), disable_tqdm):
-            padded, mask = left_pad([list(tokens) for _, tokens in batch], self.engine.pad_id, self.device)
-            logits = self.engine.logits(padded, mask, [mix for mix, _ in batch], self.form)
+            padded, mask = left_pad([list(tokens) for _, tokens, _ in batch], self.engine.pad_id, self.device)
+            ends = torch.tensor([padded.shape[1] - length + 1 for *_, length in batch])  # the last token is not read
+            is_prompt = (torch.arange(padded.shape[1]) < ends[:, None]).to(self.device)
+            logits = self.engine.logits(padded, mask, [mix for mix, *_ in batch], self.form, is_prompt)
             for index, one in enumerate(batch):
                 for number in inputs[one]:
                     target = torch.tensor(rows[number][2], device=logits.device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers_adapt import bank_of, engine_of
-from helpers_engine import alone
+from helpers_adapt import bank_of, big, engine_of
+from helpers_engine import alone, answer_scores, dense
+from helpers_experts import at
 
 from sigmix.adapt import OTHER, ClassifierDispatch, PromptDispatch
 from sigmix.adapt.base import labels
@@ -108,6 +109,23 @@ def test_the_classifier_runs_under_its_expert_and_is_never_chosen(tiny, tiny_tok
     assert scores[0].tolist() == pytest.approx(likelihoods(engine, REQUESTS[0], Mix.one("judge")), abs=1e-3)
     assert scores[0].tolist() != pytest.approx(likelihoods(engine, REQUESTS[0], Mix.base()), abs=1e-2)
     assert "judge" in strategy.decide(["x"])[0].reason
+
+
+def test_a_classifier_for_prompts_reads_the_beginnings_of_labels_as_answers(tiny, tiny_tokenizer):
+    bank = bank_of(tiny, adder="reads", finder="reading", judge="dispatch")  # "read" comes before they differ
+    engine = engine_of(tiny, tiny_tokenizer, {**bank, "judge": at("prompt", bank["judge"])})
+    scores, _ = ClassifierDispatch(engine).scores(REQUESTS[:1])
+    read, write = dense(big(tiny), bank["judge"].z), big(tiny)
+    row = engine.encode(question(labels(engine.bank), REQUESTS[0]))
+    kinds = [[*tiny_tokenizer.encode(one.name, add_special_tokens=False), 2] for one in labels(engine.bank)]
+    for own, found in zip(kinds, scores[0].tolist(), strict=True):
+        total = 0.0
+        for place, (token, logprobs) in enumerate(zip(own, answer_scores(read, write, row, own), strict=True)):
+            allowed = sorted({other[place] for other in kinds if other[:place] == own[:place]})
+            total += float(logprobs[token] - logprobs[allowed].logsumexp(0))
+        assert found == pytest.approx(total, abs=1e-3)
+    everywhere, _ = ClassifierDispatch(engine_of(tiny, tiny_tokenizer, bank)).scores(REQUESTS[:1])
+    assert scores[0].tolist() != pytest.approx(everywhere[0].tolist(), abs=1e-2)
 
 
 def test_a_new_expert_of_the_same_name_does_not_read_the_old_ones_prefix(tiny, tiny_tokenizer):

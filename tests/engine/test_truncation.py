@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_engine import TOLERANCE, expert, rows
+from helpers_experts import at
 
 from sigmix.engine import Engine
 from sigmix.engine import cpu_kernels as packing
@@ -48,6 +49,17 @@ def test_without_a_budget_it_is_the_exact_model(tiny, tiny_tokenizer, arch):
     )
     ours = engine.generate(PROMPTS, MIXES, max_new_tokens=5, form="truncated")
     assert [one.ids for one in ours] == [one.ids for one in engine.generate(PROMPTS, MIXES, max_new_tokens=5)]
+
+
+def test_experts_for_prompts_are_truncated_where_they_act(tiny, tiny_tokenizer):
+    engine = engine_of(tiny, tiny_tokenizer)
+    engine.bank = {"math": engine.bank["math"], "code": at("prompt", engine.bank["code"])}
+    engine.truncation = calibrated(engine, outputs=999, inputs=999).plan(0.0)
+    ours = engine.generate(PROMPTS, MIXES, max_new_tokens=5, form="truncated")
+    assert [one.ids for one in ours] == [one.ids for one in engine.generate(PROMPTS, MIXES, max_new_tokens=5)]
+    assert engine.truncation.facts["tokens"] == calibrated(engine_of(tiny, tiny_tokenizer)).facts["tokens"] - 3 * 4
+    engine.bank = {name: at("prompt", one) for name, one in engine.bank.items()}
+    assert calibrated(engine).facts["tokens"] == 20 + 30 + 25 + 12 + 9 + 40
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

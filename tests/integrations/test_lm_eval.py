@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_engine import dense, expert
+from helpers_engine import answer_scores, dense, expert
+from helpers_experts import at
 from helpers_tiny import build_tiny, build_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -147,6 +149,41 @@ def test_every_kind_of_request_equals_the_harnesss_own_model(mix, harness, place
     assert done.json["results"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy)
     replies = [row["resps"][0][0] for row in logged(tmp_path, "tiny_reply")]
     assert len({len(reply) for reply in replies}) > 1, "some stop, some run out"
+
+
+@pytest.mark.parametrize("mix", ["prompts", "prompts:.7+two:.6"])
+def test_experts_for_prompts_act_on_the_context_alone(mix, place, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
+    bank = Bank(shutil.copytree(place.bank, tmp_path / "bank"))
+    bank.add(at("prompt", bank["one"], "prompts"))
+    model = SigmixLM(str(place.base), mix=mix, bank=str(bank.folder), dtype="float32")
+    assert ("on answer tokens only two" in caplog.text) is ("two" in mix)
+    engine = Engine(*load_base(place.base, "float32", "cpu"), bank=bank)
+    answering = Mix({name: alpha for name, alpha in Mix.parse(mix).weights.items() if name == "two"})
+    read, write = dense(build_tiny(), engine.z(Mix.parse(mix))), dense(build_tiny(), engine.z(answering))
+
+    def logprob(context, answer):
+        rows = answer_scores(read, write, context, answer)
+        chosen = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return float(chosen.sum()), rows.argmax(1).tolist() == list(answer)
+
+    # the second and third text are the same tokens, divided elsewhere; the last one loses its beginning
+    pairs = [("Where is it", " now"), ("8 + 5", " = 13"), ("8 + 5 = ", "13"), ("x" * 300, "yes"), ("", "no")]
+    found = model.loglikelihood(instances("loglikelihood", *pairs), True)
+    for (context, answer), (value, best) in zip(pairs, found, strict=True):
+        context_ids, answer_ids = model._encode_pair(context, answer) if context else ([1], model.tok_encode(answer))
+        context_ids = context_ids[-(model.max_length + 1 - len(answer_ids)) :]
+        expected, greedy = logprob(context_ids, answer_ids)
+        assert value == pytest.approx(expected, **TOLERANCE)
+        assert best == greedy
+    (value,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", ("green tea.",)), True)
+    assert value == pytest.approx(logprob([model.prefix_token_id], model.tok_encode("green tea."))[0], **TOLERANCE)
+    options = {"until": ["qz"], "max_gen_toks": 6}
+    (text,) = model.generate_until(instances("generate_until", ("Where is it", options)), True)
+    row, ids = model.tok_encode("Where is it"), []
+    while len(ids) < 6 and 2 not in ids:
+        ids.append(int(answer_scores(read, write, row, [*ids, 0])[-1].argmax()))
+    assert text == model.tok_decode([token for token in ids if token != 2])
 
 
 def test_a_strategy_gives_every_request_its_own_mix(harness, place, tmp_path):
