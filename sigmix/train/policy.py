@@ -132,7 +132,8 @@ class SVFPolicy:
         form = "gain" if gain_only(self.layers) else "factored"
         for layer in self.layers.values():
             layer.form = form
-        yield
+        with prompt_only(self.layers, True):  # the passes are divided here, not by `sigmix.svf.prompt_tokens`
+            yield
 
     def load(self, folder: Path) -> None:
         """Load the z of a saved expert."""
