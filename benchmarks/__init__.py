@@ -15,7 +15,9 @@ BENCHES = {
     "serve": "sigmix serve against transformers serve: 1, 8 and 32 clients; one expert, different mixtures, auto",
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "the first pass of strategies A, B and D as a share of two-pass inference",
-    "export": "peak memory of a merged export against loading the model; llama.cpp with our adapter against our engine",
+    "export": "peak memory of a merged export against loading the model",
+    "vllm": "Engine.generate against vLLM on the CPU, 1, 8 and 32 requests; mixtures against its LoRA of rank 16",
+    "llamacpp": "one request against llama.cpp: base and mixture in bfloat16; 8-bit weights against Q8_0 and Q4_1",
     "decompose": "all matrices, cold and cached; a 4096×14336 matrix against torch.linalg.svd; with --stream the "
     "peak memory of streaming a checkpoint against loading the whole model",
     "quantised": "experts of the plain base model on its 8-bit and 4-bit forms: KL, accuracy, size and speed",

@@ -121,7 +121,8 @@ def report(
     Args:
         where: from `device`, taken before the work, so that the load average excludes the benchmark.
         ratios: {name: value per repeat}. seconds: the same for other figures; they end up in ``raw``.
-        aims: targets of names in ``ratios`` or ``seconds``. raw: all figures behind the ratios.
+        aims: targets of names in ``ratios`` or ``seconds``. raw: all figures behind the ratios, and ``skipped``
+            {peer: reason}.
 
     Returns:
         ``bench``; ``device``; ``ratios`` {name: {min, median, max}}; ``aims`` {name: ">= 2.5"}; ``met`` {name: bool},
@@ -157,4 +158,5 @@ def text(result: Mapping[str, Any]) -> str:
         if name in result["aims"]:
             line += f", aim {result['aims'][name]}: {'met' if result['met'][name] else 'missed'}"
         lines.append(line)
+    lines += [f"{name} is left out: {reason}" for name, reason in result["raw"].get("skipped", {}).items()]
     return "\n".join(lines)

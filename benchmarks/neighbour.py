@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.harness import device, ratio, report, say
-from sigmix.errors import SigmixError
+from benchmarks.peers import in_child
 from sigmix.models.default import DEFAULT
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
@@ -87,14 +87,8 @@ def run(
 def measure(environment: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, float]:
     """Return tokens per second under an environment: {"alone_1": …, "beside_1": …, "alone_8": …, "beside_8": …}."""
     inherited = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    command = [sys.executable, "-m", "benchmarks.neighbour", json.dumps(options)]
-    done = subprocess.run(
-        command, env={**inherited, **environment}, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SigmixError(f"the child process under {dict(environment)} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    what = f"decoding under {dict(environment)}"
+    return in_child("benchmarks.neighbour", options, what, {**inherited, **environment})
 
 
 @contextmanager

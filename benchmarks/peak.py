@@ -10,12 +10,11 @@ import dataclasses
 import json
 import re
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sigmix.errors import SigmixError
+from benchmarks.peers import in_child
 
 if TYPE_CHECKING:
     from benchmarks.train_step import Setting
@@ -23,13 +22,8 @@ if TYPE_CHECKING:
 
 def peak_memory(setting: Setting, name: str) -> dict[str, int]:
     """Return bytes: ``imported`` after the imports, ``ready`` before the step, ``peak`` after one step."""
-    options = json.dumps({"setting": dataclasses.asdict(setting), "name": name})
-    command = [sys.executable, "-m", "benchmarks.peak", options]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SigmixError(f"measuring the memory of {name!r} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    given = {"setting": dataclasses.asdict(setting), "name": name}
+    return in_child("benchmarks.peak", given, f"the memory of {name!r}")
 
 
 def high_water() -> int:

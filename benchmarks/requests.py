@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = No
     engine = Engine(model, tokenizer, Bank.bundled() if bank is None else bank, **options)
     engine.eos_token_ids = []  # every answer has the same number of tokens
     return engine
+
+
+def save_base(base: str, dtype: str | None, folder: Path) -> tuple[Any, str]:
+    """Write a base and its tokenizer as transformers does, for a peer; return the tokenizer and the dtype's name."""
+    model, tokenizer = load_base(base, dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, str(model.dtype).removeprefix("torch.")
 
 
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:

@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
-from benchmarks.requests import mixtures
+from benchmarks.requests import mixtures, save_base
 from sigmix.errors import SigmixError
 from sigmix.experts.bank import Bank
 from sigmix.models.default import DEFAULT
-from sigmix.models.loading import load_base
 
 AIMS = {
     "mixed_vs_single_32": Aim(">=", 0.8), "vs_transformers_8": Aim(">=", 2.0), "vs_transformers_cb_8": Aim(">=", 2.0),
@@ -167,16 +166,12 @@ def run(
         each: requests of a client in a round. clients: how many at once. peers: start `transformers serve` too.
     """
     where = device()
-    model, tokenizer = load_base(base, dtype)
-    where["dtype"] = str(model.dtype).removeprefix("torch.")
     experts = Bank.bundled() if bank is None else Bank(bank)
     names = [name for name in experts if experts[name].meta.get("domain") != "dispatch"]
     mixed = [mix.id for mix in mixtures(names, max(clients))]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         place = Path(folder) / "base"
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        del model
+        tokenizer, where["dtype"] = save_base(base, dtype, place)
         port = free_port()
         words = [sys.executable, "-m", "sigmix", "serve", "--port", str(port), "--state", str(Path(folder) / "state")]
         words += ["--base", base, *(["--bank", str(bank)] if bank is not None else [])]

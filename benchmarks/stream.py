@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 
 from benchmarks.harness import Aim, device, report, say
 from benchmarks.peak import high_water
-from sigmix.errors import SigmixError
+from benchmarks.peers import in_child
 from sigmix.models.loading import dtype_of, locate
 from sigmix.models.memory import empty_model, model_plan
 from sigmix.models.quantization import load_weights
@@ -145,16 +144,11 @@ def random_base(folder: Path, depth: int, width: int, inside: int) -> Path:
 def measured(how: str, folder: Path, dtype: str) -> dict[str, Any]:
     """``imported`` and ``peak`` bytes, ``seconds`` without imports, ``files``: bytes of decompositions on disk."""
     with tempfile.TemporaryDirectory(prefix="sigmix-bench-") as cache:
-        given = json.dumps({"how": how, "folder": str(folder), "dtype": dtype, "threads": torch.get_num_threads()})
-        command = [sys.executable, "-m", "benchmarks.stream", given]
-        done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "SIGMIX_CACHE": cache}
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SigmixError(f"the memory of {how!r} on {folder} cannot be measured: {last}")
+        given = {"how": how, "folder": str(folder), "dtype": dtype, "threads": torch.get_num_threads()}
+        environment = {**os.environ, "SIGMIX_CACHE": cache}
+        found = in_child("benchmarks.stream", given, f"the memory of {how!r} on {folder}", environment)
         files = sum(path.stat().st_size for path in Path(cache).rglob("*.safetensors"))
-        return {**json.loads(done.stdout.splitlines()[-1]), "files": files}
+        return {**found, "files": files}
 
 
 def _config(folder: Path) -> Any:

@@ -1,0 +1,163 @@
+"""``python -m benchmarks vllm``: `Engine.generate` against vLLM's offline API on the CPU; 1, 8 and 32 requests at once.
+
+Both answer the same token ids greedily with the same number of tokens, in the same dtype and with the same number of
+threads; every round has other prompts, so that prefix caches hold their common beginning only:
+
+    base_N    the base model on both sides. vLLM compiles it
+    mixed_N   ours a mixture for each request, full rank; vLLM 8 LoRA adapters of rank 16, exported from 8 of the
+              mixtures, in turn. vLLM does not compile with LoRA
+
+vLLM runs in an environment of its own (``make vllm-env``), where `benchmarks/vllm_peer.py` is started with it. Ratios
+are in tokens per second, ours over vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Aim, device, interleaved, ratio, report, say
+from benchmarks.peers import Peer, equal_start
+from benchmarks.requests import bundled_engine, mixtures, prompts, save_base
+from sigmix.adapt.base import skills
+from sigmix.engine import Engine
+from sigmix.errors import SigmixError
+from sigmix.experts.mix import Mix
+from sigmix.export.base import BaseCheckpoint
+from sigmix.export.lora import export_lora
+from sigmix.export.low_rank import LowRank
+from sigmix.models.default import DEFAULT
+
+AIMS = {
+    "base_1": Aim(">=", 1.5), "base_8": Aim(">=", 2.2), "base_32": Aim(">=", 2.6),
+    "mixed_8": Aim(">=", 4.0), "mixed_32": Aim(">=", 8.0),
+}  # fmt: skip
+
+SIZES = {"base": (1, 8, 32), "mixed": (8, 32)}
+
+ADAPTERS, RANK = 8, 16
+
+PYTHON = ".venv-vllm/bin/python"
+"""Unless ``SIGMIX_VLLM_PYTHON`` names another one."""
+
+LEAST_EQUAL = 0.9
+"""Share of requests on the base model that must have the same first token on both sides."""
+
+OPTIONS = {"max_model_len": 512, "block_size": 32}
+"""Of `vllm.LLM`. Blocks of 32 tokens, not 128, so that the prompts' common beginning is cached."""
+
+
+def run(
+    repeats: int | None = None,
+    dtype: str | None = None,
+    base: str = DEFAULT,
+    new_tokens: int = 32,
+    bank: Any = None,
+    sizes: Mapping[str, Sequence[int]] = SIZES,
+) -> dict[str, Any]:
+    """Run the benchmark; see `harness.report` for the result.
+
+    Args:
+        repeats: rounds that count, default 3. dtype: of both, default bfloat16. base, bank: what is run.
+        new_tokens: of an answer. sizes: numbers of requests.
+
+    Raises:
+        SigmixError: vLLM fails, an answer has another number of tokens, or vLLM answers other prompts.
+    """
+    where = device(dtype or "bfloat16")
+    raw: dict[str, Any] = {"base": base, "new_tokens": new_tokens, "options": OPTIONS}
+    python = os.environ.get("SIGMIX_VLLM_PYTHON", PYTHON)
+    if not os.access(python, os.X_OK):
+        reason = f"there is no {python} -> make vllm-env, or set SIGMIX_VLLM_PYTHON to a Python that has vLLM"
+        return report("vllm", where, {}, {}, {**raw, "skipped": {"vLLM": reason}})
+    engine = bundled_engine(base, where["dtype"], bank)
+    repeats, most = repeats or 3, max(map(max, sizes.values()))
+    mixes = mixtures(skills(engine.bank), most)
+    rounds = [[engine.encode(text) for text in prompts(engine, most, seed=number)] for number in range(1 + repeats)]
+    ratios, seconds, agreement = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"dtype": where["dtype"], "rank": RANK, "options": OPTIONS, "model": f"{folder}/base"}
+        save_base(base, where["dtype"], given["model"])
+        for kind, counts in sizes.items():
+            given["adapters"] = _adapters(base, mixes[:ADAPTERS], engine.bank, folder) if kind == "mixed" else []
+            say(f"starting vLLM: {kind}")
+            command = [python, "-P", str(Path(__file__).with_name("vllm_peer.py")), json.dumps(given)]
+            with Peer(command, _environment(python)) as peer:
+                raw["vllm"] = peer.ready
+                for count in counts:
+                    name, asked = f"{kind}_{count}", [rows[:count] for rows in rounds]
+                    mix = mixes[:count] if kind == "mixed" else None
+                    answers: dict[str, list[Any]] = {"ours": [], "vllm": []}
+                    say(name)
+                    contestants = {
+                        "ours": _ours(engine, asked, mix, new_tokens, answers["ours"]),
+                        "vllm": _theirs(peer, asked, new_tokens, answers["vllm"]),
+                    }
+                    taken = seconds[name] = interleaved(contestants, repeats)
+                    ratios[name] = ratio(taken["vllm"], taken["ours"])
+                    agreement[name] = _compare(answers["ours"], answers["vllm"], new_tokens, name)
+    raw.update(
+        mixes=[mix.id for mix in mixes], seconds=seconds, equal_answers=agreement,
+        tokens_per_second={
+            name: {who: [int(name.rpartition("_")[2]) * new_tokens / one for one in own] for who, own in taken.items()}
+            for name, taken in seconds.items()
+        },
+    )  # fmt: skip
+    return report("vllm", where, ratios, {name: aim for name, aim in AIMS.items() if name in ratios}, raw)
+
+
+def _environment(python: str) -> dict[str, str]:
+    """Variables for vLLM: one process, and Intel's OpenMP where the environment has it, as vLLM's documentation says."""
+    return {}
+
+
+def _adapters(base: str, mixes: Sequence[Mix], bank: Any, folder: str) -> list[str]:
+    """Write mixtures as PEFT LoRAs."""
+    source, made = BaseCheckpoint(base), []
+    for number, mix in enumerate(mixes):
+        low = LowRank.from_mix(source, mix, bank)
+        low.set_ranks(rank=RANK, vllm=True)
+        made.append(f"{folder}/adapter-{number}")
+        export_lora(low, Path(made[-1]))
+        say(f"LoRA {number + 1} of {len(mixes)}: it loses {low.error:.0%} of the mixture's change")
+    return made
+
+
+def _ours(
+    engine: Engine, rounds: Sequence[list[list[int]]], mix: list[Mix] | None, new_tokens: int, answers: list[Any]
+) -> Callable[[int], None]:
+    def answer(number: int) -> None:
+        answers.append([one.ids for one in engine.generate(rounds[number], mix, max_new_tokens=new_tokens)])
+
+    return answer
+
+
+def _theirs(
+    peer: Peer, rounds: Sequence[list[list[int]]], new_tokens: int, answers: list[Any]
+) -> Callable[[int], float]:
+    def answer(number: int) -> float:
+        found = peer.ask(rows=rounds[number], new_tokens=new_tokens)
+        answers.append(found["ids"])
+        return found["seconds"]
+
+    return answer
+
+
+def _compare(ours: list[Any], theirs: list[Any], new_tokens: int, name: str) -> dict[str, Any]:
+    """Count requests with the same answer, and the mean number of tokens before the first that differs.
+
+    Raises:
+        SigmixError: an answer of another length; or hardly a request on the base model begins alike.
+    """
+    pairs = [pair for rounds in zip(ours, theirs, strict=True) for pair in zip(*rounds, strict=True)]
+    for who, ids in (("sigmix", [one for one, _ in pairs]), ("vLLM", [other for _, other in pairs])):
+        if any(len(one) != new_tokens for one in ids):
+            raise SigmixError(f"{name}: an answer of {who} does not have {new_tokens} tokens")
+    same = [equal_start(one, other) for one, other in pairs]
+    if name.startswith("base") and sum(count > 0 for count in same) < LEAST_EQUAL * len(same):
+        raise SigmixError(f"{name}: vLLM's answers begin differently from ours, so the requests are not the same")
+    return {"requests": len(same), "equal": same.count(new_tokens), "equal_start": sum(same) / len(same)}
