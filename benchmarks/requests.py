@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from sigmix.engine import Engine
 from sigmix.evals.dispatch import prompts_of_experts
 from sigmix.experts.bank import Bank
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
@@ -31,6 +32,11 @@ def save_base(base: str, dtype: str | None, folder: Path) -> tuple[Any, str]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer, str(model.dtype).removeprefix("torch.")
+
+
+def acting_on(positions: str, bank: Mapping[str, Expert]) -> dict[str, Expert]:
+    """Return a bank's experts with their z at other positions, which needs no training: speed does not depend on z."""
+    return {name: bank[name].with_meta(positions=positions) for name in bank}
 
 
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:

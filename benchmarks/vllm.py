@@ -4,8 +4,9 @@ Both answer the same token ids greedily with the same number of tokens, in the s
 threads; every round has other prompts, so that prefix caches hold their common beginning only:
 
     base_N    the base model on both sides. vLLM compiles it
-    mixed_N   ours a mixture for each request, full rank; vLLM 8 LoRA adapters of rank 16, exported from 8 of the
-              mixtures, in turn. vLLM does not compile with LoRA
+    mixed_N   ours a mixture for each request, full rank, of experts that act on the prompt; vLLM 8 LoRA adapters of
+              rank 16, exported from 8 of the mixtures, in turn. vLLM does not compile with LoRA
+    mixed_all_N    the same with experts that act on all tokens
 
 vLLM runs in an environment of its own (``make vllm-env``), where `benchmarks/vllm_peer.py` is started with it. Ratios
 are in tokens per second, ours over vLLM's.
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
 from benchmarks.peers import Peer, equal_start
-from benchmarks.requests import bundled_engine, mixtures, prompts, save_base
+from benchmarks.requests import acting_on, bundled_engine, mixtures, prompts, save_base
 from sigmix.adapt.base import skills
 from sigmix.engine import Engine
 from sigmix.errors import SigmixError
@@ -76,32 +77,39 @@ def run(
         return report("vllm", where, {}, {}, {**raw, "skipped": {"vLLM": reason}})
     engine = bundled_engine(base, where["dtype"], bank)
     repeats, most = repeats or 3, max(map(max, sizes.values()))
-    mixes = mixtures(skills(engine.bank), most)
     rounds = [[engine.encode(text) for text in prompts(engine, most, seed=number)] for number in range(1 + repeats)]
+    everywhere = acting_on("all", engine.bank)
+    on_prompts = {f"{name}-prompt": one for name, one in acting_on("prompt", everywhere).items()}
+    engine.bank = {**everywhere, **on_prompts}
+    mixes_all = mixtures(skills(everywhere), most)
+    ours = {"base": {"": None}, "mixed": {"": mixtures(skills(on_prompts), most), "_all": mixes_all}}
     ratios, seconds, agreement = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         given = {"dtype": where["dtype"], "rank": RANK, "options": OPTIONS, "model": f"{folder}/base"}
-        save_base(base, where["dtype"], given["model"])
+        save_base(base, where["dtype"], Path(given["model"]))
         for kind, counts in sizes.items():
-            given["adapters"] = _adapters(base, mixes[:ADAPTERS], engine.bank, folder) if kind == "mixed" else []
+            given["adapters"] = _adapters(base, mixes_all[:ADAPTERS], everywhere, folder) if kind == "mixed" else []
             say(f"starting vLLM: {kind}")
             command = [python, "-P", str(Path(__file__).with_name("vllm_peer.py")), json.dumps(given)]
             with Peer(command, _environment(python)) as peer:
                 raw["vllm"] = peer.ready
                 for count in counts:
-                    name, asked = f"{kind}_{count}", [rows[:count] for rows in rounds]
-                    mix = mixes[:count] if kind == "mixed" else None
-                    answers: dict[str, list[Any]] = {"ours": [], "vllm": []}
-                    say(name)
+                    say(f"{kind}_{count}")
+                    asked = [rows[:count] for rows in rounds]
+                    theirs: list[Any] = []
+                    answers: dict[str, list[Any]] = {name: [] for name in ours[kind]}
                     contestants = {
-                        "ours": _ours(engine, asked, mix, new_tokens, answers["ours"]),
-                        "vllm": _theirs(peer, asked, new_tokens, answers["vllm"]),
+                        f"ours{name}": _ours(engine, asked, mix and mix[:count], new_tokens, answers[name])
+                        for name, mix in ours[kind].items()
                     }
-                    taken = seconds[name] = interleaved(contestants, repeats)
-                    ratios[name] = ratio(taken["vllm"], taken["ours"])
-                    agreement[name] = _compare(answers["ours"], answers["vllm"], new_tokens, name)
+                    contestants["vllm"] = _theirs(peer, asked, new_tokens, theirs)
+                    taken = seconds[f"{kind}_{count}"] = interleaved(contestants, repeats)
+                    for name, own in answers.items():
+                        label = f"{kind}{name}_{count}"
+                        ratios[label] = ratio(taken["vllm"], taken[f"ours{name}"])
+                        agreement[label] = _compare(own, theirs, new_tokens, label)
     raw.update(
-        mixes=[mix.id for mix in mixes], seconds=seconds, equal_answers=agreement,
+        mixes=[mix.id for mix in mixes_all], seconds=seconds, equal_answers=agreement,
         tokens_per_second={
             name: {who: [int(name.rpartition("_")[2]) * new_tokens / one for one in own] for who, own in taken.items()}
             for name, taken in seconds.items()
@@ -111,7 +119,7 @@ def run(
 
 
 def _environment(python: str) -> dict[str, str]:
-    """Variables for vLLM: one process, and Intel's OpenMP where the environment has it, as vLLM's documentation says."""
+    """Variables for vLLM."""
     return {}
 
 

@@ -6,16 +6,11 @@ import json
 
 import pytest
 import torch
-from helpers_engine import expert
-from helpers_gguf import write_gguf
-from helpers_tiny import build_tiny
 
 from benchmarks import export as bench
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
-from sigmix.export import verify as llamacpp
 from sigmix.export.base import BaseCheckpoint
-from sigmix.models.loading import load_base
 
 pytest_plugins = ["helpers_cli"]
 MIX = "arithmetic:0.7+reading:0.3"
@@ -44,12 +39,10 @@ def test_both_ways_write_a_checkpoint_and_tell_their_memory(home, bank, tmp_path
 
 
 def test_memory_ratios(home, bank, monkeypatch):
-    monkeypatch.setattr(bench, "base_gguf", lambda source, given: "no file")
     monkeypatch.setattr(bench, "_child", peaks)
     result = bench.run(base=str(home.base), bank=bank, mix=MIX, times=3)
     assert result["ratios"]["memory_1"]["median"] == 0.25
     assert result["ratios"]["memory_above_imports_deep"]["median"] == pytest.approx(50 / 350)
-    assert result["raw"]["no_speed"] == "no file"
     assert result["met"] == {"memory_above_imports_deep": True}
 
 
@@ -67,19 +60,3 @@ def test_the_deep_base_is_the_base_with_its_layers_repeated(home, bank, tmp_path
     assert set(deep.z(Mix.parse(MIX), made)) == {
         path for path in deep.linears if path != "lm_head"
     }  # every copy is adapted
-
-
-@pytest.mark.skipif(not llamacpp.llama_cpp_installed(), reason="llama-cpp-python is not installed")
-def test_speed_compares_the_same_work(cache, tmp_path, monkeypatch):
-    base = write_gguf(tmp_path / "base.gguf", build_tiny(vocab_size=260).bfloat16().float())
-    made = Bank(tmp_path / "bank", create=True)
-    for seed, name in enumerate(("arithmetic", "reading")):
-        made.add(expert(load_base(base, "float32")[0], name, seed).with_meta(task="addition?digits=1"))
-    monkeypatch.setattr(bench, "_child", peaks)
-    result = bench.run(repeats=2, dtype="float32", base=str(base), bank=made, mix=MIX, new_tokens=5, times=2)
-    assert {"vs_llamacpp_exact", "vs_llamacpp_rank_64", "vs_llamacpp_base"} <= set(result["ratios"])
-    raw = result["raw"]
-    assert {len(taken) for taken in raw["seconds"].values()} == {2}
-    assert raw["adapter_error"] == {"exact": 0.0, "rank": 0.0}  # no matrix of this base has more than 64 components
-    assert result["ratios"]["vs_llamacpp_exact"]["median"] > 0
-    assert 0 <= raw["same_tokens_as_ours"]["llamacpp_exact"] <= 5
