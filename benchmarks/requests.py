@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def save_base(base: str, dtype: str | None, folder: Path) -> tuple[Any, str]:
 
 def acting_on(positions: str, bank: Mapping[str, Expert]) -> dict[str, Expert]:
     """Return a bank's experts with their z at other positions, which needs no training: speed does not depend on z."""
-    return {name: bank[name].with_meta(positions=positions) for name in bank}
+    return {name: replace(bank[name], meta={**bank[name].meta, "positions": positions}) for name in bank}
 
 
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:

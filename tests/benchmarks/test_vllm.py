@@ -81,7 +81,7 @@ def bench(home, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_both_answer_the_same_requests_in_turn(bench):
     result = bench()
-    assert set(result["ratios"]) == {"base_1", "base_3", "mixed_3"}
+    assert set(result["ratios"]) == {"base_1", "base_3", "mixed_3", "mixed_all_3"}
     assert result["aims"] == {"base_1": ">= 1.5"}
     raw = result["raw"]
     assert raw["vllm"]["version"] == "0.0"
