@@ -228,7 +228,7 @@ class ContinuousBatch(DecodingBatch):
         ids = one.token_ids
         chunk = ids[done:] if self.engine.batching.recurrent else ids[done : done + budget]
         is_prompt = torch.arange(done, done + len(chunk)) < len(one.prompt_ids)
-        if bool(is_prompt.all()):
+        if bool(is_prompt.all()) or self._same_weights(one):
             self._enter([one.mix])
         else:  # read before
             self.release()

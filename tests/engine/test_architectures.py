@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers_architectures import LONGROPE, PLAIN, RECURRENT, REFUSED, THRESHOLD, build, load_config
-from helpers_engine import alone, expert, greedy, rows
+from helpers_engine import Divided, alone, expert, greedy, rows
 from helpers_tiny import build_tokenizer
 
 from sigmix import Engine, load_base
@@ -184,6 +184,49 @@ def test_rows_under_different_mixtures(name):
         while batch:
             batch.step()
     assert [one.ids for one in sequences] == [one.ids for one in expected]
+
+
+def mixed(bank, weights):
+    """z of a mixture by path."""
+    paths = {path for name in weights for path in bank[name].z}
+    return {path: 1 + sum(a * (bank[name].z[path] - 1) for name, a in weights.items()) for path in paths}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", [case(name) for name in (*PLAIN, *RECURRENT)])
+def test_rows_under_experts_of_different_positions(name, monkeypatch):
+    """Batches, rows that join, recovery and scores equal dense weights: others for the prompt than for the answer."""
+    monkeypatch.setattr(continuous_batching, "CHUNK_TOKENS", 10)
+    kinds = {"math": "all", "code": "prompt", "law": "prompt"}
+    bank = {
+        label: expert(build(name), label, seed, positions=positions)
+        for seed, (label, positions) in enumerate(kinds.items(), 1)
+    }
+    weights = [{"code": 1.0}, {"math": 0.7, "code": -0.4}, {"math": 1.0}, {"law": 0.5, "code": 0.5}] * 2
+    expected = []
+    for ids, own in zip(PROMPTS, weights, strict=True):
+        answer_z = mixed(bank, {label: a for label, a in own.items() if kinds[label] == "all"})
+        expected.append(greedy(Divided(build(name), mixed(bank, own), answer_z, len(ids)), ids, STEPS))
+    mixes = [Mix(own) for own in weights]
+    engine = Engine(build(name), build_tokenizer(), bank)
+    engine.eos_token_ids = []
+    found = [(one.ids, one.logprobs) for one in engine.generate(PROMPTS, mixes, max_new_tokens=STEPS)]
+    sequences = [SequenceState(ids, SamplingParams(STEPS), mix) for ids, mix in zip(PROMPTS, mixes, strict=True)]
+    with ContinuousBatch(engine, isolate=True) as batch:
+        for number, one in enumerate(sequences):
+            batch.add([one])
+            batch.step()
+            if number == 5:  # the rows are read again, with what they have generated
+                monkeypatch.setattr(batch.kv_cache, "inputs", None)
+                batch.step()
+        while batch:
+            batch.step()
+    joined = [(one.ids, one.logprobs) for one in sequences]
+    scores = zip([ids for ids, _ in expected], engine.score(PROMPTS, [ids for ids, _ in expected], mixes), strict=True)
+    for rows_ in (found, joined, scores):
+        for (ids, logprobs), (right, exact) in zip(rows_, expected, strict=True):
+            assert list(ids) == right
+            torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(exact), **TOLERANCE)
 
 
 # ------------------------------------------------------------------ transformers' own generation, conversations

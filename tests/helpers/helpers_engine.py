@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
 from peft import get_peft_model
@@ -47,9 +48,11 @@ def greedy(model, ids, steps: int, ends=()) -> tuple[list[int], list[float]]:
     return answer, logprobs
 
 
-def expert(model, name: str, seed: int, width: float = 0.6, targets="all-linear") -> Expert:
+def expert(
+    model, name: str, seed: int, width: float = 0.6, targets="all-linear", positions: str = "all"
+) -> Expert:
     """An expert with random z around 1, made on `model`, which is wrapped by this."""
-    wrapped = get_peft_model(model, SVFConfig(target_modules=targets))
+    wrapped = get_peft_model(model, SVFConfig(target_modules=targets, positions=positions))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in svf_layers(wrapped).values():
@@ -63,10 +66,7 @@ def dense(model, z):
     modules = dict(model.named_modules())
     for path, factors in z.items():
         layer = modules[path]
-        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-        made = (u * (s * factors.double())) @ vt
-        layer.weight.copy_((made.T if isinstance(layer, Conv1D) else made).to(layer.weight.dtype))
+        layer.weight.copy_(_scaled(layer, factors))
     return model
 
 
@@ -79,3 +79,35 @@ def answer_scores(read, write, prompt, answer) -> torch.Tensor:
     for token in answer[:-1]:
         rows.append(write(input_ids=torch.tensor([[token]]), use_cache=True, **cache).logits[0, -1])
     return torch.stack(rows).log_softmax(-1)
+
+
+def _scaled(layer, z) -> torch.Tensor:
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    made = (u * (s * z.double())) @ vt
+    return (made.T if isinstance(layer, Conv1D) else made).to(weight.dtype)
+
+
+class Divided:
+    """A model with dense weights W'(prompt_z) on the first ``boundary`` tokens of a row, and W'(answer_z) on the others.
+
+    It reads one row at a time, without a cache.
+    """
+
+    def __init__(self, model, prompt_z, answer_z, boundary: int) -> None:
+        self.model, self.boundary = model, boundary
+        modules = dict(model.named_modules())
+        with torch.no_grad():
+            for path in prompt_z:
+                layer = modules[path]
+                weights = [_scaled(layer, z[path]) if path in z else layer.weight for z in (prompt_z, answer_z)]
+                layer.register_forward_hook(partial(self._replace, weights))
+
+    def _replace(self, weights, layer, args, _):
+        parts = args[0][..., : self.boundary, :], args[0][..., self.boundary :, :]
+        mats = [weight if isinstance(layer, Conv1D) else weight.T for weight in weights]
+        y = torch.cat([part @ mat for part, mat in zip(parts, mats, strict=True)], -2)
+        return y if layer.bias is None else y + layer.bias
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
