@@ -430,7 +430,8 @@ def as_rows(
             if answer_table is not None:
                 part = answer_table if rows is None else answer_table[rows]
                 for layer, own in zip(layers.values(), part.split(sizes, 1), strict=True):
-                    layer.answer_row_z = own.to(layer.device)
+                    own = own.to(layer.device)
+                    layer.answer_row_z = own if layer.row_z is None or not torch.equal(own, layer.row_z) else None
 
         select(None)
         yield select

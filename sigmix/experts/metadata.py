@@ -26,6 +26,7 @@ import torch
 from sigmix.errors import ExpertError, UnknownNameError
 from sigmix.experts.fingerprint import Sketch
 from sigmix.svf.config import POSITIONS
+from sigmix.svf.tuner import reads_cache
 
 SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -128,6 +129,11 @@ def check_meta(meta: Mapping[str, Any], z: Mapping[str, torch.Tensor], owner: st
         raise ExpertError(f"{owner}: every entry of 'metrics' must be an object", remedy="for example {'name': …}")
     if (positions := meta.get("positions", "all")) not in POSITIONS:
         raise ExpertError(f"{owner}: 'positions' must be 'all' or 'prompt', not {positions!r}", remedy=RESTORE)
+    if positions == "prompt" and (again := [path for path in z if reads_cache(path)]):
+        raise ExpertError(
+            f"{owner}: positions 'prompt' with a z for {again[0]}, which decoding applies to the prompt again",
+            remedy="train it with exclude_modules='kv_b_proj'",
+        )
     for key, value in (meta.get("base") or {}).items():
         if not isinstance(value, (str, type(None))):
             raise ExpertError(f"{owner}: metadata 'base': {key!r} must be text", remedy="fix 'base'")

@@ -34,7 +34,8 @@ class SVFConfig(PeftConfig):
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         exclude: alias of `exclude_modules`.
         positions: tokens on which z acts: "all", or "prompt": those of the prompt, from which the first answer token
-            comes, while the base decodes the answer over their keys and values.
+            comes, while the base decodes the answer over their keys and values. "prompt" leaves out layers that read
+            cached latents again, kv_b_proj of multi-head latent attention.
         cache: keep decompositions in the user's cache folder.
     """
 

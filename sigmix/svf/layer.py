@@ -283,7 +283,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
             if adapter_names is not None or self.row_z is not None:
                 raise ConfigError("rows cannot have their own z while a z is merged", remedy="unmerge it first")
             return self.base_layer(x, *args, **kwargs)
-        mask = True if self.prompt_mask is None else self.prompt_mask
+        mask = True if self.prompt_mask is None or self._same_everywhere(adapter_names) else self.prompt_mask
         z = None if mask is False else self._prompt_z(x, adapter_names)
         if mask is not True:
             answer_z = self._answer_z(x, adapter_names)
@@ -303,6 +303,13 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         if self.form == "gain":
             return self._gain(x, (z - 1) if gain is None else gain)
         raise ConfigError(f"unknown form {self.form!r}; one of {', '.join(FORMS)}")
+
+    def _same_everywhere(self, adapter_names: Sequence[str] | None) -> bool:
+        """Return True if prompts and answers have the same z."""
+        if self.row_z is not None:
+            return self.answer_row_z is None
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return all(self.positions[name] == "all" for name in names if name in self.svf_z)
 
     def _prompt_z(self, x: torch.Tensor, adapter_names: Sequence[str] | None) -> torch.Tensor | None:
         """Effective z of prompt tokens, which broadcasts to [..., r]; None: the base."""

@@ -62,7 +62,11 @@ class SVFModel(BaseTuner):
         layers = target_layers(self.model, peft_config)
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = sorted(set(_layer_numbers(layers, peft_config).values()))
-        elif isinstance(peft_config.target_modules, list) and backbone(self.model, strict=False) is None:
+        elif (
+            isinstance(peft_config.target_modules, list)
+            and backbone(self.model, strict=False) is None
+            and not any(map(reads_cache, peft_config.target_modules))
+        ):
             return peft_config  # PEFT matches names as `target_layers` does
         peft_config.target_modules = sorted(layers)
         return peft_config
@@ -245,6 +249,8 @@ def target_layers(model: nn.Module, config: SVFConfig | None = None) -> dict[str
             if not any(_named(path, name) for path in modules):
                 raise UnknownNameError("excluded module", name, {path.split(".")[-1] for path in layers})
         paths = [path for path in paths if not any(_named(path, name) for name in excluded)]
+    if config.positions == "prompt":
+        paths = [path for path in paths if not reads_cache(path)]
     if not paths:
         at = config.layers_to_transform
         raise ConfigError(
@@ -252,6 +258,14 @@ def target_layers(model: nn.Module, config: SVFConfig | None = None) -> dict[str
             remedy="name the modules, for example target_modules=['q_proj', 'v_proj']",
         )
     return {path: layers[path] for path in paths}
+
+
+def reads_cache(path: str) -> bool:
+    """Return True for a layer that computes keys and values from cached latents again for every answer token (MLA).
+
+    It has no z with positions "prompt": the base would decode the answer over other keys and values.
+    """
+    return path.rsplit(".", 1)[-1] == "kv_b_proj"
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:

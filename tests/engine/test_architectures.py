@@ -20,7 +20,8 @@ from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.execution import as_base
 from sigmix.engine.generation import SamplingParams, SequenceState, complete
 from sigmix.engine.prefix_cache import completion_logits
-from sigmix.errors import BaseModelError, ConfigError, ContextError
+from sigmix.errors import BaseModelError, ConfigError, ContextError, ExpertError
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 STEPS = 6
@@ -188,8 +189,11 @@ def test_rows_under_different_mixtures(name):
 
 def mixed(bank, weights):
     """z of a mixture by path."""
-    paths = {path for name in weights for path in bank[name].z}
-    return {path: 1 + sum(a * (bank[name].z[path] - 1) for name, a in weights.items()) for path in paths}
+    z: dict[str, torch.Tensor] = {}
+    for name, alpha in weights.items():
+        for path, own in bank[name].z.items():
+            z[path] = z.get(path, torch.ones_like(own)) + alpha * (own - 1)
+    return z
 
 
 @pytest.mark.usefixtures("cache")
@@ -227,6 +231,22 @@ def test_rows_under_experts_of_different_positions(name, monkeypatch):
         for (ids, logprobs), (right, exact) in zip(rows_, expected, strict=True):
             assert list(ids) == right
             torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(exact), **TOLERANCE)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("targets", ["all-linear", ["kv_b_proj", "o_proj"]])
+def test_layers_that_read_cached_latents_have_no_z_of_prompts_alone(targets):
+    adapts = {
+        positions: expert(build("deepseek_v3"), "law", 1, targets=targets, positions=positions).z
+        for positions in ("all", "prompt")
+    }
+    left_out = {path for path in adapts["all"] if path.endswith("kv_b_proj")}
+    assert left_out
+    assert adapts["all"].keys() - adapts["prompt"].keys() == left_out
+    with pytest.raises(ExpertError, match="kv_b_proj"):
+        Expert("law", adapts["all"], {"positions": "prompt"})
+    with pytest.raises(ConfigError):
+        expert(build("deepseek_v3"), "law", 1, targets=["kv_b_proj"], positions="prompt")
 
 
 # ------------------------------------------------------------------ transformers' own generation, conversations

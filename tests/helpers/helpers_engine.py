@@ -89,7 +89,7 @@ def _scaled(layer, z) -> torch.Tensor:
 
 
 class Divided:
-    """A model with dense weights W'(prompt_z) on the first ``boundary`` tokens of a row, and W'(answer_z) on the others.
+    """A model with dense weights W'(prompt_z) on the first ``boundary`` tokens of a row and W'(answer_z) on the others.
 
     It reads one row at a time, without a cache.
     """
