@@ -3,10 +3,11 @@
 Both answer the same token ids greedily with the same number of tokens, in the same dtype and with the same number of
 threads; every round has other prompts, so that prefix caches hold their common beginning only:
 
-    base_N    the base model on both sides. vLLM compiles it
-    mixed_N   ours a mixture for each request, full rank, of experts that act on the prompt; vLLM 8 LoRA adapters of
-              rank 16, exported from 8 of the mixtures, in turn. vLLM does not compile with LoRA
-    mixed_all_N    the same with experts that act on all tokens
+    base_N            the base model on both sides. vLLM compiles it, and has the settings that were fastest
+    base_default_N    vLLM with its default settings
+    mixed_N           ours a mixture for each request, full rank, of experts that act on the prompt; vLLM 8 LoRA
+                      adapters of rank 16, exported from 8 of the mixtures, in turn. It does not compile with LoRA
+    mixed_all_N       the same with experts that act on all tokens
 
 vLLM runs in an environment of its own (``make vllm-env``), where `benchmarks/vllm_peer.py` is started with it. Ratios
 are in tokens per second, ours over vLLM's.
@@ -40,7 +41,7 @@ AIMS = {
     "mixed_8": Aim(">=", 4.0), "mixed_32": Aim(">=", 8.0),
 }  # fmt: skip
 
-SIZES = {"base": (1, 8, 32), "mixed": (8, 32)}
+SIZES = {"base": (1, 8, 32), "base_default": (1, 8, 32), "mixed": (8, 32)}
 
 ADAPTERS, RANK = 8, 16
 
@@ -50,8 +51,13 @@ PYTHON = ".venv-vllm/bin/python"
 LEAST_EQUAL = 0.9
 """Share of requests on the base model that must have the same first token on both sides."""
 
-OPTIONS = {"max_model_len": 512, "block_size": 32}
-"""Of `vllm.LLM`. Blocks of 32 tokens, not 128, so that the prompts' common beginning is cached."""
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+CONTEXT = 512
+"""Of vLLM, in tokens."""
+
+OPTIONS = {"block_size": 32}
+"""Of `vllm.LLM`: blocks of 32 tokens, not 128, so that the prompts' common beginning is cached."""
 
 
 def run(
@@ -84,16 +90,19 @@ def run(
     on_prompts = {f"{name}-prompt": one for name, one in acting_on("prompt", everywhere).items()}
     engine.bank = {**everywhere, **on_prompts}
     mixes_all = mixtures(skills(everywhere), most)
-    ours = {"base": {"": None}, "mixed": {"": mixtures(skills(on_prompts), most), "_all": mixes_all}}
+    ours: dict[str, dict[str, list[Mix] | None]] = {"base": {"": None}, "base_default": {"": None}}
+    ours["mixed"] = {"": mixtures(skills(on_prompts), most), "_all": mixes_all}
     ratios, seconds, agreement = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        given = {"dtype": where["dtype"], "rank": RANK, "options": OPTIONS, "model": f"{folder}/base"}
+        given = {"dtype": where["dtype"], "rank": RANK, "model": f"{folder}/base"}
         save_base(base, where["dtype"], Path(given["model"]))
         for kind, counts in sizes.items():
             given["adapters"] = _adapters(base, mixes_all[:ADAPTERS], everywhere, folder) if kind == "mixed" else []
+            given["options"] = {"max_model_len": CONTEXT, **({} if kind == "base_default" else OPTIONS)}
+            environment = {**ENVIRONMENT, **({} if kind == "base_default" else _fastest(python))}
             say(f"starting vLLM: {kind}")
             command = [python, "-P", str(Path(__file__).with_name("vllm_peer.py")), json.dumps(given)]
-            with Peer(command, _environment(python)) as peer:
+            with Peer(command, environment) as peer:
                 raw["vllm"] = peer.ready
                 for count in counts:
                     say(f"{kind}_{count}")
@@ -120,13 +129,13 @@ def run(
     return report("vllm", where, ratios, {name: aim for name, aim in AIMS.items() if name in ratios}, raw)
 
 
-def _environment(python: str) -> dict[str, str]:
-    """Variables for vLLM: one process with all threads, which was faster than its default of three (two cores; by
-    default it leaves one of them to its scheduler), and Intel's OpenMP, as its documentation says."""
+def _fastest(python: str) -> dict[str, str]:
+    """Variables for one process and Intel's OpenMP, which vLLM's documentation advises. By default vLLM computes on all
+    cores but one, and has three processes."""
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
     return {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()), **({"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        **({"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}),
     }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def bench(home, tmp_path, monkeypatch):
     def given(shorter=0, other=0, **options):
         monkeypatch.setenv("SHORTER", str(shorter))
         monkeypatch.setenv("OTHER", str(other))
-        options = {"sizes": {"base": (1, 3), "mixed": (3,)}, "repeats": 2, **options}
+        options = {"sizes": {"base": (1, 3), "base_default": (1,), "mixed": (3,)}, "repeats": 2, **options}
         return run("vllm", dtype="float32", base=str(home.base), bank=Bank(home.bank), new_tokens=4, **options)
 
     return given
@@ -81,7 +81,7 @@ def bench(home, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_both_answer_the_same_requests_in_turn(bench):
     result = bench()
-    assert set(result["ratios"]) == {"base_1", "base_3", "mixed_3", "mixed_all_3"}
+    assert set(result["ratios"]) == {"base_1", "base_3", "base_default_1", "mixed_3", "mixed_all_3"}
     assert result["aims"] == {"base_1": ">= 1.5"}
     raw = result["raw"]
     assert raw["vllm"]["version"] == "0.0"
