@@ -1,17 +1,19 @@
 """``python -m benchmarks search``: one CEM iteration in mixed batches against swapping weights for every candidate.
 
-32 candidates on 10 examples of the bank's first task. `FewShotSearch.evaluate` scores all 320 rows in mixed batches;
-the swap composes and loads the weights of one candidate after another, as the public reference does, and answers the
-10 examples under each. The run fails if the log-likelihoods of a candidate differ by more than the dtype explains.
+32 candidates on 10 examples of the bank's first task, by experts that act on the prompt alone (copies of the bank's),
+and by experts at all positions (`_all`). `FewShotSearch.evaluate` scores all 320 rows in mixed batches; the swap
+composes and loads the weights of one candidate after another, as the public reference does, and answers the 10 examples
+under each. The run fails if the log-likelihoods of a candidate differ by more than the dtype explains.
 Answers end at the end token, unlike in the other benchmarks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report
-from benchmarks.requests import bundled_engine, mixtures
+from benchmarks.requests import acting_on, bundled_engine, mixtures
 from sigmix.adapt.base import skills
 from sigmix.adapt.few_shot import Example, FewShotSearch
 from sigmix.engine.tokenization import eos_token_ids
@@ -41,26 +43,36 @@ def run(
     names = skills(engine.bank)
     task = get_task(engine.bank[names[0]].meta["task"])
     examples = [Example(one.prompt, one.gold, one) for one in task.samples("train", shots)]
+    banks = {end: acting_on(positions, engine.bank) for end, positions in (("", "prompt"), ("_all", "all"))}
     values: dict[str, list[tuple[float, float]]] = {}
 
-    def searcher() -> FewShotSearch:
+    def searcher(end: str) -> FewShotSearch:
+        engine.bank = banks[end]
         return FewShotSearch(
             engine, examples, lambda example, reply: task.score(example.extra, reply).value or 0.0,
             max_new_tokens=task.max_new_tokens,
         )  # fmt: skip
 
-    def mixed(number: int) -> None:
-        values["mixed"] = searcher().evaluate(mixtures(names, population, number))
+    def mixed(end: str) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            values["mixed"] = searcher(end).evaluate(mixtures(names, population, number))
 
-    def swapped(number: int) -> None:
-        one = searcher()
-        values["swap"] = [one.evaluate([mix])[0] for mix in mixtures(names, population, number)]
-        differences.append(max(abs(a[1] - b[1]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
-        accuracies.append(max(abs(a[0] - b[0]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
+        return run
+
+    def swapped(end: str) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            one = searcher(end)
+            values["swap"] = [one.evaluate([mix])[0] for mix in mixtures(names, population, number)]
+            differences.append(max(abs(a[1] - b[1]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
+            accuracies.append(max(abs(a[0] - b[0]) for a, b in zip(values["mixed"], values["swap"], strict=True)))
+
+        return run
 
     differences: list[float] = []
     accuracies: list[float] = []
-    seconds = interleaved({"mixed": mixed, "swap": swapped}, repeats or 3)
+    seconds = interleaved(
+        {f"{name}{end}": way(end) for end in banks for name, way in (("mixed", mixed), ("swap", swapped))}, repeats or 3
+    )
     if max(differences) > TOLERANCE[kind]:
         raise SigmixError(
             f"the two ways disagree: log-likelihoods differ by up to {max(differences):.3g} nats per token in {kind}"
@@ -69,4 +81,5 @@ def run(
         "base": base, "task": task.name, "population": population, "shots": shots, "seconds": seconds,
         "largest_loglik_difference": max(differences), "largest_accuracy_difference": max(accuracies),
     }  # fmt: skip
-    return report("search", where, {"speedup_vs_swap": ratio(seconds["swap"], seconds["mixed"])}, AIMS, raw)
+    ratios = {f"speedup_vs_swap{end}": ratio(seconds[f"swap{end}"], seconds[f"mixed{end}"]) for end in banks}
+    return report("search", where, ratios, AIMS, raw)

@@ -7,9 +7,11 @@ in its batch, up to the rounding of batched matmuls.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +29,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 512
-"""Prompt tokens that are read between two decoding steps; longer prompts take several chunks."""
+"""Prompt tokens of one pass, padding included, at most; longer prompts take several passes."""
+
+MIN_CHUNK_TOKENS = 64
+"""Prompt tokens of one pass between two decoding steps, at least: fewer take little less time."""
+
+PAUSE = 0.1
+"""Seconds of reading prompts between two decoding steps, about. A step of 32 rows takes as long (two cores, default
+base), so running sequences keep half their speed at worst. A number of tokens would fit one base on one machine."""
+
+MAX_PADDING = 32
+"""Padding of one pass in tokens, on a CPU: about the cost of a pass of its own."""
+
+
+@dataclass(eq=False)
+class Pending:
+    """Sequence to be read.
+
+    Attributes:
+        stored: what was read of it; None: nothing.
+        alone: read it in passes of its own.
+    """
+
+    sequence: SequenceState
+    stored: StoredPrefix | None = None
+    alone: bool = False
+
+    @property
+    def done(self) -> int:
+        """Number of tokens that were read."""
+        return 0 if self.stored is None else self.stored.length
+
+    @property
+    def left(self) -> int:
+        """Number of tokens to be read."""
+        return len(self.sequence.prompt_ids) + len(self.sequence.ids) - self.done
+
+    @property
+    def scored(self) -> bool:
+        """True if log-probabilities of its prompt are missing."""
+        return self.sequence.on_prompt is not None and self.sequence.scored < len(self.sequence.prompt_ids) - 1
 
 
 class ContinuousBatch(DecodingBatch):
@@ -38,8 +79,8 @@ class ContinuousBatch(DecodingBatch):
 
     Args:
         form: see `Execution.choose`.
-        chunked: read long prompts in chunks between the steps, and reuse cached conversations; False: read all prompts
-            in one pass. Models with linear attention always read a prompt in one pass.
+        chunked: read prompts in turn, a part of them before each step, and reuse cached conversations; False: read all
+            before the next step. Models with linear attention always read a prompt in one pass.
         isolate: end a sequence with an error where its forward passes raise, and continue the others; False: raise.
     """
 
@@ -50,7 +91,8 @@ class ContinuousBatch(DecodingBatch):
         self.engine, self.form, self.chunked, self.isolate = engine, form, chunked, isolate
         self._limit = float("inf")  # of sequences that decode together; the pending ones wait
         self._failed = False  # the last step
-        self._pending: list[tuple[SequenceState, DynamicCache, int]] = []  # prompts read up to a number of tokens
+        self._pending: list[Pending] = []
+        self._speed = 0.0  # prompt tokens per second
         self._finished: list[tuple[SequenceState, list[int], Entry]] = []  # for the prefix cache, at the next release
         self._stack = ExitStack()
         self._state_id = 0
@@ -64,32 +106,21 @@ class ContinuousBatch(DecodingBatch):
     def __len__(self) -> int:
         return len(self.sequences) + len(self._pending)
 
-    @torch.no_grad()
     def add(self, sequences: Sequence[SequenceState]) -> None:
-        """Read prompts and choose their first tokens; long prompts are read during the following steps.
+        """Queue sequences, to be read during the following steps.
 
         Prompts must not be empty, and must fit the context together with their answers.
         """
         self.release()
-        whole: list[SequenceState] = []
-        scored: list[SequenceState] = []
         for one in sequences:
             # a cached prefix has no logits
             reuse = self.chunked and one.on_prompt is None
-            prefix = self.engine.cached_prefix(one.prompt_ids, one.mix, self.form) if reuse else None
-            if prefix is not None:
-                self._pending.append((one, prefix.cache, len(prefix.ids)))
-            elif self.chunked and len(one.prompt_ids) > CHUNK_TOKENS and not self.engine.batching.recurrent:
-                self._pending.append((one, DynamicCache(config=self.model.config), 0))
-            else:
-                (whole if one.on_prompt is None else scored).append(one)
-        # those that are scored in small parts: all their logits are in memory
-        parts = [*_parts(scored, CHUNK_TOKENS), *(_parts(whole) if self.chunked else [whole])]
-        for part in parts:
-            with self._recovering(part):
-                self._read(part)
-        if not self._rows:  # the state is not that of the next step
-            self.release()
+            self._pending.append(Pending(one, self._cached(one) if reuse else None))
+        if not self.chunked:
+            self._pending.sort(key=lambda entry: entry.left)  # for little padding
+
+    def _cached(self, one: SequenceState) -> StoredPrefix | None:
+        return self.engine.cached_prefix(one.prompt_ids, one.mix, self.form)
 
     def append(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
         """Add prefilled sequences and choose their first tokens."""
@@ -103,15 +134,24 @@ class ContinuousBatch(DecodingBatch):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Decode one token of every sequence and read a chunk of the pending prompts."""
-        budget = CHUNK_TOKENS
-        while self._pending and budget > 0 and len(self.sequences) < self._limit:
-            with self._recovering([self._pending[0][0]]):
-                budget -= self._read_chunk(budget)
+        """Read prompts, choose the first tokens of those that are complete, and decode a token of every sequence.
+
+        Where none decodes, first tokens are all that a step gives.
+        """
+        running = bool(self.sequences)
+        while self._pending and len(self.sequences) < self._limit:
+            self.release()  # for the lookup of cached prefixes
+            budget = self._budget()
+            group = self._take(budget)
+            with self._recovering([entry.sequence for entry in group]):
+                self._read(group, budget)
+            if self.chunked:
+                break
         if not self._pending:
             self._limit = float("inf")
         if not self.sequences:
             self.release()
+        if not self.sequences or not running:
             return
         if self._rows is not None and self.engine.state_id != self._state_id:
             raise ConfigError(
@@ -128,7 +168,7 @@ class ContinuousBatch(DecodingBatch):
     def remove(self, sequences: Sequence[SequenceState]) -> None:
         """Remove sequences at once; those that are not in the batch are ignored."""
         gone = set(map(id, sequences))
-        self._pending = [entry for entry in self._pending if id(entry[0]) not in gone]
+        self._pending = [entry for entry in self._pending if id(entry.sequence) not in gone]
         for row, one in enumerate(self.sequences):
             kept = one.cache_prefix and not self.engine.batching.recurrent
             if id(one) in gone and kept and one.finish in ("stop", "length"):
@@ -181,7 +221,7 @@ class ContinuousBatch(DecodingBatch):
             log.warning("a forward pass failed", exc_info=True)
             self.release()
             suspects = list(joining or [one for one in running if not one.finish])
-            self._pending = [entry for entry in self._pending if entry[0] not in suspects]
+            self._pending = [entry for entry in self._pending if entry.sequence not in suspects]
             if joining and before == [len(one.ids) for one in joining]:
                 again = suspects  # the running ones are untouched
             else:
@@ -198,58 +238,76 @@ class ContinuousBatch(DecodingBatch):
 
     def _read_again(self, sequences: Sequence[SequenceState]) -> None:
         """Move sequences to the pending prompts, with their generated tokens."""
-        fresh = [(one, DynamicCache(config=self.model.config), 0) for one in sequences if not one.finish]
-        self._pending = fresh + self._pending
+        self._pending = [Pending(one, alone=True) for one in sequences if not one.finish] + self._pending
 
-    def _enter(self, mixes: Sequence[Mix], tokens: int = 0) -> None:
+    def _budget(self) -> float:
+        """Return the number of prompt tokens to read before the next step."""
+        if not self.chunked:
+            return float("inf")
+        if not self.sequences:
+            return CHUNK_TOKENS
+        return min(max(PAUSE * self._speed, MIN_CHUNK_TOKENS), CHUNK_TOKENS)
+
+    def _take(self, budget: float) -> list[Pending]:
+        """Remove and return the sequences of the next pass: the first one, and others that fit, in order.
+
+        They are about as long, as all rows of a pass are read from the same column on.
+        """
+        first = self._pending[0]
+        if self.chunked and not first.alone and not first.scored and first.left > budget:  # cached since it arrived?
+            first.stored = self._cached(first.sequence) or first.stored
+        limit = min(budget, CHUNK_TOKENS) if first.scored else budget  # all their logits are in memory
+        padding = MAX_PADDING if self.model.device.type == "cpu" else CHUNK_TOKENS
+        group, regime = [first], self._regime(first)
+        for other in () if first.alone or first.left > limit else self._pending[1:]:
+            size = max(entry.left for entry in [*group, other]) * (len(group) + 1)
+            fits = size <= limit and size - sum(entry.left for entry in [*group, other]) <= padding
+            if fits and not other.alone and other.scored == first.scored and self._regime(other) == regime:
+                group.append(other)
+        self._pending = [entry for entry in self._pending if entry not in group]
+        return group
+
+    def _regime(self, entry: Pending) -> bool:
+        return self.engine.batching.regime(entry.done + entry.left)
+
+    def _enter(self, mixes: Sequence[Mix], tokens: int = 0, is_prompt: torch.Tensor | None = None) -> None:
         self.release()
-        self._select = self._stack.enter_context(self.engine.under(mixes, self.form, tokens))
+        engine = self.engine
+        state = engine.under(mixes, self.form, tokens) if is_prompt is None else engine.whole(mixes, is_prompt)
+        self._select = self._stack.enter_context(state)
         self._state_id = self.engine.state_id
 
-    def _read(self, sequences: Sequence[SequenceState]) -> None:
-        """Read prompts in one pass and choose their first tokens."""
-        rows, mixes = [one.prompt_ids for one in sequences], [one.mix for one in sequences]
-        tokens = sum(map(len, rows))
-        self._enter(mixes, 0 if self.chunked else tokens)
-        if sequences[0].on_prompt is None:
-            state = self.engine.read(rows, mixes, self._select)
+    def _read(self, group: list[Pending], budget: float) -> None:
+        """Read sequences, or at most ``budget`` tokens of a single one, which then goes to the end of the queue."""
+        first, sequences = group[0], [entry.sequence for entry in group]
+        rows, mixes = [one.token_ids for one in sequences], [one.mix for one in sequences]
+        complete = len(group) > 1 or first.left <= budget or self.engine.batching.recurrent
+        end = len(rows[0]) if complete else first.done + int(budget)
+        tokens = sum(entry.left for entry in group) if complete else int(budget)
+        # a sequence that is read again, alone, has an answer
+        is_prompt = torch.arange(first.done, end) < len(first.sequence.prompt_ids)
+        again = not bool(is_prompt.all()) and not self._same_weights(first.sequence)
+        self._enter(mixes, 0 if self.chunked else tokens, is_prompt[None] if again else None)
+        started, starts = time.perf_counter(), [entry.stored for entry in group]
+        if not complete:
+            stored = first.stored or StoredPrefix(0, DynamicCache(config=self.model.config))
+            with self.engine.batching.part_of(len(rows[0])):
+                logits = read_prefix(self.model, rows[0][first.done : end], stored.cache, all_logits=first.scored)[0]
+            if first.scored:
+                _report_prompt(first.sequence, logits, first.done)
+            first.stored, first.alone = StoredPrefix(end, stored.cache), True
+            self._pending.append(first)
+        elif first.scored or again:  # without the template's prefix
+            state = prefill(self.model, rows, self.engine.pad_id, False, starts, self._select, all_logits=first.scored)
+            for entry, logits in zip(group, () if state.prompt_logits is None else state.prompt_logits, strict=False):
+                _report_prompt(entry.sequence, logits[-entry.left :], entry.done)
+            self.append(sequences, state)
         else:
-            state = prefill(self.model, rows, self.engine.pad_id, share=False, select=self._select, all_logits=True)
-            assert state.prompt_logits is not None
-            for one, logits in zip(sequences, state.prompt_logits, strict=True):
-                _report_prompt(one, logits[-len(one.prompt_ids) :], 0)
-        self.append(sequences, state)
+            state = self.engine.read(rows, mixes, self._select, stored=starts)
+            self.append(sequences, state)
         if self.chunked:
             self.engine.execution.count_step(tokens)
-
-    def _read_chunk(self, budget: int) -> int:
-        """Read up to ``budget`` tokens of the first pending prompt; return their number."""
-        one, cache, done = self._pending[0]
-        ids = one.token_ids
-        chunk = ids[done:] if self.engine.batching.recurrent else ids[done : done + budget]
-        is_prompt = torch.arange(done, done + len(chunk)) < len(one.prompt_ids)
-        if bool(is_prompt.all()) or self._same_weights(one):
-            self._enter([one.mix])
-        else:  # read before
-            self.release()
-            self._stack.enter_context(self.engine.execution.whole([one.mix], is_prompt[None]))
-        self.engine.execution.count_step(len(chunk))
-        scored = one.on_prompt is not None and one.scored < len(one.prompt_ids) - 1
-        if done + len(chunk) < len(ids):
-            with self.engine.batching.part_of(len(ids)):
-                logits = read_prefix(self.model, chunk, cache, all_logits=scored)[0]
-            self._pending[0] = (one, cache, done + len(chunk))
-            if scored:
-                _report_prompt(one, logits, done)
-        else:
-            self._pending.pop(0)
-            start = StoredPrefix(tuple(ids[:done]), cache) if done else None
-            share = self._select is None
-            state = prefill(self.model, [ids], self.engine.pad_id, share, start, all_logits=scored)
-            if state.prompt_logits is not None:
-                _report_prompt(one, state.prompt_logits[0], done)
-            self.append([one], state)
-        return len(chunk)
+            self._speed = max(tokens / (time.perf_counter() - started), 0.9 * self._speed)
 
 
 def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None:
@@ -263,11 +321,6 @@ def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None
         tokens = torch.tensor(following, device=logits.device)
         one.on_prompt(token_logprobs(logits[: len(following)], tokens, one.top_logprobs))
         one.scored = first + len(following)
-
-
-def _parts(sequences: Sequence[SequenceState], limit: float = float("inf")) -> Iterator[list[SequenceState]]:
-    for numbers in by_length([len(one.prompt_ids) for one in sequences], limit):
-        yield [sequences[number] for number in numbers]
 
 
 def by_length(lengths: Sequence[int], limit: float = float("inf")) -> Iterator[list[int]]:

@@ -432,25 +432,29 @@ class Engine:
         mixes: Sequence[Mix],
         select: Select | None,
         start: Sequence[int] | None = None,
+        stored: Sequence[StoredPrefix | None] | None = None,
     ) -> Prefilled:
         """Run prompts through the model with the prefix cache, inside `under` for the same mixtures.
 
         Args:
             rows: token ids. select: as `under` yields it.
             start: prefix to cache; None: the chat template's, or the common prefix of the rows.
+            stored: what was read before of each row, see `prefill`.
         """
         ids = self._common_start(rows) if start is None else list(start)
-        stored, shortest = None, min(map(len, rows))
-        if self.batching.one_regime(rows) and all(len(row) > len(ids) and row[: len(ids)] == ids for row in rows):
+        starts, shortest = list(stored or [None] * len(rows)), min(map(len, rows))
+        begin = self.batching.one_regime(rows) and all(len(row) > len(ids) and row[: len(ids)] == ids for row in rows)
+        if begin and None in starts:
             keys = [(key, self.batching.regime(shortest)) for key in self.execution.prefix_keys(mixes)]
             with self.batching.part_of(shortest):
-                stored = self.prefix_cache.batch(ids, keys, select)
-        return prefill(self.model, rows, self.pad_id, share=select is None, start=stored, select=select)
+                common = self.prefix_cache.batch(ids, keys, select) or starts
+            starts = [own or other for own, other in zip(starts, common, strict=True)]
+        return prefill(self.model, rows, self.pad_id, share=select is None, starts=starts, select=select)
 
     def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
         """Return the longest cached prefix of a prompt that is longer than the chat template's, outside `under`."""
         prefix = self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
-        if prefix is None or len(prefix.ids) < len(self._common_start([list(ids)])) + MIN_GAIN:
+        if prefix is None or prefix.length < len(self._common_start([list(ids)])) + MIN_GAIN:
             return None
         return prefix
 

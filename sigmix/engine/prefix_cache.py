@@ -63,9 +63,9 @@ def left_pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> 
 
 @dataclass
 class StoredPrefix:
-    """Token ids shared by all N prompts of a batch, and their keys and values under each prompt's weights."""
+    """Keys and values of the first ``length`` tokens of a prompt, a cache of one row."""
 
-    ids: tuple[int, ...]
+    length: int
     cache: DynamicCache
 
 
@@ -96,7 +96,7 @@ def prefill(
     rows: Sequence[Sequence[int]],
     pad_id: int,
     share: bool = True,
-    start: StoredPrefix | None = None,
+    starts: Sequence[StoredPrefix | None] | None = None,
     select: Select | None = None,
     all_logits: bool = False,
 ) -> Prefilled:
@@ -105,7 +105,8 @@ def prefill(
     Args:
         rows: N token-id lists, none empty; for images see `sigmix.models.multimodal`.
         share: compute the common prefix once; False if rows have different weights.
-        start: cached prefix of all rows, which are longer, under the same weights; its cache is consumed.
+        starts: what was read before of each row, which is longer, under its weights; that of a single row is consumed.
+            Several rows must be of a model without sliding windows.
         select: restricts the model to some of its rows, if they have different weights.
         all_logits: keep the logits after every token that is not in a prefix.
     """
@@ -113,14 +114,37 @@ def prefill(
     if kind.recurrent:
         return _read_by_length(model, rows, pad_id, select, all_logits)
     cache, shared = DynamicCache(config=model.config), 0
-    if start is not None:
-        cache, shared = start.cache, len(start.ids)
+    if starts is not None and any(starts):
+        cache, shared = _join_starts(cache, rows, starts)
     elif share and kind.one_regime(rows) and _can_share(cache, rows, common_prefix(rows)):
         shared = common_prefix(rows)
         with kind.part_of(min(map(len, rows))):
             read_prefix(model, rows[0][:shared], cache)
         cache.batch_repeat_interleave(len(rows))
+        _shift(cache, [max(map(len, rows)) - len(row) for row in rows])
     return _read(model, rows, pad_id, cache, shared, all_logits)
+
+
+def _join_starts(
+    empty: DynamicCache, rows: Sequence[Sequence[int]], starts: Sequence[StoredPrefix | None]
+) -> tuple[DynamicCache, int]:
+    """Return the beginnings of N rows, which are padded on the left, in one cache, and its number of columns.
+
+    Rows with more in their own cache read the rest of it again.
+    """
+    if len(rows) == 1 and starts[0] is not None:
+        return starts[0].cache, starts[0].length
+    width = max(map(len, rows))
+    columns = width - max(len(row) - (start.length if start else 0) for row, start in zip(rows, starts, strict=True))
+    for number in range(len(empty.layers) if columns else 0):
+        pairs = [(row, keys_and_values(start.cache.layers[number])) for row, start in enumerate(starts) if start]
+        joined = [one.new_zeros(len(rows), one.shape[1], columns, one.shape[3]) for one in pairs[0][1]]
+        for row, pair in pairs:
+            first = width - len(rows[row])
+            for target, one in zip(joined, pair, strict=True):
+                target[row, :, first:] = one[0, :, : max(columns - first, 0)]
+        empty.update(joined[0], joined[1], number)
+    return empty, columns
 
 
 def _read_by_length(
@@ -145,10 +169,9 @@ def _read_by_length(
 def _read(
     model: Any, rows: Sequence[Sequence[int]], pad_id: int, cache: DynamicCache, shared: int, all_logits: bool
 ) -> Prefilled:
-    """Read prompts behind a prefix of ``shared`` tokens that the cache has in every row."""
+    """Read left-padded prompts behind their first ``shared`` columns, which the cache has."""
     device = model.get_input_embeddings().weight.device
     ids, mask = left_pad(rows, pad_id, device)
-    _shift(cache, [ids.shape[1] - len(row) for row in rows])
     positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     if (places := grid_positions(model, rows)) is not None:
@@ -314,7 +337,9 @@ class PrefixCache:
         plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
         return len(ids) >= MIN_SHARED and plain
 
-    def batch(self, ids: Sequence[int], keys: Sequence[Hashable], select: Select | None = None) -> StoredPrefix | None:
+    def batch(
+        self, ids: Sequence[int], keys: Sequence[Hashable], select: Select | None = None
+    ) -> list[StoredPrefix] | None:
         """Return a prefix under each row's weights, computed in the model's present state where it is not cached.
 
         Args:
@@ -322,36 +347,39 @@ class PrefixCache:
             select: restricts the model to some of its rows; None if all rows have the same weights.
 
         Returns:
-            The prefix with a cache of N rows; None if it is not `usable`.
+            The prefix for each row, in the same cache for the same key; None if it is not `usable`.
         """
         if not self.usable(ids):
             return None
         names = [(key, tuple(ids)) for key in keys]
         distinct = list(dict.fromkeys(names))
-        cached = {name: stored[0] for name in distinct if (stored := self.entries.get(name)) is not None}
+        cached = {name: found[0] for name in distinct if (found := self.entries.get(name)) is not None}
         missing = [name for name in distinct if name not in cached]
         if missing:
             computed = self._compute(ids, [names.index(name) for name in missing], select)
             cached |= dict(zip(missing, computed, strict=True))
             for name in missing:
                 self.entries.put(name, (cached[name], False), _nbytes(cached[name]))
-        places = torch.tensor([distinct.index(name) for name in names])
-        cache = DynamicCache(config=self.model.config)
-        for number in range(len(cached[distinct[0]])):
-            keys_, values = (torch.cat([cached[name][number][part] for name in distinct])[places] for part in (0, 1))
-            cache.update(keys_, values, number)
-        return StoredPrefix(tuple(ids), cache)
+        stored = {name: StoredPrefix(len(ids), self._cache_of(entry, len(ids))) for name, entry in cached.items()}
+        return [stored[name] for name in names]
 
     def longest(self, key: Hashable, ids: Sequence[int]) -> StoredPrefix | None:
-        """Return the longest cached proper prefix of a prompt under some weights, with a cache of one row."""
-        names = [name for name, _ in self.entries.items() if name[0] == key and len(name[1]) < len(ids)]
-        name = max((name for name in names if _starts(ids, name[1])), key=lambda name: len(name[1]), default=None)
-        if name is None or (stored := self.entries.get(name)) is None:
+        """Return the longest proper prefix of a prompt with which any entry under some weights begins."""
+        shared = {
+            name: min(common_prefix([ids, (*name[1], -1)]), len(name[1]))
+            for name, _ in self.entries.items()
+            if name[0] == key
+        }
+        name = max(shared, key=shared.__getitem__, default=None)
+        if name is None or not shared[name] or (found := self.entries.get(name)) is None:
             return None
+        return StoredPrefix(shared[name], self._cache_of(found[0], shared[name]))
+
+    def _cache_of(self, entry: Entry, length: int) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        for number, (keys, values) in enumerate(stored[0]):
-            cache.update(keys, values, number)
-        return StoredPrefix(name[1], cache)
+        for number, (keys, values) in enumerate(entry):
+            cache.update(keys[:, :, :length], values[:, :, :length], number)
+        return cache
 
     def put(self, key: Hashable, ids: Sequence[int], entry: Entry) -> None:
         """Store a conversation in place of its earlier turns."""

@@ -55,10 +55,13 @@ class Metrics:
             self._mix_labels.add(mix_id)
         self.mixes.labels(mix_id if mix_id in self._mix_labels else "(others)").inc()
 
-    def on_step(self, batch_size: int, mixes: int, tokens: int) -> None:
+    def on_step(self, batch_size: int, mixes: int) -> None:
         """Record a decoding step."""
         self.batch_size.observe(batch_size)
         self.batch_mixes.observe(mixes)
+
+    def on_tokens(self, tokens: int) -> None:
+        """Count generated tokens."""
         self.tokens.labels("generated").inc(tokens)
 
     def text(self) -> bytes:

