@@ -23,6 +23,7 @@ import torch
 from sigmix.adapt.base import Decision, skills
 from sigmix.adapt.search import SEARCHERS, Searcher
 from sigmix.engine import Engine
+from sigmix.engine.prefix_cache import common_prefix
 from sigmix.engine.scoring import replies_and_logprobs
 from sigmix.engine.tokenization import reply_ids
 from sigmix.errors import ConfigError, UnknownNameError
@@ -287,9 +288,11 @@ class FewShotSearch:
         new = [mix for mix in dict.fromkeys(mixes) if mix.id not in self.values]
         if new:
             count = len(self.examples)
+            # each candidate reads it once
+            start = None if any(one.images for one in self.examples) else self.rows[0][: common_prefix(self.rows)]
             replies, logprobs = replies_and_logprobs(
                 self.engine, self.rows * len(new), self.answers * len(new), [mix for mix in new for _ in range(count)],
-                max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens, start=start, batch_size=self.batch_size,
             )  # fmt: skip
             for place, mix in enumerate(new):
                 part = slice(place * count, (place + 1) * count)

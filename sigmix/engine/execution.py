@@ -29,7 +29,7 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Flat, Layout, Mix
 from sigmix.models.weights import weights_key
 from sigmix.svf.config import SVFConfig
-from sigmix.svf.layer import SVFLinear, prompt_only
+from sigmix.svf.layer import SVFLinear, prompt_only, set_state
 from sigmix.svf.tuner import svf_layers
 from sigmix.utils.lru import LRUCache
 
@@ -374,7 +374,7 @@ def as_base(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
     with _restored(layers):
         for layer in layers.values():
             layer.unmerge()
-            layer._disable_adapters = True
+            set_state(layer, _disable_adapters=True)
         yield
 
 
@@ -420,8 +420,7 @@ def as_rows(
         sizes = [layer.r for layer in layers.values()]
         for layer in layers.values():
             layer.unmerge()
-            layer._disable_adapters = False
-            layer.form = form
+            set_state(layer, _disable_adapters=False, form=form)
 
         def select(rows: list[int] | None) -> None:
             z, gain = (table, gains) if rows is None else (table[rows], gains[rows])
@@ -439,15 +438,14 @@ def as_rows(
 
 @contextmanager
 def _restored(layers: Mapping[str, SVFLinear]) -> Iterator[None]:
-    before = {
-        path: (layer._disable_adapters, layer.form, layer.row_z, layer.answer_row_z) for path, layer in layers.items()
-    }
+    names = ("_disable_adapters", "form", "row_z", "answer_row_z")
+    before = {path: {name: getattr(layer, name) for name in names} for path, layer in layers.items()}
     merged = {path: layer.get_base_layer().weight.data for path, layer in layers.items() if layer._kept is not None}
     try:
         yield
     finally:
         for path, layer in layers.items():
             layer.unmerge()
-            layer._disable_adapters, layer.form, layer.row_z, layer.answer_row_z = before[path]
+            set_state(layer, **before[path])
             if path in merged:
                 layer.place(merged[path])

@@ -73,14 +73,15 @@ def replies_and_logprobs(
     mix: Mixes = None,
     *,
     max_new_tokens: int,
+    start: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> tuple[list[str], list[list[float]]]:
     """Return greedy replies, none if ``max_new_tokens`` is 0, and the log-probability of every token of given answers.
 
-    Prompts are read once for both.
+    Prompts are read once for both, and replies that equal their answers are not decoded if all rows decode alike.
 
     Args:
-        answers: token ids, one answer per prompt, none empty.
+        answers: token ids, one answer per prompt, none empty. start: see `next_logits`.
 
     Raises:
         ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
@@ -100,7 +101,7 @@ def replies_and_logprobs(
         if max_new_tokens or not whole:
             tokens = sum(map(len, rows)) + (sum(map(len, part)) if decoding == mixes else 0)
             with engine.under(mixes, tokens=tokens) as select:
-                state = engine.read(rows, mixes, select)
+                state = engine.read(rows, mixes, select, start)
         if whole:
             with engine.whole(mixes) as select:
                 positions = everywhere if decoding == mixes else functools.partial(prompt_only, engine.layers)
@@ -111,8 +112,16 @@ def replies_and_logprobs(
             if max_new_tokens:
                 params = SamplingParams(max_new_tokens)
                 replies = [SequenceState(row, params, mix) for row, mix in zip(rows, mixes, strict=True)]
+                if select is None:
+                    greedy = ((logits.argmax(-1) == ids) | ~mask).all(1).tolist()
+                    for one, answer, same in zip(replies, part, greedy, strict=True):
+                        ends = [place for place, token in enumerate(answer) if token in engine.eos_token_ids]
+                        if same and len(answer) <= max_new_tokens and ends == [len(answer) - 1]:
+                            one.ids = list(answer)
+                left = [row for row, one in enumerate(replies) if not one.ids]
                 batch = DecodingBatch(engine.model, engine.eos_token_ids, select, whole=engine.execution.whole)
-                batch.run(replies, state)
+                if left:
+                    batch.run([replies[row] for row in left], state.select(left))
                 decoder = token_decoder(engine.tokenizer)
                 texts += [decoder.decode(one.ids, end=engine.eos_token_ids) for one in replies]
         scores = logits.float()

@@ -131,7 +131,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
     def set_rows(self, z: torch.Tensor, gain: torch.Tensor) -> None:
         """Set ``row_z`` [B, r] together with z - 1 in the weight's dtype, so that forward does not recompute it."""
-        self.row_z, self.answer_row_z, self._row_gain = z, None, (z, gain)
+        set_state(self, row_z=z, answer_row_z=None, _row_gain=(z, gain))
 
     # ---------------------------------------------------------------------- weight and factors
 
@@ -267,7 +267,8 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         if self._kept is not None:
             self.get_base_layer().weight.data = self._kept
             self._kept = None
-        self.merged_adapters = []
+        if self.merged_adapters:
+            self.merged_adapters = []
 
     # ---------------------------------------------------------------------- forward
 
@@ -390,3 +391,10 @@ def prompt_only(layers: Mapping[str, SVFLinear], mask: bool | torch.Tensor) -> I
     finally:
         for layer, value in before:
             layer.prompt_mask = value
+
+
+def set_state(layer: SVFLinear, **state: object) -> None:
+    """Set attributes that are no parameters, buffers or modules, without `torch.nn.Module`'s checks: in a switch of
+    hundreds of layers they take most of the time.
+    """
+    vars(layer).update(state)

@@ -33,7 +33,7 @@ def test_engine_fails_if_the_answers_differ(home, bank, monkeypatch):
 
 def test_search(home, bank):
     result = search.run(repeats=1, base=str(home.base), population=3, shots=2, bank=bank)
-    assert set(result["ratios"]) == {"speedup_vs_swap"}
+    assert set(result["ratios"]) == {"speedup_vs_swap", "speedup_vs_swap_all"}
     assert 0 <= result["raw"]["largest_loglik_difference"] <= search.TOLERANCE[result["device"]["dtype"]]
     assert len(result["raw"]["seconds"]["mixed"]) == 1
 
@@ -61,7 +61,9 @@ def test_pass1_leaves_out_what_the_bank_has_nothing_for(home, bank):
 @pytest.mark.slow
 def test_mixed(home, bank):
     result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank, count=6)
-    assert set(result["ratios"]) == {*mixed.AIMS, "new_vs_base", "vs_peft_lora_32"}
+    assert set(result["ratios"]) == {
+        *mixed.AIMS, "exact_all_vs_base", "new_all_vs_base", "decode_exact_all_vs_base", "vs_peft_lora_32"
+    }  # fmt: skip
     assert 0 <= result["raw"]["truncated_kl"] < 1
     assert len(set(result["raw"]["mixes"])) == 9
     assert result["raw"]["least_cosine"]["float32"] >= mixed.LEAST_COSINE["float32"]

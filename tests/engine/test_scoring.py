@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers_engine import TOLERANCE, alone, expert, rows
@@ -48,6 +50,29 @@ def test_replies_and_answers_logprobs_are_those_of_each_row_alone(made, mixes):
         assert one == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     for one, again in zip(found, made.score(PROMPTS, ANSWERS, mixes), strict=True):
         assert again == pytest.approx(one, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+def test_replies_that_equal_their_answers_are_not_decoded(made, positions):
+    """Nor does an end token inside an answer, or an answer longer than a reply may be, count as one."""
+    made.execution.bank = {name: replace(one, meta={"positions": positions}) for name, one in made.bank.items()}
+    (first,) = made.generate(PROMPTS[:1], MIXES[:1], max_new_tokens=3)
+    made.eos_token_ids = [first.ids[-1]]
+    ended = first.ids[: first.ids.index(first.ids[-1]) + 1]
+    whole = [made.generate([row], mix, max_new_tokens=5)[0] for row, mix in zip(PROMPTS, MIXES, strict=True)]
+    assert whole[0].ids == ended
+    answers = [ended, [*ended, 7], whole[2].ids[:2], [made.eos_token_ids[0], *ended]]
+    rows_read = []
+    hook = made.model.register_forward_pre_hook(
+        lambda _, __, given: rows_read.append(len(given["input_ids"])), with_kwargs=True
+    )
+    texts, _ = replies_and_logprobs(made, PROMPTS, answers, MIXES, max_new_tokens=5)
+    hook.remove()
+    assert texts == [one.text for one in whole]
+    if positions == "prompt":
+        assert rows_read[-1] < 4
+    short = replies_and_logprobs(made, PROMPTS[:1], [ended], MIXES[:1], max_new_tokens=1)[0]
+    assert short == [made.generate(PROMPTS[:1], MIXES[:1], max_new_tokens=1)[0].text]
 
 
 @pytest.mark.parametrize("mix", [Mix.base(), Mix.one("math"), MIXES])
