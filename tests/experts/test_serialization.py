@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers_experts import adapted, made
+from helpers_experts import adapted, at, made
 from helpers_tiny import build_tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sigmix.errors import ExpertError, FingerprintError
-from sigmix.experts.expert import Expert
+from sigmix.experts.expert import Expert, seal
 from sigmix.experts.serialization import dump
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -183,6 +183,41 @@ def test_schema_versions(folder):
 def test_keys_that_must_be_there(folder, key):
     edit_json(folder / "sigmix.json", **{key: None})
     refused(folder, f"no '{key}'")
+
+
+@pytest.mark.parametrize("odd", ["promt", "ALL", "", 1, True, ["prompt"], {"prompt": True}])
+@pytest.mark.parametrize("file", ["adapter_config.json", "sigmix.json"])
+def test_odd_positions_name_file_and_value(folder, plain, file, odd):
+    edit_json(folder / file, positions=odd)
+    refused(folder, "'positions' must be 'all' or 'prompt', not ")
+    if file == "adapter_config.json":
+        edit_json(plain / file, positions=odd)
+        refused(plain, "'positions' must be 'all' or 'prompt', not ")
+
+
+def test_files_that_disagree_on_the_positions(tiny_llama, tmp_path, folder):
+    edit_json(folder / "adapter_config.json", positions="prompt")
+    refused(folder, r"'prompt' in adapter_config\.json, but 'all' in sigmix\.json")
+    sealed = at("prompt", made(tiny_llama)).save_pretrained(tmp_path / "prompts")
+    edit_json(sealed / "adapter_config.json", positions=None)
+    refused(sealed, r"'all' in adapter_config\.json, but 'prompt' in sigmix\.json")
+    edit_json(sealed / "sigmix.json", positions=None)  # both changed: the checksum holds the positions too
+    refused(sealed, "checksum")
+
+
+def test_positions_survive_and_are_part_of_the_digest(tiny_llama, tmp_path, folder, plain):
+    everywhere = Expert.from_pretrained(folder)
+    edit_json(folder / "adapter_config.json", positions=None)  # as folders were written before there were positions
+    edit_json(folder / "sigmix.json", positions=None)
+    assert Expert.from_pretrained(folder).digest == everywhere.digest
+    assert Expert.from_pretrained(folder).positions == "all"
+    prompts = at("prompt", everywhere)
+    assert prompts.digest != everywhere.digest
+    assert Expert.from_pretrained(prompts.save_pretrained(tmp_path / "prompts")) == prompts
+    edit_json(plain / "adapter_config.json", positions="prompt")
+    assert Expert.from_pretrained(plain).positions == "prompt"
+    assert seal(plain, build_tiny()).positions == "prompt"
+    assert Expert.from_pretrained(plain, base=build_tiny()).positions == "prompt"
 
 
 def test_a_name_that_leads_elsewhere(folder):

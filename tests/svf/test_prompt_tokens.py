@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -298,9 +299,12 @@ def test_weighted_adapters_keep_the_positions_and_have_one_kind(tiny):
 
 
 @pytest.mark.parametrize("odd", ["promt", "Prompt", "", None, 1, ["prompt"], True])
-def test_odd_positions_are_named(odd):
+def test_odd_positions_are_named(odd, tmp_path):
     with pytest.raises(ConfigError, match=r"'all' or 'prompt', not"):
         SVFConfig(positions=odd)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SVF", "positions": odd}))
+    with pytest.raises(ConfigError, match=r"'all' or 'prompt', not"):
+        PeftConfig.from_pretrained(tmp_path)
 
 
 def test_passes_that_cannot_be_divided_are_refused(tiny):
