@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers
 from helpers_engine import answer_scores as scores
-from helpers_engine import dense
+from helpers_engine import dense, expert, rows
+from helpers_experts import at
 from helpers_svf import IDS, logits, randomise, weights
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch.testing import assert_close
 
+from sigmix.engine import Engine
 from sigmix.errors import ConfigError
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.layer import prompt_only
@@ -333,3 +335,19 @@ def test_passes_that_cannot_be_divided_are_refused(tiny):
     with pytest.raises(ConfigError, match="encoder"):
         get_peft_model(encoder, SVFConfig(positions="prompt"))
     get_peft_model(encoder, SVFConfig())
+
+
+def test_an_engine_on_the_model_reads_by_its_own_rules(tiny, tiny_tokenizer):
+    """Prefixes that rows share, chunks of prompts and answers behind a cache, under mixtures of both kinds."""
+    bank = {name: expert(tiny(), name, seed) for seed, name in enumerate(("math", "word"), 1)}
+    bank["word"] = at("prompt", bank["word"])
+    prompts, mixes = rows([30, 40, 35, 12], shared=10), ["math", "word", "math:0.5+word:0.5", "base"]
+    engines = [Engine(model, tiny_tokenizer, bank) for model in (tiny(), adapt(tiny(), task_type="CAUSAL_LM"))]
+    first, second = (engine.generate(prompts, mixes, max_new_tokens=6) for engine in engines)
+    assert [one.ids for one in first] == [one.ids for one in second]
+    same = [engine.generate(prompts, "word", max_new_tokens=6) for engine in engines]
+    assert [one.ids for one in same[0]] == [one.ids for one in same[1]]
+    answers = [one.ids for one in first]
+    assert_close(*(torch.tensor(engine.score(prompts, answers, mixes)) for engine in engines), rtol=1e-4, atol=1e-4)
+    streams = ["".join(engine.stream(prompts[0], "word", max_new_tokens=6)) for engine in engines]
+    assert streams[0] == streams[1]
