@@ -359,6 +359,12 @@ def gain_only(layers: Mapping[str, SVFLinear]) -> bool:
     return any(layer.gain_only for layer in layers.values())
 
 
+def merging_pays(layers: Mapping[str, SVFLinear], tokens: int) -> bool:
+    """Return True if reading ``tokens`` tokens in the factored form adds more multiply-adds than W'(z) takes."""
+    sizes = [(layer.r, layer.out_features, layer.in_features) for layer in layers.values()]
+    return tokens * sum(r * (m + n) - m * n for r, m, n in sizes) > sum(r * m * n for r, m, n in sizes)
+
+
 def merged_weights(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Compose W'(z) by path, for the layers where z [r] differs from 1."""
     return {

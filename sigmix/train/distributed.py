@@ -406,7 +406,7 @@ class ShardedPolicy(SVFPolicy):
         return Expert(name, self.z(), {**meta, "positions": self.positions}).sealed(self.base)
 
     @contextmanager
-    def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+    def acting(self, z: Mapping[str, torch.Tensor] | None = None, tokens: int | None = None) -> Iterator[None]:
         """Apply the policy's z, or another one, for inference; returns when all processes have finished.
 
         A process with fewer passes than the others (shorter completions) runs empty ones along, since every pass is
