@@ -370,8 +370,6 @@ class ShardedPolicy(SVFPolicy):
         self.digests = {"base": fingerprint(base)}
         self._announcing = False
         super().__init__(base, config)
-        for layer in self.layers.values():
-            layer.form = "gain"
         processes.collective_forward = True
 
     def _inject(self, base: nn.Module, config: SVFConfig) -> PeftModel:
@@ -417,17 +415,13 @@ class ShardedPolicy(SVFPolicy):
             for path, parameter in self.parameters().items():
                 parameter.data = own[path] if z is None else z[path].to(own[path])
             self._announcing = True
-            yield
+            with self.learning():
+                yield
             self._run_along()
         finally:
             self._announcing = False
             for path, parameter in self.parameters().items():
                 parameter.data = own[path]
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Apply the policy's z with gradients."""
-        yield
 
     def _announce(self, *_: Any) -> None:
         if self._announcing:

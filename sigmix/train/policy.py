@@ -144,7 +144,7 @@ class SVFPolicy:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Apply the policy's z with gradients."""
-        form = "gain" if gain_only(self.layers) else "factored"
+        form = "gain" if self.sharded or gain_only(self.layers) else "factored"
         for layer in self.layers.values():
             layer.form = form
         with prompt_only(self.layers, True):  # the passes are divided here, not by `sigmix.svf.prompt_tokens`
