@@ -65,6 +65,7 @@ class SVFPolicy:
 
     Attributes:
         sharded: True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
+        positions: see `TrainConfig`.
     """
 
     sharded = False
