@@ -23,6 +23,14 @@ def same_dtype() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_compiler() -> Iterator[None]:
+    """Servers start no compiler; tests of compiled decode steps do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGMIX_SERVE_COMPILE", "false")
+        yield
+
+
 @pytest.fixture
 def tiny() -> Callable:
     """Factory: ``tiny("qwen3", seed=1, num_hidden_layers=3)`` -> model. Architectures: ``ARCHITECTURES``."""

@@ -21,7 +21,9 @@ group = typer.Typer(
 )
 app.add_typer(group, name="cache")
 
-KIND = typer.Option("all", help="models, svd (decompositions), downloads, banks (of the hub), vllm (adapters) or all.")
+KIND = typer.Option(
+    "all", help="models, svd (decompositions), downloads, banks (of the hub), vllm (adapters), compiled or all."
+)
 
 
 @group.command("list", epilog="Example: sigmix cache list --kind svd")

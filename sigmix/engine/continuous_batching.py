@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -130,7 +130,7 @@ class ContinuousBatch(DecodingBatch):
 
     def _same_weights(self, one: SequenceState) -> bool:
         """Return True if a sequence's prompt and answer are computed with the same weights."""
-        return self.engine.execution.decodes_alike(one.mix)
+        return self.engine.execution.decoding(one.mix) == one.mix
 
     @torch.no_grad()
     def step(self) -> None:
@@ -160,8 +160,7 @@ class ContinuousBatch(DecodingBatch):
             )
         with self._recovering():
             if self._rows is None or self.engine.execution.count_step(len(self.sequences)):
-                decoding = [self.engine.execution.decoding(one.mix) for one in self.sequences]
-                self._enter(decoding, decoding=True)
+                self._enter([self.engine.execution.decoding(one.mix) for one in self.sequences])
                 self._rows = list(range(len(self.sequences)))
             super().step()
             self._failed = False
@@ -271,15 +270,16 @@ class ContinuousBatch(DecodingBatch):
     def _regime(self, entry: Pending) -> bool:
         return self.engine.batching.regime(entry.done + entry.left)
 
-    def _enter(
-        self, mixes: Sequence[Mix], tokens: int = 0, is_prompt: torch.Tensor | None = None, decoding: bool = False
-    ) -> None:
+    def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        step = self.engine.decode_step
+        if step is not None and self.engine.execution.form != "truncated" and step.ready:
+            return step(inputs, self.kv_cache)
+        return super()._logits(inputs)
+
+    def _enter(self, mixes: Sequence[Mix], tokens: int = 0, is_prompt: torch.Tensor | None = None) -> None:
         self.release()
         engine = self.engine
-        if is_prompt is None:
-            state = engine.under(mixes, self.form, tokens, decoding)
-        else:
-            state = engine.whole(mixes, is_prompt)
+        state = engine.under(mixes, self.form, tokens) if is_prompt is None else engine.whole(mixes, is_prompt)
         self._select = self._stack.enter_context(state)
         self._state_id = self.engine.state_id
 

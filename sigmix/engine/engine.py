@@ -14,6 +14,7 @@ from sigmix.engine import scoring
 from sigmix.engine.base import Prompt
 from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.cpu_kernels import PACKED_BYTES, contiguous_head
+from sigmix.engine.decode_step import DecodeStep
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.execution import MERGED_BYTES, Execution
 from sigmix.engine.generation import Generation, SamplingParams, SequenceState, choice_seed
@@ -59,15 +60,14 @@ class Engine:
         keep_merged: bytes of merged weights to cache.
         keep_packed: bytes of packed weights, which speed up half precision on a CPU; 0: none.
         keep_prefixes: bytes of the prefix cache.
-        decode_weights: "int8": decode the base, and experts with positions "prompt", with 8-bit copies of the base's
-            weights; prompts and scores keep its own. See `sigmix.engine.int8`.
+        compile: decode with a compiled step on a CPU, from the cache or compiled in the background, see `DecodeStep`.
 
     Raises:
         BaseModelError: an architecture that is not supported.
-        ConfigError: decode weights that this base or this machine cannot have.
 
     Attributes:
         batching: padding and cache that the model supports, see `Batching`.
+        decode_step: compiled decode step; None without ``compile``.
         eos_token_ids: tokens that end a completion.
         state_id: changes whenever the adapted layers are switched.
     """
@@ -80,12 +80,11 @@ class Engine:
         keep_merged: int = MERGED_BYTES,
         keep_packed: int = PACKED_BYTES,
         keep_prefixes: int = PREFIX_BYTES,
-        decode_weights: str | None = None,
+        compile: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batching = batching(model)
-        experts = bank if bank is not None else {}
-        self.execution = Execution(model, experts, keep_merged, keep_packed, decode_weights)
+        self.execution = Execution(model, bank if bank is not None else {}, keep_merged, keep_packed)
         self.layers = self.execution.layers
         self.prefix_cache = PrefixCache(model, keep_prefixes)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
@@ -94,6 +93,7 @@ class Engine:
         self.state_id = 0
         self._template: list[int] | None = None
         contiguous_head(model)
+        self.decode_step = DecodeStep(model) if compile else None
 
     # ------------------------------------------------------------------ prompts and mixtures
 
@@ -412,11 +412,9 @@ class Engine:
     # ------------------------------------------------------------------ state and prefix cache
 
     @contextmanager
-    def under(
-        self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0, decoding: bool = False
-    ) -> Iterator[Select | None]:
+    def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
         """Compute row b of a batch under ``mixes[b]`` inside this context, see `Execution.under`."""
-        with self._switched(), self.execution.under(mixes, form, tokens, decoding) as select:
+        with self._switched(), self.execution.under(mixes, form, tokens) as select:
             yield select
 
     @contextmanager

@@ -196,6 +196,8 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int = 0) -> 
     scores = logits.float()
     normalizer = scores.logsumexp(-1, keepdim=True)
     chosen = (scores.gather(-1, tokens[:, None]) - normalizer)[:, 0].tolist()
+    if not top:
+        return [(logprob, []) for logprob in chosen]
     best = scores.topk(min(top, scores.shape[-1]))
     values = (best.values - normalizer).tolist()
     most = [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), values, strict=True)]
@@ -348,11 +350,15 @@ class DecodingBatch:
             if not self.sequences:
                 return
         tokens = torch.tensor(self._next, device=self.kv_cache.lengths.device)
-        logits = self.model(**self.kv_cache.inputs(tokens)).logits[:, -1]
+        logits = self._logits(self.kv_cache.inputs(tokens))
         self.kv_cache.advance()
         self._next = self._choose(self.sequences, logits)
         if finished := [one for one in self.sequences if one.finish]:
             self.remove(finished)
+
+    def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the logits [N, V] of a forward pass, see `BatchKVCache.inputs`."""
+        return self.model(**inputs).logits[:, -1]
 
     def _read_crossing(self, threshold: int) -> None:
         """Read sequences again that grow beyond a threshold of the rotary embedding, and choose their next tokens."""
@@ -464,7 +470,6 @@ def complete(
     num_generations: int = 1,
     trie: TokenTrie | None = None,
     prompt_only: PromptOnly = everywhere,
-    state: Prefilled | None = None,
 ) -> list[SequenceState]:
     """Generate ``num_generations`` completions of each prompt with a model in its present adapted state.
 
@@ -472,7 +477,6 @@ def complete(
         prompts: N token-id lists. params: for all, or one for each of the N·num_generations completions.
         trie: see `DecodingBatch`.
         prompt_only: state of the model by the mask of prompt tokens.
-        state: the prompts if they were read before; consumed.
 
     Returns:
         The finished sequences, those of one prompt side by side.
@@ -482,7 +486,7 @@ def complete(
     sequences = [
         SequenceState(list(prompts[row // num_generations]), one) for row, one in zip(range(count), each, strict=True)
     ]
-    state = (state or prefill(model, prompts, pad_id)).repeat(num_generations)
+    state = prefill(model, prompts, pad_id).repeat(num_generations)
     with prompt_only(False):
         batch = DecodingBatch(model, eos_token_ids, trie=trie, whole=lambda _, is_prompt: prompt_only(is_prompt))
         batch.run(sequences, state)

@@ -105,6 +105,11 @@ class Batching:
         """Return True if all rows are on the same side of the threshold."""
         return self.threshold is None or len({self.regime(len(row)) for row in rows}) == 1
 
+    @property
+    def varying(self) -> bool:
+        """True if rotary frequencies depend on the length of a row."""
+        return bool(self._rotary)
+
     @contextmanager
     def part_of(self, length: int) -> Iterator[None]:
         """Compute rows as parts of rows with at least ``length`` tokens inside this context."""

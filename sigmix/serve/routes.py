@@ -294,10 +294,11 @@ async def feedback(body: FeedbackRequest, service: ServiceDep, key: KeyDep) -> d
 
 @router.get("/health")
 async def health(service: ServiceDep) -> Response:
-    """Return 200 once the server accepts requests, else 503."""
+    """Return 200 once the server accepts requests, else 503; and whether a compiled decode step is in use."""
     stopped = "closing" if service.closing else "failed" if service.started else "starting"
     status = "ok" if service.ready else stopped
-    return JSONResponse({"status": status}, 200 if service.ready else 503)
+    step = service.engine.decode_step
+    return JSONResponse({"status": status, "compiled": step is not None and step.active}, 200 if service.ready else 503)
 
 
 # --- Administration

@@ -83,7 +83,7 @@ class Service:
         self.store = Store(settings.state)
         self.registry = ModelRegistry(bank, self.store, settings.expert_folders)
         self.engine = SharedEngine(
-            model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, decode_weights=settings.decode_weights
+            model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, compile=settings.compile
         )
         if settings.form == "truncated":
             self.engine.truncation = bank_truncation(self.engine)

@@ -35,13 +35,13 @@ class Settings(BaseSettings):
     basis: Literal["own", "original"] = Field(
         "own", description="SVD basis of a quantized base model: own, or original for experts of the unquantized one."
     )
-    decode_weights: Literal["int8"] | None = Field(
-        None, description="Decode the base, and experts of prompt positions, with 8-bit copies of its weights: int8."
-    )
     bank: Path | None = Field(None, description="Folder or hub collection of experts. Default: the bundled bank.")
     strategy: str = Field("auto", description="Strategy of the model `auto`: A, B, D, bandit or auto.")
     form: Literal["exact", "truncated"] = Field(
         "exact", description="Computation of batches with several mixtures: exact or truncated."
+    )
+    compile: bool = Field(
+        True, description="Compile decoding in the background, a minute or two once for a model and machine (CPU)."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model. Default: all cores.")
     state: Path = Field(

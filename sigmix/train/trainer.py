@@ -223,9 +223,8 @@ class Trainer:
             return self.actor.decode(self.actor.generate(part, self.max_new_tokens))
 
         def work() -> Result:
-            part = samples[self.processes.share(len(samples))]
-            with self.policy.acting(z, len(part) * self.max_new_tokens):
-                return evaluate(self.task, part, replies)
+            with self.policy.acting(z):
+                return evaluate(self.task, samples[self.processes.share(len(samples))], replies)
 
         parts = self.processes.gather(work, self.policy.sharded)
         return Result(self.task.name, [item for part in parts for item in part.items])

@@ -180,7 +180,7 @@ def test_cancelled_adaptation(server):
 
 
 def test_health_and_metrics(server):
-    assert server.call("GET", "/health")[:2] == (200, {"status": "ok"})
+    assert server.call("GET", "/health")[:2] == (200, {"status": "ok", "compiled": False})
     server.chat(model="math")
     status, text, _ = server.call("GET", "/metrics")
     assert status == 200
@@ -214,7 +214,7 @@ def test_tokenizer(server, alone):
 def test_health_reports_a_scheduler_that_died(tmp_path, monkeypatch):
     monkeypatch.setenv("SIGMIX_CACHE", str(tmp_path / "cache"))
     with serving(tmp_path) as server:
-        assert server.call("GET", "/health")[:2] == (200, {"status": "ok"})
+        assert server.call("GET", "/health")[:2] == (200, {"status": "ok", "compiled": False})
         scheduler = server.service.scheduler
 
         def broken(*_, **__):
@@ -224,4 +224,4 @@ def test_health_reports_a_scheduler_that_died(tmp_path, monkeypatch):
         for _ in range(2):
             status, found = server.chat()
             assert (status, found["error"]["code"]) == (500, "internal")
-        assert server.call("GET", "/health")[:2] == (503, {"status": "failed"})
+        assert server.call("GET", "/health")[:2] == (503, {"status": "failed", "compiled": False})
