@@ -338,7 +338,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.ensure_factors()
         run = self._factored if self.form == "factored" else lambda x, z, _: self._gain(x, z - 1)
         other = self.base_layer(x) if answer_z is None else run(x, answer_z, None)
-        return torch.where(mask.reshape(*x.shape[:-1], 1), run(x, z, None), other)
+        return torch.where(mask.to(x.device).reshape(*x.shape[:-1], 1), run(x, z, None), other)
 
     def _z_of_rows(self, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         one = torch.ones(self.r, device=x.device)
