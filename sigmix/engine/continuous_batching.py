@@ -34,7 +34,7 @@ CHUNK_TOKENS = 512
 MIN_CHUNK_TOKENS = 64
 """Prompt tokens of one pass between two decoding steps, at least: fewer take little less time."""
 
-PAUSE = 0.1
+PAUSE = 0.08
 """Seconds of reading prompts between two decoding steps, about. A step of 32 rows takes as long (two cores, default
 base), so running sequences keep half their speed at worst. A number of tokens would fit one base on one machine."""
 
@@ -246,7 +246,9 @@ class ContinuousBatch(DecodingBatch):
             return float("inf")
         if not self.sequences:
             return CHUNK_TOKENS
-        return min(max(PAUSE * self._speed, MIN_CHUNK_TOKENS), CHUNK_TOKENS)
+        # up to twice as long while more sequences wait for a pause than suffer from it
+        pause = PAUSE * min(max(len(self._pending) / len(self.sequences), 1), 2)
+        return min(max(pause * self._speed, MIN_CHUNK_TOKENS), CHUNK_TOKENS)
 
     def _take(self, budget: float) -> list[Pending]:
         """Remove and return the sequences of the next pass: the first one, and others that fit, in order.

@@ -448,20 +448,18 @@ class Engine:
         """
         ids = self._common_start(rows) if start is None else list(start)
         starts, shortest = list(stored or [None] * len(rows)), min(map(len, rows))
+        enough = [one is not None and one.length >= len(ids) for one in starts]
         begin = self.batching.one_regime(rows) and all(len(row) > len(ids) and row[: len(ids)] == ids for row in rows)
-        if begin and None in starts:
+        if begin and not all(enough):
             keys = [(key, self.batching.regime(shortest)) for key in self.execution.prefix_keys(mixes)]
             with self.batching.part_of(shortest):
                 common = self.prefix_cache.batch(ids, keys, select) or starts
-            starts = [own or other for own, other in zip(starts, common, strict=True)]
+            starts = [own if kept else other for own, other, kept in zip(starts, common, enough, strict=True)]
         return prefill(self.model, rows, self.pad_id, share=select is None, starts=starts, select=select)
 
     def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
-        """Return the longest cached prefix of a prompt that is longer than the chat template's, outside `under`."""
-        prefix = self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
-        if prefix is None or prefix.length < len(self._common_start([list(ids)])) + MIN_GAIN:
-            return None
-        return prefix
+        """Return the longest cached prefix of a prompt, outside `under`."""
+        return self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
 
     def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
         """Cache keys and values that were computed under a mixture, outside `under`."""

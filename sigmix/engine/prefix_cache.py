@@ -371,7 +371,7 @@ class PrefixCache:
             if name[0] == key
         }
         name = max(shared, key=shared.__getitem__, default=None)
-        if name is None or not shared[name] or (found := self.entries.get(name)) is None:
+        if name is None or shared[name] < MIN_SHARED or (found := self.entries.get(name)) is None:
             return None
         return StoredPrefix(shared[name], self._cache_of(found[0], shared[name]))
 
