@@ -167,15 +167,19 @@ def open_model_of(
 
 def open_engine(
     base: str, bank: Bank | None, mixes: Sequence[Mix] = (), quantization: str | None = None, basis: str = "own",
-    device_map: str | None = None, compile: bool = False,
+    device_map: str | None = None, decode_weights: str | None = None, compile: bool = False,
 ) -> Engine:  # fmt: skip
     """Return an `Engine` on a base model; the experts in ``mixes`` are checked against the base model at once."""
+    if decode_weights is not None:
+        from sigmix.engine.int8 import check_decode_weights
+
+        check_decode_weights(decode_weights, quantization)
     model, tokenizer = open_base(base, None, quantization, basis, device_map)
     with working("checking the experts"):
         from sigmix.engine import Engine
         from sigmix.experts.mix import answer_note
 
-        engine = Engine(model, tokenizer, bank, compile=compile)
+        engine = Engine(model, tokenizer, bank, decode_weights=decode_weights, compile=compile)
         for mix in mixes:
             engine.z(mix)
     for mix in dict.fromkeys(mixes):

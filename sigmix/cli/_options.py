@@ -29,6 +29,9 @@ DEVICE_MAP = typer.Option(
 BASIS = typer.Option(
     "own", help="SVD basis of a quantized base model: own, or original for experts of the unquantized one."
 )
+DECODE_WEIGHTS = typer.Option(
+    None, help="int8: decode the base, and experts of prompt positions, with 8-bit copies of the base's weights."
+)
 COMPILE = typer.Option(
     False, "--compile", help="Compile decoding on a CPU, in the background, or use what was compiled before."
 )

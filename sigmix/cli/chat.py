@@ -45,6 +45,7 @@ def chat(
     quantization: str = shared.QUANTIZATION,
     basis: str = shared.BASIS,
     device_map: str = shared.DEVICE_MAP,
+    decode_weights: str = shared.DECODE_WEIGHTS,
     compile: bool = shared.COMPILE,
     bank: Path = shared.BANK,
     **sampling: Any,
@@ -61,7 +62,7 @@ def chat(
     from sigmix.experts.mix import Mix, read_mix
 
     first = Mix.base() if mix == "auto" else read_mix(mix, experts)
-    engine = open_engine(base, experts, [first], quantization, basis, device_map, compile=compile)
+    engine = open_engine(base, experts, [first], quantization, basis, device_map, decode_weights, compile)
     options = {"max_new_tokens": max_new_tokens, "do_sample": sampling["temperature"] > 0, **sampling}
     engine.check_params(SamplingParams(**options))
     session = Session(engine, first, strategy, options, seed, single_turn, system)

@@ -43,6 +43,7 @@ def evaluate(
     quantization: str = shared.QUANTIZATION,
     basis: str = shared.BASIS,
     device_map: str = shared.DEVICE_MAP,
+    decode_weights: str = shared.DECODE_WEIGHTS,
     compile: bool = shared.COMPILE,
     bank: Path = shared.BANK,
     as_json: bool = shared.JSON,
@@ -56,7 +57,7 @@ def evaluate(
         raise ConfigError("--mix and --expert cannot be combined with --strategy or --dispatch")
     unused = {
         "quantization": quantization, "basis": basis != "own", "device-map": device_map, "compile": compile,
-        "temperature": temperature, "max-new-tokens": dispatch and max_new_tokens,
+        "decode-weights": decode_weights, "temperature": temperature, "max-new-tokens": dispatch and max_new_tokens,
     }  # fmt: skip
     for option in [option for option, given in unused.items() if given and (dispatch or strategy)]:
         raise ConfigError(f"--{option} cannot be combined with {'--dispatch' if dispatch else '--strategy'}")
@@ -72,7 +73,7 @@ def evaluate(
     loaded.score(samples[0], "")  # fails early if the task must not execute programs
     if out is not None:
         check_output(out, "summary.json")
-    engine = open_engine(base, experts, mixes, quantization, basis, device_map, compile=compile)
+    engine = open_engine(base, experts, mixes, quantization, basis, device_map, decode_weights, compile)
 
     from sigmix.evals.accuracy import run, save
 

@@ -46,6 +46,7 @@ def generate(
     quantization: str = shared.QUANTIZATION,
     basis: str = shared.BASIS,
     device_map: str = shared.DEVICE_MAP,
+    decode_weights: str = shared.DECODE_WEIGHTS,
     compile: bool = shared.COMPILE,
     bank: Path = shared.BANK,
     as_json: bool = shared.JSON,
@@ -62,7 +63,7 @@ def generate(
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     images = _images(image, len(prompts))
     explicit, experts = open_mixes([text for text in texts if text != "auto"], bank, "auto" in texts)
-    engine = open_engine(base, experts, explicit, quantization, basis, device_map, compile=compile)
+    engine = open_engine(base, experts, explicit, quantization, basis, device_map, decode_weights, compile)
 
     from sigmix.adapt.two_pass import TwoPass
 

@@ -28,12 +28,14 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     Settings come from options, then environment variables (SIGMIX_SERVE_…), then the TOML file, then defaults.
     """
     with importing():
+        from sigmix.engine.int8 import check_decode_weights
         from sigmix.serve import Server, Service, load_settings
         from sigmix.serve.observability import configure_logging
         from sigmix.tasks.graders import GRADERS
 
     settings = load_settings(config, **{name: None if value == [] else value for name, value in flags.items()})
     configure_logging(settings.log_level, settings.log_format)
+    check_decode_weights(settings.decode_weights, settings.quantization)
     bank = open_bank(settings.bank)
     model, tokenizer = open_base(
         settings.base, settings.dtype, settings.quantization, settings.basis, settings.device_map

@@ -130,7 +130,7 @@ class ContinuousBatch(DecodingBatch):
 
     def _same_weights(self, one: SequenceState) -> bool:
         """Return True if a sequence's prompt and answer are computed with the same weights."""
-        return self.engine.execution.decoding(one.mix) == one.mix
+        return self.engine.execution.decodes_alike(one.mix)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -160,7 +160,8 @@ class ContinuousBatch(DecodingBatch):
             )
         with self._recovering():
             if self._rows is None or self.engine.execution.count_step(len(self.sequences)):
-                self._enter([self.engine.execution.decoding(one.mix) for one in self.sequences])
+                decoding = [self.engine.execution.decoding(one.mix) for one in self.sequences]
+                self._enter(decoding, decoding=True)
                 self._rows = list(range(len(self.sequences)))
             super().step()
             self._failed = False
@@ -278,10 +279,15 @@ class ContinuousBatch(DecodingBatch):
             return step(inputs, self.kv_cache)
         return super()._logits(inputs)
 
-    def _enter(self, mixes: Sequence[Mix], tokens: int = 0, is_prompt: torch.Tensor | None = None) -> None:
+    def _enter(
+        self, mixes: Sequence[Mix], tokens: int = 0, is_prompt: torch.Tensor | None = None, decoding: bool = False
+    ) -> None:
         self.release()
         engine = self.engine
-        state = engine.under(mixes, self.form, tokens) if is_prompt is None else engine.whole(mixes, is_prompt)
+        if is_prompt is None:
+            state = engine.under(mixes, self.form, tokens, decoding)
+        else:
+            state = engine.whole(mixes, is_prompt)
         self._select = self._stack.enter_context(state)
         self._state_id = self.engine.state_id
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sigmix.engine.int8 import int8_linear, quantize
+from sigmix.models.multimodal import backbone
 from sigmix.models.weights import is_quantized, weights_key
 from sigmix.svf.functional import scaled
 from sigmix.svf.layer import SVFLinear
@@ -109,13 +111,16 @@ class Packing:
         layers: adapted layers of the model.
         budget: bytes of copies of the base's weights and factors; none are made if they would not fit. Packed merged
             weights count as merged weights; the truncated form adds one more copy of the base.
+        int8: make 8-bit copies of the base's weights, too, regardless of the budget.
 
     Attributes:
         on: True on a CPU, in bfloat16, within the budget, if torch supports it.
         groups: adapted layers by input, if on.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, SVFLinear], budget: int = PACKED_BYTES) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, SVFLinear], budget: int = PACKED_BYTES, int8: bool = False
+    ) -> None:
         own = {id(layer.get_base_layer()) for layer in layers.values()}
         linears = [module for module in model.modules() if type(module) is nn.Linear]
         self.others = [module for module in linears if id(module) not in own]
@@ -125,7 +130,15 @@ class Packing:
         plain = not any(is_quantized(module.weight) for module in linears)
         self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
-        self._known: dict[Any, tuple[Any, Pack]] = {}
+        self._known: dict[Any, tuple[Any, Any]] = {}
+        self._int8_groups = find_groups(model, layers, every=True) if int8 else []
+        self._int8_others = self.others if int8 else []
+        if int8 and (text := backbone(model)) is not None:  # images are not decoded
+            inside: set[Any] = {*text[1].modules(), model.get_output_embeddings()}  # type: ignore[operator]
+            self._int8_others = [module for module in self.others if module in inside]
+        if int8:
+            with self.using(None, None, int8=True):
+                pass
 
     def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor] | None = None) -> Pack:
         """Return the packed copy under a key; repack if the weights were replaced or changed in place.
@@ -133,12 +146,15 @@ class Packing:
         Args:
             weights: sources of the packed tensor. make: computes it from them; None: it is the only one.
         """
+        return self._cached(key, weights, lambda: pack(weights[0] if make is None else make()))
+
+    def _cached(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
         state = weights_key(weights)
         packed = self._known.get(key)
         if packed is None or packed[0][0] != state:
             # references to the weights keep other tensors from getting their addresses
             held = [weight.detach() for weight in weights]
-            packed = self._known[key] = ((state, held), pack(weights[0] if make is None else make()))
+            packed = self._known[key] = ((state, held), make())
         return packed[1]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
@@ -152,15 +168,25 @@ class Packing:
         }
 
     @contextmanager
-    def using(self, merged: Mapping[str, Pack] | None, form: str | None) -> Iterator[None]:
+    def using(self, merged: Mapping[str, Pack] | None, form: str | None, int8: bool = False) -> Iterator[None]:
         """Compute linear layers with packed weights inside this context.
 
         Args:
             merged: packed W'(z) by the first path of each group that has one.
             form: form of a mixed batch; None if all rows have the same weights.
+            int8: compute the base with 8-bit weights, without gradients.
         """
         with ExitStack() as patches:
-            if self.on:
+            if int8:
+                for module in self._int8_others:
+                    sources = [module.weight] if module.bias is None else [module.weight, module.bias]
+                    weight = self._cached(("int8", id(module)), sources, functools.partial(quantize, *sources))
+                    joint = functools.partial(int8_linear, weight=weight)
+                    patch(patches, module, "forward", joint)
+                    patch(patches, module, JOINT, ([module], joint))
+                for group in self._int8_groups:
+                    self._int8(group, patches)
+            elif self.on:
                 for module in self.others:
                     weight = self.of(id(module), [module.weight])
                     patch(patches, module, "forward", functools.partial(_forward, module, weight))
@@ -177,6 +203,16 @@ class Packing:
     def base(self, group: Group) -> Pack:
         """Return a group's packed base weights."""
         return self.of(group.paths[0], [layer.get_base_layer().weight for layer in group.layers], group.weight)
+
+    def _int8(self, group: Group, patches: ExitStack) -> None:
+        bases: list[Any] = [layer.get_base_layer() for layer in group.layers]
+        sources = [tensor for base in bases for tensor in (base.weight, base.bias) if tensor is not None]
+        weight = self._cached(("int8", group.paths[0]), sources, lambda: quantize(group.weight(), group.bias()))
+        joint = functools.partial(int8_linear, weight=weight)
+        shared = Shared(lambda x: joint(x).split(group.sizes, -1))
+        patch(patches, bases[0], JOINT, (bases, joint))
+        for number, base in enumerate(bases):
+            patch(patches, base, "forward", functools.partial(shared.take, number))
 
     def _plain(self, group: Group, packed: Pack, patches: ExitStack) -> None:
         joint, sizes = functools.partial(packed_linear, packed=packed, bias=group.bias()), group.sizes

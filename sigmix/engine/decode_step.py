@@ -26,6 +26,7 @@ from torch import nn
 
 from sigmix.engine.cpu_kernels import joint_linear
 from sigmix.engine.kv_cache import BatchKVCache
+from sigmix.errors import BaseModelError
 from sigmix.models.batching import batching
 from sigmix.models.multimodal import bare
 from sigmix.models.weights import weights_key
@@ -161,6 +162,10 @@ class DecodeStep:
         self._package = torch._inductor.aoti_load_package(str(self.path))
         paths = json.loads(self._package.get_metadata()["linears"])
         groups = [[self.model.get_submodule(path) for path in group] for group in paths]
+        called = {module for group in groups for module in group}
+        adapted = {name: one for name, one in self.model.named_modules() if isinstance(one, SVFLinear)}
+        if missed := [name for name, one in adapted.items() if one not in called]:
+            raise BaseModelError(f"it would compute {missed[0]} without z")
         self._linears = [(group, list(map(_unadapted, group))) for group in groups]
         self._places = {name: _place(self.model, name) for name in self._package.get_constant_fqns()}
         self._bind([held[name].data for held, name in self._places.values()])

@@ -60,10 +60,13 @@ class Engine:
         keep_merged: bytes of merged weights to cache.
         keep_packed: bytes of packed weights, which speed up half precision on a CPU; 0: none.
         keep_prefixes: bytes of the prefix cache.
+        decode_weights: "int8": decode the base, and experts with positions "prompt", with 8-bit copies of the base's
+            weights; prompts and scores keep its own. See `sigmix.engine.int8`.
         compile: decode with a compiled step on a CPU, from the cache or compiled in the background, see `DecodeStep`.
 
     Raises:
         BaseModelError: an architecture that is not supported.
+        ConfigError: decode weights that this base or this machine cannot have.
 
     Attributes:
         batching: padding and cache that the model supports, see `Batching`.
@@ -80,11 +83,13 @@ class Engine:
         keep_merged: int = MERGED_BYTES,
         keep_packed: int = PACKED_BYTES,
         keep_prefixes: int = PREFIX_BYTES,
+        decode_weights: str | None = None,
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batching = batching(model)
-        self.execution = Execution(model, bank if bank is not None else {}, keep_merged, keep_packed)
+        experts = bank if bank is not None else {}
+        self.execution = Execution(model, experts, keep_merged, keep_packed, decode_weights)
         self.layers = self.execution.layers
         self.prefix_cache = PrefixCache(model, keep_prefixes)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
@@ -412,9 +417,11 @@ class Engine:
     # ------------------------------------------------------------------ state and prefix cache
 
     @contextmanager
-    def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
+    def under(
+        self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0, decoding: bool = False
+    ) -> Iterator[Select | None]:
         """Compute row b of a batch under ``mixes[b]`` inside this context, see `Execution.under`."""
-        with self._switched(), self.execution.under(mixes, form, tokens) as select:
+        with self._switched(), self.execution.under(mixes, form, tokens, decoding) as select:
             yield select
 
     @contextmanager

@@ -23,6 +23,7 @@ from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
 from sigmix.engine.cpu_kernels import Pack, Packing
+from sigmix.engine.int8 import WITHOUT, check_decode_weights
 from sigmix.engine.prefix_cache import Select
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.expert import Expert
@@ -80,6 +81,7 @@ class Execution:
     Args:
         model: a base model, or a PEFT model with SVF layers. bank: {name: Expert}.
         keep_merged, keep_packed: memory budgets in bytes, see `Engine`.
+        decode_weights: see `Engine`.
 
     Attributes:
         exact: exact form of mixed batches: "factored", or "gain" on a quantized or offloaded base, where nothing can
@@ -87,12 +89,18 @@ class Execution:
         truncation: plan of the truncated form. prefer_truncated: use it for all mixtures that it was fitted for.
     """
 
-    def __init__(self, model: Any, bank: Mapping[str, Expert], keep_merged: int, keep_packed: int) -> None:
-        self.model, self.bank = model, bank
+    def __init__(
+        self, model: Any, bank: Mapping[str, Expert], keep_merged: int, keep_packed: int,
+        decode_weights: str | None = None,
+    ) -> None:  # fmt: skip
+        check_decode_weights(decode_weights)
+        self.model, self.bank, self.decode_weights = model, bank, decode_weights
         self.layers = adapted_layers(model)
         self.exact = "gain" if gain_only(self.layers) else "factored"
+        if decode_weights:
+            self._check_plain(decode_weights)
         with as_base(self.layers):  # a forward pass of the base finds the layers that share their input
-            self.packing = Packing(model, self.layers, keep_packed)
+            self.packing = Packing(model, self.layers, keep_packed, bool(decode_weights))
         self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
         self.merged: LRUCache[tuple[Any, ...], Merged] = LRUCache(keep_merged)
         self.truncation: Truncation | None = None
@@ -106,6 +114,20 @@ class Execution:
         self._parameters = [(module._parameters, name) for module in model.modules() for name in module._parameters]
         self._seen: tuple[Any, ...] = ()
         self._version = 0
+
+    def _check_plain(self, decode_weights: str) -> None:
+        """Raise `ConfigError` unless the base's own weights are in memory, on the CPU."""
+        devices = {parameter.device.type for parameter in self.model.parameters()} - {"cpu"}
+        if self.exact == "gain":
+            what = "a base that is quantized or offloaded"
+        elif devices:
+            what = f"a base on {', '.join(sorted(devices))}"
+        else:
+            return
+        raise ConfigError(
+            f"{decode_weights} decode weights cannot be made of {what}",
+            remedy=f"load the base on the CPU without quantization and offloading, or {WITHOUT}",
+        )
 
     # ------------------------------------------------------------------ mixtures and weights
 
@@ -131,6 +153,11 @@ class Execution:
         """
         kept = {name: alpha for name, alpha in mix.weights.items() if self._expert(name).positions == "all"}
         return mix if len(kept) == len(mix.weights) else Mix(kept)
+
+    def decodes_alike(self, mix: Mix) -> bool:
+        """Return True if answer tokens are computed with the weights of prompt tokens."""
+        answer = self.decoding(mix)
+        return answer == mix and (self.decode_weights is None or answer != Mix.base())
 
     def _expert(self, name: str) -> Expert:
         if name not in self.bank:
@@ -247,11 +274,14 @@ class Execution:
     # ------------------------------------------------------------------ switching
 
     @contextmanager
-    def under(self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0) -> Iterator[Select | None]:
+    def under(
+        self, mixes: Sequence[Mix], form: str | None = None, tokens: int = 0, decoding: bool = False
+    ) -> Iterator[Select | None]:
         """Compute row b of a batch under ``mixes[b]`` inside this context.
 
         Args:
             form: see `choose`. tokens: prompt tokens about to be read, which may make merging pay.
+            decoding: answer tokens are decoded: with the `decode_weights`, if all rows are under the base.
 
         Yields:
             A function that restricts the state to some rows; None if all rows have the same weights.
@@ -265,7 +295,7 @@ class Execution:
         before = self._form, self._unmerged
         self._form, self._unmerged = chosen, only if chosen in ("factored", "truncated") else None
         try:
-            with self._state(chosen, mixes, z) as select:
+            with self._state(chosen, mixes, z, decoding) as select:
                 yield select
         finally:
             self._form, self._unmerged = before
@@ -295,9 +325,12 @@ class Execution:
             yield select
 
     @contextmanager
-    def _state(self, form: str, mixes: Sequence[Mix], z: Mapping[Mix, torch.Tensor]) -> Iterator[Select | None]:
+    def _state(
+        self, form: str, mixes: Sequence[Mix], z: Mapping[Mix, torch.Tensor], decoding: bool
+    ) -> Iterator[Select | None]:
         if form == "base":
-            with as_base(self.layers), self.packing.using(None, None):
+            int8 = decoding and self.decode_weights is not None and set(z) == {Mix.base()}
+            with as_base(self.layers), self.packing.using(None, None, int8):
                 yield None
         elif form == "merged":
             merged = self._merge(mixes[0], z[mixes[0]])
@@ -362,6 +395,12 @@ def adapted_layers(model: nn.Module) -> dict[str, SVFLinear]:
 def gain_only(layers: Mapping[str, SVFLinear]) -> bool:
     """Return True if any layer is quantized or offloaded, so that nothing can be merged or factored."""
     return any(layer.gain_only for layer in layers.values())
+
+
+def merging_pays(layers: Mapping[str, SVFLinear], tokens: int) -> bool:
+    """Return True if reading ``tokens`` tokens in the factored form adds more multiply-adds than W'(z) takes."""
+    sizes = [(layer.r, layer.out_features, layer.in_features) for layer in layers.values()]
+    return tokens * sum(r * (m + n) - m * n for r, m, n in sizes) > sum(r * m * n for r, m, n in sizes)
 
 
 def merged_weights(layers: Mapping[str, SVFLinear], z: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

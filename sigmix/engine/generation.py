@@ -470,6 +470,7 @@ def complete(
     num_generations: int = 1,
     trie: TokenTrie | None = None,
     prompt_only: PromptOnly = everywhere,
+    state: Prefilled | None = None,
 ) -> list[SequenceState]:
     """Generate ``num_generations`` completions of each prompt with a model in its present adapted state.
 
@@ -477,6 +478,7 @@ def complete(
         prompts: N token-id lists. params: for all, or one for each of the N·num_generations completions.
         trie: see `DecodingBatch`.
         prompt_only: state of the model by the mask of prompt tokens.
+        state: the prompts if they were read before; consumed.
 
     Returns:
         The finished sequences, those of one prompt side by side.
@@ -486,7 +488,7 @@ def complete(
     sequences = [
         SequenceState(list(prompts[row // num_generations]), one) for row, one in zip(range(count), each, strict=True)
     ]
-    state = prefill(model, prompts, pad_id).repeat(num_generations)
+    state = (state or prefill(model, prompts, pad_id)).repeat(num_generations)
     with prompt_only(False):
         batch = DecodingBatch(model, eos_token_ids, trie=trie, whole=lambda _, is_prompt: prompt_only(is_prompt))
         batch.run(sequences, state)

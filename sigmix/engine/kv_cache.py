@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,15 @@ class Prefilled:
     def repeat(self, times: int) -> Prefilled:
         """Repeat every row ``times`` times in place, copies side by side."""
         return self if times == 1 else self.select([row for row in range(len(self.mask)) for _ in range(times)])
+
+    def detached(self) -> Prefilled:
+        """Return a copy without gradients, which shares its tensors until either of the two is changed."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        copied = Prefilled(cache, self.mask, self.logits.detach(), self.lengths)
+        for layer in _attention(copied):
+            layer.keys, layer.values = (states.detach() for states in keys_and_values(layer))
+        return copied
 
     def select(self, rows: Sequence[int]) -> Prefilled:
         """Keep only the given rows, in place and in their order."""

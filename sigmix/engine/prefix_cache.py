@@ -293,19 +293,22 @@ def completion_logits(
     pad_id: int,
     share: bool = True,
     prompt_only: PromptOnly = everywhere,
+    state: Prefilled | None = None,
 ) -> torch.Tensor:
     """Return logits [N·G, C, V] that predict each token of G answers to each of N prompts; gradients flow if enabled.
 
     Args:
         answers: int64 [N·G, C], right-padded, those to one prompt side by side. mask: bool [N·G, C].
         share: compute the common prefix once; False: the number of passes does not depend on the data.
+        prompt_only: state of the model by the mask of prompt tokens.
+        state: the prompts if they were read before; consumed.
     """
     generations = len(answers) // len(prompts)
     each = [prompt for prompt in prompts for _ in range(generations)]
     always = not share and batching(model).threshold is not None
     if always or reads_whole(model, each, mask.sum(1).tolist()):
         return whole_logits(model, each, answers, mask, pad_id, prompt_only=prompt_only)
-    state = prefill(model, prompts, pad_id, share=share).repeat(generations)
+    state = (state or prefill(model, prompts, pad_id, share=share)).repeat(generations)
     with prompt_only(False):
         return answer_logits(model, state, answers, mask)
 

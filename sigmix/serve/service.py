@@ -83,8 +83,9 @@ class Service:
         self.store = Store(settings.state)
         self.registry = ModelRegistry(bank, self.store, settings.expert_folders)
         self.engine = SharedEngine(
-            model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, compile=settings.compile
-        )
+            model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, decode_weights=settings.decode_weights,
+            compile=settings.compile,
+        )  # fmt: skip
         if settings.form == "truncated":
             self.engine.truncation = bank_truncation(self.engine)
             self.engine.execution.prefer_truncated = True

@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     basis: Literal["own", "original"] = Field(
         "own", description="SVD basis of a quantized base model: own, or original for experts of the unquantized one."
     )
+    decode_weights: Literal["int8"] | None = Field(
+        None, description="Decode the base, and experts of prompt positions, with 8-bit copies of its weights: int8."
+    )
     bank: Path | None = Field(None, description="Folder or hub collection of experts. Default: the bundled bank.")
     strategy: str = Field("auto", description="Strategy of the model `auto`: A, B, D, bandit or auto.")
     form: Literal["exact", "truncated"] = Field(

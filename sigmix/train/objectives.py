@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from sigmix.engine.cpu_kernels import short_attention
 from sigmix.engine.generation import SamplingParams
-from sigmix.engine.prefix_cache import completion_logits
+from sigmix.engine.kv_cache import Prefilled
+from sigmix.engine.prefix_cache import completion_logits, prefill
+from sigmix.models.batching import batching
 from sigmix.tasks.base import Sample
 from sigmix.train.config import TrainConfig
 from sigmix.train.distributed import Processes
@@ -193,10 +195,11 @@ class Learner:
         the update are those of the whole batch in every process.
         """
         processes, collective = self.processes, self.policy.sharded
-        rollouts = Rollouts.joined(processes.gather(lambda: self.rollouts(number, samples), collective))
+        read: list[Prefilled] = []
+        rollouts = Rollouts.joined(processes.gather(lambda: self.rollouts(number, samples, read), collective))
         self.optimizer.zero_grad(set_to_none=True)
         totals: defaultdict[str, float] = defaultdict(float)
-        for sums in processes.gather(lambda: self._backward(number, rollouts), collective):
+        for sums in processes.gather(lambda: self._backward(number, rollouts, read), collective):
             for name, value in sums.items():
                 totals[name] += value
         processes.sum_gradients(list(self.parameters.values()))
@@ -210,8 +213,12 @@ class Learner:
             self.policy.after_step()
         return metrics
 
-    def rollouts(self, number: int, samples: Sequence[Sample]) -> Rollouts:
-        """Return the rollouts of this process's share. A row's random seed is that of its place in the whole batch."""
+    def rollouts(self, number: int, samples: Sequence[Sample], read: list[Prefilled] | None = None) -> Rollouts:
+        """Return the rollouts of this process's share. A row's random seed is that of its place in the whole batch.
+
+        Args:
+            read: receives the prompts with their gradients, if the loss can continue from them.
+        """
         config, share = self.config, self.processes.share(len(samples))
         if config.objective == "sft":
             return self.actor.gold(samples[share])
@@ -221,10 +228,27 @@ class Learner:
             SamplingParams(self.max_new_tokens, do_sample, temperature, seed=row_seed(config.seed, number, row))
             for row in rows
         ]
-        with self.policy.acting():
-            return self.actor.rollouts(samples[share], params, config.num_generations, config.format_reward)
+        state = None
+        if read is not None and self._reads_once(len(samples[share])):
+            read.append(self._read(self.actor.prompts(samples[share], self.max_new_tokens)))
+            state = read[0].detached()
+        with self.policy.acting(tokens=len(params) * self.max_new_tokens):
+            return self.actor.rollouts(samples[share], params, config.num_generations, config.format_reward, state)
 
-    def _backward(self, number: int, rollouts: Rollouts) -> dict[str, float]:
+    def _reads_once(self, prompts: int) -> bool:
+        """Return True if rollouts and loss can share one pass over this number of prompts."""
+        config, kind = self.config, batching(self.policy.model)
+        fits = prompts * config.num_generations <= config.per_device_train_batch_size
+        random = config.policy == "lora" and config.lora_dropout > 0
+        return fits and not (self.policy.sharded or kind.recurrent or kind.threshold is not None or random)
+
+    def _read(self, prompts: list[list[int]]) -> Prefilled:
+        """Read prompts for both rollouts and loss."""
+        model = self.policy.model
+        with short_attention(model, _attention_scores(model, prompts)), self.policy.learning():
+            return prefill(model, prompts, self.actor.pad_id)
+
+    def _backward(self, number: int, rollouts: Rollouts, read: Sequence[Prefilled] = ()) -> dict[str, float]:
         """Accumulate the gradients of this process's share; return its sums of loss, KL, entropy and tokens."""
         config = self.config
         generations = len(rollouts.completions) // len(rollouts.prompts)
@@ -240,7 +264,7 @@ class Learner:
             stop = min(start + prompts_per_pass, share.stop)
             part = slice(start * generations, stop * generations)
             ids, mask = rollouts.padded(part, self.actor.pad_id, rollouts.width if self.policy.sharded else None)
-            stats = self._stats(rollouts.prompts[start:stop], ids, mask, generations)
+            stats = self._stats(rollouts.prompts[start:stop], ids, mask, *read)
             if config.objective == "sft":
                 loss = sft_loss(stats, mask.sum(1), config.beta, total)
             else:
@@ -253,14 +277,16 @@ class Learner:
             sums["tokens"] += int(mask.sum())
         return dict(sums)
 
-    def _stats(self, prompts: list[list[int]], ids: Tensor, mask: Tensor, generations: int) -> TokenStats:
+    def _stats(
+        self, prompts: list[list[int]], ids: Tensor, mask: Tensor, read: Prefilled | None = None
+    ) -> TokenStats:
         model, choices = self.policy.model, self.actor.choices
         device = model.get_input_embeddings().weight.device
         ids, mask = ids.to(device), mask.to(device)
 
-        def logits() -> Tensor:
-            share = not self.policy.sharded
-            raw = completion_logits(model, prompts, ids, mask, self.actor.pad_id, share, self.policy.prompt_only)
+        def logits(state: Prefilled | None = None) -> Tensor:
+            share, pad = not self.policy.sharded, self.actor.pad_id
+            raw = completion_logits(model, prompts, ids, mask, pad, share, self.policy.prompt_only, state)
             return raw if choices is None else choices.constrain_answers(raw, ids)
 
         reference = None
@@ -269,7 +295,7 @@ class Learner:
                 with torch.no_grad(), self.policy.reference():
                     reference = logits()
             with self.policy.learning():
-                policy = logits()
+                policy = logits(read)
         stats = token_stats(policy, reference, ids, mask, self.config.kl_estimator)
         return TokenStats(stats.logprob.cpu(), stats.kl.cpu(), stats.entropy.cpu())
 
@@ -293,8 +319,8 @@ class Learner:
         }
 
 
-def _attention_scores(model: PeftModel, prompts: list[list[int]], completions: Tensor) -> int:
+def _attention_scores(model: PeftModel, prompts: list[list[int]], completions: Tensor | None = None) -> int:
     """Upper bound of rows × heads × queries × keys of the larger pass, over prompts or completions [N, C]."""
-    longest, (rows, width) = max(map(len, prompts)), completions.shape
+    longest, (rows, width) = max(map(len, prompts)), (0, 0) if completions is None else completions.shape
     heads = model.config.get_text_config().num_attention_heads
     return heads * max(len(prompts) * longest**2, rows * width * (longest + width))

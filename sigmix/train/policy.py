@@ -1,15 +1,16 @@
 """Policies of the training loop. A policy puts its model into one of three states:
 
-acting      rollouts and validation under z: merged weights (gain form on a quantized base)
+acting      rollouts and validation under z: merged weights, or unmerged where that is faster
 learning    gradients reach the policy's parameters, never the base's weights
 reference   the base, bit for bit
 
 With `TrainConfig.positions` "prompt" the adapter acts on prompts alone: inside `prompt_only` the base reads the tokens
-of the answers, and acting does not merge weights for the one pass over the prompts.
+of the answers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -29,7 +30,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sigmix.engine.execution import as_base, as_expert, gain_only
+from sigmix.engine.cpu_kernels import Packing
+from sigmix.engine.execution import as_base, as_expert, gain_only, merging_pays
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.models.batching import batching
@@ -63,6 +65,7 @@ class SVFPolicy:
 
     Attributes:
         sharded: True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
+        positions: see `TrainConfig`.
     """
 
     sharded = False
@@ -97,26 +100,39 @@ class SVFPolicy:
         """Return the effective z by path, float32 [r] on the CPU."""
         return {path: layer.svf_z["default"].weight.detach().cpu().clone() for path, layer in self.layers.items()}
 
-    def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> AbstractContextManager[None]:
-        """Apply the policy's z, or another one, for inference."""
-        if self.positions == "all":
+    def acting(
+        self, z: Mapping[str, torch.Tensor] | None = None, tokens: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Apply the policy's z, or another one, for inference.
+
+        Args:
+            tokens: upper bound of the answers' tokens, for which merging may not pay; None: many.
+        """
+        if z is not None and all(bool((one == 1).all()) for one in z.values()):
+            return self.reference()
+        many = tokens is None or merging_pays(self.layers, tokens)
+        if self.positions == "all" and (many or not self._packing.on):
             return as_expert(self.layers, self.z() if z is None else z)
-        if z is None:
-            return self.learning()
-        return self.reference() if all(bool((one == 1).all()) for one in z.values()) else self._unmerged(z)
+        return self._unmerged({} if z is None else z)
+
+    @functools.cached_property
+    def _packing(self) -> Packing:
+        with self.reference():
+            return Packing(self.model, self.layers)
 
     @contextmanager
     def _unmerged(self, z: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        own = {path: layer.svf_z["default"] for path, layer in self.layers.items()}
+        own = {path: self.layers[path].svf_z["default"] for path in z}
         try:
-            for path, layer in self.layers.items():
+            for path in z:
+                layer = self.layers[path]
                 layer.svf_z["default"] = SingularScale(layer.r, layer.device)
                 layer.svf_z["default"].weight.data.copy_(z[path])
-            with self.learning():
+            with self.learning(), self._packing.using(None, "factored" if self.positions == "all" else None):
                 yield
         finally:
-            for path, layer in self.layers.items():
-                layer.svf_z["default"] = own[path]
+            for path, scale in own.items():
+                self.layers[path].svf_z["default"] = scale
 
     def prompt_only(self, mask: bool | torch.Tensor) -> AbstractContextManager[None]:
         """Read answers, the tokens where ``mask`` (for all, or [B, T]) is False, as `TrainConfig.positions` says."""
@@ -129,7 +145,7 @@ class SVFPolicy:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Apply the policy's z with gradients."""
-        form = "gain" if gain_only(self.layers) else "factored"
+        form = "gain" if self.sharded or gain_only(self.layers) else "factored"
         for layer in self.layers.values():
             layer.form = form
         with prompt_only(self.layers, True):  # the passes are divided here, not by `sigmix.svf.prompt_tokens`
@@ -175,7 +191,7 @@ class PeftPolicy:
         return {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
 
     @contextmanager
-    def acting(self, z: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+    def acting(self, z: Mapping[str, torch.Tensor] | None = None, tokens: int | None = None) -> Iterator[None]:
         """Apply the adapter for inference: merged, or as it is for prompts alone."""
         if z is not None:
             raise ConfigError("a LoRA or IA3 policy acts under its own parameters only")

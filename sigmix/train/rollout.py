@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import SamplingParams, SequenceState, complete
+from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import PromptOnly, everywhere
 from sigmix.engine.tokenization import check_context, check_tokens, encode, eos_token_ids, reply_ids
 from sigmix.tasks.base import Sample, Score, Task
@@ -121,19 +122,33 @@ class Actor:
             self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system, images=sample.images)
         return self._encoded[sample.id]
 
+    def prompts(self, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
+        """Return the token ids of prompts.
+
+        Raises:
+            ContextError: one does not fit into the context with ``max_new_tokens`` more.
+        """
+        prompts = [self.encode(sample) for sample in samples]
+        for sample, ids in zip(samples, prompts, strict=True):
+            name = f"sample {sample.id} of {self.task.name}"
+            check_context(self.model, ids, max_new_tokens, name, self.tokenizer)
+        return prompts
+
     def rollouts(
         self,
         samples: Sequence[Sample],
         params: Sequence[SamplingParams],
         num_generations: int,
         format_reward: float = 0.0,
+        state: Prefilled | None = None,
     ) -> Rollouts:
-        """Sample and score ``num_generations`` completions of each prompt, with sampling parameters for each."""
-        prompts = [self.encode(sample) for sample in samples]
-        for sample, ids in zip(samples, prompts, strict=True):
-            name = f"sample {sample.id} of {self.task.name}"
-            check_context(self.model, ids, params[0].max_new_tokens, name, self.tokenizer)
-        rows = self._complete(prompts, params, num_generations)
+        """Sample and score ``num_generations`` completions of each prompt, with sampling parameters for each.
+
+        Args:
+            state: the prompts if they were read before; consumed.
+        """
+        prompts = self.prompts(samples, params[0].max_new_tokens)
+        rows = self._complete(prompts, params, num_generations, state)
         texts = self.decode(rows)
         scores = [self.task.score(samples[i // num_generations], text) for i, text in enumerate(texts)]
         rewards = torch.tensor([reward(score, format_reward) for score in scores])
@@ -157,10 +172,14 @@ class Actor:
         return rows
 
     def _complete(
-        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams], num_generations: int = 1
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        num_generations: int = 1,
+        state: Prefilled | None = None,
     ) -> list[SequenceState]:
         ends, pad, trie = self.ends, self.pad_id, self.choices
-        return complete(self.model, prompts, params, ends, pad, num_generations, trie, self.prompt_only)
+        return complete(self.model, prompts, params, ends, pad, num_generations, trie, self.prompt_only, state)
 
     def decode(self, rows: Sequence[SequenceState]) -> list[str]:
         """Decode completions without special tokens."""

@@ -223,8 +223,9 @@ class Trainer:
             return self.actor.decode(self.actor.generate(part, self.max_new_tokens))
 
         def work() -> Result:
-            with self.policy.acting(z):
-                return evaluate(self.task, samples[self.processes.share(len(samples))], replies)
+            part = samples[self.processes.share(len(samples))]
+            with self.policy.acting(z, len(part) * self.max_new_tokens):
+                return evaluate(self.task, part, replies)
 
         parts = self.processes.gather(work, self.policy.sharded)
         return Result(self.task.name, [item for part in parts for item in part.items])

@@ -9,6 +9,8 @@ import pytest
 from helpers_experts import at
 
 from sigmix import Bank
+from sigmix.engine import int8
+from sigmix.errors import ConfigError
 
 pytest_plugins = ["helpers_cli"]
 
@@ -19,6 +21,17 @@ def generate(run, home):
         return run("generate", *arguments, "--base", home.base, "--bank", home.bank, **options)
 
     return call
+
+
+def test_8_bit_decode_weights_leave_the_first_token_exact(generate):
+    try:
+        int8.kernel()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    plain, small = (generate("hi", "--json", *more).json["answers"][0] for more in ((), ("--decode-weights", "int8")))
+    assert plain["ids"][0] == small["ids"][0]
+    assert plain["logprobs"][0] == small["logprobs"][0]
+    assert plain["logprobs"][1:] != small["logprobs"][1:]
 
 
 def test_json_holds_text_ids_logprobs_mix_and_finish(generate):
@@ -144,6 +157,8 @@ def test_answers_match_a_schema_a_regex_or_a_choice(generate, tmp_path):
         (["hi", "--form", "mergd"], "merged"),
         (["hi", "--mix", "auto", "--strategy", "Z"], "'Z'"),
         (["hi", "--quantization", "int9"], "int8"),
+        (["hi", "--decode-weights", "int9"], "int8"),
+        (["hi", "--decode-weights", "int8", "--quantization", "nf4"], "nf4"),
     ],
 )
 def test_bad_input(refused, home, arguments, expected):

@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers_engine import alone, expert
 
-from sigmix.engine import Engine
+from sigmix.engine import Engine, int8
+from sigmix.engine.prefix_cache import answer_logits, right_pad
+from sigmix.errors import ConfigError
 from sigmix.experts.fingerprint import fingerprint
+from sigmix.experts.mix import Mix
 from sigmix.svf.tuner import svf_layers
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -57,3 +60,25 @@ def test_the_weights_stay(real):
     real.engine.generate(PROMPTS[:1], "wobble:0.3", max_new_tokens=3)
     assert fingerprint(real.model, fresh=True) == real.before
     assert all(layer._kept is None for layer in svf_layers(real.model).values())
+
+
+@torch.no_grad()
+def test_8_bit_decode_weights_stay_close(smollm):
+    try:
+        int8.kernel()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    engine = Engine(*smollm, decode_weights="int8")
+    rows, mixes = [engine.encode(prompt) for prompt in PROMPTS], [Mix.base()] * len(PROMPTS)
+    answers = [one.ids for one in Engine(*smollm).generate(rows, max_new_tokens=32)]
+    ids, mask = right_pad(answers, engine.pad_id, torch.device("cpu"))
+    scores = []
+    for decoding in (False, True):
+        with engine.under(mixes) as select:
+            state = engine.read(rows, mixes, select)
+        with engine.under(mixes, decoding=decoding):
+            scores.append(answer_logits(engine.model, state, ids, mask)[:, 1:][mask[:, 1:]].double().log_softmax(-1))
+    exact, ours = scores
+    # per token, in nats; measured 0.004 on 240 answers
+    assert 0 < float((exact.exp() * (exact - ours)).sum(-1).mean()) < 0.01
+    assert float((exact.argmax(-1) == ours.argmax(-1)).float().mean()) > 0.9

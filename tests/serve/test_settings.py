@@ -24,7 +24,8 @@ def test_options_override_environment_and_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("port", 99999), ("max_batch_size", 0), ("form", "fast"), ("allowed_origins", ["*"])]
+    "name, value",
+    [("port", 99999), ("max_batch_size", 0), ("form", "fast"), ("allowed_origins", ["*"]), ("decode_weights", "int9")],
 )
 def test_invalid_values(name, value):
     with pytest.raises(ConfigError) as error:

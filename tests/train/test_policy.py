@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_train import Letter, config, learner, shake
 
+from sigmix.engine.cpu_kernels import available
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
@@ -61,6 +62,31 @@ def test_acting_equals_learning(base, kind):
         learning = logits(policy.model)
     # float32: W' x against U((s⊙z) ⊙ Vᵀx), logits of size 10
     torch.testing.assert_close(acting, learning, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_for_many_tokens_only(tiny):
+    policy = make_policy(tiny().bfloat16(), config())
+    shake(policy)
+    own = {path: layer.get_base_layer().weight.data_ptr() for path, layer in policy.layers.items()}
+
+    def run(state):
+        with state:
+            merged = [layer.get_base_layer().weight.data_ptr() != own[path] for path, layer in policy.layers.items()]
+            return logits(policy.model), merged
+
+    factored, _ = run(policy.learning())
+    few, merged = run(policy.acting(tokens=1))
+    assert not (any(merged) and available())
+    other = {path: z.flip(0) for path, z in policy.z().items()}
+    different, _ = run(policy.acting(other, tokens=1))
+    many, merged = run(policy.acting(tokens=10**6))
+    assert all(merged)
+    scale = float(factored.abs().max())
+    for result in (few, many):
+        torch.testing.assert_close(result, factored, rtol=0, atol=0.05 * scale)  # bfloat16
+    assert float((different - factored).abs().max()) > 0.2 * scale
+    again, _ = run(policy.acting(tokens=1))
+    assert torch.equal(again, few)
 
 
 def test_dropout_of_the_base_stays_off_while_lora_learns(tiny):

@@ -1,0 +1,281 @@
+"""8-bit decode weights: the kernel against plain arithmetic, and what of an answer is computed with them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+
+import pytest
+import torch
+from helpers_engine import TOLERANCE, expert, rows
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from sigmix.engine import Engine, int8
+from sigmix.engine.continuous_batching import ContinuousBatch
+from sigmix.engine.generation import SamplingParams, SequenceState
+from sigmix.engine.prefix_cache import prefill
+from sigmix.errors import ConfigError
+from sigmix.experts.expert import Expert
+from sigmix.experts.mix import Mix
+
+
+def can_run() -> bool:
+    try:
+        int8.kernel()
+    except ConfigError:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.usefixtures("cache"),
+    pytest.mark.skipif(not can_run(), reason="8-bit decode weights need AVX-512 VNNI and a C++ compiler"),
+]
+PROMPTS = rows([9, 12, 10])
+STEPS = 6
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] rounded to 8 bits a row, in float64."""
+    scales = weight.float().abs().amax(1, keepdim=True) / 127
+    return (weight.float() / scales.where(scales > 0, 1)).round().double() * scales.double()
+
+
+def prompt_only(one: Expert) -> Expert:
+    return Expert(one.name, one.z, {**one.meta, "positions": "prompt"})
+
+
+@pytest.fixture
+def bank(tiny):
+    return {"all": expert(tiny("llama"), "all", 1), "prompt": prompt_only(expert(tiny("llama"), "prompt", 2))}
+
+
+def engines(tiny, tokenizer, bank):
+    """(with 8-bit decode weights, without)."""
+    return [Engine(tiny("llama"), tokenizer, bank, decode_weights=one) for one in ("int8", None)]
+
+
+# ------------------------------------------------------------------ the kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("out", "size"), [(1, 1), (5, 3), (16, 16), (37, 50), (192, 576), (576, 1536)])
+def test_it_computes_the_rounded_weight_and_leaves_inputs_exact(dtype, out, size):
+    draw = torch.Generator().manual_seed(out)
+    weight, bias = torch.randn(out, size, generator=draw).to(dtype), torch.randn(out, generator=draw).to(dtype)
+    x = torch.randn(7, size, generator=draw).to(dtype)
+    x[2] *= 20  # rows have their own scale
+    for shift in (bias, None):
+        packed = int8.quantize(weight, shift)
+        y = int8.int8_linear(x, packed)
+        assert y.dtype == dtype
+        expected = F.linear(x.double(), rounded(weight), None if shift is None else shift.double())
+        # 16 bits of the largest input, or the output's own rounding
+        error = (y.double() - expected).abs() / expected.abs().amax(1, keepdim=True)
+        assert float(error.max()) < {torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_the_others(threads):
+    torch.set_num_threads(threads)
+    packed, x = int8.quantize(torch.randn(96, 200)), torch.randn(11, 200)
+    together = int8.int8_linear(x, packed)
+    for count in (1, 2, 3, 4, 6):
+        assert torch.equal(int8.int8_linear(x[:count], packed), together[:count])
+    assert torch.equal(int8.int8_linear(x.reshape(11, 1, 200), packed)[:, 0], together)
+
+
+def test_zeros_and_numbers_that_are_not_finite():
+    packed, x = int8.quantize(torch.zeros(20, 50) + torch.arange(20)[:, None], torch.ones(20)), torch.randn(4, 50)
+    x[0], x[1, 7], x[2, 3] = 0, float("nan"), float("inf")
+    y = int8.int8_linear(x, packed)
+    assert (y[0] == 1).all()
+    assert not y[1].isfinite().any()
+    assert not y[2].isfinite().any()
+    assert y[3].isfinite().all()
+    assert y[3, 0] == 1  # a row of zeros in the weight
+
+
+def test_rows_too_long_for_32_bit_sums_are_refused():
+    with pytest.raises(ConfigError, match="input features"):
+        int8.quantize(torch.empty(1, int8.MAX_IN_FEATURES + 1))
+
+
+def test_it_takes_a_byte_for_a_weight():
+    packed = int8.quantize(torch.randn(256, 512))
+    assert packed.nbytes == 256 * 512 + 2 * 4 * 256
+
+
+# ------------------------------------------------------------------ what is computed with them
+
+
+def eight_bits(model: nn.Module) -> nn.Module:
+    """A copy of a model with all linear layers rounded to 8 bits."""
+    other = copy.deepcopy(model)
+    other.lm_head.weight = nn.Parameter(other.lm_head.weight.detach().clone())  # not the embedding
+    with torch.no_grad():
+        for module in other.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(rounded(module.weight))
+            elif isinstance(module, Conv1D):
+                module.weight.copy_(rounded(module.weight.T).T)
+    return other
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "gpt2", "mixtral"])
+@torch.no_grad()
+def test_answers_are_decoded_with_8_bits_over_an_exact_prompt(tiny, tiny_tokenizer, arch):
+    plain = tiny(arch)
+    answer_model = eight_bits(plain)
+    engine = Engine(tiny(arch), tiny_tokenizer, decode_weights="int8")
+    ours = engine.generate(PROMPTS, max_new_tokens=STEPS, logit_bias=dict.fromkeys(engine.eos_token_ids, -100.0))
+    if arch == "mixtral":  # its experts' matrices are no linear layers: they stay as they are
+        answer_model.load_state_dict({k: v for k, v in plain.state_dict().items() if "experts" in k}, strict=False)
+    for prompt, one in zip(PROMPTS, ours, strict=True):
+        state = prefill(plain, [prompt], 0)
+        scores = [state.logits[0].log_softmax(-1)]
+        for token in one.ids[:-1]:
+            out = answer_model(input_ids=torch.tensor([[token]]), past_key_values=state.cache, use_cache=True)
+            scores.append(out.logits[0, -1].log_softmax(-1))
+        expected = [float(row[token]) for row, token in zip(scores, one.ids, strict=True)]
+        assert one.logprobs == pytest.approx(expected, abs=2e-3)  # activations in 16 bits
+
+
+def test_prompts_and_scores_are_bit_for_bit_those_without(tiny, tiny_tokenizer, bank):
+    small, full = engines(tiny, tiny_tokenizer, bank)
+    mixes = ["prompt", None, "all"]
+    for mix in (None, "prompt", "all", "prompt+all", mixes):
+        ids = torch.tensor([row[:9] for row in PROMPTS])
+        assert torch.equal(small.logits(ids, mix=mix), full.logits(ids, mix=mix))
+        assert small.score(PROMPTS, PROMPTS, mix) == full.score(PROMPTS, PROMPTS, mix)
+        first = [engine.generate(PROMPTS, mix, max_new_tokens=1)[0].logprobs for engine in (small, full)]
+        assert first[0] == first[1]
+    ours, theirs = (engine.generate(PROMPTS, "prompt", max_new_tokens=STEPS) for engine in (small, full))
+    assert [one.logprobs[0] for one in ours] == [one.logprobs[0] for one in theirs]
+    assert [one.logprobs[1:] for one in ours] != [one.logprobs[1:] for one in theirs]
+
+
+@pytest.mark.parametrize("mix", ["all", "all+prompt", ["all", "base", "prompt"]], ids=str)
+def test_batches_with_experts_of_all_positions_are_exact(tiny, tiny_tokenizer, bank, mix):
+    small, full = engines(tiny, tiny_tokenizer, bank)
+    ours, theirs = (engine.generate(PROMPTS, mix, max_new_tokens=STEPS) for engine in (small, full))
+    assert ours == theirs
+
+
+def test_a_row_decodes_alone_as_in_a_batch(tiny, tiny_tokenizer, bank):
+    small, _ = engines(tiny, tiny_tokenizer, bank)
+    mixes = ["prompt", None, "prompt:0.5"]
+    together = small.generate(PROMPTS, mixes, max_new_tokens=STEPS)
+    for prompt, mix, one in zip(PROMPTS, mixes, together, strict=True):
+        (single,) = small.generate([prompt], mix, max_new_tokens=STEPS)
+        assert single.ids == one.ids
+        assert single.logprobs == pytest.approx(one.logprobs, abs=1e-3)  # inputs are rounded to 16 bits
+
+
+def test_a_change_of_the_base_reaches_the_copies(tiny, tiny_tokenizer):
+    engine = Engine(tiny("llama"), tiny_tokenizer, decode_weights="int8")
+    with torch.no_grad():
+        for module in engine.model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(0.5)
+    other = Engine(copy.deepcopy(engine.model), tiny_tokenizer, decode_weights="int8")
+    assert engine.generate(PROMPTS, max_new_tokens=STEPS) == other.generate(PROMPTS, max_new_tokens=STEPS)
+
+
+def test_nothing_is_left_in_the_model(tiny, tiny_tokenizer, bank):
+    small, _ = engines(tiny, tiny_tokenizer, bank)
+    before = {name: p.clone() for name, p in small.model.named_parameters()}
+    small.generate(PROMPTS, "prompt", max_new_tokens=STEPS)
+    assert not any("forward" in vars(module) for module in small.model.modules())
+    assert all(torch.equal(p, before[name]) for name, p in small.model.named_parameters())
+
+
+# ------------------------------------------------------------------ cached conversations
+
+
+def conversation(engine: Engine, ids: list[int], mix: Mix) -> SequenceState:
+    one = SequenceState(ids, SamplingParams(STEPS), mix, cache_prefix=True)
+    with ContinuousBatch(engine) as batch:
+        batch.add([one])
+        while batch:
+            batch.step()
+    return one
+
+
+@pytest.mark.parametrize("mix", ["base", "prompt"])
+def test_the_next_turn_of_a_conversation_reads_the_answer_exactly(tiny, tiny_tokenizer, bank, mix):
+    (ids,), mix = rows([40]), Mix.parse(mix)
+    small, full = engines(tiny, tiny_tokenizer, bank)
+    answer = conversation(small, ids, mix).ids
+    turn = [*ids, *answer, *rows([8], seed=3)[0]]
+    cached = small.cached_prefix(turn, mix)
+    assert cached is not None
+    assert cached.length == len(ids)  # the answer's keys and values are of 8-bit weights
+    again, fresh = (conversation(engine, turn, mix) for engine in (small, full))
+    assert again.logprobs[0] == pytest.approx(fresh.logprobs[0], abs=TOLERANCE["atol"])
+
+
+def test_a_conversation_with_an_expert_of_all_positions_is_cached_whole(tiny, tiny_tokenizer, bank):
+    (ids,) = rows([40])
+    small, _ = engines(tiny, tiny_tokenizer, bank)
+    one = conversation(small, ids, Mix.one("all"))
+    cached = small.cached_prefix([*one.token_ids, 9, 9], Mix.one("all"))
+    assert cached is not None
+    assert cached.length >= len(ids) + STEPS - 1
+
+
+# ------------------------------------------------------------------ what cannot have them
+
+
+@pytest.mark.parametrize("value", ["int9", "", "INT8", True, 8])
+def test_unknown_formats_are_named(tiny_llama, tiny_tokenizer, value):
+    with pytest.raises(ConfigError, match="int8"):
+        Engine(tiny_llama, tiny_tokenizer, decode_weights=value)
+
+
+def test_a_quantized_or_offloaded_base_is_refused(tiny, tiny_tokenizer, tmp_path):
+    pytest.importorskip("torchao")
+    from accelerate import cpu_offload
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantized = tiny("llama")
+    quantize_(quantized, Int8WeightOnlyConfig())
+    with pytest.raises(ConfigError, match="quantized.*decode_weights"):
+        Engine(quantized, tiny_tokenizer, decode_weights="int8")
+    offloaded = cpu_offload(tiny("llama"), execution_device="cpu")
+    with pytest.raises(ConfigError, match="offloaded.*decode_weights"):
+        Engine(offloaded, tiny_tokenizer, decode_weights="int8")
+
+
+def test_another_device_is_refused(tiny_llama, tiny_tokenizer, monkeypatch):
+    execution = Engine(tiny_llama, tiny_tokenizer).execution
+    monkeypatch.setattr(execution, "model", tiny_llama.to("meta"))
+    with pytest.raises(ConfigError, match="meta.*CPU"):
+        execution._check_plain("int8")
+
+
+def test_a_machine_that_cannot_compute_with_them_is_named(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": False})
+        with pytest.raises(ConfigError, match="AVX-512 VNNI"):
+            int8.kernel.__wrapped__()
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(ConfigError, match=rf"{compiler}.*g\+\+"):
+            int8.kernel.__wrapped__()
+
+
+def test_the_kernel_is_compiled_once(monkeypatch, cache):
+    int8.kernel.__wrapped__()
+    run, commands = subprocess.run, []
+
+    def recorded(command, **options):
+        commands.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", recorded)
+    assert int8.kernel.__wrapped__()
+    assert all("--version" in command for command in commands)
+    assert len(list((cache / "compiled").iterdir())) == 1
