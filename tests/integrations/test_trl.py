@@ -404,4 +404,5 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
     done = run("experts", "verify", out, "--base", home.base, "--dtype", dtype, "--seal", "--json")
     assert done.json["ok"]
     assert done.json["sealed"]
-    assert Expert.from_pretrained(out) == Expert(expert.name, expert.z, {k: thaw(expert.meta)[k] for k in COMPUTED})
+    sealed = {key: thaw(expert.meta)[key] for key in (*COMPUTED, "positions")}
+    assert Expert.from_pretrained(out) == Expert(expert.name, expert.z, sealed)
