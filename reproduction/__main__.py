@@ -1,4 +1,4 @@
-"""``python -m reproduction --scale smoke|laptop|gpu``: the paper's tables and further experiments."""
+"""``python -m reproduction --scale smoke|laptop|positions|gpu``: the paper's tables and further experiments."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(epilog="Example: python -m reproduction --scale laptop --only table1")
 def reproduce(
-    scale: str = typer.Option("laptop", help="laptop (two cores, default model), gpu (the paper's tasks) or smoke."),
+    scale: str = typer.Option(
+        "laptop", help="laptop (two cores, default model), positions, gpu (the paper's tasks) or smoke."
+    ),
     only: list[str] = ONLY,
     out: Path = typer.Option(None, help="Folder for items (OUT/SCALE) and tables. Default: reproduction."),
     work: Path = typer.Option(None, help="Folder for checkpoints and adapters. Default: in the user's cache."),
     data_dir: Path = typer.Option(None, help="Local JSONL data instead of the hub."),
     allow_code: bool = typer.Option(False, "--allow-code", help="Let code tasks run the model's programs."),
     base: str = typer.Option(None, help="Another base model than the scale's."),
-    larger: str = typer.Option(None, help="Base model of the stage larger: a hub name, a folder or a .gguf file."),
+    larger: str = typer.Option(None, help="Base model of larger and gsm8k: a hub name, a folder or a .gguf file."),
+    seeds: int = typer.Option(None, min=1, help="Only the first training seeds."),
     jobs: int = typer.Option(1, min=1, help="Stages in parallel, each with its share of the cores."),
     tables: bool = typer.Option(True, help="Write the tables at the end."),
     report_only: bool = typer.Option(False, "--report", help="Write the tables from stored results, and run nothing."),
@@ -44,9 +47,9 @@ def reproduce(
     from sigmix.utils.io import check_writable
 
     settings = get_scale(scale)
-    todo = chosen(only)
+    todo = chosen(settings, only)
     settings = replace(settings, base=settings.base if base is None else base)
-    settings = replace(settings, larger=settings.larger if larger is None else larger)
+    settings = replace(settings, larger=settings.larger if larger is None else larger, seeds=settings.seeds[:seeds])
     pages = out or HERE / "tables"
     store = Store((out or HERE / "results") / scale)
     check_writable(pages / f"{scale}.md")
@@ -56,7 +59,7 @@ def reproduce(
         lab.begin()
         if jobs > 1:
             given = {"--scale": scale, "--out": out, "--work": work, "--data-dir": data_dir, "--base": base,
-                     "--larger": larger}  # fmt: skip
+                     "--larger": larger, "--seeds": seeds}  # fmt: skip
             flags = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
             command = stage_command([*flags, *(["--allow-code"] if allow_code else [])])
             run_jobs([(stage.name, stage.needs) for stage in todo], command, jobs)

@@ -16,10 +16,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sigmix.engine.execution import as_base, as_merged, merged_weights
+from reproduction.variants import first_answer_tokens
+from sigmix.engine.execution import as_base, as_expert
+from sigmix.engine.prefix_cache import everywhere
 from sigmix.experts.expert import Expert
 from sigmix.svf.config import SVFConfig
 from sigmix.svf.functional import mix_z
+from sigmix.svf.layer import prompt_only
 from sigmix.svf.tuner import svf_layers
 from sigmix.train.policy import merged_adapter
 
@@ -32,10 +35,21 @@ class Blend:
         folders: {name: folder of a saved expert or PEFT adapter, or an `Expert`}.
         policy: "svf", "lora" or "ia3" (which cannot be summed, only used alone).
         cache: keep the base's decomposition in the user's cache.
+        positions: at which SVF's z act, whatever the experts' own. answer_tokens: with "prompt", also on so many tokens
+            of the answer.
     """
 
-    def __init__(self, base: Any, folders: Mapping[str, Path | Expert], policy: str, cache: bool = True) -> None:
+    def __init__(
+        self,
+        base: Any,
+        folders: Mapping[str, Path | Expert],
+        policy: str,
+        cache: bool = True,
+        positions: str = "all",
+        answer_tokens: int = 0,
+    ) -> None:
         self.policy, self.svf = policy, policy == "svf"
+        self.positions, self.answer_tokens = positions, answer_tokens
         if self.svf:
             self.experts = {
                 name: one if isinstance(one, Expert) else Expert.from_pretrained(one) for name, one in folders.items()
@@ -59,6 +73,14 @@ class Blend:
         """Return a context in which the model is the base model."""
         return as_base(self.layers) if self.svf else self.model.disable_adapter()
 
+    def prompt_only(self, mask: bool | torch.Tensor) -> AbstractContextManager[None]:
+        """Return a context, inside `under`, for tokens of the prompt where ``mask`` is True, of answers elsewhere."""
+        if self.positions == "all":
+            return everywhere(mask)
+        if self.answer_tokens and mask is False:
+            return first_answer_tokens(self.model, self.layers, self.answer_tokens)
+        return prompt_only(self.layers, mask)
+
     @contextmanager
     def under(self, weights: Mapping[str, float]) -> Iterator[None]:
         """Return a context in which the model holds the weighted sum; an empty one is the base model."""
@@ -67,7 +89,7 @@ class Blend:
             with self.reference():
                 yield
         elif self.svf:
-            with as_merged(self.layers, merged_weights(self.layers, self.z(weights))):
+            with as_expert(self.layers, self.z(weights), merge=self.positions == "all"):
                 yield
         elif self.policy == "lora":
             with self._summed(weights):

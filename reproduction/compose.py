@@ -51,8 +51,9 @@ def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict
             samples = lab.samples(task, "validation", lab.scale.validation)
             reference = blend.reference if with_kl else None
             result, found = lab.measured(
-                task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference, KL_ITEMS
-            )
+                task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference, KL_ITEMS,
+                blend.prompt_only,
+            )  # fmt: skip
             entry["accuracy"][task] = result.accuracy
             if with_kl:
                 entry["kl"][task] = found["kl"]

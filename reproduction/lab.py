@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import reproduction.snips  # noqa: F401  # registers the task
 from reproduction.blend import Blend
 from reproduction.divergence import Under, divergence
-from reproduction.names import BASE, chosen_lr, mix_name, run_name
+from reproduction.names import BASE, chosen_lr, mix_name, run_as, run_name
 from reproduction.scale import Scale
 from reproduction.store import Cell, Store, safe
 from reproduction.tiny import TINY, tiny_base
+from reproduction.variants import VariantTrainer, surviving
 from sigmix.adapt.base import Strategy
 from sigmix.engine import Engine
 from sigmix.engine.cpu_kernels import contiguous_head
+from sigmix.engine.prefix_cache import PromptOnly, everywhere
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.accuracy import Result, commit, constant_baseline, evaluate
 from sigmix.evals.statistics import wilson
@@ -146,14 +149,15 @@ class Lab:
     def _train(self, name: str, kind: str, task: str, seed: int, rate: float, after: Sequence[str]) -> None:
         folder = self.work / "runs" / name
         start = self.trained(kind, after[-1], seed, rate, after[:-1])[1] if after else None
-        made = self.task(task)
-        options = {**self.scale.training, **self.scale.kinds[kind].options}
+        made, own = self.task(task), self.scale.kinds[kind]
+        options = {**self.scale.training, **own.options}
         config = make_config(
             self.scale.preset, **options, task=task, base=self.scale.base, learning_rate=rate,
             seed=seed, init_from=None if start is None else str(start),
         )  # fmt: skip
         model, tokenizer = self.base()
-        trainer = Trainer(model, tokenizer, made, config, folder, task)
+        arguments = (model, tokenizer, made, config, folder, task)
+        trainer = VariantTrainer(own, *arguments) if own.varied else Trainer(*arguments)
         outcome = "done"
         try:
             trainer.fit(resume=(folder / "config.json").exists())
@@ -182,15 +186,17 @@ class Lab:
         under: Under,
         reference: Under | None = None,
         kl_items: int = KL_ITEMS,
+        prompt_only: PromptOnly = everywhere,
     ) -> tuple[Result, dict[str, Any]]:
         """Greedy answers to samples, scored; and ``kl``, the mean exact KL(π‖π₀) in nats per token of the first ones.
 
         Args:
             under: puts the model into the state that is measured. reference: into the base's; None: no KL.
-            kl_items: how many replies KL is measured on; it costs two more passes over each.
+            kl_items: how many replies KL is measured on; it costs two more passes over each. prompt_only: state in
+            which replies are read, see `complete`.
         """
         made = self.task(task)
-        actor = Actor(model, tokenizer, made)
+        actor = Actor(model, tokenizer, made, prompt_only)
         with under():
             rows = actor.generate(samples, made.max_new_tokens, self.scale.batch)
         result = replace(evaluate(made, samples, lambda _: actor.decode(rows)), task=task)
@@ -207,12 +213,15 @@ class Lab:
         tokenizer: Any,
         under: Under,
         reference: Under | None = None,
+        prompt_only: PromptOnly = everywhere,
         **facts: Any,
     ) -> Cell:
         """`measured` on a task's test items and stored, unless it is there; ``facts`` are stored with it."""
-        return self._stored(
-            task, who, facts, lambda samples: self.measured(task, samples, model, tokenizer, under, reference)
-        )
+
+        def measure(samples: Sequence[Sample]) -> tuple[Result, Mapping[str, Any]]:
+            return self.measured(task, samples, model, tokenizer, under, reference, prompt_only=prompt_only)
+
+        return self._stored(task, who, facts, measure)
 
     def strategy_cell(
         self, task: str, who: str, engine: Engine, strategy: Strategy | Mix, form: str | None = None
@@ -254,25 +263,54 @@ class Lab:
             for task in missing:
                 self.cell(task, BASE, model, tokenizer, nullcontext)
 
-    def single_cells(self, kind: str, task: str, seed: int, on: Sequence[str] | None = None, **how: Any) -> str:
-        """Train an adapter and measure it on its task, or on ``on``; returns its name."""
+    def single_cells(
+        self,
+        kind: str,
+        task: str,
+        seed: int,
+        on: Sequence[str] | None = None,
+        positions: str | None = None,
+        **how: Any,
+    ) -> str:
+        """Train an adapter and measure it on its task, or on ``on``; returns its name.
+
+        Args:
+            positions: at which z acts in the measurement; default: those of its training.
+        """
+        own = self.scale.kinds[kind]
+        positions = positions or own.positions
         name, folder = self.trained(kind, task, seed, **how)
-        missing = [one for one in on or [task] if not self.store.has(one, name)]
+        who = name if positions == own.positions else run_as(name, positions)
+        missing = [one for one in on or [task] if not self.store.has(one, who)]
         if missing:
             model, tokenizer = self.base()
-            blend = Blend(model, {"it": folder}, self.scale.kinds[kind].policy)
+            blend = Blend(model, {"it": folder}, own.policy, True, positions, own.answer_tokens)
+            facts = {"surviving": surviving(blend.experts["it"])} if own.l1 else {}
             for one in missing:
-                self.cell(one, name, blend.model, tokenizer, lambda: blend.under({"it": 1.0}), blend.reference)
+                self.cell(
+                    one, who, blend.model, tokenizer, lambda: blend.under({"it": 1.0}), blend.reference,
+                    blend.prompt_only, **facts,
+                )  # fmt: skip
         return name
 
     def mixed_cells(
-        self, blend: Blend, tokenizer: Any, kind: str, seed: int, weights: Mapping[str, float], on: Sequence[str]
+        self,
+        blend: Blend,
+        tokenizer: Any,
+        kind: str,
+        seed: int,
+        weights: Mapping[str, float],
+        on: Sequence[str],
+        with_kl: bool = False,
     ) -> None:
         """Measure a weighted sum of one seed's adapters on some tasks."""
         rate = chosen_lr(self.store, self.scale, kind)
         who = mix_name(kind, rate or 0.0, weights, seed)
+        reference = blend.reference if with_kl else None
         for task in on:
-            self.cell(task, who, blend.model, tokenizer, lambda: blend.under(weights))
+            self.cell(
+                task, who, blend.model, tokenizer, lambda: blend.under(weights), reference, blend.prompt_only
+            )  # fmt: skip
 
 
 def _short(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,11 @@ def run_name(kind: str, lr: float, task: str, seed: int, after: Sequence[str] = 
     return f"{kind}@{lr:g}.{'+'.join([*after, task])}.s{seed}"
 
 
+def run_as(name: str, positions: str) -> str:
+    """Return the name of the cells of a run with z at other positions than in its training."""
+    return f"{name}.as-{positions}"
+
+
 def mix_name(kind: str, lr: float, weights: Mapping[str, float], seed: int) -> str:
     """Return the name of a weighted sum of adapters of one kind and seed, one per task."""
     return f"{kind}@{lr:g}.mix.{'+'.join(f'{task}={alpha:g}' for task, alpha in weights.items())}.s{seed}"

@@ -24,7 +24,7 @@ def page(store: Store, scale: Scale) -> str:
         f"Total computing time: {hours:.1f} hours."
     )
     parts = [f"# Tables of `python -m reproduction --scale {scale.name}`", about]
-    for stage in stages().values():
+    for stage in stages(scale).values():
         parts += [f"## {stage.title}", f"Stage `{stage.name}`.", stage.tables(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -34,7 +34,7 @@ def write_page(store: Store, scale: Scale, folder: Path) -> Path:
     path = folder / f"{scale.name}.md"
     write_text(path, page(store, scale))
     report = Report(store, scale, folder)
-    for stage in stages().values():
+    for stage in stages(scale).values():
         if hasattr(stage, "plots"):
             stage.plots(report)
     return path

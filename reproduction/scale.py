@@ -1,7 +1,8 @@
 """Kinds of adapters that are compared, and scales of a reproduction.
 
 A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` takes two cores and the embedded model,
-`gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
+`positions` the same for a study of its own, `gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test
+the program and not the method.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Kind:
         label: for tables. options: fields of `TrainConfig`. lrs: ascending learning rates that the sweep begins with;
             it goes on beyond an end that wins. like: a kind whose sweep stands for this one's: its best rate is taken,
             or, with match, the one whose KL to the base is nearest to what the kind ``match`` has at its best.
+        answer_tokens, both, l1: see `reproduction.variants`.
     """
 
     label: str
@@ -29,6 +31,19 @@ class Kind:
     lrs: tuple[float, ...] = ()
     like: str | None = None
     match: str | None = None
+    answer_tokens: int = 0
+    both: bool = False
+    l1: float = 0.0
+
+    @property
+    def varied(self) -> bool:
+        """True if its training is one of `reproduction.variants`."""
+        return bool(self.answer_tokens or self.both or self.l1)
+
+    @property
+    def positions(self) -> str:
+        """Tokens on which z acts, see `SVFConfig`."""
+        return str(self.options.get("positions", "all"))
 
     @property
     def policy(self) -> str:
@@ -67,6 +82,47 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
+PROMPT = {"positions": "prompt"}
+
+MATRICES: dict[str, Any] = {
+    "down": ["down_proj"], "gate-up": ["gate_proj", "up_proj"], "o": ["o_proj"], "kv": ["k_proj", "v_proj"],
+    "attention": "attention",
+}  # fmt: skip
+
+L1 = (0.1, 0.3, 0.6)
+"""Strengths of the penalty on |z - 1|, in learning rates a step."""
+
+WHERE: dict[str, Mapping[str, Any]] = {"svf": {}, "svf-prompt": PROMPT}
+
+POSITION_KINDS: dict[str, Kind] = {
+    "svf-rl": Kind("all tokens", {}, SVF_LRS),
+    "svf-prompt-rl": Kind("prompt", PROMPT, SVF_LRS),
+    "svf-sft": Kind("all tokens", GOLD, SVF_LRS),
+    "svf-prompt-sft": Kind("prompt", {**PROMPT, **GOLD}, SVF_LRS),
+    "svf-prompt-1-rl": Kind("prompt and 1 answer token", PROMPT, (), "svf-prompt-rl", answer_tokens=1),
+    "svf-prompt-4-rl": Kind("prompt and 4 answer tokens", PROMPT, (), "svf-prompt-rl", answer_tokens=4),
+    "svf-both-rl": Kind("half of the answers each way", PROMPT, (), "svf-prompt-rl", both=True),
+    **{
+        f"{name}-{part}-rl": Kind(part, {**where, "target_modules": modules}, (), f"{name}-rl")
+        for name, where in WHERE.items()
+        for part, modules in MATRICES.items()
+    },
+    **{
+        f"{name}-l1-{strength:g}-rl": Kind(f"L1 {strength:g}", where, (), f"{name}-rl", l1=strength)
+        for name, where in WHERE.items()
+        for strength in L1
+    },
+}
+"""Kinds of the study of positions."""
+
+PAPER_STAGES = (
+    "sweep", "table1", "composition", "table4", "table2", "dispatch", "fewshot", "transfer", "continual", "ablations",
+    "spectra", "larger", "speed",
+)  # fmt: skip
+
+POSITION_STAGES = ("positions", "snips", "position-variants", "position-mixtures", "gsm8k")
+
+
 @dataclass(frozen=True)
 class Scale:
     """Size of a reproduction.
@@ -83,6 +139,7 @@ class Scale:
         few_shot: the unseen task of the few-shot tables. ia3_steps: of IA3's training on the same examples.
         larger: base of the larger model, if there is one. larger_training: what its runs do otherwise.
         batch: test items answered at once.
+        stages: that the scale has, in order.
     """
 
     name: str
@@ -108,6 +165,7 @@ class Scale:
     larger: str | None = None
     larger_training: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 128
+    stages: tuple[str, ...] = PAPER_STAGES
 
 
 SCALES: dict[str, Scale] = {
@@ -123,6 +181,21 @@ SCALES: dict[str, Scale] = {
         # some tasks find their form first and their answers late; a cosine over so few steps ends before that
         training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
         larger_training={"generation_batch_size": 32},
+    ),
+    # one question of ours: must z act on the answer's tokens, too? Tasks, training and items are laptop's
+    "positions": Scale(
+        name="positions",
+        base="smollm2-135m",
+        tasks=("addition", "larger", "date-iso", "where-is"),
+        extra=("smallest-of-three", "who-has"),
+        sweep="larger",
+        unseen=(),
+        conflict=None,
+        few_shot="",
+        training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
+        larger_training={"max_steps": 20, "eval_steps": 10, "generation_batch_size": 32, "max_eval_samples": 64},
+        kinds=POSITION_KINDS,
+        stages=("sweep", *POSITION_STAGES),
     ),
     # the paper's tasks; of its preset, steps, clip and baseline are ours, to fit a GPU's hours; any base by --base
     "gpu": Scale(
@@ -170,7 +243,8 @@ SCALES: dict[str, Scale] = {
         per_label=2,
         ia3_steps=1,
         larger=TINY,
-        kinds={name: replace(kind, lrs=kind.lrs[1:2]) for name, kind in KINDS.items()},
+        kinds={name: replace(kind, lrs=kind.lrs[1:2]) for name, kind in {**POSITION_KINDS, **KINDS}.items()},
+        stages=(*PAPER_STAGES, *POSITION_STAGES),
     ),
 }
 

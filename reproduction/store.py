@@ -50,7 +50,7 @@ class Store:
         self.archive = self.folder.with_name(self.folder.name + SUFFIX)
         packed = not self.folder.exists() and self.archive.exists()
         self._packed: dict[str, bytes] | None = read_archive(self.archive) if packed else None
-        self._runs: dict[str, dict[str, Any]] | None = None
+        self._runs: dict[str, dict[str, Any]] = {}
 
     def unpack(self) -> None:
         """Unpack the archive into the folder, if there is no folder yet."""
@@ -109,17 +109,18 @@ class Store:
         """Store the record of a training run."""
         self.unpack()
         write_json(self.folder / f"runs/{safe(name)}.json", dict(run))
-        self._runs = None
+        self._runs.pop(safe(name), None)
 
     def run(self, name: str) -> dict[str, Any] | None:
         """Return the record of a training run, or None."""
         return self._json(f"runs/{safe(name)}.json")
 
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Return {file name: record} of all training runs."""
-        if self._runs is None:  # every choice of a learning rate reads all of them
-            self._runs = {Path(name).stem: self._json(name) or {} for name in self._names("runs/*.json")}
-        return self._runs
+        """Return {file name: record} of all training runs, those of other processes included."""
+        for name in self._names("runs/*.json"):
+            if Path(name).stem not in self._runs:  # every choice of a learning rate reads all of them
+                self._runs[Path(name).stem] = self._json(name) or {}
+        return dict(sorted(self._runs.items()))
 
     def write_fact(self, name: str, fact: Mapping[str, Any]) -> None:
         """Store figures of a stage."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from reproduction.lab import Lab
 from reproduction.report import Report
+from reproduction.scale import Scale
 from sigmix.errors import UnknownNameError
 
 
@@ -27,13 +28,16 @@ class Stage(Protocol):
     def tables(self, report: Report) -> str: ...
 
 
-def stages() -> dict[str, Any]:
-    """All stages by name, in order."""
+def stages(scale: Scale) -> dict[str, Any]:
+    """The stages of a scale by name, in order."""
     from reproduction.stages.ablations import Ablations
     from reproduction.stages.composition import Composition
     from reproduction.stages.continual import Continual
     from reproduction.stages.fewshot import FewShot
     from reproduction.stages.larger import Larger
+    from reproduction.stages.position_mixtures import PositionMixtures
+    from reproduction.stages.position_variants import PositionVariants
+    from reproduction.stages.positions import Gsm8k, Positions, Snips
     from reproduction.stages.spectra import Spectra
     from reproduction.stages.speed import Speed
     from reproduction.stages.strategies import Dispatch, Strategies
@@ -43,18 +47,20 @@ def stages() -> dict[str, Any]:
 
     every = (
         Sweep(), Table1(), Composition(), Table4(), Strategies(), Dispatch(), FewShot(), Transfer(), Continual(),
-        Ablations(), Spectra(), Larger(), Speed(),
+        Ablations(), Spectra(), Larger(), Speed(), Positions(), Snips(), PositionVariants(), PositionMixtures(),
+        Gsm8k(),
     )  # fmt: skip
-    return {stage.name: stage for stage in every}
+    by_name = {stage.name: stage for stage in every}
+    return {name: by_name[name] for name in scale.stages}
 
 
-def chosen(only: list[str]) -> list[Any]:
-    """The stages asked for with those that they need, in order; all without a name.
+def chosen(scale: Scale, only: list[str]) -> list[Any]:
+    """The stages of these names with those that they need, in order; all of the scale without a name.
 
     Raises:
         UnknownNameError: there is no such stage.
     """
-    every = stages()
+    every = stages(scale)
     for name in only:
         if name not in every:
             raise UnknownNameError("stage", name, every)

@@ -14,13 +14,9 @@ class Sweep:
     needs: tuple[str, ...] = ()
 
     def run(self, lab: Lab) -> None:
-        """Train every kind at every rate on the scale's sweep task with its first seed."""
-        scale = lab.scale
-        for name, kind in scale.kinds.items():
-            tried = accuracies(swept(lab.store, scale, name))
-            while (lr := next_rate(tried, kind.lrs)) is not None:
-                lab.trained(name, scale.sweep, scale.seeds[0], lr)
-                tried = accuracies(swept(lab.store, scale, name))
+        """Every kind."""
+        for kind in lab.scale.kinds:
+            sweep(lab, kind)
 
     def tables(self, report: Report) -> str:
         """Best validation accuracy by kind and rate, with the KL of that checkpoint; the chosen one in bold."""
@@ -44,3 +40,12 @@ class Sweep:
             "checkpoint, and the KL per token of its rollouts.\n\n" + table(["kind", "learning rate: accuracy"], rows)
         )
         return text + ("\n\nRuns that ended early:\n\n- " + "\n- ".join(told) if told else "")
+
+
+def sweep(lab: Lab, kind: str) -> None:
+    """Train a kind at every rate on the scale's sweep task with its first seed."""
+    scale = lab.scale
+    tried = accuracies(swept(lab.store, scale, kind))
+    while (lr := next_rate(tried, scale.kinds[kind].lrs)) is not None:
+        lab.trained(kind, scale.sweep, scale.seeds[0], lr)
+        tried = accuracies(swept(lab.store, scale, kind))

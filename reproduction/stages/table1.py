@@ -53,7 +53,8 @@ class Table1:
             table(["kind", "numbers", "lr", *scale.tasks], rows)
             + "\n\nSVF by policy gradient less each other kind, on the same items:\n\n"
             + table(["less", *scale.tasks], differences)
-            + "\n\n" + report.image("Validation accuracy by step", "learning")
+            + "\n\n"
+            + report.image("Validation accuracy by step", "learning")
         )
 
     def plots(self, report: Report) -> None:

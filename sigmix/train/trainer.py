@@ -35,7 +35,7 @@ from sigmix.train.checkpointing import RunDir, optimizer_tensors, restore_optimi
 from sigmix.train.config import TrainConfig
 from sigmix.train.distributed import Processes, ProcessLostError, build_policy, check_text
 from sigmix.train.objectives import Learner
-from sigmix.train.policy import SVFPolicy
+from sigmix.train.policy import Policy, SVFPolicy
 from sigmix.train.rollout import Actor, PromptStream
 
 Checkpoint: TypeAlias = tuple[dict[str, Any], dict[str, torch.Tensor]]
@@ -93,16 +93,24 @@ class Trainer:
         self.validation = task.samples("validation", config.max_eval_samples, seed=0)
         if shard:
             check_text([*train, *self.validation])
-        self.policy = build_policy(model, config, self.processes, shard)
+        self.policy = self.make_policy(model, shard)
         if (folder := config.init_from) is not None:
             self.processes.gather(lambda: self.policy.load(Path(folder)))
             self._check_equal_parameters(f"pass the same --init-from folder on all machines, not another {folder}")
         contiguous_head(self.policy.model)
         self.actor = Actor(self.policy.model, tokenizer, task, self.policy.prompt_only)
-        self.learner = Learner(self.policy, self.actor, config, self.max_new_tokens, self.processes)
+        self.learner = self.make_learner()
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
         self._bad_validations = self._constant_steps = 0
+
+    def make_policy(self, model: PreTrainedModel, shard: bool) -> Policy:
+        """Inject the adapter into the model; overridden by variants of the method."""
+        return build_policy(model, self.config, self.processes, shard)
+
+    def make_learner(self) -> Learner:
+        """Return the learner; overridden by variants of the method."""
+        return Learner(self.policy, self.actor, self.config, self.max_new_tokens, self.processes)
 
     # ------------------------------------------------------------------ loop
 

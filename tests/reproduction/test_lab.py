@@ -17,7 +17,7 @@ from reproduction.stages import chosen, stages
 from reproduction.stages.groups import groups, kinds
 from reproduction.stages.sweep import Sweep
 from reproduction.stages.transfer import moved, requantise
-from sigmix.errors import ConfigError, FingerprintError
+from sigmix.errors import ConfigError, FingerprintError, UnknownNameError
 from sigmix.experts.expert import Expert
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -183,9 +183,12 @@ def test_a_store_takes_one_scale_only(home):
 
 
 def test_stages_that_are_needed_run_first():
-    assert [stage.name for stage in chosen(["ablations"])] == ["sweep", "table1", "ablations"]
-    assert [stage.name for stage in chosen([])] == list(stages())
     laptop = SCALES["laptop"]
+    assert [stage.name for stage in chosen(laptop, ["ablations"])] == ["sweep", "table1", "ablations"]
+    assert [stage.name for stage in chosen(laptop, [])] == list(stages(laptop))
+    assert [stage.name for stage in chosen(SCALES["positions"], ["snips"])] == ["snips"]
+    with pytest.raises(UnknownNameError, match="snips"):
+        chosen(laptop, ["snips"])
     assert [len(group) for group in groups(laptop, "lora-rl", 0)] == [2, 3, 6, 2]
     assert [len(group) for group in groups(laptop, "lora-small-rl", 0)] == [2, 3, 6]
     assert [len(group) for group in groups(laptop, "lora-rl", 1)] == [2, 3]

@@ -20,7 +20,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def data(tmp_path):
-    """ARC and OpenBookQA of a few made-up questions."""
+    """ARC, OpenBookQA, SNIPS and GSM8K of a few made-up questions."""
     for folder, names in (
         ("arc", [f"ARC-{kind}-{split}" for kind in ("Easy", "Challenge") for split in ("Train", "Dev", "Test")]),
         ("openbookqa", ["train", "dev", "test"]),
@@ -32,6 +32,17 @@ def data(tmp_path):
                 for row in QUESTIONS
             ]
             text = "".join(json.dumps(row) + "\n" for row in rows[number % 3 :])
+            (tmp_path / "data" / folder / f"{name}.jsonl").write_text(text)
+    for folder, rows in (
+        (
+            "snips",
+            [{"text": f"Rate {n} of 6", "intent": "RateBook", "slots": {"rating_value": [str(n)]}} for n in range(60)],
+        ),
+        ("gsm8k", [{"question": f"What is {n} and 1?", "answer": f"#### {n + 1}"} for n in range(60)]),
+    ):
+        (tmp_path / "data" / folder).mkdir()
+        for name, part in (("train", rows[:40]), ("test", rows[40:])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
             (tmp_path / "data" / folder / f"{name}.jsonl").write_text(text)
     return tmp_path / "data"
 
@@ -47,13 +58,13 @@ def test_all_stages(tmp_path, data, cache, monkeypatch, capsys):
     code, out, err = run("--data-dir", str(data))
     assert code == 0, err
     page = (out_folder / "smoke.md").read_text(encoding="utf-8")
-    for stage in stages().values():
+    for stage in stages(SCALES["smoke"]).values():
         assert f"## {stage.title}" in page
     smoke = SCALES["smoke"]
     assert set(re.findall(r"^\| (\S+) \| not run", page, re.M)) == {"train-step", "mixed", "decompose"}
     # speed, which needs a GPU; the pair in conflict for a third kind, in four modes; the full search on three examples
     assert page.count("not run") == 3 + 4 + 1
-    for task in (*smoke.tasks, *smoke.unseen, "arc-easy", "openbookqa"):
+    for task in (*smoke.tasks, *smoke.unseen, "arc-easy", "openbookqa", "snips", "gsm8k"):
         assert (out_folder / "smoke" / "cells" / task / "base.jsonl").exists()
     for picture in ("composition", "spectra", "dispatch-D"):
         assert (out_folder / f"smoke-{picture}.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,62 @@
+"""SNIPS requests as JSON: intent and slots (Coucke et al. 2018, arXiv:1805.10190; CC0). A task file: FILE.py:snips."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+from sigmix.tasks.base import Sample, Score
+from sigmix.tasks.benchmarks import BenchmarkTask
+from sigmix.tasks.data import Row
+from sigmix.tasks.graders import final_part, json_value
+from sigmix.tasks.registry import register
+
+PROMPT = "Extract intent and slots of this request as JSON: "
+LONGEST = 200
+"""Maximum length of a gold reply in characters; a few requests with more are left out."""
+
+
+@register("snips")
+class Snips(BenchmarkTask):
+    """``DATA_DIR/snips/train.jsonl`` and ``test.jsonl`` with text, intent and slots ({name: [values]}).
+
+    A reply gets the share of fields that are right among all fields of gold and reply, 1 for exactly gold's.
+    """
+
+    domain = "extraction"
+    description = "Intent and slots of a request as JSON (SNIPS)."
+    license = "CC0-1.0"
+    max_new_tokens = 80
+    files: ClassVar = {"train": "snips/train.jsonl", "test": "snips/test.jsonl"}
+
+    def sample(self, row: Row) -> Sample | None:
+        slots = {
+            name: values[0] if len(values) == 1 else values for name, values in row.get("slots", kind=dict).items()
+        }
+        gold = json.dumps({"intent": row.get("intent", kind=str), **slots}, ensure_ascii=False)
+        return Sample.make(PROMPT + row.get("text", kind=str).strip(), gold) if len(gold) <= LONGEST else None
+
+    def score(self, sample: Sample, reply: str) -> Score:
+        gold = fields(sample.gold)
+        try:
+            found = fields(final_part(reply))
+        except ValueError as error:
+            return Score(0.0, None, f"not a JSON object alone: {error}")
+        right = sum(gold.get(name) == value for name, value in found.items())
+        value = right / len(gold.keys() | found.keys()) if found else 0.0
+        return Score(value, json.dumps(found, ensure_ascii=False, sort_keys=True), f"expected {sample.gold}")
+
+    def wrong_replies(self, sample: Sample) -> list[str]:
+        return [*super().wrong_replies(sample), f"{sample.gold}{sample.gold}", "{}", json.dumps([sample.gold])]
+
+
+def fields(text: str) -> dict[str, Any]:
+    """Return the fields of a JSON object.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    value = json_value(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}")
+    return value

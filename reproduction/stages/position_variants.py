@@ -1,0 +1,91 @@
+"""Variants of z at the prompt's tokens: some answer tokens, both ways at once, single matrices, an L1 penalty."""
+
+from __future__ import annotations
+
+from reproduction.lab import Lab
+from reproduction.names import run_as, single
+from reproduction.report import NOT_RUN, Report, table
+from reproduction.scale import L1, MATRICES
+from reproduction.stages.positions import RL, kl_of_cell
+from reproduction.stages.sweep import sweep
+
+TOKENS = ("svf-prompt-1-rl", "svf-prompt-4-rl")
+
+BOTH = "svf-both-rl"
+
+PARTS = tuple(f"{name}-{part}-rl" for name in ("svf-prompt", "svf") for part in MATRICES)
+
+PENALTIES = tuple(f"{name}-l1-{strength:g}-rl" for name in ("svf-prompt", "svf") for strength in L1)
+
+
+class PositionVariants:
+    """One seed of each variant on the first two tasks."""
+
+    name, title = "position-variants", "Answer tokens, both ways, matrices, L1"
+    needs: tuple[str, ...] = ()
+
+    def run(self, lab: Lab) -> None:
+        """The cheap questions first."""
+        tasks, seed = lab.scale.tasks[:2], lab.scale.seeds[0]
+        lab.base_cells(tasks)
+        for kind in RL:
+            sweep(lab, kind)
+            for task in tasks:
+                lab.single_cells(kind, task, seed)
+        for kind in (*TOKENS, BOTH, *PARTS, *PENALTIES):
+            for task in tasks:
+                lab.single_cells(kind, task, seed)
+                if kind == BOTH:
+                    lab.single_cells(kind, task, seed, positions="all")
+
+    def tables(self, report: Report) -> str:
+        """Each against z of all matrices at the same positions, on the same items."""
+        tasks = report.scale.tasks[:2]
+        head = ["", "numbers", *(f"{task}{column}" for task in tasks for column in ("", ", difference", ", KL"))]
+        whole, prompt = ([_row(report, kind, kind)] for kind in RL)
+        both = [_row(report, BOTH, RL[1]), _row(report, BOTH, RL[0], "all")]
+        penalties = [
+            [*_row(report, kind, RL[report.scale.kinds[kind].positions == "prompt"]), _left(report, kind)]
+            for kind in PENALTIES
+        ]
+        parts = []
+        for positions, kind, start in zip(("all tokens", "prompt"), RL, (whole, prompt), strict=True):
+            own = [one for one in PARTS if report.scale.kinds[one].positions == report.scale.kinds[kind].positions]
+            parts += [
+                f"z at {positions}, of some matrices; differences to all of them:",
+                table(head, [*start, *(_row(report, one, kind) for one in own)]),
+            ]
+        return "\n\n".join(
+            [
+                "z on the first tokens of the answer, too; differences to the prompt alone:",
+                table(head, [*prompt, *(_row(report, kind, RL[1]) for kind in TOKENS)]),
+                "Half of the answers trained each way; differences to the experts of that way:",
+                table(head, both),
+                *parts,
+                "A penalty on |z - 1|: strength in learning rates a step, and the share of z that differ from 1:",
+                table([*head, "share left"], penalties),
+            ]
+        )  # fmt: skip
+
+
+def _row(report: Report, kind: str, against: str, positions: str | None = None) -> list[str]:
+    own, seed = report.scale.kinds[kind], report.scale.seeds[0]
+    label = own.label + (f", run at {positions or own.positions}" if own.both else f" ({own.positions})" * bool(own.l1))
+    cells, count = [], None
+    for task in report.scale.tasks[:2]:
+        name = single(report.store, report.scale, kind, task, seed)
+        count = (report.store.run(name or "") or {}).get("parameters", count)
+        who = run_as(name, positions) if name and positions else name
+        base = single(report.store, report.scale, against, task, seed)
+        difference = "" if kind == against else report.against(task, who, base)
+        cells += [report.accuracy(task, who), difference, kl_of_cell(report, task, who)]
+    return [label, f"{count:,}" if count else NOT_RUN, *cells]
+
+
+def _left(report: Report, kind: str) -> str:
+    shares = []
+    for task in report.scale.tasks[:2]:
+        name = single(report.store, report.scale, kind, task, report.scale.seeds[0])
+        cell = None if name is None else report.store.cell(task, name)
+        shares.append(NOT_RUN if cell is None else f"{100 * cell.facts['surviving']:.1f} %")
+    return ", ".join(shares)
