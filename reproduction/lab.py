@@ -301,16 +301,14 @@ class Lab:
         seed: int,
         weights: Mapping[str, float],
         on: Sequence[str],
-        with_kl: bool = False,
     ) -> None:
-        """Measure a weighted sum of one seed's adapters on some tasks."""
+        """Measure a weighted sum of one seed's adapters on some tasks, with the KL to the base model."""
         rate = chosen_lr(self.store, self.scale, kind)
         who = mix_name(kind, rate or 0.0, weights, seed)
-        reference = blend.reference if with_kl else None
         for task in on:
             self.cell(
-                task, who, blend.model, tokenizer, lambda: blend.under(weights), reference, blend.prompt_only
-            )  # fmt: skip
+                task, who, blend.model, tokenizer, lambda: blend.under(weights), blend.reference, blend.prompt_only
+            )
 
 
 def _short(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,10 @@ POSITION_KINDS: dict[str, Kind] = {
 }
 """Kinds of the study of positions."""
 
+SMOKE_VARIANTS = (
+    "svf-prompt-rl", "svf-prompt-sft", "svf-prompt-4-rl", "svf-both-rl", "svf-prompt-down-rl", "svf-prompt-l1-0.3-rl",
+)  # fmt: skip
+
 PAPER_STAGES = (
     "sweep", "table1", "composition", "table4", "table2", "dispatch", "fewshot", "transfer", "continual", "ablations",
     "spectra", "larger", "speed",
@@ -243,7 +247,11 @@ SCALES: dict[str, Scale] = {
         per_label=2,
         ia3_steps=1,
         larger=TINY,
-        kinds={name: replace(kind, lrs=kind.lrs[1:2]) for name, kind in {**POSITION_KINDS, **KINDS}.items()},
+        kinds={
+            name: replace(kind, lrs=kind.lrs[1:2])
+            for name, kind in {**POSITION_KINDS, **KINDS}.items()
+            if name in (*KINDS, *SMOKE_VARIANTS)
+        },
         stages=(*PAPER_STAGES, *POSITION_STAGES),
     ),
 }

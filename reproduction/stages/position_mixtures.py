@@ -46,7 +46,7 @@ class PositionMixtures:
                 found = lab.timed(partial(tune, lab, blend, tokenizer, group))
                 lab.store.write_fact(fact(kind, seed, group), found)
             for weights in (average(group), total(group), found["weights"]):
-                lab.mixed_cells(blend, tokenizer, kind, seed, weights, group, with_kl=True)
+                lab.mixed_cells(blend, tokenizer, kind, seed, weights, group)
 
     def tables(self, report: Report) -> str:
         """Mean over the members' tasks with the share of the gain that is kept; then task by task with KL."""

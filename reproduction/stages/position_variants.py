@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from reproduction.lab import Lab
 from reproduction.names import run_as, single
 from reproduction.report import NOT_RUN, Report, table
-from reproduction.scale import L1, MATRICES
+from reproduction.scale import L1, MATRICES, Scale
 from reproduction.stages.positions import RL, kl_of_cell
 from reproduction.stages.sweep import sweep
 
@@ -32,7 +34,7 @@ class PositionVariants:
             sweep(lab, kind)
             for task in tasks:
                 lab.single_cells(kind, task, seed)
-        for kind in (*TOKENS, BOTH, *PARTS, *PENALTIES):
+        for kind in _of(lab.scale, (*TOKENS, BOTH, *PARTS, *PENALTIES)):
             for task in tasks:
                 lab.single_cells(kind, task, seed)
                 if kind == BOTH:
@@ -46,11 +48,12 @@ class PositionVariants:
         both = [_row(report, BOTH, RL[1]), _row(report, BOTH, RL[0], "all")]
         penalties = [
             [*_row(report, kind, RL[report.scale.kinds[kind].positions == "prompt"]), _left(report, kind)]
-            for kind in PENALTIES
+            for kind in _of(report.scale, PENALTIES)
         ]
         parts = []
         for positions, kind, start in zip(("all tokens", "prompt"), RL, (whole, prompt), strict=True):
-            own = [one for one in PARTS if report.scale.kinds[one].positions == report.scale.kinds[kind].positions]
+            kinds = report.scale.kinds
+            own = [one for one in _of(report.scale, PARTS) if kinds[one].positions == kinds[kind].positions]
             parts += [
                 f"z at {positions}, of some matrices; differences to all of them:",
                 table(head, [*start, *(_row(report, one, kind) for one in own)]),
@@ -58,7 +61,7 @@ class PositionVariants:
         return "\n\n".join(
             [
                 "z on the first tokens of the answer, too; differences to the prompt alone:",
-                table(head, [*prompt, *(_row(report, kind, RL[1]) for kind in TOKENS)]),
+                table(head, [*prompt, *(_row(report, kind, RL[1]) for kind in _of(report.scale, TOKENS))]),
                 "Half of the answers trained each way; differences to the experts of that way:",
                 table(head, both),
                 *parts,
@@ -66,6 +69,11 @@ class PositionVariants:
                 table([*head, "share left"], penalties),
             ]
         )  # fmt: skip
+
+
+def _of(scale: Scale, kinds: Sequence[str]) -> list[str]:
+    """Return the kinds that the scale has: one of each sort in the smoke test."""
+    return [kind for kind in kinds if kind in scale.kinds]
 
 
 def _row(report: Report, kind: str, against: str, positions: str | None = None) -> list[str]:
