@@ -54,7 +54,9 @@ class Blend:
             self.experts = {
                 name: one if isinstance(one, Expert) else Expert.from_pretrained(one) for name, one in folders.items()
             }
-            config = SVFConfig(target_modules="all-linear", cache=cache)
+            every = sorted({path for expert in self.experts.values() for path in expert.z})
+            targets = "all-linear" if positions == "all" else every  # what is not merged runs in the factored form
+            config = SVFConfig(target_modules=targets, cache=cache, positions=positions)
             self.model: Any = get_peft_model(base, config).eval()
             self.layers = svf_layers(self.model)
         else:
@@ -89,7 +91,7 @@ class Blend:
             with self.reference():
                 yield
         elif self.svf:
-            with as_expert(self.layers, self.z(weights), merge=self.positions == "all"):
+            with self._prompt(weights) if self.positions == "prompt" else as_expert(self.layers, self.z(weights)):
                 yield
         elif self.policy == "lora":
             with self._summed(weights):
@@ -99,6 +101,15 @@ class Blend:
             self.model.set_adapter(name)
             with merged_adapter(self.model):
                 yield
+
+    @contextmanager
+    def _prompt(self, weights: Mapping[str, float]) -> Iterator[None]:
+        z = self.z(weights)
+        with torch.no_grad():
+            for path, layer in self.layers.items():
+                layer.svf_z["default"].weight.copy_(z[path])
+        with prompt_only(self.layers, True):
+            yield
 
     def z(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Return {path: z [r]} of a weighted sum of SVF experts."""

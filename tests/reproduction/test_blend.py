@@ -13,6 +13,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from reproduction.blend import Blend
 from reproduction.compose import UNIFORM, average, geometry, total, tune
 from sigmix.engine import Engine
+from sigmix.engine.prefix_cache import completion_logits
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -162,3 +163,29 @@ def test_tuning_takes_the_best_on_validation(tmp_path, monkeypatch):
     assert all(entry["kl"]["addition"] > 0 for entry in found["tried"][: len(UNIFORM)])
     assert all(not entry["kl"] for entry in found["tried"][len(UNIFORM) :])
     assert found["accuracy"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("answer_tokens", [0, 2])
+def test_z_of_prompts_acts_on_them_alone(tiny, answer_tokens):
+    ids, answers = torch.arange(4, 24).reshape(2, 10), torch.arange(30, 42).reshape(2, 6)
+    prompts, mask = ids.tolist(), torch.ones_like(answers, dtype=torch.bool)
+    draw = torch.Generator().manual_seed(0)
+    base = tiny("llama").double()
+    z = {
+        path: 1 + torch.rand(min(m.weight.shape), generator=draw) - 0.5
+        for path, m in base.named_modules()
+        if path.endswith(("up_proj", "v_proj"))
+    }
+    experts = {"a": Expert("a", z), "b": Expert("b", {path: 2 - one for path, one in z.items()})}
+
+    def logits(blend, weights):
+        with torch.no_grad(), blend.under(weights):
+            return completion_logits(blend.model, prompts, answers, mask, 0, prompt_only=blend.prompt_only)
+
+    everywhere = Blend(tiny("llama").double(), experts, "svf")
+    ours = Blend(base, experts, "svf", True, "prompt", answer_tokens)
+    whole, prompt = (logits(blend, {"a": 0.5, "b": 0.2}) for blend in (everywhere, ours))
+    torch.testing.assert_close(prompt[:, : 1 + answer_tokens], whole[:, : 1 + answer_tokens])
+    assert not torch.allclose(prompt[:, 1 + answer_tokens :], whole[:, 1 + answer_tokens :])
+    torch.testing.assert_close(logits(ours, {"a": 1.0, "b": 1.0}), logits(ours, {}))  # gains that cancel: the base
+    torch.testing.assert_close(logits(ours, {}), logits(everywhere, {}))
