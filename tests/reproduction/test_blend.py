@@ -19,6 +19,7 @@ from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
 IDS = torch.tensor([[5, 9, 33, 70, 12, 8]])
+NEAR = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def expert(name: str, seed: int, width: float = 0.5) -> Expert:
@@ -185,7 +186,9 @@ def test_z_of_prompts_acts_on_them_alone(tiny, answer_tokens):
     everywhere = Blend(tiny("llama").double(), experts, "svf")
     ours = Blend(base, experts, "svf", True, "prompt", answer_tokens)
     whole, prompt = (logits(blend, {"a": 0.5, "b": 0.2}) for blend in (everywhere, ours))
-    torch.testing.assert_close(prompt[:, : 1 + answer_tokens], whole[:, : 1 + answer_tokens])
+    torch.testing.assert_close(prompt[:, : 1 + answer_tokens], whole[:, : 1 + answer_tokens], **NEAR)
     assert not torch.allclose(prompt[:, 1 + answer_tokens :], whole[:, 1 + answer_tokens :])
-    torch.testing.assert_close(logits(ours, {"a": 1.0, "b": 1.0}), logits(ours, {}))  # gains that cancel: the base
-    torch.testing.assert_close(logits(ours, {}), logits(everywhere, {}))
+    torch.testing.assert_close(
+        logits(ours, {"a": 1.0, "b": 1.0}), logits(ours, {}), **NEAR
+    )  # gains that cancel: the base
+    torch.testing.assert_close(logits(ours, {}), logits(everywhere, {}), **NEAR)
