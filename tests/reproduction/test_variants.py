@@ -67,7 +67,7 @@ def test_all_answer_tokens_are_positions_all_and_none_is_prompt(tiny, tiny_token
     with policy.learning(), first_answer_tokens(policy.model, layers, 0), torch.no_grad():
         policy.model(input_ids=ANSWERS)
         assert all(layer.prompt_mask is False for layer in layers.values())
-    assert all(layer.prompt_mask is True for layer in layers.values())
+    assert all(layer.prompt_mask is None for layer in layers.values())
 
 
 def test_rollouts_are_of_the_policy_that_the_loss_reads(tiny, tiny_tokenizer, tmp_path):
