@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reproduction.scale import Kind
+from sigmix.engine.kv_cache import Prefilled
 from sigmix.evals.accuracy import Result
 from sigmix.experts.expert import Expert
 from sigmix.svf.config import POSITIONS
@@ -90,19 +91,19 @@ class VariantLearner(Learner):
             shrink(self.parameters.values(), self.kind.l1 * metrics["learning_rate"])
         return metrics
 
-    def rollouts(self, number: int, samples: Sequence[Sample]) -> Rollouts:
+    def rollouts(self, number: int, samples: Sequence[Sample], read: list[Prefilled] | None = None) -> Rollouts:
         """See `Learner.rollouts`."""
         if not self.kind.both:
-            return super().rollouts(number, samples)
+            return super().rollouts(number, samples, read)
         parts = []
         for place, (positions, half) in enumerate(halves(samples)):
             with self.policy.acting_on(positions):
                 parts.append(super().rollouts(len(POSITIONS) * number + place, half))  # other random seeds
         return Rollouts.joined(parts)
 
-    def _backward(self, number: int, rollouts: Rollouts) -> dict[str, float]:
+    def _backward(self, number: int, rollouts: Rollouts, read: Sequence[Prefilled] = ()) -> dict[str, float]:
         if not self.kind.both:
-            return super()._backward(number, rollouts)
+            return super()._backward(number, rollouts, read)
         sums: Counter[str] = Counter()
         each = len(rollouts.completions) // len(rollouts.prompts)
         ways = halves(range(len(rollouts.prompts)))
