@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report
 from benchmarks.peers import Peer, equal_start
-from benchmarks.requests import bundled_engine, prompts
+from benchmarks.requests import bundled_engine, compiled, prompts
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.experts.mix import Mix
 from sigmix.export.base import BaseCheckpoint
@@ -51,12 +51,13 @@ def run(
     mix: str = "addition:0.7+larger:0.3",
     bank: Any = None,
     gguf: Path | None = None,
+    compile: bool = True,
 ) -> dict[str, Any]:
     """Run the benchmark; see `harness.report` for the result.
 
     Args:
         repeats: rounds that count, default 5. dtype: of our engine, default bfloat16. new_tokens: of an answer.
-        mix, bank: what is mixed. gguf: the base's GGUF file; default: see `base_gguf`.
+        mix, bank: what is mixed. gguf: the base's GGUF file; default: see `base_gguf`. compile: our decode step.
 
     Raises:
         SigmixError: llama.cpp fails, or an answer has another number of tokens.
@@ -67,11 +68,11 @@ def run(
     file = base_gguf(source, gguf)
     if not isinstance(file, Path):
         return report("llamacpp", where, {}, {}, {**raw, "skipped": {"llama.cpp": file}})
-    engine = bundled_engine(base, where["dtype"], bank)
+    engine = bundled_engine(base, where["dtype"], bank, compile)
     engines = {"base": engine, "mixture": engine}
     try:
-        engines["int8"] = bundled_engine(base, where["dtype"], bank, decode_weights="int8")
-    except (ConfigError, TypeError) as error:
+        engines["int8"] = bundled_engine(base, where["dtype"], bank, compile, decode_weights="int8")
+    except ConfigError as error:
         raw["skipped"] = {"8-bit weights": str(error)}
     one = Mix.parse(mix)
     row = engine.encode(prompts(engine, 1)[0])
@@ -112,7 +113,7 @@ def run(
     if "int8" in engines:
         pairs |= {f"int8_vs_{kind.lower()}": (f"llamacpp_{kind}", "ours_int8") for kind in KINDS[1:]}
     raw.update(
-        seconds=seconds, prompt_tokens=len(row),
+        seconds=seconds, prompt_tokens=len(row), compiled={name: compiled(one) for name, one in engines.items()},
         tokens_per_second={name: [new_tokens / one for one in taken] for name, taken in seconds.items()},
         same_tokens={name: equal_start(answers[theirs], answers[ours]) for name, (theirs, ours) in pairs.items()},
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import say
 from sigmix.engine import Engine
 from sigmix.evals.dispatch import prompts_of_experts
 from sigmix.experts.bank import Bank
@@ -19,12 +20,27 @@ from sigmix.models.loading import load_base
 from sigmix.tasks.base import Split
 
 
-def bundled_engine(base: str = DEFAULT, dtype: str | None = None, bank: Any = None, **options: Any) -> Engine:
-    """Return an engine with the bundled bank (or another one) that ignores end tokens."""
+def bundled_engine(
+    base: str = DEFAULT, dtype: str | None = None, bank: Any = None, compile: bool = False, **options: Any
+) -> Engine:
+    """Return an engine with the bundled bank (or another one) that ignores end tokens.
+
+    Args:
+        compile: decode with a compiled step, and wait for it. options: of `Engine`.
+    """
     model, tokenizer = load_base(base, dtype)
-    engine = Engine(model, tokenizer, Bank.bundled() if bank is None else bank, **options)
+    engine = Engine(model, tokenizer, Bank.bundled() if bank is None else bank, compile=compile, **options)
+    if engine.decode_step is not None:
+        say("compiling the decode step")
+        engine.decode_step.wait()
     engine.eos_token_ids = []  # every answer has the same number of tokens
     return engine
+
+
+def compiled(engine: Engine) -> bool | str:
+    """Return whether the compiled decode step was used, or why not."""
+    step = engine.decode_step
+    return step is not None and (step.active or step.problem or False)
 
 
 def save_base(base: str, dtype: str | None, folder: Path) -> tuple[Any, str]:

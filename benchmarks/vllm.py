@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
 from benchmarks.peers import Peer, equal_start
-from benchmarks.requests import acting_on, bundled_engine, mixtures, prompts, save_base
+from benchmarks.requests import acting_on, bundled_engine, compiled, mixtures, prompts, save_base
 from sigmix.adapt.base import skills
 from sigmix.engine import Engine
 from sigmix.errors import SigmixError
@@ -67,12 +67,13 @@ def run(
     new_tokens: int = 32,
     bank: Any = None,
     sizes: Mapping[str, Sequence[int]] = SIZES,
+    compile: bool = True,
 ) -> dict[str, Any]:
     """Run the benchmark; see `harness.report` for the result.
 
     Args:
         repeats: rounds that count, default 3. dtype: of both, default bfloat16. base, bank: what is run.
-        new_tokens: of an answer. sizes: numbers of requests.
+        new_tokens: of an answer. sizes: numbers of requests. compile: our decode step.
 
     Raises:
         SigmixError: vLLM fails, an answer has another number of tokens, or vLLM answers other prompts.
@@ -83,7 +84,7 @@ def run(
     if not os.access(python, os.X_OK):
         reason = f"there is no {python} -> make vllm-env, or set SIGMIX_VLLM_PYTHON to a Python that has vLLM"
         return report("vllm", where, {}, {}, {**raw, "skipped": {"vLLM": reason}})
-    engine = bundled_engine(base, where["dtype"], bank)
+    engine = bundled_engine(base, where["dtype"], bank, compile)
     repeats, most = repeats or 3, max(map(max, sizes.values()))
     rounds = [[engine.encode(text) for text in prompts(engine, most, seed=number)] for number in range(1 + repeats)]
     everywhere = acting_on("all", engine.bank)
@@ -120,7 +121,7 @@ def run(
                         ratios[label] = ratio(taken["vllm"], taken[f"ours{name}"])
                         agreement[label] = _compare(own, theirs, new_tokens, label)
     raw.update(
-        mixes=[mix.id for mix in mixes_all], seconds=seconds, equal_answers=agreement,
+        compiled=compiled(engine), mixes=[mix.id for mix in mixes_all], seconds=seconds, equal_answers=agreement,
         tokens_per_second={
             name: {who: [int(name.rpartition("_")[2]) * new_tokens / one for one in own] for who, own in taken.items()}
             for name, taken in seconds.items()

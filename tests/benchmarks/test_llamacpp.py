@@ -24,7 +24,8 @@ def test_both_answer_the_same_request(cache, tmp_path):
     bank = Bank(tmp_path / "bank", create=True)
     for seed, name in enumerate(("arithmetic", "reading")):
         bank.add(expert(load_base(base, "float32")[0], name, seed).with_meta(task="addition?digits=1"))
-    result = run("llamacpp", repeats=2, dtype="float32", base=str(base), bank=bank, mix=MIX, new_tokens=5)
+    tiny = {"base": str(base), "bank": bank, "mix": MIX, "new_tokens": 5, "compile": False}
+    result = run("llamacpp", repeats=2, dtype="float32", **tiny)
     assert {"base", "mixture"} <= set(result["ratios"])
     raw = result["raw"]
     assert {len(taken) for taken in raw["seconds"].values()} == {2}
