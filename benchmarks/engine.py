@@ -33,7 +33,7 @@ def run(
         repeats: rounds that count, default 5. dtype, base, bank: what is run. new_tokens: of every answer.
     """
     where = device()
-    engine = bundled_engine(base, dtype, bank)
+    engine = bundled_engine(base, dtype, bank, compile=True)
     where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     texts = prompts(engine, max(ROWS))
     peer, _ = load_base(base, dtype)

@@ -72,7 +72,7 @@ def run(
         SigmixError: a row of the mixed batch is not the same request alone.
     """
     where = device()
-    engine = bundled_engine(base, dtype, bank, keep_merged=0)
+    engine = bundled_engine(base, dtype, bank, keep_merged=0, compile=True)
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     texts = [engine.encode(text) for text in prompts(engine, rows)]
     held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]

@@ -37,7 +37,7 @@ def run(
         repeats: rounds that count, default 3. dtype, base, bank: what is run. population, shots: of the iteration.
     """
     where = device()
-    engine = bundled_engine(base, dtype, bank, keep_merged=0)
+    engine = bundled_engine(base, dtype, bank, keep_merged=0, compile=True)
     engine.eos_token_ids = eos_token_ids(engine.model, engine.tokenizer)
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     names = skills(engine.bank)

@@ -25,9 +25,9 @@ def same_dtype() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_compiler() -> Iterator[None]:
-    """Servers start no compiler; tests of compiled decode steps do."""
+    """Servers and benchmarks start no compiler; tests of compiled decode steps do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIGMIX_SERVE_COMPILE", "false")
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
         yield
 
 

@@ -207,6 +207,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _unsupported(model: Any) -> str | None:
     """Return the reason for which the decode step of a model is not compiled, or None."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE is set"
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return "the model is not on the CPU"
     if model.dtype not in TOLERANCE:

@@ -9,7 +9,7 @@ from helpers_engine import TOLERANCE, expert, rows
 from helpers_tiny import build_tiny, build_tokenizer
 from transformers import CONFIG_MAPPING
 
-from sigmix import Engine, Mix
+from sigmix import Engine, Mix, load_base
 from sigmix.engine import decode_step
 from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.decode_export import export, join_linears
@@ -30,6 +30,13 @@ COMPILED = (
 
 def case(name):
     return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiling():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+        yield
 
 
 @pytest.mark.parametrize("name", list(map(case, COMPILED)))
@@ -74,7 +81,7 @@ def test_an_engine_compiles_on_request(tiny_llama, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(compiling, tmp_path_factory):
     """Cache folder with the compiled step of the tiny Llama."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -115,6 +122,22 @@ def test_answers_are_those_of_the_own_pass(compiled, kind):
     for (ids, logprobs), (own, own_logprobs) in zip(expected, found, strict=True):
         assert own == ids
         torch.testing.assert_close(torch.tensor(own_logprobs), torch.tensor(logprobs), **TOLERANCE)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_default_base_in_half_precision():
+    model, tokenizer = load_base("smollm2-135m", "bfloat16")
+    engine, plain = Engine(model, tokenizer, compile=True), Engine(model, tokenizer)
+    assert engine.decode_step.wait(), engine.decode_step.problem
+    prompts = ["What is 17 + 25?", "Name three colours.", "Say hello."]
+    for count in (1, 3):
+        engine.generate(prompts[:count], max_new_tokens=2)  # compares
+        found = engine.generate(prompts[:count], max_new_tokens=12)
+        own = plain.score(prompts[:count], [one.ids for one in found])
+        for one, logprobs in zip(found, own, strict=True):
+            torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(logprobs), rtol=0.05, atol=0.15)
+    assert engine.decode_step.active
 
 
 @pytest.mark.slow
