@@ -184,6 +184,7 @@ def test_a_non_finite_row_fails_alone(compiled):
     good.prompt_ids, later.prompt_ids = rows([8, 30])
     with ContinuousBatch(engine, isolate=True) as batch:
         batch.add([bad, good])
+        batch.step()
         assert bad.finish == "error"
         for layer in batch.kv_cache.cache.layers:
             for buffer in layer.buffers:
