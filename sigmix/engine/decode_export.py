@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sigmix.engine.decode_step import LINEAR
+from sigmix.engine.decode_step import LIBRARY, LINEAR
 from sigmix.errors import BaseModelError
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import auto_class
@@ -39,6 +39,14 @@ from sigmix.utils.io import atomic_file, file_lock, write_json
 ATTENTION = "sigmix_decode"
 ROWS, COLUMNS, WIDTH = 8, 90, 160
 """Example sizes, for which AOTInductor decides what runs in parallel."""
+
+
+def _linear_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+# not where the operator is defined: it reads the source of every imported module, and so imports optional ones
+torch.library.register_fake("sigmix::linear", _linear_shape, lib=LIBRARY)
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,8 @@ VERSION = 1
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
 """Largest difference from the model's own forward pass, in units of the largest logit."""
 
-_library = torch.library.Library("sigmix", "FRAGMENT")
-_library.define("linear(Tensor x, int number, int out_features) -> Tensor")
+LIBRARY = torch.library.Library("sigmix", "FRAGMENT")
+LIBRARY.define("linear(Tensor x, int number, int out_features) -> Tensor")
 _present = threading.local()
 
 
@@ -56,12 +56,7 @@ def _linear(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def _linear_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-_library.impl("linear", _linear, "CPU")
-torch.library.register_fake("sigmix::linear", _linear_shape, lib=_library)
+LIBRARY.impl("linear", _linear, "CPU")
 LINEAR = torch.ops.sigmix.linear.default
 """Operator of a compiled step's linear layers that share their input; ``number`` selects them. They compute in the
 present state of the model: packed, merged, quantized or with a z per row."""
