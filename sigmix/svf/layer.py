@@ -333,6 +333,8 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self, x: torch.Tensor, mask: torch.Tensor, z: torch.Tensor, answer_z: torch.Tensor | None
     ) -> torch.Tensor:
         """Apply ``z`` at tokens where ``mask`` [B, T] is True, and ``answer_z`` elsewhere."""
+        if x.ndim == 3 and len(x) == len(mask) and x.shape[1] < mask.shape[1]:  # a head's layer: the last tokens alone
+            mask = mask[:, mask.shape[1] - x.shape[1] :]
         if mask.numel() * x.shape[-1] != x.numel():
             raise ConfigError(f"a mask of {mask.numel()} tokens does not fit an input of {tuple(x.shape)}")
         self.ensure_factors()

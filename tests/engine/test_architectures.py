@@ -204,7 +204,7 @@ def test_rows_under_experts_of_different_positions(name, monkeypatch):
     kinds = {"math": "all", "code": "prompt", "law": "prompt"}
     bank = {
         label: expert(build(name), label, seed, positions=positions)
-        for seed, (label, positions) in enumerate(kinds.items(), 1)
+        for seed, (label, positions) in enumerate(kinds.items(), 4)
     }
     weights = [{"code": 1.0}, {"math": 0.7, "code": -0.4}, {"math": 1.0}, {"law": 0.5, "code": 0.5}] * 2
     expected = []
