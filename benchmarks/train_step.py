@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.dense import Dense
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
-from sigmix.engine.cpu_kernels import available, contiguous_head
+from sigmix.engine.cpu.kernels import available, contiguous_head
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base

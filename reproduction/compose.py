@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -70,6 +71,24 @@ def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict
                 if (found := value(candidate, False)) > best:
                     weights, best = candidate, found
     return {"weights": weights, "accuracy": best, "tried": tried}
+
+
+def fact(kind: str, seed: int, members: Sequence[str]) -> str:
+    """Name of the tuning's record."""
+    return f"tuned-{kind}-s{seed}-{'+'.join(members)}"
+
+
+def tuned_cells(
+    lab: Lab, blend: Blend, tokenizer: Any, kind: str, seed: int, groups: Iterable[tuple[str, ...]]
+) -> None:
+    """Tune the mixture of each group of experts, and measure average, sum and tuned α on the members' tasks."""
+    for group in groups:
+        found = lab.store.fact(fact(kind, seed, group))
+        if found is None:
+            found = lab.timed(partial(tune, lab, blend, tokenizer, group))
+            lab.store.write_fact(fact(kind, seed, group), found)
+        for weights in (average(group), total(group), found["weights"]):
+            lab.mixed_cells(blend, tokenizer, kind, seed, weights, group)
 
 
 def geometry(lab: Lab, blend: Blend, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:

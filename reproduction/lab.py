@@ -20,7 +20,7 @@ from reproduction.tiny import TINY, tiny_base
 from reproduction.variants import VariantTrainer, surviving
 from sigmix.adapt.base import Strategy
 from sigmix.engine import Engine
-from sigmix.engine.cpu_kernels import contiguous_head
+from sigmix.engine.cpu.kernels import contiguous_head
 from sigmix.engine.prefix_cache import PromptOnly, everywhere
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.accuracy import Result, commit, constant_baseline, evaluate

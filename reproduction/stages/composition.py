@@ -7,11 +7,11 @@ from functools import partial
 from typing import ClassVar
 
 from reproduction.blend import Blend
-from reproduction.compose import average, geometry, total, tune
+from reproduction.compose import geometry, tuned_cells
 from reproduction.lab import Lab
 from reproduction.report import Report
 from reproduction.stages import composed
-from reproduction.stages.groups import EVERY_SEED, crossed, fact, groups, kinds, seeds
+from reproduction.stages.groups import EVERY_SEED, crossed, groups, kinds, seeds
 
 
 class Composition:
@@ -43,13 +43,7 @@ class Composition:
                 lab.cell(other, name, blend.model, tokenizer, partial(blend.under, {task: 1.0}), reference)
         if main and lab.store.fact(f"geometry-{kind}") is None:
             lab.store.write_fact(f"geometry-{kind}", geometry(lab, blend, tokenizer, members))
-        for group in groups(scale, kind, seed):
-            found = lab.store.fact(fact(kind, seed, group))
-            if found is None:
-                found = lab.timed(partial(tune, lab, blend, tokenizer, group))
-                lab.store.write_fact(fact(kind, seed, group), found)
-            for weights in (average(group), total(group), found["weights"]):
-                lab.mixed_cells(blend, tokenizer, kind, seed, weights, group)
+        tuned_cells(lab, blend, tokenizer, kind, seed, groups(scale, kind, seed))
 
     # ------------------------------------------------------------------ tables
 

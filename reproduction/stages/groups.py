@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reproduction.compose import average, total
+from reproduction.compose import average, fact, total
 from reproduction.names import BASE, chosen_lr, mix_name, single
 from reproduction.report import Report, marks, mean
 from reproduction.scale import Scale
@@ -42,11 +42,6 @@ def groups(scale: Scale, kind: str, seed: int) -> list[tuple[str, ...]]:
 def crossed(scale: Scale) -> tuple[str, ...]:
     """Experts that are also measured on each other's tasks: those of every seed, and the pair in conflict."""
     return tuple(dict.fromkeys(scale.tasks + (scale.conflict or ())))
-
-
-def fact(kind: str, seed: int, members: Sequence[str]) -> str:
-    """Name of the tuning's record."""
-    return f"tuned-{kind}-s{seed}-{'+'.join(members)}"
 
 
 def weights_of(report: Report, kind: str, seed: int, group: Sequence[str], mode: str) -> dict[str, float] | None:

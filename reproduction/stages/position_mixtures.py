@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from reproduction.blend import Blend
-from reproduction.compose import average, total, tune
+from reproduction.compose import average, fact, total, tuned_cells
 from reproduction.lab import Lab
 from reproduction.names import BASE, chosen_lr, mix_name, single
 from reproduction.report import NOT_RUN, Report, marks, mean, table
 from reproduction.scale import Scale
-from reproduction.stages.groups import MODES, fact
+from reproduction.stages.groups import MODES
 from reproduction.stages.positions import RL, kl_of_cell
 from reproduction.stages.sweep import sweep
 from sigmix.evals.statistics import paired_difference
@@ -40,13 +39,7 @@ class PositionMixtures:
         model, tokenizer = lab.base()
         own = scale.kinds[kind]
         blend = Blend(model, folders, own.policy, True, own.positions)
-        for group in groups(scale):
-            found = lab.store.fact(fact(kind, seed, group))
-            if found is None:
-                found = lab.timed(partial(tune, lab, blend, tokenizer, group))
-                lab.store.write_fact(fact(kind, seed, group), found)
-            for weights in (average(group), total(group), found["weights"]):
-                lab.mixed_cells(blend, tokenizer, kind, seed, weights, group)
+        tuned_cells(lab, blend, tokenizer, kind, seed, groups(scale))
 
     def tables(self, report: Report) -> str:
         """Mean over the members' tasks with the share of the gain that is kept; then task by task with KL."""

@@ -335,19 +335,3 @@ def _report_prompt(one: SequenceState, logits: torch.Tensor, start: int) -> None
         tokens = torch.tensor(following, device=logits.device)
         one.on_prompt(token_logprobs(logits[: len(following)], tokens, one.top_logprobs))
         one.scored = first + len(following)
-
-
-def by_length(lengths: Sequence[int], limit: float = float("inf")) -> Iterator[list[int]]:
-    """Yield the numbers of prompts to read in one pass: padding is at most as long as the prompts.
-
-    Args:
-        limit: tokens of one pass, padding included; a longer prompt is read alone.
-    """
-    part: list[int] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if part and (lengths[number] > 2 * lengths[part[0]] or lengths[number] * (len(part) + 1) > limit):
-            yield part
-            part = []
-        part.append(number)
-    if part:
-        yield part

@@ -13,8 +13,8 @@ import torch
 from sigmix.engine import scoring
 from sigmix.engine.base import Prompt
 from sigmix.engine.continuous_batching import ContinuousBatch
-from sigmix.engine.cpu_kernels import PACKED_BYTES, contiguous_head
-from sigmix.engine.decode_step import DecodeStep
+from sigmix.engine.cpu.decode_step import DecodeStep
+from sigmix.engine.cpu.kernels import PACKED_BYTES, contiguous_head
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.execution import MERGED_BYTES, Execution
 from sigmix.engine.generation import Generation, SamplingParams, SequenceState, choice_seed
@@ -61,7 +61,7 @@ class Engine:
         keep_packed: bytes of packed weights, which speed up half precision on a CPU; 0: none.
         keep_prefixes: bytes of the prefix cache.
         decode_weights: "int8": decode the base, and experts with positions "prompt", with 8-bit copies of the base's
-            weights; prompts and scores keep its own. See `sigmix.engine.int8`.
+            weights; prompts and scores keep its own. See `sigmix.engine.cpu.int8`.
         compile: decode with a compiled step on a CPU, from the cache or compiled in the background, see `DecodeStep`.
 
     Raises:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn import functional as F
 
-from sigmix.engine.cpu_kernels import Group, Packing, Shared, find_groups, packed_linear, patch
+from sigmix.engine.cpu.kernels import Group, Packing, Shared, find_groups, packed_linear, patch
 from sigmix.engine.execution import as_base
 from sigmix.engine.prefix_cache import right_pad
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError

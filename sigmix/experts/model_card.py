@@ -59,7 +59,7 @@ engine.generate(["…"], mix=Mix.parse("{name}"))
 It is also a PEFT adapter: after `import sigmix`, `PeftModel.from_pretrained(base, {folder})` loads it.
 """
 POSITIONS = {"all": "all tokens", "prompt": "the tokens of the prompt; the base decodes the answer"}
-"""Where z acts, see `SVFConfig`."""
+"""Descriptions of `SVFConfig.positions`."""
 FROM_FILE = f"""
 `{DEFAULT}` is {DEFAULT_ON_HUB} as sigmix reads it from a 4-bit file;
 the original's weights are another base."""

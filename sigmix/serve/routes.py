@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -14,7 +14,6 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from sigmix.adapt.two_pass import AUTO
-from sigmix.engine.continuous_batching import by_length
 from sigmix.engine.tokenization import chat_template, check_tokens
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.experts.metadata import thaw
@@ -370,3 +369,19 @@ async def delete_mix(name: str, service: ServiceDep) -> dict[str, Any]:
 async def metrics(service: ServiceDep) -> Response:
     """Return Prometheus metrics."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def by_length(lengths: Sequence[int], limit: float = float("inf")) -> Iterator[list[int]]:
+    """Yield the numbers of prompts to read in one pass: padding is at most as long as the prompts.
+
+    Args:
+        limit: tokens of one pass, padding included; a longer prompt is read alone.
+    """
+    part: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (lengths[number] > 2 * lengths[part[0]] or lengths[number] * (len(part) + 1) > limit):
+            yield part
+            part = []
+        part.append(number)
+    if part:
+        yield part

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from sigmix.errors import ConfigError
 
 POSITIONS = ("all", "prompt")
-"""Where z acts: on all tokens, or on those of the prompt."""
+"""Values of `SVFConfig.positions`."""
 
 
 class SigmixPeftType(str, enum.Enum):

@@ -55,7 +55,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     Attributes:
         form: computation of an unmerged layer: "factored", U diag(s ⊙ z) Vᵀ x, or "gain", W x + ΔW x (the default
             where `gain_only`).
-        positions: {adapter: where its z acts}, see `SVFConfig`.
+        positions: {adapter: its `SVFConfig.positions`}.
         row_z: None, or float32 [B, r]: z per row of the batch, in place of the active adapters'.
         answer_row_z: z of answer tokens, like `row_z`; None: `row_z`.
         prompt_mask: tokens of the prompt: True for all, False for none, or bool [B, T], see `prompt_only`. None: all,

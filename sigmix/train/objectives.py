@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from sigmix.engine.cpu_kernels import short_attention
+from sigmix.engine.cpu.kernels import short_attention
 from sigmix.engine.generation import SamplingParams
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import completion_logits, prefill

@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sigmix.engine.cpu_kernels import Packing
+from sigmix.engine.cpu.kernels import Packing
 from sigmix.engine.execution import as_base, as_expert, gain_only, merging_pays
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sigmix.engine.cpu_kernels import contiguous_head
+from sigmix.engine.cpu.kernels import contiguous_head
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, in_part, rank
 from sigmix.evals.plots import figure, save_png

@@ -9,7 +9,7 @@ import pytest
 from helpers_experts import at
 
 from sigmix import Bank
-from sigmix.engine import int8
+from sigmix.engine.cpu import int8
 from sigmix.errors import ConfigError
 
 pytest_plugins = ["helpers_cli"]

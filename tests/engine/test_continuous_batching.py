@@ -11,7 +11,7 @@ import torch
 from helpers_engine import expert, rows
 
 from sigmix.engine import Engine, continuous_batching
-from sigmix.engine.continuous_batching import ContinuousBatch, by_length
+from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.experts.expert import Expert
@@ -318,13 +318,3 @@ def test_buffers_are_reused(made):
             batch.step()
         sizes.append(batch.kv_cache.nbytes)
     assert len(set(sizes[1:])) == 1
-
-
-def test_groups_of_prompts_are_bounded():
-    lengths = [700, 10, 400, 3, 400, 2000, 600]
-    parts = list(by_length(lengths, 1024))
-    assert sorted(number for part in parts for number in part) == list(range(len(lengths)))
-    for part in parts:
-        longest = max(lengths[number] for number in part)
-        assert len(part) == 1 or longest * len(part) <= 1024
-        assert longest <= 2 * min(lengths[number] for number in part)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers_engine import alone, expert
 
-from sigmix.engine import Engine, int8
+from sigmix.engine import Engine
+from sigmix.engine.cpu import int8
 from sigmix.engine.prefix_cache import answer_logits, right_pad
 from sigmix.errors import ConfigError
 from sigmix.experts.fingerprint import fingerprint

@@ -8,7 +8,7 @@ from helpers_engine import TOLERANCE, expert, rows
 from helpers_experts import at
 
 from sigmix.engine import Engine
-from sigmix.engine import cpu_kernels as packing
+from sigmix.engine.cpu import kernels as packing
 from sigmix.engine.scoring import next_logits
 from sigmix.engine.truncation import fit, load_truncation, save_truncation
 from sigmix.errors import ConfigError, ExpertError, FingerprintError

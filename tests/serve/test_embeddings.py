@@ -12,6 +12,7 @@ import torch
 from helpers_serve import CHAT
 
 from sigmix.engine import Engine
+from sigmix.serve.routes import by_length
 
 PATH = "/v1/embeddings"
 TEXTS = ["one two three", "four", "one two", "x " * 40]
@@ -131,3 +132,13 @@ def test_running_requests_go_on_beside_embeddings(server, monkeypatch):
     assert "embeddings" in order[first:]
     between = order[first : len(order) - order[::-1].index("step")]
     assert ("embeddings", "embeddings") not in pairwise(between)
+
+
+def test_groups_of_prompts_are_bounded():
+    lengths = [700, 10, 400, 3, 400, 2000, 600]
+    parts = list(by_length(lengths, 1024))
+    assert sorted(number for part in parts for number in part) == list(range(len(lengths)))
+    for part in parts:
+        longest = max(lengths[number] for number in part)
+        assert len(part) == 1 or longest * len(part) <= 1024
+        assert longest <= 2 * min(lengths[number] for number in part)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_train import Letter, config, learner, shake
 
-from sigmix.engine.cpu_kernels import available
+from sigmix.engine.cpu.kernels import available
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint

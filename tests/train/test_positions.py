@@ -157,6 +157,17 @@ def test_the_gradient_of_a_step_is_the_oracles(arch, objective, tiny_tokenizer):
         torch.testing.assert_close(parameter.grad.double(), z[path].grad, rtol=1e-3, atol=1e-4 * scale)
 
 
+def rollouts_and_logits(ours, prompts):
+    """Sampled completions of three prompts, and the logits of their tokens in the loss."""
+    with torch.no_grad(), ours.policy.acting():
+        params = SamplingParams(STEPS, do_sample=True, seed=3)
+        rows = complete(ours.policy.model, prompts, params, [], 0, prompt_only=ours.policy.prompt_only)
+    ids, mask = torch.tensor([row.ids for row in rows]), torch.ones(3, STEPS, dtype=torch.bool)
+    with ours.policy.learning():
+        loss = completion_logits(ours.policy.model, prompts, ids, mask, 0, prompt_only=ours.policy.prompt_only)
+    return rows, loss
+
+
 @pytest.mark.parametrize("policy", ["lora", "ia3"])
 def test_other_adapters_at_the_same_positions(policy, tiny_tokenizer):
     task, options = Even(), {"generation_batch_size": 12, "num_generations": 4}
@@ -169,12 +180,7 @@ def test_other_adapters_at_the_same_positions(policy, tiny_tokenizer):
         if isinstance(layer, BaseTunerLayer):
             merged[path] = adapted(layer)
     prompts = [ours.actor.encode(sample) for sample in task.samples("train", 3)]
-    with torch.no_grad(), ours.policy.acting():
-        params = SamplingParams(STEPS, do_sample=True, seed=3)
-        rows = complete(ours.policy.model, prompts, params, [], 0, prompt_only=ours.policy.prompt_only)
-    ids, mask = torch.tensor([row.ids for row in rows]), torch.ones(3, STEPS, dtype=torch.bool)
-    with ours.policy.learning():
-        loss = completion_logits(ours.policy.model, prompts, ids, mask, 0, prompt_only=ours.policy.prompt_only)
+    rows, loss = rollouts_and_logits(ours, prompts)
     for number, row in enumerate(rows):
         expected = oracle_logits(plain, merged, row.prompt_ids, row.ids, adapt=lambda _, weight: weight)
         torch.testing.assert_close(loss[number], expected, rtol=1e-4, atol=1e-4)
@@ -183,6 +189,7 @@ def test_other_adapters_at_the_same_positions(policy, tiny_tokenizer):
     loss.sum().backward()
     assert all(float(p.grad.abs().max()) > 0 for p in ours.parameters.values())
     with ours.policy.reference():
+        ids = torch.tensor([rows[0].token_ids])
         assert torch.equal(ours.policy.model(ids).logits, build("llama").double()(ids).logits)
 
 
@@ -247,12 +254,7 @@ def test_rollouts_and_loss_agree_on_a_quantized_base(model_folder, tiny_tokenize
     ours = learner(model, tiny_tokenizer, Even(), positions="prompt", generation_batch_size=12)
     shake(ours.policy)
     prompts = [ours.actor.encode(sample) for sample in Even().samples("train", 3)]
-    with torch.no_grad(), ours.policy.acting():
-        params = SamplingParams(STEPS, do_sample=True, seed=3)
-        rows = complete(ours.policy.model, prompts, params, [], 0, prompt_only=ours.policy.prompt_only)
-    ids, mask = torch.tensor([row.ids for row in rows]), torch.ones(3, STEPS, dtype=torch.bool)
-    with ours.policy.learning():
-        loss = completion_logits(ours.policy.model, prompts, ids, mask, 0, prompt_only=ours.policy.prompt_only)
+    rows, loss = rollouts_and_logits(ours, prompts)
     for number, row in enumerate(rows):
         torch.testing.assert_close(chosen(loss[number], row.ids), torch.tensor(row.logprobs), rtol=1e-3, atol=1e-3)
     assert ours.step(0, Even().samples("train", 3))["grad_norm"] > 0

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from sigmix.engine import Engine, int8
+from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
+from sigmix.engine.cpu import int8
 from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.engine.prefix_cache import prefill
 from sigmix.errors import ConfigError

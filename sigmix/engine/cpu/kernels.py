@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sigmix.engine.int8 import int8_linear, quantize
+from sigmix.engine.cpu.int8 import int8_linear, quantize
 from sigmix.models.multimodal import backbone
 from sigmix.models.weights import is_quantized, weights_key
 from sigmix.svf.functional import scaled

@@ -1,6 +1,6 @@
 """Compiled decode step on a CPU: one call for a token of every row, in place of transformers' modules.
 
-A process of its own compiles the step (`sigmix.engine.decode_export`); the result is cached. Until it is ready, and
+A process of its own compiles the step (`sigmix.engine.cpu.decode_export`); the result is cached. Until it is ready, and
 wherever it does not apply, the model's own forward pass runs. Before its first use it is compared with that pass.
 """
 
@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import nn
 
-from sigmix.engine.cpu_kernels import joint_linear
+from sigmix.engine.cpu.kernels import joint_linear
 from sigmix.engine.kv_cache import BatchKVCache
 from sigmix.errors import BaseModelError
 from sigmix.models.batching import batching
@@ -42,8 +42,8 @@ VERSION = 1
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
 """Largest difference from the model's own forward pass, in units of the largest logit."""
 
-LIBRARY = torch.library.Library("sigmix", "FRAGMENT")
-LIBRARY.define("linear(Tensor x, int number, int out_features) -> Tensor")
+OPERATORS = torch.library.Library("sigmix", "FRAGMENT")
+OPERATORS.define("linear(Tensor x, int number, int out_features) -> Tensor")
 _present = threading.local()
 
 
@@ -56,7 +56,7 @@ def _linear(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-LIBRARY.impl("linear", _linear, "CPU")
+OPERATORS.impl("linear", _linear, "CPU")
 LINEAR = torch.ops.sigmix.linear.default
 """Operator of a compiled step's linear layers that share their input; ``number`` selects them. They compute in the
 present state of the model: packed, merged, quantized or with a z per row."""
@@ -108,7 +108,7 @@ class DecodeStep:
         with self._failing("compiled"):
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sigmix.engine.decode_export", str(self.path)],
+                [sys.executable, "-m", "sigmix.engine.cpu.decode_export", str(self.path)],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True,
             )  # fmt: skip
             weakref.finalize(self, _stop, self._process)

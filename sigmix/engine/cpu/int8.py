@@ -2,7 +2,7 @@
 
     y = scale · (x qᵀ) + bias,  scale = max |W| / 127 of each row of W,  q = round(W / scale)
 
-Inputs are not rounded to 8 bits: per row that was measured to cost three to six times the KL of the weights' rounding.
+Inputs are not rounded to 8 bits: per row that was measured at four to seven times the KL of rounding the weights.
 The kernel in `int8_linear.cpp` is compiled in seconds, once for a machine. torch's own kernels were measured at up to
 three times its time: `_weight_int8pack_mm` (which torchao's 8-bit weights use), `_int_mm`, oneDNN's and FBGEMM's.
 """

@@ -10,10 +10,10 @@ from helpers_tiny import build_tiny, build_tokenizer
 from transformers import CONFIG_MAPPING
 
 from sigmix import Engine, Mix, load_base
-from sigmix.engine import decode_step
 from sigmix.engine.continuous_batching import ContinuousBatch
-from sigmix.engine.decode_export import export, join_linears
-from sigmix.engine.decode_step import DecodeStep
+from sigmix.engine.cpu import decode_step
+from sigmix.engine.cpu.decode_export import export, join_linears
+from sigmix.engine.cpu.decode_step import DecodeStep
 from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.engine.kv_cache import BatchKVCache
 from sigmix.engine.prefix_cache import prefill

@@ -7,14 +7,14 @@ import torch
 from helpers_engine import alone, expert, rows
 from peft import get_peft_model
 
-from sigmix.engine import Engine, cpu_kernels
-from sigmix.engine.cpu_kernels import SCORES_BYTES, Shared, contiguous_head, find_groups, short_attention
+from sigmix.engine.cpu import Engine, kernels
+from sigmix.engine.cpu.kernels import SCORES_BYTES, Shared, contiguous_head, find_groups, short_attention
 from sigmix.engine.execution import adapted_layers
 from sigmix.experts.mix import Mix
 from sigmix.svf.config import SVFConfig
 
 pytestmark = pytest.mark.usefixtures("cache")
-packs = pytest.mark.skipif(not cpu_kernels.available(), reason="this torch cannot pack bfloat16 weights on this CPU")
+packs = pytest.mark.skipif(not kernels.available(), reason="this torch cannot pack bfloat16 weights on this CPU")
 
 
 
@@ -156,13 +156,13 @@ def test_packed_and_plain_give_the_same_tokens_and_logits(tiny, tiny_tokenizer, 
 @packs
 def test_packs_are_made_once_and_anew_when_a_weight_changes(tiny, tiny_tokenizer, monkeypatch):
     count = [0]
-    plain = cpu_kernels.pack
+    plain = kernels.pack
 
     def counting(weight):
         count[0] += 1
         return plain(weight)
 
-    monkeypatch.setattr(cpu_kernels, "pack", counting)
+    monkeypatch.setattr(kernels, "pack", counting)
     engine = engine_of(tiny, tiny_tokenizer)
     for mix, form in ((None, None), ("a", "merged"), (["a", "b", None], None)) * 2:
         engine.generate(PROMPTS, mix, max_new_tokens=2, form=form)

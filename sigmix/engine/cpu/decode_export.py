@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation of a model's decode step; runs in a process of its own, see `sigmix.engine.decode_step`.
+"""Ahead-of-time compilation of a decode step, in a process of its own; see `sigmix.engine.cpu.decode_step`.
 
-    python -m sigmix.engine.decode_export OUTPUT.pt2 < config.json
+    python -m sigmix.engine.cpu.decode_export OUTPUT.pt2 < config.json
 
 `torch.export` traces transformers' forward pass of one token per row, for any number of rows and columns, and
 AOTInductor compiles it. No weights are read: the compiled step gets them from the model. Linear layers become calls of
@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sigmix.engine.decode_step import LIBRARY, LINEAR
+from sigmix.engine.cpu.decode_step import LINEAR, OPERATORS
 from sigmix.errors import BaseModelError
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import auto_class
@@ -46,7 +46,7 @@ def _linear_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tens
 
 
 # not where the operator is defined: it reads the source of every imported module, and so imports optional ones
-torch.library.register_fake("sigmix::linear", _linear_shape, lib=LIBRARY)
+torch.library.register_fake("sigmix::linear", _linear_shape, lib=OPERATORS)
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:
