@@ -7,7 +7,8 @@ import torch
 from helpers_engine import alone, expert, rows
 from peft import get_peft_model
 
-from sigmix.engine.cpu import Engine, kernels
+from sigmix.engine import Engine
+from sigmix.engine.cpu import kernels
 from sigmix.engine.cpu.kernels import SCORES_BYTES, Shared, contiguous_head, find_groups, short_attention
 from sigmix.engine.execution import adapted_layers
 from sigmix.experts.mix import Mix
