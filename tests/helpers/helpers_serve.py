@@ -14,10 +14,13 @@ from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.serve import Server, Service, create_app, load_settings
+from sigmix.serve.scheduler import Scheduler
 
 NAMES = ("math", "code", "word")
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": 8}
+NEVER_ENDS = {"logit_bias": {"2": -100}}
+"""Field of a request that generates up to its limit: the end-of-sequence token is never drawn."""
 
 
 def bank() -> dict[str, Any]:
@@ -42,6 +45,19 @@ def wait_until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, "timeout"
         time.sleep(0.002)
+
+
+def hold(scheduler: Scheduler) -> threading.Event:
+    """Block the scheduler's thread until the returned event is set; requests that are submitted now stay queued."""
+    entered, release = threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        release.wait(30)
+
+    scheduler.call(block)
+    assert entered.wait(30)
+    return release
 
 
 class Caller:
@@ -78,8 +94,7 @@ class Caller:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Block the scheduler's thread inside the context."""
-        release = threading.Event()
-        self.service.scheduler.call(lambda: release.wait(30))
+        release = hold(self.service.scheduler)
         try:
             yield
         finally:

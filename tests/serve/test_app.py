@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from helpers_serve import BODY, CHAT, Live, live, make_service, raw_chat, wait_until
+from helpers_serve import BODY, CHAT, NEVER_ENDS, Live, hold, live, make_service, raw_chat, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 ASK = {**BODY, "max_tokens": 4, "model": "math"}
@@ -31,11 +31,13 @@ def test_a_disconnect_cancels_the_request(tmp_path):
     with live(tmp_path) as server:
         for stream in (True, False):
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-            body = {**ASK, "max_tokens": 200, "n": 8, "temperature": 1, "stream": stream}
+            body = {**ASK, **NEVER_ENDS, "max_tokens": 200, "n": 8, "temperature": 1, "stream": stream}
             connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
             wait_until(lambda: server.service.scheduler.load()[0] == 8)
             connection.close()
             wait_until(lambda: not server.service.scheduler.running())
+        generated = server.service.metrics.registry.get_sample_value("sigmix_tokens_total", {"kind": "generated"})
+        assert generated < 2 * 8 * 200
 
 
 def test_a_slow_reader_blocks_nobody(tmp_path):
@@ -116,9 +118,10 @@ def test_shutdown_finishes_streams(tmp_path):
 def test_shutdown_ends_streams_after_the_timeout(tmp_path):
     server = Live(make_service(tmp_path, shutdown_timeout=0.0))
     with connect(server) as connection:
-        connection.sendall(raw_chat({**ASK, "stream": True, "max_tokens": 200}))
+        connection.sendall(raw_chat({**ASK, **NEVER_ENDS, "stream": True, "max_tokens": 200}))
         received = connection.recv(4096)
-        server.service.scheduler.call(lambda: threading.Event().wait(1))
+        release = hold(server.service.scheduler)
+        threading.Timer(0.5, release.set).start()
         server.server.handle_exit(15, None)
         received += read_all(connection)
     assert b'"code": "closing"' in received

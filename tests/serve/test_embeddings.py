@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers_serve import CHAT
+from helpers_serve import CHAT, NEVER_ENDS, wait_until
 
 from sigmix.engine import Engine
 from sigmix.serve.routes import by_length
@@ -119,12 +119,13 @@ def test_running_requests_go_on_beside_embeddings(server, monkeypatch):
 
     monkeypatch.setattr(Engine, "embeddings", embeddings)
     monkeypatch.setattr(type(scheduler), "_step", lambda self: (order.append("step"), step(self))[1])
-    body = {"model": "math", "messages": [{"role": "user", "content": "one"}], "max_tokens": 60, "temperature": 1.5}
+    body = {**NEVER_ENDS, "model": "math", "messages": [{"role": "user", "content": "one"}], "max_tokens": 60}
     with server.hold():
         chat = threading.Thread(target=lambda: server.call("POST", CHAT, body))
         chat.start()
         other = threading.Thread(target=lambda: vectors(server, input=["x " * 100] * 40))
         other.start()
+        wait_until(lambda: len(scheduler.queue) == 1 and scheduler._calls)
     chat.join(30)
     other.join(30)
     assert order.count("embeddings") == 8

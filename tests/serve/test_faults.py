@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_serve import BODY, CHAT, bank, live, serving
+from helpers_serve import BODY, CHAT, NEVER_ENDS, bank, live, serving
 from helpers_tiny import build_tiny, build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
@@ -100,15 +100,16 @@ def test_state_survives_kill_9_under_load(tmp_path):
 
 def test_sigterm_finishes_requests_and_exits_with_0(tmp_path):
     with process(tmp_path) as (server, port):
-        got = []
-        thread = threading.Thread(target=lambda: got.append(call(port, "POST", CHAT, {**ASK, "max_tokens": 200})))
-        thread.start()
-        time.sleep(0.3)
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({**ASK, **NEVER_ENDS, "max_tokens": 200, "stream": True})
+        link.request("POST", CHAT, body, {"content-type": "application/json"})
+        answer = link.getresponse()  # the first event has been sent
         server.send_signal(signal.SIGTERM)
-        thread.join(60)
+        received = answer.read()
         assert server.wait(60) == 0
-        assert got[0][0] == 200
-        assert got[0][1]["usage"]["completion_tokens"] > 0
+        assert answer.status == 200
+        assert b'"finish_reason": "length"' in received
+        assert received.endswith(b"data: [DONE]\n\n")
 
 
 # --- In this process

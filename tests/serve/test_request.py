@@ -8,7 +8,7 @@ import threading
 
 import helpers_serve
 import pytest
-from helpers_serve import BODY, CHAT, NAMES, bank, serving, wait_until
+from helpers_serve import BODY, CHAT, NAMES, NEVER_ENDS, bank, serving, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.adapt import FewShotSearch, PromptDispatch
@@ -198,18 +198,21 @@ def extended(tmp_path, monkeypatch):
 
 def test_a_token_without_an_embedding_fails_its_request_alone(extended, alone):
     bad = f"one {LAST}"
-    planned = {"model": "math", "max_tokens": 120, "seed": 1, "temperature": 0.5}
+    planned = {"model": "math", "max_tokens": 120, "seed": 1, "temperature": 0.5, **NEVER_ENDS}
     statuses, replies = [], []
     thread = threading.Thread(target=lambda: replies.append(extended.chat("one two three", **planned)))
-    thread.start()
-    wait_until(lambda: extended.service.scheduler.load()[0] == 1)
+    with extended.hold():
+        thread.start()
+        wait_until(lambda: len(extended.service.scheduler.queue) == 1)
+        statuses.append(extended.chat(bad, model="code")[0])
     while thread.is_alive():
         statuses.append(extended.chat(bad, model="code")[0])
     thread.join()
     assert set(statuses) == {400}
     (expected,) = alone.generate(
-        ["one two three"], "math", max_new_tokens=120, do_sample=True, temperature=0.5, seeds=[1], form="factored"
-    )
+        ["one two three"], "math", max_new_tokens=120, do_sample=True, temperature=0.5, seeds=[1], form="factored",
+        logit_bias={2: -100.0},
+    )  # fmt: skip
     assert (replies[0][0], text_of(replies[0][1])) == (200, expected.text)
 
 

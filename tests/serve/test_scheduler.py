@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from helpers_serve import NAMES, bank, wait_until
+from helpers_serve import NAMES, bank, hold, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
@@ -141,13 +141,12 @@ def test_a_mixture_is_merged_after_some_steps_alone(start, shared, alone):
 def test_mixtures_that_share_steps_are_not_merged(start, shared, alone):
     scheduler = start()
     received = []
-    hold = threading.Event()
-    scheduler.call(lambda: hold.wait(20))
+    release = hold(scheduler)
     for mix in ("math:0.3", "code:0.4"):
         one, events = request(endless(alone, mix), mix, max_new_tokens=2 * BREAK_EVEN)
         scheduler.submit(one)
         received.append(events)
-    hold.set()
+    release.set()
     for events in received:
         assert len([e for e in events.wait() if isinstance(e, Token)]) == 2 * BREAK_EVEN
     for mix in ("math:0.3", "code:0.4"):
@@ -352,23 +351,17 @@ def check_alone(alone, planned) -> None:
             assert events.text(index) == expected.text
 
 
-def neighbours(scheduler, count=4, steps=5):
+def neighbours(scheduler, count=4, steps=5, max_new_tokens=60, **sampling):
     """Running requests with different mixtures, lengths and sampling that have already decoded some tokens."""
     draw, planned = random.Random(11), []
     for number in range(count):
         options = {"temperature": 0.8, "seeds": [number, number + 50]} if number % 2 else {}
-        planned.append(request(random_ids(draw, 5 + 9 * number), random_mix(draw), max_new_tokens=60, **options))
+        options |= {"max_new_tokens": max_new_tokens, **sampling}
+        planned.append(request(random_ids(draw, 5 + 9 * number), random_mix(draw), **options))
         scheduler.submit(planned[-1][0])
     for _, events in planned:
         wait_until(lambda events=events: events.queue.qsize() >= steps)
     return planned
-
-
-def hold(scheduler) -> threading.Event:
-    """Block the scheduler's thread until the event is set."""
-    release = threading.Event()
-    scheduler.call(lambda: release.wait(20))
-    return release
 
 
 @pytest.mark.parametrize("length", [6, 700])  # read at once, and in chunks
@@ -464,7 +457,7 @@ def test_a_conversation_that_cannot_be_cached_is_answered(start, shared, alone, 
 
 def test_a_model_that_always_fails_leaves_no_request(start, faulty):
     scheduler = start()
-    planned = neighbours(scheduler)
+    planned = neighbours(scheduler, max_new_tokens=200, logit_bias={2: -100.0})  # none ends before the fault
     faulty.max_rows = 0
     for _, events in planned:
         assert events.wait(2)[-1].code == "internal"
@@ -552,9 +545,8 @@ def test_a_scheduler_that_dies_fails_all_requests(start, monkeypatch):
 
 
 def test_limits_of_queue_and_time(start):
-    hold = threading.Event()
     scheduler = start(max_batch_size=1, max_queue_size=3, max_queue_size_per_client=2)
-    scheduler.call(lambda: hold.wait(20))
+    release = hold(scheduler)
     ids = random_ids(random.Random(7), 5)
     late, events = request(ids, "math", client="a", deadline=time.monotonic() - 1)
     scheduler.submit(late)
@@ -566,7 +558,7 @@ def test_limits_of_queue_and_time(start):
     scheduler.submit(last)
     with pytest.raises(QueueFullError):
         scheduler.submit(request(ids, client="c")[0])
-    hold.set()
+    release.set()
     assert events.wait()[-1].code == "timeout"
     assert isinstance(after.wait()[-1], Finished)
 
@@ -599,13 +591,13 @@ def test_closing_finishes_accepted_requests(start):
 
 
 def test_closing_gives_up_after_the_timeout(start):
-    hold = threading.Event()
     scheduler = start(max_batch_size=1)
-    scheduler.call(lambda: hold.wait(1))
+    release = hold(scheduler)
     one, running = request(random_ids(random.Random(1), 6), "math", max_new_tokens=200)
     two, queued = request(random_ids(random.Random(2), 6), "math", max_new_tokens=200)
     scheduler.submit(one)
     scheduler.submit(two)
+    threading.Timer(0.5, release.set).start()
     assert not scheduler.close(0)
     assert running.wait()[-1].code == "closing"
     assert queued.wait()[-1].code == "closing"
