@@ -14,9 +14,10 @@ import numpy as np
 
 from reproduction.names import BASE, chosen_lr, single
 from reproduction.scale import Scale
+from reproduction.seeds import paired_seeds, seeds_interval
 from reproduction.store import Store
 from sigmix.evals.accuracy import Result, compare
-from sigmix.evals.statistics import paired_seeds, seeds_interval, wilson
+from sigmix.evals.statistics import wilson
 
 NOT_RUN = "not run"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from reproduction.names import BASE, single
 from reproduction.report import NOT_RUN, Report, mean, table
+from reproduction.seeds import paired_seeds, seeds_interval
 from reproduction.stages.groups import (
     EVERY_SEED,
     FIRST_SEED,
@@ -22,7 +23,6 @@ from reproduction.stages.groups import (
     who,
 )
 from sigmix.evals.plots import figure, save_png
-from sigmix.evals.statistics import paired_seeds, seeds_interval
 
 
 def alone(report: Report) -> str:

@@ -36,12 +36,7 @@ EXPLORE = 0.3
 
 
 class LinUCB:
-    """Disjoint LinUCB over named context features.
-
-    Args:
-        labels: names of the d context features.
-        own: {arm: its label, or None for a zero prior}.
-    """
+    """Disjoint LinUCB over d named context features ``labels``; ``own``: {arm: its label, or None for a zero prior}."""
 
     def __init__(self, labels: Sequence[str], own: Mapping[str, str | None]) -> None:
         self.labels = list(labels)
@@ -59,17 +54,15 @@ class LinUCB:
         self._a[arm], self._b[arm] = PRIOR * np.eye(len(prior)), PRIOR * prior
         self.count[arm] = 0
 
-    def scores(self, x: np.ndarray, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """Return {arm: (expected reward θᵀx, uncertainty sqrt(xᵀA⁻¹x))} for a context [d]."""
+    def choose(self, x: np.ndarray, arms: Sequence[str]) -> tuple[str, dict[str, tuple[float, float]]]:
+        """Return the arm with the highest upper confidence bound for a context [d], and all scores.
+
+        A score is (expected reward θᵀx, uncertainty sqrt(xᵀA⁻¹x)).
+        """
         scores = {}
         for arm in arms:
             solved = np.linalg.solve(self._a[arm], np.stack([self._b[arm], x], 1))
             scores[arm] = float(solved[:, 0] @ x), math.sqrt(max(float(solved[:, 1] @ x), 0.0))
-        return scores
-
-    def choose(self, x: np.ndarray, arms: Sequence[str]) -> tuple[str, dict[str, tuple[float, float]]]:
-        """Return the arm with the highest upper confidence bound, and all scores."""
-        scores = self.scores(x, arms)
         return max(scores, key=lambda arm: scores[arm][0] + EXPLORE * scores[arm][1]), scores
 
     def learn(self, arm: str, x: np.ndarray, reward: float) -> None:
@@ -88,11 +81,7 @@ class LinUCB:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LinUCB:
-        """Restore the state of `to_json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: malformed state.
-        """
+        """Restore the state of `to_json`; raise ValueError, KeyError or TypeError if it is malformed."""
         bandit = cls(value["labels"], {})
         size = len(bandit.labels)
         for arm, state in value["arms"].items():
@@ -108,11 +97,9 @@ class BanditStore(Protocol):
 
     def learned(self, name: str) -> Any:
         """Return the value last saved under a name, or None."""
-        ...
 
     def learn(self, reply_id: str, reward: float, name: str, value: Any) -> bool:
         """Save a reply's reward and the new state in one transaction; return False if the reply has a reward."""
-        ...
 
 
 class BanditDispatch:
@@ -169,10 +156,10 @@ class BanditDispatch:
         )
 
     def learn(self, reply_id: str, arm: str, context: Mapping[str, float], reward: float) -> bool:
-        """Update the arm that gave a reply, and save the state.
+        """Update the arm that gave a reply, an expert's name or "base", and save the state.
 
         Args:
-            arm: expert name or "base". context: the probe's probabilities by label. reward: in [-1, 1].
+            context: the probe's probabilities by label. reward: in [-1, 1].
 
         Returns:
             False if the reply already has a reward; nothing changes then.

@@ -58,7 +58,6 @@ class Strategy(Protocol):
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """Return one decision per user turn, in order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,13 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
     domains = Counter(bank[name].meta.get("domain") for name in names)
     listed = []
     for name in names:
-        meta = bank[name].meta
-        domain = meta.get("domain")
+        domain = bank[name].meta.get("domain")
         label = domain if domain and domains[domain] == 1 and domain != OTHER else name
-        listed.append(Label(label, str(meta.get("description") or "").strip(), Mix.one(name)))
+        listed.append(Label(label, str(bank[name].meta.get("description") or "").strip(), Mix.one(name)))
     listed.append(Label(OTHER, "Anything else.", Mix.base()))
-    duplicates = [name for name, count in Counter(label.name for label in listed).items() if count > 1]
-    if duplicates:
-        raise ConfigError(f"two experts have the label {duplicates[0]!r}", remedy="rename one, or set its domain")
+    label, count = Counter(one.name for one in listed).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"two experts have the label {label!r}", remedy="rename one, or set its domain")
     return listed
 
 
@@ -115,15 +113,12 @@ def decide_readable(
     decide: Callable[[list[list[int]]], list[Decision]],
 ) -> list[Decision]:
     """Apply ``decide`` to the prompts that the model can read, see `check_prompt`; the others get the base model."""
-    errors: dict[int, ContextError] = {}
+    refused: dict[int, Decision] = {}
     for number, row in enumerate(rows):
         try:
             engine.check_prompt(row, new_tokens, "the request in the first pass")
         except ContextError as error:
-            errors[number] = error
-    readable = [row for number, row in enumerate(rows) if number not in errors]
+            refused[number] = Decision(Mix.base(), OTHER, error.message)
+    readable = [row for number, row in enumerate(rows) if number not in refused]
     decisions = iter(decide(readable) if readable else [])
-    return [
-        Decision(Mix.base(), OTHER, errors[number].message) if number in errors else next(decisions)
-        for number in range(len(rows))
-    ]
+    return [refused[number] if number in refused else next(decisions) for number in range(len(rows))]

@@ -45,7 +45,7 @@ def _classifier(bank: Mapping[str, Expert], expert: str | None) -> str:
         expert = experts[0]
     elif expert not in bank:
         raise UnknownNameError("expert", expert, bank, remedy=REMEDY)
-    trained = dict(bank[expert].meta.get("training") or {}).get("labels")
+    trained = (bank[expert].meta.get("training") or {}).get("labels")
     names = [label.name for label in labels(bank)]
     if trained is not None and list(trained) != names:
         raise ConfigError(

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sigmix.adapt.two_pass import Answer, TwoPass
+from sigmix.adapt.base import Strategy
+from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
 from sigmix.engine.base import InferenceEngine
 from sigmix.evals.statistics import answer_entropy, best_constant, mcnemar, paired_difference, wilson
 from sigmix.experts.mix import Mix
@@ -101,45 +102,50 @@ def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[S
     return Result(task.name, items)
 
 
-def encode_samples(engine: InferenceEngine, samples: Sequence[Sample]) -> list[list[int]]:
-    """Return token ids of samples, with their system prompts and images."""
-    return [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
-
-
 def answer_samples(
-    runner: TwoPass,
+    engine: InferenceEngine,
+    task: Task,
     samples: Sequence[Sample],
-    rows: Sequence[Sequence[int]],
-    mix: Mix | str,
+    choice: Mix | Strategy,
     *,
+    rows: Sequence[Sequence[int]] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     **options: Any,
-) -> list[Answer]:
-    """Generate replies in batches.
+) -> tuple[Result, list[Answer], tuple[float, float]]:
+    """Answer and score samples, under one mixture or each under the mixture that a strategy chooses for its text.
 
     Args:
-        rows: token ids of the samples, from `encode_samples`.
-        mix: mixture, or "auto" for the runner's strategy.
+        rows: token ids of the samples; default: encoded here.
         seed: sample i is drawn from the same random stream under every mixture.
         progress: called with the number of samples of each batch.
         options: keyword arguments of `Engine.generate`.
+
+    Returns:
+        The result, the answers, and the seconds of the first and the second pass.
     """
+    runner = TwoPass(engine, AUTO if isinstance(choice, Mix) else choice)
+    mix = choice if isinstance(choice, Mix) else AUTO
+    rows = encode_samples(engine, samples) if rows is None else rows
     answers: list[Answer] = []
+    first = second = 0.0
     for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
+        stop = min(start + batch_size, len(samples))
         answers += runner.generate(
-            [sample.prompt for sample in part],
-            mix,
-            inputs=rows[start : start + batch_size],
-            seeds=[(seed << 32) + start + place for place in range(len(part))],
-            batch_size=batch_size,
-            **options,
-        )
+            [sample.prompt for sample in samples[start:stop]], mix, inputs=rows[start:stop],
+            seeds=[(seed << 32) + place for place in range(start, stop)], batch_size=batch_size, **options,
+        )  # fmt: skip
+        first, second = first + runner.seconds[0], second + runner.seconds[1]
         if progress is not None:
-            progress(len(part))
-    return answers
+            progress(stop - start)
+    result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
+    return result, answers, (first, second)
+
+
+def encode_samples(engine: InferenceEngine, samples: Sequence[Sample]) -> list[list[int]]:
+    """Return token ids of samples, with their system prompts and images."""
+    return [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
 
 
 def compare(ours: Result, theirs: Result, seed: int = 0) -> dict[str, Any]:
@@ -211,20 +217,17 @@ def run(
     order = list(dict.fromkeys([Mix.base(), *mixes]))
     for mix in order:
         engine.check_mix(mix)  # fail before the work
-    runner = TwoPass(engine)
     results: dict[str, Result] = {}
     entries = []
     began = time.monotonic()
     for mix in order:
         started = time.monotonic()
-        answers = answer_samples(
-            runner, samples, rows, mix, batch_size=batch_size, seed=seed, max_new_tokens=limit,
+        results[mix.id], answers, _ = answer_samples(
+            engine, task, samples, mix, rows=rows, batch_size=batch_size, seed=seed, max_new_tokens=limit,
             do_sample=do_sample, temperature=temperature,
             progress=None if progress is None else lambda count, mix=mix: progress(count, mix.id),  # type: ignore[misc]
         )  # fmt: skip
-        result = evaluate(task, samples, lambda _, answers=answers: [one.text for one in answers])  # type: ignore[misc]
-        results[mix.id] = result
-        base = results[Mix.base().id]
+        result, base = results[mix.id], results[Mix.base().id]
         entries.append(
             {
                 "mix": mix.id,

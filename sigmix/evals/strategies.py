@@ -13,16 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from sigmix.adapt.base import Strategy, skills
-from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
 from sigmix.engine.base import InferenceEngine
-from sigmix.evals.accuracy import (
-    Result,
-    answer_samples,
-    compare,
-    encode_samples,
-    evaluate,
-    figures_of,
-)
+from sigmix.evals.accuracy import Result, answer_samples, compare, figures_of
 from sigmix.experts.mix import Mix
 from sigmix.tasks.base import Sample, Split, Task
 
@@ -98,21 +90,10 @@ def measure_strategy(
     Returns:
         The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.
     """
-    fixed = isinstance(strategy, Mix)
-    runner = TwoPass(engine, AUTO if fixed else strategy)  # type: ignore[arg-type]
-    seconds = [0.0, 0.0]
-
-    def add(count: int) -> None:
-        for number, value in enumerate(runner.seconds):
-            seconds[number] += value
-        if progress is not None:
-            progress(count)
-
-    answers: list[Answer] = answer_samples(
-        runner, samples, encode_samples(engine, samples), strategy if fixed else AUTO,  # type: ignore[arg-type]
-        batch_size=batch_size, progress=add, max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
+    result, answers, seconds = answer_samples(
+        engine, task, samples, strategy, batch_size=batch_size, progress=progress,
+        max_new_tokens=max_new_tokens or task.max_new_tokens, form=form,
     )  # fmt: skip
-    result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
     decisions = [answer.decision for answer in answers]
     return result, {
         "chosen": dict(Counter(decision.mix.id for decision in decisions).most_common()),
