@@ -18,7 +18,6 @@ class ClassifierDispatch(PromptDispatch):
     """Strategy B: the label that the base model finds most likely under a classification expert.
 
     Args:
-        calibrate, batch_size: see `PromptDispatch`.
         expert: name of the classification expert; default: the only one in the bank.
 
     Raises:
@@ -27,12 +26,10 @@ class ClassifierDispatch(PromptDispatch):
 
     name = "B (classifier)"
 
-    def __init__(
-        self, engine: Engine, *, expert: str | None = None, calibrate: bool = False, batch_size: int = 64
-    ) -> None:
+    def __init__(self, engine: Engine, *, expert: str | None = None) -> None:
         self.expert = expert = _classifier(engine.bank, expert)
         self.subject = f"the classification expert {expert}"
-        super().__init__(engine, calibrate=calibrate, batch_size=batch_size, mix=Mix.one(expert))
+        super().__init__(engine, calibrate=False, mix=Mix.one(expert))
 
 
 def _classifier(bank: Mapping[str, Expert], expert: str | None) -> str:

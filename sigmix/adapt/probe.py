@@ -118,7 +118,6 @@ class ProbeDispatch:
     Args:
         probe: a `Probe` or its file; default: ``probe.safetensors`` in the bank's folder.
         soft: mix all experts by their probabilities in place of the most probable one alone.
-        batch_size: requests per forward pass.
 
     Raises:
         ExpertError: missing or damaged probe. FingerprintError: probe of another base. ConfigError: other labels.
@@ -132,9 +131,8 @@ class ProbeDispatch:
         *,
         probe: Probe | str | os.PathLike[str] | None = None,
         soft: bool = False,
-        batch_size: int = 64,
     ) -> None:
-        self.engine, self.soft, self.batch_size = engine, soft, batch_size
+        self.engine, self.soft = engine, soft
         self.labels = labels(engine.bank)
         check_bank(engine)
         if probe is None:
@@ -162,7 +160,7 @@ class ProbeDispatch:
 
     def _decide(self, rows: list[list[int]]) -> list[Decision]:
         started = time.perf_counter()
-        states = self.engine.hidden_states(rows, [self.probe.depth], self.batch_size)[:, 0]
+        states = self.engine.hidden_states(rows, [self.probe.depth])[:, 0]
         probabilities = self.probe.probabilities(states).tolist()
         seconds = (time.perf_counter() - started) / len(rows)
         return [self._decision(row, len(ids), seconds) for row, ids in zip(probabilities, rows, strict=True)]
@@ -200,6 +198,7 @@ def fit_probe(
         ConfigError: a label without prompts, or prompts for a label that the bank does not have.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     names = [label.name for label in labels(engine.bank)]
@@ -212,12 +211,10 @@ def fit_probe(
     xv, yv = _features(engine, validation, names, depths)
     tried, models = [], []
     for column, depth in enumerate(depths):
-        scaler = StandardScaler().fit(x[:, column])
         for strength in STRENGTHS:
-            model = LogisticRegression(C=strength, max_iter=2000).fit(scaler.transform(x[:, column]), y)
-            accuracy = float(model.score(scaler.transform(xv[:, column]), yv))
-            tried.append({"depth": depth, "C": strength, "accuracy": accuracy})
-            models.append((scaler, model))
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000)).fit(x[:, column], y)
+            tried.append({"depth": depth, "C": strength, "accuracy": float(model.score(xv[:, column], yv))})
+            models.append(model)
     best = max(entry["accuracy"] for entry in tried)
     chosen = min(
         (n for n, entry in enumerate(tried) if entry["accuracy"] >= best - SLACK),

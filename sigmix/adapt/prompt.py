@@ -37,7 +37,7 @@ class PromptDispatch:
 
     Args:
         calibrate: divide by the labels' probabilities for requests without content.
-        batch_size: requests per forward pass.
+        mix: mixture that classifies; default: the base.
 
     Raises:
         FingerprintError, ExpertError, ConfigError: see `check_bank` and `labels`.
@@ -46,11 +46,8 @@ class PromptDispatch:
     name = "A (prompt)"
     subject = "the base"
 
-    def __init__(
-        self, engine: Engine, *, calibrate: bool = True, batch_size: int = 64, mix: Mix | None = None
-    ) -> None:
-        self.engine, self.batch_size = engine, batch_size
-        self.mix = mix or Mix.base()
+    def __init__(self, engine: Engine, *, calibrate: bool = True, mix: Mix | None = None) -> None:
+        self.engine, self.mix = engine, mix or Mix.base()
         self.labels = labels(engine.bank)
         check_bank(engine)
         engine.z(self.mix)
@@ -86,9 +83,7 @@ class PromptDispatch:
         for stem in self.trie.branches():
             options = self.trie.allowed(stem)
             tokens = [count + len(row) - cached + len(stem) for count, row in zip(tokens, rows, strict=True)]
-            logits = next_logits(
-                self.engine, rows, self.mix, answer=stem, start=self.prefix, batch_size=self.batch_size
-            )
+            logits = next_logits(self.engine, rows, self.mix, answer=stem, start=self.prefix)
             logprobs = logits[:, options].log_softmax(-1)
             for column, ids in enumerate(replies):
                 if ids[: len(stem)] == stem:

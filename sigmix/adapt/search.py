@@ -87,31 +87,24 @@ class Searcher(ABC):
 class CEM(Searcher):
     """Cross-entropy method (Transformer², section 3.2): draw from a Gaussian, refit it to the elite.
 
-    Args:
-        mean, std: of the first Gaussian; default mean: the middle of the bounds.
-        elite: fraction of the candidates that is kept.
-        floor: minimum standard deviation, so that a search with tied values does not freeze.
-        smooth: weight of the old Gaussian in the new one.
+    It keeps the share `ELITE` of the candidates and the weight `SMOOTH` of the old Gaussian. The standard deviation is
+    at least `FLOOR`, so that a search with tied values does not freeze.
     """
 
-    def __init__(
-        self, *args: Any, mean: float | None = None, std: float = 0.5, elite: float = 0.2, floor: float = 0.02,
-        smooth: float = 0.1, **options: Any,
-    ) -> None:  # fmt: skip
+    ELITE, SMOOTH, FLOOR = 0.2, 0.1, 0.02
+
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if not 0 < elite <= 1 or not std > 0 or not 0 <= smooth < 1 or floor < 0:
-            raise ConfigError("CEM needs an elite in (0, 1], std above 0, smooth in [0, 1) and a floor of 0 or more")
-        self.mean = np.full(self.size, (self.low + self.high) / 2 if mean is None else mean)
-        self.std = np.full(self.size, std)
-        self.elite, self.floor, self.smooth = elite, floor, smooth
+        self.mean = np.full(self.size, (self.low + self.high) / 2)
+        self.std = np.full(self.size, 0.5)
 
     def _draw(self, count: int) -> np.ndarray:
         return self.random.normal(self.mean, self.std, (count, self.size))
 
     def _update(self, candidates: np.ndarray, values: list[Value], order: list[int]) -> None:
-        elite = candidates[order[: max(2, round(self.elite * len(order)))]]
-        self.mean = self.smooth * self.mean + (1 - self.smooth) * elite.mean(0)
-        self.std = np.maximum(self.smooth * self.std + (1 - self.smooth) * elite.std(0), self.floor)
+        elite = candidates[order[: max(2, round(self.ELITE * len(order)))]]
+        self.mean = self.SMOOTH * self.mean + (1 - self.SMOOTH) * elite.mean(0)
+        self.std = np.maximum(self.SMOOTH * self.std + (1 - self.SMOOTH) * elite.std(0), self.FLOOR)
 
     @property
     def spread(self) -> float:
@@ -121,14 +114,11 @@ class CEM(Searcher):
 class CMAES(Searcher):
     """CMA-ES of the ``cma`` package (Hansen). It is told ranks, so values may be tuples.
 
-    Args:
-        std: initial step size, as a fraction of the bounds' distance.
-
     Raises:
         ConfigError: the package is not installed.
     """
 
-    def __init__(self, *args: Any, std: float = 0.3, **options: Any) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         try:
             import cma
@@ -140,7 +130,7 @@ class CMAES(Searcher):
             "seed": self.seed + 1, "popsize": self.population, "verbose": -9,
             "bounds": [self.low, self.high], "CMA_diagonal": self.size > 200,
         }  # fmt: skip
-        self._cma = cma.CMAEvolutionStrategy(self._middle, std * (self.high - self.low), settings)
+        self._cma = cma.CMAEvolutionStrategy(self._middle, 0.3 * (self.high - self.low), settings)
         self._drawn: list[np.ndarray] = []
 
     def _draw(self, count: int) -> np.ndarray:
@@ -167,19 +157,19 @@ class Swarm(Searcher):
     the r are drawn uniformly for every particle and round.
 
     Args:
-        inertia, cognitive, social, repel: the φ. step: first λ. shrink: its factor per round.
         noise: standard deviation added to drawn starting positions, as a fraction of the bounds' distance.
+
+    Attributes:
+        coefficients: φ_v, φ_p, φ_g, φ_w. step: λ.
     """
 
-    def __init__(
-        self, *args: Any, inertia: float = 0.2, cognitive: float = 0.3, social: float = 0.4, repel: float = 0.1,
-        step: float = 1.0, shrink: float = 0.97, noise: float = 0.05, **options: Any,
-    ) -> None:  # fmt: skip
+    SHRINK = 0.97
+    """Factor of λ per round."""
+
+    def __init__(self, *args: Any, noise: float = 0.05, **options: Any) -> None:
         super().__init__(*args, **options)
-        if min(inertia, cognitive, social, repel) < 0 or inertia + cognitive + social <= 0 or not step > 0:
-            raise ConfigError("a swarm needs coefficients of 0 or more, not all of them 0, and a step above 0")
-        self.coefficients = np.array([inertia, cognitive, social, repel])
-        self.step, self.shrink, self.noise = step, shrink, noise
+        self.coefficients = np.array([0.2, 0.3, 0.4, 0.1])
+        self.step, self.noise = 1.0, noise
         self.positions: np.ndarray | None = None
 
     def _draw(self, count: int) -> np.ndarray:
@@ -207,7 +197,7 @@ class Swarm(Searcher):
         pull = r[1] * (self.own - candidates) + r[2] * (self.best - candidates) - r[3] * (self.worst - candidates)
         self.velocity = (r[0] * self.velocity + pull) / r.sum(0).clip(1e-12)
         self.positions = np.clip(candidates + self.step * self.velocity, self.low, self.high)
-        self.step *= self.shrink
+        self.step *= self.SHRINK
 
     @property
     def spread(self) -> float:

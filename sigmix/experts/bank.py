@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace as dataclass_replace
 from pathlib import Path
 
-from torch import nn
-
 from sigmix.errors import ExpertError, OutputError, UnknownNameError
 from sigmix.experts import hub
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
-from sigmix.experts.serialization import CONFIG, META, read_json
+from sigmix.experts.serialization import CONFIG, META
+from sigmix.utils.io import read_json_object
 
 
 class Bank(Mapping[str, Expert]):
@@ -171,27 +170,8 @@ class Bank(Mapping[str, Expert]):
         self._loaded[expert.name] = expert
         return path
 
-    def domains(self) -> dict[str, list[str]]:
-        """Return {domain: [names]}, sorted; the domain of an expert without one is its name.
-
-        Raises:
-            ExpertError: an expert is damaged.
-        """
-        domains: dict[str, list[str]] = {}
-        for name in self._paths:
-            domains.setdefault(self[name].meta.get("domain") or name, []).append(name)
-        return dict(sorted(domains.items()))
-
-    def check(self, base: nn.Module, *, sketches: bool = True) -> None:
-        """Run `Expert.check` on every expert; raises the first error."""
-        for name in self._paths:
-            self[name].check(base, sketches=sketches)
-
 
 def _name(path: Path) -> str:
     """Return the name in ``sigmix.json``, else one derived from the folder; damage is reported on loading."""
-    try:
-        name = read_json(path / META).get("name")
-    except ExpertError:
-        name = None
+    name = read_json_object(path / META).get("name")
     return name if isinstance(name, str) else name_from_folder(path.name)

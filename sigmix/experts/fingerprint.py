@@ -176,20 +176,17 @@ def deviation(stored: Sketch, found: Sketch) -> float:
     return math.sqrt(sum(squares) / PROBES) / scale
 
 
-def compare(owner: str, path: str, stored: Sketch, found: Sketch, tolerance: float = TOLERANCE) -> float:
-    """Return the `deviation` of one matrix.
-
-    Args:
-        owner: name of the expert, path: of the matrix, for the message.
+def compare(owner: str, path: str, stored: Sketch, found: Sketch) -> float:
+    """Return the `deviation` of the matrix ``path`` of the expert ``owner``.
 
     Raises:
-        ExpertError: above ``tolerance``.
+        ExpertError: above `TOLERANCE`.
     """
     share = deviation(stored, found)
-    if not share <= tolerance:
+    if not share <= TOLERANCE:
         raise ExpertError(
             f"expert {owner!r}: the singular vectors of {path} are not those that it was trained in: its weight change "
-            f"deviates by {share:.2g} of its norm (tolerance {tolerance:.2g})",
+            f"deviates by {share:.2g} of its norm (tolerance {TOLERANCE:.2g})",
             remedy="run `sigmix cache clear` to recompute the decomposition; if that does not help, this machine "
             "rotates near-equal singular values: copy the cache of the machine that trained the expert",
         )

@@ -25,12 +25,10 @@ from sigmix.experts.serialization import CARD, CONFIG, META, WEIGHTS
 from sigmix.models.default import offline
 from sigmix.models.hub import hub_errors, near_paths, status_of
 from sigmix.utils.cache import cache_dir
-from sigmix.utils.io import atomic_dir, file_lock, write_json, writing
+from sigmix.utils.io import atomic_dir, file_lock, read_json, read_json_object, write_json, writing
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 FILES = (CONFIG, WEIGHTS, META, CARD)
-MAX_BYTES = 1 << 30
-"""Largest file that is downloaded; experts have a few MB."""
 RECORD = ".sigmix-hub.json"
 """Written by `download_bank`: {"source", "experts": {name: {"repo", "revision"}}}."""
 
@@ -74,36 +72,25 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
 
     Raises:
         HubError: not found, refused, or unreachable and not cached. NoExpertError: not an SVF adapter.
-        ExpertError: incomplete, or a file larger than `MAX_BYTES`.
+        ExpertError: incomplete.
     """
     import huggingface_hub
 
     no_expert = NoExpertError(f"the hub model {repo_id!r} is not an expert: no {CONFIG}", remedy="check the name")
     with _hub(repo_id, token, hint=near_paths(Path(repo_id)), instead="give an expert's folder") as key:
-
-        def snapshot(files: Sequence[str], commit: str | None) -> Path:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repo_id, revision=commit, allow_patterns=list(files), local_files_only=offline(), token=key
-                )
-            )
-
-        sizes = _file_sizes(repo_id, revision, key)
-        if sizes and CONFIG not in sizes:  # known without downloading, so a gated base model is no error in a bank
+        options: dict[str, Any] = {"local_files_only": offline(), "token": key}
+        names = _file_names(repo_id, revision, key)
+        if names and CONFIG not in names:  # known without downloading, so a gated base model is no error in a bank
             raise no_expert
-        for file in FILES:
-            if (size := sizes.get(file) or 0) > MAX_BYTES:
-                raise ExpertError(
-                    f"{file} of the hub model {repo_id!r} has {size / 1e9:.1f} GB, too much for an expert",
-                    remedy=f"check the repository; to use it anyway: hf download {repo_id}, and give that folder",
-                )
         # the small files first: other adapters may have gigabytes of weights
-        folder = snapshot((CONFIG, META, CARD), revision)
+        small = [CONFIG, META, CARD]
+        folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=small, **options))
         if not (folder / CONFIG).is_file():
             raise no_expert
-        if (kind := serialization.read_json(folder / CONFIG).get("peft_type")) != "SVF":
+        if (kind := read_json(folder / CONFIG, ExpertError, serialization.SAVED_AGAIN).get("peft_type")) != "SVF":
             raise NoExpertError(f"the hub model {repo_id!r} is a {kind} adapter, not SVF", remedy="load it with PEFT")
-        folder = snapshot(FILES, folder.name)
+        commit, files = folder.name, list(FILES)
+        folder = Path(huggingface_hub.snapshot_download(repo_id, revision=commit, allow_patterns=files, **options))
     if not (folder / WEIGHTS).is_file():
         raise ExpertError(
             f"the hub model {repo_id!r} has no {WEIGHTS}, and pickled weights are not downloaded",
@@ -113,11 +100,7 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
 
 
 def read(snapshot: Snapshot) -> serialization.Contents:
-    """Read a downloaded expert.
-
-    Raises:
-        ExpertError: names the repository.
-    """
+    """Read a downloaded expert; an `ExpertError` names the repository."""
     try:
         return serialization.read(snapshot.folder, snapshot.repo.split("/")[-1])
     except ExpertError as error:
@@ -136,14 +119,12 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
     Raises:
         HubError, ExpertError: see `download`. ExpertError: no experts, or two of the same name.
     """
-    is_slug = isinstance(source, str)
     prefix = re.sub(r"[^\w.-]+", "--", source) if isinstance(source, str) else "experts"
     last = cache_dir() / "banks" / f"{prefix}.json"
     if isinstance(source, str):
-        label, items = source, _collection_models(source, token)
-        if items is None:
+        label, repos = source, _collection_models(source, token)
+        if repos is None:
             return _last_folder(source, last)
-        repos = items
     else:
         repos = list(dict.fromkeys(source))
         label = ", ".join(repos)
@@ -156,7 +137,7 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
         try:
             snapshots.append(download(repo, token=token))
         except NoExpertError:
-            if not is_slug:
+            if not isinstance(source, str):
                 raise
     if not snapshots:
         raise ExpertError(
@@ -168,7 +149,7 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
     with file_lock(last.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
             _copy_bank(snapshots, folder, label)
-    if is_slug:
+    if isinstance(source, str):
         write_json(last, {"source": source, "folder": folder.name})
     return folder
 
@@ -203,20 +184,17 @@ def pull(source: str, out: Path, revision: str | None = None, token: str | None 
 
 def record(folder: Path) -> dict[str, Any]:
     """Return the `RECORD` of a folder made by `download_bank`; empty for any other folder."""
-    return serialization.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    return read_json_object(folder / RECORD)
 
 
-def _file_sizes(repo_id: str, revision: str | None, token: str | None) -> dict[str, int | None]:
-    """Return {file: bytes} of a repository; empty if the request fails, which the download then reports."""
+def _file_names(repo_id: str, revision: str | None, token: str | None) -> list[str]:
+    """Return the files of a repository; empty if the request fails, which the download then reports."""
     import huggingface_hub
 
-    if offline():
-        return {}
     try:
-        info = huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        return [] if offline() else huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision)
     except (OSError, ValueError, huggingface_hub.errors.HTTPError):
-        return {}
-    return {file.rfilename: file.size for file in info.siblings or ()}
+        return []
 
 
 def _collection_models(slug: str, token: str | None) -> list[str] | None:
@@ -239,7 +217,7 @@ def _collection_models(slug: str, token: str | None) -> list[str] | None:
 
 
 def _last_folder(slug: str, last: Path) -> Path:
-    name = serialization.read_json(last).get("folder") if last.is_file() else None
+    name = read_json_object(last).get("folder")
     folder = last.parent / str(name)
     if name is None or not folder.is_dir():
         why = "offline mode is set" if offline() else "the hub cannot be reached"
@@ -254,18 +232,16 @@ def _copy_bank(snapshots: Sequence[Snapshot], folder: Path, label: str) -> None:
     """Copy, not link: the hub's cache may be cleared while a bank is in use."""
     by_name: dict[str, Snapshot] = {}
     for one in snapshots:
-        name = read(one).name
-        if name in by_name:
+        if (other := by_name.setdefault(name := read(one).name, one)) is not one:
             raise ExpertError(
-                f"two experts of {label} are named {name!r}: {by_name[name].repo} and {one.repo}",
+                f"two experts of {label} are named {name!r}: {other.repo} and {one.repo}",
                 remedy='remove one, or open a list without it: Bank.from_hub(["user/name", …])',
             )
-        by_name[name] = one
     with atomic_dir(folder) as temporary:
         for name, one in by_name.items():
             (temporary / name).mkdir()
             _copy(one, temporary / name)
-        experts = {name: {"repo": by_name[name].repo, "revision": by_name[name].revision} for name in sorted(by_name)}
+        experts = {name: {"repo": one.repo, "revision": one.revision} for name, one in sorted(by_name.items())}
         write_json(temporary / RECORD, {"source": label, "experts": experts})
 
 

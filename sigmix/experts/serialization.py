@@ -11,7 +11,6 @@ are refused: unpickling executes code.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -37,11 +36,13 @@ from sigmix.experts.metadata import (
     thaw,
 )
 from sigmix.experts.model_card import card
+from sigmix.models.hub import near_paths
 from sigmix.svf.config import POSITIONS
-from sigmix.utils.io import atomic_dir, check_writable
+from sigmix.utils.io import atomic_dir, check_writable, read_json
 
 CONFIG, WEIGHTS, META, CARD = "adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"
 CURVE = "curve.png"
+SAVED_AGAIN = "restore it or save the expert again"
 FILES = (CONFIG, WEIGHTS, META, CARD, CURVE)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.svf_z\.weight")
@@ -75,7 +76,7 @@ def read(path: Path, name: str | None = None) -> Contents:
         base = config.get("base_model_name_or_path")
         bare = {"positions": positions, **({"base": {"name": base}} if base else {})}
         return Contents(name_from_folder(name or path.resolve().name), z, bare)
-    meta = read_json(file)
+    meta = read_json(file, ExpertError, SAVED_AGAIN)
     check_schema(meta, str(file))
     name, digest = check_name(meta["name"]), meta["z_sha256"]
     meta = {key: value for key, value in meta.items() if key not in ("schema", "name", "z_sha256")}
@@ -160,32 +161,13 @@ def dump(value: Any) -> str:
     return NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ExpertError: names the file and the position of the error.
-    """
-    remedy = "restore it or save the expert again"
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ExpertError(f"{file} is not valid JSON: {error.msg} at {where}", remedy=remedy) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExpertError(f"{file} cannot be read: {error}", remedy=remedy) from error
-    if not isinstance(value, dict):
-        raise ExpertError(f"{file} must hold a JSON object, not {type(value).__name__}", remedy=remedy)
-    return value
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         problem = f"{path} is a file, not an expert's folder" if path.exists() else f"no expert at {path}"
-        raise ExpertError(f"{problem}{_near(path)}", remedy="give the expert's folder, or its hub id 'user/name'")
+        raise ExpertError(f"{problem}{near_paths(path)}", remedy="give the expert's folder, or its hub id 'user/name'")
     if not (path / CONFIG).is_file():
         raise ExpertError(f"{path} has no {CONFIG}; {_listing(path)}", remedy="give the expert's folder")
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG, ExpertError, SAVED_AGAIN)
     if (kind := config.get("peft_type")) != "SVF":
         raise ExpertError(f"{path} is a {kind or 'PEFT'} adapter, not SVF", remedy="load it with PEFT")
     return config
@@ -219,12 +201,3 @@ def _read_z(path: Path) -> dict[str, torch.Tensor]:
 def _listing(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     return f"it holds {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else "it is empty"
-
-
-def _near(path: Path) -> str:
-    try:
-        folders = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    except OSError:
-        return f"; there is no folder {path.parent} either"
-    near = difflib.get_close_matches(path.name, folders, n=3, cutoff=0.5) or folders[:8]
-    return f"; {path.parent} has {', '.join(near)}" if near else ""

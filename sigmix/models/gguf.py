@@ -34,20 +34,13 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Part of the cache's key: raise it when a file would be converted otherwise than before."""
 
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 """Name of a part of a split model, as llama.cpp's gguf-split writes it."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Header and tensors of a model, from all of its files.
-
-    Attributes:
-        architecture: llama.cpp's name.
-        fields: header of the first file.
-        tensors: by name.
-        readers: one for each file.
-    """
+    """Header (of the first file), tensors by name, and a reader for each file; ``architecture`` is llama.cpp's name."""
 
     architecture: str
     fields: dict[str, Any]
@@ -63,28 +56,21 @@ def models_dir() -> Path:
 def model_files(path: Path) -> list[Path]:
     """Return all files of a GGUF model: ``path`` alone, or in order the parts of a split model that it belongs to.
 
-    Names may differ in case. A link leads to the parts beside it, else to those beside its target.
-
     Raises:
         BaseModelError: parts are missing.
     """
-    target = path.resolve()
-    linked = target != path and PART.fullmatch(target.name) is not None
     match = PART.fullmatch(path.name)
     if match is None:
-        return model_files(target) if linked else [path]
+        return [path]
     stem, count = match["stem"], int(match["count"])
-    names = [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-    there = {file.name.casefold(): file for file in path.parent.iterdir() if file.is_file()}
-    if missing := [name for name in names if name.casefold() not in there]:
-        if linked:
-            return model_files(target)
+    files = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if missing := [file.name for file in files if not file.is_file()]:
         raise BaseModelError(
             f"{path.name} is a part of a split model, of which {len(missing)} of {count} files are missing in "
             f"{path.parent}: {', '.join(missing[:5])}{', …' if missing[5:] else ''}",
             remedy="download all parts into one folder",
         )
-    return [there[name.casefold()] for name in names]
+    return files
 
 
 def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:
@@ -121,21 +107,13 @@ def read_contents(files: Sequence[Path]) -> Contents:
     architecture = fields.get("general.architecture")
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     _check_kind(files[0], fields, tensors)
-    count, total = fields.get("split.count", 1), fields.get("split.tensors.count", len(tensors))
-    order = [int(reader.fields["split.no"].contents()) for reader in readers if "split.no" in reader.fields]
-    if max(count, 1) != len(files) or (len(files) > 1 and order != list(range(len(files)))):
-        raise BaseModelError(
-            f"{files[0]} is a part of a split model of {count} files, numbered in the headers "
-            f"{', '.join(str(number + 1) for number in order)}, and its name gives {len(files)}",
-            remedy="put all parts into one folder, named NAME-00001-of-00002.gguf and so on",
-        )
     if architecture is None or not tensors:
         lacking = "no general.architecture" if architecture is None else "no weights (a vocabulary only?)"
         raise BaseModelError(f"{files[0]} has {lacking}", remedy="choose the model's own file")
-    if total != len(tensors):
+    if (total := fields.get("split.tensors.count", len(tensors))) != len(tensors):
         raise BaseModelError(
-            f"{files[0]} and its other parts have {len(tensors)} tensors, expected {total}",
-            remedy="download all parts again",
+            f"{files[0]} is a part of a split model of {total} tensors, and {len(files)} files hold {len(tensors)}",
+            remedy="download all parts into one folder, named NAME-00001-of-00002.gguf and so on",
         )
     if architecture not in MODEL_TYPES:
         near = difflib.get_close_matches(architecture, MODEL_TYPES, n=3, cutoff=0.5)
@@ -164,23 +142,12 @@ def read_config(contents: Contents, path: Path) -> PreTrainedConfig:
 def _open(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
-    with open(path, "rb") as file:
-        magic, version = file.read(4), file.read(4)
-    if magic != b"GGUF":
-        raise BaseModelError(
-            f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'",
-            remedy="download it again (in a git clone: git lfs pull), or give a model folder or hub name",
-        )
-    if version[:1] not in (b"\2", b"\3", b"\0", b""):
-        raise BaseModelError(
-            f"{path} has the unsupported GGUF version {version[0]}, expected 2 or 3", remedy="download a newer file"
-        )
     try:
         return GGUFReader(path)
-    except Exception as error:  # the reader has no error of its own: numpy's and struct's propagate
+    except Exception as error:  # the reader's own, numpy's and struct's errors
         raise BaseModelError(
-            f"{path} is truncated or damaged: its header does not describe its {path.stat().st_size} bytes",
-            remedy="download it again",
+            f"{path} is no GGUF file of version 2 or 3, or truncated: {error}",
+            remedy="download it again (in a git clone: git lfs pull), or give a model folder or hub name",
         ) from error
 
 

@@ -6,7 +6,6 @@ Every kind resolves to a folder of safetensors that transformers loads. Pickled 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import re
@@ -23,7 +22,7 @@ from sigmix.models.hub import base_names, hub_folder, near_paths
 from sigmix.models.multimodal import auto_class, is_vision, load_tokenizer
 from sigmix.models.quantization import load_weights, quantization_of
 from sigmix.utils.cache import MANIFEST, cache_dir, verify
-from sigmix.utils.io import file_lock, read_json_object, write_json
+from sigmix.utils.io import file_lock, read_json, read_json_object, write_json
 from sigmix.utils.logging import quiet
 from sigmix.utils.safetensors import INDEX, SINGLE, Shards, weight_files
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
+AGAIN = "download the model again"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -226,7 +226,7 @@ def _check_folder(folder: Path, label: str) -> dict[str, Any]:
             remedy="give the folder that holds config.json and model.safetensors, or a .gguf file itself",
         )
     _check_pointers(folder, (name for name in files if (folder / name).is_file()), label)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", BaseModelError, AGAIN)
     _check_architecture(config, label)
     if SINGLE not in files and INDEX not in files:
         raise BaseModelError(
@@ -234,7 +234,7 @@ def _check_folder(folder: Path, label: str) -> dict[str, Any]:
             remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(folder)",
         )
     if missing := [name for name in weight_files(folder) if name not in files]:
-        raise BaseModelError(f"{label} lacks the weight files {', '.join(missing)}", remedy="download them again")
+        raise BaseModelError(f"{label} lacks the weight files {', '.join(missing)}", remedy=AGAIN)
     Shards(folder)  # reads the headers: a truncated file is named before anything is built
     return config
 
@@ -251,7 +251,7 @@ def _check_pointers(folder: Path, files: Iterable[str], label: str) -> None:
 
 def _check_config_file(folder: Path, label: str) -> None:
     if (folder / "config.json").is_file():
-        _check_architecture(_read_json(folder / "config.json"), label)
+        _check_architecture(read_json(folder / "config.json", BaseModelError, AGAIN), label)
 
 
 def _check_architecture(config: Mapping[str, Any], label: str) -> None:
@@ -267,16 +267,6 @@ def _check_architecture(config: Mapping[str, Any], label: str) -> None:
             "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
     check_config(config, label)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{file} cannot be read as JSON: {error}", remedy="download the model again") from error
-    if not isinstance(value, dict):
-        raise BaseModelError(f"{file} holds no JSON object", remedy="download the model again")
-    return value
 
 
 def _load_tokenizer(folder: Path, label: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:

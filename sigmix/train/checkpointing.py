@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save
 
 from sigmix.errors import ConfigError, OutputError
 from sigmix.train.config import TrainConfig
-from sigmix.utils.io import atomic_dir, file_lock, restore_interrupted, write_json, write_text, writing
+from sigmix.utils.io import atomic_dir, file_lock, read_json, restore_interrupted, write_json, write_text, writing
+
+NEW_RUN = "start a new run in another --run"
 
 
 class RunDir:
@@ -62,7 +64,7 @@ class RunDir:
             return None
         if not stored.exists():
             raise ConfigError(f"--resume: {self.path} contains no run", remedy="start without --resume")
-        if differing := config.difference(_read_json(stored)):
+        if differing := config.difference(read_json(stored, ConfigError, NEW_RUN)):
             raise ConfigError(
                 f"--resume with another configuration: {', '.join(differing)} differ from {stored}",
                 remedy="pass the same options, or start a new run in another --run",
@@ -72,7 +74,7 @@ class RunDir:
         if not (self.checkpoint / "state.json").exists():  # killed before its first checkpoint
             self.metrics.unlink(missing_ok=True)
             return None
-        return _read_json(self.checkpoint / "state.json")
+        return read_json(self.checkpoint / "state.json", ConfigError, NEW_RUN)
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace the checkpoint atomically."""
@@ -91,7 +93,7 @@ class RunDir:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"the checkpoint {path} is damaged: {error}", remedy="start a new run") from error
+            raise ConfigError(f"the checkpoint {path} is damaged: {error}", remedy=NEW_RUN) from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line of metrics; values that are not finite become null."""
@@ -112,14 +114,6 @@ class RunDir:
         """Drop the metrics of steps from ``step`` on, which a resumed run repeats."""
         kept = [e for e in self.history() if e["step"] < step or (e["kind"] == "validation" and e["step"] == step)]
         write_text(self.metrics, "".join(json.dumps(e) + "\n" for e in kept))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        remedy = "start a new run in another --run"
-        raise ConfigError(f"{file} of this run is damaged: {error}", remedy=remedy) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, torch.Tensor]:

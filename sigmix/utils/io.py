@@ -195,13 +195,23 @@ def read_text(
         raise error(f"cannot read {where}: expected UTF-8, not {encoding}", remedy="save it as UTF-8") from failure
 
 
+def read_json(path: Path, error: type[SigmixError], remedy: str) -> dict[str, Any]:
+    """Read a JSON object; raise ``error``, which names the file and the place, if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    except (OSError, ValueError) as failure:
+        raise error(f"{path} cannot be read as JSON: {failure}", remedy=remedy) from failure
+    return value
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object that can be computed anew; {} for a missing or damaged file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, DataError, "")
+    except DataError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from helpers_experts import adapted, made
+from helpers_experts import adapted
 from helpers_tiny import build_tiny
 
-from sigmix.errors import ExpertError, FingerprintError, OutputError, UnknownNameError
+from sigmix.errors import ExpertError, OutputError, UnknownNameError
 from sigmix.experts import bank as module
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
@@ -82,8 +82,6 @@ def test_an_empty_bank(tmp_path):
     bank = Bank(tmp_path / "new", create=True)
     assert bank.names() == []
     assert len(bank) == 0
-    assert bank.domains() == {}
-    bank.check(build_tiny())
     assert Mix.base().z(bank, {"a": 3})["a"].tolist() == [1, 1, 1]
     with pytest.raises(UnknownNameError, match="'a'"):
         bank["a"]
@@ -133,25 +131,11 @@ def test_two_experts_of_one_name(folder):
         Bank(folder)
 
 
-def test_domains(folder):
-    assert Bank(folder).domains() == {"arithmetic": ["products", "sums"], "reading": ["reading"]}
-
-
 def test_an_adapter_that_peft_saved_is_named_after_its_folder(tmp_path):
     adapted(build_tiny()).save_pretrained(tmp_path / "Run 3")
     bank = Bank(tmp_path)
     assert bank.names() == ["run-3"]
     assert not bank["run-3"].verified
-
-
-def test_check_compares_every_expert_with_the_base(tmp_path):
-    base = build_tiny()
-    bank = Bank(tmp_path / "bank", create=True)
-    bank.add(made(base, "one"))
-    bank.add(made(base, "two", seed=2))
-    bank.check(build_tiny())
-    with pytest.raises(FingerprintError, match="'one'"):
-        bank.check(build_tiny(seed=1))
 
 
 def test_bundled_is_found_in_the_package_or_in_the_checkout(tmp_path, monkeypatch):

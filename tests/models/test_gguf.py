@@ -208,49 +208,29 @@ def test_a_split_file_with_a_missing_or_a_foreign_part(tmp_path):
         with pytest.raises(BaseModelError, match=f"{files[1].name} -> download all parts"):
             load_base(file)
     files[1].write_bytes(files[2].read_bytes())
-    with pytest.raises(BaseModelError, match="numbered in the headers 1, 3, 3"):
+    with pytest.raises(BaseModelError, match="split model of .* tensors, and 3 files hold"):
         load_base(files[0])
     files[1].write_bytes(whole[:-64])
-    with pytest.raises(BaseModelError, match=f"{files[1].name} is truncated"):
+    with pytest.raises(BaseModelError, match=f"{files[1].name} is no GGUF file of version 2 or 3, or truncated"):
         load_base(files[0])
     files[1].write_bytes(whole)
     renamed = files[0].rename(tmp_path / "renamed.gguf")
-    with pytest.raises(BaseModelError, match="split model of 3 files.* -> .*00001-of-0000"):
+    with pytest.raises(BaseModelError, match="split model of .* tensors, and 1 files hold.* -> .*00001-of-0000"):
         load_base(renamed)
     assert not [entry for entry in models_dir().iterdir() if entry.is_dir()]
 
 
-@pytest.mark.parametrize("rename", [str.upper, lambda name: name.replace("1-of", "1-Of").replace("gguf", "Gguf")])
-def test_names_of_parts_may_differ_in_case(tmp_path, rename):
-    model = build("llama")
-    files = split_gguf(write_gguf(tmp_path / "tiny.gguf", model), 2)
-    renamed = [file.rename(file.with_name(rename(file.name))) for file in files]
-    assert torch.equal(logits(load_base(renamed[1], "float32")[0]), logits(model))
-
-
-@pytest.mark.parametrize("name", ["model.gguf", "tiny-00001-of-00002.gguf"])
-def test_a_link_to_one_part_leads_to_the_others(tmp_path, name):
-    model = build("llama")
-    files = split_gguf(write_gguf(tmp_path / "tiny.gguf", model), 2)
-    link = tmp_path / "links" / name
-    link.parent.mkdir()
-    link.symlink_to(files[0])
-    assert torch.equal(logits(load_base(link, "float32")[0]), logits(model))
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    "damage",
     [
-        (lambda data: data[:-1], "truncated"), (lambda data: data[:4], "truncated"),
-        (lambda data: data[:4] + b"\x09" + data[5:], "version 9, expected 2 or 3"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1", "begins with b'vers'.* -> .*git lfs pull"),
-        (lambda data: b"", "begins with b''"),
+        lambda data: data[:-1], lambda data: data[:4], lambda data: data[:4] + b"\x09" + data[5:],
+        lambda data: b"version https://git-lfs.github.com/spec/v1", lambda data: b"",
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, damage, message):
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, damage):
     file = write_gguf(tmp_path / "tiny.gguf", build("llama"))
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(BaseModelError, match=rf"tiny\.gguf .*{message}"):
+    with pytest.raises(BaseModelError, match=r"tiny\.gguf is no GGUF file .* -> .*git lfs pull"):
         load_base(file)
 
 
