@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sigmix.errors import ConfigError
+from sigmix.utils.optional import optional
 
 Value = Any
 """Anything with an order: a float, or a tuple of floats."""
@@ -120,10 +121,7 @@ class CMAES(Searcher):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        try:
-            import cma
-        except ImportError as error:
-            raise ConfigError("CMA-ES needs the package cma", remedy='pip install "sigmix[adapt]"') from error
+        cma = optional("cma", "'sigmix[adapt]'", "CMA-ES")
         # cma has no one-dimensional search
         self._middle = np.full(max(self.size, 2), (self.low + self.high) / 2)
         settings = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sigmix.errors import ConfigError
 from sigmix.utils.io import atomic_file
+from sigmix.utils.optional import optional
 
 
 def figure(width: float, height: float) -> Any:
@@ -15,11 +15,8 @@ def figure(width: float, height: float) -> Any:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib", remedy='pip install "sigmix[train]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure_class = optional("matplotlib.figure", "'sigmix[train]'", "plotting").Figure
+    return figure_class(figsize=(width, height), layout="constrained")
 
 
 def save_png(canvas: Any, path: str | Path) -> None:

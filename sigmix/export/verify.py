@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from sigmix.engine import Engine
-from sigmix.errors import ConfigError, SigmixError
+from sigmix.errors import SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.export.base import HALF, BaseCheckpoint
@@ -33,6 +33,7 @@ from sigmix.models.multimodal import auto_class
 from sigmix.models.weights import shape
 from sigmix.svf.tuner import target_layers
 from sigmix.utils.logging import quiet
+from sigmix.utils.optional import optional
 
 KL_LIMIT = 1e-3
 """KL in nats: above what another order of rounding causes on unquantized bases."""
@@ -254,11 +255,7 @@ class LlamaCpp:
     """
 
     def __init__(self, model: Path, context: int, threads: int | None = None, all_logits: bool = True) -> None:
-        if not llama_cpp_installed():
-            raise ConfigError("llama-cpp-python is not installed", remedy="pip install llama-cpp-python")
-        import llama_cpp
-
-        self.lib: Any = llama_cpp
+        self.lib = llama_cpp = optional("llama_cpp", "llama-cpp-python", "a comparison with llama.cpp")
         with _loading("llama.cpp", model):
             self.llama: Any = llama_cpp.Llama(
                 str(model), n_ctx=context, n_batch=min(context, 512), logits_all=all_logits, verbose=False,

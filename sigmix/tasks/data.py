@@ -15,6 +15,7 @@ from sigmix.errors import DataError
 from sigmix.tasks.base import Score
 from sigmix.utils.images import Picture
 from sigmix.utils.io import read_text
+from sigmix.utils.optional import optional
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,7 @@ def hub_rows(
     Raises:
         DataError: no `datasets` library, no network, no such data set, or no rows; has ``remedy``.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{hub_id} is on the hub, and the datasets library is not installed",
-            remedy=f"pip install 'sigmix[tasks]', or {remedy}",
-        ) from error
+    datasets = optional("datasets", f"'sigmix[tasks]', or {remedy}", f"{hub_id}, which is on the hub,", DataError)
     rows = []
     for config in configs:
         try:

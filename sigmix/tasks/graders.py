@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from sigmix.errors import ConfigError
 from sigmix.tasks.base import Score
+from sigmix.utils.optional import optional
 
 FINAL_PUNCTUATION = ".!?"
 
@@ -407,12 +407,7 @@ def math_equal(reply: str, gold: str) -> Score:
 
 def _math_verify() -> Any:
     """Import math-verify, without its warning at every call that time limits are off."""
-    try:
-        import math_verify
-    except ImportError as error:
-        raise ConfigError(
-            "LaTeX answers need math-verify, which is not installed", remedy="pip install 'sigmix[tasks]'"
-        ) from error
+    math_verify = optional("math_verify", "'sigmix[tasks]'", "comparing LaTeX answers")
     for module in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(module).setLevel(logging.ERROR)
     return math_verify

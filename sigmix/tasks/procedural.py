@@ -27,6 +27,7 @@ from typing import Any
 from sigmix.errors import ConfigError, DataError, UnknownNameError
 from sigmix.tasks.base import ProceduralTask, Sample, Score, content_id
 from sigmix.tasks.graders import final_part, normalise, strict_number
+from sigmix.utils.optional import optional
 
 REFUSED = {
     "boxnet": "it has no answers, so its grader cannot be checked",
@@ -176,14 +177,8 @@ def names() -> list[str]:
 
 
 def _data_sets() -> dict[str, Any]:
-    try:
-        import reasoning_gym  # noqa: F401  # registers the data sets
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise ConfigError(
-            "rg: tasks need reasoning-gym, which is not installed", remedy="pip install 'sigmix[tasks]'"
-        ) from error
-    return DATASETS
+    optional("reasoning_gym", "'sigmix[tasks]'", "an rg: task")  # registers the data sets
+    return optional("reasoning_gym.factory", "'sigmix[tasks]'", "an rg: task").DATASETS
 
 
 class ReasoningGymTask(ProceduralTask):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.errors import DataError
+from sigmix.utils.optional import optional
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,14 @@ class Picture:
         Raises:
             DataError: it cannot be read or decoded, it has changed since its digest was taken, or Pillow is missing.
         """
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise DataError(
-                "images need Pillow, which is not installed", remedy="pip install 'sigmix[vision]'"
-            ) from error
-        if isinstance(self.source, Image.Image):
+        image_type = optional("PIL.Image", "'sigmix[vision]'", "reading an image", DataError)
+        if isinstance(self.source, image_type.Image):
             return self.source.convert("RGB")
         content = _bytes(self.source, self.name)
         if hashlib.sha256(content).hexdigest() != self.digest:
             raise DataError(f"the image {self.name} changed while it was in use", remedy="start again")
         try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
+            return image_type.open(io.BytesIO(content)).convert("RGB")
         except Exception as error:  # each format has its own errors, and a bomb guard another
             raise DataError(
                 f"{self.name} cannot be read as an image: {error}", remedy="give a PNG or JPEG file"

@@ -11,10 +11,7 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Mapping that drops its least recently used entries once they exceed a number of bytes.
-
-    Args:
-        max_bytes: budget; 0 keeps nothing. Larger values are never kept.
+    """Mapping that drops its least recently used entries once they exceed ``max_bytes``; larger values are never kept.
 
     Attributes:
         nbytes: size of all entries.

@@ -42,10 +42,7 @@ class Entry:
 
 
 class Shards:
-    """Tensors of a folder of safetensors by name.
-
-    Attributes:
-        folder: of the shards. entries: {name: Entry}, in the order of the files and of the tensors in them.
+    """Tensors of a folder of safetensors: {name: `Entry`}, in the order of the files and of the tensors in them.
 
     Raises:
         BaseModelError: no safetensors, an invalid index, a shard that is missing or damaged, or a tensor missing in
