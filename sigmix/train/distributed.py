@@ -81,8 +81,7 @@ class Processes:
         values = {name: os.environ.get(name, "") for name in names}
         if values["WORLD_SIZE"] in ("", "0", "1"):
             return cls()
-        invalid = [name for name in names[:4] if not values[name].isdecimal()]
-        invalid += [] if values["MASTER_ADDR"] else ["MASTER_ADDR"]
+        invalid = [name for name in names if not (values[name] if name == "MASTER_ADDR" else values[name].isdecimal())]
         if not invalid and int(values["RANK"]) >= int(values["WORLD_SIZE"]):
             invalid = ["RANK", "WORLD_SIZE"]
         if invalid:
@@ -162,9 +161,7 @@ class Processes:
         Raises:
             ConfigError: a digest differs; `ProcessError` in processes other than the main one.
         """
-        if self.world_size == 1:
-            return
-        gathered = self.gather(lambda: dict(digests()))
+        gathered = self.gather(lambda: dict(digests())) if self.world_size > 1 else []
 
         def compare() -> None:
             for rank, other in enumerate(gathered):

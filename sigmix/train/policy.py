@@ -91,10 +91,8 @@ class SVFPolicy:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return {path: float32 [r]}: z, or p with the reference parametrization."""
-        if self.direct:
-            return {path: layer.svf_z["default"].weight for path, layer in self.layers.items()}
-        raw = "parametrizations.weight.original"
-        return {path: layer.svf_z["default"].get_parameter(raw) for path, layer in self.layers.items()}
+        name = "weight" if self.direct else "parametrizations.weight.original"
+        return {path: layer.svf_z["default"].get_parameter(name) for path, layer in self.layers.items()}
 
     def z(self) -> dict[str, torch.Tensor]:
         """Return the effective z by path, float32 [r] on the CPU."""
@@ -213,14 +211,11 @@ class PeftPolicy:
     def learning(self) -> Iterator[None]:
         """Apply the adapter with gradients and LoRA's dropout; the base's own dropout stays off, as while acting."""
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        dropouts = [module for layer in layers for module in getattr(layer, "lora_dropout", {}).values()]
-        for module in dropouts:
-            module.train()
+        dropouts = nn.ModuleList(m for layer in layers for m in getattr(layer, "lora_dropout", {}).values()).train()
         try:
             yield
         finally:
-            for module in dropouts:
-                module.eval()
+            dropouts.eval()
 
     def after_step(self) -> None:
         """Do nothing: the parameters have no constraints."""
