@@ -105,10 +105,7 @@ class BanditStore(Protocol):
 class BanditDispatch:
     """Strategy that chooses by LinUCB on the probe's probabilities and learns from feedback.
 
-    Args:
-        probe: strategy D, for the context.
-        bank: experts that may be chosen; may change between calls.
-        store: persistent state, saved with every reward.
+    The experts of ``bank`` may change between calls; ``store`` saves the state with every reward.
 
     Raises:
         ConfigError: malformed saved state.
@@ -158,14 +155,8 @@ class BanditDispatch:
     def learn(self, reply_id: str, arm: str, context: Mapping[str, float], reward: float) -> bool:
         """Update the arm that gave a reply, an expert's name or "base", and save the state.
 
-        Args:
-            context: the probe's probabilities by label. reward: in [-1, 1].
-
-        Returns:
-            False if the reply already has a reward; nothing changes then.
-
-        Raises:
-            OutputError: the state cannot be saved; nothing changes then.
+        ``context`` is the probe's probabilities by label, ``reward`` is in [-1, 1]. If the reply already has a reward
+        (return False) or the state cannot be saved (`OutputError`), nothing changes.
         """
         x = np.array([float(context.get(label, 0.0)) for label in self.model.labels])
         with self._lock:

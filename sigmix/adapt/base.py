@@ -97,11 +97,7 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
 
 
 def check_bank(engine: InferenceEngine) -> None:
-    """Check the fingerprint of every expert that can be chosen; the engine checks its sketches when it is used.
-
-    Raises:
-        FingerprintError, ExpertError: an expert of another base, or a damaged one.
-    """
+    """Check the fingerprint of every expert that can be chosen; see `Expert.check` for the errors."""
     for name in skills(engine.bank):
         engine.check_expert(engine.bank[name])
 

@@ -17,9 +17,6 @@ REMEDY = "train one: sigmix train --task dispatch --bank FOLDER --out FOLDER/dis
 class ClassifierDispatch(PromptDispatch):
     """Strategy B: the label that the base model finds most likely under a classification expert.
 
-    Args:
-        expert: name of the classification expert; default: the only one in the bank.
-
     Raises:
         UnknownNameError: unknown expert. ConfigError: no or several classification experts, or other labels.
     """

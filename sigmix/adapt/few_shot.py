@@ -109,11 +109,7 @@ class AlphaSpace:
         return [np.clip(np.repeat(row, self.units), self.low, self.high) for row in rows]
 
     def mix(self, vector: Sequence[float] | np.ndarray) -> Mix:
-        """Return the mixture of a vector [size], clipped to the bounds.
-
-        Raises:
-            ConfigError: wrong size, or values that are not finite.
-        """
+        """Return the mixture of a vector [size], clipped to the bounds; `ConfigError` unless it is finite."""
         table = np.clip(_checked(vector, self.size), self.low, self.high).reshape(len(self.experts), self.units)
         if self.normalised:
             total = table.sum(0)
@@ -159,11 +155,7 @@ class ZSpace:
         return [np.zeros(self.size), *alone, *([np.mean(alone, 0)] if len(alone) > 1 else [])]
 
     def mix(self, vector: Sequence[float] | np.ndarray) -> Mix:
-        """Return the mixture of a vector [R]: the base model, a starting expert, or a new one in ``candidates``.
-
-        Raises:
-            ConfigError: wrong size, or values that are not finite.
-        """
+        """Return the mixture of a vector [R]: the base model, a starting expert, or a new one in ``candidates``."""
         gain = _checked(vector, self.size)
         if not gain.any():
             return Mix.base()
@@ -203,14 +195,12 @@ class FewShotSearch:
     """Search for the mixture that answers labelled examples best.
 
     Args:
-        examples: at least one. score: scores a reply.
         experts: names to mix; default: all skills of the engine's bank.
         granularity, normalised, low, high: see `AlphaSpace`. Granularity "z" searches z itself (`ZSpace`, only with the
             swarm); the result is a new expert, ``expert`` after `fit`.
-        method: "cem", "cma-es" or "swarm". settings: "full" or "light".
-        population, iterations, patience: override the settings; patience counts rounds without improvement.
-        max_new_tokens: of a reply. seed: random seed. batch_size: rows per forward pass.
-        progress: called with the new entry of ``trace`` after every round.
+        population, iterations, patience: override the settings ("full" or "light"); patience counts rounds without
+            improvement.
+        batch_size: rows per forward pass. progress: called with the new entry of ``trace`` after every round.
 
     Attributes:
         values: {mix id: (accuracy, mean log-likelihood per gold token)} of every candidate.

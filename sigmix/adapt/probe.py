@@ -74,11 +74,7 @@ class Probe:
         return ((states @ self.weight.T + self.bias) / self.temperature).softmax(-1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write one safetensors file, atomically."""
         metadata = {
             "format": FORMAT, "labels": list(self.labels), "depth": self.depth, "temperature": self.temperature,
             "threshold": self.threshold, "base": self.base, "facts": dict(self.facts),
@@ -90,11 +86,7 @@ class Probe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Probe:
-        """Read a file written by `save`.
-
-        Raises:
-            ExpertError: missing or damaged file.
-        """
+        """Read a file written by `save`; raise `ExpertError` if it is missing or damaged."""
         path = Path(path)
         if not path.is_file():
             raise ExpertError(f"no probe at {path}", remedy=REMEDY)

@@ -38,9 +38,6 @@ class PromptDispatch:
     Args:
         calibrate: divide by the labels' probabilities for requests without content.
         mix: mixture that classifies; default: the base.
-
-    Raises:
-        FingerprintError, ExpertError, ConfigError: see `check_bank` and `labels`.
     """
 
     name = "A (prompt)"

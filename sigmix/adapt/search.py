@@ -27,10 +27,8 @@ Value = Any
 class Searcher(ABC):
     """Base of all searchers: bounds, random seed, starting candidates and the best vector so far.
 
-    Args:
-        size: length of a vector. low, high: bounds of each number. population: candidates per `ask`.
-        start: vectors of the first round besides drawn ones, such as each expert alone.
-        seed: random seed.
+    A vector has ``size`` numbers within ``low`` and ``high``, a round ``population`` candidates, the first round also
+    those of ``start``, such as each expert alone.
     """
 
     def __init__(
@@ -113,11 +111,7 @@ class CEM(Searcher):
 
 
 class CMAES(Searcher):
-    """CMA-ES of the ``cma`` package (Hansen). It is told ranks, so values may be tuples.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
+    """CMA-ES of the ``cma`` package (Hansen). It is told ranks, so values may be tuples."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

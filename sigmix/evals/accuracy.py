@@ -194,9 +194,7 @@ def run(
 
     Args:
         mixes: evaluated after the base model; duplicates count once.
-        n: number of items, at most the size of the split.
         seed: seed of the draw of items, of sampling and of the bootstrap.
-        max_new_tokens: default: the task's.
         progress: called with (items answered, mix id) after each batch.
 
     Returns:
@@ -255,11 +253,7 @@ def figures_of(
 
 
 def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[str, Result]) -> Path:
-    """Write the items, one JSON-lines file per mixture, and ``summary.json`` with the figures and their provenance.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
+    """Write the items, one JSON-lines file per mixture, and ``summary.json`` with the figures and their provenance."""
     folder = Path(folder)
     entries = []
     for number, entry in enumerate(figures["results"]):

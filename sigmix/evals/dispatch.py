@@ -124,11 +124,7 @@ def _task(bank: Mapping[str, Expert], name: str, data_dir: Path | None) -> Task:
 
 
 class DispatchTask(Task):
-    """Classify requests by the labels of a bank, under strategy A's prompt; the task of strategy B's expert.
-
-    Args:
-        per_label: requests drawn per label and split. data_dir: local data of finite benchmarks.
-    """
+    """Classify requests by the labels of a bank, under strategy A's prompt; the task of strategy B's expert."""
 
     domain = DISPATCH
     description = "Say which expert a request is for."
@@ -208,11 +204,7 @@ def confusion(strategy: Strategy, requests: Mapping[str, Sequence[str]], names: 
 
 
 def plot(figures: Mapping[str, Any], path: str | Path) -> None:
-    """Plot a confusion matrix as PNG: true labels in rows, shaded by their share of the row.
-
-    Raises:
-        ConfigError: matplotlib is not installed. OutputError: the file cannot be written.
-    """
+    """Plot a confusion matrix as PNG: true labels in rows, shaded by their share of the row."""
     rows, names = figures["rows"], figures["labels"]
     canvas = figure(2.5 + 0.8 * len(names), 2 + 0.5 * len(rows))
     axes = canvas.add_subplot()

@@ -10,20 +10,12 @@ from sigmix.utils.optional import optional
 
 
 def figure(width: float, height: float) -> Any:
-    """Return an empty `matplotlib.figure.Figure` of a size in inches.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Return an empty `matplotlib.figure.Figure` of a size in inches."""
     figure_class = optional("matplotlib.figure", "'sigmix[train]'", "plotting").Figure
     return figure_class(figsize=(width, height), layout="constrained")
 
 
 def save_png(canvas: Any, path: str | Path) -> None:
-    """Write a figure as PNG, atomically.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write a figure as PNG, atomically."""
     with atomic_file(path) as temporary:
         canvas.savefig(temporary, format="png", dpi=120)

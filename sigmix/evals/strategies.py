@@ -38,9 +38,7 @@ def run_strategies(
     """Evaluate the base model, strategies, and every expert alone with the oracle bound over them.
 
     Args:
-        strategies: {entry's name: strategy}.
-        each_expert: include every expert alone and the oracle.
-        progress: called with (items answered, name) after each batch.
+        each_expert: include every expert alone and the oracle. progress: called with (items answered, name).
 
     Returns:
         JSON figures as of `sigmix.evals.accuracy.run`, with entries per strategy: ``strategy``, `Result.summary`,
@@ -83,9 +81,6 @@ def measure_strategy(
     form: str | None = None,
 ) -> tuple[Result, dict[str, Any]]:
     """Evaluate samples, each under the mixture that a strategy chooses for its text, or all under one mixture.
-
-    Args:
-        form: see `Engine.generate`.
 
     Returns:
         The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.

@@ -27,10 +27,6 @@ class Bank(Mapping[str, Expert]):
             "user/name" on the hub is opened with `from_hub`.
         create: allow a folder that does not exist yet, to `add` to it.
 
-    Attributes:
-        folder: parent folder of the experts; for experts on the hub a copy in our cache.
-        source: the folder or the collection, for messages.
-
     Raises:
         ExpertError: no such folder, or two experts of the same name. HubError: see `from_hub`.
     """
@@ -51,11 +47,7 @@ class Bank(Mapping[str, Expert]):
 
     @classmethod
     def bundled(cls) -> Bank:
-        """Open the experts that ship with sigmix, for its default base.
-
-        Raises:
-            ExpertError: this installation has none.
-        """
+        """Open the experts that ship with sigmix, for its default base; `ExpertError` if there are none."""
         package = Path(__file__).resolve().parent.parent
         for folder in (package / "_experts", package.parent / "experts"):  # wheel, source checkout
             # beside an installed package, "experts" may be an unrelated folder
@@ -83,11 +75,7 @@ class Bank(Mapping[str, Expert]):
         return cls(hub.download_bank(source, token))
 
     def refresh(self) -> None:
-        """Scan the folder again and drop loaded experts.
-
-        Raises:
-            ExpertError: two experts have the same name.
-        """
+        """Scan the folder again and drop loaded experts; `ExpertError` if two have the same name."""
         self._loaded.clear()
         paths: dict[str, Path] = {}
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
@@ -109,22 +97,14 @@ class Bank(Mapping[str, Expert]):
         return list(self._paths)
 
     def path(self, name: str) -> Path:
-        """Return an expert's folder.
-
-        Raises:
-            UnknownNameError: no such expert; lists the nearest names.
-        """
+        """Return an expert's folder; an `UnknownNameError` lists the nearest names."""
         if name not in self._paths:
             where = f"they are in {self.source}" if self._paths else f"there are none in {self.source}"
             raise UnknownNameError("expert", name, self._paths, remedy=f"`sigmix experts list` lists them; {where}")
         return self._paths[name]
 
     def __getitem__(self, name: str) -> Expert:
-        """Return an expert, loaded on first use.
-
-        Raises:
-            UnknownNameError: no such expert (a KeyError too). ExpertError: damaged.
-        """
+        """Return an expert, loaded on first use; errors as of `path` (a KeyError too) and `Expert.from_pretrained`."""
         path = self.path(name)
         if name not in self._loaded:
             expert = Expert.from_pretrained(path)
@@ -151,9 +131,7 @@ class Bank(Mapping[str, Expert]):
     def add(self, expert: Expert, replace: bool = False) -> Path:
         """Save an expert in the folder under its name and return its path.
 
-        Raises:
-            OutputError: the name is taken and ``replace`` is False, the folder cannot be written, or the bank is on the
-            hub.
+        `OutputError` if the name is taken and ``replace`` is False, or the bank is on the hub.
         """
         if self._record:
             raise OutputError(

@@ -117,11 +117,7 @@ class Expert:
         return cls(name, z, {**author_meta, "positions": positions}).sealed(model)
 
     def with_meta(self, **changes: Any) -> Expert:
-        """Return a copy with other author metadata, such as ``metrics=[…]``; None removes a key.
-
-        Raises:
-            UnknownNameError: not a key that authors set.
-        """
+        """Return a copy with other author metadata, such as ``metrics=[…]``; None removes a key."""
         meta = {**thaw(self.meta), **check_author_meta(changes)}
         return replace(self, meta={key: value for key, value in meta.items() if value is not None}, origin=None)
 
@@ -148,11 +144,7 @@ class Expert:
         return digest_of(self.z, self.positions)
 
     def gain(self, path: str) -> torch.Tensor:
-        """Return z - 1 of one matrix, float32 [r].
-
-        Raises:
-            UnknownNameError: not an adapted matrix.
-        """
+        """Return z - 1 of one matrix, float32 [r]; `UnknownNameError` for a matrix that is not adapted."""
         if path not in self.z:
             raise UnknownNameError("matrix", path, self.z)
         return self.z[path] - 1
@@ -172,11 +164,7 @@ class Expert:
     # ------------------------------------------------------------------ saving
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
-        """Write the expert's folder atomically; equal experts give equal bytes.
-
-        Raises:
-            OutputError: ``path`` holds other files than an expert's, or cannot be written.
-        """
+        """Write the expert's folder atomically; equal experts give equal bytes. Errors: see `serialization.write`."""
         path = Path(path).expanduser()
         serialization.write(path, self.name, self.z, self.meta)
         return path
@@ -187,9 +175,7 @@ class Expert:
     ) -> str:  # fmt: skip
         """Upload the expert in one commit and return the URL of its page. See `sigmix.experts.hub.push`.
 
-        Args:
-            repo_id: "user/name"; created if missing. token: default: that of ``hf auth login`` or ``HF_TOKEN``.
-            private: create it private. revision: a branch, created if missing.
+        ``repo_id`` is "user/name"; it and the branch ``revision`` are created if missing.
 
         Raises:
             ConfigError: not "user/name". OutputError: the repository has other files, or is public although ``private``
@@ -209,9 +195,7 @@ class Expert:
         fingerprint has only its matrices checked. A quantized base under
         `sigmix.experts.original_basis.use_original_basis` accepts experts of the original weights.
 
-        Args:
-            base: a model in any state that `fingerprint` supports.
-            sketches: False skips the sketches, and the decomposition of a base that is not adapted yet.
+        ``sketches=False`` skips the sketches, and the decomposition of a base that is not adapted yet.
 
         Raises:
             FingerprintError: made on another base. ExpertError: a matrix is missing or differs in size or basis.
@@ -259,11 +243,7 @@ class Expert:
         return cache_dir() / "svd" / "ledgers" / f"expert-{key.hexdigest()}"
 
     def sealed(self, base: nn.Module) -> Expert:
-        """Return a copy bound to ``base``: with its name, fingerprint, matrix sizes and sketches.
-
-        Raises:
-            ExpertError: a matrix is missing in the base or differs in size.
-        """
+        """Return a copy bound to ``base``: with its name, fingerprint, sizes and sketches; errors as of `layers`."""
         layers = self.layers(base)
         computed = {
             "base": {**describe(base), "fingerprint": fingerprint(base), **recorded_basis(base)},
@@ -308,9 +288,6 @@ def seal(
     """Add ``sigmix.json`` (and a model card, if there is no README.md) to a folder that PEFT or TRL saved.
 
     The caller asserts that the adapter was trained on ``base``. A sealed folder is checked against ``base`` instead.
-
-    Args:
-        name: default: derived from the folder. meta: as in `Expert.from_model`.
 
     Raises:
         ExpertError: damaged, or does not fit. FingerprintError: sealed for another base. OutputError: not writable.

@@ -34,11 +34,7 @@ def fingerprint(model: nn.Module, fresh: bool = False) -> str:
     Adapter parameters (z too) do not count; tied weights count once. Digests of unchanged parameters are remembered
     (`sigmix.models.digests`).
 
-    Args:
-        fresh: hash all values again.
-
-    Raises:
-        ExpertError: weights on the meta device.
+    ``fresh`` hashes all values again. `ExpertError` for weights on the meta device.
     """
     found, read = parameters(model), readers(model)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
@@ -63,8 +59,7 @@ def short(full: str | None) -> str:
 def mismatch(name: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
     """Return the error for an expert of another base.
 
-    Args:
-        name: the expert's. recorded, found: its base and the present one: name, dtype, fingerprint.
+    ``name`` is the expert's; ``recorded`` and ``found`` are its base and the present one: name, dtype, fingerprint.
     """
 
     def describe(base: Mapping[str, Any]) -> str:
@@ -117,11 +112,7 @@ class Sketch:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], owner: str = "sigmix.json") -> Sketch:
-        """Parse `to_json`'s result; ``owner`` is for the message.
-
-        Raises:
-            ExpertError: not a norm and eight finite numbers.
-        """
+        """Parse `to_json`'s result; ``owner`` is for the message. `ExpertError` unless the numbers are finite."""
         try:
             found = cls(float(value["norm"]), tuple(float(number) for number in value["values"]))
             if len(found.values) == PROBES and all(map(math.isfinite, (found.norm, *found.values))):
@@ -177,11 +168,7 @@ def deviation(stored: Sketch, found: Sketch) -> float:
 
 
 def compare(owner: str, path: str, stored: Sketch, found: Sketch) -> float:
-    """Return the `deviation` of the matrix ``path`` of the expert ``owner``.
-
-    Raises:
-        ExpertError: above `TOLERANCE`.
-    """
+    """Return the `deviation` of the matrix ``path`` of the expert ``owner``; `ExpertError` above `TOLERANCE`."""
     share = deviation(stored, found)
     if not share <= TOLERANCE:
         raise ExpertError(

@@ -113,9 +113,6 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
     Models of a collection that are not experts, such as their base, are skipped. The folder is keyed by the commits and
     never changed. If the hub is unreachable, a collection resolves to its last folder.
 
-    Args:
-        source: a collection's slug, or the experts' repositories.
-
     Raises:
         HubError, ExpertError: see `download`. ExpertError: no experts, or two of the same name.
     """
@@ -157,8 +154,7 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
 def pull(source: str, out: Path, revision: str | None = None, token: str | None = None) -> list[dict[str, str]]:
     """Copy an expert, or each expert of a collection into its own subfolder, to the new folder ``out``.
 
-    Returns:
-        One row per expert: name, repo, revision, path.
+    One row per expert is returned: name, repo, revision, path.
 
     Raises:
         OutputError: ``out`` exists. ConfigError: a collection with a revision. Else as `download_bank`.

@@ -37,11 +37,7 @@ RESTORE = "restore the files as they were saved together"
 
 
 def check_name(name: object) -> str:
-    """Return ``name`` if it is valid: lower-case letters, digits, ``.``, ``_``, ``-``.
-
-    Raises:
-        ExpertError: invalid or reserved.
-    """
+    """Return ``name`` if it is valid: lower-case letters, digits, ``.``, ``_``, ``-``; else raise `ExpertError`."""
     if isinstance(name, str) and name in RESERVED:
         raise ExpertError(f"an expert cannot be named {name!r}: {RESERVED[name]}", remedy="choose another name")
     if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 100:
@@ -60,11 +56,7 @@ def name_from_folder(folder: str) -> str:
 
 
 def check_author_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a copy of an author's metadata.
-
-    Raises:
-        UnknownNameError: a key that is not in `AUTHOR_KEYS`.
-    """
+    """Return a copy of an author's metadata; `UnknownNameError` for a key that is not in `AUTHOR_KEYS`."""
     meta = dict(meta or {})
     for key in meta:
         if key not in AUTHOR_KEYS:

@@ -103,11 +103,7 @@ class Mix:
 
     @classmethod
     def from_json(cls, value: str | Mapping[str, Any]) -> Mix:
-        """Return the mixture of `to_json`'s result, given as an object or as text.
-
-        Raises:
-            ConfigError: not an object with ``weights``.
-        """
+        """Return the mixture of `to_json`'s result, an object or text; `ConfigError` for anything else."""
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -139,11 +135,7 @@ class Mix:
         return {"weights": plain}
 
     def alpha(self, name: str, path: str) -> float:
-        """Return α of an expert at one matrix; 0 for an expert that is not in the mixture.
-
-        Raises:
-            ConfigError: weights per layer, and the matrix is in none of those layers.
-        """
+        """Return α of an expert at a matrix, 0 for one that is not in the mixture; `ConfigError` for another layer."""
         alpha = self.weights.get(name, 0.0)
         if isinstance(alpha, Mapping):
             return alpha.get(path, 0.0)
@@ -185,11 +177,7 @@ class Mix:
         return {path: z.clone() for path, z in layout.split(self.flat_z(layout, flats)).items()}
 
     def flat_z(self, layout: Layout, flats: Mapping[str, Flat]) -> Tensor:
-        """Return `z` as one vector [R]; ``flats`` has all experts of the mixture.
-
-        Raises:
-            ConfigError: weights for other matrices or layers.
-        """
+        """Return `z` as one vector [R]; ``flats`` has all its experts. `ConfigError` for weights of other matrices."""
         for name, alpha in self.weights.items():
             if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layout.layers]):
                 near = UnknownNameError("matrix", odd[0], layout.layers).message
@@ -295,11 +283,7 @@ class Layout:
         self.sizes = list(self.layers.values())
 
     def flat(self, name: str, z: Mapping[str, Tensor]) -> Flat:
-        """Return an expert's z as one vector.
-
-        Raises:
-            ExpertError: it adapts a matrix that the model has not adapted, or with another size.
-        """
+        """Return an expert's z as one vector; `ExpertError` for a matrix that the model lacks, or of another size."""
         for path, value in z.items():
             if path not in self.layers:
                 raise ExpertError(

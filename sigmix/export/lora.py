@@ -22,11 +22,7 @@ def export_lora(
 ) -> dict[str, Any]:
     """Write a PEFT adapter folder, atomically.
 
-    Args:
-        precision: dtype of the file: float32, bfloat16 or float16. progress: called for every matrix.
-
-    Returns:
-        `LowRank.describe`, ``bytes``, ``precision``.
+    ``precision`` is float32, bfloat16 or float16. Return `LowRank.describe`, ``bytes`` and ``precision``.
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or has no room. UnknownNameError: no such precision.

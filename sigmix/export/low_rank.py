@@ -31,11 +31,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(rank: int) -> int:
-    """Return the smallest of `VLLM_RANKS` that is at least ``rank``.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the smallest of `VLLM_RANKS` that is at least ``rank``; `ConfigError` if there is none."""
     for allowed in VLLM_RANKS:
         if allowed >= rank:
             return allowed
@@ -80,11 +76,7 @@ class LowRank:
     ) -> LowRank:
         """Check the experts and read the singular values; ranks are exact.
 
-        Args:
-            progress: called for every matrix.
-
-        Raises:
-            ConfigError: the mixture changes no weight. Others: see `BaseCheckpoint.z`.
+        `ConfigError` if the mixture changes no weight; others: see `BaseCheckpoint.z`.
         """
         low = cls(base, mix, [bank[name] for name in mix.weights], base.z(mix, bank))
         for path, z in low.z.items():

@@ -127,11 +127,7 @@ _BATCHING: weakref.WeakKeyDictionary[nn.Module, Batching] = weakref.WeakKeyDicti
 
 
 def batching(model: Any) -> Batching:
-    """Return the `Batching` of a model; the first call replaces its rotary modules by `RowRotary`.
-
-    Raises:
-        BaseModelError: an architecture with rows that would depend on their batch.
-    """
+    """Return the `Batching` of a model (see `check_architecture`); the first call installs its `RowRotary` modules."""
     base = bare(model)
     if base not in _BATCHING:
         _BATCHING[base] = Batching(base)

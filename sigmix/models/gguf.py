@@ -56,8 +56,7 @@ def models_dir() -> Path:
 def model_files(path: Path) -> list[Path]:
     """Return all files of a GGUF model: ``path`` alone, or in order the parts of a split model that it belongs to.
 
-    Raises:
-        BaseModelError: parts are missing.
+    `BaseModelError` if parts are missing.
     """
     match = PART.fullmatch(path.name)
     if match is None:
@@ -78,9 +77,7 @@ def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:
 
     Safe to call from several processes at once.
 
-    Args:
-        files: see `model_files`.
-        folder: default: a folder of the cache, named by the digests of the files.
+    ``folder`` is by default one of the cache, named by the digests of the files.
 
     Raises:
         BaseModelError: not a GGUF model, incomplete, or one that transformers cannot represent.
@@ -99,8 +96,7 @@ def read_contents(files: Sequence[Path]) -> Contents:
     """Return header and tensors of a GGUF model, after checking that the bytes of every tensor are there.
 
     Raises:
-        BaseModelError: not a GGUF file, truncated, not a language model, an incomplete split, or an unsupported
-            architecture.
+        BaseModelError: truncated, incomplete, not a language model, or an unsupported architecture.
     """
     readers = [_open(file) for file in files]
     fields = {name: field.contents() for name, field in readers[0].fields.items()}
@@ -125,11 +121,7 @@ def read_contents(files: Sequence[Path]) -> Contents:
 
 
 def read_config(contents: Contents, path: Path) -> PreTrainedConfig:
-    """Return transformers' configuration of a GGUF model; ``path`` is for messages.
-
-    Raises:
-        BaseModelError: a key that changes the logits and has no counterpart in transformers.
-    """
+    """Return transformers' configuration of a GGUF model, see `config_of`; ``path`` is for messages."""
     values = {name: tensor.data for name, tensor in contents.tensors.items()}
     try:
         return config_of(contents.fields, values, _tied(contents))

@@ -122,11 +122,7 @@ class Header(dict[str, Any]):
         return super().get(key, default)
 
     def hyperparameter(self, name: str, default: Any = None) -> Any:
-        """Return the value of a key of the architecture, one for all layers.
-
-        Raises:
-            BaseModelError: the layers differ.
-        """
+        """Return the value of a key of the architecture, one for all layers; `BaseModelError` if they differ."""
         value = self.get(self.prefix + name, default)
         if not isinstance(value, list):
             return value
@@ -145,10 +141,8 @@ def unsupported(key: str, value: Any) -> BaseModelError:
 def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied: bool) -> PreTrainedConfig:
     """Return transformers' configuration of a GGUF file.
 
-    Args:
-        fields: the header's keys and values.
-        tensors: by name; values are read of `ROPE_TENSORS` only.
-        tied: the output projection is the embedding matrix.
+    ``fields`` are the header's; of ``tensors`` only the values of `ROPE_TENSORS` are read; ``tied``: the output
+    projection is the embedding matrix.
 
     Raises:
         BaseModelError: a key that changes the logits and has no counterpart in transformers.

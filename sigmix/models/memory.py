@@ -3,13 +3,7 @@
 For an adapted matrix W (m×n, r = min(m, n)) the decomposition cache holds the square side (r×r: V if m >= n, else U)
 and s (r) in float32. The gain form keeps that side in memory beside W, the factored form keeps both sides, U (m×r) and
 V (n×r). An expert holds z (r) in float32.
-
-    from sigmix.models.memory import empty_model, model_plan
-    from sigmix.svf.tuner import target_layers
-
-    model = empty_model(AutoConfig.from_pretrained("meta-llama/Llama-3.1-8B"))
-    plan = model_plan(model, target_layers(model))
-"""
+    """
 
 from __future__ import annotations
 
@@ -45,11 +39,7 @@ smollm2-135m in bfloat16: 32 completions of 8 tokens on prompts of 46."""
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the causal language model or vision-language model of a config on the meta device.
-
-    Raises:
-        BaseModelError: another kind of model, or a config from which no model can be built.
-    """
+    """Build the (vision-)language model of a config on the meta device; `BaseModelError` if there is none."""
     import torch
 
     from sigmix.models.multimodal import auto_class
@@ -80,10 +70,8 @@ def model_plan(
 ) -> dict[str, Any]:
     """Count what SVF needs for a model.
 
-    Args:
-        model: loaded or on the meta device. layers: {path: adapted layer}, see `sigmix.svf.tuner.target_layers`.
-        dtype: of the weights. quantization: of the adapted layers: int8, int4, nf4 or None.
-        cuda: the weights are on a GPU, where int4 is packed.
+    ``layers`` is {path: adapted layer}, see `sigmix.svf.tuner.target_layers`; ``quantization`` is theirs. With ``cuda``
+    int4 is packed.
 
     Returns:
         A dict for JSON, sizes in bytes.
@@ -97,9 +85,6 @@ def model_plan(
 
         From one measured factor each: ``decompose_bytes`` (peak of the largest matrix, which is read alone) and
         ``activation_bytes_per_1000_tokens`` (of a training step).
-
-    Raises:
-        ConfigError: unknown dtype or quantization.
     """
     if dtype not in BYTES:
         raise ConfigError(f"unknown dtype {dtype!r}", remedy=f"give one of {', '.join(BYTES)}")

@@ -26,11 +26,7 @@ class Row:
     where: str
 
     def get(self, *names: str, kind: type | tuple[type, ...] = object) -> Any:
-        """Return the first field of ``names`` that has a value.
-
-        Raises:
-            DataError: there is none, or it is not of type ``kind``, or it is a blank string.
-        """
+        """Return the first field of ``names`` that has a value; raise `DataError` if it is blank or of another type."""
         for name in names:
             if (value := self.data.get(name)) is not None:
                 blank = isinstance(value, str) and not value.strip()
@@ -52,11 +48,7 @@ class Row:
 
 
 def local_rows(path: Path) -> list[Row]:
-    """Read all rows of a JSONL file (see `read_text`); blank lines are skipped.
-
-    Raises:
-        DataError: the file cannot be read, a line is not a JSON object, or there are no rows.
-    """
+    """Read all rows of a JSONL file (see `read_text`); blank lines are skipped. Raise `DataError` if there are none."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():

@@ -83,11 +83,7 @@ def symbolic(reply: str, entry: Mapping[str, Any]) -> bool:
 
 
 def rational(expression: str) -> Fraction:
-    """Return the exact value of an expression of whole numbers, + - * / and parentheses.
-
-    Raises:
-        ValueError: anything else in it, too long, too deep, or a division by zero.
-    """
+    """Return the exact value of whole numbers, + - * / and parentheses; raise ValueError for anything else."""
     if len(expression) > MAX_EXPRESSION:
         raise ValueError("too long")
 
@@ -185,11 +181,9 @@ class ReasoningGymTask(ProceduralTask):
     """One reasoning-gym data set.
 
     Args:
-        dataset: its name.
         suffix: an instruction appended to the question, such as "Answer with the number only."
         partial: keep the scorer's partial marks. They reward a right answer within any sentence, so by default
             anything below full marks is 0; with them `validate` reports exactly that.
-        allow_code: as in `get_task`; ``codeio`` requires it.
         options: fields of the data set's configuration, except seed and size.
 
     Raises:

@@ -64,9 +64,7 @@ def get_task(spec: str, data_dir: Path | None = None, allow_code: bool = False, 
 
     Args:
         spec: ``NAME``, ``rg:NAME`` or ``path/to/file.py:NAME``, with options after a question mark.
-        data_dir: folder with local data sets; default: the Hugging Face hub.
-        allow_code: allow graders to run the program in a reply (in a sandbox).
-        options: override those in the spec.
+        data_dir: folder with local data sets; default: the hub. options: override those in the spec.
 
     Raises:
         UnknownNameError: no such task.
@@ -101,11 +99,7 @@ def task_names(families: bool = True) -> list[str]:
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec into name and options.
-
-    Raises:
-        ConfigError: an option without "=", or given twice.
-    """
+    """Split a spec into name and options; raise `ConfigError` for an option without "=", or given twice."""
     name, _, query = spec.strip().partition("?")
     options: dict[str, Any] = {}
     for part in query.split("&") if query else []:

@@ -47,13 +47,7 @@ _LAUNCHER = Path(__file__).with_name("sandbox_child.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run.
-
-    Attributes:
-        kind: "passed"; "failed" (an assertion or error, or it ended early); "timeout"; "sandbox" (a failure of the
-            sandbox itself, which says nothing about the program).
-        detail: for people.
-    """
+    """Result of a run: "passed", "failed" (an error, or it ended early), "timeout" or "sandbox" (its own failure)."""
 
     kind: Literal["passed", "failed", "timeout", "sandbox"]
     detail: str = ""
@@ -88,11 +82,7 @@ def run_tests(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0
 
 @functools.cache
 def guards() -> Guards:
-    """Return the strongest guards under which a trivial program runs on this machine; probed once.
-
-    Raises:
-        ConfigError: neither Linux nor macOS.
-    """
+    """Return the strongest guards under which a trivial program runs on this machine; probed once."""
     if os.name != "posix":
         raise ConfigError("the code sandbox needs Linux or macOS", remedy="use WSL, or leave the code tasks out")
     root = os.geteuid() == 0

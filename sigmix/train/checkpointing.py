@@ -36,11 +36,7 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for this process.
-
-        Raises:
-            OutputError: another run has locked it, or it cannot be written.
-        """
+        """Lock the folder for this process; raise `OutputError` if another run has locked it."""
 
         def busy() -> None:
             message = f"another training run is writing to {self.path}"
@@ -84,11 +80,7 @@ class RunDir:
             write_json(folder / "state.json", dict(state))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Load the checkpoint's tensors.
-
-        Raises:
-            ConfigError: the file is damaged.
-        """
+        """Load the checkpoint's tensors; raise `ConfigError` if the file is damaged."""
         path = self.checkpoint / "state.safetensors"
         try:
             return load_file(path)

@@ -170,9 +170,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Learner:
     """Policy and optimizer: rollouts, reference log-probabilities, gradients and update of a step.
 
-    Args:
-        max_new_tokens: of a completion.
-        processes: data-parallel processes that share each step's prompts. Default: this process alone.
+    ``processes`` share each step's prompts; default: this process alone.
     """
 
     def __init__(

@@ -63,9 +63,7 @@ class ReferenceZ(nn.Module):
 class SVFPolicy:
     """Trains z, the scales of the singular values (section 3.1 of the paper).
 
-    Attributes:
-        sharded: True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
-        positions: see `TrainConfig`.
+    ``sharded`` is True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
     """
 
     sharded = False

@@ -37,11 +37,7 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock an output path against other runs on this machine; the lock file lies in the cache.
-
-    Raises:
-        OutputError: another process holds ``path``.
-    """
+    """Lock an output path against other runs on this machine (else `OutputError`); the lock file lies in the cache."""
     real = os.path.realpath(os.path.abspath(path))
     name = hashlib.sha256(real.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -65,11 +61,7 @@ def write_manifest(folder: Path, source: dict[str, str]) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare the files of a cached folder with its manifest (about 0.3 s for 270 MB).
-
-    Raises:
-        CacheError: a file is missing or its bytes changed.
-    """
+    """Compare the files of a cached folder with its manifest (0.3 s for 270 MB); `CacheError` names a damaged one."""
     remedy = "sigmix cache clear models"
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -96,11 +88,7 @@ class Entry:
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """Return the entries of one ``kind`` or of all, most recently used first.
-
-    Raises:
-        UnknownNameError: unknown kind.
-    """
+    """Return the entries of one ``kind`` or of all, most recently used first."""
     found = []
     for one in _kinds(kind):
         root = cache_dir() / one
@@ -122,12 +110,7 @@ def total(kind: str | None = None) -> int:
 
 
 def clear(kind: str | None = None) -> list[Entry]:
-    """Remove the entries of ``kind``, or of all kinds, and return them. Loaded models are not affected.
-
-    Raises:
-        UnknownNameError: unknown kind.
-        OutputError: an entry cannot be removed.
-    """
+    """Remove the entries of ``kind``, or of all kinds, and return them. Loaded models are not affected."""
     removed = entries(kind)
     for entry in removed:
         _remove(entry.path)
@@ -157,11 +140,7 @@ def damage(entry: Entry) -> str | None:
 
 
 def clear_damaged() -> list[tuple[Entry, str]]:
-    """Remove damaged entries, and temporary files of crashed runs; return the entries with the reasons.
-
-    Raises:
-        OutputError: an entry cannot be removed.
-    """
+    """Remove damaged entries, and temporary files of crashed runs; return the entries with the reasons."""
     damaged = [(entry, reason) for entry in entries() if (reason := damage(entry))]
     for entry, _ in damaged:
         _remove(entry.path)

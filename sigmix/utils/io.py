@@ -170,11 +170,7 @@ def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lamb
 def read_text(
     path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None
 ) -> str:
-    """Read a user's file in UTF-8, with or without a byte-order mark; "-" is stdin.
-
-    Raises:
-        DataError (or ``error``): it cannot be read, or is in another encoding, which the message names.
-    """
+    """Read a user's file in UTF-8, with or without a byte-order mark ("-" is stdin); else raise ``error``."""
     path = os.path.expanduser(path)
     try:
         if path == "-":

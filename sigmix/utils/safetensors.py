@@ -44,9 +44,7 @@ class Entry:
 class Shards:
     """Tensors of a folder of safetensors: {name: `Entry`}, in the order of the files and of the tensors in them.
 
-    Raises:
-        BaseModelError: no safetensors, an invalid index, a shard that is missing or damaged, or a tensor missing in
-            its shard.
+    `BaseModelError` for an invalid index, and for a shard that is missing, damaged, or lacks a tensor.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -81,21 +79,13 @@ class Shards:
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of a tensor.
-
-        Raises:
-            UnknownNameError: no such tensor.
-        """
+        """Return the entry of a tensor; `UnknownNameError` if there is none."""
         if name not in self.entries:
             raise UnknownNameError("tensor", name, self.entries)
         return self.entries[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a copy of a tensor on the CPU, in its stored dtype.
-
-        Raises:
-            UnknownNameError: no such tensor. BaseModelError: its shard is damaged or gone.
-        """
+        """Return a copy of a tensor on the CPU, in its stored dtype; `BaseModelError` if its shard is damaged."""
         from safetensors import SafetensorError, safe_open
 
         file = self.entry(name).file
@@ -107,11 +97,7 @@ class Shards:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold a model's weights, present or not.
-
-    Raises:
-        BaseModelError: neither safetensors nor an index, or an invalid index.
-    """
+    """Return the names of the files that hold a model's weights, present or not."""
     return sorted(set(_read_index(folder).values())) or [SINGLE]
 
 
@@ -166,11 +152,7 @@ class TensorSpec:
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor: Callable[[str], torch.Tensor]) -> None:
-    """Write one file.
-
-    Args:
-        specs: in the order of the tensors in the file. tensor: returns each by name, in that order.
-    """
+    """Write one file; ``tensor`` returns each of ``specs`` by name, in their order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
@@ -195,8 +177,7 @@ def write_shards(
 ) -> list[str]:
     """Write ``model.safetensors``, or shards with their index, and return the file names.
 
-    Args:
-        shard_bytes: maximum size of a file's tensors; a larger tensor has a file to itself.
+    A file has at most ``shard_bytes`` of tensors; a larger tensor has a file to itself.
     """
     groups: list[list[TensorSpec]] = [[]]
     for spec in specs:
