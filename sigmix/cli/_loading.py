@@ -171,7 +171,7 @@ def open_engine(
 ) -> Engine:  # fmt: skip
     """Return an `Engine` on a base model; the experts in ``mixes`` are checked against the base model at once."""
     if decode_weights is not None:
-        from sigmix.engine.cpu.int8 import check_decode_weights
+        from sigmix.engine.cpu.native import check_decode_weights
 
         check_decode_weights(decode_weights, quantization)
     model, tokenizer = open_base(base, None, quantization, basis, device_map)

@@ -28,7 +28,7 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     Settings come from options, then environment variables (SIGMIX_SERVE_…), then the TOML file, then defaults.
     """
     with importing():
-        from sigmix.engine.cpu.int8 import check_decode_weights
+        from sigmix.engine.cpu.native import check_decode_weights
         from sigmix.serve import Server, Service, load_settings
         from sigmix.serve.observability import configure_logging
         from sigmix.tasks.graders import GRADERS

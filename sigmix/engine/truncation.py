@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn import functional as F
 
-from sigmix.engine.cpu.kernels import Group, Packing, Shared, find_groups, packed_linear, patch
+from sigmix.engine.cpu.kernels import Group, Pack, Packing, Shared, find_groups, pack, patch
 from sigmix.engine.execution import as_base
 from sigmix.engine.prefix_cache import right_pad
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
@@ -92,18 +92,20 @@ class Truncation:
         if part is None:  # the layers are switched to the base already
             return
         if packing.on:
-            bases = [layer.get_base_layer().weight for layer in group.layers]
-            first = packing.of((key, "in"), [*bases, part.inputs], lambda: torch.cat([group.weight(), part.inputs]))
-            second = packing.of((key, "out"), [part.outputs], lambda: part.outputs)
-            bias = group.bias()
-            if bias is not None:
-                bias = torch.cat([bias, bias.new_zeros(len(part.inputs))])
+
+            def both_of(*_: Any) -> Pack:
+                bias = group.bias()
+                bias = None if bias is None else torch.cat([bias, bias.new_zeros(len(part.inputs))])
+                return pack(torch.cat([group.weight(), part.inputs]), bias)
+
+            first = packing.of((key, "in"), [*group.sources(), part.inputs], both_of)
+            second = packing.of((key, "out"), [part.outputs])
             total = sum(sizes)
 
             def packed(x: torch.Tensor) -> Sequence[torch.Tensor]:
-                both = packed_linear(x, first, bias)
+                both = first(x)
                 inner = _mixed(both[..., total:], now[key])
-                return (both[..., :total] + packed_linear(inner, second, None)).split(sizes, -1)
+                return (both[..., :total] + second(inner)).split(sizes, -1)
 
             shared = Shared(packed)
         else:

@@ -5,7 +5,7 @@
 `torch.export` traces transformers' forward pass of one token per row, for any number of rows and columns, and
 AOTInductor compiles it. No weights are read: the compiled step gets them from the model. Linear layers become calls of
 the operator ``sigmix::linear``, one for those that share their input, so that their weights may be packed, merged or
-quantized. Attention reads grouped keys and values without repeating them.
+quantized; in C++ where `sigmix.engine.cpu.native` has a library. Attention reads grouped keys and values without repeating them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sigmix.engine.cpu.decode_step import LINEAR, OPERATORS
+from sigmix.engine.cpu.native import SHIM, has_library
 from sigmix.errors import BaseModelError
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import auto_class
@@ -220,6 +221,7 @@ def compile_step(config: PretrainedConfig, path: Path) -> None:
         "aot_inductor.metadata": {"linears": json.dumps(join_linears(program))},
         "compile_threads": 1,
         "cpp.dynamic_threads": True,
+        "aot_inductor.custom_ops_to_c_shims": {LINEAR: [SHIM]} if has_library() else {},
     }
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

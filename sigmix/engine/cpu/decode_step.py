@@ -25,6 +25,7 @@ import transformers
 from torch import nn
 
 from sigmix.engine.cpu.kernels import joint_linear
+from sigmix.engine.cpu.native import NativeLinear, has_library, set_layers
 from sigmix.engine.kv_cache import BatchKVCache
 from sigmix.errors import BaseModelError
 from sigmix.models.batching import batching
@@ -36,7 +37,7 @@ from sigmix.utils.io import read_json_object
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Version of the compiled files."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
@@ -48,8 +49,7 @@ _present = threading.local()
 
 
 def _linear(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    modules, layers = _present.linears[number]
-    joint = joint_linear(layers)
+    modules, joint = _present.linears[number]
     if joint is not None:
         return joint(x)
     outputs = [module(x) for module in modules]
@@ -59,7 +59,7 @@ def _linear(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
 OPERATORS.impl("linear", _linear, "CPU")
 LINEAR = torch.ops.sigmix.linear.default
 """Operator of a compiled step's linear layers that share their input; ``number`` selects them. They compute in the
-present state of the model: packed, merged, quantized or with a z per row."""
+present state of the model: packed, merged, quantized or with a z per row. A `NativeLinear` is called without Python."""
 
 
 class DecodeStep:
@@ -78,6 +78,8 @@ class DecodeStep:
         self._places: dict[str, tuple[dict[str, Any], str]] = {}  # where modules hold the constants
         self._constants: list[torch.Tensor] = []  # parameters and buffers that are not of linear layers
         self._compared: set[bool] = set()  # with one row, with several
+        self._native = has_library()
+        self._table: Any = None  # of native layers, in use by the step
         self.problem = _unsupported(self.model)
         if self.problem is None:
             self._config = _config(self.model)
@@ -149,7 +151,10 @@ class DecodeStep:
         constants = [held[name].data for held, name in self._places.values()]
         if weights_key(constants) != weights_key(self._constants):
             self._bind(constants)
-        _present.linears = self._linears
+        linears = [(modules, joint_linear(layers)) for modules, layers in self._linears]
+        _present.linears = linears
+        if self._native:
+            self._table = set_layers([joint if isinstance(joint, NativeLinear) else None for _, joint in linears])
         tokens, lengths = inputs["input_ids"][:, 0], inputs["position_ids"][:, 0]
         return self._package.loader.boxed_run([tokens, lengths, inputs["attention_mask"], *cache.columns()])[0]
 
@@ -227,7 +232,7 @@ def _config(model: Any) -> dict[str, Any]:
 def _key(config: Mapping[str, Any]) -> str:
     """Key of the compiled step: the config, the versions of torch and transformers, and the instructions of the CPU."""
     cpu = {name: present for name, present in torch.cpu.get_capabilities().items() if isinstance(present, bool)}
-    content = [VERSION, torch.__version__, transformers.__version__, sys.platform, cpu, config]
+    content = [VERSION, has_library(), torch.__version__, transformers.__version__, sys.platform, cpu, config]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sigmix.engine.cpu.int8 import int8_linear, quantize
+from sigmix.engine.cpu.native import bfloat16_linear, has_bfloat16, int8_linear
 from sigmix.models.multimodal import backbone
 from sigmix.models.weights import is_quantized, weights_key
 from sigmix.svf.functional import scaled
@@ -69,32 +69,28 @@ ROWS = 32
 JOINT = "_sigmix_joint"
 """Attribute of a group's first layer inside `Packing.using`, see `joint_linear`."""
 
-Pack = Any
-"""Opaque oneDNN tensor."""
+Pack = Callable[[torch.Tensor], torch.Tensor]
+"""Linear layer with a packed weight, x [..., in] -> [..., out], without gradients."""
 
 
-def pack(weight: torch.Tensor) -> Pack:
-    """Return a packed copy of a weight [out, in]."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-
-
-def packed_linear(x: torch.Tensor, packed: Pack, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute `torch.nn.functional.linear` with a packed weight, without gradients."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pack:
+    """Return the layer of a packed copy of a weight [out, in], and a bias [out]."""
+    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and has_bfloat16():
+        return bfloat16_linear(weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @functools.cache
 def available() -> bool:
-    """Return True if this torch has the operators, and they agree with `linear` on this CPU."""
+    """Return True if this machine can pack weights, and packed layers agree with `linear`."""
     try:
         draw = torch.Generator().manual_seed(0)
         weight = torch.randn(48, 32, generator=draw).bfloat16()
         x = torch.randn(2, 3, 32, generator=draw).bfloat16()
         bias = torch.randn(48, generator=draw).bfloat16()
         same = [
-            torch.allclose(
-                packed_linear(x, pack(weight), b).float(), F.linear(x, weight, b).float(), rtol=0.02, atol=0.02
-            )
+            torch.allclose(pack(weight, b)(x).float(), F.linear(x, weight, b).float(), rtol=0.02, atol=0.02)
             for b in (None, bias)
         ]
     except (AttributeError, RuntimeError, NotImplementedError):
@@ -130,7 +126,7 @@ class Packing:
         plain = not any(is_quantized(module.weight) for module in linears)
         self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
-        self._known: dict[Any, tuple[Any, Any]] = {}
+        self._known: dict[Any, tuple[Any, list[torch.Tensor], Pack]] = {}
         self._int8_groups = find_groups(model, layers, every=True) if int8 else []
         self._int8_others = self.others if int8 else []
         if int8 and (text := backbone(model)) is not None:  # images are not decoded
@@ -140,29 +136,26 @@ class Packing:
             with self.using(None, None, int8=True):
                 pass
 
-    def of(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor] | None = None) -> Pack:
-        """Return the packed copy under a key; repack if the weights were replaced or changed in place.
+    def of(self, key: Any, sources: Sequence[torch.Tensor | None], make: Callable[..., Pack] = pack) -> Pack:
+        """Return the packed layer under a key; repack if its sources were replaced or changed in place.
 
         Args:
-            weights: sources of the packed tensor. make: computes it from them; None: it is the only one.
+            sources: arguments of ``make``, such as a weight and a bias or None.
         """
-        return self._cached(key, weights, lambda: pack(weights[0] if make is None else make()))
-
-    def _cached(self, key: Any, weights: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
-        state = weights_key(weights)
-        packed = self._known.get(key)
-        if packed is None or packed[0][0] != state:
-            # references to the weights keep other tensors from getting their addresses
-            held = [weight.detach() for weight in weights]
-            packed = self._known[key] = ((state, held), make())
-        return packed[1]
+        present = [source for source in sources if source is not None]
+        state = weights_key(present)
+        known = self._known.get(key)
+        if known is None or known[0] != state:
+            # references to the sources keep other tensors from getting their addresses
+            known = self._known[key] = (state, [source.detach() for source in present], make(*sources))
+        return known[2]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
         """Pack merged weights, by the first path of each group that has one."""
         if not self.on:
             return {}
         return {
-            group.paths[0]: pack(group.weight(weights))
+            group.paths[0]: pack(group.weight(weights), group.bias())
             for group in self.groups
             if any(path in weights for path in group.paths)
         }
@@ -179,63 +172,49 @@ class Packing:
         with ExitStack() as patches:
             if int8:
                 for module in self._int8_others:
-                    sources = [module.weight] if module.bias is None else [module.weight, module.bias]
-                    weight = self._cached(("int8", id(module)), sources, functools.partial(quantize, *sources))
-                    joint = functools.partial(int8_linear, weight=weight)
-                    patch(patches, module, "forward", joint)
-                    patch(patches, module, JOINT, ([module], joint))
+                    layer = self.of(("int8", id(module)), [module.weight, module.bias], int8_linear)
+                    patch(patches, module, "forward", layer)
+                    patch(patches, module, JOINT, ([module], layer))
                 for group in self._int8_groups:
-                    self._int8(group, patches)
+                    key = ("int8", group.paths[0])
+                    layer = self.of(key, group.sources(), lambda *_, group=group: int8_linear(group.weight(), group.bias()))
+                    self._joint(group, layer, patches, _eight_bits)
             elif self.on:
                 for module in self.others:
-                    weight = self.of(id(module), [module.weight])
-                    patch(patches, module, "forward", functools.partial(_forward, module, weight))
-                    joint = functools.partial(packed_linear, packed=weight, bias=module.bias)
-                    patch(patches, module, JOINT, ([module], joint))
+                    layer = self.of(id(module), [module.weight, module.bias])
+                    patch(patches, module, "forward", functools.partial(_forward, module, layer))
+                    patch(patches, module, JOINT, ([module], layer))
                 for group in self.groups:
                     if form == "factored":
                         self._factored(group, patches)
                     else:
                         packed = (merged or {}).get(group.paths[0])
-                        self._plain(group, self.base(group) if packed is None else packed, patches)
+                        self._joint(group, self.base(group) if packed is None else packed, patches, _shared)
             yield
 
     def base(self, group: Group) -> Pack:
-        """Return a group's packed base weights."""
-        return self.of(group.paths[0], [layer.get_base_layer().weight for layer in group.layers], group.weight)
+        """Return a group's layer with the packed base weights."""
+        return self.of(group.paths[0], group.sources(), lambda *_: pack(group.weight(), group.bias()))
 
-    def _int8(self, group: Group, patches: ExitStack) -> None:
-        bases: list[Any] = [layer.get_base_layer() for layer in group.layers]
-        sources = [tensor for base in bases for tensor in (base.weight, base.bias) if tensor is not None]
-        weight = self._cached(("int8", group.paths[0]), sources, lambda: quantize(group.weight(), group.bias()))
-        joint = functools.partial(int8_linear, weight=weight)
-        shared = Shared(lambda x: joint(x).split(group.sizes, -1))
-        patch(patches, bases[0], JOINT, (bases, joint))
+    def _joint(self, group: Group, layer: Pack, patches: ExitStack, forward: Callable[..., torch.Tensor]) -> None:
+        sizes, bases = group.sizes, [one.get_base_layer() for one in group.layers]
+        shared = Shared(lambda x: layer(x).split(sizes, -1))
+        patch(patches, bases[0], JOINT, (bases, layer))
         for number, base in enumerate(bases):
-            patch(patches, base, "forward", functools.partial(shared.take, number))
-
-    def _plain(self, group: Group, packed: Pack, patches: ExitStack) -> None:
-        joint, sizes = functools.partial(packed_linear, packed=packed, bias=group.bias()), group.sizes
-        shared = Shared(lambda x: joint(x).split(sizes, -1))
-        bases = [layer.get_base_layer() for layer in group.layers]
-        patch(patches, bases[0], JOINT, (bases, joint))
-        for number, base in enumerate(bases):
-            assert isinstance(base, nn.Linear)  # `find_groups` leaves the others out
-            patch(patches, base, "forward", functools.partial(_shared, base, shared, number))
+            patch(patches, base, "forward", functools.partial(forward, base, shared, number))
 
     def _factored(self, group: Group, patches: ExitStack) -> None:
         factors = [layer.factors() for layer in group.layers]
-        key, firsts = group.paths[0], [first for first, _ in factors]
-        first = self.of((key, 1), firsts, lambda: firsts[0] if len(firsts) == 1 else torch.cat(firsts))
-        seconds = [self.of((path, 2), [second]) for path, (_, second) in zip(group.paths, factors, strict=True)]
-        ranks = group.ranks
-        shared = Shared(lambda x: packed_linear(x, first, None).split(ranks, -1))
-        for number, (layer, second) in enumerate(zip(group.layers, seconds, strict=True)):
+        key, ranks = group.paths[0], group.ranks
+        first = self.of((key, 1), [first for first, _ in factors], lambda *firsts: pack(torch.cat(firsts)))
+        shared = Shared(lambda x: first(x).split(ranks, -1))
+        for number, (path, layer) in enumerate(zip(group.paths, group.layers, strict=True)):
+            second = self.of((path, 2), [factors[number][1], layer.get_base_layer().bias])
             patch(patches, layer, "_factored", functools.partial(_factored, layer, shared, number, second))
 
 
-def joint_linear(layers: Sequence[nn.Module]) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return the function that computes the concatenated outputs of unadapted layers that share their input.
+def joint_linear(layers: Sequence[nn.Module]) -> Pack | None:
+    """Return the layer that computes the concatenated outputs of unadapted layers that share their input.
 
     None unless all rows have the same weights, and these are packed.
     """
@@ -248,11 +227,15 @@ def _plain_pass(x: torch.Tensor) -> bool:
 
 
 def _forward(module: nn.Linear, packed: Pack, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else packed_linear(x, packed, module.bias)
+    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else packed(x)
 
 
 def _shared(module: nn.Linear, shared: Shared, number: int, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, module.weight, module.bias) if _plain_pass(x) else shared.take(number, x)
+
+
+def _eight_bits(module: nn.Module, shared: Shared, number: int, x: torch.Tensor) -> torch.Tensor:
+    return shared.take(number, x)
 
 
 def _factored(
@@ -266,7 +249,7 @@ def _factored(
 ) -> torch.Tensor:
     if _plain_pass(x):
         return SVFLinear._factored(layer, x, z, gain)
-    return packed_linear(scaled(shared.take(number, x), z, gain), second, layer.get_base_layer().bias)
+    return second(scaled(shared.take(number, x), z, gain))
 
 
 # ------------------------------------------------------------------ layers that share their input
@@ -300,6 +283,10 @@ class Group:
         """Concatenated weights [Σ out, in]; ``others`` replaces some by path."""
         mats = [(others or {}).get(path, layer.matrix()) for path, layer in zip(self.paths, self.layers, strict=True)]
         return mats[0] if len(mats) == 1 else torch.cat(mats)
+
+    def sources(self) -> list[torch.Tensor | None]:
+        """Weights and biases of the layers."""
+        return [tensor for layer in self.layers for tensor in (layer.get_base_layer().weight, layer.get_base_layer().bias)]
 
     def bias(self) -> torch.Tensor | None:
         """Concatenated biases [Σ out], zeros for layers without; None if no layer has one."""

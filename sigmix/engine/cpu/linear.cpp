@@ -1,0 +1,257 @@
+// Linear layers y = x Wᵀ + bias on CPUs with AVX-512, with weights in blocks of 16 output features:
+//
+//   bfloat16  [out / 16, in / 2, 16, 2], out padded to a multiple of 16, in even; x in bfloat16 (AVX-512 BF16)
+//   8 bits    [out / 16, in / 4, 16, 4], both sizes padded to a multiple of 16; x in bfloat16 or float32 (AVX-512 VNNI)
+//
+// A row's result does not depend on the other rows or on the number of threads, bit for bit.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// One layer, as in sigmix/engine/cpu/native.py. No scales: the weights are in bfloat16. The bias [out, padded] may be null.
+struct Linear {
+  int64_t in, out;
+  const void* weights;
+  const float *scales, *bias;
+};
+
+namespace {
+
+constexpr int kBlock = 16;
+constexpr int64_t kParallel = 1 << 18;  // multiplications that are worth a second thread
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+__m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+
+__m512 load(const BFloat16* p, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+void store(float* p, __mmask16 mask, __m512 y) { _mm512_mask_storeu_ps(p, mask, y); }
+
+void store(BFloat16* p, __mmask16 mask, __m512 y) {
+  const __m512i bits = _mm512_castps_si512(y);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+__mmask16 first(int64_t count) { return count >= kBlock ? 0xffff : (1u << count) - 1; }
+
+__m512 bias_of(const Linear& layer, int64_t block) {
+  return layer.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(layer.bias + block * kBlock);
+}
+
+#ifdef __AVX512BF16__
+
+// B blocks of output features of R rows.
+template <int R, int B>
+void bf16_tile(const Linear& layer, const BFloat16* x, int64_t first_block, BFloat16* y) {
+  const int64_t in = layer.in;
+  const auto* weights = static_cast<const BFloat16*>(layer.weights) + first_block * kBlock * in;
+  __m512 sums[R][B];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < in; i += 2) {
+    __m512i w[B];
+    for (int b = 0; b < B; b++) w[b] = _mm512_loadu_si512(weights + (b * in + i) * kBlock);
+    for (int r = 0; r < R; r++) {
+      int32_t two;
+      std::memcpy(&two, x + r * in + i, sizeof two);
+      for (int b = 0; b < B; b++)
+        sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)w[b], (__m512bh)_mm512_set1_epi32(two));
+    }
+  }
+  for (int b = 0; b < B; b++) {
+    const int64_t feature = (first_block + b) * kBlock;
+    for (int r = 0; r < R; r++)
+      store(y + r * layer.out + feature, first(layer.out - feature),
+            _mm512_add_ps(sums[r][b], bias_of(layer, first_block + b)));
+  }
+}
+
+constexpr int kRows = 8, kBlocks = 3;  // of a tile: 24 sums in registers
+
+template <int B, int R = kRows>
+void bf16_rows(const Linear& layer, const BFloat16* x, int64_t count, int64_t block, BFloat16* y) {
+  for (; count >= R; count -= R, x += R * layer.in, y += R * layer.out) bf16_tile<R, B>(layer, x, block, y);
+  if constexpr (R > 1) bf16_rows<B, R - 1>(layer, x, count, block, y);
+}
+
+void bf16_linear(const Linear& layer, const BFloat16* x, int64_t count, BFloat16* y, int threads) {
+  const int64_t blocks = (layer.out + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(threads) schedule(static) if (layer.in * layer.out * count > kParallel)
+  for (int64_t block = 0; block < blocks; block += kBlocks) {
+    if (blocks - block >= 3) bf16_rows<3>(layer, x, count, block, y);
+    if (blocks - block == 2) bf16_rows<2>(layer, x, count, block, y);
+    if (blocks - block == 1) bf16_rows<1>(layer, x, count, block, y);
+  }
+}
+
+#endif
+
+#ifdef __AVX512VNNI__
+
+// The instruction multiplies unsigned by signed 8-bit numbers. So weights are stored with 128 added, and each row of x
+// is rounded to 16 bits relative to its largest number and split into two planes of 8 bits: x = step (256 high + low).
+// Sums are integers.
+
+// The two planes of a row of x, interleaved by row: [2, in], with the sums that undo the 128 added to weights.
+struct Row {
+  const int8_t* planes;
+  int32_t sums[2];
+  float step;  // not a number if any number of the row is not finite
+};
+
+template <typename T>
+Row split(const T* x, int64_t in, int64_t width, int8_t* planes) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < in; i += kBlock) {
+    const __m512i bits = _mm512_castps_si512(load(x + i, first(in - i)));
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  }
+  const uint32_t bits = _mm512_reduce_max_epu32(largest);
+  float size;
+  std::memcpy(&size, &bits, sizeof size);
+  const bool finite = bits < 0x7f800000u, zero = size < 1e-30f;
+  Row row{planes, {0, 0}, finite ? size / 32639 : __builtin_nanf("")};
+  const __m512 factor = _mm512_set1_ps(finite && !zero ? 32639 / size : 0);
+  __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
+  for (int64_t i = 0; i < width; i += kBlock) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + i, first(std::max<int64_t>(in - i, 0))), factor));
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+    const __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(planes + i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(planes + width + i), _mm512_cvtepi32_epi8(low));
+    high_sum = _mm512_add_epi32(high_sum, high);
+    low_sum = _mm512_add_epi32(low_sum, low);
+  }
+  row.sums[0] = _mm512_reduce_add_epi32(high_sum);
+  row.sums[1] = _mm512_reduce_add_epi32(low_sum);
+  return row;
+}
+
+// 16 output features of R rows. With few rows several sums are kept for each, to hide the instruction's latency.
+template <int R, typename T>
+void block(const Row* rows, int64_t width, const uint8_t* weights, __m512 scales, __m512 bias, T* y, int64_t out,
+           __mmask16 mask) {
+  constexpr int kSums = R == 1 ? 4 : R == 2 ? 2 : 1;
+  __m512i sums[kSums][R][2];
+  for (auto& one : sums)
+    for (auto& row : one) row[0] = row[1] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < width; i += 4 * kSums)
+    for (int s = 0; s < kSums; s++) {
+      const __m512i w = _mm512_loadu_si512(weights + (i + 4 * s) * kBlock);
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < 2; p++) {
+          int32_t four;
+          std::memcpy(&four, rows[r].planes + p * width + i + 4 * s, sizeof four);
+          sums[s][r][p] = _mm512_dpbusd_epi32(sums[s][r][p], w, _mm512_set1_epi32(four));
+        }
+    }
+  for (int r = 0; r < R; r++) {
+    __m512 planes[2];
+    for (int p = 0; p < 2; p++) {
+      __m512i sum = _mm512_set1_epi32(-128 * rows[r].sums[p]);
+      for (int s = 0; s < kSums; s++) sum = _mm512_add_epi32(sum, sums[s][r][p]);
+      planes[p] = _mm512_cvtepi32_ps(sum);
+    }
+    const __m512 whole = _mm512_fmadd_ps(planes[0], _mm512_set1_ps(256), planes[1]);
+    const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(whole, _mm512_set1_ps(rows[r].step)), scales);
+    store(y + r * out, mask, _mm512_add_ps(scaled, bias));
+  }
+}
+
+template <typename T>
+void int8_linear(const Linear& layer, const T* x, int64_t count, T* y, int threads) {
+  const int64_t in = layer.in, out = layer.out;
+  const int64_t width = (in + kBlock - 1) / kBlock * kBlock, blocks = (out + kBlock - 1) / kBlock;
+  std::vector<int8_t> planes(2 * width * count);
+  std::vector<Row> rows(count);
+  for (int64_t r = 0; r < count; r++) rows[r] = split(x + r * in, in, width, planes.data() + 2 * width * r);
+#pragma omp parallel for num_threads(threads) schedule(static) if (in * out * count > kParallel)
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t* w = static_cast<const uint8_t*>(layer.weights) + b * kBlock * width;
+    const __m512 own = _mm512_loadu_ps(layer.scales + b * kBlock), shift = bias_of(layer, b);
+    const __mmask16 mask = first(out - b * kBlock);
+    T* place = y + b * kBlock;
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) block<4>(&rows[r], width, w, own, shift, place + r * out, out, mask);
+    for (; r + 2 <= count; r += 2) block<2>(&rows[r], width, w, own, shift, place + r * out, out, mask);
+    if (r < count) block<1>(&rows[r], width, w, own, shift, place + r * out, out, mask);
+  }
+}
+
+#endif
+
+// Returns false if the machine or the dtype of x does not suit the weights.
+bool run(const Linear& layer, bool half, const void* x, int64_t count, void* y, int threads) {
+  auto* half_x = static_cast<const BFloat16*>(x);
+  auto* half_y = static_cast<BFloat16*>(y);
+#ifdef __AVX512VNNI__
+  if (layer.scales != nullptr && half) return int8_linear(layer, half_x, count, half_y, threads), true;
+  if (layer.scales != nullptr)
+    return int8_linear(layer, static_cast<const float*>(x), count, static_cast<float*>(y), threads), true;
+#endif
+#ifdef __AVX512BF16__
+  if (layer.scales == nullptr && half) return bf16_linear(layer, half_x, count, half_y, threads), true;
+#endif
+  return false;
+}
+
+thread_local const Linear* const* layers = nullptr;
+
+}  // namespace
+
+extern "C" {
+
+// x [count, in], y [count, out], both in bfloat16 or float32.
+bool sigmix_linear(const Linear* layer, bool half, const void* x, int64_t count, void* y, int threads) {
+  return run(*layer, half, x, count, y, threads);
+}
+
+// Set the layers that the next call of a compiled step computes, by number; null where Python computes them.
+void sigmix_set_layers(const Linear* const* present) { layers = present; }
+
+// The operator sigmix::linear of a compiled step, see sigmix/engine/cpu/decode_step.py.
+AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle x, int64_t number, int64_t out, AtenTensorHandle* result) {
+  const Linear* layer = layers == nullptr ? nullptr : layers[number];
+  int32_t dtype;
+  bool contiguous;
+  if (aoti_torch_get_dtype(x, &dtype) || aoti_torch_is_contiguous(x, &contiguous)) return AOTI_TORCH_FAILURE;
+  const bool half = dtype == aoti_torch_dtype_bfloat16();
+  if (layer != nullptr && contiguous && (half || dtype == aoti_torch_dtype_float32())) {
+    int64_t dim, numbers, *sizes;
+    void *from, *to;
+    if (aoti_torch_get_dim(x, &dim) || aoti_torch_get_numel(x, &numbers) || aoti_torch_get_sizes(x, &sizes) ||
+        aoti_torch_get_data_ptr(x, &from))
+      return AOTI_TORCH_FAILURE;
+    std::vector<int64_t> shape(sizes, sizes + dim), strides(dim, 1);
+    shape[dim - 1] = out;
+    for (int64_t d = dim - 1; d > 0; d--) strides[d - 1] = strides[d] * shape[d];
+    const int32_t cpu = aoti_torch_device_type_cpu();
+    if (aoti_torch_empty_strided(dim, shape.data(), strides.data(), dtype, cpu, 0, result) ||
+        aoti_torch_get_data_ptr(*result, &to))
+      return AOTI_TORCH_FAILURE;
+    if (run(*layer, half, from, numbers / layer->in, to, omp_get_max_threads())) return AOTI_TORCH_SUCCESS;
+    aoti_torch_delete_tensor_object(*result);
+  }
+  AtenTensorHandle own;  // the dispatcher takes it
+  if (aoti_torch_new_tensor_handle(x, &own)) return AOTI_TORCH_FAILURE;
+  StableIValue stack[] = {reinterpret_cast<StableIValue>(own), static_cast<StableIValue>(number),
+                          static_cast<StableIValue>(out)};
+  if (aoti_torch_call_dispatcher("sigmix::linear", "", stack)) return AOTI_TORCH_FAILURE;
+  *result = reinterpret_cast<AtenTensorHandle>(stack[0]);
+  return AOTI_TORCH_SUCCESS;
+}
+
+}  // extern "C"
