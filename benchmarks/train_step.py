@@ -21,12 +21,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.dense import Dense
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
 from sigmix.engine.cpu.kernels import available, contiguous_head
+from sigmix.engine.cpu.native import NativeLinear
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
@@ -177,14 +179,23 @@ def counted_flops(ours: Loop, samples: Sequence[Sample]) -> dict[str, int]:
     """Matmul FLOPs of one real step of ours, by operator and in ``total``: all passes, the merge and the head."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    def packed(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    packed, plain = [0], NativeLinear.__call__
+
+    def counting(layer: NativeLinear, x: torch.Tensor) -> torch.Tensor:
+        packed[0] += 2 * x.numel() * layer.out_features
+        return plain(layer, x)
+
+    def onednn(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * x.numel() * weight[0]
 
-    mapping = {torch.ops.mkldnn._linear_pointwise: packed} if available() else {}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    mapping = {torch.ops.mkldnn._linear_pointwise: onednn} if available() else {}
+    with (
+        FlopCounterMode(display=False, custom_mapping=mapping) as counter,
+        patch.object(NativeLinear, "__call__", counting),
+    ):
         ours.step(0, samples)
     by = {str(operator): int(count) for operator, count in counter.get_flop_counts()["Global"].items()}
-    return {**by, "total": counter.get_total_flops()}
+    return {**by, "packed": packed[0], "total": counter.get_total_flops() + packed[0]}
 
 
 def run(repeats: int | None = None, dtype: str | None = None, memory: bool = True, **setting: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Engine:
         keep_packed: bytes of packed weights, which speed up half precision on a CPU; 0: none.
         keep_prefixes: bytes of the prefix cache.
         decode_weights: "int8": decode the base, and experts with positions "prompt", with 8-bit copies of the base's
-            weights; prompts and scores keep its own. See `sigmix.engine.cpu.int8`.
+            weights; prompts and scores keep its own. See `sigmix.engine.cpu.native`.
         compile: decode with a compiled step on a CPU, from the cache or compiled in the background, see `DecodeStep`.
 
     Raises:

@@ -22,8 +22,8 @@ import torch
 from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 
-from sigmix.engine.cpu.native import WITHOUT, check_decode_weights
 from sigmix.engine.cpu.kernels import Pack, Packing
+from sigmix.engine.cpu.native import WITHOUT, check_decode_weights
 from sigmix.engine.prefix_cache import Select
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.expert import Expert

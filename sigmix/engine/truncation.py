@@ -271,9 +271,7 @@ def _work(engine: Engine) -> int:
 
 def _second_moments(engine: Engine, groups: Sequence[Group], rows: list[list[int]], batch: int = 16) -> dict[str, Any]:
     """Return the mean x xᵀ float64 [in, in] of each group's inputs over all tokens, by the group's first path."""
-    moments = {
-        group.paths[0]: torch.zeros(*[group.layers[0].in_features] * 2, dtype=torch.float64) for group in groups
-    }
+    moments = {group.paths[0]: torch.zeros(*[group.layers[0].in_features] * 2, dtype=torch.float64) for group in groups}
     mask = torch.empty(0)
 
     def watch(key: str) -> Any:

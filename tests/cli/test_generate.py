@@ -9,7 +9,7 @@ import pytest
 from helpers_experts import at
 
 from sigmix import Bank
-from sigmix.engine.cpu import int8
+from sigmix.engine.cpu import native
 from sigmix.errors import ConfigError
 
 pytest_plugins = ["helpers_cli"]
@@ -25,7 +25,7 @@ def generate(run, home):
 
 def test_8_bit_decode_weights_leave_the_first_token_exact(generate):
     try:
-        int8.kernel()
+        native.library()
     except ConfigError as error:
         pytest.skip(str(error))
     plain, small = (generate("hi", "--json", *more).json["answers"][0] for more in ((), ("--decode-weights", "int8")))

@@ -9,7 +9,7 @@ import torch
 from helpers_engine import alone, expert
 
 from sigmix.engine import Engine
-from sigmix.engine.cpu import int8
+from sigmix.engine.cpu import native
 from sigmix.engine.prefix_cache import answer_logits, right_pad
 from sigmix.errors import ConfigError
 from sigmix.experts.fingerprint import fingerprint
@@ -66,7 +66,7 @@ def test_the_weights_stay(real):
 @torch.no_grad()
 def test_8_bit_decode_weights_stay_close(smollm):
     try:
-        int8.kernel()
+        native.library()
     except ConfigError as error:
         pytest.skip(str(error))
     engine = Engine(*smollm, decode_weights="int8")

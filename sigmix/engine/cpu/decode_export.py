@@ -5,7 +5,8 @@
 `torch.export` traces transformers' forward pass of one token per row, for any number of rows and columns, and
 AOTInductor compiles it. No weights are read: the compiled step gets them from the model. Linear layers become calls of
 the operator ``sigmix::linear``, one for those that share their input, so that their weights may be packed, merged or
-quantized; in C++ where `sigmix.engine.cpu.native` has a library. Attention reads grouped keys and values without repeating them.
+quantized, and run without Python where `sigmix.engine.cpu.native` has a library. Attention reads grouped keys and
+values without repeating them.
 """
 
 from __future__ import annotations

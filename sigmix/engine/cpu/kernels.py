@@ -136,18 +136,24 @@ class Packing:
             with self.using(None, None, int8=True):
                 pass
 
-    def of(self, key: Any, sources: Sequence[torch.Tensor | None], make: Callable[..., Pack] = pack) -> Pack:
+    def of(
+        self,
+        key: Any,
+        sources: Sequence[torch.Tensor | None],
+        make: Callable[..., Pack] | None = None,
+    ) -> Pack:
         """Return the packed layer under a key; repack if its sources were replaced or changed in place.
 
         Args:
-            sources: arguments of ``make``, such as a weight and a bias or None.
+            sources: arguments of ``make``. make: `pack` by default, of a weight and a bias or None.
         """
         present = [source for source in sources if source is not None]
         state = weights_key(present)
         known = self._known.get(key)
         if known is None or known[0] != state:
+            make_layer: Callable[..., Pack] = make or pack
             # references to the sources keep other tensors from getting their addresses
-            known = self._known[key] = (state, [source.detach() for source in present], make(*sources))
+            known = self._known[key] = (state, [source.detach() for source in present], make_layer(*sources))
         return known[2]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
@@ -176,9 +182,7 @@ class Packing:
                     patch(patches, module, "forward", layer)
                     patch(patches, module, JOINT, ([module], layer))
                 for group in self._int8_groups:
-                    key = ("int8", group.paths[0])
-                    layer = self.of(key, group.sources(), lambda *_, group=group: int8_linear(group.weight(), group.bias()))
-                    self._joint(group, layer, patches, _eight_bits)
+                    self._joint(group, self.base(group, int8_linear), patches, _eight_bits)
             elif self.on:
                 for module in self.others:
                     layer = self.of(id(module), [module.weight, module.bias])
@@ -192,9 +196,10 @@ class Packing:
                         self._joint(group, self.base(group) if packed is None else packed, patches, _shared)
             yield
 
-    def base(self, group: Group) -> Pack:
-        """Return a group's layer with the packed base weights."""
-        return self.of(group.paths[0], group.sources(), lambda *_: pack(group.weight(), group.bias()))
+    def base(self, group: Group, make: Callable[..., Pack] | None = None) -> Pack:
+        """Return a group's layer with the base weights, packed by ``make`` or `pack`."""
+        make_layer: Callable[..., Pack] = make or pack
+        return self.of((make, group.paths[0]), group.sources(), lambda *_: make_layer(group.weight(), group.bias()))
 
     def _joint(self, group: Group, layer: Pack, patches: ExitStack, forward: Callable[..., torch.Tensor]) -> None:
         sizes, bases = group.sizes, [one.get_base_layer() for one in group.layers]
@@ -286,7 +291,8 @@ class Group:
 
     def sources(self) -> list[torch.Tensor | None]:
         """Weights and biases of the layers."""
-        return [tensor for layer in self.layers for tensor in (layer.get_base_layer().weight, layer.get_base_layer().bias)]
+        bases: list[Any] = [layer.get_base_layer() for layer in self.layers]
+        return [tensor for base in bases for tensor in (base.weight, base.bias)]
 
     def bias(self) -> torch.Tensor | None:
         """Concatenated biases [Σ out], zeros for layers without; None if no layer has one."""

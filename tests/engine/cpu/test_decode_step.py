@@ -45,7 +45,7 @@ def test_the_traced_step_gives_the_logits_of_the_model(name, monkeypatch):
     model = build(name)
     config = CONFIG_MAPPING[model.config.model_type].from_dict({**model.config.to_dict(), "dtype": "float32"})
     program = export(config)
-    groups = [([model.get_submodule(path) for path in paths],) * 2 for paths in join_linears(program)]
+    groups = [([model.get_submodule(path) for path in paths], None) for paths in join_linears(program)]
     monkeypatch.setattr(decode_step, "_present", type("", (), {"linears": groups}))
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for key in program.state_dict:

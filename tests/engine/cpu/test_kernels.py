@@ -18,7 +18,6 @@ pytestmark = pytest.mark.usefixtures("cache")
 packs = pytest.mark.skipif(not kernels.available(), reason="this torch cannot pack bfloat16 weights on this CPU")
 
 
-
 @torch.no_grad()
 def test_the_head_gets_contiguous_rows_and_answers_the_same(tiny_llama):
     row = rows([14])[0]
@@ -159,9 +158,9 @@ def test_packs_are_made_once_and_anew_when_a_weight_changes(tiny, tiny_tokenizer
     count = [0]
     plain = kernels.pack
 
-    def counting(weight):
+    def counting(*sources):
         count[0] += 1
-        return plain(weight)
+        return plain(*sources)
 
     monkeypatch.setattr(kernels, "pack", counting)
     engine = engine_of(tiny, tiny_tokenizer)

@@ -1,4 +1,4 @@
-"""8-bit decode weights: the kernel against plain arithmetic, and what of an answer is computed with them."""
+"""Linear layers in C++: kernels against plain arithmetic, and what of an answer is computed with 8-bit weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
-from sigmix.engine.cpu import int8
+from sigmix.engine.cpu import native
 from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.engine.prefix_cache import prefill
 from sigmix.errors import ConfigError
@@ -24,7 +24,7 @@ from sigmix.experts.mix import Mix
 
 def can_run() -> bool:
     try:
-        int8.kernel()
+        native.check_decode_weights("int8")
     except ConfigError:
         return False
     return True
@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.usefixtures("cache"),
     pytest.mark.skipif(not can_run(), reason="8-bit decode weights need AVX-512 VNNI and a C++ compiler"),
 ]
+bfloat16 = pytest.mark.skipif(not native.has_bfloat16(), reason="this machine has no AVX-512 BF16")
 PROMPTS = rows([9, 12, 10])
 STEPS = 6
 
@@ -69,8 +70,8 @@ def test_it_computes_the_rounded_weight_and_leaves_inputs_exact(dtype, out, size
     x = torch.randn(7, size, generator=draw).to(dtype)
     x[2] *= 20  # rows have their own scale
     for shift in (bias, None):
-        packed = int8.quantize(weight, shift)
-        y = int8.int8_linear(x, packed)
+        packed = native.int8_linear(weight, shift)
+        y = packed(x)
         assert y.dtype == dtype
         expected = F.linear(x.double(), rounded(weight), None if shift is None else shift.double())
         # 16 bits of the largest input, or the output's own rounding
@@ -78,20 +79,57 @@ def test_it_computes_the_rounded_weight_and_leaves_inputs_exact(dtype, out, size
         assert float(error.max()) < {torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
 
 
+@bfloat16
+@pytest.mark.parametrize(("out", "size"), [(1, 2), (5, 4), (16, 16), (37, 50), (100, 576), (576, 1536)])
+def test_bfloat16_weights_compute_what_float64_does(out, size):
+    draw = torch.Generator().manual_seed(out)
+    weight, bias = torch.randn(out, size, generator=draw).bfloat16(), torch.randn(out, generator=draw).bfloat16()
+    x = torch.randn(11, size, generator=draw).bfloat16()
+    for shift in (bias, None):
+        y = native.bfloat16_linear(weight, shift)(x)
+        assert y.dtype == torch.bfloat16
+        expected = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
+        # half a unit in the last place of the output, and sums in float32
+        assert ((y.double() - expected).abs() <= expected.abs() / 256 + 1e-5 * size).all()
+
+
+@bfloat16
+def test_bfloat16_weights_pass_on_numbers_that_are_not_finite():
+    layer, x = native.bfloat16_linear(torch.ones(20, 50).bfloat16()), torch.ones(3, 50).bfloat16()
+    x[0, 7], x[1, 3] = float("nan"), float("inf")
+    y = layer(x)
+    assert y[0].isnan().all()
+    assert y[1].isinf().all()
+    assert (y[2] == 50).all()
+
+
+@bfloat16
+def test_bfloat16_weights_take_no_other_inputs():
+    with pytest.raises(TypeError, match="float32"):
+        native.bfloat16_linear(torch.ones(4, 4).bfloat16())(torch.ones(1, 4))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_the_others(threads):
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(native.int8_linear, torch.float32, id="int8"),
+        pytest.param(native.bfloat16_linear, torch.bfloat16, id="bfloat16", marks=bfloat16),
+    ],
+)
+def test_a_row_does_not_depend_on_the_others(make, dtype, threads):
     torch.set_num_threads(threads)
-    packed, x = int8.quantize(torch.randn(96, 200)), torch.randn(11, 200)
-    together = int8.int8_linear(x, packed)
-    for count in (1, 2, 3, 4, 6):
-        assert torch.equal(int8.int8_linear(x[:count], packed), together[:count])
-    assert torch.equal(int8.int8_linear(x.reshape(11, 1, 200), packed)[:, 0], together)
+    layer, x = make(torch.randn(112, 200).to(dtype)), torch.randn(27, 200).to(dtype)
+    together = layer(x)
+    for count in (*range(1, 10), 23):
+        assert torch.equal(layer(x[:count]), together[:count])
+    assert torch.equal(layer(x.reshape(27, 1, 200))[:, 0], together)
 
 
 def test_zeros_and_numbers_that_are_not_finite():
-    packed, x = int8.quantize(torch.zeros(20, 50) + torch.arange(20)[:, None], torch.ones(20)), torch.randn(4, 50)
+    packed, x = native.int8_linear(torch.zeros(20, 50) + torch.arange(20)[:, None], torch.ones(20)), torch.randn(4, 50)
     x[0], x[1, 7], x[2, 3] = 0, float("nan"), float("inf")
-    y = int8.int8_linear(x, packed)
+    y = packed(x)
     assert (y[0] == 1).all()
     assert not y[1].isfinite().any()
     assert not y[2].isfinite().any()
@@ -101,12 +139,12 @@ def test_zeros_and_numbers_that_are_not_finite():
 
 def test_rows_too_long_for_32_bit_sums_are_refused():
     with pytest.raises(ConfigError, match="input features"):
-        int8.quantize(torch.empty(1, int8.MAX_IN_FEATURES + 1))
+        native.int8_linear(torch.empty(1, native.MAX_IN_FEATURES + 1))
 
 
 def test_it_takes_a_byte_for_a_weight():
-    packed = int8.quantize(torch.randn(256, 512))
-    assert packed.nbytes == 256 * 512 + 2 * 4 * 256
+    packed = native.int8_linear(torch.randn(256, 512))
+    assert packed.nbytes == 256 * 512 + 4 * 256
 
 
 # ------------------------------------------------------------------ what is computed with them
@@ -261,15 +299,15 @@ def test_a_machine_that_cannot_compute_with_them_is_named(monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": False})
         with pytest.raises(ConfigError, match="AVX-512 VNNI"):
-            int8.kernel.__wrapped__()
+            native.library.__wrapped__()
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises(ConfigError, match=rf"{compiler}.*g\+\+"):
-            int8.kernel.__wrapped__()
+            native.library.__wrapped__()
 
 
 def test_the_kernel_is_compiled_once(monkeypatch, cache):
-    int8.kernel.__wrapped__()
+    native.library.__wrapped__()
     run, commands = subprocess.run, []
 
     def recorded(command, **options):
@@ -277,6 +315,6 @@ def test_the_kernel_is_compiled_once(monkeypatch, cache):
         return run(command, **options)
 
     monkeypatch.setattr(subprocess, "run", recorded)
-    assert int8.kernel.__wrapped__()
+    assert native.library.__wrapped__()
     assert all("--version" in command for command in commands)
     assert len(list((cache / "compiled").iterdir())) == 1
