@@ -297,8 +297,10 @@ def test_another_device_is_refused(tiny_llama, tiny_tokenizer, monkeypatch):
 
 def test_a_machine_that_cannot_compute_with_them_is_named(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": False})
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": False, "avx512_vnni": False})
         with pytest.raises(ConfigError, match="AVX-512 VNNI"):
+            native.check_decode_weights("int8")
+        with pytest.raises(ConfigError, match="AVX-512"):
             native.library.__wrapped__()
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CXX", compiler)
