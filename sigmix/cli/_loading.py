@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +20,6 @@ if TYPE_CHECKING:
     from sigmix.experts.mix import Mix
 
 
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """Pause garbage collection while modules are imported: its passes take a fifth of the time of importing PEFT."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def read_targets(text: str | None) -> list[str] | str | None:
     """Return ``target_modules`` from --targets: a keyword or regular expression, or comma-separated names."""
     if not text or "," not in text:
@@ -41,11 +28,7 @@ def read_targets(text: str | None) -> list[str] | str | None:
 
 
 def read_layers(text: str | None) -> list[int] | str | None:
-    """Return ``layers_to_transform`` from --layers.
-
-    Raises:
-        ConfigError: neither "half" nor numbers.
-    """
+    """Return ``layers_to_transform`` from --layers. Raises ConfigError: neither "half" nor numbers."""
     if not text or text == "half":
         return text
     try:
@@ -76,8 +59,7 @@ def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
 def open_bank(folder: Path | None) -> Bank:
     """Return the bank in a folder or of a collection on the hub, or the bundled one."""
     with working("loading the experts"):
-        with importing():
-            from sigmix.experts.bank import Bank
+        from sigmix.experts.bank import Bank
 
         return Bank(folder.as_posix()) if folder is not None else Bank.bundled()  # text may name a collection
 
@@ -88,8 +70,7 @@ def open_mixes(texts: Sequence[str], folder: Path | None, need_bank: bool = Fals
     Raises:
         ConfigError: invalid expression. UnknownNameError: expert that is not in the bank.
     """
-    with importing():
-        from sigmix.experts.mix import read_mix
+    from sigmix.experts.mix import read_mix
 
     mixes = [read_mix(text) for text in texts]
     if not (need_bank or folder is not None or any(mix.weights for mix in mixes)):
@@ -121,8 +102,7 @@ def expert_source(name: str, bank: Path | None) -> Path | str:
 
 def open_expert(name: str, bank: Path | None) -> Expert:
     """Load the expert that an argument names; see `expert_source`."""
-    with importing():
-        from sigmix.experts.expert import Expert
+    from sigmix.experts.expert import Expert
 
     return Expert.from_pretrained(expert_source(name, bank))
 
@@ -138,9 +118,8 @@ def open_base(
     """
     places = read_device_map(device_map)
     with working(f"loading {base}"):
-        with importing():
-            from sigmix.experts.original_basis import check_basis, use_original_basis
-            from sigmix.models.loading import load_base
+        from sigmix.experts.original_basis import check_basis, use_original_basis
+        from sigmix.models.loading import load_base
 
         check_basis(basis, quantization)
         model, tokenizer = load_base(base, dtype, quantization_config=quantization, device_map=places)

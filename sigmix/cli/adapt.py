@@ -11,7 +11,7 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import Progress, emit, working
-from sigmix.cli._loading import importing, open_bank, open_engine
+from sigmix.cli._loading import open_bank, open_engine
 from sigmix.cli._options import BANK, BASE, DATA_DIR, JSON
 from sigmix.errors import ConfigError, OutputError, UnknownNameError
 
@@ -57,14 +57,13 @@ def adapt(
     as_json: bool = JSON,
 ) -> None:
     """Search a mixture on labelled examples, or fit the bank's probe or its truncated form."""
-    with importing():
-        from sigmix.adapt import FewShotSearch
-        from sigmix.adapt.few_shot import SETTINGS
-        from sigmix.evals.accuracy import provenance
-        from sigmix.experts.metadata import check_name
-        from sigmix.experts.mix import answer_note
-        from sigmix.tasks.registry import get_task
-        from sigmix.utils.io import check_writable, write_json
+    from sigmix.adapt import FewShotSearch
+    from sigmix.adapt.few_shot import SETTINGS
+    from sigmix.evals.accuracy import provenance
+    from sigmix.experts.metadata import check_name
+    from sigmix.experts.mix import answer_note
+    from sigmix.tasks.registry import get_task
+    from sigmix.utils.io import check_writable, write_json
 
     if fit_probe + fit_truncation + bool(examples or task) != 1:
         raise ConfigError(
@@ -122,11 +121,7 @@ def adapt(
 
 
 def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: dict[str, Any]) -> str:
-    """Save the z that a swarm found as an expert.
-
-    Raises:
-        ConfigError: no z is better than the best mixture.
-    """
+    """Save the z that a swarm found as an expert. Raises ConfigError: no z is better than the best mixture."""
     from sigmix.experts.expert import Expert
 
     if search.expert is None:

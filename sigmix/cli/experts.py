@@ -10,7 +10,7 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import emit, size, table, working
-from sigmix.cli._loading import expert_source, importing, open_bank, open_expert, open_model_of
+from sigmix.cli._loading import expert_source, open_bank, open_expert, open_model_of
 from sigmix.cli._options import BANK, EXPERT_DTYPE, EXPERT_QUANTIZATION, JSON
 from sigmix.errors import ConfigError, ExpertError
 
@@ -30,8 +30,7 @@ SEAL = "sigmix experts verify DIR --base BASE --seal"
 @group.command("list", epilog="Example: sigmix experts list --bank experts")
 def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
     """List experts with domain, base model and accuracy."""
-    with importing():
-        from sigmix.experts.inspect import listing
+    from sigmix.experts.inspect import listing
 
     opened = open_bank(bank)
     rows = listing(opened)
@@ -108,9 +107,8 @@ def verify(
     as_json: bool = JSON,
 ) -> None:
     """Check an expert's files, and its fingerprint and sketches against a base model."""
-    with importing():
-        from sigmix.experts import expert as experts
-        from sigmix.experts import inspect
+    from sigmix.experts import expert as experts
+    from sigmix.experts import inspect
 
     if seal and base is None:
         raise ConfigError("--seal needs --base, the model on which the adapter was trained")
@@ -232,8 +230,7 @@ def push(
     as_json: bool = JSON,
 ) -> None:
     """Commit an expert and its model card to the hub, with the token of `hf auth login` or HF_TOKEN."""
-    with importing():
-        from sigmix.experts import hub
+    from sigmix.experts import hub
 
     hub.check_repo_id(repo)
     expert = open_expert(name, bank)
@@ -252,8 +249,7 @@ def pull(
     as_json: bool = JSON,
 ) -> None:
     """Copy an expert, or all experts of a collection, from the hub to a new folder."""
-    with importing():
-        from sigmix.experts import hub
+    from sigmix.experts import hub
 
     folder = out if out is not None else Path(source.rstrip("/").split("/")[-1])
     with working(f"pulling {source}"):

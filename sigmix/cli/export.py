@@ -13,7 +13,7 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import Progress, emit, note, size, working
-from sigmix.cli._loading import importing, open_bank
+from sigmix.cli._loading import open_bank
 from sigmix.cli._options import BANK, BASE, JSON, MIXTURE
 from sigmix.errors import ConfigError, OutputError, UnknownNameError
 
@@ -49,10 +49,9 @@ def merged(
     as_json: bool = JSON,
 ) -> None:
     """Write a checkpoint with the mixture merged into its weights, for plain transformers."""
-    with importing():
-        from sigmix.export.merged import export_merged
-        from sigmix.export.verify import Reference, verify_merged
-        from sigmix.utils.io import check_new
+    from sigmix.export.merged import export_merged
+    from sigmix.export.verify import Reference, verify_merged
+    from sigmix.utils.io import check_new
 
     limit = _bytes(shard_size)
     with _reserved(out, check_new):
@@ -81,11 +80,10 @@ def lora(
     as_json: bool = JSON,
 ) -> None:
     """Write a PEFT LoRA of the mixture, exact or truncated under a reported error."""
-    with importing():
-        from sigmix.export.lora import export_lora
-        from sigmix.export.low_rank import vllm_rank
-        from sigmix.export.verify import Reference, verify_lora
-        from sigmix.utils.io import check_new
+    from sigmix.export.lora import export_lora
+    from sigmix.export.low_rank import vllm_rank
+    from sigmix.export.verify import Reference, verify_lora
+    from sigmix.utils.io import check_new
 
     if precision not in (dtypes := ("float32", "bfloat16", "float16")):
         raise UnknownNameError("precision", precision, dtypes)
@@ -127,12 +125,11 @@ def gguf(
     Verification needs llama-cpp-python and the base model as a GGUF file: --gguf, or --base if it is one; that of the
     default base model is downloaded (93 MB).
     """
-    with importing():
-        from sigmix.experts.mix import Mix
-        from sigmix.export.gguf import TYPES, export_gguf
-        from sigmix.export.model_card import CACHE_NOTE, gguf_card
-        from sigmix.export.verify import Reference, base_gguf, verify_gguf
-        from sigmix.utils.io import atomic_dir, check_new
+    from sigmix.experts.mix import Mix
+    from sigmix.export.gguf import TYPES, export_gguf
+    from sigmix.export.model_card import CACHE_NOTE, gguf_card
+    from sigmix.export.verify import Reference, base_gguf, verify_gguf
+    from sigmix.utils.io import atomic_dir, check_new
 
     if number not in TYPES:
         raise UnknownNameError("number type", number, TYPES)
@@ -267,11 +264,7 @@ def _server_command(scales: Mapping[Path, float]) -> str:
 
 
 def _rank(text: str, error: float | None) -> int | None:
-    """Read --rank, None if exact, and check --error.
-
-    Raises:
-        ConfigError: invalid rank or error, or both.
-    """
+    """Read --rank, None if exact, and check --error. Raises ConfigError: invalid rank or error, or both."""
     from sigmix.export.low_rank import check_rank
 
     if text != "exact" and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1):
@@ -282,11 +275,7 @@ def _rank(text: str, error: float | None) -> int | None:
 
 
 def _scales(mix: Mix) -> dict[str, float]:
-    """Return {expert: weight}.
-
-    Raises:
-        ConfigError: weights per layer or matrix.
-    """
+    """Return {expert: weight}. Raises ConfigError: weights per layer or matrix."""
     for name, alpha in mix.weights.items():
         if not isinstance(alpha, float):
             raise ConfigError(

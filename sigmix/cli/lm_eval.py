@@ -17,7 +17,6 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import emit, note
-from sigmix.cli._loading import importing
 from sigmix.cli._options import BANK, BASIS, JSON, MIXTURE, QUANTIZATION, STRATEGY
 from sigmix.errors import ConfigError, OutputError, SigmixError
 from sigmix.utils.io import check_writable
@@ -58,8 +57,7 @@ def lm_eval(
         raise ConfigError("no --tasks", remedy=LISTS)
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
-        with importing():
-            from sigmix.integrations.lm_eval import SigmixLM
+        from sigmix.integrations.lm_eval import SigmixLM
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"this needs the package {error.name}, which is not installed", remedy="pip install 'sigmix[lm-eval]'"

@@ -12,7 +12,7 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import emit, note, table, working
-from sigmix.cli._loading import importing, open_bank, open_base
+from sigmix.cli._loading import open_bank, open_base
 from sigmix.cli._options import JSON, generated_command
 from sigmix.errors import ConfigError
 
@@ -27,11 +27,12 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
 
     Settings come from options, then environment variables (SIGMIX_SERVE_…), then the TOML file, then defaults.
     """
-    with importing():
-        from sigmix.engine.cpu.native import check_decode_weights
-        from sigmix.serve import Server, Service, load_settings
-        from sigmix.serve.observability import configure_logging
-        from sigmix.tasks.graders import GRADERS
+    from sigmix.engine.cpu.native import check_decode_weights
+    from sigmix.serve.app import Server
+    from sigmix.serve.observability import configure_logging
+    from sigmix.serve.service import Service
+    from sigmix.serve.settings import load_settings
+    from sigmix.tasks.graders import GRADERS
 
     settings = load_settings(config, **{name: None if value == [] else value for name, value in flags.items()})
     configure_logging(settings.log_level, settings.log_format)

@@ -10,7 +10,7 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import TrainingProgress, accuracy, emit
-from sigmix.cli._loading import importing, open_bank, read_device_map, read_layers, read_targets
+from sigmix.cli._loading import open_bank, read_device_map, read_layers, read_targets
 from sigmix.cli._options import ALLOW_CODE, BANK, DATA_DIR, DEVICE_MAP, JSON, generated_command
 from sigmix.errors import ConfigError
 
@@ -39,14 +39,13 @@ def train(
 
     Processes started by `accelerate launch` or `torchrun` share the work (docs/scaling.md).
     """
-    with importing():
-        from sigmix.evals.dispatch import DispatchTask
-        from sigmix.experts.metadata import check_name
-        from sigmix.experts.serialization import check_free
-        from sigmix.tasks.registry import get_task
-        from sigmix.train.config import make_config
-        from sigmix.train.distributed import Processes
-        from sigmix.utils.cache import claimed
+    from sigmix.evals.dispatch import DispatchTask
+    from sigmix.experts.metadata import check_name
+    from sigmix.experts.serialization import check_free
+    from sigmix.tasks.registry import get_task
+    from sigmix.train.config import make_config
+    from sigmix.train.distributed import Processes
+    from sigmix.utils.cache import claimed
 
     processes = Processes.from_environment()
     with processes.report_once(), contextlib.ExitStack() as held:

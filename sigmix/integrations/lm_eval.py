@@ -456,11 +456,7 @@ def device_of(name: str | None) -> str | None:
 
 
 def rows_of(batch_size: int | str) -> int | None:
-    """Return the rows of a batch, or None for "auto".
-
-    Raises:
-        ConfigError: neither.
-    """
+    """Return the rows of a batch, or None for "auto". Raises ConfigError: neither."""
     if str(batch_size).startswith(AUTO):
         return None
     if not str(batch_size).isdecimal() or int(batch_size) < 1:

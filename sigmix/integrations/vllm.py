@@ -213,11 +213,7 @@ def _stamp(folder: Path) -> object:
 
 
 def _recorded_loss(folder: Path) -> tuple[int, float]:
-    """Return (rank, error) of an existing adapter.
-
-    Raises:
-        CacheError: its record is damaged.
-    """
+    """Return (rank, error) of an existing adapter. Raises CacheError: its record is damaged."""
     from sigmix.export.model_card import RECORD
 
     try:

@@ -133,11 +133,7 @@ class AdaptationWorker:
         return adaptation
 
     def get(self, id: str, client: str | None) -> Adaptation:
-        """Return a search of a client; None: of any client.
-
-        Raises:
-            UnknownNameError: no such search.
-        """
+        """Return a search of a client; None: of any client. Raises UnknownNameError: no such search."""
         adaptation = self._adaptations.get(id)
         if adaptation is None or client not in (None, adaptation.client):
             raise UnknownNameError("adaptation", id, [])

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -52,11 +51,8 @@ def create_app(service: Service) -> ASGIApp:
         return FileResponse(STATIC / "index.html")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(ClosingError, _closing_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)
+    for error in (ApiError, ClosingError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(error, error_response)
     settings = service.settings
     wrapped: ASGIApp = AuthMiddleware(app, settings, service.keys)
     wrapped = TrustedHostMiddleware(wrapped, allowed_hosts=trusted_hosts(settings), www_redirect=False)
@@ -77,23 +73,16 @@ def trusted_hosts(settings: Settings) -> list[str]:
     return [settings.host, *settings.allowed_hosts] if settings.allowed_hosts else ["*"]
 
 
-async def _api_error(_: Request, error: Any) -> Response:
-    return error.response()
-
-
-async def _closing_error(_: Request, error: Any) -> Response:
-    return ApiError(503, str(error), "server_error", code="closing", retry_after=5).response()
-
-
-async def _validation_error(_: Request, error: Any) -> Response:
-    return validation_error(error.errors(), error.body).response()
-
-
-async def _internal_error(_: Request, __: Any) -> Response:
-    return internal_error().response()
-
-
-async def _http_error(request: Request, error: Any) -> Response:
+async def error_response(request: Request, error: Exception) -> Response:
+    """Return the response to an error, in OpenAI's format."""
+    if isinstance(error, ApiError):
+        return error.response()
+    if isinstance(error, ClosingError):
+        return ApiError(503, str(error), "server_error", code="closing", retry_after=5).response()
+    if isinstance(error, RequestValidationError):
+        return validation_error(error.errors(), error.body).response()
+    if not isinstance(error, HTTPException):
+        return internal_error().response()
     message = str(error.detail)
     if error.status_code in (404, 405):
         message = f"there is no route {request.method} {request.url.path}; the documentation lists all routes"

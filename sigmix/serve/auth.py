@@ -69,11 +69,7 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """Read a key file; a missing file holds no keys.
-
-    Raises:
-        ConfigError: damaged file.
-    """
+    """Read a key file; a missing file holds no keys. Raises ConfigError: damaged file."""
     if not path.is_file():
         return []
     try:

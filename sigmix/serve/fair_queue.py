@@ -59,11 +59,7 @@ class FairQueue(Generic[R]):
             yield from list(requests)
 
     def push(self, request: R) -> None:
-        """Append a request.
-
-        Raises:
-            QueueFullError: one of the limits is reached.
-        """
+        """Append a request. Raises QueueFullError: one of the limits is reached."""
         client, active = request.client, {*self._queued, *self._running}
         if len(self._queued.get(client, ())) >= self.max_size_per_client:
             raise QueueFullError(per_client=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -55,15 +54,6 @@ class Metrics:
             self._mix_labels.add(mix_id)
         self.mixes.labels(mix_id if mix_id in self._mix_labels else "(others)").inc()
 
-    def on_step(self, batch_size: int, mixes: int) -> None:
-        """Record a decoding step."""
-        self.batch_size.observe(batch_size)
-        self.batch_mixes.observe(mixes)
-
-    def on_tokens(self, tokens: int) -> None:
-        """Count generated tokens."""
-        self.tokens.labels("generated").inc(tokens)
-
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -90,26 +80,9 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-class StderrHandler(logging.StreamHandler[TextIO]):
-    """Handler that resolves `sys.stderr` for each record: it may be replaced or closed while threads still log."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        """Current standard error."""
-        return sys.stderr
-
-
 def configure_logging(level: str, format: str) -> None:
-    """Send the logs of sigmix and uvicorn to stderr.
-
-    Args:
-        level: debug, info, warning or error.
-        format: "json" or "text".
-    """
-    handler = StderrHandler()
+    """Send the logs of sigmix and uvicorn to stderr, in the format "json" or "text"."""
+    handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(JsonFormatter() if format == "json" else text)
     for name in ("sigmix", "uvicorn", "uvicorn.error"):

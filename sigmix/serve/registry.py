@@ -28,6 +28,10 @@ class ModelRegistry(Mapping[str, Expert]):
         bank: initial experts.
         store: persistent store of mixtures.
         expert_folders: folders from which experts may be loaded.
+
+    Attributes:
+        experts: by name.
+        mixes: {name: (mixture, metadata)}.
     """
 
     def __init__(self, bank: Mapping[str, Expert], store: Store, expert_folders: Sequence[Path] = ()) -> None:
@@ -35,26 +39,22 @@ class ModelRegistry(Mapping[str, Expert]):
         self.expert_folders = [Path(folder).expanduser().resolve() for folder in expert_folders]
         self.folder: Path | None = getattr(bank, "folder", None)  # strategies load their fitted files from here
         self._lock = threading.Lock()
-        self._experts: dict[str, Expert] = dict(bank.items())
-        self._mixes = store.mixes()
+        self.experts: dict[str, Expert] = dict(bank.items())
+        self.mixes = store.mixes()
 
     def __getitem__(self, name: str) -> Expert:
-        if name not in self._experts:
-            raise UnknownNameError("expert", name, self._experts, remedy="GET /v1/models lists all models")
-        return self._experts[name]
+        if name not in self.experts:
+            raise UnknownNameError("expert", name, self.experts, remedy="GET /v1/models lists all models")
+        return self.experts[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._experts
+        return name in self.experts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._experts)
+        return iter(self.experts)
 
     def __len__(self) -> int:
-        return len(self._experts)
-
-    def experts(self) -> Mapping[str, Expert]:
-        """Return a snapshot of the experts."""
-        return self._experts
+        return len(self.experts)
 
     def load(self, folder: str) -> Expert:
         """Load an expert from one of the allowed folders, without adding it.
@@ -81,29 +81,17 @@ class ModelRegistry(Mapping[str, Expert]):
         raise ExpertError(f"{folder!r} is not inside an allowed folder", remedy="GET /v1/experts lists the folders")
 
     def add(self, expert: Expert) -> None:
-        """Add an expert that has been checked against the base model.
-
-        Raises:
-            ConfigError: the name is taken.
-        """
+        """Add an expert that has been checked against the base model. Raises ConfigError: the name is taken."""
         with self._lock:
-            if expert.name in self._experts or expert.name in self._mixes:
+            if expert.name in self.experts or expert.name in self.mixes:
                 raise ConfigError(f"the name {expert.name!r} is taken", remedy=f"DELETE /v1/experts/{expert.name}")
-            self._experts = {**self._experts, expert.name: expert}
+            self.experts = {**self.experts, expert.name: expert}
 
     def remove(self, name: str) -> None:
-        """Remove an expert that no request uses.
-
-        Raises:
-            UnknownNameError: no such expert.
-        """
+        """Remove an expert that no request uses. Raises UnknownNameError: no such expert."""
         with self._lock:
             self[name]
-            self._experts = {other: expert for other, expert in self._experts.items() if other != name}
-
-    def mixes(self) -> dict[str, tuple[Mix, dict[str, Any]]]:
-        """Return saved mixtures: {name: (mixture, metadata)}."""
-        return self._mixes
+            self.experts = {other: expert for other, expert in self.experts.items() if other != name}
 
     def check_mix_name(self, name: str, client: str | None = None) -> None:
         """Check that a client may save a mixture under a name.
@@ -115,57 +103,48 @@ class ModelRegistry(Mapping[str, Expert]):
             ConfigError: the name is taken, or the client has too many mixtures.
             ExpertError: not a valid name.
         """
-        if check_name(name) in self._experts:
+        if check_name(name) in self.experts:
             raise ConfigError(f"the name {name!r} is taken", remedy="choose another name")
         if client is None:
             return
-        if name in self._mixes and self._mixes[name][1].get("client") != client:
+        if name in self.mixes and self.mixes[name][1].get("client") != client:
             raise ConfigError(f"the name {name!r} is taken by another client", remedy="choose another name")
-        if sum(metadata.get("client") == client for _, metadata in self._mixes.values()) >= MAX_MIXES_PER_CLIENT:
+        if sum(metadata.get("client") == client for _, metadata in self.mixes.values()) >= MAX_MIXES_PER_CLIENT:
             raise ConfigError(f"{client} has {MAX_MIXES_PER_CLIENT} saved mixtures", remedy="DELETE /v1/mixes/NAME")
 
     def save_mix(self, name: str, mix: Mix, metadata: Mapping[str, Any], client: str | None = None) -> None:
-        """Save a mixture under a name; see `check_mix_name`.
-
-        Raises:
-            OutputError: the store cannot be written.
-        """
+        """Save a mixture under a name; see `check_mix_name`. Raises OutputError: the store cannot be written."""
         with self._lock:
             self.check_mix_name(name, client)
             saved = {**metadata, "client": client} if client is not None else dict(metadata)
             self.store.save_mix(name, mix, saved)
-            self._mixes = {**self._mixes, name: (mix, saved)}
+            self.mixes = {**self.mixes, name: (mix, saved)}
 
     def delete_mix(self, name: str) -> None:
-        """Delete a saved mixture.
-
-        Raises:
-            UnknownNameError: no such mixture.
-        """
+        """Delete a saved mixture. Raises UnknownNameError: no such mixture."""
         with self._lock:
-            if name not in self._mixes:
-                raise UnknownNameError("mixture", name, self._mixes)
+            if name not in self.mixes:
+                raise UnknownNameError("mixture", name, self.mixes)
             self.store.delete_mix(name)
-            self._mixes = {other: saved for other, saved in self._mixes.items() if other != name}
+            self.mixes = {other: saved for other, saved in self.mixes.items() if other != name}
 
     def resolve(self, model: str) -> Mix | None:
         """Return the mixture of a request's ``model``; None for `auto`.
 
         Raises:
-            UnknownNameError: unknown model or expert.
-            ConfigError: invalid weights in a mixture of known experts.
+            UnknownNameError: unknown model or expert. ConfigError: invalid weights in a mixture of known experts.
         """
         if model == AUTO:
             return None
         invalid: InputError | None = None
         try:
-            mix = self._mixes[model][0] if model in self._mixes else Mix.parse(model)
+            mix = self.mixes[model][0] if model in self.mixes else Mix.parse(model)
             names = list(mix.weights)
         except InputError as error:  # any other string is the name of an unknown model
             invalid, names = error, [term.split(":")[0].strip() for term in model.split("+")]
         for name in names:
-            if name not in self._experts and name != BASE:
-                models = [*self._experts, *self._mixes, AUTO, BASE]
+            if name not in self.experts and name != BASE:
+                models = [*self.experts, *self.mixes, AUTO, BASE]
                 shown = name if len(names) > 1 else model
                 raise UnknownNameError("model", shown, models, remedy="GET /v1/models lists all models")
         if invalid is not None:

@@ -209,11 +209,7 @@ class RequestHandler:
         return replace(event, text=text)
 
     def _record(self, number: int, event: Event) -> None:
-        """Add an event to the response.
-
-        Raises:
-            ApiError: the request failed.
-        """
+        """Add an event to the response. Raises ApiError: the request failed."""
         if isinstance(event, Failed):
             status = STATUS[event.code]
             kind, retry_after = ("server_error", 5) if status >= 500 else ("invalid_request_error", None)

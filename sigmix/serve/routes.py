@@ -59,11 +59,7 @@ def get_key(request: Request) -> ApiKey:
 
 
 def require_admin(request: Request) -> None:
-    """Reject clients without an administrator's key.
-
-    Raises:
-        ApiError: status 403.
-    """
+    """Reject clients without an administrator's key. Raises ApiError: status 403."""
     if not get_key(request).admin:
         raise ApiError(403, "administrator's key required", "permission_error", code="forbidden")
 
@@ -219,10 +215,10 @@ def _models(service: Service) -> list[dict[str, Any]]:
         _model(service, AUTO, "auto", strategy=service.default_strategy, strategies=sorted(service.strategies)),
         _model(service, BASE, "base", base=service.settings.base),
     ]
-    for name, expert in service.registry.experts().items():
+    for name, expert in service.registry.experts.items():
         metadata = {key: expert.meta.get(key) for key in ("domain", "task", "description")}
         models.append(_model(service, name, "expert", positions=expert.positions, **metadata))
-    for name, (mix, saved) in service.registry.mixes().items():
+    for name, (mix, saved) in service.registry.mixes.items():
         metadata = {key: value for key, value in saved.items() if key != "client"}
         models.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **metadata))
     return models
@@ -317,7 +313,7 @@ async def list_experts(service: ServiceDep) -> dict[str, Any]:
             "running_requests": service.scheduler.users(name),
             **{key: thaw(expert.meta.get(key)) for key in keys},
         }
-        for name, expert in service.registry.experts().items()
+        for name, expert in service.registry.experts.items()
     ]
     return {"object": "list", "data": experts, "folders": [str(folder) for folder in service.registry.expert_folders]}
 

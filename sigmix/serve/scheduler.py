@@ -196,8 +196,7 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            QueueFullError: too many queued requests.
-            ClosingError: the server is shutting down.
+            QueueFullError: too many queued requests. ClosingError: the server is shutting down.
         """
         with self._wake:
             if self._closing:
@@ -408,8 +407,9 @@ class Scheduler:
         self.batch.step()
         self._collect(running)
         if batch:
-            self.metrics.on_step(len(batch), len({sequence.mix for sequence in batch}))
-        self.metrics.on_tokens(self._generated - before)
+            self.metrics.batch_size.observe(len(batch))
+            self.metrics.batch_mixes.observe(len({sequence.mix for sequence in batch}))
+        self.metrics.tokens.labels("generated").inc(self._generated - before)
         if self.engine.lock.waiting:
             self.batch.release()
 

@@ -180,11 +180,7 @@ class Service:
             return tool_call_parser(chat_template(self._tokenizer, tools))
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of bare text.
-
-        Raises:
-            PromptError: lone surrogates.
-        """
+        """Return the token ids of bare text. Raises PromptError: lone surrogates."""
         check_unicode(text)
         with self._tokenizer_lock:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
@@ -265,12 +261,7 @@ class Service:
         return expert.name
 
     def unload_expert(self, name: str) -> None:
-        """Unload an expert.
-
-        Raises:
-            UnknownNameError: no such expert.
-            ConfigError: running requests use it.
-        """
+        """Unload an expert. Raises UnknownNameError: no such expert. ConfigError: running requests use it."""
 
         def remove() -> None:
             if users := self.scheduler.users(name):

@@ -16,6 +16,7 @@ from typing import Any
 
 from sigmix.errors import ConfigError, OutputError
 from sigmix.experts.mix import Mix
+from sigmix.utils.io import writing
 
 FILE = "serve.sqlite"
 
@@ -50,10 +51,8 @@ class Store:
         self.path = Path(folder) / FILE
         self._lock = threading.Lock()
         self._saved_replies = 0
-        try:
+        with writing(folder):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}", remedy="choose another --state") from error
         with self._translate_errors():
             self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -83,10 +82,10 @@ class Store:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO mixes VALUES (?, ?, ?, ?)", values)
 
-    def delete_mix(self, name: str) -> bool:
-        """Delete a mixture; return False if there is none of that name."""
+    def delete_mix(self, name: str) -> None:
+        """Delete a mixture."""
         with self._transaction() as db:
-            return db.execute("DELETE FROM mixes WHERE name = ?", (name,)).rowcount > 0
+            db.execute("DELETE FROM mixes WHERE name = ?", (name,))
 
     def save_reply(self, reply_id: str, client: str, arm: str | None, context: dict[str, float] | None) -> None:
         """Save the bandit's arm and context of a reply, for later feedback."""

@@ -106,11 +106,7 @@ class ToolCallParser(ABC):
         """
 
     def add(self, value: Any) -> None:
-        """Add a call, or a list of them, from JSON.
-
-        Raises:
-            NotACall: not a call.
-        """
+        """Add a call, or a list of them, from JSON. Raises NotACall: not a call."""
         calls = []
         for call in value if isinstance(value, list) else [value]:
             call = call.get("function", call) if isinstance(call, dict) else {}
@@ -290,11 +286,7 @@ FORMATS: Sequence[tuple[str, type[ToolCallParser]]] = (
 
 
 def tool_call_parser(template: str | None) -> type[ToolCallParser]:
-    """Return the parser for the tool calls of a chat template.
-
-    Raises:
-        ConfigError: the format is not known.
-    """
+    """Return the parser for the tool calls of a chat template. Raises ConfigError: the format is not known."""
     for pattern, parser in FORMATS:
         if re.search(pattern, template or ""):
             return parser

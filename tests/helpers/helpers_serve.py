@@ -13,8 +13,10 @@ from typing import Any
 from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
 
-from sigmix.serve import Server, Service, create_app, load_settings
+from sigmix.serve.app import Server, create_app
 from sigmix.serve.scheduler import Scheduler
+from sigmix.serve.service import Service
+from sigmix.serve.settings import load_settings
 
 NAMES = ("math", "code", "word")
 CHAT = "/v1/chat/completions"

@@ -54,7 +54,7 @@ def test_a_cancelled_search_saves_nothing(service):
     release.set()
     service.adaptations.close()
     assert (running.status, queued.status) == ("cancelled", "cancelled")
-    assert service.registry.mixes() == {}
+    assert service.registry.mixes == {}
 
 
 def test_a_failed_search_reports_its_error(service, monkeypatch):

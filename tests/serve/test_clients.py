@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from sigmix import Bank
 from sigmix.engine import Engine
-from sigmix.serve import Service, load_settings
 from sigmix.serve.auth import add_key
+from sigmix.serve.service import Service
+from sigmix.serve.settings import load_settings
 
 pytestmark = pytest.mark.slow
 FIRST, SECOND = "one two three", "four five"

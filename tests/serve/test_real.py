@@ -12,7 +12,8 @@ from sigmix.engine import Engine
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
 from sigmix.models.loading import load_base
-from sigmix.serve import Service, load_settings
+from sigmix.serve.service import Service
+from sigmix.serve.settings import load_settings
 from sigmix.tasks import get_task
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

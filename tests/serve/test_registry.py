@@ -40,7 +40,7 @@ def test_readers_keep_their_snapshot(registry):
     for name in registry:
         seen.append(name)
         registry.add(Named(f"new-{name}"))
-    experts = registry.experts()
+    experts = registry.experts
     registry.remove("math")
     assert seen == ["math", "code"]
     assert "math" in experts
@@ -86,7 +86,7 @@ def test_mixtures_of_clients(registry, monkeypatch):
     with pytest.raises(ConfigError):
         registry.save_mix("third", mix, {}, "alice")
     registry.save_mix("first", mix, {})  # an administrator
-    assert registry.mixes()["first"] == (mix, {})
+    assert registry.mixes["first"] == (mix, {})
     registry.delete_mix("first")
     with pytest.raises(UnknownNameError):
         registry.delete_mix("first")

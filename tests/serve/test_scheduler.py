@@ -17,7 +17,6 @@ from sigmix.engine.execution import BREAK_EVEN
 from sigmix.engine.generation import SamplingParams, choice_seed
 from sigmix.engine.structured_output import StructuredOutput
 from sigmix.experts.mix import Mix
-from sigmix.serve import load_settings
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.scheduler import (
     ClosingError,
@@ -30,6 +29,7 @@ from sigmix.serve.scheduler import (
     Started,
     Token,
 )
+from sigmix.serve.settings import load_settings
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -8,7 +8,8 @@ import pytest
 from helpers_scripted import real_template, scripted
 from helpers_serve import CHAT, Client
 
-from sigmix.serve import Service, load_settings
+from sigmix.serve.service import Service
+from sigmix.serve.settings import load_settings
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -164,11 +164,7 @@ class ResponsesRequest(RequestModel):
         return self
 
     def chat_request(self) -> ChatCompletionRequest:
-        """Return the request of the same chat completion.
-
-        Raises:
-            ApiError: options that exclude each other.
-        """
+        """Return the request of the same chat completion. Raises ApiError: options that exclude each other."""
         body: dict[str, Any] = {
             "model": self.model, "messages": self._messages(), "max_tokens": self.max_output_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream,
