@@ -37,16 +37,11 @@ def decompose(
     with Progress(f"decomposing {base}", len(matrices)) as progress:
         done = decompose_checkpoint(checkpoint, matrices, where, progress=lambda *_: progress.advance())
     figures = {
-        "base": checkpoint.name,
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "matrices": len(matrices),
-        "computed": done.computed,
-        "cached": done.cached,
-        "bytes_written": done.bytes,
-        "seconds": round(done.seconds, 2),
-        "checkpoint_bytes": checkpoint.shards.bytes,
+        "base": checkpoint.name, "dtype": str(checkpoint.dtype).removeprefix("torch."), "matrices": len(matrices),
+        "computed": done.computed, "cached": done.cached, "bytes_written": done.bytes,
+        "seconds": round(done.seconds, 2), "checkpoint_bytes": checkpoint.shards.bytes,
         "cache": str(cache_dir() / "svd"),
-    }
+    }  # fmt: skip
     text = (
         f"{checkpoint.name} in {figures['dtype']}: {done.computed} of {len(matrices)} matrices decomposed, "
         f"{done.cached} were cached; {size(done.bytes)} written in {done.seconds:.1f} s"

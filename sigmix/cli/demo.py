@@ -63,12 +63,8 @@ def demo(
                 continue
             before, after = (results[one["mix"]] for one in figures["results"])
             row = {
-                "expert": name,
-                "domain": experts[name].meta.get("domain") or task.domain,
-                "task": task.name,
-                "n": figures["n"],
-                "base": before.summary(),
-                "tuned": after.summary(),
+                "expert": name, "domain": experts[name].meta.get("domain") or task.domain, "task": task.name,
+                "n": figures["n"], "base": before.summary(), "tuned": after.summary(),
                 "best_constant": constant_baseline(task, task.samples("test", n, seed=seed)),
                 "paired": compare(after, before, seed),
                 "no_answer": [one["no_answer"] for one in figures["results"]],

@@ -87,18 +87,12 @@ def packages() -> dict[str, Any]:
         if requirement.name != "sigmix":
             rows = core if extra is None else extras.setdefault(extra[1], {})
             rows[requirement.name] = _package(requirement)
-    return {
-        "sigmix": installed,
-        "python": platform.python_version(),
-        "core": core,
-        "extras": {
-            name: {
-                "packages": rows, "ok": all(row["ok"] for row in rows.values()),
-                "install": f"pip install 'sigmix[{name}]'",
-            }
-            for name, rows in sorted(extras.items())
-        },
+    listed = {
+        name: {"packages": rows, "ok": all(row["ok"] for row in rows.values()),
+               "install": f"pip install 'sigmix[{name}]'"}
+        for name, rows in sorted(extras.items())
     }  # fmt: skip
+    return {"sigmix": installed, "python": platform.python_version(), "core": core, "extras": listed}
 
 
 def _package(requirement: Requirement) -> dict[str, Any]:
@@ -121,11 +115,9 @@ def machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": memory.total,
-        "memory_available_bytes": memory.available,
-        "disk_free_bytes": free_bytes(cache_dir()),
-        "gpu": _gpu(),
-    }
+        "memory_bytes": memory.total, "memory_available_bytes": memory.available,
+        "disk_free_bytes": free_bytes(cache_dir()), "gpu": _gpu(),
+    }  # fmt: skip
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -177,8 +169,7 @@ def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict
     """Return the plan of a base model, see `sigmix.models.memory.model_plan`, and whether it fits this machine.
 
     Raises:
-        BaseModelError: no config, or not of a supported causal language model.
-        ConfigError: unknown dtype or quantization.
+        BaseModelError: no config of a supported causal language model. ConfigError: unknown dtype or quantization.
     """
     from sigmix.models.batching import check_architecture
     from sigmix.models.memory import empty_model, model_plan
@@ -191,14 +182,10 @@ def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict
     memory, disk = has["memory_available_bytes"], plan["weights_bf16_bytes"] + plan["disk_bytes"]
     forms = {form: plan["weights_bytes"] + extra for form, extra in plan["form_bytes"].items()}
     return {
-        "name": name,
-        "config": source,
-        "plan": plan,
-        "memory_bytes": forms,
+        "name": name, "config": source, "plan": plan, "memory_bytes": forms, "disk_bytes": disk,
         "fits_memory": {form: needed < memory for form, needed in forms.items()},
-        "disk_bytes": disk,
         "fits_disk": disk < has["disk_free_bytes"],
-    }
+    }  # fmt: skip
 
 
 def per_gpu(plan: dict[str, Any], gpus: int, gpu_memory: float | None, has: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +199,7 @@ def per_gpu(plan: dict[str, Any], gpus: int, gpu_memory: float | None, has: dict
 
 
 def read_config(name: str) -> tuple[Any, str]:
-    """Return the config of a base model, and its source.
-
-    Args:
-        name: as for `load_base`, or a folder with a config.json, or such a file.
+    """Return the config of a base model, of a folder with a config.json or of such a file, and its source.
 
     Raises:
         BaseModelError: the config cannot be found or read.

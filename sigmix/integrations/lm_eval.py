@@ -42,14 +42,7 @@ from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
 from sigmix.engine import Engine
 from sigmix.engine.generation import SamplingParams
 from sigmix.engine.prefix_cache import left_pad
-from sigmix.engine.tokenization import (
-    check_tokens,
-    context_length,
-    has_template,
-    in_parts,
-    no_marks,
-    template_error,
-)
+from sigmix.engine.tokenization import check_tokens, context_length, has_template, in_parts, no_marks, template_error
 from sigmix.errors import ConfigError, ContextError, UnknownNameError
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
@@ -107,21 +100,11 @@ class SigmixLM(HFLM):
     """Instances created in this process; before the first, errors are errors of the options."""
 
     def __init__(
-        self,
-        base: str = DEFAULT,
-        mix: str | None = None,
-        strategy: str | None = None,
-        bank: str | None = None,
-        dtype: str | None = None,
-        device: str | None = None,
-        form: str | None = None,
-        decisions: str | None = None,
-        batch_size: int | str = AUTO,
-        max_batch_size: int = 64,
-        quantization: str | None = None,
-        basis: str = "own",
+        self, base: str = DEFAULT, mix: str | None = None, strategy: str | None = None, bank: str | None = None,
+        dtype: str | None = None, device: str | None = None, form: str | None = None, decisions: str | None = None,
+        batch_size: int | str = AUTO, max_batch_size: int = 64, quantization: str | None = None, basis: str = "own",
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name in options:
             if name not in HF_OPTIONS:
                 raise UnknownNameError("model argument", name, [*OPTIONS, *HF_OPTIONS], remedy="see docs/lm-eval.md")
@@ -165,7 +148,7 @@ class SigmixLM(HFLM):
         self._user_turns: dict[str, str] = {}
         SigmixLM.instances += 1
 
-    # ------------------------------------------------------------------ mixtures of requests
+    # Mixtures of requests
 
     def _mixes(self, requests: Sequence[str]) -> list[Mix]:
         """Return the mixture of each request, given as its context."""
@@ -409,14 +392,7 @@ class SigmixLM(HFLM):
 
 
 def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
-    """Return the engine's options.
-
-    Args:
-        kwargs: a request's generation arguments. max_gen_toks: default.
-
-    Raises:
-        ConfigError: an unsupported option.
-    """
+    """Return the engine's options for a request's generation arguments. Raises ConfigError: an unsupported option."""
     try:
         given = {name: value for name, value in kwargs.items() if value is not None}
         rest = dict(normalize_gen_kwargs(given, max_gen_toks))
@@ -432,10 +408,7 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
         raise ConfigError(f"generation options {dict(kwargs)}: {error}", remedy=OPTIONS_REMEDY) from error
     for name, value in rest.items():
         if value not in NEUTRAL.get(name, ()):
-            raise ConfigError(
-                f"generation option {name}={value!r} is not supported",
-                remedy=OPTIONS_REMEDY,
-            )
+            raise ConfigError(f"generation option {name}={value!r} is not supported", remedy=OPTIONS_REMEDY)
     return {
         "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
         "stop_strings": stop_strings, **sampling,

@@ -136,18 +136,10 @@ class KeepZ(TrainerCallback):
 
 
 def finish(
-    folder: str | os.PathLike[str],
-    base: str | os.PathLike[str],
-    task: Task,
-    *,
-    objective: str,
-    dtype: str | torch.dtype | None = None,
-    quantization_config: str | QuantizationConfigMixin | None = None,
-    seed: int = 0,
-    n: int = 50,
-    split: Split = "validation",
-    training: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    folder: str | os.PathLike[str], base: str | os.PathLike[str], task: Task, *, objective: str,
+    dtype: str | torch.dtype | None = None, quantization_config: str | QuantizationConfigMixin | None = None,
+    seed: int = 0, n: int = 50, split: Split = "validation", training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate a saved adapter and its base on the same items, and seal the adapter with the figures.
 
     Args:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sigmix.adapt import Example, FewShotSearch
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
@@ -36,23 +36,13 @@ class _Cancelled(Exception):
 
 @dataclass(eq=False)
 class Adaptation:
-    """One search.
-
-    Attributes:
-        request: examples and options.
-        client: None for an administrator.
-        name: of the saved mixture.
-        status: "waiting", "running", "done", "failed" or "cancelled".
-        rounds: upper limit.
-        trace: one entry per round.
-        mix, evidence: result.
-    """
+    """One search, of an administrator if ``client`` is None; ``trace`` has an entry per round of at most ``rounds``."""
 
     id: str
     request: AdaptRequest
     client: str | None
     name: str
-    status: str = "waiting"
+    status: Literal["waiting", "running", "done", "failed", "cancelled"] = "waiting"
     rounds: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
     mix: dict[str, Any] | None = None
@@ -77,13 +67,7 @@ class Adaptation:
 
 
 class AdaptationWorker:
-    """Thread that runs searches and saves their mixtures.
-
-    Args:
-        engine: shared with the scheduler.
-        registry: receives the mixtures.
-        graders: by name.
-    """
+    """Thread that runs searches on the scheduler's engine and saves their mixtures in the registry."""
 
     def __init__(self, engine: SharedEngine, registry: ModelRegistry, graders: Mapping[str, Grader]) -> None:
         self.engine, self.registry, self.graders = engine, registry, dict(graders)
@@ -104,10 +88,8 @@ class AdaptationWorker:
         """Queue a search of a client; None: an administrator.
 
         Raises:
-            UnknownNameError: unknown grader.
-            ConfigError, ExpertError: no experts, an answer that no reply can match, or see
-                `ModelRegistry.check_mix_name`.
-            QueueFullError: too many queued searches.
+            UnknownNameError: unknown grader. QueueFullError: too many queued searches. ConfigError, ExpertError: no
+            experts, an answer that no reply can match, or see `ModelRegistry.check_mix_name`.
         """
         if request.score not in self.graders:
             raise UnknownNameError("grader", request.score, self.graders)
@@ -169,14 +151,10 @@ class AdaptationWorker:
             return grader(reply, example.gold)
 
         search = FewShotSearch(
-            self.engine,
-            [Example(example.prompt, example.answer) for example in request.examples],
-            score,
-            batch_size=BATCH_SIZE,
-            progress=adaptation.trace.append,
-            max_new_tokens=request.max_tokens,
+            self.engine, [Example(example.prompt, example.answer) for example in request.examples], score,
+            batch_size=BATCH_SIZE, progress=adaptation.trace.append, max_new_tokens=request.max_tokens,
             **request.model_dump(include={"method", "settings", "granularity", "seed"}),
-        )
+        )  # fmt: skip
         adaptation.rounds = search.limits["iterations"]
         mix, evidence = search.fit(), search.evidence()
         if adaptation.status == "cancelled":

@@ -38,25 +38,15 @@ PREFIX = "sk-sigmix-"
 
 @dataclass
 class ApiKey:
-    """API key of a client.
-
-    Attributes:
-        name: of the client.
-        hash: hexadecimal SHA-256 of the key.
-        admin: may load experts, save mixtures and read metrics.
-        per_minute: requests per minute.
-        at_once: concurrent requests.
-        max_new_tokens: generated tokens per choice.
-        created: Unix time.
-    """
+    """API key of the client ``name``; an administrator may load experts, save mixtures and read metrics."""
 
     name: str
-    hash: str
+    hash: str  # hexadecimal SHA-256
     admin: bool = False
-    per_minute: int | None = None
-    at_once: int | None = None
-    max_new_tokens: int | None = None
-    created: float = 0.0
+    per_minute: int | None = None  # requests
+    at_once: int | None = None  # concurrent requests
+    max_new_tokens: int | None = None  # per choice
+    created: float = 0.0  # Unix time
 
 
 LOCAL = ApiKey("local", "", admin=True)
@@ -91,15 +81,10 @@ def write_keys(path: Path, keys: list[ApiKey]) -> None:
 
 
 def add_key(path: Path, name: str, **limits: Any) -> str:
-    """Create a key and return its text, which is not stored.
-
-    Args:
-        limits: fields of `ApiKey`.
+    """Create a key with fields of `ApiKey` and return its text, which is not stored.
 
     Raises:
-        ConfigError: the name is taken.
-        ExpertError: invalid name.
-        OutputError: the file cannot be written.
+        ConfigError: the name is taken. ExpertError: invalid name. OutputError: the file cannot be written.
     """
     keys = read_keys(path)
     if any(key.name == check_name(name) for key in keys):
@@ -131,13 +116,9 @@ class Usage:
 
 
 class ApiKeys:
-    """Keys of a file, reloaded when it changes, with the current usage of each client.
+    """Keys of a file, reloaded when it changes, with the current usage of each client."""
 
-    Attributes:
-        reload_seconds: interval between checks of the file.
-    """
-
-    reload_seconds = 2.0
+    reload_seconds = 2.0  # between checks of the file
 
     def __init__(self, path: Path) -> None:
         self.path = path

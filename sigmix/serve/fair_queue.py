@@ -25,11 +25,7 @@ R = TypeVar("R", bound=HasClient)
 
 
 class QueueFullError(Exception):
-    """Queue limit reached.
-
-    Attributes:
-        per_client: whether it is the limit per client.
-    """
+    """The limit of all requests, or of one client's, is reached."""
 
     def __init__(self, per_client: bool) -> None:
         super().__init__("too many queued requests of this client" if per_client else "too many queued requests")
@@ -37,12 +33,7 @@ class QueueFullError(Exception):
 
 
 class FairQueue(Generic[R]):
-    """Queue of requests; not thread-safe.
-
-    Args:
-        max_size: limit of all requests.
-        max_size_per_client: limit of one client's requests.
-    """
+    """Queue of requests; not thread-safe."""
 
     def __init__(self, max_size: int, max_size_per_client: int) -> None:
         self.max_size, self.max_size_per_client = max_size, max_size_per_client

@@ -19,11 +19,7 @@ MAX_MIX_LABELS = 50
 
 
 class Metrics:
-    """Metrics of one server, in a registry of its own.
-
-    Args:
-        load: returns (running sequences, queued requests).
-    """
+    """Metrics of one server, in a registry of its own; ``load`` returns (running sequences, queued requests)."""
 
     def __init__(self, load: Callable[[], tuple[int, int]]) -> None:
         self.registry = registry = CollectorRegistry()

@@ -22,16 +22,7 @@ MAX_MIXES_PER_CLIENT = 100
 class ModelRegistry(Mapping[str, Expert]):
     """Experts by name, usable as an engine's bank, and saved mixtures by name.
 
-    Readers need no lock: the dictionaries are replaced, never changed.
-
-    Args:
-        bank: initial experts.
-        store: persistent store of mixtures.
-        expert_folders: folders from which experts may be loaded.
-
-    Attributes:
-        experts: by name.
-        mixes: {name: (mixture, metadata)}.
+    Readers of ``experts`` and ``mixes``, {name: (mixture, metadata)}, need no lock: both are replaced, never changed.
     """
 
     def __init__(self, bank: Mapping[str, Expert], store: Store, expert_folders: Sequence[Path] = ()) -> None:
@@ -57,14 +48,10 @@ class ModelRegistry(Mapping[str, Expert]):
         return len(self.experts)
 
     def load(self, folder: str) -> Expert:
-        """Load an expert from one of the allowed folders, without adding it.
-
-        Args:
-            folder: absolute, or relative to an allowed folder; must not contain ``..`` or symbolic links.
+        """Load an expert, without adding it, from an allowed folder, absolute or relative, without ``..`` and links.
 
         Raises:
-            ConfigError: no folders are allowed.
-            ExpertError: forbidden folder, or not an expert.
+            ConfigError: no folders are allowed. ExpertError: forbidden folder, or not an expert.
         """
         if not self.expert_folders:
             raise ConfigError("loading experts is disabled", remedy="start the server with --expert-folders FOLDER")
@@ -94,14 +81,10 @@ class ModelRegistry(Mapping[str, Expert]):
             self.experts = {other: expert for other, expert in self.experts.items() if other != name}
 
     def check_mix_name(self, name: str, client: str | None = None) -> None:
-        """Check that a client may save a mixture under a name.
-
-        Args:
-            client: None for an administrator, who may replace any mixture.
+        """Check that a client, or with None an administrator, who may replace any mixture, may save one.
 
         Raises:
-            ConfigError: the name is taken, or the client has too many mixtures.
-            ExpertError: not a valid name.
+            ConfigError: the name is taken, or the client has too many mixtures. ExpertError: not a valid name.
         """
         if check_name(name) in self.experts:
             raise ConfigError(f"the name {name!r} is taken", remedy="choose another name")

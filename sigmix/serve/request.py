@@ -56,9 +56,6 @@ class RequestHandler:
     """Handler of a chat or text completion with several prompts, each with one or more choices, numbered through.
 
     Args:
-        service: parts of the server.
-        request: HTTP request, to detect a disconnect.
-        key: API key of the client.
         options: parsed body.
         prompts: (token ids, user turn) of each prompt.
         echoes: text of each prompt, to be returned before every completion; None: only completions are returned.
@@ -70,17 +67,10 @@ class RequestHandler:
     """
 
     def __init__(
-        self,
-        service: Service,
-        request: Request,
-        key: ApiKey,
-        options: ChatCompletionRequest | CompletionRequest,
-        prompts: Sequence[tuple[list[int], str]],
-        echoes: Sequence[str] | None = None,
-        *,
-        new_parser: Callable[[], ToolCallParser] | None = None,
-        builder: ResponseBuilder | None = None,
-    ) -> None:
+        self, service: Service, request: Request, key: ApiKey, options: ChatCompletionRequest | CompletionRequest,
+        prompts: Sequence[tuple[list[int], str]], echoes: Sequence[str] | None = None, *,
+        new_parser: Callable[[], ToolCallParser] | None = None, builder: ResponseBuilder | None = None,
+    ) -> None:  # fmt: skip
         self.service, self.request, self.key, self.options = service, request, key, options
         settings = service.settings
         self.count = count = options.choice_count()
@@ -108,25 +98,17 @@ class RequestHandler:
         self.started_at = time.monotonic()
         self.requests = [
             GenerationRequest(
-                client=key.name,
-                ids=ids,
-                mix=mix,
-                on_event=self._receiver(number),
-                text=text,
-                strategy=strategy,
+                client=key.name, ids=ids, mix=mix, on_event=self._receiver(number), text=text, strategy=strategy,
                 seeds=[choice_seed(seed, number * count + index) for index in range(count)],
-                params=replace(
-                    params, max_new_tokens=min(limits[number], key.max_new_tokens or settings.max_new_tokens)
-                ),
-                stop_strings=options.stop_strings,
-                top_logprobs=options.logprob_count() or 0,
+                params=replace(params, max_new_tokens=min(limit, key.max_new_tokens or limit)),
+                stop_strings=options.stop_strings, top_logprobs=options.logprob_count() or 0,
                 prompt_logprobs=echoes is not None and options.logprob_count() is not None,
                 continues=isinstance(options, CompletionRequest) or options.continue_final_message,
                 visible_tokens=parsers[0].markers if parsers else (),
                 deadline=self.started_at + settings.request_timeout,
             )
-            for number, (ids, text) in enumerate(prompts)
-        ]
+            for number, ((ids, text), limit) in enumerate(zip(prompts, limits, strict=True))
+        ]  # fmt: skip
         self.choices = [Choice() for _ in range(count * len(prompts))]
         self.parsers = parsers
         self._sent_calls = [0] * len(self.choices)

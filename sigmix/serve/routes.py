@@ -22,14 +22,14 @@ from sigmix.serve.adaptation import Adaptation
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol.base import as_prompts
-from sigmix.serve.protocol.builder import ResponseBuilder
-from sigmix.serve.protocol.embeddings import EmbeddingsRequest, embeddings_response
+from sigmix.serve.protocol.builder import ResponseBuilder, embeddings_response
 from sigmix.serve.protocol.errors import ApiError, api_error, api_errors, rate_limited
 from sigmix.serve.protocol.requests import (
     AdaptRequest,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingsRequest,
     FeedbackRequest,
     LoadExpertRequest,
     SaveMixRequest,
@@ -305,16 +305,12 @@ async def list_experts(service: ServiceDep) -> dict[str, Any]:
     keys = ("domain", "task", "description", "license", "metrics")
     experts = [
         {
-            "id": name,
-            "object": "sigmix.expert",
-            "num_parameters": sum(z.numel() for z in expert.z.values()),
-            "digest": expert.digest,
-            "positions": expert.positions,
-            "running_requests": service.scheduler.users(name),
+            "id": name, "object": "sigmix.expert", "num_parameters": sum(z.numel() for z in expert.z.values()),
+            "digest": expert.digest, "positions": expert.positions, "running_requests": service.scheduler.users(name),
             **{key: thaw(expert.meta.get(key)) for key in keys},
         }
         for name, expert in service.registry.experts.items()
-    ]
+    ]  # fmt: skip
     return {"object": "list", "data": experts, "folders": [str(folder) for folder in service.registry.expert_folders]}
 
 
@@ -368,10 +364,9 @@ async def metrics(service: ServiceDep) -> Response:
 
 
 def by_length(lengths: Sequence[int], limit: float = float("inf")) -> Iterator[list[int]]:
-    """Yield the numbers of prompts to read in one pass: padding is at most as long as the prompts.
+    """Yield the numbers of prompts to read in one pass of at most ``limit`` tokens, or of one prompt.
 
-    Args:
-        limit: tokens of one pass, padding included; a longer prompt is read alone.
+    Padding is at most as long as the prompts.
     """
     part: list[int] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -61,22 +61,14 @@ class PromptLogprobs:
 
 @dataclass(frozen=True)
 class Token:
-    """Token of the prompt, or generated token of one choice.
-
-    Attributes:
-        index: of the choice.
-        logprob: natural log-probability; None: the first token of the prompt.
-        top: most probable tokens, with natural log-probabilities.
-        text: text that became final with this token; may be empty.
-        offset: index in the choice's text of the character in which the token begins.
-    """
+    """Token of the prompt, or generated token of the choice ``index``."""
 
     index: int
     id: int
-    logprob: float | None
-    top: list[tuple[int, float]]
-    text: str = ""
-    offset: int = 0
+    logprob: float | None  # natural; None: the first token of the prompt
+    top: list[tuple[int, float]]  # most probable tokens, with natural log-probabilities
+    text: str = ""  # became final with this token
+    offset: int = 0  # of the token's first character in the choice's text
 
 
 @dataclass(frozen=True)
@@ -92,9 +84,8 @@ class Finished:
 class Failed:
     """End of the whole request without a result.
 
-    Attributes:
-        code: "model" (logits are not finite), "mix" (mixture unavailable), "structured_output" (a constraint that
-            cannot be continued), "memory", "timeout", "closing" or "internal".
+    The code is "model" (logits are not finite), "mix" (mixture unavailable), "structured_output" (a constraint that
+    cannot be continued), "memory", "timeout", "closing" or "internal".
     """
 
     code: str
@@ -111,21 +102,12 @@ class GenerationRequest:
     """Prompt with one or more choices to generate.
 
     Attributes:
-        client: client name, for fair queueing.
-        ids: token ids of the prompt.
-        mix: mixture; None: the strategy decides on ``text``.
+        mix: mixture; None: the strategy decides on ``text``, the user turn.
         on_event: receives every event, in the scheduler's thread.
-        text: user turn that the strategy sees.
-        strategy: name of the strategy.
-        params: sampling options of every choice, except the seed.
-        seeds: one random seed per choice.
-        top_logprobs: number of most probable tokens to report.
-        prompt_logprobs: report the log-probabilities of the prompt, too.
         matcher: constraint on every choice, at its beginning, from `Engine.compile_grammar`.
         continues: the text continues the prompt, so its first space is kept; False: a reply, a text of its own.
         visible_tokens: texts of special tokens that are part of the text.
         deadline: `time.monotonic` after which the request is given up.
-        running: choices that are still decoding.
     """
 
     client: str
@@ -134,8 +116,8 @@ class GenerationRequest:
     on_event: Callable[[Event], None]
     text: str = ""
     strategy: str = ""
-    params: SamplingParams = field(default_factory=SamplingParams)
-    seeds: Sequence[int] = (0,)
+    params: SamplingParams = field(default_factory=SamplingParams)  # except the seed
+    seeds: Sequence[int] = (0,)  # one per choice
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
     prompt_logprobs: bool = False
@@ -144,7 +126,7 @@ class GenerationRequest:
     visible_tokens: tuple[str, ...] = ()
     deadline: float = float("inf")
     queued_at: float = field(default_factory=time.monotonic)
-    running: list[SequenceState] = field(default_factory=list)
+    running: list[SequenceState] = field(default_factory=list)  # choices that are still decoding
 
     @property
     def max_length(self) -> int:
@@ -163,13 +145,7 @@ class ClosingError(Exception):
 
 
 class Scheduler:
-    """Continuous batching for many clients.
-
-    Args:
-        engine: used by this thread, and between its steps by others.
-        strategies: {name: two-pass runner} for requests without a mixture.
-        settings: limits of queue and batch.
-    """
+    """Continuous batching for many clients; ``strategies`` decide on requests without a mixture."""
 
     def __init__(self, engine: SharedEngine, strategies: Mapping[str, TwoPass], settings: Settings) -> None:
         self.engine, self.strategies, self.settings = engine, strategies, settings
@@ -246,11 +222,7 @@ class Scheduler:
         return self._thread.is_alive()
 
     def close(self, timeout: float) -> bool:
-        """Stop accepting requests, finish the accepted ones, and give up the rest after ``timeout`` seconds.
-
-        Returns:
-            Whether all requests finished.
-        """
+        """Finish the accepted requests, at the latest after ``timeout`` seconds; return whether all finished."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -389,17 +361,13 @@ class Scheduler:
             request.on_event(PromptLogprobs(logprobs))
 
         return SequenceState(
-            prompt_ids=request.ids,
-            params=replace(request.params, seed=request.seeds[index]),
-            mix=request.mix,
-            detokenizer=detokenizer,
-            on_token=on_token,
+            prompt_ids=request.ids, params=replace(request.params, seed=request.seeds[index]), mix=request.mix,
+            detokenizer=detokenizer, on_token=on_token,
             on_prompt=on_prompt if request.prompt_logprobs and index == 0 else None,
-            top_logprobs=request.top_logprobs,
-            cache_prefix=index == 0,
+            top_logprobs=request.top_logprobs, cache_prefix=index == 0,
             matcher=None if request.matcher is None else request.matcher.deep_copy(),
             context=(request, index, detokenizer),
-        )
+        )  # fmt: skip
 
     def _step(self) -> None:
         before, batch = self._generated, list(self.batch.sequences)

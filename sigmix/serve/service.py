@@ -55,24 +55,17 @@ class Service:
     """Engine, scheduler, registry, store and API keys of one server.
 
     Args:
-        model, tokenizer: base model and its tokenizer.
-        bank: experts by name.
-        settings: see `Settings`.
         graders: {name: (reply, reference answer) -> [0, 1]} for adaptations.
 
     Raises:
-        ConfigError: settings that do not fit the bank, or a public address without API keys.
-        ExpertError, FingerprintError: experts or fitted files of another base model.
+        ConfigError: settings that do not fit the bank, or a public address without API keys. ExpertError,
+        FingerprintError: experts or fitted files of another base model.
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        bank: Mapping[str, Expert],
-        settings: Settings,
-        graders: Mapping[str, Grader],
-    ) -> None:
+        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, bank: Mapping[str, Expert],
+        settings: Settings, graders: Mapping[str, Grader],
+    ) -> None:  # fmt: skip
         self.settings = settings
         self.keys = ApiKeys(settings.keys_file)
         if not settings.loopback and not self.keys.keys():
@@ -162,11 +155,7 @@ class Service:
     # Tokenization
 
     def encode_chat(self, turns: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Return the token ids of a conversation, see `sigmix.engine.tokenization.encode_turns`.
-
-        Raises:
-            ConfigError, PromptError: see `encode_turns`.
-        """
+        """Return the token ids of a conversation, see `sigmix.engine.tokenization.encode_turns`."""
         with self._tokenizer_lock:
             return encode_turns(self._tokenizer, turns, **options)
 
@@ -203,8 +192,7 @@ class Service:
     def fit_context(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
         """Check a prompt against the context length; return the number of tokens to generate.
 
-        Args:
-            max_new_tokens: as requested, a ceiling; None: the default.
+        The request's ``max_new_tokens`` is a ceiling.
 
         Raises:
             ContextError: empty prompt, or one that leaves no room for an answer.

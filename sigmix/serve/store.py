@@ -37,14 +37,10 @@ TRIM_EVERY = 1000
 
 
 class Store:
-    """SQLite store; safe for use from several threads.
-
-    Args:
-        folder: created if missing.
+    """SQLite store in a folder, created if missing; safe for use from several threads.
 
     Raises:
-        OutputError: the folder or file cannot be written.
-        ConfigError: the file is damaged.
+        OutputError: the folder or file cannot be written. ConfigError: the file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,13 +105,9 @@ class Store:
         return {"client": client, "arm": arm, "context": json.loads(context) if context else None, "reward": reward}
 
     def learn(self, reply_id: str, reward: float, name: str = "", value: Any = None) -> bool:
-        """Save a reply's reward and the state learned from it, in one transaction.
+        """Save a reply's reward and the state learned from it, a JSON value, in one transaction.
 
-        Args:
-            name, value: key and JSON value of the learned state; None saves the reward only.
-
-        Returns:
-            False, without any change, if the reply is unknown or has a reward.
+        Returns False, without any change, if the reply is unknown or has a reward. None as value: the reward only.
         """
         with self._transaction() as db:
             query = "UPDATE replies SET reward = ? WHERE id = ? AND reward IS NULL"

@@ -43,16 +43,11 @@ class ToolCallParser(ABC):
     Text outside of calls is returned as soon as it cannot be the beginning of a call; malformed calls are text.
     Whitespace beside calls is dropped.
 
-    Args:
-        tools: function tools of the request.
-        parallel: keep all calls; False: the first one.
-
-    Attributes:
-        markers: texts that begin or divide calls; tokenizers have some of them as special tokens.
-        calls: found so far.
+    Unless ``parallel``, the first call is kept only.
     """
 
     markers: ClassVar[tuple[str, ...]] = ()
+    """Texts that begin or divide calls; tokenizers have some of them as special tokens."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] = (), parallel: bool = True) -> None:
         self.parallel = parallel
@@ -61,11 +56,7 @@ class ToolCallParser(ABC):
         self._buffer = ""
 
     def feed(self, text: str, final: bool = False) -> str:
-        """Append text of the reply; return its new text outside of calls, and add new calls to ``calls``.
-
-        Args:
-            final: the reply ends here.
-        """
+        """Append text of the reply, the last one if ``final``; return its new text outside of calls."""
         self._buffer += text
         content = ""
         while self._buffer:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from sigmix.adapt import Decision
 from sigmix.engine.detokenizer import token_text
@@ -45,20 +48,9 @@ def decision_json(decision: Decision, queue_seconds: float) -> dict[str, Any]:
 
 
 class ResponseBuilder:
-    """Builder of the response objects of one request.
+    """Builder of the response objects of one request, a chat completion if ``chat``, else a text completion."""
 
-    Args:
-        chat: chat completion, not text completion.
-        model: as in the request.
-        fingerprint: of the base model.
-        token_bytes: maps a token id to its bytes.
-        logprobs: include log-probabilities.
-
-    Attributes:
-        incremental: a whole response, too, is built from the events of its stream.
-    """
-
-    incremental = False
+    incremental = False  # True: a whole response, too, is built from the events of its stream
 
     def __init__(
         self, chat: bool, model: str, fingerprint: str, token_bytes: Callable[[int], bytes], logprobs: bool
@@ -158,6 +150,23 @@ class ResponseBuilder:
             text = token_text(self.token_bytes(id))
             top[f"token_id:{id}" if text in top else text] = _finite(logprob)
         return top
+
+
+def embeddings_response(
+    model: str, vectors: Sequence[torch.Tensor], tokens: int, encoding_format: str, mix: str
+) -> dict[str, Any]:
+    """Return the response with float32 vectors; base64 is that of their little-endian bytes."""
+
+    def encode(vector: torch.Tensor) -> str | list[float]:
+        if encoding_format == "float":
+            return vector.tolist()
+        return base64.b64encode(vector.float().numpy().astype("<f4").tobytes()).decode()
+
+    data = [{"object": "embedding", "index": index, "embedding": encode(one)} for index, one in enumerate(vectors)]
+    return {
+        "object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "sigmix": {"mix": mix, "pooling": "mean", "normalized": True},
+    }  # fmt: skip
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

@@ -11,15 +11,75 @@ from pydantic import Field, model_validator
 from sigmix.engine.generation import SamplingParams
 from sigmix.engine.structured_output import StructuredOutput
 from sigmix.engine.tokenization import TEMPLATE_ARGUMENTS
-from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, field_error
+from sigmix.errors import StructuredOutputError
+from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, as_prompts, field_error
 from sigmix.serve.protocol.messages import ChatMessage, NamedToolChoice, Tool, ToolChoice
-from sigmix.serve.protocol.structured_output import ResponseFormat, Schema, StructuredOutputs
 from sigmix.serve.tool_parser import required_calls
 
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a text completion without one, as in OpenAI's API."""
 
+MAX_INPUTS = 2048
+"""Texts of one request for embeddings, as in OpenAI's API."""
+
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+PromptText = Annotated[str, Field(max_length=MAX_TEXT)]
+Schema = dict[str, Any] | str
+
+
+class JsonSchema(RequestModel):
+    """Schema of ``response_format``; it is always enforced, as by OpenAI with ``strict: true``."""
+
+    ignored = frozenset({"description", "name", "strict"})
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(RequestModel):
+    """OpenAI's ``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise field_error("json_schema", "is missing")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise field_error("json_schema", "requires the type json_schema")
+        return self
+
+    def output(self) -> StructuredOutput | None:
+        """Return the constraint; None: any text."""
+        if self.json_schema is not None:
+            return StructuredOutput(json=self.json_schema.schema_)
+        return StructuredOutput(json_object=True) if self.type == "json_object" else None
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's ``structured_outputs``; see `StructuredOutput` for the constraints."""
+
+    ignored = frozenset({"disable_fallback"})
+    neutral: ClassVar = {"disable_any_whitespace": (False,), "disable_additional_properties": (False,)}
+
+    json_: Schema | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> StructuredOutputs:
+        try:
+            self.output()
+        except StructuredOutputError:
+            names = ", ".join(field.alias or name for name, field in StructuredOutputs.model_fields.items())
+            raise field_error("", f"must hold exactly one of {names}") from None
+        return self
+
+    def output(self) -> StructuredOutput:
+        """Return the constraint."""
+        return StructuredOutput(self.json_, self.json_object, self.regex, self.choice, self.grammar)
 
 
 class StreamOptions(RequestModel):
@@ -219,6 +279,23 @@ class CompletionRequest(GenerationOptions):
     def logprob_count(self) -> int | None:
         """Return the number of most probable tokens to report; None: no log-probabilities."""
         return self.logprobs
+
+
+class EmbeddingsRequest(RequestModel):
+    """POST /v1/embeddings."""
+
+    ignored = frozenset({"user"})
+
+    model: str = Field("base", description="base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
+    input: PromptText | list[PromptText] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="Size of the model's hidden states.")
+
+    @model_validator(mode="after")
+    def _check_count(self) -> EmbeddingsRequest:
+        if not 1 <= (count := len(as_prompts(self.input))) <= MAX_INPUTS:
+            raise field_error("input", f"must hold 1 to {MAX_INPUTS} texts, not {count}")
+        return self
 
 
 class TokenizeRequest(RequestModel):

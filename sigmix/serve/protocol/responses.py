@@ -222,12 +222,7 @@ def responses_error(error: ApiError) -> ApiError:
 
 
 class ResponsesBuilder(ResponseBuilder):
-    """Builder of the response and of the typed events of one request.
-
-    Args:
-        body: parsed body.
-        temperature: of the request, or the server's default.
-    """
+    """Builder of the response and of the typed events of one request."""
 
     end = ""
     incremental = True  # a message after a function call is an item of its own
