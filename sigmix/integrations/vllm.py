@@ -19,6 +19,7 @@ vLLM computes one LoRA per request, so every mixture is an adapter of its own.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -95,10 +96,8 @@ class Adapters:
         self.settings = settings
         self.folder = settings.cache or cache_dir() / "vllm"
         self._sources: dict[tuple[str, str | None], BaseCheckpoint] = {}
-        self._bank: tuple[object, Bank] | None = None
         self._refused: dict[str, SigmixError] = {}
-        self._write_lock = threading.Lock()
-        self._bank_lock = threading.Lock()  # a lookup of other names does not wait for a write
+        self._lock = threading.Lock()
 
     def path(self, base: str, name: str) -> Path | None:
         """Return the adapter's folder for a mixture on ``base``, or None if ``name`` is not a mixture of this bank.
@@ -106,27 +105,25 @@ class Adapters:
         Raises:
             SigmixError: it cannot be written: another base, too much lost at the rank, no room.
         """
+        from sigmix.experts.bank import Bank
         from sigmix.experts.mix import Mix
 
         try:
             mix = Mix.parse(name)
         except SigmixError:
             return None
-        with self._bank_lock:
-            bank = self._current_bank()
+        bank = Bank(self._bank_folder)  # anew, since it may have changed; vLLM calls its resolvers once per adapter
         if not mix.weights or not all(expert in bank for expert in mix.weights):
             return None
-        with self._write_lock:
+        with self._lock:
             return self._cached(self.settings.base or base, mix, bank)
 
-    def _current_bank(self) -> Bank:
-        """Return the bank, opened again after its folder or an expert's has changed."""
+    @functools.cached_property
+    def _bank_folder(self) -> Path:
+        """Folder of the experts; a collection on the hub is copied once."""
         from sigmix.experts.bank import Bank
 
-        if self._bank is None or self._bank[0] != _stamp(self._bank[1].folder):
-            bank = Bank.bundled() if self.settings.experts == "bundled" else Bank(self.settings.experts)
-            self._bank = _stamp(bank.folder), bank
-        return self._bank[1]
+        return (Bank.bundled() if self.settings.experts == "bundled" else Bank(self.settings.experts)).folder
 
     def _source(self, base: str, experts: list[Expert]) -> BaseCheckpoint:
         """Return the base in the dtype of these experts; `adopt_dtype` cannot be undone, so one per dtype."""
@@ -201,15 +198,6 @@ class Adapters:
 
 class _FullError(ConfigError):
     """No room for another adapter."""
-
-
-def _stamp(folder: Path) -> object:
-    """Return a value that changes when an expert in a folder is added, replaced, edited or removed."""
-    try:
-        folders = [entry for entry in folder.iterdir() if entry.is_dir()]
-        return [(one.name, one.stat().st_mtime_ns) for one in [folder, *sorted(folders)]]
-    except OSError:
-        return None
 
 
 def _recorded_loss(folder: Path) -> tuple[int, float]:

@@ -174,15 +174,10 @@ def test_refusals_are_remembered_until_the_expert_changes(home, monkeypatch):
     assert full.path(str(base), "word").is_dir()
 
 
-def test_the_bank_is_read_once_and_again_when_it_changes(home, monkeypatch):
+def test_an_expert_that_is_added_later(home):
     base, bank = home
-    opened = []
-    refresh = Bank.refresh
-    monkeypatch.setattr(Bank, "refresh", lambda self: opened.append(self) or refresh(self))
     adapters = Adapters(Settings(str(bank), rank=1))
-    for name in ("nobody", "math", "math"):
-        adapters.path(str(base), name)
-    assert len(opened) == 1
+    assert adapters.path(str(base), "third") is None
     old = Bank(bank)["math"]
     Bank(bank).add(Expert("third", dict(old.z), {**old.meta, "name": "third"}))
     assert adapters.path(str(base), "third").is_dir()
