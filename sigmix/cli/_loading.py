@@ -38,11 +38,7 @@ def read_layers(text: str | None) -> list[int] | str | None:
 
 
 def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
-    """Return ``device_map`` of `load_base` from --device-map: None, "auto", or {module: device} from a JSON file.
-
-    Raises:
-        ConfigError: unreadable file or invalid content.
-    """
+    """Return --device-map for `load_base`, or {module: device} of its JSON file. Raises ConfigError: invalid file."""
     if text is None or text == "auto":
         return text
     remedy = 'give auto, or a file such as {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
@@ -111,11 +107,7 @@ def open_base(
     base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own",
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
-    """Load a base model and its tokenizer, and compute decompositions that are missing in the cache.
-
-    Raises:
-        ConfigError: invalid basis or device map. Others: see `load_base`.
-    """
+    """Load a base model and its tokenizer, see `load_base`, and compute decompositions that the cache lacks."""
     places = read_device_map(device_map)
     with working(f"loading {base}"):
         from sigmix.experts.original_basis import check_basis, use_original_basis

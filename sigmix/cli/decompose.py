@@ -50,11 +50,7 @@ def decompose(
 
 
 def _device(name: str | None) -> Any:
-    """Return a device that computes in float64, as decompositions are.
-
-    Raises:
-        ConfigError: unknown or unusable device.
-    """
+    """Return a device that computes in float64, as decompositions are. Raises ConfigError: unusable device."""
     import torch
 
     if name is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
-import json
 import os
 import platform
 import re
@@ -28,11 +27,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
     },
-    "meta-llama/Meta-Llama-3-8B-Instruct": {**_LLAMA3, **_8B},
-    "meta-llama/Meta-Llama-3-70B-Instruct": {**_LLAMA3, **_70B},
-    "mistralai/Mistral-7B-Instruct-v0.3": {**_LLAMA3, **_8B, "model_type": "mistral", "vocab_size": 32768},
+    "meta-llama/meta-llama-3-8b-instruct": {**_LLAMA3, **_8B},
+    "meta-llama/meta-llama-3-70b-instruct": {**_LLAMA3, **_70B},
+    "mistralai/mistral-7b-instruct-v0.3": {**_LLAMA3, **_8B, "model_type": "mistral", "vocab_size": 32768},
 }  # fmt: skip
-"""Published configs of the default base model and of the paper's gated ones, for when they are not in the cache."""
+"""Published configs of the default base model and of the paper's gated ones, which need no download."""
 
 
 @app.command(epilog="Example: sigmix doctor --base meta-llama/Meta-Llama-3-70B-Instruct --plan --gpus 8")
@@ -206,55 +205,32 @@ def read_config(name: str) -> tuple[Any, str]:
     """
     from transformers import AutoConfig
 
-    from sigmix.errors import BaseModelError
-    from sigmix.models.default import SMOLLM2
-    from sigmix.models.gguf import models_dir
-
-    path = Path(name).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(values.pop("model_type"), **values), f"the file {path}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BaseModelError(
-                f"{path} is no config of a model in transformers: {error}",
-                remedy="give a model's config.json, with its model_type",
-            ) from error
-    published = next((key for key in CONFIGS if key.lower() == name.lower()), None)
-    if published is not None and not path.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        folder = models_dir() / SMOLLM2.member_sha256
-        if published == DEFAULT and (folder / "config.json").is_file():
-            return AutoConfig.from_pretrained(folder, local_files_only=True), "the model's own"
-        if published == DEFAULT or not isinstance(try_to_load_from_cache(published, "config.json"), str):
-            values = dict(CONFIGS[published])
-            return AutoConfig.for_model(values.pop("model_type"), **values), "published sizes (not downloaded)"
-    return _own_config(name, path), "the model's own"
-
-
-def _own_config(name: str, path: Path) -> Any:
-    from transformers import AutoConfig
-
-    from sigmix.errors import BaseModelError
+    from sigmix.errors import BaseModelError, SigmixError
     from sigmix.models import gguf
     from sigmix.models.default import offline
     from sigmix.models.hub import base_names, hub_errors, near_paths
     from sigmix.models.loading import HUB_NAME
     from sigmix.utils.logging import quiet
 
-    where: Any = name
-    if path.is_dir():
-        where = path
-        if not (path / "config.json").is_file():
-            raise BaseModelError(f"{name} is no model folder: config.json is missing", remedy=base_names())
-    elif path.is_file() and path.suffix.lower() == ".gguf":
+    path, own = Path(name).expanduser(), "the model's own"
+    if name.lower() in CONFIGS and not path.exists():
+        return AutoConfig.for_model(**CONFIGS[name.lower()]), "published sizes"
+    if path.is_file() and path.suffix.lower() == ".gguf":
         files = gguf.model_files(path)
-        return gguf.read_config(gguf.read_contents(files), files[0])
-    elif path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name):
+        return gguf.read_config(gguf.read_contents(files), files[0]), own
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise BaseModelError(f"{name} is no model folder: config.json is missing", remedy=base_names())
+    local = path.is_dir() or (path.is_file() and path.suffix == ".json")
+    if not local and (path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name)):
         raise BaseModelError(f"there is no base model at {name!r}{near_paths(path)}", remedy=base_names())
-    with hub_errors(name, BaseModelError, action="read the config of", instead=base_names()), quiet():
-        return AutoConfig.from_pretrained(where, local_files_only=offline() or where is not name)
+    try:
+        with hub_errors(name, BaseModelError, action="read the config of", instead=base_names()), quiet():
+            return AutoConfig.from_pretrained(path if local else name, local_files_only=local or offline()), own
+    except SigmixError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "give a model's config.json, with its model_type"
+        raise BaseModelError(f"{name} has no config of a model in transformers: {error}", remedy=remedy) from error
 
 
 def problems(figures: dict[str, Any], plan: bool = False) -> list[str]:

@@ -172,8 +172,7 @@ def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Ba
     """Open base model, mixture and bank; the base model is read in the dtype of the experts.
 
     Raises:
-        ConfigError: the mixture is the base model, or has an expert with positions "prompt". Others: see
-            `BaseCheckpoint`, `open_bank` and `read_mix`.
+        ConfigError: the mixture is the base model, or has an expert with positions "prompt".
     """
     from sigmix.experts.mix import read_mix
     from sigmix.export.base import BaseCheckpoint, check_positions
@@ -217,11 +216,7 @@ def _verify(
     figures: dict[str, Any], source: BaseCheckpoint, run: Callable[[], dict[str, Any]], tool: str, exact: bool = True,
     upcast: bool = False, adapter_bytes: int = 0,
 ) -> None:  # fmt: skip
-    """Add ``verified`` to the figures, or ``not_verified`` with the reason if the memory is too small.
-
-    Raises:
-        SigmixError: the export differs too much; see `sigmix.export.verify.check_figures`.
-    """
+    """Add ``verified`` to the figures, see `check_figures`, or ``not_verified`` if the memory is too small."""
     from sigmix.cli.doctor import machine
     from sigmix.export.verify import check_figures, memory_needed
 

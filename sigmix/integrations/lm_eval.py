@@ -223,8 +223,7 @@ class SigmixLM(HFLM):
         """Return a chat as text and remember its last user turn for the strategy.
 
         Raises:
-            ConfigError: a turn with an image placeholder of a vision-language model.
-            PromptError: the template rejects the turns.
+            ConfigError: a turn with an image placeholder. PromptError: the template rejects the turns.
         """
         processor, turns = processor_of(self.tokenizer), chat_history
         if processor is not None:

@@ -95,11 +95,7 @@ def add_key(path: Path, name: str, **limits: Any) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Delete a key; a running server applies the change within seconds.
-
-    Raises:
-        UnknownNameError: no key of that name.
-    """
+    """Delete a key; a running server follows within seconds. Raises UnknownNameError: no key of that name."""
     keys = read_keys(path)
     if all(key.name != name for key in keys):
         raise UnknownNameError("key", name, [key.name for key in keys])

@@ -150,8 +150,7 @@ class RequestHandler:
     async def _follow(self, heartbeat: float | None = None) -> AsyncGenerator[tuple[int, Event] | None, None]:
         """Yield (prompt number, event) until all choices have finished; None after ``heartbeat`` silent seconds.
 
-        Raises:
-            ClientDisconnected: the client closed the connection; its requests are cancelled.
+        If the client closes the connection, its requests are cancelled. Raises ClientDisconnected.
         """
         disconnected: asyncio.Future[Any] = asyncio.ensure_future(self._disconnected())
         upcoming: asyncio.Future[Any] | None = None
@@ -236,11 +235,7 @@ class RequestHandler:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def respond(self) -> Response:
-        """Return the response.
-
-        Raises:
-            ApiError: the request failed. A stream that has begun ends with an error event instead.
-        """
+        """Return the response. Raises ApiError; a stream that has begun ends with an error event instead."""
         for number, (request, echo) in enumerate(zip(self.requests, self.echoes, strict=True)):
             if request.prompt_logprobs:
                 offsets = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
@@ -296,11 +291,7 @@ class RequestHandler:
             yield self.builder.end
 
     async def _lines(self) -> AsyncGenerator[str, None]:
-        """Yield the events of a stream, without the end; heartbeats only after the first event.
-
-        Raises:
-            ApiError: the request failed.
-        """
+        """Yield the events of a stream, without the end; heartbeats only after the first event. Raises ApiError."""
         started = False
         async with aclosing(self._follow(HEARTBEAT_SECONDS)) as events:
             async for item in events:

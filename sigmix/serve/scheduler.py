@@ -169,11 +169,7 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request.
-
-        Raises:
-            QueueFullError: too many queued requests. ClosingError: the server is shutting down.
-        """
+        """Queue a request. Raises QueueFullError, or ClosingError if the server is shutting down."""
         with self._wake:
             if self._closing:
                 raise ClosingError
@@ -190,11 +186,7 @@ class Scheduler:
             self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in the scheduler's thread between two steps.
-
-        Raises:
-            ClosingError: the server is shutting down.
-        """
+        """Run a function in the scheduler's thread between two steps. Raises ClosingError during a shutdown."""
         future: Future[T] = Future()
         with self._wake:
             if self._stopped:

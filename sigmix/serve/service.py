@@ -113,11 +113,7 @@ class Service:
         return {name: TwoPass(self.engine, strategy) for name, strategy in opened.items()}
 
     def check_strategy(self, name: str) -> str:
-        """Return the name of a strategy; "" and "auto" mean the default.
-
-        Raises:
-            UnknownNameError: the strategy is unknown, or the bank does not support it.
-        """
+        """Return the name of a strategy, by "" and "auto" the default. Raises UnknownNameError: not supported here."""
         name = self.default_strategy if name in ("", "auto") else name
         if name not in self.strategies:
             raise UnknownNameError("strategy", name, [*self.strategies, "auto"])
@@ -160,11 +156,7 @@ class Service:
             return encode_turns(self._tokenizer, turns, **options)
 
     def tool_call_parser(self, tools: Sequence[Mapping[str, Any]]) -> type[ToolCallParser]:
-        """Return the parser of tool calls for the model's chat template.
-
-        Raises:
-            ConfigError: the format of its tool calls is not known.
-        """
+        """Return the parser of tool calls for the model's chat template. Raises ConfigError: unknown format."""
         with self._tokenizer_lock:
             return tool_call_parser(chat_template(self._tokenizer, tools))
 
@@ -233,11 +225,7 @@ class Service:
     # Experts
 
     def load_expert(self, folder: str) -> str:
-        """Load an expert from an allowed folder and return its name.
-
-        Raises:
-            ConfigError, ExpertError, FingerprintError: see `ModelRegistry.load` and `Expert.check`.
-        """
+        """Load an expert from an allowed folder and return its name; see `ModelRegistry.load` and `Expert.check`."""
         expert = self.registry.load(folder)
 
         def add() -> None:

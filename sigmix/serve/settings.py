@@ -103,11 +103,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(file: Path | None = None, **options: Any) -> Settings:
-    """Merge options (None: not given), the environment and a TOML file.
-
-    Raises:
-        ConfigError: unreadable file, unknown setting or invalid value.
-    """
+    """Merge options (None: not given), the environment and a TOML file. Raises ConfigError: invalid file or value."""
     try:
         stored = {} if file is None else tomllib.loads(read_text(file, ConfigError, "give a TOML file to --config"))
     except tomllib.TOMLDecodeError as error:

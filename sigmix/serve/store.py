@@ -69,11 +69,7 @@ class Store:
         return {name: (Mix.from_json(mix), json.loads(about)) for name, mix, about in rows}
 
     def save_mix(self, name: str, mix: Mix, metadata: dict[str, Any]) -> None:
-        """Save or replace a mixture.
-
-        Raises:
-            OutputError: the disk is full or read-only; the previous mixture is kept.
-        """
+        """Save or replace a mixture. Raises OutputError: full or read-only disk; the previous mixture is kept."""
         values = (name, json.dumps(mix.to_json()), json.dumps(metadata), time.time())
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO mixes VALUES (?, ?, ?, ?)", values)

@@ -298,11 +298,7 @@ DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
 
 
 def decode(text: str, start: int) -> tuple[Any, int] | None:
-    """Return a JSON value in a text after optional whitespace, and its end; None if it may be incomplete.
-
-    Raises:
-        NotACall: not JSON.
-    """
+    """Return a JSON value in a text and its end; None if it may be incomplete. Raises NotACall: not JSON."""
     start = len(text) - len(text[start:].lstrip())
     try:
         return DECODER.raw_decode(text, start)
