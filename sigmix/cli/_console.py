@@ -45,16 +45,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def accuracy(summary: Mapping[str, Any]) -> str:
     """Format accuracy and interval: "0.684 [0.630, 0.733]"."""
-    low, high = summary["interval"]
-    return f"{summary['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+    return "{accuracy:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]".format(**summary)
 
 
 def paired(test: Mapping[str, Any] | None) -> list[str]:
     """Format a paired comparison: difference with interval, won/lost, p; dashes for the base model itself."""
-    if test is None:
-        return ["-", "-", "-"]
-    low, high = test["interval"]
-    return [f"{test['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", f"{test['won']}/{test['lost']}", f"{test['p']:.2g}"]
+    texts = ("{difference:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]", "{won}/{lost}", "{p:.2g}")
+    return ["-"] * 3 if test is None else [text.format(**test) for text in texts]
 
 
 def size(number: float) -> str:

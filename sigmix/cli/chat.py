@@ -14,7 +14,7 @@ from sigmix.cli import _options as shared
 from sigmix.cli import app
 from sigmix.cli._console import note
 from sigmix.cli._loading import open_bank, open_engine
-from sigmix.errors import ConfigError, ExpertError, SigmixError, UnknownNameError
+from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.engine import Engine
@@ -51,16 +51,10 @@ def chat(
     **sampling: Any,
 ) -> None:
     """Talk with the base model or its experts; /help lists the commands."""
-    try:
-        experts = open_bank(bank)
-    except ExpertError:
-        if bank is not None or mix != "base":
-            raise
-        experts = None
-
     from sigmix.engine.generation import SamplingParams
     from sigmix.experts.mix import Mix, read_mix
 
+    experts = open_bank(bank)
     first = Mix.base() if mix == "auto" else read_mix(mix, experts)
     engine = open_engine(base, experts, [first], quantization, basis, device_map, decode_weights, compile)
     options = {"max_new_tokens": max_new_tokens, "do_sample": sampling["temperature"] > 0, **sampling}
@@ -93,8 +87,7 @@ class Session:
         from sigmix.adapt.two_pass import TwoPass
 
         self.engine, self.mix, self.options, self.seed, self.single_turn = engine, mix, options, seed, single_turn
-        self.two_pass = TwoPass(engine, strategy)
-        self.auto = False
+        self.two_pass, self.auto = TwoPass(engine, strategy), False
         self.system = [{"role": "system", "content": system}] if system else []
         self.history: list[dict[str, str]] = []
 
@@ -139,7 +132,11 @@ class Session:
             self.history.clear()
             print("(new conversation)", flush=True)
         elif word == "/experts":
-            self.list_experts()
+            from sigmix.experts.inspect import listing
+
+            rows = listing(self.engine.bank)  # type: ignore[arg-type]
+            lines = [f"{one['name']:<20} {one['problem'] or one['description'] or one['domain'] or ''}" for one in rows]
+            print("\n".join(lines) or "there are no experts; --bank gives a folder of them", flush=True)
         elif word == "/base":
             self.switch(Mix.base())
         elif word == "/auto":
@@ -170,18 +167,6 @@ class Session:
         print(f"(choosing for every turn, strategy {self.two_pass.strategy.name})", flush=True)
         self.auto = True
 
-    def list_experts(self) -> None:
-        """Print names and descriptions."""
-        from sigmix.experts.inspect import listing
-
-        bank: Any = self.engine.bank
-        rows = listing(bank) if bank else []
-        for row in rows:
-            print(f"{row['name']:<20} {row['problem'] or row['description'] or row['domain'] or ''}")
-        if not rows:
-            print("there are no experts; --bank gives a folder of them")
-        sys.stdout.flush()
-
     def answer(self, text: str) -> None:
         """Stream one answer."""
         messages = [*([] if self.single_turn else self.history), {"role": "user", "content": text}]
@@ -207,15 +192,14 @@ class Session:
         """Return token ids of the conversation, and its messages without the oldest that exceed the context."""
         from sigmix.engine.tokenization import context_length
 
-        limit, dropped = context_length(self.engine.model), 0
-        new = self.options["max_new_tokens"]
-        ids = self.ids(messages)
-        while limit is not None and len(messages) > 1 and len(ids) + new > limit:
-            messages, dropped = messages[2:], dropped + 1
-            ids = self.ids(messages)
-        if dropped:
+        limit, kept = context_length(self.engine.model), messages
+        ids = self.ids(kept)
+        while limit is not None and len(kept) > 1 and len(ids) + self.options["max_new_tokens"] > limit:
+            kept = kept[2:]
+            ids = self.ids(kept)
+        if dropped := (len(messages) - len(kept)) // 2:
             note(f"({dropped} of the oldest turns dropped: the context has {limit} tokens)")
-        return ids, messages
+        return ids, kept
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return token ids under the chat template, or of bare lines where there is none."""

@@ -122,14 +122,12 @@ def _print_examples(row: Mapping[str, Any]) -> None:
 
 
 def _print_table(rows: list[dict[str, Any]], skipped: Mapping[str, str], seconds: float) -> None:
-    cells = []
-    for row in rows:
-        constant = row["best_constant"].get("accuracy")
-        cells.append([
-            row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
-            "-" if constant is None else f"{constant:.3f}", f"{row['paired']['p']:.1g}",
-            "{} -> {}".format(*row["no_answer"]),
-        ])  # fmt: skip
+    cells = [
+        [row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
+         "{accuracy:.3f}".format(**row["best_constant"]) if row["best_constant"] else "-",
+         f"{row['paired']['p']:.1g}", "{} -> {}".format(*row["no_answer"])]
+        for row in rows
+    ]  # fmt: skip
     columns = ["expert", "domain", "n", "base [95 %]", "expert [95 %]", "best constant", "McNemar p", "no answer"]
     if rows:
         table("accuracy on held-out test items", columns, cells)

@@ -52,15 +52,11 @@ def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
 def _metric(metric: Mapping[str, Any] | None) -> str:
     if not metric:
         return "not measured"
-
-    def number(value: Any) -> str:
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    text = f"{metric.get('name', 'accuracy')} {number(metric.get('value'))}"
+    shown = {key: f"{value:.3f}" if isinstance(value, float) else str(value) for key, value in metric.items()}
+    text = f"{metric.get('name', 'accuracy')} {shown.get('value')}"
     if metric.get("interval"):
-        text += f" [{', '.join(map(number, metric['interval']))}]"
-    facts = {"n = ": metric.get("n"), "base ": metric.get("base")}
-    extra = [label + number(value) for label, value in facts.items() if value is not None]
+        text += " [{:.3f}, {:.3f}]".format(*metric["interval"])
+    extra = [label + shown[key] for label, key in (("n = ", "n"), ("base ", "base")) if metric.get(key) is not None]
     return text + (f" ({', '.join(extra)})" if extra else "")
 
 

@@ -200,15 +200,11 @@ def _low_rank(
         factors = LowRank.from_mix(source, mix, experts, progress.advance)
     factors.set_ranks(rank, error, vllm)
     facts = factors.describe()
-    if not facts["dropped"]:
-        note(f"{facts['mix']}: exact, rank {facts['rank']}")
-    else:
-        worst, most = facts["worst"]
-        note(
-            f"{facts['mix']}: rank {facts['rank']} drops {facts['dropped']} of {facts['components']} components and "
-            f"{facts['error']:.2%} of the change ({facts['error_of_weights']:.2g} of the weights), at most {most:.2%}, "
-            f"in {worst}"
-        )
+    text = "{mix}: exact, rank {rank}"
+    if facts["dropped"]:
+        text = ("{mix}: rank {rank} drops {dropped} of {components} components and {error:.2%} of the change "
+                "({error_of_weights:.2g} of the weights), at most {worst[1]:.2%}, in {worst[0]}")  # fmt: skip
+    note(text.format(**facts))
     return factors
 
 
@@ -234,17 +230,13 @@ def _emit(
 ) -> None:
     if source.cast is not None:
         lines.append(f"the base model was read in {source.dtype_name}")
-    report = figures.get("verified")
-    if report is None:
-        lines.append(f"not verified: {figures.get('not_verified', '--no-verify')}")
-    else:
-        line = (
-            f"verified with {report['tool']}: maximum difference of logits {report['max']:.2g}, KL {report['kl']:.2g}, "
-            f"same first token {report['same_top']:.1%} (KL of the mixture to the base model {report['effect_kl']:.2g})"
-        )
+    line = f"not verified: {figures.get('not_verified', '--no-verify')}"
+    if report := figures.get("verified"):
+        line = ("verified with {tool}: maximum difference of logits {max:.2g}, KL {kl:.2g}, same first token "
+                "{same_top:.1%} (KL of the mixture to the base model {effect_kl:.2g})").format(**report)  # fmt: skip
         if own := report.get("base"):
             line += f"; the base model alone: {own['max']:.2g}, KL {own['kl']:.2g}"
-        lines.append(line)
+    lines.append(line)
     emit(figures, as_json, "\n".join([*lines, *(more or [])]))
 
 
@@ -252,10 +244,8 @@ def _server_command(scales: Mapping[Path, float]) -> str:
     """Return a llama-server command for these files, and the request's scales as JSON."""
     files = " ".join(f"--lora {shlex.quote(str(file))}" for file in scales)
     request = json.dumps([{"id": number, "scale": scale} for number, scale in enumerate(scales.values())])
-    return (
-        f'llama-server -m BASE.gguf {files} --lora-init-without-apply --no-cache-prompt; in a request: "lora": '
-        f"{request}"
-    )
+    command = f"llama-server -m BASE.gguf {files} --lora-init-without-apply --no-cache-prompt"
+    return f'{command}; in a request: "lora": {request}'
 
 
 def _rank(text: str, error: float | None) -> int | None:

@@ -56,12 +56,16 @@ def generate(
     prompts = _prompts(prompt or [], file)
     for option, values in (("--mix", mix), ("--image", image)):
         if len(values) not in (0, 1, len(prompts)):
-            raise ConfigError(
-                f"{len(values)} {option} for {len(prompts)} prompts", remedy="give it once, or once for each prompt"
-            )
+            problem = f"{len(values)} {option} for {len(prompts)} prompts"
+            raise ConfigError(problem, remedy="give it once, or once for each prompt")
     output = _output(json_schema, regex, choice)
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
-    images = _images(image, len(prompts))
+    images: list[Any] = [()] * len(prompts)
+    if image:
+        from sigmix.utils.images import pictures
+
+        loaded = [pictures(path) for path in image]
+        images = loaded if len(loaded) == len(prompts) else loaded * len(prompts)
     explicit, experts = open_mixes([text for text in texts if text != "auto"], bank, "auto" in texts)
     engine = open_engine(base, experts, explicit, quantization, basis, device_map, decode_weights, compile)
 
@@ -124,15 +128,6 @@ def _output(json_schema: Path | None, regex: str | None, choice: list[str]) -> S
 
     schema = None if json_schema is None else read_text(json_schema)
     return StructuredOutput(json=schema, regex=regex, choice=choice or None)
-
-
-def _images(files: list[Path], prompts: int) -> list[Any]:
-    if not files:
-        return [()] * prompts
-    from sigmix.utils.images import pictures
-
-    loaded = [pictures(path) for path in files]
-    return loaded if len(loaded) == prompts else loaded * prompts
 
 
 def _short(text: str) -> str:

@@ -96,8 +96,7 @@ class SigmixLM(HFLM):
     """
 
     tokenizer: Any
-    instances = 0
-    """Instances created in this process; before the first, errors are errors of the options."""
+    instances = 0  # instances created in this process; before the first, errors are errors of the options
 
     def __init__(
         self, base: str = DEFAULT, mix: str | None = None, strategy: str | None = None, bank: str | None = None,

@@ -20,14 +20,12 @@ from sigmix.serve.scheduler import SharedEngine
 
 log = logging.getLogger("sigmix.serve")
 
-Grader = Callable[[str, str], float]
-"""(reply, reference answer) -> score in [0, 1]."""
+Grader = Callable[[str, str], float]  # (reply, reference answer) -> score in [0, 1]
 
 MAX_QUEUED, MAX_QUEUED_PER_CLIENT, MAX_FINISHED = 8, 2, 256
 """Queued searches, queued searches per client, and finished searches that are kept."""
 
-BATCH_SIZE = 32
-"""Rows per pass of a search: running requests wait for at most one pass."""
+BATCH_SIZE = 32  # rows per pass of a search: running requests wait for at most one pass
 
 
 class _Cancelled(Exception):

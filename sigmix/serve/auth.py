@@ -49,8 +49,7 @@ class ApiKey:
     created: float = 0.0  # Unix time
 
 
-LOCAL = ApiKey("local", "", admin=True)
-"""Client of a loopback server without keys."""
+LOCAL = ApiKey("local", "", admin=True)  # client of a loopback server without keys
 
 
 def hash_key(key: str) -> str:
@@ -169,8 +168,7 @@ SECURITY_HEADERS = {
     ),
 }
 
-PUBLIC_PATHS = ("/", "/health")
-"""Paths that need no key, besides /static/."""
+PUBLIC_PATHS = ("/", "/health")  # paths that need no key, besides /static/
 
 MAX_DRAIN = 16 << 20
 """Bytes of an oversized body that are read and dropped: most clients read the response only after sending it all."""

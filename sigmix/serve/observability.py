@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-MAX_MIX_LABELS = 50
-"""Mixtures with their own time series; others are counted together, to bound memory."""
+MAX_MIX_LABELS = 50  # mixtures with their own time series; others are counted together, to bound memory
 
 
 class Metrics:

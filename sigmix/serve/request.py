@@ -39,8 +39,7 @@ from sigmix.serve.tool_parser import ToolCallParser
 
 log = logging.getLogger("sigmix.serve")
 
-HEARTBEAT_SECONDS = 15.0
-"""Interval of comments in a silent stream, which keep proxies from closing the connection."""
+HEARTBEAT_SECONDS = 15.0  # interval of comments in a silent stream, which keep proxies from closing the connection
 
 STATUS = {
     "model": 503, "memory": 503, "mix": 404, "structured_output": 400, "timeout": 504, "closing": 503, "internal": 500,

@@ -38,8 +38,7 @@ log = logging.getLogger("sigmix.serve")
 
 T = TypeVar("T")
 
-MAX_PREFILL_TOKENS = 1024
-"""Prompt tokens admitted between two steps."""
+MAX_PREFILL_TOKENS = 1024  # prompt tokens admitted between two steps
 
 # --- Requests and events
 

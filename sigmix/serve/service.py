@@ -34,11 +34,9 @@ from sigmix.serve.tool_parser import ToolCallParser, tool_call_parser
 
 log = logging.getLogger("sigmix.serve")
 
-PREFIX_BYTES = 512 << 20
-"""Budget of the prefix cache: templates and conversations."""
+PREFIX_BYTES = 512 << 20  # budget of the prefix cache: templates and conversations
 
-CALL_TIMEOUT = 120.0
-"""Seconds to wait for the scheduler's thread when an expert is loaded or unloaded."""
+CALL_TIMEOUT = 120.0  # seconds to wait for the scheduler's thread when an expert is loaded or unloaded
 
 
 class BaseOnly:

@@ -29,11 +29,9 @@ CREATE INDEX IF NOT EXISTS replies_created ON replies (created);
 CREATE TABLE IF NOT EXISTS learned (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
-MAX_REPLIES = 100_000
-"""Most recent replies that can receive feedback."""
+MAX_REPLIES = 100_000  # most recent replies that can receive feedback
 
-TRIM_EVERY = 1000
-"""Saved replies between two deletions of old ones."""
+TRIM_EVERY = 1000  # saved replies between two deletions of old ones
 
 
 class Store:

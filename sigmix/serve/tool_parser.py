@@ -264,8 +264,7 @@ def required_calls(functions: Iterable[Mapping[str, Any]], parallel: bool) -> di
 COMPACT = {"whitespace_flexible": False, "whitespace_pattern": "", "item_separator": ", ", "key_separator": ": "}
 """JSON in one line, as in the training data of models."""
 
-DEFINITIONS = ("$defs", "definitions")
-"""Keys of a JSON schema's definitions."""
+DEFINITIONS = ("$defs", "definitions")  # keys of a JSON schema's definitions
 
 FORMATS: Sequence[tuple[str, type[ToolCallParser]]] = (
     (r"\[TOOL_CALLS\]", MistralParser),

@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_TEXT = 1 << 20
-"""Characters of one text field."""
+MAX_TEXT = 1 << 20  # characters of one text field
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 

@@ -18,8 +18,7 @@ from sigmix.serve.protocol.errors import ApiError
 from sigmix.serve.scheduler import Token
 from sigmix.serve.tool_parser import ToolCall
 
-MIN_LOGPROB = -9999.0
-"""Lowest log-probability in a response, as in OpenAI's API; JSON has no infinity."""
+MIN_LOGPROB = -9999.0  # lowest log-probability in a response, as in OpenAI's API; JSON has no infinity
 
 
 @dataclass
@@ -73,8 +72,7 @@ class ResponseBuilder:
 
     # Events of a stream
 
-    end = "data: [DONE]\n\n"
-    """Last line of a stream."""
+    end = "data: [DONE]\n\n"  # last line of a stream
 
     def first(self, indices: Sequence[int], echo: Choice, sigmix: Any) -> Iterator[str]:
         """Yield the event of started choices, without text, or with that of the prompt."""

@@ -16,11 +16,9 @@ from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, as_prompts,
 from sigmix.serve.protocol.messages import ChatMessage, NamedToolChoice, Tool, ToolChoice
 from sigmix.serve.tool_parser import required_calls
 
-DEFAULT_COMPLETION_TOKENS = 16
-"""``max_tokens`` of a text completion without one, as in OpenAI's API."""
+DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion without one, as in OpenAI's API
 
-MAX_INPUTS = 2048
-"""Texts of one request for embeddings, as in OpenAI's API."""
+MAX_INPUTS = 2048  # texts of one request for embeddings, as in OpenAI's API
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 PromptText = Annotated[str, Field(max_length=MAX_TEXT)]
