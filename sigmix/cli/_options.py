@@ -49,9 +49,7 @@ SAMPLING = {
     "top_p": typer.Option(1.0, min=0.0, max=1.0, help="Cumulative probability of nucleus sampling, above 0."),
     "top_k": typer.Option(0, min=-1, help="Number of most probable tokens to sample from; 0: all."),
     "min_p": typer.Option(0.0, min=0.0, max=1.0, help="Lowest probability to sample, relative to the highest one."),
-    "repetition_penalty": typer.Option(
-        1.0, help="Above 1: tokens of the prompt and the answer become less likely."
-    ),
+    "repetition_penalty": typer.Option(1.0, help="Above 1: tokens of the prompt and the answer become less likely."),
     "presence_penalty": typer.Option(
         0.0, min=-2.0, max=2.0, help="Subtracted from the logits of tokens in the answer."
     ),

@@ -123,9 +123,7 @@ class ResponsesRequest(RequestModel):
     model: str = Field("auto", description="auto, base, an expert, a saved mixture, or a mixture such as a:.7+b:.3.")
     input: (
         Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-        | Annotated[
-            list[MessageItem | FunctionCallItem | FunctionCallOutputItem], Field(min_length=1, max_length=2048)
-        ]
+        | Annotated[list[MessageItem | FunctionCallItem | FunctionCallOutputItem], Field(min_length=1, max_length=2048)]
     )
     instructions: str | None = Field(None, max_length=MAX_TEXT)
     max_output_tokens: int | None = Field(None, ge=1)
