@@ -48,7 +48,7 @@ class Store:
         with writing(folder):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._translate_errors():
-            self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            self._db = sqlite3.connect(self.path, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             if (result := self._db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
@@ -118,15 +118,8 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._translate_errors():
-            self._db.execute("BEGIN")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, self._translate_errors(), self._db:
+            yield self._db
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
