@@ -48,9 +48,7 @@ def lm_eval(
         "base": base, "mix": mix, "strategy": strategy, "bank": None if bank is None else str(bank),
         "quantization": quantization, "basis": basis,
     }  # fmt: skip
-    words = list(ctx.args)
-    if words[:1] == ["run"]:
-        words = words[1:]
+    words = ctx.args[1:] if ctx.args[:1] == ["run"] else ctx.args
     if words and not words[0].startswith("-"):
         raise ConfigError(f"unexpected {words[0]!r}: this command only runs tasks", remedy="give --tasks")
     if not words:
@@ -102,28 +100,22 @@ def _options(model_args: dict[str, Any]) -> tuple[Any, argparse.Namespace, str |
     harness = HarnessCLI()
     options = harness.parse_args()
     file = EvaluatorConfig.load_yaml_config(options.config) if options.config else {}
-
-    def value(name: str) -> Any:
-        return getattr(options, name, None) or file.get(name)
+    given = file | {name: value for name, value in vars(options).items() if value is not None and value is not False}
 
     def pairs(arguments: Any) -> dict[str, Any]:
         return simple_parse_args_string(arguments) if isinstance(arguments, str) else arguments or {}
 
-    model = value("model") or "sigmix"
-    if model != "sigmix":
+    if (model := given.get("model") or "sigmix") != "sigmix":
         raise ConfigError(f"the model must be sigmix, not {model!r}", remedy="use lm-eval for its other models")
-    if not value("tasks"):
+    if not given.get("tasks"):
         raise ConfigError("no --tasks", remedy=LISTS)
     for option, lowest in (("limit", 0), ("num_fewshot", -1)):  # exclusive
-        number = getattr(options, option, None)
-        number = file.get(option) if number is None else number
-        if number is not None and not number > lowest:
+        if (number := given.get(option)) is not None and not number > lowest:
             raise ConfigError(f"--{option} must be above {lowest}, not {number}")
-    place = value("output_path") or pairs(value("hf_hub_log_args")).get("output_path")
-    if place is None and (name := next((one for one in ("log_samples", "predict_only") if value(one)), None)):
+    place = given.get("output_path") or pairs(given.get("hf_hub_log_args")).get("output_path")
+    if place is None and (name := next((one for one in ("log_samples", "predict_only") if given.get(one)), None)):
         raise ConfigError(f"--{name} needs an output path", remedy="add --output_path FOLDER")
-    if not value("batch_size"):
-        options.batch_size = "auto"
+    options.batch_size = given.get("batch_size") or "auto"
     options.model = "sigmix"
     options.model_args = {**pairs(file.get("model_args")), **pairs(options.model_args), **model_args}
     return harness, options, place
