@@ -16,9 +16,11 @@ from sigmix.errors import ConfigError, OutputError
 from sigmix.utils.io import check_writable, writing
 
 
-def emit(figures: Any, as_json: bool, text: str) -> None:
-    """Print figures as JSON, or the text."""
-    typer.echo(json.dumps(figures, ensure_ascii=False, default=str) if as_json else text)
+def emit(figures: Any, as_json: bool, text: str | None = None) -> bool:
+    """Print figures as JSON, or the text if it is given; return ``as_json``."""
+    if as_json or text is not None:
+        typer.echo(json.dumps(figures, ensure_ascii=False, default=str) if as_json else text)
+    return as_json
 
 
 def note(text: str) -> None:

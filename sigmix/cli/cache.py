@@ -40,9 +40,8 @@ def list_entries(
         reasons = {entry.path: why for entry in every if (why := damage(entry))} if damaged else {}
     shown = [entry for entry in every if not damaged or entry.path in reasons]
     total = sum(entry.bytes for entry in shown)
-    if as_json:
-        rows = [_as_json(entry) | ({"damage": reasons[entry.path]} if damaged else {}) for entry in shown]
-        emit({"folder": str(cache_dir()), "bytes": total, "entries": rows}, True, "")
+    rows = [_as_json(entry) | ({"damage": reasons[entry.path]} if damaged else {}) for entry in shown]
+    if emit({"folder": str(cache_dir()), "bytes": total, "entries": rows}, as_json):
         return
     svd = [entry for entry in shown if entry.kind == "svd" and not damaged and kind != "svd"]  # one line for all
     lines = [

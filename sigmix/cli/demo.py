@@ -78,9 +78,7 @@ def demo(
             if not as_json:
                 _print_examples(row)
     seconds = round(time.monotonic() - started, 1)
-    if as_json:
-        emit({"base": base, "seed": seed, "experts": rows, "skipped": skipped, "seconds": seconds}, True, "")
-    else:
+    if not emit({"base": base, "seed": seed, "experts": rows, "skipped": skipped, "seconds": seconds}, as_json):
         _print_table(rows, skipped, seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,7 @@ def evaluate(
         )  # fmt: skip
     if out is not None:
         save(out, figures, results)
-    if as_json:
-        emit(figures, True, "")
+    if emit(figures, as_json):
         return
     rows = [
         [one["mix"], one["n"], accuracy(one), *paired(one["paired"]), f"{one['answer_entropy']:.2f}",
@@ -97,15 +97,16 @@ def evaluate(
     if any(abs(one["mean_score"] - one["accuracy"]) > 1e-9 for one in figures["results"]):
         scores = ", ".join(f"{one['mix']} {one['mean_score']:.3f}" for one in figures["results"])
         typer.echo(f"mean score, with partial credit: {scores}")
-    constant = figures["best_constant"]
-    if constant:
-        typer.echo(f"best constant answer: {constant['accuracy']:.3f} ({constant['reply']!r})")
-    else:
-        typer.echo("best constant answer: not measured, since scoring executes programs")
-    for line in figures["notes"]:
-        typer.echo(f"note: {line}")
-    if out is not None:
-        typer.echo(f"items and summary: {out}")
+    best = "{accuracy:.3f} ({reply!r})" if figures["best_constant"] else "not measured, since scoring executes programs"
+    lines = ["best constant answer: " + best.format(**figures["best_constant"])]
+    lines += [f"note: {line}" for line in figures["notes"]]
+    typer.echo("\n".join(lines + ([f"items and summary: {out}"] if out is not None else [])))
+
+
+def _known(letters: list[str], names: Collection[str]) -> None:
+    for letter in letters:
+        if letter not in names:
+            raise UnknownNameError("strategy", letter, names)
 
 
 def _title(figures: dict[str, Any]) -> str:
@@ -124,9 +125,7 @@ def _strategies(
     from sigmix.evals.accuracy import save
     from sigmix.evals.strategies import EACH, NAMES, ORACLE, run_strategies
 
-    for letter in letters:
-        if letter not in NAMES:
-            raise UnknownNameError("strategy", letter, NAMES)
+    _known(letters, NAMES)
     task.score(task.samples(split, 1, seed=seed)[0], "")  # type: ignore[arg-type]
     if out is not None:
         check_output(out, "summary.json")
@@ -150,8 +149,7 @@ def _strategies(
         figures["few_shot"] = {**search.evidence(), "mix": search.result.id}  # type: ignore[union-attr]
     if out is not None:
         save(out, {**figures, "results": [{**one, "mix": one["strategy"]} for one in figures["results"]]}, results)
-    if as_json:
-        emit(figures, True, "")
+    if emit(figures, as_json):
         return
     rows = [
         [one["strategy"], one["n"], accuracy(one), *paired(one["paired"]),
@@ -174,9 +172,7 @@ def _dispatch(
     from sigmix.evals.dispatch import confusion, plot, requests, unseen_tasks
     from sigmix.utils.io import write_json, write_text
 
-    for letter in letters:
-        if letter not in LETTERS:
-            raise UnknownNameError("strategy for --dispatch", letter, LETTERS)
+    _known(letters, LETTERS)
     if out is not None:
         check_output(out, "dispatch.json")
     experts = open_bank(bank)
@@ -196,8 +192,7 @@ def _dispatch(
             plot(one, out / f"dispatch-{letter}.png")
     if out is not None:
         write_json(out / "dispatch.json", {**figures, **provenance()})
-    if as_json:
-        emit(figures, True, "")
+    if emit(figures, as_json):
         return
     for one in figures["strategies"]:
         rows = [[row["label"], row["n"], accuracy(row), *row["counts"]] for row in one["rows"]]
@@ -229,8 +224,7 @@ def tasks(
                 rows.append({"name": one, "domain": task.domain, "description": task.description})
             except SigmixError as error:  # a broken plug-in does not hide the other tasks
                 rows.append({"name": one, "domain": None, "description": f"unusable: {error}"})
-        if as_json:
-            emit({"tasks": rows}, True, "")
+        if emit({"tasks": rows}, as_json):
             return
         table("tasks", ["name", "domain", "description"], [list(row.values()) for row in rows])
         if not families:

@@ -34,8 +34,7 @@ def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
 
     opened = open_bank(bank)
     rows = listing(opened)
-    if as_json:
-        emit({"bank": opened.source, "experts": rows}, True, "")
+    if emit({"bank": opened.source, "experts": rows}, as_json):
         return
     if not rows:
         typer.echo(f"{opened.source} has no experts -> sigmix train --help")
@@ -149,8 +148,7 @@ def diff(
 
     with working("comparing"):
         facts = diff(left, right, model)
-    if as_json:
-        emit(facts, True, "")
+    if emit(facts, as_json):
         return
     same = {True: "the same base model", False: "DIFFERENT base models", None: "a base model that one does not record"}
     text = f"{a} and {b}: {same[facts['same_base']]}{', identical' if facts['identical'] else ''}"

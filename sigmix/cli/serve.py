@@ -108,9 +108,9 @@ def list_keys(state: Path = STATE, as_json: bool = JSON) -> None:
     from sigmix.serve.auth import read_keys
 
     rows = [{k: v for k, v in vars(key).items() if k != "hash"} for key in read_keys(_keys_file(state))]
-    if as_json:
-        emit({"keys": rows}, True, "")
-    elif rows:
+    if emit({"keys": rows}, as_json):
+        return
+    if rows:
         table("keys", list(rows[0]), [list(row.values()) for row in rows])
     else:
         typer.echo("no keys")
