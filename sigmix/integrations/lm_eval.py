@@ -91,8 +91,7 @@ class SigmixLM(HFLM):
         options: see `HF_OPTIONS`.
 
     Raises:
-        ConfigError, UnknownNameError, OutputError: an invalid option. Others: see `load_base`, `Engine.z` and
-        `open_strategy`.
+        ConfigError, UnknownNameError, OutputError: an invalid option.
     """
 
     tokenizer: Any
@@ -165,11 +164,8 @@ class SigmixLM(HFLM):
         return mixes
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the entry of the results file.
-
-        ``mixes`` counts all requests of the harness (each choice of a question is one); ``contexts`` and ``labels``
-        count the distinct ones that were decided on; ``tokens`` and ``seconds`` are sums over the first pass.
-        """
+        """Return the entry of the results file: ``mixes`` of all requests (each choice of a question is one),
+        ``contexts`` and ``labels`` of those that were decided on, sums of ``tokens`` and ``seconds`` of pass one."""
         base = self.model.sigmix_base["name"]
         info = {
             "base": base, "fingerprint": fingerprint(self.model), "mix": AUTO if self.mix is None else self.mix.id,
@@ -201,11 +197,7 @@ class SigmixLM(HFLM):
             self.tokenizer = tokenizer
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the chat template, which the harness reads before the first request.
-
-        Raises:
-            ConfigError: there is none, or none of that name.
-        """
+        """Return the chat template, read before the first request. Raises ConfigError: none, or none of that name."""
         if chat_template and not has_template(self.tokenizer):
             raise ConfigError(
                 f"{self.model.sigmix_base['name']} has no chat template", remedy="leave --apply_chat_template out"
@@ -264,11 +256,8 @@ class SigmixLM(HFLM):
         return token
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return token ids of context and continuation, where the harness's split may be empty.
-
-        A context of blanks becomes the prefix token; a continuation that merges into the context's last token is
-        encoded by itself.
-        """
+        """Return token ids: a context of blanks becomes the prefix token, and a continuation that merges into the
+        context's last token is encoded by itself."""
         context_ids, ids = super()._encode_pair(context, continuation)
         if continuation and not ids:
             ids = self.tok_encode(continuation, add_special_tokens=False)
