@@ -367,7 +367,7 @@ class Execution:
         names = list(plan.experts)
         alphas = torch.zeros(len(mixes), len(names), len(self.layers), dtype=torch.float64)
         for number, mix in enumerate(mixes):
-            for name, row in zip(mix.weights, self.layout.alphas(mix.weights, mix.alpha), strict=True):
+            for name, row in zip(mix.weights, mix.alphas(self.layout), strict=True):
                 if plan.experts.get(name) != self.bank[name].digest:
                     raise ConfigError(
                         f"the truncation was fitted for {', '.join(names)}, not for the present expert {name}",

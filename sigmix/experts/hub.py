@@ -188,7 +188,8 @@ def _file_names(repo_id: str, revision: str | None, token: str | None) -> list[s
     import huggingface_hub
 
     try:
-        return [] if offline() else huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        siblings = () if offline() else huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision).siblings
+        return [file.rfilename for file in siblings or ()]
     except (OSError, ValueError, huggingface_hub.errors.HTTPError):
         return []
 

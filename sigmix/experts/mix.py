@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -182,7 +182,26 @@ class Mix:
             if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layout.layers]):
                 near = UnknownNameError("matrix", odd[0], layout.layers).message
                 raise ConfigError(f"the weights of {name}: {near}", remedy="use the model's module paths")
-        return layout.mix(self.weights, self.alpha, flats)
+        if not self.weights:
+            return torch.ones(sum(layout.sizes))
+        alphas = list(self.weights.values())
+        if all(isinstance(a, float) for a in alphas) and all(all(flats[name].adapted) for name in self.weights):
+            return mix_z([flats[name].z for name in self.weights], alphas)  # type: ignore[arg-type]
+        parts = {name: flats[name].z.split(layout.sizes) for name in self.weights}
+        mixed = []
+        for index, (path, r) in enumerate(layout.layers.items()):
+            acting = [name for name in self.weights if flats[name].adapted[index]]
+            zs = [parts[name][index] for name in acting]
+            mixed.append(mix_z(zs, [self.alpha(name, path) for name in acting]) if acting else torch.ones(r))
+        return torch.cat(mixed)
+
+    def alphas(self, layout: Layout) -> Tensor:
+        """Return float64 [K, M], α of every expert at every matrix."""
+        rows = [
+            [a] * len(layout.sizes) if isinstance(a, float) else [self.alpha(name, path) for path in layout.layers]
+            for name, a in self.weights.items()
+        ]
+        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(layout.sizes))
 
     def __eq__(self, other: object) -> bool:
         return self.to_json() == other.to_json() if isinstance(other, Mix) else NotImplemented
@@ -301,35 +320,3 @@ class Layout:
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return {path: [..., r]}, views of a vector [..., R]."""
         return dict(zip(self.layers, flat.split(self.sizes, -1), strict=True))
-
-    def mix(
-        self, weights: Mapping[str, Alpha], alpha: Callable[[str, str], float], flats: Mapping[str, Flat]
-    ) -> Tensor:
-        """Return the effective z [R], z' = 1 + Σₖ αₖ (zₖ - 1).
-
-        At matrices with a single expert at weight 1, z is bit for bit as stored; without an acting expert it is 1.
-
-        Args:
-            weights: {expert: α}, a float for the whole model, anything else for finer ones.
-            alpha: (expert, matrix path) -> α, called for the finer ones.
-            flats: of all those experts.
-        """
-        if not weights:
-            return torch.ones(sum(self.sizes))
-        if all(isinstance(a, float) for a in weights.values()) and all(all(flats[name].adapted) for name in weights):
-            return mix_z([flats[name].z for name in weights], list(weights.values()))  # type: ignore[arg-type]
-        parts = {name: flats[name].z.split(self.sizes) for name in weights}
-        mixed = []
-        for index, (path, r) in enumerate(self.layers.items()):
-            acting = [name for name in weights if flats[name].adapted[index]]
-            zs = [parts[name][index] for name in acting]
-            mixed.append(mix_z(zs, [alpha(name, path) for name in acting]) if acting else torch.ones(r))
-        return torch.cat(mixed)
-
-    def alphas(self, weights: Mapping[str, Alpha], alpha: Callable[[str, str], float]) -> Tensor:
-        """Return float64 [K, M], α of every expert at every matrix; see `mix`."""
-        rows = [
-            [a] * len(self.sizes) if isinstance(a, float) else [alpha(name, path) for path in self.layers]
-            for name, a in weights.items()
-        ]
-        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.sizes))

@@ -157,19 +157,15 @@ class Actor:
         rows: list[SequenceState] = []
         for start in range(0, len(samples), batch_size):
             prompts = [self.encode(sample) for sample in samples[start : start + batch_size]]
-            params = SamplingParams(max_new_tokens)
-            rows += self._complete(prompts, params)
+            rows += self._complete(prompts, SamplingParams(max_new_tokens), 1, None)
         return rows
 
     def _complete(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        num_generations: int = 1,
-        state: Prefilled | None = None,
-    ) -> list[SequenceState]:
+        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams], count: int,
+        state: Prefilled | None,
+    ) -> list[SequenceState]:  # fmt: skip
         ends, pad, trie = self.ends, self.pad_id, self.choices
-        return complete(self.model, prompts, params, ends, pad, num_generations, trie, self.prompt_only, state)
+        return complete(self.model, prompts, params, ends, pad, count, trie, self.prompt_only, state)
 
     def decode(self, rows: Sequence[SequenceState]) -> list[str]:
         """Decode completions without special tokens."""
