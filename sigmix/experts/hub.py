@@ -188,8 +188,8 @@ def _file_names(repo_id: str, revision: str | None, token: str | None) -> list[s
     import huggingface_hub
 
     try:
-        siblings = () if offline() else huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision).siblings
-        return [file.rfilename for file in siblings or ()]
+        info = None if offline() else huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision)
+        return [file.rfilename for file in info.siblings or ()] if info is not None else []
     except (OSError, ValueError, huggingface_hub.errors.HTTPError):
         return []
 
