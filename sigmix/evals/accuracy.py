@@ -26,6 +26,7 @@ from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
 from sigmix.engine.base import InferenceEngine
 from sigmix.evals.statistics import answer_entropy, best_constant, mcnemar, paired_difference, wilson
 from sigmix.experts.mix import Mix
+from sigmix.models.loading import cpu_name
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.utils.io import write_json, write_text
 
@@ -278,7 +279,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -287,14 +288,6 @@ def provenance() -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def commit() -> str | None:

@@ -15,11 +15,11 @@ import gguf
 import numpy as np
 import torch
 
-from sigmix.errors import ConfigError, OutputError, UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.model_card import on_hub, without_path
 from sigmix.export.low_rank import LowRank
 from sigmix.export.model_card import CACHE_NOTE
-from sigmix.utils.io import atomic_file
+from sigmix.utils.io import atomic_file, check_new
 
 TYPES = {"f32": np.float32, "f16": np.float16}
 
@@ -47,7 +47,7 @@ def export_gguf(
     """
     if kind not in TYPES:
         raise UnknownNameError("number type", kind, TYPES)
-    _check_free(out)
+    check_new(out)
     architecture = _architecture(low)
     names = _names(low, architecture)
     about = {**low.describe(), "form": "gguf", "type": kind, "architecture": architecture.lower()}
@@ -71,13 +71,8 @@ def export_gguf(
             progress()
         writer.close()
         size = temporary.stat().st_size
-        _check_free(out)  # minutes may have passed
+        check_new(out)  # minutes may have passed
     return {**about, "bytes": size}
-
-
-def _check_free(out: Path) -> None:
-    if out.exists():
-        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
 
 
 def _architecture(low: LowRank) -> str:

@@ -29,8 +29,8 @@ from sigmix.export.base import HALF, BaseCheckpoint
 from sigmix.models.default import SMOLLM2, downloads_dir, fetch_member, offline
 from sigmix.models.gguf import model_files
 from sigmix.models.loading import load_base
+from sigmix.models.memory import model_plan
 from sigmix.models.multimodal import auto_class
-from sigmix.models.weights import shape
 from sigmix.svf.tuner import target_layers
 from sigmix.utils.logging import quiet
 from sigmix.utils.optional import optional
@@ -122,11 +122,9 @@ def check_figures(figures: Mapping[str, Any], exact: bool) -> None:
 def memory_needed(base: BaseCheckpoint, upcast: bool, adapter: int = 0) -> int:
     """Return the peak memory of a comparison in bytes: our model with merged weights and short sides of the factors,
     or theirs with an adapter of ``adapter`` bytes."""
-    itemsize = 4 if upcast and base.dtype in HALF else base.dtype.itemsize
-    weights = sum(parameter.numel() for parameter in base.model.parameters())
-    shapes = [shape(layer) for layer in target_layers(base.model).values()]
-    ours = weights + sum(rows * columns + min(rows, columns) ** 2 for rows, columns in shapes)
-    return max(itemsize * ours, itemsize * weights + adapter)
+    dtype = "float32" if upcast and base.dtype in HALF else base.dtype_name
+    plan = model_plan(base.model, target_layers(base.model), dtype)
+    return plan["weights_bytes"] + max(plan["form_bytes"]["merged"], adapter)
 
 
 def verify_merged(folder: Path, reference: Reference) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     if kind != "cpu":
         return torch.float32
     file = cache_dir() / "dtype.json"
-    key = f"{_cpu_name()} | torch {torch.__version__}"
+    key = f"{cpu_name()} | torch {torch.__version__}"
     measured = read_json_object(file)
     if measured.get(key) not in ("bfloat16", "float32"):
         measured[key] = "bfloat16" if _seconds(torch.bfloat16) * 1.2 < _seconds(torch.float32) else "float32"
@@ -161,7 +161,8 @@ def _seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name, model and the flags that decide the speed of bfloat16."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

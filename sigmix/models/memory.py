@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.pytorch_utils import Conv1D
 
 from sigmix.errors import BaseModelError, ConfigError
+from sigmix.models.weights import shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -91,8 +91,8 @@ def model_plan(
     if quantization is not None and quantization not in BITS:
         raise ConfigError(f"unknown quantization {quantization!r}", remedy=f"give one of {', '.join(BITS)}")
     b = BYTES[dtype]
-    shapes = Counter(_shape(layer) for layer in layers.values())
-    ranks = {path: min(_shape(layer)) for path, layer in layers.items()}
+    shapes = Counter(shape(layer) for layer in layers.values())
+    ranks = {path: min(shape(layer)) for path, layer in layers.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
     adapted = sum(m * n * count for (m, n), count in shapes.items())
     z = sum(ranks.values())
@@ -120,20 +120,10 @@ def model_plan(
         "train_bytes": weights + b * (short if quantization else both) + 2 * b * z + 5 * FLOAT32 * z,
         "kv_bytes_per_1000_tokens": tokens and 1000 * tokens[0],
         "activation_bytes_per_1000_tokens": tokens and 1000 * tokens[1],
-        "decompose_bytes": max((_decompose_bytes(m, n, b) for m, n in shapes), default=0),
+        "decompose_bytes": max(((b + 8) * m * n + EIGH * 8 * min(m, n) ** 2 for m, n in shapes), default=0),
         "by_shape": [{"out": m, "in": n, "count": count} for (m, n), count in sorted(shapes.items())],
         "not_adapted": _not_adapted(model, layers),
     }
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer."""
-    m, n = layer.weight.shape  # type: ignore[misc]
-    return (n, m) if isinstance(layer, Conv1D) else (m, n)
-
-
-def _decompose_bytes(m: int, n: int, b: int) -> int:
-    return (b + 8) * m * n + EIGH * 8 * min(m, n) ** 2
 
 
 def _token_bytes(config: PretrainedConfig, b: int) -> tuple[int, int] | None:

@@ -60,24 +60,18 @@ class Guards:
     level: Literal["jail", "namespaces", "plain"]
     nobody: bool
 
-    @property
-    def network(self) -> bool:
-        """The kernel, not only Python, blocks the network."""
-        return self.level != "plain"
 
-
-def run_tests(program: str, tests: str, *, stdin: str = "", timeout: float = 5.0, memory: int = MEMORY) -> Outcome:
+def run_tests(program: str, tests: str, *, timeout: float = 5.0, memory: int = MEMORY) -> Outcome:
     """Run ``program`` and then ``tests``, Python sources, in one namespace; tests raise if the program is wrong.
 
     Args:
-        stdin: the program's standard input.
         timeout: CPU seconds; the wall-clock limit is twice that and one second.
         memory: bytes of address space.
 
     Raises:
         ConfigError: neither Linux nor macOS.
     """
-    return _run(program, tests, stdin, timeout, memory, guards())
+    return _run(program, tests, timeout, memory, guards())
 
 
 @functools.cache
@@ -90,13 +84,13 @@ def guards() -> Guards:
     for level in ("jail", "namespaces", "plain") if sys.platform == "linux" else ("plain",):
         for nobody in (True, False) if root else (False,):
             tried = Guards(level, nobody)
-            outcome = _run("import json, random, decimal, math", "open('f', 'w').close()", "", 5.0, MEMORY, tried)
+            outcome = _run("import json, random, decimal, math", "open('f', 'w').close()", 5.0, MEMORY, tried)
             if outcome.kind == "passed":
                 return tried
     return Guards("plain", False)
 
 
-def _run(program: str, tests: str, stdin: str, timeout: float, memory: int, how: Guards) -> Outcome:
+def _run(program: str, tests: str, timeout: float, memory: int, how: Guards) -> Outcome:
     token = secrets.token_hex(16)
     opened: list[int] = []
     process = None
@@ -111,16 +105,14 @@ def _run(program: str, tests: str, stdin: str, timeout: float, memory: int, how:
             "file_size": FILE_SIZE, "open_files": OPEN_FILES, "level": how.level,
             "user": NOBODY if how.nobody else None,
         }  # fmt: skip
-        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as text:
+        with tempfile.TemporaryFile() as source:
             source.write(json.dumps(job).encode())
             source.seek(0)
-            text.write(stdin.encode("utf-8", "surrogatepass"))
-            text.seek(0)
             os.write(to_child_w, token.encode())  # 32 bytes wait in the pipe's buffer until the tests have run
             descriptors = (source.fileno(), to_child, from_child_w)
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(_LAUNCHER), *map(str, descriptors)], pass_fds=descriptors,
-                stdin=text, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
                 start_new_session=True,
             )  # fmt: skip
         for end in (to_child, from_child_w):

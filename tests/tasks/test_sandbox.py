@@ -84,12 +84,12 @@ def test_a_program_that_leaves_its_group_dies_too(tmp_path):
 def test_network_is_refused():
     program = "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)"
     detail = run_tests(program, "pass").detail
-    assert "unreachable" in detail if guards().network else "no network" in detail
+    assert "unreachable" in detail if guards().level != "plain" else "no network" in detail
 
 
 @linux
 def test_network_has_no_listener_even_at_home():
-    if not guards().network:
+    if guards().level == "plain":
         pytest.skip("needs namespaces")
     import socket
 
@@ -98,9 +98,8 @@ def test_network_has_no_listener_even_at_home():
         assert kind(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)") == "failed"
 
 
-def test_stdin_environment_and_files(tmp_path, monkeypatch):
+def test_environment_and_files(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    assert kind("line = input()", "assert line == 'hi'", stdin="hi\n") == "passed"
     assert "EOFError" in run_tests("input()", "pass").detail
     assert kind("import os", "assert 'SECRET_TOKEN' not in os.environ and os.listdir('.') == []") == "passed"
     assert kind("open('a', 'w').write('x')", "assert open('a').read() == 'x'") == "passed"
