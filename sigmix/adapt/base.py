@@ -41,14 +41,9 @@ class Decision:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values: ``mix`` (its id), ``weights`` (as in `Mix.to_json`) and the other attributes."""
         return {
-            "mix": self.mix.id,
-            **self.mix.to_json(),
-            "label": self.label,
-            "reason": self.reason,
-            "evidence": dict(self.evidence),
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-        }
+            "mix": self.mix.id, **self.mix.to_json(), "label": self.label, "reason": self.reason,
+            "evidence": dict(self.evidence), "tokens": self.tokens, "seconds": self.seconds,
+        }  # fmt: skip
 
 
 class Strategy(Protocol):

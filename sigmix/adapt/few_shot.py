@@ -320,14 +320,12 @@ class FewShotSearch:
                 idle = 0 if before is None or searcher.best_value > before else idle + 1
                 self.trace.append(
                     {
-                        "round": len(self.trace),
-                        "best": searcher.best_value[0],
+                        "round": len(self.trace), "best": searcher.best_value[0],
                         "best_loglik": searcher.best_value[1],
-                        "mean": sum(value[0] for value in values) / len(values),
-                        "spread": searcher.spread,
+                        "mean": sum(value[0] for value in values) / len(values), "spread": searcher.spread,
                         "seconds": round(time.perf_counter() - started, 3),
                     }
-                )
+                )  # fmt: skip
                 if self.progress is not None:
                     self.progress(self.trace[-1])
         finally:
@@ -344,15 +342,10 @@ class FewShotSearch:
         accuracy, likelihood = self.values[self.result.id]
         corners = {mix.id: self.values[mix.id] for mix in map(self.space.mix, self.space.corners())}
         figures = {
-            "examples": len(self.examples),
-            "accuracy": accuracy,
-            "loglik": likelihood,
+            "examples": len(self.examples), "accuracy": accuracy, "loglik": likelihood,
             "corners": {name: {"accuracy": a, "loglik": b} for name, (a, b) in corners.items()},
-            "rounds": len(self.trace),
-            "candidates": len(self.values),
-            "method": self.method,
-            "seed": self.seed,
-        }
+            "rounds": len(self.trace), "candidates": len(self.values), "method": self.method, "seed": self.seed,
+        }  # fmt: skip
         if len({value[0] for value in self.values.values()}) == 1:
             verdict = {1.0: "right", 0.0: "wrong"}.get(accuracy, "scored alike")
             figures["warning"] = f"the examples are {verdict} under every mixture; only the log-likelihood decided"

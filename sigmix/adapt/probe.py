@@ -226,10 +226,8 @@ def fit_probe(
     facts = {
         "train_n": {name: len(train[name]) for name in names},
         "validation_n": {name: len(validation[name]) for name in names},
-        "validation_accuracy": float((predicted == yv).mean()),
-        "tried": tried,
-        "C": tried[chosen]["C"],
-    }
+        "validation_accuracy": float((predicted == yv).mean()), "tried": tried, "C": tried[chosen]["C"],
+    }  # fmt: skip
     return Probe(
         tuple(names), depth, torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), temperature, threshold,
         engine.base_fingerprint, facts,

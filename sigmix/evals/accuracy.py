@@ -75,15 +75,12 @@ class Result:
         scores = [item.score for item in self.scored if item.score is not None]
         answers = [item.answer for item in self.items]
         return {
-            "task": self.task,
-            "n": len(self.right),
-            "accuracy": self.accuracy,
+            "task": self.task, "n": len(self.right), "accuracy": self.accuracy,
             "interval": list(wilson(sum(self.right), len(self.right))),
             "mean_score": sum(scores) / len(scores) if scores else 0.0,
-            "unscorable": len(self.items) - len(self.scored),
-            "answer_entropy": answer_entropy(answers),
+            "unscorable": len(self.items) - len(self.scored), "answer_entropy": answer_entropy(answers),
             "distinct_answers": len(set(answers)),
-        }
+        }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write the items as JSON lines, atomically."""
@@ -229,15 +226,13 @@ def run(
         result, base = results[mix.id], results[Mix.base().id]
         entries.append(
             {
-                "mix": mix.id,
-                "weights": mix.to_json()["weights"],
-                **result.summary(),
+                "mix": mix.id, "weights": mix.to_json()["weights"], **result.summary(),
                 "no_answer": sum(item.answer is None for item in result.scored),
                 "truncated": sum(one.generation.finish == "length" for one in answers),
                 "seconds": round(time.monotonic() - started, 2),
                 "paired": compare(result, base, seed) if mix.weights else None,
             }
-        )
+        )  # fmt: skip
     figures = figures_of(engine, task, samples, entries, split=split, seed=seed, max_new_tokens=limit)
     figures |= {"temperature": temperature if do_sample else 0.0, "seconds": round(time.monotonic() - began, 2)}
     return figures, results
@@ -278,16 +273,13 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}", "cpu": cpu_name(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-    }
+    }  # fmt: skip
 
 
 def commit() -> str | None:

@@ -190,17 +190,11 @@ def confusion(strategy: Strategy, requests: Mapping[str, Sequence[str]], names: 
         items += [{"request": text, "truth": label, **decision.to_json()} for text, decision in pairs]
     n, right = sum(row["n"] for row in rows), sum(row["right"] for row in rows)
     return {
-        "strategy": strategy.name,
-        "labels": list(names),
-        "rows": rows,
-        "n": n,
-        "accuracy": right / n,
-        "interval": list(wilson(right, n)),
-        "balanced": sum(row["accuracy"] for row in rows) / len(rows),
+        "strategy": strategy.name, "labels": list(names), "rows": rows, "n": n, "accuracy": right / n,
+        "interval": list(wilson(right, n)), "balanced": sum(row["accuracy"] for row in rows) / len(rows),
         "tokens_per_request": sum(item["tokens"] for item in items) / n,
-        "seconds_per_request": (time.perf_counter() - started) / n,
-        "items": items,
-    }
+        "seconds_per_request": (time.perf_counter() - started) / n, "items": items,
+    }  # fmt: skip
 
 
 def plot(figures: Mapping[str, Any], path: str | Path) -> None:

@@ -54,16 +54,10 @@ def show(expert: Expert, top: int = 5) -> dict[str, Any]:
     gains = torch.cat([z.double() - 1 for z in expert.z.values()])
     keys = ("task", "objective", "seed", "commit", "license", "training", "carried_from")
     return {
-        "name": expert.name,
-        **_summary(expert),
-        **{key: thaw(expert.meta.get(key)) for key in keys},
-        "bytes": 4 * gains.numel(),
-        "digest": expert.digest,
-        "origin": expert.origin,
-        "gain": _statistics(gains),
-        "top": [{"path": path, key: layers[path][key]} for path in ranked],
-        "layers": layers,
-    }
+        "name": expert.name, **_summary(expert), **{key: thaw(expert.meta.get(key)) for key in keys},
+        "bytes": 4 * gains.numel(), "digest": expert.digest, "origin": expert.origin, "gain": _statistics(gains),
+        "top": [{"path": path, key: layers[path][key]} for path in ranked], "layers": layers,
+    }  # fmt: skip
 
 
 def verify(path: str | os.PathLike[str], base: nn.Module | None = None) -> dict[str, Any]:
@@ -126,28 +120,19 @@ def diff(a: Expert, b: Expert, base: nn.Module | None = None) -> dict[str, Any]:
         weight = _estimate(a.meta["sketches"], b.meta["sketches"], paths)
     fingerprints = [expert.base.get("fingerprint") for expert in (a, b)]
     return {
-        "a": a.name,
-        "b": b.name,
-        "identical": a.digest == b.digest,
-        "positions": [a.positions, b.positions],
+        "a": a.name, "b": b.name, "identical": a.digest == b.digest, "positions": [a.positions, b.positions],
         "same_base": fingerprints[0] == fingerprints[1] if all(fingerprints) else None,
-        "gain": _compare(*_concatenated(gains.values())),
-        "weight": weight,
-        "matrices": matrices,
-    }
+        "gain": _compare(*_concatenated(gains.values())), "weight": weight, "matrices": matrices,
+    }  # fmt: skip
 
 
 def _summary(expert: Expert) -> dict[str, Any]:
     return {
-        "domain": expert.meta.get("domain"),
-        "description": expert.meta.get("description"),
-        "positions": expert.positions,
-        "base": thaw(expert.meta.get("base")),
-        "verified": expert.verified,
-        "matrices": len(expert.z),
-        "numbers": sum(len(z) for z in expert.z.values()),
+        "domain": expert.meta.get("domain"), "description": expert.meta.get("description"),
+        "positions": expert.positions, "base": thaw(expert.meta.get("base")), "verified": expert.verified,
+        "matrices": len(expert.z), "numbers": sum(len(z) for z in expert.z.values()),
         "metrics": thaw(expert.meta.get("metrics") or []),
-    }
+    }  # fmt: skip
 
 
 def _statistics(gain: Tensor) -> dict[str, float]:

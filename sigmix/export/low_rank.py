@@ -165,16 +165,12 @@ class LowRank:
         worst = max(errors, key=errors.__getitem__)
         components, kept = sum(self.exact.values()), sum(self.ranks.values())
         return {
-            **record(self.base, self.mix, self.experts),
-            "form": "lora",
-            "components": components,
-            "dropped": components - kept,
-            "error": self.error,
+            **record(self.base, self.mix, self.experts), "form": "lora", "components": components,
+            "dropped": components - kept, "error": self.error,
             "error_of_weights": (sum(map(self._lost, self.energy)) / self.weight_energy) ** 0.5,
-            "worst": [worst, errors[worst]],
-            "rank": self.pad or max(self.ranks.values()),
+            "worst": [worst, errors[worst]], "rank": self.pad or max(self.ranks.values()),
             "ranks": dict(self.ranks),
-        }
+        }  # fmt: skip
 
     # ------------------------------------------------------------------ factors
 

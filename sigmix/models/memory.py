@@ -105,17 +105,11 @@ def model_plan(
         forms |= {"merged": b * (adapted + short), "factored": b * both + FLOAT32 * z}
     tokens = _token_bytes(model.config, b)
     return {
-        "model_type": getattr(model.config, "model_type", type(model.config).__name__),
-        "dtype": dtype,
-        "quantization": quantization,
-        "parameters": parameters,
-        "weights_bytes": weights,
-        "weights_bf16_bytes": BYTES["bfloat16"] * parameters,
-        "matrices": len(layers),
-        "z_parameters": z,
+        "model_type": getattr(model.config, "model_type", type(model.config).__name__), "dtype": dtype,
+        "quantization": quantization, "parameters": parameters, "weights_bytes": weights,
+        "weights_bf16_bytes": BYTES["bfloat16"] * parameters, "matrices": len(layers), "z_parameters": z,
         "expert_bytes": FLOAT32 * z + sum(TENSOR_HEADER + len(path) for path in layers),
-        "cache_bytes": FLOAT32 * (short + z),
-        "disk_bytes": sum(map(entry_bytes, ranks.values())),
+        "cache_bytes": FLOAT32 * (short + z), "disk_bytes": sum(map(entry_bytes, ranks.values())),
         "form_bytes": forms,
         "train_bytes": weights + b * (short if quantization else both) + 2 * b * z + 5 * FLOAT32 * z,
         "kv_bytes_per_1000_tokens": tokens and 1000 * tokens[0],
@@ -123,7 +117,7 @@ def model_plan(
         "decompose_bytes": max(((b + 8) * m * n + EIGH * 8 * min(m, n) ** 2 for m, n in shapes), default=0),
         "by_shape": [{"out": m, "in": n, "count": count} for (m, n), count in sorted(shapes.items())],
         "not_adapted": _not_adapted(model, layers),
-    }
+    }  # fmt: skip
 
 
 def _token_bytes(config: PretrainedConfig, b: int) -> tuple[int, int] | None:

@@ -306,15 +306,11 @@ class Learner:
             "reward": float(scored.mean()) if len(scored) else 0.0,
             "right": float((scored == 1).float().mean()) if len(scored) else 0.0,
             "formed": sum(answer is not None for answer in rollouts.parsed) / len(rollouts.parsed),
-            "unscorable": int(rewards.isnan().sum()),
-            "loss": totals["loss"],
-            "kl": totals["kl"] / tokens,
-            "entropy": totals["entropy"] / tokens,
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
+            "unscorable": int(rewards.isnan().sum()), "loss": totals["loss"], "kl": totals["kl"] / tokens,
+            "entropy": totals["entropy"] / tokens, "grad_norm": grad_norm, "learning_rate": rate,
             "completion_tokens": tokens / len(rollouts.completions),
             "most_common": Counter(rollouts.texts).most_common(1)[0][1] / len(rollouts.texts),
-        }
+        }  # fmt: skip
 
 
 def _attention_scores(model: PeftModel, prompts: list[list[int]], completions: Tensor | None = None) -> int:

@@ -254,17 +254,11 @@ class Trainer:
         constant, paired = constant_baseline(self.task, samples), compare(after, before)
         test, base = after.summary(), before.summary()
         metric = {
-            "name": "test accuracy",
-            "value": test["accuracy"],
-            "n": test["n"],
-            "interval": test["interval"],
-            "base": base["accuracy"],
-            "base_interval": base["interval"],
-            "p": paired["p"],
-            "best_constant": constant.get("accuracy"),
-            "answer_entropy": test["answer_entropy"],
+            "name": "test accuracy", "value": test["accuracy"], "n": test["n"], "interval": test["interval"],
+            "base": base["accuracy"], "base_interval": base["interval"], "p": paired["p"],
+            "best_constant": constant.get("accuracy"), "answer_entropy": test["answer_entropy"],
             "note": "held out; chose nothing",
-        }
+        }  # fmt: skip
         if in_part(test) or in_part(base):
             metric |= {"mean_score": test["mean_score"], "base_mean_score": base["mean_score"]}
         figures = {"test": test, "base": base, "paired": paired, "best_constant": constant}
@@ -278,27 +272,18 @@ class Trainer:
             return
         config, summary = self.config, validation.summary()
         metric = {
-            "name": "validation accuracy",
-            "value": summary["accuracy"],
-            "n": summary["n"],
-            "interval": summary["interval"],
-            **in_part(summary),
-            "note": "chose the checkpoint",
-        }
+            "name": "validation accuracy", "value": summary["accuracy"], "n": summary["n"],
+            "interval": summary["interval"], **in_part(summary), "note": "chose the checkpoint",
+        }  # fmt: skip
         options = {k: v for k, v in config.to_dict().items() if k not in ("task", "base", "dtype", "seed")}
         if self.processes.world_size > 1:
             options["processes"] = self.processes.world_size
         meta = {
-            "task": self.task.name,
-            "domain": self.task.domain,
-            "description": self.task.description,
-            "objective": config.objective,
-            "seed": config.seed,
-            "commit": commit(),
-            "license": "Apache-2.0",
+            "task": self.task.name, "domain": self.task.domain, "description": self.task.description,
+            "objective": config.objective, "seed": config.seed, "commit": commit(), "license": "Apache-2.0",
             "metrics": [metric],
             "training": {**options, **self.task.facts, "step": self.step, "seconds": round(self.seconds, 1)},
-        }
+        }  # fmt: skip
         self.policy.expert(self.name, meta).save_pretrained(self.run.best)
 
     def _save(self) -> None:
@@ -318,12 +303,9 @@ class Trainer:
         parameters = {f"parameter.{name}": p.detach().cpu().clone() for name, p in self.learner.parameters.items()}
         moments = optimizer_tensors(self.learner.optimizer, list(self.learner.parameters))
         state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "bad": self._bad_validations,
+            "step": self.step, "seconds": self.seconds, "best": self.best, "bad": self._bad_validations,
             "constant": self._constant_steps,
-        }
+        }  # fmt: skip
         return state, parameters | moments
 
     def _restore(self, state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
