@@ -278,7 +278,7 @@ def test_a_bank_over_a_collection(hub, collection, tmp_path, opened):
     assert bank.names() == ["reading", "sums"]
     assert bank["sums"] == made("sums")
     assert bank["sums"].origin == f"alice/sums@{hub.repos['alice/sums'].branches['main']}"
-    assert bank.domains() == {"arithmetic": ["sums"], "reading": ["reading"]}
+    assert {name: bank[name].meta["domain"] for name in bank} == {"sums": "arithmetic", "reading": "reading"}
     assert collection in repr(bank)
     assert Bank(bank.folder).names() == bank.names()  # as whoever needs a folder sees it
     assert not [path for _, path, _ in hub.requests if path.endswith("model.safetensors") and "org/base" in path]

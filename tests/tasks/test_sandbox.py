@@ -130,11 +130,11 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 def test_plain_level_blocks_python_sockets():
     how = Guards("plain", False)
-    outcome = sandbox._run("import socket\nsocket.socket()", "pass", "", 2.0, sandbox.MEMORY, how)
+    outcome = sandbox._run("import socket\nsocket.socket()", "pass", 2.0, sandbox.MEMORY, how)
     assert outcome.kind == "failed"
     assert "no network" in outcome.detail
-    assert sandbox._run("import socket, urllib.request", "pass", "", 2.0, sandbox.MEMORY, how).kind == "passed"
-    assert sandbox._run("x = 1", "assert x", "", 2.0, sandbox.MEMORY, how).kind == "passed"
+    assert sandbox._run("import socket, urllib.request", "pass", 2.0, sandbox.MEMORY, how).kind == "passed"
+    assert sandbox._run("x = 1", "assert x", 2.0, sandbox.MEMORY, how).kind == "passed"
 
 
 def test_a_broken_sandbox_is_not_the_programs_fault(monkeypatch):
