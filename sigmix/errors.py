@@ -6,8 +6,9 @@ Every class is also the built-in error that callers expect: a ValueError, KeyErr
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MAX_NAME = 128
 """Characters of an unknown name that an error quotes."""
@@ -30,6 +31,20 @@ class SigmixError(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would print its repr
+
+
+@contextlib.contextmanager
+def reraised(
+    to: type[SigmixError], message: str, remedy: str | None = None,
+    of: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Iterator[None]:  # fmt: skip
+    """Re-raise errors ``of`` other libraries as ``to``, with their class and text after ``message``."""
+    try:
+        yield
+    except SigmixError:
+        raise
+    except of as error:
+        raise to(f"{message}: {type(error).__name__}: {error}", remedy=remedy) from error
 
 
 class InputError(SigmixError, ValueError):

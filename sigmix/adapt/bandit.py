@@ -21,7 +21,7 @@ import numpy as np
 
 from sigmix.adapt.base import Decision, skills
 from sigmix.adapt.probe import ProbeDispatch
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, reraised
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -119,10 +119,8 @@ class BanditDispatch:
         labels = list(probe.probe.labels)
         self.key = "bandit:" + "|".join(labels)  # weights are only valid for the labels they were learned on
         saved = store.learned(self.key)
-        try:
+        with reraised(ConfigError, f"malformed bandit state {self.key!r}", "use another --state"):
             self.model = LinUCB(labels, {}) if saved is None else LinUCB.from_json(saved)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"malformed bandit state {self.key!r}: {error}", remedy="use another --state") from error
         self.own = {next(iter(label.mix.weights), BASE): label.name for label in probe.labels}
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:

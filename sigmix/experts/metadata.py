@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from sigmix.errors import ExpertError, UnknownNameError
+from sigmix.errors import ExpertError, UnknownNameError, reraised
 from sigmix.experts.fingerprint import Sketch
 from sigmix.svf.config import POSITIONS
 from sigmix.svf.tuner import reads_cache
@@ -104,12 +104,8 @@ def digest_of(z: Mapping[str, torch.Tensor], positions: str = "all") -> str:
 
 def check_meta(meta: Mapping[str, Any], z: Mapping[str, torch.Tensor], owner: str) -> None:
     """Raise `ExpertError` if metadata is malformed or does not fit z."""
-    try:
+    with reraised(ExpertError, f"{owner}: metadata is not JSON", "use text, finite numbers, lists and dicts"):
         json.dumps(thaw(meta), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ExpertError(
-            f"{owner}: metadata is not JSON: {error}", remedy="use text, finite numbers, lists and dicts"
-        ) from error
     kinds: dict[str, tuple[str, type | tuple[type, ...]]] = {
         **dict.fromkeys(("base", "matrices", "sketches"), ("an object", Mapping)), "metrics": ("a list", (list, tuple)),
         **dict.fromkeys(("domain", "description", "license"), ("text", str)),

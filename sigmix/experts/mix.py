@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sigmix.errors import ConfigError, ExpertError, UnknownNameError
+from sigmix.errors import ConfigError, ExpertError, UnknownNameError, reraised
 from sigmix.experts.metadata import NAME, check_name
 from sigmix.svf.functional import mix_z
 from sigmix.utils.io import read_text
@@ -105,10 +105,8 @@ class Mix:
     def from_json(cls, value: str | Mapping[str, Any]) -> Mix:
         """Return the mixture of `to_json`'s result, an object or text; `ConfigError` for anything else."""
         if isinstance(value, str):
-            try:
+            with reraised(ConfigError, "a mix is not valid JSON", EXAMPLE, (ValueError, RecursionError)):
                 value = json.loads(value)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ConfigError(f"a mix is not valid JSON: {error}", remedy=EXAMPLE) from error
         if not isinstance(value, Mapping) or not isinstance(value.get("weights"), Mapping):
             raise ConfigError(
                 f"a mix in JSON is an object with 'weights', not {value!r}", remedy="{'weights': {'arithmetic': 0.7}}"

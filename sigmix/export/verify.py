@@ -10,19 +10,18 @@ One model is in memory at a time. Reported figures:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sigmix.engine import Engine
-from sigmix.errors import SigmixError
+from sigmix.errors import SigmixError, reraised
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.export.base import HALF, BaseCheckpoint
@@ -37,6 +36,8 @@ from sigmix.utils.optional import optional
 
 KL_LIMIT = 1e-3
 """KL in nats: above what another order of rounding causes on unquantized bases."""
+
+NO_VERIFY = "the export is written; skip this check with --no-verify"
 
 PROMPTS = (
     "What is 17 + 25? Answer with the number only.",
@@ -131,7 +132,7 @@ def verify_merged(folder: Path, reference: Reference) -> dict[str, Any]:
     """Compare a merged checkpoint in transformers, in the base's dtype, and its tokenizer; else `SigmixError`."""
     from transformers import AutoConfig, AutoTokenizer
 
-    with _loading("transformers", folder), quiet():
+    with reraised(SigmixError, f"transformers cannot load {folder}", NO_VERIFY), quiet():
         auto = auto_class(AutoConfig.from_pretrained(folder).to_dict())
         loaded: Any = auto.from_pretrained(folder, dtype=reference.dtype, output_loading_info=True)
         model, report = loaded
@@ -151,7 +152,7 @@ def verify_lora(folder: Path, base: BaseCheckpoint, reference: Reference) -> dic
     """Compare a LoRA in PEFT on the base in float32; ``reference`` is upcast. `SigmixError` if PEFT cannot load it."""
     from peft import PeftModel
 
-    with _loading("peft", folder), quiet():
+    with reraised(SigmixError, f"peft cannot load {folder}", NO_VERIFY), quiet():
         model: Any = auto_class(base.config.to_dict()).from_pretrained(base.folder, dtype=base.dtype)
         if base.dtype in HALF:
             model.float()
@@ -180,17 +181,6 @@ def _engine_logits(engine: Engine, row: list[int], mix: Mix) -> torch.Tensor:
 def _logits(model: Any, rows: Sequence[list[int]]) -> list[torch.Tensor]:
     model.eval()
     return [model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in rows]
-
-
-@contextlib.contextmanager
-def _loading(tool: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise SigmixError(
-            f"{tool} cannot load {path}: {type(error).__name__}: {error}",
-            remedy="the export is written; skip this check with --no-verify",
-        ) from error
 
 
 # ---------------------------------------------------------------------- llama.cpp
@@ -227,7 +217,7 @@ class LlamaCpp:
 
     def __init__(self, model: Path, context: int, threads: int | None = None, all_logits: bool = True) -> None:
         self.lib = llama_cpp = optional("llama_cpp", "llama-cpp-python", "a comparison with llama.cpp")
-        with _loading("llama.cpp", model):
+        with reraised(SigmixError, f"llama.cpp cannot load {model}", NO_VERIFY):
             self.llama: Any = llama_cpp.Llama(
                 str(model), n_ctx=context, n_batch=min(context, 512), logits_all=all_logits, verbose=False,
                 n_gpu_layers=0, n_threads=threads, n_threads_batch=threads,

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from sigmix.errors import BaseModelError
+from sigmix.errors import BaseModelError, reraised
 from sigmix.models.gguf_config import MODEL_TYPES, ORIGINAL, ROPE_TENSORS, config_of, splits_of
 from sigmix.utils.cache import cache_dir, write_manifest
 from sigmix.utils.io import atomic_dir, file_lock, sha256_file, write_json, writing
@@ -134,13 +134,9 @@ def read_config(contents: Contents, path: Path) -> PreTrainedConfig:
 def _open(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
-    try:
+    remedy = "download it again (in a git clone: git lfs pull), or give a model folder or hub name"
+    with reraised(BaseModelError, f"{path} is no GGUF file of version 2 or 3, or truncated", remedy):
         return GGUFReader(path)
-    except Exception as error:  # the reader's own, numpy's and struct's errors
-        raise BaseModelError(
-            f"{path} is no GGUF file of version 2 or 3, or truncated: {error}",
-            remedy="download it again (in a git clone: git lfs pull), or give a model folder or hub name",
-        ) from error
 
 
 def _check_kind(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> None:
@@ -174,25 +170,17 @@ def _convert(files: Sequence[Path], folder: Path, digests: Sequence[str]) -> Non
     config = read_config(contents, files[0])
     label = f"{files[0]} (architecture {contents.architecture})"
     print(f"converting {files[0].name} once (a small model takes about half a minute)", file=sys.stderr)
-    with _merged(contents, files) as file:
-        try:
-            with quiet():
-                if unused := _unused(contents, config):
-                    raise _differing(label, f"{len(unused)} tensors have no place in the model, such as {unused[0]}")
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    file.parent, gguf_file=file.name, config=config, dtype=torch.bfloat16, output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )  # fmt: skip
-                model, report = loaded
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-                if (splits := splits_of(contents.fields)) is not None:
-                    tokenizer.backend_tokenizer.pre_tokenizer = splits
-        except BaseModelError:
-            raise
-        except Exception as error:
-            raise BaseModelError(
-                f"{label} cannot be converted: {type(error).__name__}: {error}", remedy=ORIGINAL
-            ) from error
+    with _merged(contents, files) as file, reraised(BaseModelError, f"{label} cannot be converted", ORIGINAL), quiet():
+        if unused := _unused(contents, config):
+            raise _differing(label, f"{len(unused)} tensors have no place in the model, such as {unused[0]}")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.bfloat16, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        model, report = loaded
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        if (splits := splits_of(contents.fields)) is not None:
+            tokenizer.backend_tokenizer.pre_tokenizer = splits
     if missing := sorted(report["missing_keys"]):  # transformers initializes these at random
         raise BaseModelError(
             f"{label} is incomplete: {len(missing)} tensors are missing, such as {', '.join(missing[:3])}",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sigmix.errors import BaseModelError
+from sigmix.errors import BaseModelError, reraised
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -154,7 +154,7 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
     header = Header(fields)
     architecture = header["general.architecture"]
     config_class = CONFIG_MAPPING[MODEL_TYPES[architecture]]
-    try:
+    with reraised(BaseModelError, f"its header gives no valid {config_class.__name__}", ORIGINAL):
         if architecture in GGUF_CONFIG_ARCHS:
             header["tokenizer.ggml.tokens"] = len(fields["tokenizer.ggml.tokens"])
             values = get_gguf_config(header, tuple(tensors))
@@ -163,12 +163,6 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
         else:
             values = _values(header, config_class(), tensors) | {"tie_word_embeddings": tied}
         config = config_class(**{name: value for name, value in values.items() if name != "model_type"})
-    except BaseModelError:
-        raise
-    except Exception as error:  # a key is missing, or the values contradict each other: errors of several classes
-        raise BaseModelError(
-            f"its header gives no valid {config_class.__name__}: {type(error).__name__}: {error}", remedy=ORIGINAL
-        ) from error
     for key in sorted(header.keys() - header.read):
         name = key.removeprefix(header.prefix)
         if name != key and name not in HARMLESS and not _carried(name, header[key], config):

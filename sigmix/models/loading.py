@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigmix.errors import BaseModelError, ConfigError, OutputError
+from sigmix.errors import BaseModelError, ConfigError, OutputError, reraised
 from sigmix.models.batching import check_config
 from sigmix.models.default import DEFAULT, SMOLLM2, fetch_member
 from sigmix.models.gguf import convert_gguf, model_files, models_dir
@@ -264,14 +264,9 @@ def _load_tokenizer(folder: Path, label: str, config: Mapping[str, Any]) -> PreT
 
     if is_vision(config):
         return load_tokenizer(folder, label)
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise BaseModelError(
-            f"the tokenizer of {label} cannot be loaded: {type(error).__name__}: {error}",
-            remedy="the folder needs tokenizer.json and tokenizer_config.json beside the weights",
-        ) from error
+    remedy = "the folder needs tokenizer.json and tokenizer_config.json beside the weights"
+    with reraised(BaseModelError, f"the tokenizer of {label} cannot be loaded", remedy), quiet():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

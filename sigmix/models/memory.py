@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sigmix.errors import BaseModelError, ConfigError
+from sigmix.errors import BaseModelError, ConfigError, reraised
 from sigmix.models.weights import shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -45,15 +45,11 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     from sigmix.models.multimodal import auto_class
     from sigmix.utils.logging import quiet
 
-    try:
-        with torch.device("meta"), quiet():
-            return auto_class(config.to_dict()).from_config(config)
-    except Exception as error:
-        kind = getattr(config, "model_type", type(config).__name__)
-        raise BaseModelError(
-            f"no causal language model can be built from this config (model_type {kind!r}): {error}",
-            remedy="choose a decoder-only text model or a vision-language model of transformers",
-        ) from error
+    kind = getattr(config, "model_type", type(config).__name__)
+    message = f"no causal language model can be built from this config (model_type {kind!r})"
+    remedy = "choose a decoder-only text model or a vision-language model of transformers"
+    with reraised(BaseModelError, message, remedy), torch.device("meta"), quiet():
+        return auto_class(config.to_dict()).from_config(config)
 
 
 def entry_bytes(r: int) -> int:

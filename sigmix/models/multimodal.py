@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from sigmix.errors import BaseModelError, ConfigError
+from sigmix.errors import BaseModelError, ConfigError, reraised
 from sigmix.models.weights import weights_key
 from sigmix.utils.images import Picture
 from sigmix.utils.logging import quiet
@@ -70,18 +70,13 @@ def load_tokenizer(folder: Path, label: str) -> Any:
     from transformers import AutoProcessor
 
     remedy = "the folder needs preprocessor_config.json or processor_config.json beside the tokenizer's files"
-    try:
-        with quiet():
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError as error:
-        raise BaseModelError(
-            f"{label} reads images, which needs Pillow, and for Qwen-VL torchvision: {error}",
-            remedy="pip install 'sigmix[vision]'",
-        ) from error
-    except Exception as error:
-        raise BaseModelError(
-            f"the processor of {label} cannot be loaded: {type(error).__name__}: {error}", remedy=remedy
-        ) from error
+    needs = f"{label} reads images, which needs Pillow, and for Qwen-VL torchvision"
+    with (
+        reraised(BaseModelError, f"the processor of {label} cannot be loaded", remedy),
+        reraised(BaseModelError, needs, "pip install 'sigmix[vision]'", ImportError),
+        quiet(),
+    ):
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     if not hasattr(processor, "image_processor"):
         raise BaseModelError(f"{label} has a vision tower but no image processor", remedy=remedy)
     return bind(processor)

@@ -16,12 +16,13 @@ AWQ, FP8, compressed-tensors …) have layer classes of their own and are refuse
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigmix.errors import BaseModelError, ConfigError, UnknownNameError
+from sigmix.errors import BaseModelError, ConfigError, UnknownNameError, reraised
 from sigmix.utils.logging import quiet
 
 if TYPE_CHECKING:
@@ -74,19 +75,14 @@ def load_weights(
     if quantization_config is not None or stored:
         # a device map makes transformers quantize on the device, shard by shard
         options = {"device_map": {"": str(device)}} | options
-    try:
-        with quiet():
-            loaded: Any = (auto_class or AutoModelForCausalLM).from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-            )
-            model, report = loaded
-    except Exception as error:  # transformers, safetensors and kernels raise errors of their own
-        remedy = "download the model again; a quantized checkpoint needs its original safetensors weights"
-        if options:
-            remedy = "check the device map, the quantization and the memory of the devices, or load it without them"
-        raise BaseModelError(
-            f"the weights of {label} cannot be loaded: {type(error).__name__}: {error}", remedy=remedy
-        ) from error
+    remedy = "download the model again; a quantized checkpoint needs its original safetensors weights"
+    if options:
+        remedy = "check the device map, the quantization and the memory of the devices, or load it without them"
+    with reraised(BaseModelError, f"the weights of {label} cannot be loaded", remedy), quiet():
+        loaded: Any = (auto_class or AutoModelForCausalLM).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers initializes these at random
         if packed := sorted(key for key in report["unexpected_keys"] if key.endswith(PACKED)):
             raise _unsupported(label, f"in a packed format: it holds {packed[0]}")
@@ -117,20 +113,15 @@ def named_config(name: str, dtype: torch.dtype, device: torch.device) -> Quantiz
     if name not in QUANTIZATIONS:
         raise UnknownNameError("quantization", name, QUANTIZATIONS)
     package = QUANTIZATIONS[name]
-    try:
-        with quiet():
-            import transformers
+    with _needs(package, f"quantization {name!r}"), quiet():
+        import transformers
 
-            __import__(package)
-            if name == "nf4":
-                return transformers.BitsAndBytesConfig(
-                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-                )
-            return _torchao_config(name, device)
-    except ImportError as error:
-        raise BaseModelError(
-            f"quantization {name!r} needs {package}: {error}", remedy=f"pip install {package}"
-        ) from error
+        __import__(package)
+        if name == "nf4":
+            return transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        return _torchao_config(name, device)
 
 
 def config_name(config: str | QuantizationConfigMixin, device: torch.device) -> str:
@@ -183,13 +174,9 @@ def quantization_of(
     if method not in QUANTIZATIONS.values():
         raise _unsupported(label, f"by {method}")
     try:
-        with quiet():
+        with _needs(method, label), quiet():
             __import__(method)
             name = config_name(AutoQuantizationConfig.from_dict(dict(stored)), device)
-    except ImportError as error:
-        raise BaseModelError(
-            f"{label} is stored quantized by {method}: {error}", remedy=f"pip install {method}"
-        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # a config of another release of the package
         raise _unsupported(label, f"by {method}, with settings that cannot be read: {error}") from error
     if requested not in (None, name):
@@ -198,6 +185,10 @@ def quantization_of(
             remedy="leave quantization_config (--quantization) out, or quantize the original checkpoint",
         )
     return name
+
+
+def _needs(package: str, what: str) -> contextlib.AbstractContextManager[None]:
+    return reraised(BaseModelError, f"{what} needs {package}", f"pip install {package}", ImportError)
 
 
 def _unsupported(label: str, how: str) -> BaseModelError:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sigmix.errors import DataError
+from sigmix.errors import DataError, reraised
 from sigmix.tasks.base import Score
 from sigmix.utils.images import Picture
 from sigmix.utils.io import read_text
@@ -54,10 +54,8 @@ def local_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
+        with reraised(DataError, f"{where}: not JSON", "write one JSON object a line", (ValueError, RecursionError)):
             data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error}", remedy="write one JSON object a line") from error
         if not isinstance(data, dict):
             raise DataError(
                 f"{where}: expected a JSON object, not a {type(data).__name__}", remedy="write one JSON object a line"
@@ -82,12 +80,8 @@ def hub_rows(
     datasets = optional("datasets", f"'sigmix[tasks]', or {remedy}", f"{hub_id}, which is on the hub,", DataError)
     rows = []
     for config in configs:
-        try:
+        with reraised(DataError, f"cannot load {hub_id} ({split}) from the Hugging Face hub", remedy):
             table = datasets.load_dataset(hub_id, config, split=split)
-        except Exception as error:  # the library raises its own, the hub's, requests' and OS errors
-            raise DataError(
-                f"cannot load {hub_id} ({split}) from the Hugging Face hub: {str(error)[:200]}", remedy=remedy
-            ) from error
         where = f"{hub_id}/{config or 'default'}/{split} row"
         if image is None:
             rows += [Row(dict(data), f"{where} {number}") for number, data in enumerate(table)]

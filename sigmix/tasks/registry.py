@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from sigmix.errors import ConfigError, SigmixError, TaskError, UnknownNameError
+from sigmix.errors import ConfigError, TaskError, UnknownNameError, reraised
 from sigmix.tasks.base import Task
 
 Factory = Callable[..., Task]
@@ -144,10 +144,8 @@ def _factory(name: str) -> tuple[Factory, dict[str, Any]]:
     points = _entry_points()
     if name not in points:
         raise UnknownNameError("task", name, task_names())
-    try:
+    with reraised(TaskError, f"plug-in task {name} ({points[name].value}) does not load"):
         return points[name].load(), {}
-    except Exception as error:
-        raise TaskError(f"plug-in task {name} ({points[name].value}) does not load: {error}") from error
 
 
 def _built_ins() -> dict[str, Factory]:
@@ -178,11 +176,8 @@ def _from_file(path: Path, name: str) -> Factory:
     with _lock:
         before, _target = _target, registered
         try:
-            module_spec.loader.exec_module(module)
-        except SigmixError:
-            raise
-        except Exception as error:
-            raise TaskError(f"task file {path} does not load: {type(error).__name__}: {error}") from error
+            with reraised(TaskError, f"task file {path} does not load"):
+                module_spec.loader.exec_module(module)
         finally:
             _target = before
     classes = {

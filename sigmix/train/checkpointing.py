@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from sigmix.errors import ConfigError, OutputError
+from sigmix.errors import ConfigError, OutputError, reraised
 from sigmix.train.config import TrainConfig
 from sigmix.utils.io import atomic_dir, file_lock, read_json, restore_interrupted, write_json, write_text, writing
 
@@ -82,10 +82,8 @@ class RunDir:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Load the checkpoint's tensors; raise `ConfigError` if the file is damaged."""
         path = self.checkpoint / "state.safetensors"
-        try:
+        with reraised(ConfigError, f"the checkpoint {path} is damaged", NEW_RUN, (SafetensorError, OSError)):
             return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"the checkpoint {path} is damaged: {error}", remedy=NEW_RUN) from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line of metrics; values that are not finite become null."""

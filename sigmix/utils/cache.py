@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sigmix.errors import CacheError, OutputError, UnknownNameError
+from sigmix.errors import CacheError, OutputError, UnknownNameError, reraised
 from sigmix.utils.io import file_lock, remove, sha256_file, write_json, writing
 
 MANIFEST = "sigmix-cache.json"
@@ -63,11 +63,9 @@ def write_manifest(folder: Path, source: dict[str, str]) -> None:
 def verify(folder: Path) -> None:
     """Compare the files of a cached folder with its manifest (0.3 s for 270 MB); `CacheError` names a damaged one."""
     remedy = "sigmix cache clear models"
-    try:
+    with reraised(CacheError, f"the cached model {folder} has no readable {MANIFEST}", remedy):
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): str(entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"the cached model {folder} has no readable {MANIFEST}", remedy=remedy) from error
     for name, digest in expected.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise CacheError(f"the cached file {folder / name} is missing or damaged", remedy=remedy)

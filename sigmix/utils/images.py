@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sigmix.errors import DataError
+from sigmix.errors import DataError, reraised
 from sigmix.utils.optional import optional
 
 
@@ -36,12 +36,9 @@ class Picture:
         content = _bytes(self.source, self.name)
         if hashlib.sha256(content).hexdigest() != self.digest:
             raise DataError(f"the image {self.name} changed while it was in use", remedy="start again")
-        try:
+        # each format has its own errors, and a bomb guard another
+        with reraised(DataError, f"{self.name} cannot be read as an image", "give a PNG or JPEG file"):
             return image_type.open(io.BytesIO(content)).convert("RGB")
-        except Exception as error:  # each format has its own errors, and a bomb guard another
-            raise DataError(
-                f"{self.name} cannot be read as an image: {error}", remedy="give a PNG or JPEG file"
-            ) from error
 
 
 Shown = Picture | str | os.PathLike | bytes | Any
@@ -81,7 +78,5 @@ def _bytes(source: Path | bytes | Callable[[], bytes], name: str) -> bytes:
         return source
     if callable(source):
         return source()
-    try:
+    with reraised(DataError, f"cannot read the image {name}", "check the path", OSError):
         return source.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the image {name}: {error.strerror or error}", remedy="check the path") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sigmix.errors import BaseModelError, ConfigError, UnknownNameError
+from sigmix.errors import BaseModelError, ConfigError, UnknownNameError, reraised
 from sigmix.utils.io import write_json
 
 SINGLE = "model.safetensors"
@@ -89,11 +89,9 @@ class Shards:
         from safetensors import SafetensorError, safe_open
 
         file = self.entry(name).file
-        try:
-            with safe_open(file, "pt") as opened:
-                return opened.get_tensor(name).clone()  # the mapping ends with the block
-        except (SafetensorError, OSError) as error:
-            raise BaseModelError(f"cannot read {name} from {file}: {error}", remedy=AGAIN) from error
+        damage = reraised(BaseModelError, f"cannot read {name} from {file}", AGAIN, (SafetensorError, OSError))
+        with damage, safe_open(file, "pt") as opened:
+            return opened.get_tensor(name).clone()  # the mapping ends with the block
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -108,12 +106,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         raise BaseModelError(f"{folder} has neither {SINGLE} nor {INDEX}", remedy="give a model's folder")
-    try:
+    with reraised(BaseModelError, f"cannot read {path}", AGAIN):
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         # a name with a folder in it would read files elsewhere
         valid = bool(index) and all(Path(file).name == file for file in index.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"cannot read {path}: {error}", remedy=AGAIN) from error
     if not valid:
         raise BaseModelError(f"{path} has no valid weight_map", remedy=AGAIN)
     return index
@@ -122,13 +118,11 @@ def _read_index(folder: Path) -> dict[str, str]:
 def _read_header(file: Path) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
-    try:
+    with reraised(BaseModelError, f"cannot read {file}", AGAIN, (SafetensorError, OSError, ValueError)):
         with safe_open(file, "pt"):  # checks the header against the file's size
             pass
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BaseModelError(f"cannot read {file}: {error}", remedy=AGAIN) from error
     header.pop("__metadata__", None)
     return {
         name: Entry(file, tuple(one["shape"]), one["dtype"], one["data_offsets"][1] - one["data_offsets"][0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -169,7 +171,7 @@ def test_greedy_is_the_argmax_of_its_own_logits(both):
 
 
 def test_without_llama_cpp_it_is_said(both, monkeypatch):
-    monkeypatch.setattr(llamacpp, "llama_cpp_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ConfigError, match="pip install llama-cpp-python"):
         LlamaCpp(both[0], 32)
 
