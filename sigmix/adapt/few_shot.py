@@ -322,7 +322,7 @@ class FewShotSearch:
                     {
                         "round": len(self.trace), "best": searcher.best_value[0],
                         "best_loglik": searcher.best_value[1],
-                        "mean": sum(value[0] for value in values) / len(values), "spread": searcher.spread,
+                        "mean": sum(value[0] for value in values) / len(values),
                         "seconds": round(time.perf_counter() - started, 3),
                     }
                 )  # fmt: skip

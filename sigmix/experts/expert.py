@@ -143,12 +143,6 @@ class Expert:
         """Hex SHA-256 over positions, paths and z."""
         return digest_of(self.z, self.positions)
 
-    def gain(self, path: str) -> torch.Tensor:
-        """Return z - 1 of one matrix, float32 [r]; `UnknownNameError` for a matrix that is not adapted."""
-        if path not in self.z:
-            raise UnknownNameError("matrix", path, self.z)
-        return self.z[path] - 1
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Expert):
             return NotImplemented

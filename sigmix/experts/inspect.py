@@ -150,7 +150,7 @@ def _gains(a: Expert, b: Expert, path: str) -> tuple[Tensor, Tensor]:
             remedy="compare experts of the same base",
         )
     size = sizes.pop()
-    left, right = (e.gain(path).double() if path in e.z else torch.zeros(size).double() for e in (a, b))
+    left, right = ((e.z[path] - 1).double() if path in e.z else torch.zeros(size).double() for e in (a, b))
     return left, right
 
 

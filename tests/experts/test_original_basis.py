@@ -46,7 +46,7 @@ def defined(folder, quantised, expert):
         if path not in expert.z:
             continue
         factors, weight = cached_decompose(matrix_of(layer)), matrix_of(held[path]).double()
-        basis, gain = factors.short.double(), expert.gain(path).double()
+        basis, gain = factors.short.double(), (expert.z[path] - 1).double()
         turned = (basis * gain) @ basis.T
         layer.weight.data = weight + (weight @ turned if factors.side == "in" else turned @ weight)
     return model(IDS).logits
