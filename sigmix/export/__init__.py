@@ -7,11 +7,3 @@
 Tensors are read, composed and written one at a time; only `verify`, and the fingerprint of checkpoints that loading
 fuses (`Checkpoint.complete`), load a whole model.
 """
-
-from sigmix.export.base import BaseCheckpoint
-from sigmix.export.gguf import export_gguf
-from sigmix.export.lora import export_lora
-from sigmix.export.low_rank import LowRank
-from sigmix.export.merged import export_merged
-
-__all__ = ["BaseCheckpoint", "LowRank", "export_gguf", "export_lora", "export_merged"]

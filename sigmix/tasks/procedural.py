@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from sigmix.errors import ConfigError, DataError, UnknownNameError
+from sigmix.errors import ConfigError, DataError, UnknownNameError, reraised
 from sigmix.tasks.base import ProceduralTask, Sample, Score, content_id
 from sigmix.tasks.graders import final_part, normalise, strict_number
 from sigmix.utils.optional import optional
@@ -231,15 +231,11 @@ class ReasoningGymTask(ProceduralTask):
         self.description = paragraph.split(". ")[0] or f"reasoning-gym's {dataset}."
 
     def _build(self, seed: int) -> Any:
-        try:
+        with reraised(ConfigError, f"rg:{self._dataset} refuses its options {self._options}"):
             config = self._config(**self._options, seed=seed)
             if hasattr(config, "validate"):
                 config.validate()
             return self._class(config)
-        except (AssertionError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise ConfigError(
-                f"rg:{self._dataset} refuses its options {self._options}: {error or type(error).__name__}"
-            ) from error
 
     @functools.cached_property
     def max_new_tokens(self) -> int:  # type: ignore[override]

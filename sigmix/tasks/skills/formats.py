@@ -6,20 +6,11 @@ import functools
 import json
 import random
 
-from sigmix.tasks.base import Score
-from sigmix.tasks.graders import exact, exact_lines, form, json_only
+from sigmix.tasks.graders import exact, exact_lines, json_only
 from sigmix.tasks.skills.base import Item, skill
 from sigmix.tasks.skills.words import CITIES, MONTHS, NAMES, OBJECTS
 
 formats = functools.partial(skill, domain="format")
-
-
-def exact_row(reply: str, gold: str) -> Score:
-    """Return 1 if the stripped reply is gold, character for character."""
-    row = reply.strip()
-    if form(row) != form(gold):
-        return Score(0.0, None, f"not of the form of {gold!r}")
-    return Score.of(row == gold, row, f"expected {gold!r}")
 
 
 def _person(rng: random.Random) -> tuple[str, int, str, str]:
@@ -44,7 +35,7 @@ def json_record(rng: random.Random) -> Item:
 
 @formats(
     "csv-row",
-    grader=exact_row,
+    grader=exact_lines,
     max_new_tokens=16,
     description="Give a person's name, age and city as one line of comma-separated values.",
 )
