@@ -34,7 +34,7 @@ class Bank(Mapping[str, Expert]):
     def __init__(self, folder: str | os.PathLike[str], create: bool = False) -> None:
         if not create and hub.is_repo_id(folder):
             text = os.fspath(folder)
-            folder = hub.download_bank(text if hub.is_collection(text) else [text])
+            folder = hub.download_bank(text if hub.COLLECTION.fullmatch(text) else [text])
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir() and (self.folder.exists() or not create):
             problem = "is a file, not a folder" if self.folder.exists() else "does not exist"

@@ -50,11 +50,6 @@ def is_repo_id(path: object) -> bool:
     return isinstance(path, str) and bool(REPO_ID.fullmatch(path)) and not Path(path).expanduser().exists()
 
 
-def is_collection(path: object) -> bool:
-    """Return whether ``path`` has the form of a collection slug and is not an existing path."""
-    return is_repo_id(path) and bool(COLLECTION.fullmatch(str(path)))
-
-
 def check_repo_id(repo_id: object) -> None:
     """Raise `ConfigError` unless ``repo_id`` has the form "user/name"."""
     if not isinstance(repo_id, str) or not REPO_ID.fullmatch(repo_id):

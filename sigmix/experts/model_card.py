@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigmix.experts.metadata import thaw
@@ -34,30 +35,6 @@ LICENSES = frozenset("""
 """.split())
 """License ids of the hub; anything else becomes "other" with ``license_name``."""
 
-CARD = """\
----
-{header}
----
-
-# {title}
-
-{description}
-
-It holds one factor per singular value of {count} weight matrices ({numbers:,} numbers) of `{base}` and changes nothing
-else: W' = U diag(s z) Vᵀ. {fits}{default}
-
-{facts}{metrics}## Use
-
-```python
-from sigmix import Bank, Engine, Mix, load_base
-
-model, tokenizer = load_base("{base}")
-engine = Engine(model, tokenizer, bank=Bank("{bank}"))
-engine.generate(["…"], mix=Mix.parse("{name}"))
-```
-
-It is also a PEFT adapter: after `import sigmix`, `PeftModel.from_pretrained(base, {folder})` loads it.
-"""
 POSITIONS = {"all": "all tokens", "prompt": "the tokens of the prompt; the base decodes the answer"}
 """Descriptions of `SVFConfig.positions`."""
 FROM_FILE = f"""
@@ -85,7 +62,8 @@ def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo_id: 
         facts["Carried from"] = f"{without_path(str(carried.get('base')))} ({basis})"
     lines = [f"- {key}: {line(value)}" for key, value in facts.items() if value not in (None, "", {}, ())]
     fingerprint = base.get("fingerprint")
-    return CARD.format(
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return template.format(
         header=_header(name, base.get("name"), meta, metrics),
         title=line(name),
         name=name,

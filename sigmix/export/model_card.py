@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import sigmix
@@ -21,58 +22,6 @@ CACHE_NOTE = (
     '"cache_prompt": false with every request, or start it with --no-cache-prompt'
 )
 """Warning in files and model cards; see https://github.com/ggml-org/llama.cpp/issues/26207."""
-
-MERGED = """\
----
-{header}
----
-
-# {base} under the mix {mix}
-
-A full checkpoint for transformers: the experts below are merged into the weights, W' = U diag(s z) Vᵀ with
-z = 1 + Σ α (z_k - 1). Weights are stored in {dtype}.
-
-{facts}{from_file}
-```python
-from transformers import {auto}, {reader}
-
-model = {auto}.from_pretrained("this folder", dtype="auto")
-{what} = {reader}.from_pretrained("this folder")
-```
-"""
-
-ADAPTER = """\
----
-{header}
----
-
-# LoRA of the mix {mix} on {base}
-
-The weight change of the experts below, ΔW = U diag(s (z - 1)) Vᵀ with z = 1 + Σ α (z_k - 1), as a product B A.
-{exact} lora_alpha equals the rank everywhere, so the scale is 1.
-
-{facts}{default}
-{use}"""
-
-EACH = """\
----
-{header}
----
-
-# GGUF adapters of the mix {mix} on {base}
-
-One LoRA for llama.cpp per expert, ΔW = U diag(s (z - 1)) Vᵀ as a product B A. The scales of a request are the weights
-of the mixture.
-
-{facts}
-```bash
-llama-server -m BASE.gguf {loras} --lora-init-without-apply --no-cache-prompt
-curl localhost:8080/v1/chat/completions -H 'content-type: application/json' -d '{request}'
-```
-
-{note}. The cached keys and values depend on the scales, so an answer would mix two mixtures. Faster, and as
-safe: a slot (`id_slot`) or a server for each mixture.
-"""
 
 FOLDER_OF_DEFAULT = """ Print the folder of the former with
 `python -c "from sigmix.models.loading import locate; print(locate()[1])"`.
@@ -95,7 +44,7 @@ def merged_card(about: Mapping[str, Any], vision: bool = False) -> str:
     # the weights are modified weights of the base, so the base's license applies
     top = header(base, "finetune", "transformers", _tags(about), about["base"].get("license"), pipeline_tag=task)
     reader, what = ("AutoProcessor", "processor") if vision else ("AutoTokenizer", "tokenizer")
-    return MERGED.format(
+    return _template("merged").format(
         header=top, base=base, mix=about["mix"], dtype=about["dtype"], facts=_facts(about), auto=_auto(vision),
         from_file=FROM_FILE + "\n" if base == DEFAULT else "", reader=reader, what=what,
     )  # fmt: skip
@@ -114,7 +63,7 @@ def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
     licenses = {str(expert.get("license") or "").strip().lower() for expert in about["experts"].values()}
     license_ = licenses.pop() if len(licenses) == 1 else None
     loads = base if base != DEFAULT and on_hub(base) else "the base's folder"
-    return ADAPTER.format(
+    return _template("lora").format(
         header=header(base, "adapter", "peft", _tags(about), license_), mix=about["mix"], base=base, exact=exact,
         facts=_facts(about), default=FROM_FILE + FOLDER_OF_DEFAULT if base == DEFAULT else "",
         use=PEFT_USE.format(base=loads, auto=_auto(vision)),
@@ -129,12 +78,16 @@ def gguf_card(mix: str, files: Mapping[str, float], abouts: Sequence[Mapping[str
     base = abouts[0]["base"]["name"]
     scales = [{"id": number, "scale": scale} for number, scale in enumerate(files.values())]
     messages = [{"role": "user", "content": "What is 17 + 25?"}]
-    return EACH.format(
+    return _template("gguf").format(
         header=header(base, "adapter", "gguf", _tags(abouts[0]), None), mix=mix, base=base,
         facts=_facts({**abouts[0], "mix": mix, "experts": {k: v for one in abouts for k, v in one["experts"].items()}}),
         loras=" ".join(f"--lora {name}" for name in files), note=CACHE_NOTE,
         request=json.dumps({"messages": messages, "cache_prompt": False, "lora": scales}),
     )  # fmt: skip
+
+
+def _template(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.md").read_text(encoding="utf-8")
 
 
 def _auto(vision: bool) -> str:

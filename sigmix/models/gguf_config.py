@@ -282,7 +282,7 @@ def _rope(header: Header, kind: str, head_dim: int, tensors: Mapping[str, np.nda
         rope["partial_rotary_factor"] = dimensions / head_dim
     elif dimensions != head_dim:
         raise unsupported(header.prefix + "rope.dimension_count", dimensions)
-    factors = {name: _numbers(tensors[name]) for name in ROPE_TENSORS if name in tensors}
+    factors = {name: tensors[name].reshape(-1).astype(float).tolist() for name in ROPE_TENSORS if name in tensors}
     for name, numbers in factors.items():
         if len(numbers) != dimensions // 2:
             raise unsupported(f"the tensor {name} with {len(numbers)} factors for", f"{dimensions} dimensions")
@@ -312,10 +312,6 @@ def _rope(header: Header, kind: str, head_dim: int, tensors: Mapping[str, np.nda
     if attention != 1.0:
         raise unsupported(header.prefix + "rope.scaling.attn_factor", attention)
     return rope
-
-
-def _numbers(tensor: np.ndarray) -> list[float]:
-    return [float(number) for number in tensor.reshape(-1)]
 
 
 def _frequencies(factors: list[float], theta: float, length: int) -> dict[str, Any]:
