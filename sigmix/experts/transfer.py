@@ -98,23 +98,18 @@ def map_paths(paths: Iterable[str], model: nn.Module, owner: str = "the expert")
 
     `ExpertError` if the backbone lacks a matrix.
     """
-    sources = list(paths)
     inner = backbone(bare(model))
     root = base_path(inner[0]) + "." if inner is not None else ""
-    targets = [path for path in linears(model) if path.startswith(root)]
-    # layers are model.layers in a text model and layers in a backbone: try all combinations of prefixes
-    heads = ["", *_prefixes([path.removeprefix(root) for path in targets])]
-    cuts = ["", *_prefixes(sources)]
-    maps = [{path: f"{root}{head}{path.removeprefix(cut)}" for path in sources} for cut in cuts for head in heads]
-    best = max(maps, key=lambda candidate: len(set(candidate.values()) & set(targets)))
-    if missing := [path for path, target in best.items() if target not in targets]:
+    targets = {_from_layers(path): path for path in linears(model) if path.startswith(root)}
+    sources = list(paths)
+    if missing := [path for path in sources if _from_layers(path) not in targets]:
         where = f"the model's language backbone, {root[:-1]}," if root else "the model"
         raise ExpertError(
             f"expert {owner!r} adapts {missing[0]}, but {where} has no such matrix; {len(missing)} of {len(sources)} "
             "are missing",
             remedy="choose a model whose language backbone is of the same architecture",
         )
-    return best
+    return {path: targets[_from_layers(path)] for path in sources}
 
 
 def compare(
@@ -150,12 +145,11 @@ def _distance(old: torch.Tensor, new: torch.Tensor) -> float:
     return float((first - second).norm()) / scale if scale else 0.0
 
 
-def _prefixes(paths: list[str]) -> list[str]:
-    """Return the common prefixes of all paths before the first number, such as ``model.`` and ``model.layers.``."""
-    parts = paths[0].split(".") if paths else []
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    prefixes = [".".join(parts[:count]) + "." for count in range(1, number + 1)]
-    return [prefix for prefix in prefixes if all(path.startswith(prefix) for path in paths)]
+def _from_layers(path: str) -> str:
+    """Return a path from its list of layers on, such as ``layers.0.mlp.up_proj``, or its last part."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[max(number - 1, 0) :])
 
 
 def _difference(expert: Expert, model: nn.Module, comparison: Comparison | None) -> str:
