@@ -25,14 +25,9 @@ from sigmix.errors import ConfigError, reraised
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
-BASE = Mix.base().id
-"""Arm of the base model."""
-
-PRIOR = 4.0
-"""Weight of the prior, in observations."""
-
-EXPLORE = 0.3
-"""Exploration weight α of the upper confidence bound; rewards are in [-1, 1]."""
+BASE = Mix.base().id  # arm of the base model
+PRIOR = 4.0  # weight of the prior, in observations
+EXPLORE = 0.3  # exploration weight α of the upper confidence bound; rewards are in [-1, 1]
 
 
 class LinUCB:

@@ -12,11 +12,8 @@ from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
-OTHER = "other"
-"""Label of requests outside every expert's domain; its mixture is the base model."""
-
-DISPATCH = "dispatch"
-"""Domain of classification experts (strategy B), which are never chosen themselves."""
+OTHER = "other"  # label of requests outside every expert's domain; its mixture is the base model
+DISPATCH = "dispatch"  # domain of classification experts (strategy B), which are never chosen themselves
 
 
 @dataclass(frozen=True)

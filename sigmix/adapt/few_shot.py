@@ -36,9 +36,7 @@ SETTINGS: dict[str, dict[str, int]] = {
 }
 
 GRANULARITIES = ("model", "layer", "matrix")
-
-REACH = 2.0
-"""Bound of a particle's gain in `ZSpace`, in multiples of the largest gain of any expert."""
+REACH = 2.0  # bound of a particle's gain in `ZSpace`, in multiples of the largest gain of any expert
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ class Example:
     system: str | None = None
 
 
-Score = Callable[[Example, str], float]
-"""(example, reply) -> score in [0, 1]."""
+Score = Callable[[Example, str], float]  # (example, reply) -> score in [0, 1]
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,8 @@ from sigmix.utils.io import atomic_file
 FILE = "probe.safetensors"
 FORMAT = "sigmix-probe-1"
 REMEDY = "fit one: sigmix adapt --fit-probe --bank FOLDER"
-
-SLACK = 0.01
-"""Validation accuracy given up for a shallower, cheaper layer."""
-
-STRENGTHS = (0.01, 0.1, 1.0)
-"""Values of the regression's C that are tried."""
+SLACK = 0.01  # validation accuracy given up for a shallower, cheaper layer
+STRENGTHS = (0.01, 0.1, 1.0)  # values of the regression's C that are tried
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.scoring import next_logits
 from sigmix.experts.mix import Mix
 
-NEUTRAL = ("", "N/A", "…")
-"""Requests without content, for contextual calibration (Zhao et al. 2021, arXiv 2102.09690)."""
+NEUTRAL = ("", "N/A", "…")  # requests without content, for contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
 
 
 def question(kinds: Sequence[Label], request: str) -> str:

@@ -20,8 +20,7 @@ import numpy as np
 from sigmix.errors import ConfigError
 from sigmix.utils.optional import optional
 
-Value = Any
-"""Anything with an order: a float, or a tuple of floats."""
+Value = Any  # anything with an order: a float, or a tuple of floats
 
 
 class Searcher(ABC):
@@ -142,8 +141,7 @@ class Swarm(Searcher):
         coefficients: φ_v, φ_p, φ_g, φ_w. step: λ.
     """
 
-    SHRINK = 0.97
-    """Factor of λ per round."""
+    SHRINK = 0.97  # factor of λ per round
 
     def __init__(self, *args: Any, noise: float = 0.05, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -32,11 +32,8 @@ FOREIGN = ("transitive", "odd-even", "longest-word", "reverse-words")
 """Tasks that are "other" in a probe's validation only: on kinds of requests that its training lacks, a probe errs, so
 that depth, temperature and threshold are chosen meaningfully. None of them is in the test."""
 
-UNSEEN = ("syllogism", "boolean")
-"""Tasks that are "other" in the test only."""
-
-CODE = "code"
-"""Domain that is in the test only: requests for programs (`code_requests`)."""
+UNSEEN = ("syllogism", "boolean")  # tasks that are "other" in the test only
+CODE = "code"  # domain that is in the test only: requests for programs (`code_requests`)
 
 
 def requests(

@@ -12,11 +12,8 @@ from scipy.stats import binomtest
 from sigmix.errors import ConfigError, DataError
 from sigmix.tasks.base import Sample, Task
 
-MAX_SCORINGS, MAX_COSTLY_SCORINGS = 20_000, 100
-"""Limits of `best_constant`; a costly task runs a program per scoring."""
-
-TAILS = (0.025, 0.975)
-"""Quantiles of a 95 % interval."""
+MAX_SCORINGS, MAX_COSTLY_SCORINGS = 20_000, 100  # limits of `best_constant`; a costly task runs a program per scoring
+TAILS = (0.025, 0.975)  # quantiles of a 95 % interval
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

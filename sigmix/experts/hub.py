@@ -29,8 +29,7 @@ from sigmix.utils.io import atomic_dir, file_lock, read_json, read_json_object, 
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 FILES = (CONFIG, WEIGHTS, META, CARD)
-RECORD = ".sigmix-hub.json"
-"""Written by `download_bank`: {"source", "experts": {name: {"repo", "revision"}}}."""
+RECORD = ".sigmix-hub.json"  # written by `download_bank`: {"source", "experts": {name: {"repo", "revision"}}}
 
 
 class Snapshot(NamedTuple):

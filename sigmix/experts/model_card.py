@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE_OF_DEFAULT = "apache-2.0"
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
-"""A hub id "user/name"."""
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)  # a hub id "user/name"
 LICENSES = frozenset("""
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5

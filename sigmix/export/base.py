@@ -53,8 +53,7 @@ class BaseCheckpoint(Checkpoint):
 
     def __init__(self, base: str | Path = DEFAULT, dtype: str | None = None) -> None:
         super().__init__(base, dtype)
-        self.known_fingerprint: str | None = None
-        """`fingerprint`, once it was computed."""
+        self.known_fingerprint: str | None = None  # `fingerprint`, once it was computed
 
     @property
     def dtype_name(self) -> str:

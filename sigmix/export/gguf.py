@@ -30,8 +30,7 @@ ARCHITECTURES = {
 """{transformers' model_type: llama.cpp's architecture}. Before adding one, check which matrices llama.cpp's converter
 permutes: B needs the same permutation, and nothing would fail without it."""
 
-PERMUTED = ("LLAMA",)
-"""Architectures with interleaved rows of q and k in llama.cpp."""
+PERMUTED = ("LLAMA",)  # architectures with interleaved rows of q and k in llama.cpp
 
 
 def export_gguf(

@@ -34,9 +34,7 @@ from sigmix.svf.tuner import target_layers
 from sigmix.utils.logging import quiet
 from sigmix.utils.optional import optional
 
-KL_LIMIT = 1e-3
-"""KL in nats: above what another order of rounding causes on unquantized bases."""
-
+KL_LIMIT = 1e-3  # KL in nats: above what another order of rounding causes on unquantized bases
 NO_VERIFY = "the export is written; skip this check with --no-verify"
 
 PROMPTS = (

@@ -28,12 +28,9 @@ from sigmix.models import weights
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import read_json_object, write_json
 
-FORMAT = 1
-"""Part of the file's key: raise it when `weight_digest` or `load_base` change what is hashed."""
+FORMAT = 1  # part of the file's key: raise it when `weight_digest` or `load_base` change what is hashed
 SAMPLES = 64
-
-MIN_BYTES = 64 << 20
-"""Checkpoints below this size are hashed in every process, which is faster than it is worth a file."""
+MIN_BYTES = 64 << 20  # checkpoints below this size are hashed in every process, which is faster than it is worth a file
 
 
 class _Entry(NamedTuple):

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig
 
-FORMAT = 2
-"""Part of the cache's key: raise it when a file would be converted otherwise than before."""
-
+FORMAT = 2  # part of the cache's key: raise it when a file would be converted otherwise than before
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 """Name of a part of a split model, as llama.cpp's gguf-split writes it."""
 

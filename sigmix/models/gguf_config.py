@@ -97,9 +97,7 @@ GPT2_SPLITS = (
 ALIASES = {"stablelm2": "qwen2", "hunyuan": "qwen2", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
 """Other names of splits that transformers has."""
 
-PARTIAL = ("phi3", "stablelm", "nemotron")
-"""Model types that rotate a part of each head."""
-
+PARTIAL = ("phi3", "stablelm", "nemotron")  # model types that rotate a part of each head
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

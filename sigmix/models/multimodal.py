@@ -30,10 +30,7 @@ from sigmix.utils.lru import LRUCache
 PROCESSOR = "sigmix_processor"
 
 TESTED = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
-
-BUDGET = 1 << 30
-"""Bytes of image vectors kept for a model: some 200 images of LLaVA-1.5-7B in bfloat16."""
-
+BUDGET = 1 << 30  # bytes of image vectors kept for a model: some 200 images of LLaVA-1.5-7B in bfloat16
 PLACE_BITS, KEY_BITS = 16, 46
 """Bits of a negative id: the position within the image, and the hash of image and processor."""
 

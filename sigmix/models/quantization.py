@@ -35,8 +35,7 @@ QUANTIZATIONS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 PACKED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of tensor names of quantized checkpoints."""
 
-GROUP_SIZE = 32
-"""Weights of a row that share a scale under int4; divides every width that is a multiple of 32."""
+GROUP_SIZE = 32  # weights of a row that share a scale under int4; divides every width that is a multiple of 32
 
 
 def load_weights(

@@ -20,9 +20,7 @@ from sigmix.utils.images import Picture
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-
-GARBAGE = ("", "  \n", "?!", "qx zzv kjw", "I don't know.", "\x00\ufffd{[(")
-"""Replies that score 0 in every task."""
+GARBAGE = ("", "  \n", "?!", "qx zzv kjw", "I don't know.", "\x00\ufffd{[(")  # replies that score 0 in every task
 
 
 def content_id(prompt: str, system: str | None = None, images: Sequence[Picture] = ()) -> str:

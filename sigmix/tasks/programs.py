@@ -19,8 +19,7 @@ from sigmix.tasks.registry import register
 from sigmix.tasks.sandbox import run_tests
 
 FENCE = "```python\n{}\n```"
-MAX_ENDS = 8
-"""Fences that are tried as the end of a block."""
+MAX_ENDS = 8  # fences that are tried as the end of a block
 PYTHON = ("python", "py", "python3", "")
 _FENCE = re.compile(
     r"(?P<indent>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)"  # a block may be in a list or a quotation

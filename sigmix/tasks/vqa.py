@@ -17,9 +17,7 @@ from sigmix.tasks.registry import register
 from sigmix.utils.images import Picture, picture
 
 ASK = "Answer the question using a single word or phrase."
-
-FORM_WORDS = 5
-"""A reply with more words than this and than the longest accepted answer has no answer."""
+FORM_WORDS = 5  # a reply with more words than this and than the longest accepted answer has no answer
 
 
 class ImageQuestionTask(BenchmarkTask):

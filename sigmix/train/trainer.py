@@ -39,12 +39,8 @@ from sigmix.train.policy import Policy, SVFPolicy
 from sigmix.train.rollout import Actor, PromptStream
 
 Checkpoint: TypeAlias = tuple[dict[str, Any], dict[str, torch.Tensor]]
-
-SAVE_SECONDS = 60.0
-"""A checkpoint is written at every validation, and after a step if the last one is older than this."""
-
-COLLAPSE_STEPS = 5
-"""Steps in a row with nearly constant completions after which the run is stopped as collapsed."""
+SAVE_SECONDS = 60.0  # a checkpoint is written at every validation, and after a step if the last one is older than this
+COLLAPSE_STEPS = 5  # steps in a row with nearly constant completions after which the run is stopped as collapsed
 
 
 class Trainer:

@@ -24,8 +24,7 @@ MANIFEST = "sigmix-cache.json"
 SCHEMA = 1
 KINDS = ("models", "svd", "downloads", "banks", "vllm", "compiled")
 FOLDERS = ("models", "banks", "vllm")
-STALE = 3600.0
-"""Seconds after which a temporary file has no live writer."""
+STALE = 3600.0  # seconds after which a temporary file has no live writer
 
 
 def cache_dir() -> Path:

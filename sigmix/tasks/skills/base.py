@@ -25,9 +25,7 @@ from sigmix.tasks.registry import register
 
 ONE_WORD = "Answer with one word."
 NUMBER_ONLY = "Answer with the number only."
-
-Grader = Callable[..., Score]
-"""``grader(reply, gold, **extra)``."""
+Grader = Callable[..., Score]  # ``grader(reply, gold, **extra)``
 
 
 @dataclass
