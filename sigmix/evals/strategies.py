@@ -63,9 +63,7 @@ def run_strategies(
     if each_expert:
         results[ORACLE] = _oracle([results[name] for name in ("base", *experts)])
         paired = compare(results[ORACLE], results["base"], seed)
-        entries.append(
-            {"strategy": ORACLE, **results[ORACLE].summary(), "chosen": {}, "bound": True, "paired": paired}
-        )
+        entries.append({"strategy": ORACLE, **results[ORACLE].summary(), "chosen": {}, "bound": True, "paired": paired})
     return figures_of(engine, task, samples, entries, split=split, seed=seed, max_new_tokens=limit), results
 
 

@@ -137,18 +137,14 @@ def sketch(
     return sketch_of(path, first, (weight.shape[0], weight.shape[1]), factors, z)
 
 
-def left_probes(
-    path: str, weight: torch.Tensor, factors: Factors, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
+def left_probes(path: str, weight: torch.Tensor, factors: Factors, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Return qᵀ W V [8, r] if the short side is V, pᵀ Wᵀ U [8, r] if it is U: all a sketch needs of W."""
     left, right = (probe.to(dtype) for probe in probes(path, weight.shape[0], weight.shape[1]))
     values, basis = weight.detach().to(dtype).cpu(), factors.short.to(dtype).cpu()
     return ((left @ values) if factors.side == "in" else (right @ values.T)) @ basis
 
 
-def sketch_of(
-    path: str, first: torch.Tensor, shape: tuple[int, int], factors: Factors, z: torch.Tensor
-) -> Sketch:
+def sketch_of(path: str, first: torch.Tensor, shape: tuple[int, int], factors: Factors, z: torch.Tensor) -> Sketch:
     """Return the sketch of z [r] from the `left_probes` of a weight of this shape, without the weight."""
     left, right = probes(path, *shape)
     dtype = first.dtype

@@ -139,9 +139,7 @@ class BaseCheckpoint(Checkpoint):
                 remedy=f"use it with sigmix (--quantization {quantization}), or train one on the base in {dtype}",
             )
         if expert.verified and (found := self.fingerprint()) != recorded["fingerprint"]:
-            error = mismatch(
-                expert.name, recorded, {"name": self.name, "dtype": self.dtype_name, "fingerprint": found}
-            )
+            error = mismatch(expert.name, recorded, {"name": self.name, "dtype": self.dtype_name, "fingerprint": found})
             if recorded.get("name") == self.name and dtype not in (None, self.dtype_name):
                 error = FingerprintError(error.message, remedy=f"read the base in that dtype: --dtype {dtype}")
             raise error

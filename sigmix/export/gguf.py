@@ -101,8 +101,7 @@ def _names(low: LowRank, architecture: str) -> dict[str, str]:
 
 
 def _permuted(low: LowRank, path: str, b: torch.Tensor, architecture: str) -> torch.Tensor:
-    """B with llama.cpp's row order: the two halves of a head, which transformers stores one after the other, alternate.
-    """
+    """B with llama.cpp's row order: the two halves of a head, one after the other in transformers, alternate."""
     part = path.rsplit(".", 1)[-1]
     if architecture not in PERMUTED or part not in ("q_proj", "k_proj"):
         return b

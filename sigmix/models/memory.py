@@ -3,7 +3,7 @@
 For an adapted matrix W (m×n, r = min(m, n)) the decomposition cache holds the square side (r×r: V if m >= n, else U)
 and s (r) in float32. The gain form keeps that side in memory beside W, the factored form keeps both sides, U (m×r) and
 V (n×r). An expert holds z (r) in float32.
-    """
+"""
 
 from __future__ import annotations
 

@@ -175,9 +175,7 @@ class MBPP(ProgramTask):
         text = row.get("text", kind=str).strip()
         prompt = f"{text}\nIt must pass this test:\n{tests[0]}\nReply with one Python code block."
         entry = _tested_function("\n".join(tests), code)
-        return Sample.make(
-            prompt, FENCE.format(code), number=number, tests="\n".join([setup, *tests]), entry=entry
-        )
+        return Sample.make(prompt, FENCE.format(code), number=number, tests="\n".join([setup, *tests]), entry=entry)
 
     def divide(self, tables: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
         divided: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}

@@ -275,9 +275,7 @@ class Learner:
             sums["tokens"] += int(mask.sum())
         return dict(sums)
 
-    def _stats(
-        self, prompts: list[list[int]], ids: Tensor, mask: Tensor, read: Prefilled | None = None
-    ) -> TokenStats:
+    def _stats(self, prompts: list[list[int]], ids: Tensor, mask: Tensor, read: Prefilled | None = None) -> TokenStats:
         model, choices = self.policy.model, self.actor.choices
         device = model.get_input_embeddings().weight.device
         ids, mask = ids.to(device), mask.to(device)

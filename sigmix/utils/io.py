@@ -167,9 +167,7 @@ def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lamb
         lock.release()
 
 
-def read_text(
-    path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None
-) -> str:
+def read_text(path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None) -> str:
     """Read a user's file in UTF-8, with or without a byte-order mark ("-" is stdin); else raise ``error``."""
     path = os.path.expanduser(path)
     try:

@@ -105,9 +105,7 @@ def smallest_of_three(rng: random.Random, digits: int = 3) -> Item:
     return _pick_item(question, numbers, low, f"{high} is smaller than {low}.")
 
 
-@comparing(
-    "sort-numbers", grader=number_list, max_new_tokens=20, description="Put three numbers in ascending order."
-)
+@comparing("sort-numbers", grader=number_list, max_new_tokens=20, description="Put three numbers in ascending order.")
 def sort_numbers(rng: random.Random, digits: int = 2) -> Item:
     numbers = _distinct(rng, 3, digits)
     ascending, descending, listed = (

@@ -19,9 +19,7 @@ def _person(rng: random.Random) -> tuple[str, int, str, str]:
     return name, age, city, f"{name} is {age} and lives in {city}."
 
 
-@formats(
-    "json-record", grader=json_only, max_new_tokens=32, description="Give a person's name, age and city as JSON."
-)
+@formats("json-record", grader=json_only, max_new_tokens=32, description="Give a person's name, age and city as JSON.")
 def json_record(rng: random.Random) -> Item:
     name, age, city, sentence = _person(rng)
     gold = json.dumps({"name": name, "age": age, "city": city})
