@@ -100,10 +100,8 @@ class BanditStore(Protocol):
 class BanditDispatch:
     """Strategy that chooses by LinUCB on the probe's probabilities and learns from feedback.
 
-    The experts of ``bank`` may change between calls; ``store`` saves the state with every reward.
-
-    Raises:
-        ConfigError: malformed saved state.
+    The experts of ``bank`` may change between calls; ``store`` saves the state with every reward. A malformed
+    saved state is a `ConfigError`.
     """
 
     name = "bandit (LinUCB on the probe)"

@@ -69,10 +69,8 @@ def skills(bank: Mapping[str, Expert]) -> list[str]:
 def labels(bank: Mapping[str, Expert]) -> list[Label]:
     """Return one label per expert, then "other".
 
-    A label's name is the expert's domain, or the expert's own name where the domain is missing, shared or "other".
-
-    Raises:
-        ConfigError: two experts with the same label.
+    A label's name is the expert's domain, or the expert's own name where the domain is missing, shared or "other". Two
+    experts with the same label are a `ConfigError`.
     """
     names = skills(bank)
     domains = Counter(bank[name].meta.get("domain") for name in names)

@@ -122,15 +122,8 @@ class AlphaSpace:
 class ZSpace:
     """Gains z - 1 over all adapted matrices of a model, [R]: every vector is a whole expert.
 
-    Args:
-        experts: {name: z, float32 [R]}, where the search starts.
-        positions: of the new experts, see `SVFConfig`.
-
-    Attributes:
-        candidates: {name: Expert} of the vectors that became a mixture.
-
-    Raises:
-        ConfigError: no experts, or all of them equal the base model.
+    The search starts from the ``experts``, {name: z, float32 [R]}; ``positions`` are those of the new ones, which
+    ``candidates`` holds by name if they became a mixture. Experts that all equal the base model are a `ConfigError`.
     """
 
     def __init__(self, layout: Layout, experts: Mapping[str, torch.Tensor], positions: str = "all") -> None:
@@ -351,8 +344,7 @@ class FewShotSearch:
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """Return the mixture found for every request of the examples' task; the first call runs the search.
 
-        Raises:
-            ConfigError: a new expert (granularity "z") that the bank lacks.
+        A new expert (granularity "z") that the bank lacks is a `ConfigError`.
         """
         mix = self.result if self.result is not None else self.fit()
         if self.expert is not None and self.expert.name not in self.engine.bank:

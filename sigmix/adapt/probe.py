@@ -179,11 +179,8 @@ def fit_probe(
 ) -> Probe:
     """Fit a probe. Needs scikit-learn (``pip install "sigmix[train]"``); using a probe does not.
 
-    Args:
-        train, validation: {label: user turns} for every label of the bank, "other" included; disjoint.
-
-    Raises:
-        ConfigError: a label without prompts, or prompts for a label that the bank does not have.
+    ``train`` and ``validation``, {label: user turns}, are disjoint; a label of the bank, "other" included, without
+    prompts is a `ConfigError`.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -134,11 +134,8 @@ class Swarm(Searcher):
     x ← x + λ v, with λ shrinking every round. p_i is the particle's own best, g the swarm's best and g_worst its worst;
     the r are drawn uniformly for every particle and round.
 
-    Args:
-        noise: standard deviation added to drawn starting positions, as a fraction of the bounds' distance.
-
-    Attributes:
-        coefficients: φ_v, φ_p, φ_g, φ_w. step: λ.
+    ``coefficients`` are φ_v, φ_p, φ_g and φ_w, ``step`` is λ; ``noise`` is the standard deviation added to drawn
+    starting positions, as a fraction of the bounds' distance.
     """
 
     SHRINK = 0.97  # factor of λ per round

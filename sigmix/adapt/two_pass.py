@@ -51,11 +51,8 @@ class Answer:
 class TwoPass:
     """Decide on a mixture for each request and generate with it.
 
-    Args:
-        strategy: a strategy, or a letter or name for `open_strategy`, which is opened when first needed.
-
-    Attributes:
-        seconds: duration of the first and the second pass of the last `generate`.
+    ``strategy`` is one, or a letter or name for `open_strategy`, which is opened when first needed; ``seconds`` is the
+    duration of the first and the second pass of the last `generate`.
     """
 
     def __init__(self, engine: InferenceEngine, strategy: Strategy | str = AUTO) -> None:

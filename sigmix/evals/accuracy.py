@@ -115,10 +115,9 @@ def answer_samples(
     """Answer and score samples, under one mixture or each under the mixture that a strategy chooses for its text.
 
     Args:
-        rows: token ids of the samples; default: encoded here.
+        rows: token ids of the samples; default: encoded here. options: keyword arguments of `Engine.generate`.
         seed: sample i is drawn from the same random stream under every mixture.
         progress: called with the number of samples of each batch.
-        options: keyword arguments of `Engine.generate`.
 
     Returns:
         The result, the answers, and the seconds of the first and the second pass.
@@ -191,9 +190,7 @@ def run(
     """Evaluate the base model and mixtures on the same items.
 
     Args:
-        mixes: evaluated after the base model; duplicates count once.
-        seed: seed of the draw of items, of sampling and of the bootstrap.
-        progress: called with (items answered, mix id) after each batch.
+        seed: seed of the draw of items, of sampling and of the bootstrap. progress: called with (items, mix id).
 
     Returns:
         JSON figures: task, split, seed, n, temperature (0: greedy), max_new_tokens, base, best_constant ({"reply",

@@ -51,9 +51,6 @@ def requests(
     Args:
         unseen: tasks with an entry of their own, ``other:TASK``, of n prompts each.
         foreign: tasks added to "other", n prompts in all, if the bank has no expert for them.
-
-    Raises:
-        ExpertError: an expert without its training task.
     """
 
     def drawn(task: Task, count: int) -> list[str]:
@@ -81,11 +78,7 @@ def requests(
 def prompts_of_experts(
     bank: Mapping[str, Expert], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
 ) -> list[str]:
-    """Return prompts of the tasks that a bank's experts were trained on, interleaved.
-
-    Raises:
-        ConfigError: empty bank. ExpertError: an expert without its training task.
-    """
+    """Return prompts of the tasks that a bank's experts were trained on, interleaved; `ConfigError` without any."""
     names = skills(bank)
     if not names:
         raise ConfigError("the bank has no expert", remedy="train one: sigmix train")

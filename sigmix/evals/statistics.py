@@ -52,9 +52,6 @@ def best_constant(task: Task, samples: Sequence[Sample]) -> tuple[str, float]:
 
     The candidates are the gold replies, the most frequent first, up to a limit of scorings. Pairs that cannot be scored
     are left out. If all gold replies of a costly task differ, the result is 1/n.
-
-    Raises:
-        DataError: no samples.
     """
     if not samples:
         raise DataError(f"task {task.name}: no samples for the best constant reply")

@@ -37,10 +37,8 @@ def run_strategies(
 ) -> tuple[dict[str, Any], dict[str, Result]]:
     """Evaluate the base model, strategies, and every expert alone with the oracle bound over them.
 
-    Args:
-        each_expert: include every expert alone and the oracle. progress: called with (items answered, name).
+    ``progress`` is called with (items answered, name).
 
-    Returns:
         JSON figures as of `sigmix.evals.accuracy.run`, with entries per strategy: ``strategy``, `Result.summary`,
         ``chosen`` ({mix id: items}), ``pass1_seconds``, ``pass1_tokens``, ``pass2_seconds`` and ``paired`` with the
         base model. And {name: `Result`}.
@@ -80,8 +78,7 @@ def measure_strategy(
 ) -> tuple[Result, dict[str, Any]]:
     """Evaluate samples, each under the mixture that a strategy chooses for its text, or all under one mixture.
 
-    Returns:
-        The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.
+    Return the result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.
     """
     result, answers, seconds = answer_samples(
         engine, task, samples, strategy, batch_size=batch_size, progress=progress,

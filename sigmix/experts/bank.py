@@ -65,9 +65,8 @@ class Bank(Mapping[str, Expert]):
         The copy in our cache is never changed: a new `Bank` sees later commits, `refresh` does not. Offline, or if the
         hub is unreachable, a collection opens in its last downloaded state.
 
-        Args:
-            source: a collection's slug "user/title-<id>" (the end of its address), or a list of "user/name".
-            token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+        ``source`` is a collection's slug "user/title-<id>" (the end of its address), or a list of "user/name"; the
+        default ``token`` is that of ``hf auth login`` or ``HF_TOKEN``.
 
         Raises:
             HubError: not found, refused or unreachable. ExpertError: no experts, a damaged one, or two of one name.

@@ -98,9 +98,7 @@ class Expert:
     ) -> Expert:
         """Extract the effective z of a PEFT model's adapter, with the base's fingerprint and sketches.
 
-        Args:
-            model: a PEFT model or one with `SVFLinear` layers injected; merged or not.
-            meta: task, domain, description, objective, seed, commit, metrics, license, training.
+        ``meta`` may hold task, domain, description, objective, seed, commit, metrics, license and training.
 
         Raises:
             ExpertError: nothing is adapted, or z is invalid. UnknownNameError: no such adapter or metadata key.
@@ -250,11 +248,7 @@ class Expert:
         return replace(self, meta={**thaw(self.meta), **computed}, origin=None)
 
     def layers(self, base: nn.Module) -> dict[str, nn.Module]:
-        """Return the base's layers that this expert adapts, by path, after a check of their sizes.
-
-        Raises:
-            ExpertError: a matrix is missing or has another size.
-        """
+        """Return the base's layers that this expert adapts, by path; `ExpertError` if one is missing or differs."""
         available = linears(base)
         remedy = f"load the base that it was made on: {self.base.get('name', 'not recorded')}"
         if missing := [path for path in self.z if path not in available]:

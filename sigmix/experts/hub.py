@@ -61,8 +61,7 @@ def check_repo_id(repo_id: object) -> None:
 def download(repo_id: str, revision: str | None = None, token: str | None = None) -> Snapshot:
     """Download an expert into the hub's own cache, or find it there.
 
-    Args:
-        revision: branch, tag or commit hash; default: the current main branch (offline: the cached one).
+    ``revision`` is a branch, tag or commit hash; default: the current main branch (offline: the cached one).
 
     Raises:
         HubError: not found, refused, or unreachable and not cached. NoExpertError: not an SVF adapter.

@@ -65,11 +65,7 @@ def check_author_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_z(z: Mapping[str, torch.Tensor], owner: str) -> dict[str, torch.Tensor]:
-    """Return contiguous float32 copies of z on the CPU, sorted by path.
-
-    Raises:
-        ExpertError: empty, not a float vector, NaN, infinite, or negative; names the matrix.
-    """
+    """Return contiguous float32 copies of z on the CPU, sorted by path; `ExpertError` unless finite and 0 or more."""
     if not z:
         raise ExpertError(f"{owner}: no z", remedy="an expert needs at least one adapted matrix")
     clean: dict[str, torch.Tensor] = {}

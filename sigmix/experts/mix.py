@@ -76,8 +76,7 @@ class Mix:
     def parse(cls, text: str) -> Mix:
         """Parse ``name:weight+name:weight``; a name alone has weight 1, and ``base`` adds nothing.
 
-        Raises:
-            ConfigError: quotes the invalid part and its position.
+        `ConfigError` quotes the invalid part and its position.
         """
         weights: dict[str, float] = {}
         position = 0
@@ -225,11 +224,7 @@ def answer_note(mix: Mix, bank: Mapping[str, Expert]) -> str | None:
 def read_mix(text: str, bank: Bank | None = None) -> Mix:
     """Parse a mixture from its text or from a ``.json`` file.
 
-    Args:
-        bank: look the experts up here.
-
-    Raises:
-        ConfigError: invalid text or file. UnknownNameError: an expert missing in ``bank``.
+    Its experts are looked up in ``bank``; a missing one is an `UnknownNameError`, an invalid text a `ConfigError`.
     """
     path = Path(text).expanduser()
     if path.suffix == ".json":
@@ -291,8 +286,7 @@ class Flat:
 class Layout:
     """Positions of every matrix's z in one vector [R] over the model, R = Σ r, so that mixing takes few vector sums.
 
-    Args:
-        layers: {matrix path: r} of all adapted matrices of the model.
+    ``layers`` are {matrix path: r} of all adapted matrices of the model.
     """
 
     def __init__(self, layers: Mapping[str, int]) -> None:

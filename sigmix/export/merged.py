@@ -37,8 +37,7 @@ def export_merged(
 ) -> dict[str, Any]:
     """Write a merged checkpoint to the folder ``out``, atomically and one tensor at a time.
 
-    Returns:
-        ``files``, ``bytes``, ``tensors``, ``changed`` (number of tensors), ``dtype``, and `record`.
+    Return ``files``, ``bytes``, ``tensors``, ``changed`` (number of tensors), ``dtype``, and `record`.
 
     Raises:
         FingerprintError, ExpertError, UnknownNameError, ConfigError: see `BaseCheckpoint.z`.

@@ -47,8 +47,7 @@ PROMPTS = (
 class Reference:
     """Logits of our engine on a few prompts, under a mixture and under the base.
 
-    Args:
-        upcast: compute in float32 on the stored weights, so that differences are the export's and not bfloat16's.
+    ``upcast`` computes in float32 on the stored weights, so that differences are the export's and not bfloat16's.
 
     Attributes:
         tokens: token ids of `PROMPTS` without a template. rows: ids as the engine encodes prompts.

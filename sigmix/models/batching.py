@@ -137,10 +137,8 @@ def batching(model: Any) -> Batching:
 class RowRotary:
     """Forward pass of a rotary module with length-dependent frequencies, chosen for each row by its own length.
 
-    transformers chooses them by the longest row of a batch, and keeps those of dynamic NTK for later batches.
-
-    Attributes:
-        least: length that rows have at least, if only parts of them are passed.
+    transformers chooses them by the longest row of a batch, and keeps those of dynamic NTK for later batches. Where
+    only parts of rows are passed, ``least`` is the length that the rows have at least.
     """
 
     def __init__(self, module: Any) -> None:

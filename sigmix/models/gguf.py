@@ -91,11 +91,7 @@ def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:
 
 
 def read_contents(files: Sequence[Path]) -> Contents:
-    """Return header and tensors of a GGUF model, after checking that the bytes of every tensor are there.
-
-    Raises:
-        BaseModelError: truncated, incomplete, not a language model, or an unsupported architecture.
-    """
+    """Return header and tensors of a GGUF model; `BaseModelError` if it is truncated, incomplete or not supported."""
     readers = [_open(file) for file in files]
     fields = {name: field.contents() for name, field in readers[0].fields.items()}
     architecture = fields.get("general.architecture")

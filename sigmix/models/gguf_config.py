@@ -169,11 +169,7 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
 
 
 def splits_of(fields: Mapping[str, Any]) -> PreTokenizer | None:
-    """Return how a byte-level BPE cuts texts, where transformers would take GPT-2's way in place of the file's.
-
-    Raises:
-        BaseModelError: an unsupported ``tokenizer.ggml.pre``.
-    """
+    """Return how a byte-level BPE cuts texts, where transformers would take GPT-2's way in place of the file's."""
     from tokenizers import Regex, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

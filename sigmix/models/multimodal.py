@@ -96,10 +96,7 @@ def backbone(model: Any, strict: bool = True) -> tuple[str, Any] | None:
     """Return path and module of a vision-language model's language backbone; None for a text model.
 
     ``model`` may be wrapped by PEFT, which prefixes the path. If the backbone cannot be identified, ``strict`` decides
-    whether to raise or to return None.
-
-    Raises:
-        BaseModelError: it has a vision tower, but its backbone cannot be identified.
+    whether to raise `BaseModelError` or to return None.
     """
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "vision_config", None):

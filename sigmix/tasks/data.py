@@ -71,11 +71,7 @@ def hub_rows(
 ) -> list[Row]:
     """Load all rows of one split of a data set on the hub, with its configurations concatenated.
 
-    Args:
-        image: name of an image column; rows hold a `Picture` there, and its bytes stay on disk.
-
-    Raises:
-        DataError: no `datasets` library, no network, no such data set, or no rows; has ``remedy``.
+    ``image`` names an image column; rows hold a `Picture` there, and its bytes stay on disk. ``remedy`` is for errors.
     """
     datasets = optional("datasets", f"'sigmix[tasks]', or {remedy}", f"{hub_id}, which is on the hub,", DataError)
     rows = []

@@ -247,9 +247,6 @@ class ReasoningGymTask(ProceduralTask):
         """Yield the items of one seeded data set after the other.
 
         Items that cannot be generated, or whose own answer does not get full marks, are left out (see `notes`).
-
-        Raises:
-            DataError: 50 such items in a row.
         """
         chunk = barren = 0
         while True:

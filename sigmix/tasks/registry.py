@@ -43,9 +43,6 @@ def register(name: str) -> Callable[[Factory], Factory]:
     """Register a factory (a function with options as keyword arguments, or a Task class) under ``name``.
 
     Parameters called ``data_dir`` and ``allow_code`` receive those arguments of `get_task`.
-
-    Raises:
-        TaskError: the name is taken or holds one of ":?&= ".
     """
 
     def decorate(factory: Factory) -> Factory:

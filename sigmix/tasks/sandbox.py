@@ -64,12 +64,7 @@ class Guards:
 def run_tests(program: str, tests: str, *, timeout: float = 5.0, memory: int = MEMORY) -> Outcome:
     """Run ``program`` and then ``tests``, Python sources, in one namespace; tests raise if the program is wrong.
 
-    Args:
-        timeout: CPU seconds; the wall-clock limit is twice that and one second.
-        memory: bytes of address space.
-
-    Raises:
-        ConfigError: neither Linux nor macOS.
+    ``timeout`` is in CPU seconds (the wall-clock limit is twice that and one second), ``memory`` in bytes.
     """
     return _run(program, tests, timeout, memory, guards())
 

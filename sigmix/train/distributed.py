@@ -347,8 +347,7 @@ class ShardedPolicy(SVFPolicy):
 
     Every forward pass is collective. Only the gain form runs, since merging would need whole weights.
 
-    Attributes:
-        digests: of the base and of each decomposition, taken before they are split.
+    ``digests`` of the base and of each decomposition are taken before they are split.
     """
 
     sharded = True

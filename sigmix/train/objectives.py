@@ -214,8 +214,7 @@ class Learner:
     def rollouts(self, number: int, samples: Sequence[Sample], read: list[Prefilled] | None = None) -> Rollouts:
         """Return the rollouts of this process's share. A row's random seed is that of its place in the whole batch.
 
-        Args:
-            read: receives the prompts with their gradients, if the loss can continue from them.
+        ``read`` receives the prompts with their gradients, if the loss can continue from them.
         """
         config, share = self.config, self.processes.share(len(samples))
         if config.objective == "sft":

@@ -101,8 +101,7 @@ class SVFPolicy:
     ) -> AbstractContextManager[None]:
         """Apply the policy's z, or another one, for inference.
 
-        Args:
-            tokens: upper bound of the answers' tokens, for which merging may not pay; None: many.
+        ``tokens`` is an upper bound of the answers' tokens, for which merging may not pay; None: many.
         """
         if z is not None and all(bool((one == 1).all()) for one in z.values()):
             return self.reference()

@@ -66,11 +66,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces ``path`` on success and is removed on any error.
 
-    Args:
-        mode: permissions; default: 0o666 less the umask.
-
-    Raises:
-        OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder, device or pipe.
+    `OutputError` if the disk is full, the folder cannot be written, or ``path`` is a folder, device or pipe. ``mode``
+    are the permissions; default: 0o666 less the umask.
     """
     path = Path(path)
     with writing(path):
@@ -92,11 +89,7 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 def atomic_dir(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that replaces ``path`` on success and is removed on any error.
 
-    Args:
-        new: replace nothing but an empty folder, even one that appeared in the meantime.
-
-    Raises:
-        OutputError: the parent folder cannot be written, the disk is full, or with ``new`` the path exists.
+    ``new`` replaces nothing but an empty folder, even one that appeared in the meantime. Errors: see `atomic_file`.
     """
     path = Path(path)
     with writing(path):
@@ -147,11 +140,7 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
 def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold a lock file across processes.
 
-    Args:
-        on_busy: called if another process holds the lock, before waiting for it; may raise to give up.
-
-    Raises:
-        OutputError: the file cannot be written.
+    ``on_busy`` is called if another process holds the lock, before waiting for it; it may raise to give up.
     """
     lock = FileLock(path)
     with writing(path):

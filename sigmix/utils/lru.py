@@ -12,9 +12,6 @@ V = TypeVar("V")
 
 class LRUCache(Generic[K, V]):
     """Mapping that drops its least recently used entries once they exceed ``max_bytes``; larger values are never kept.
-
-    Attributes:
-        nbytes: size of all entries.
     """
 
     def __init__(self, max_bytes: int) -> None:
