@@ -83,8 +83,6 @@ class InferenceEngine(Protocol):
 class HiddenStatesEngine(InferenceEngine, Protocol):
     """An engine that also returns hidden states of the base model."""
 
-    def hidden_states(
-        self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
-    ) -> torch.Tensor:
+    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64) -> torch.Tensor:
         """Return float32 [N, len(layers), d]: the base's hidden state at each prompt's last token, after given
         numbers of layers."""

@@ -84,9 +84,7 @@ class ContinuousBatch(DecodingBatch):
         isolate: end a sequence with an error where its forward passes raise, and continue the others; False: raise.
     """
 
-    def __init__(
-        self, engine: Engine, form: str | None = None, *, chunked: bool = True, isolate: bool = False
-    ) -> None:
+    def __init__(self, engine: Engine, form: str | None = None, *, chunked: bool = True, isolate: bool = False) -> None:
         super().__init__(engine.model, engine.eos_token_ids, whole=engine.execution.whole)
         self.engine, self.form, self.chunked, self.isolate = engine, form, chunked, isolate
         self._limit = float("inf")  # of sequences that decode together; the pending ones wait

@@ -397,9 +397,7 @@ class Engine:
         """
         return scoring.replies_and_logprobs(self, prompts, completions, mix, max_new_tokens=0)[1]
 
-    def hidden_states(
-        self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
-    ) -> torch.Tensor:
+    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64) -> torch.Tensor:
         """Return hidden states of the base, see `sigmix.engine.scoring.hidden_states`."""
         return scoring.hidden_states(self, prompts, layers, batch_size)
 

@@ -15,6 +15,7 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sigmix.engine.constrained import TokenTrie
+from sigmix.engine.cpu.native import can_choose, greedy
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.kv_cache import BatchKVCache, Prefilled
 from sigmix.engine.prefix_cache import PromptOnly, Select, everywhere, prefill
@@ -174,6 +175,12 @@ class SequenceState:
         return frozenset(self.prompt_ids)
 
     @property
+    def plain_greedy(self) -> bool:
+        """True if the next token is the most probable one, without other log-probabilities."""
+        constrained = self.params.penalized or self.matcher is not None
+        return not (self.params.do_sample or constrained or self.top_logprobs)
+
+    @property
     def token_ids(self) -> list[int]:
         """Prompt and generated tokens."""
         return [*self.prompt_ids, *self.ids]
@@ -257,9 +264,7 @@ Part = tuple[int, Collection[int], "float | list[float]"]
 """(row, tokens, a number for all or one for each)."""
 
 
-def _flatten(
-    parts: Sequence[Part], logits: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _flatten(parts: Sequence[Part], logits: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return the index (rows, tokens) and the numbers of parts, so that any number of rows takes a few kernels."""
     rows = np.repeat([row for row, _, _ in parts], [len(tokens) for _, tokens, _ in parts])
     tokens = np.concatenate([np.fromiter(tokens, np.int64, len(tokens)) for _, tokens, _ in parts])
@@ -400,9 +405,7 @@ class DecodingBatch:
         gone = set(map(id, sequences))
         for wipe in (True, False):  # rows with non-finite values must leave none behind
             rows = [
-                row
-                for row, one in enumerate(self.sequences)
-                if id(one) in gone and (one.finish == "error") == wipe
+                row for row, one in enumerate(self.sequences) if id(one) in gone and (one.finish == "error") == wipe
             ]
             if not rows:
                 continue
@@ -416,11 +419,15 @@ class DecodingBatch:
 
     def _choose(self, sequences: Sequence[SequenceState], logits: torch.Tensor) -> list[int]:
         """Choose and record the next token of every sequence; set ``finish`` of those that end."""
-        scores = logits.float()
-        if self.trie is not None:
-            scores = self.trie.constrain(scores, [one.ids for one in sequences])
-        tokens = select_tokens(scores, sequences)
-        logprobs = token_logprobs(scores, tokens, max(one.top_logprobs for one in sequences))
+        if self.trie is None and can_choose(logits) and all(one.plain_greedy for one in sequences):
+            tokens, best = greedy(logits)
+            logprobs: list[TokenLogprobs] = [(logprob, []) for logprob in best.tolist()]
+        else:
+            scores = logits.float()
+            if self.trie is not None:
+                scores = self.trie.constrain(scores, [one.ids for one in sequences])
+            tokens = select_tokens(scores, sequences)
+            logprobs = token_logprobs(scores, tokens, max(one.top_logprobs for one in sequences))
         chosen = tokens.tolist()
         for one, token, (logprob, most) in zip(sequences, chosen, logprobs, strict=True):
             valid = logprob > float("-inf")  # False for NaN, too

@@ -10,6 +10,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -208,6 +209,43 @@ bool run(const Linear& layer, bool half, const void* x, int64_t count, void* y, 
   return false;
 }
 
+// e^x for x <= 0, with a relative error of 2e-7.
+__m512 exponential(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 y = _mm512_set1_ps(1.f / 5040);
+  for (const float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f})
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(y, n);
+}
+
+// The first index of the largest of some logits, and its log-probability; not a number if one of them is not.
+void greedy_row(const BFloat16* logits, int64_t count, int64_t* token, float* logprob) {
+  const __m512 least = _mm512_set1_ps(-__builtin_inff());
+  __m512 largest = least;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const __mmask16 mask = first(count - i);
+    largest = _mm512_mask_max_ps(largest, mask, largest, load(logits + i, mask));
+  }
+  const float best = _mm512_reduce_max_ps(largest);
+  *token = count;
+  double total = 0;
+  for (int64_t start = 0; start < count; start += 64 * kBlock) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = start; i < std::min(start + 64 * kBlock, count); i += kBlock) {
+      const __mmask16 mask = first(count - i);
+      const __m512 x = load(logits + i, mask);
+      const __mmask16 same = _mm512_mask_cmpeq_ps_mask(mask, x, _mm512_set1_ps(best));
+      if (same && *token == count) *token = i + __builtin_ctz(same);
+      sum = _mm512_mask_add_ps(sum, mask, sum, exponential(_mm512_sub_ps(x, _mm512_set1_ps(best))));
+    }
+    total += _mm512_reduce_add_ps(sum);
+  }
+  if (*token == count) *token = 0;  // no number at all
+  *logprob = -std::log(total);
+}
+
 thread_local const Linear* const* layers = nullptr;
 
 }  // namespace
@@ -217,6 +255,13 @@ extern "C" {
 // x [count, in], y [count, out], both in bfloat16 or float32.
 bool sigmix_linear(const Linear* layer, bool half, const void* x, int64_t count, void* y, int threads) {
   return run(*layer, half, x, count, y, threads);
+}
+
+// Logits bfloat16 [rows, count] -> the most probable token int64 [rows] and its log-probability float32 [rows].
+void sigmix_greedy(const void* logits, int64_t rows, int64_t count, int64_t* tokens, float* logprobs, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
+  for (int64_t r = 0; r < rows; r++)
+    greedy_row(static_cast<const BFloat16*>(logits) + r * count, count, tokens + r, logprobs + r);
 }
 
 // Set the layers that the next call of a compiled step computes, by number; null where Python computes them.

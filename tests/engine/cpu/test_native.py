@@ -109,6 +109,27 @@ def test_bfloat16_weights_take_no_other_inputs():
         native.bfloat16_linear(torch.ones(4, 4).bfloat16())(torch.ones(1, 4))
 
 
+@bfloat16
+@pytest.mark.parametrize("size", [1, 7, 16, 100, 5000])
+def test_greedy_tokens_and_their_log_probabilities(size):
+    logits = (torch.randn(6, size, generator=torch.Generator().manual_seed(size)) * 8).bfloat16()
+    logits[1] = 3  # the first of equal ones
+    logits[2, : size // 2] = float("-inf")
+    tokens, logprobs = native.greedy(logits)
+    assert torch.equal(tokens, logits.argmax(-1))
+    expected = logits.double().log_softmax(-1).amax(-1)
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+@bfloat16
+def test_greedy_log_probabilities_of_numbers_that_are_not_finite():
+    logits = torch.ones(4, 40).bfloat16()
+    logits[0, 7], logits[1, 3], logits[2] = float("nan"), float("inf"), float("-inf")
+    tokens, logprobs = native.greedy(logits)
+    assert logprobs.isnan().tolist() == [True, True, True, False]
+    assert ((tokens >= 0) & (tokens < 40)).all()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("make", "dtype"),
