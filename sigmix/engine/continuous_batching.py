@@ -38,7 +38,7 @@ PAUSE = 0.08
 """Seconds of reading prompts between two decoding steps, about. A step of 32 rows takes as long (two cores, default
 base), so running sequences keep half their speed at worst. A number of tokens would fit one base on one machine."""
 
-MAX_PADDING = 32
+MAX_PADDING = 64
 """Padding of one pass in tokens, on a CPU: about the cost of a pass of its own."""
 
 
