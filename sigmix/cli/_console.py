@@ -12,8 +12,9 @@ from typing import Any
 
 import typer
 
-from sigmix.errors import ConfigError, OutputError
+from sigmix.errors import OutputError
 from sigmix.utils.io import check_writable, writing
+from sigmix.utils.optional import optional
 
 
 def emit(figures: Any, as_json: bool, text: str | None = None) -> bool:
@@ -127,10 +128,8 @@ class TrainingProgress(Progress):
         self.validation = ""
         self.writer: Any = None
         if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError as error:
-                raise ConfigError("--tensorboard needs tensorboard", remedy="pip install tensorboard") from error
+            optional("tensorboard", "tensorboard", "--tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
 
             with writing(tensorboard):
                 self.writer = SummaryWriter(str(tensorboard))

@@ -20,6 +20,7 @@ from sigmix.cli._console import emit, note
 from sigmix.cli._options import BANK, BASIS, JSON, MIXTURE, QUANTIZATION, STRATEGY
 from sigmix.errors import ConfigError, OutputError, SigmixError
 from sigmix.utils.io import check_writable
+from sigmix.utils.optional import optional
 
 HELP = """Run tasks of EleutherAI's evaluation harness on a base model or a mixture, or with --mix auto.
 
@@ -54,12 +55,9 @@ def lm_eval(
     if not words:
         raise ConfigError("no --tasks", remedy=LISTS)
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    try:
-        from sigmix.integrations.lm_eval import SigmixLM
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"this needs the package {error.name}, which is not installed", remedy="pip install 'sigmix[lm-eval]'"
-        ) from error
+    optional("lm_eval", "'sigmix[lm-eval]'", "sigmix lm-eval")
+    from sigmix.integrations.lm_eval import SigmixLM
+
     with tempfile.TemporaryDirectory() as temporary, _harness_arguments(["run", *words], SigmixLM):
         harness, options, place = _options({name: value for name, value in model_args.items() if value is not None})
         if place is None:

@@ -14,7 +14,7 @@ from sigmix.cli import app
 from sigmix.cli._console import emit, note, table, working
 from sigmix.cli._loading import open_bank, open_base
 from sigmix.cli._options import JSON, generated_command
-from sigmix.errors import ConfigError
+from sigmix.utils.optional import optional
 
 keys = typer.Typer(
     help="API keys of `sigmix serve`.", no_args_is_help=True, epilog="Example: sigmix keys add alice --per-minute 60"
@@ -62,12 +62,9 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
 
 
 def _settings() -> type:
-    try:
-        from sigmix.serve.settings import Settings
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"serving needs the package {error.name}, which is not installed", remedy="pip install 'sigmix[serve]'"
-        ) from error
+    optional("pydantic_settings", "'sigmix[serve]'", "sigmix serve")
+    from sigmix.serve.settings import Settings
+
     return Settings
 
 
