@@ -81,17 +81,11 @@ def _set_parameters(function: Any, parameters: Sequence[inspect.Parameter]) -> N
     function.__annotations__ = {one.name: one.annotation for one in parameters}
 
 
-def generated_command(
-    function: Callable[..., None], source: Callable[[], type], exclude: tuple[str, ...] = ()
-) -> type[TyperCommand]:
-    """Return a command class that adds an option for each field of a class to those of ``function``.
+def generated_command(function: Callable[..., None], source: Callable[[], type]) -> type[TyperCommand]:
+    """Return a command class that adds an option for each field of a dataclass or pydantic model to those of a function.
 
-    The options are generated, and ``source`` is called, when the command runs or prints its help, so that listing the
-    commands imports nothing. ``function`` takes them as ``**keywords``; None stands for an option that is not given.
-
-    Args:
-        source: imports and returns a dataclass or a pydantic model.
-        exclude: fields without an option, such as those that ``function`` has as parameters.
+    The options are generated, and ``source`` is called to import the class, when the command runs or prints its help,
+    so that listing the commands imports nothing. ``function`` takes them as ``**keywords``; None: not given.
     """
 
     class Generated(TyperCommand):
@@ -99,7 +93,7 @@ def generated_command(
         def _command(self) -> Any:
             parameters = list(inspect.signature(function, eval_str=True).parameters.values())
             own = [one for one in parameters if one.kind is not one.VAR_KEYWORD]
-            names = {one.name for one in own} | set(exclude)
+            names = [one.name for one in own]
             every = own + [option for option in options_from(source()) if option.name not in names]
 
             def call(**values: Any) -> None:
@@ -122,8 +116,8 @@ def generated_command(
 def options_from(cls: type) -> Iterator[inspect.Parameter]:
     """Yield a keyword parameter with a `typer.Option` for each field of a dataclass or a pydantic model.
 
-    The help text is a dataclass field's ``metadata["help"]``, or a pydantic field's description; the option is named
-    like the field, or as ``metadata["option"]`` says. Defaults are shown, and None is passed: the class applies them.
+    The help text is a dataclass field's ``metadata["help"]``, or a pydantic field's description; the option has the
+    name of the field, or ``metadata["option"]``. Defaults are shown, and None is passed: the class applies them.
     """
     hints = typing.get_type_hints(cls)
     for name, text, default, option in _fields(cls):

@@ -51,11 +51,8 @@ def adapt(
     fit_truncation: bool = typer.Option(False, "--fit-truncation", help="Fit the truncated form."),
     error_budget: float = typer.Option(0.1, help="Maximum relative error of the truncated form."),
     prompts: int = typer.Option(96, min=1, help="Training prompts, with --fit-truncation."),
-    data_dir: Path = DATA_DIR,
-    base: str = BASE,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    data_dir: Path = DATA_DIR, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Search a mixture on labelled examples, or fit the bank's probe or its truncated form."""
     from sigmix.adapt import FewShotSearch
     from sigmix.adapt.few_shot import SETTINGS

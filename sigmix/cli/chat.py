@@ -40,16 +40,11 @@ def chat(
     single_turn: bool = typer.Option(
         False, "--single-turn", help="Forget each turn after its answer, as the bundled experts were trained."
     ),
-    system: str = shared.SYSTEM,
-    base: str = shared.BASE,
-    quantization: str = shared.QUANTIZATION,
-    basis: str = shared.BASIS,
-    device_map: str = shared.DEVICE_MAP,
-    decode_weights: str = shared.DECODE_WEIGHTS,
-    compile: bool = shared.COMPILE,
-    bank: Path = shared.BANK,
+    system: str = shared.SYSTEM, base: str = shared.BASE, quantization: str = shared.QUANTIZATION,
+    basis: str = shared.BASIS, device_map: str = shared.DEVICE_MAP, decode_weights: str = shared.DECODE_WEIGHTS,
+    compile: bool = shared.COMPILE, bank: Path = shared.BANK,
     **sampling: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Talk with the base model or its experts; /help lists the commands."""
     from sigmix.engine.generation import SamplingParams
     from sigmix.experts.mix import Mix, read_mix

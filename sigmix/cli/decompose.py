@@ -18,10 +18,8 @@ def decompose(
     base: str = BASE,
     dtype: str = typer.Option(None, help="dtype in which the base model will be loaded, such as bfloat16."),
     device: str = typer.Option(None, help="Device, such as cuda:0. Default: a GPU if there is one."),
-    targets: str = TARGETS,
-    layers: str = LAYERS,
-    as_json: bool = JSON,
-) -> None:
+    targets: str = TARGETS, layers: str = LAYERS, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Decompose the matrices of a base model into the cache, reading one at a time; resumes after an interruption."""
     target_modules: Any = read_targets(targets)
     layers_to_transform: Any = read_layers(layers)

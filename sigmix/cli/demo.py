@@ -30,10 +30,8 @@ def demo(
     n: int = typer.Option(100, min=EXAMPLES, help="Held-out items per expert."),
     quick: bool = typer.Option(False, "--quick", help="25 items per expert."),
     seed: int = typer.Option(0, help="Random seed of the items."),
-    base: str = BASE,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Compare the base model with each of its experts on questions that neither was trained on."""
     started = time.monotonic()
     experts = open_bank(bank)

@@ -38,17 +38,11 @@ def evaluate(
     max_new_tokens: int = typer.Option(None, min=1, help="Maximum tokens of an answer. Default: the task's."),
     batch: int = typer.Option(64, min=1, help="Batch size."),
     out: Path = typer.Option(None, help="Folder for items (JSONL, a file per mixture) and summary.json."),
-    data_dir: Path = shared.DATA_DIR,
-    allow_code: bool = shared.ALLOW_CODE,
-    base: str = shared.BASE,
-    quantization: str = shared.QUANTIZATION,
-    basis: str = shared.BASIS,
-    device_map: str = shared.DEVICE_MAP,
-    decode_weights: str = shared.DECODE_WEIGHTS,
-    compile: bool = shared.COMPILE,
-    bank: Path = shared.BANK,
+    data_dir: Path = shared.DATA_DIR, allow_code: bool = shared.ALLOW_CODE, base: str = shared.BASE,
+    quantization: str = shared.QUANTIZATION, basis: str = shared.BASIS, device_map: str = shared.DEVICE_MAP,
+    decode_weights: str = shared.DECODE_WEIGHTS, compile: bool = shared.COMPILE, bank: Path = shared.BANK,
     as_json: bool = shared.JSON,
-) -> None:
+) -> None:  # fmt: skip
     """Measure accuracy of the base model, mixtures or strategies on the same items, with intervals and paired tests."""
     from sigmix.tasks.registry import get_task
 
@@ -207,10 +201,8 @@ def tasks(
     name: str = typer.Argument(None, help="Task to show: notes, license and two samples. Default: list all."),
     families: bool = typer.Option(False, "--all", help="List the rg: tasks too."),
     validate: bool = typer.Option(False, "--validate", help="Check the grader and the splits of NAME."),
-    data_dir: Path = shared.DATA_DIR,
-    allow_code: bool = shared.ALLOW_CODE,
-    as_json: bool = shared.JSON,
-) -> None:
+    data_dir: Path = shared.DATA_DIR, allow_code: bool = shared.ALLOW_CODE, as_json: bool = shared.JSON,
+) -> None:  # fmt: skip
     """List the tasks, or show and check one."""
     from sigmix.tasks.registry import get_task, task_names
 

@@ -96,11 +96,8 @@ def verify(
     seal: bool = typer.Option(
         False, "--seal", help="Record --base in a folder that PEFT or TRL saved: adds sigmix.json and a model card."
     ),
-    dtype: str = EXPERT_DTYPE,
-    quantization: str = EXPERT_QUANTIZATION,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    dtype: str = EXPERT_DTYPE, quantization: str = EXPERT_QUANTIZATION, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Check an expert's files, and its fingerprint and sketches against a base model."""
     from sigmix.experts import expert as experts
     from sigmix.experts import inspect
@@ -131,15 +128,9 @@ def verify(
 
 @group.command(epilog="Example: sigmix experts diff addition larger")
 def diff(
-    a: str = NAME,
-    b: str = NAME,
-    base: str = AGAINST,
-    dtype: str = EXPERT_DTYPE,
-    quantization: str = EXPERT_QUANTIZATION,
-    bank: Path = BANK,
-    top: int = TOP,
-    as_json: bool = JSON,
-) -> None:
+    a: str = NAME, b: str = NAME, base: str = AGAINST, dtype: str = EXPERT_DTYPE,
+    quantization: str = EXPERT_QUANTIZATION, bank: Path = BANK, top: int = TOP, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Compare two experts, in gains and in weights (exactly with --base, else estimated from sketches)."""
     left, right = open_expert(a, bank), open_expert(b, bank)
     model = None if base is None else open_model_of([left, right], base, dtype, quantization)
@@ -178,11 +169,8 @@ def carry(
     out: Path = typer.Option(..., help="Folder for the carried expert; its name is the expert's."),
     source: str = typer.Option(None, "--from", help="Base model of the expert, to compare weights. Default: sketches."),
     force: bool = typer.Option(False, "--force", help="Carry z by index although the weights differ."),
-    dtype: str = EXPERT_DTYPE,
-    quantization: str = EXPERT_QUANTIZATION,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    dtype: str = EXPERT_DTYPE, quantization: str = EXPERT_QUANTIZATION, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Carry a text model's expert to a vision-language model with the same weights in its language backbone."""
     expert = open_expert(name, bank)
 
@@ -220,9 +208,8 @@ def push(
     private: bool = typer.Option(False, "--private", help="Create a private repository."),
     revision: str = typer.Option(None, help="Branch, created if needed."),
     message: str = typer.Option(None, help="Commit message."),
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Commit an expert and its model card to the hub, with the token of `hf auth login` or HF_TOKEN."""
     from sigmix.experts import hub
 

@@ -15,7 +15,7 @@ from sigmix.cli import app
 from sigmix.cli._console import Progress, emit, note, size, working
 from sigmix.cli._loading import open_bank
 from sigmix.cli._options import BANK, BASE, JSON, MIXTURE
-from sigmix.errors import ConfigError, OutputError, UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.experts.bank import Bank
@@ -39,22 +39,16 @@ ERROR = typer.Option(None, help="Smallest rank that loses at most this share of 
 
 @group.command(epilog="Example: sigmix export merged --mix addition:0.7+larger:0.3 --out merged")
 def merged(
-    mix: str = MIX,
-    out: Path = FOLDER,
+    mix: str = MIX, out: Path = FOLDER,
     shard_size: str = typer.Option("5GB", help="Maximum file size, such as 500MB or 5GB."),
-    dtype: str = DTYPE,
-    verify: bool = VERIFY,
-    base: str = BASE,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    dtype: str = DTYPE, verify: bool = VERIFY, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Write a checkpoint with the mixture merged into its weights, for plain transformers."""
     from sigmix.export.merged import export_merged
     from sigmix.export.verify import Reference, verify_merged
-    from sigmix.utils.io import check_new
 
     limit = _bytes(shard_size)
-    with _reserved(out, check_new):
+    with _reserved(out):
         source, parsed, experts = _open(base, dtype, mix, bank)
         with Progress("merging", len(source.shards)) as progress:
             figures = export_merged(source, parsed, experts, out, limit, progress.advance)
@@ -67,30 +61,22 @@ def merged(
 
 @group.command(epilog="Example: sigmix export lora --mix addition --rank 64 --out addition-lora")
 def lora(
-    mix: str = MIX,
-    out: Path = FOLDER,
-    rank: str = RANK,
-    error: float = ERROR,
+    mix: str = MIX, out: Path = FOLDER, rank: str = RANK, error: float = ERROR,
     vllm: bool = typer.Option(False, "--vllm", help="Use one rank for all matrices, of those that vLLM accepts."),
     precision: str = typer.Option("float32", help="dtype of the file: float32, bfloat16 or float16."),
-    dtype: str = DTYPE,
-    verify: bool = VERIFY,
-    base: str = BASE,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    dtype: str = DTYPE, verify: bool = VERIFY, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Write a PEFT LoRA of the mixture, exact or truncated under a reported error."""
     from sigmix.export.lora import export_lora
     from sigmix.export.low_rank import vllm_rank
     from sigmix.export.verify import Reference, verify_lora
-    from sigmix.utils.io import check_new
 
     if precision not in (dtypes := ("float32", "bfloat16", "float16")):
         raise UnknownNameError("precision", precision, dtypes)
     count = _rank(rank, error)
     if vllm and count is not None:
         vllm_rank(count)
-    with _reserved(out, check_new):
+    with _reserved(out):
         source, parsed, experts = _open(base, dtype, mix, bank)
         factors = _low_rank(source, parsed, experts, count, error, vllm)
         with Progress("writing", len(factors.paths)) as progress:
@@ -110,16 +96,11 @@ def gguf(
     mix: str = MIX,
     out: Path = typer.Option(..., help="New .gguf file; with --each a folder with one file per expert."),
     each: bool = typer.Option(False, "--each", help="Write one file per expert, which llama.cpp mixes per request."),
-    rank: str = RANK,
-    error: float = ERROR,
+    rank: str = RANK, error: float = ERROR,
     number: str = typer.Option("f32", "--type", help="Number type of the file: f32 or f16."),
     gguf_base: Path = typer.Option(None, "--gguf", help="GGUF file of the base model, to verify with."),
-    dtype: str = DTYPE,
-    verify: bool = VERIFY,
-    base: str = BASE,
-    bank: Path = BANK,
-    as_json: bool = JSON,
-) -> None:
+    dtype: str = DTYPE, verify: bool = VERIFY, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
     """Write a LoRA adapter for llama.cpp: of the mixture, or with --each of every expert in it.
 
     Verification needs llama-cpp-python and the base model as a GGUF file: --gguf, or --base if it is one; that of the
@@ -129,14 +110,16 @@ def gguf(
     from sigmix.export.gguf import TYPES, export_gguf
     from sigmix.export.model_card import CACHE_NOTE, gguf_card
     from sigmix.export.verify import Reference, base_gguf, verify_gguf
-    from sigmix.utils.io import atomic_dir, check_new
+    from sigmix.utils.io import atomic_dir
 
     if number not in TYPES:
         raise UnknownNameError("number type", number, TYPES)
     count = _rank(rank, error)
+    if not each and out.suffix != ".gguf":
+        raise ConfigError(f"--out must name a .gguf file, not {out}", remedy="or give --each, and a folder")
     if gguf_base is not None and not gguf_base.is_file():
         raise ConfigError(f"there is no file {gguf_base}", remedy="give the base model's GGUF file with --gguf")
-    with _reserved(out, check_new if each else _check_gguf):
+    with _reserved(out):
         source, parsed, experts = _open(base, dtype, mix, bank)
         weights = _scales(parsed) if each else {}
         jobs = [(Mix.one(name), out / f"{name}.gguf", alpha) for name, alpha in weights.items()] or [(parsed, out, 1.0)]
@@ -271,23 +254,16 @@ def _scales(mix: Mix) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _reserved(out: Path, check: Callable[[Path], None]) -> Iterator[None]:
+def _reserved(out: Path) -> Iterator[None]:
     """Check the output path and lock it until the export is written and verified."""
     from sigmix.utils.cache import claimed
-    from sigmix.utils.io import check_writable, writing
+    from sigmix.utils.io import check_new, check_writable, writing
 
     with claimed(out):
         with writing(out):
-            check(out)
+            check_new(out)
         check_writable(out)
         yield
-
-
-def _check_gguf(out: Path) -> None:
-    if out.suffix != ".gguf":
-        raise ConfigError(f"--out must name a .gguf file, not {out}", remedy="or give --each, and a folder")
-    if out.exists():
-        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
 
 
 def _bytes(text: str) -> int:

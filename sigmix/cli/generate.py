@@ -42,16 +42,11 @@ def generate(
     form: str = typer.Option(None, help="merged, factored, gain or truncated. Default: chosen by the batch."),
     strategy: str = shared.STRATEGY,
     explain: bool = typer.Option(False, "--explain", help="Print the mixtures that auto chose, with reasons."),
-    base: str = shared.BASE,
-    quantization: str = shared.QUANTIZATION,
-    basis: str = shared.BASIS,
-    device_map: str = shared.DEVICE_MAP,
-    decode_weights: str = shared.DECODE_WEIGHTS,
-    compile: bool = shared.COMPILE,
-    bank: Path = shared.BANK,
-    as_json: bool = shared.JSON,
+    base: str = shared.BASE, quantization: str = shared.QUANTIZATION, basis: str = shared.BASIS,
+    device_map: str = shared.DEVICE_MAP, decode_weights: str = shared.DECODE_WEIGHTS, compile: bool = shared.COMPILE,
+    bank: Path = shared.BANK, as_json: bool = shared.JSON,
     **sampling: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Answer prompts with the base model, a mixture of experts, or a mixture chosen per request (--mix auto)."""
     prompts = _prompts(prompt or [], file)
     for option, values in (("--mix", mix), ("--image", image)):

@@ -40,11 +40,10 @@ def lm_eval(
     base: str = typer.Option(None, help="Base model: smollm2-135m, a hub name, a folder or a .gguf file."),
     mix: str = typer.Option(None, help=f"Mixture: {MIXTURE}, or auto. Default: base."),
     strategy: str = typer.Option(None, help=STRATEGY.help),
-    bank: Path = BANK,
-    quantization: str = QUANTIZATION,
+    bank: Path = BANK, quantization: str = QUANTIZATION,
     basis: str = typer.Option(None, help=BASIS.help),
     as_json: bool = JSON,
-) -> None:
+) -> None:  # fmt: skip
     model_args = {
         "base": base, "mix": mix, "strategy": strategy, "bank": None if bank is None else str(bank),
         "quantization": quantization, "basis": basis,

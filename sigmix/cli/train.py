@@ -28,13 +28,11 @@ def train(
     test_n: int = typer.Option(300, min=0, help="Test items, of the base and the expert after training; 0: none."),
     device_map: str = DEVICE_MAP,
     shard: bool = typer.Option(False, "--shard", help="Shard the base model over the processes; see docs/scaling.md."),
-    data_dir: Path = DATA_DIR,
-    allow_code: bool = ALLOW_CODE,
-    bank: Path = BANK,
+    data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, bank: Path = BANK,
     tensorboard: Path = typer.Option(None, help="Folder for TensorBoard events."),
     as_json: bool = JSON,
     **options: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Train an expert by reinforcement learning or supervised fine-tuning on a task.
 
     Processes started by `accelerate launch` or `torchrun` share the work (docs/scaling.md).

@@ -17,7 +17,6 @@ pytest_plugins = ["helpers_cli"]
 
 @dataclasses.dataclass
 class Config:
-    task: str = dataclasses.field(metadata={"help": "Task."})
     steps: int = dataclasses.field(default=3, metadata={"help": "Number of steps."})
     rate: float | None = dataclasses.field(default=None, metadata={"help": "Rate."})
     target_modules: str | list[str] = dataclasses.field(default="all", metadata={"help": "T.", "option": "--targets"})
@@ -36,7 +35,7 @@ def command(capsys):
 
     application = typer.Typer(rich_markup_mode=None, add_completion=False)
     application.callback()(lambda: None)
-    application.command("go", cls=generated_command(function, lambda: Config, ("task",)), help="Go.")(lambda: None)
+    application.command("go", cls=generated_command(function, lambda: Config), help="Go.")(lambda: None)
 
     def call(*arguments):
         code = 0
@@ -65,7 +64,6 @@ def test_options_that_are_not_given_are_none(command):
     _, (out, fields), _, _ = command()
     assert out == "here"
     assert not any(fields.values())
-    assert "task" not in fields
 
 
 def test_help_shows_texts_choices_and_defaults(command):
@@ -73,7 +71,6 @@ def test_help_shows_texts_choices_and_defaults(command):
     assert (code, called) == (0, None)
     for text in ("Go.", "Output.", "--steps", "Number of steps. Default: 3.", "--targets", "one|two", "--no-packed"):
         assert text in out
-    assert "--task" not in out
 
 
 def test_a_value_of_another_type_is_one_line(command):
