@@ -82,9 +82,9 @@ def _set_parameters(function: Any, parameters: Sequence[inspect.Parameter]) -> N
 
 
 def generated_command(function: Callable[..., None], source: Callable[[], type]) -> type[TyperCommand]:
-    """Return a command class that adds an option for each field of a dataclass or pydantic model to those of a function.
+    """Return a command class that adds an option for each field of a class to those of ``function``.
 
-    The options are generated, and ``source`` is called to import the class, when the command runs or prints its help,
+    The options are generated, and ``source`` imports the class, when the command runs or prints its help,
     so that listing the commands imports nothing. ``function`` takes them as ``**keywords``; None: not given.
     """
 

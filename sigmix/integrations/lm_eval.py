@@ -1,20 +1,14 @@
 """sigmix as a model of EleutherAI's lm-evaluation-harness: any of its tasks under a mixture, or a mixture per request.
 
-    sigmix lm-eval --tasks arc_easy --mix larger:.5+where-is:.5      # registers this model and runs the harness
     lm_eval --model sigmix --model_args mix=auto --tasks arc_easy     # through the entry point
 
 Requests, truncation and stop strings follow the harness's ``hf`` model, so the base scores the same. Forward passes and
 generation are the engine's, so every row of a batch may have its own mixture. Log-softmax is always in float32 (``hf``
-with softmax_dtype=float32).
-
-The context of a request is its prompt, and the continuation the answer: an expert with positions "prompt" acts on the
-context alone. A rolling likelihood has one token of context, so hardly anything of such an expert.
+with softmax_dtype=float32). The context of a request is its prompt, and the continuation the answer.
 
 With ``mix=auto`` a strategy decides once for each distinct request: on the last user turn if the harness applied a chat
 template, else on its whole context, few-shot examples included. For rolling likelihoods it sees the first half of the
 context length; other requests without context get the base.
-
-Not supported: several processes, beam search, repetition penalties, text after a thinking tag.
 """
 
 from __future__ import annotations

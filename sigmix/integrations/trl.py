@@ -1,17 +1,9 @@
 """SVF in TRL's trainers: datasets and reward functions of a task, a callback that keeps z valid, and the result sealed.
 
-    task = get_task("addition")
-    samples = task.samples("train", 512)
-    trainer = GRPOTrainer(
-        model, reward_function(task, samples), GRPOConfig("runs/mine", beta=0.05, chat_template_kwargs=CHAT),
-        train_dataset=prompt_dataset(samples, tokenizer), processing_class=tokenizer,
-        peft_config=SVFConfig(), callbacks=[KeepZ()],
-    )
-
 `SVFConfig` alone is all that TRL needs. The helpers here make its runs comparable with `sigmix train`: identical prompt
-ids, identical rewards, and z that `Expert.from_pretrained` accepts. TRL computes the KL to the base by disabling the
-adapter. The two log-probabilities come from different code paths (factored with z, W x without), so in bfloat16 the KL
-of z = 1 is not 0 but of the size of rounding.
+ids, identical rewards, and z that `Expert.from_pretrained` accepts; docs/trl.md has an example. TRL computes the KL to
+the base by disabling the adapter. The two log-probabilities come from different code paths (factored with z, W x
+without), so in bfloat16 the KL of z = 1 is not 0 but of the size of rounding.
 """
 
 from __future__ import annotations

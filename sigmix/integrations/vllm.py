@@ -2,18 +2,10 @@
 
 A request with ``"model": "addition:0.7+larger:0.3"`` names a LoRA that vLLM has not loaded, so it calls its resolvers
 (``vllm.lora.resolver``). This one writes the mixture as an adapter of a supported rank and returns its folder. vLLM
-finds `register` through the entry point group ``vllm.general_plugins``; it does nothing without
-``SIGMIX_VLLM_EXPERTS``, and vLLM calls resolvers only with ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``.
+computes one LoRA per request, so every mixture is an adapter of its own.
 
-    SIGMIX_VLLM_EXPERTS   folder of experts, or ``bundled``
-    SIGMIX_VLLM_BASE      their base as sigmix names it; default: the model that vLLM serves
-    SIGMIX_VLLM_RANK      of the adapters, at most vLLM's --max-lora-rank; default 16, vLLM's own
-    SIGMIX_VLLM_ERROR     refuse a mixture that loses more than this share of its change at that rank; default: warn
-    SIGMIX_VLLM_KEEP      largest number of adapters on disk; default 64. A client can name any mixture, so the number
-                          is bounded; none is removed, because vLLM may load one again at any time
-    SIGMIX_VLLM_CACHE     their folder; default: ``vllm`` in sigmix's cache (``sigmix cache list --kind vllm``)
-
-vLLM computes one LoRA per request, so every mixture is an adapter of its own.
+vLLM finds `register` through the entry point group ``vllm.general_plugins``, and calls resolvers only with
+``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``. docs/exports.md describes the environment variables ``SIGMIX_VLLM_…``.
 """
 
 from __future__ import annotations
@@ -49,14 +41,14 @@ MAX_REFUSALS = 1024  # remembered errors; the oldest goes first
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings from the environment; see the module."""
+    """Settings from the environment variables ``SIGMIX_VLLM_…``."""
 
-    experts: str
-    base: str | None = None
-    rank: int = 16
-    error: float | None = None
-    keep: int = 64
-    cache: Path | None = None
+    experts: str  # folder, or "bundled"
+    base: str | None = None  # as sigmix names it; None: the model that vLLM serves
+    rank: int = 16  # of the adapters, at most vLLM's --max-lora-rank
+    error: float | None = None  # refuse a mixture that loses more than this share of its change; None: warn
+    keep: int = 64  # adapters on disk, bounded since clients can name any; none is removed, vLLM may load it again
+    cache: Path | None = None  # folder of the adapters; None: in sigmix's cache
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Settings | None:
