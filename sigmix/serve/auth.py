@@ -13,7 +13,8 @@ import re
 import secrets
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -101,15 +102,6 @@ def remove_key(path: Path, name: str) -> None:
     write_keys(path, [key for key in keys if key.name != name])
 
 
-@dataclass
-class Usage:
-    """Concurrent requests and token bucket of one client."""
-
-    at_once: int = 0
-    allowance: float = 0.0
-    updated: float = field(default_factory=time.monotonic)
-
-
 class ApiKeys:
     """Keys of a file, reloaded when it changes, with the current usage of each client."""
 
@@ -119,7 +111,8 @@ class ApiKeys:
         self.path = path
         self._checked = self._modified = -1.0
         self._keys: list[ApiKey] = []
-        self._usage: dict[str, Usage] = {}
+        self._running: Counter[str] = Counter()  # requests by client
+        self._buckets: dict[str, tuple[float, float]] = {}  # allowance of requests, and when it was computed
 
     def keys(self) -> list[ApiKey]:
         """Return all keys."""
@@ -139,22 +132,21 @@ class ApiKeys:
 
     def acquire(self, key: ApiKey) -> float | None:
         """Count a request against the limits; return None, or the seconds to wait if a limit is reached."""
-        usage = self._usage.setdefault(key.name, Usage(allowance=float(key.per_minute or 0)))
-        if key.at_once is not None and usage.at_once >= key.at_once:
+        if key.at_once is not None and self._running[key.name] >= key.at_once:
             return 1.0
-        if key.per_minute is not None:
+        if key.per_minute is not None:  # token bucket
             now, rate = time.monotonic(), key.per_minute / 60
-            usage.allowance = min(usage.allowance + (now - usage.updated) * rate, float(key.per_minute))
-            usage.updated = now
-            if usage.allowance < 1:
-                return (1 - usage.allowance) / rate
-            usage.allowance -= 1
-        usage.at_once += 1
+            allowance, updated = self._buckets.get(key.name, (key.per_minute, now))
+            allowance = min(allowance + (now - updated) * rate, key.per_minute)
+            self._buckets[key.name] = allowance - (allowance >= 1), now
+            if allowance < 1:
+                return (1 - allowance) / rate
+        self._running[key.name] += 1
         return None
 
     def release(self, key: ApiKey) -> None:
         """End a request that `acquire` has counted."""
-        self._usage[key.name].at_once -= 1
+        self._running[key.name] -= 1
 
 
 # --- Middleware
