@@ -155,9 +155,10 @@ class AdaptationWorker:
         )  # fmt: skip
         adaptation.rounds = search.limits["iterations"]
         mix, evidence = search.fit(), search.evidence()
-        if adaptation.status == "cancelled":
-            return
         metadata = {"made_by": "adapt", "examples": len(request.examples), "accuracy": evidence["accuracy"]}
-        self.registry.save_mix(adaptation.name, mix, metadata, adaptation.client)
-        adaptation.mix, adaptation.evidence = {"id": mix.id, **mix.to_json()}, evidence
-        adaptation.status = "done"
+        with self._lock:
+            if adaptation.status == "cancelled":
+                return
+            self.registry.save_mix(adaptation.name, mix, metadata, adaptation.client)
+            adaptation.mix, adaptation.evidence = {"id": mix.id, **mix.to_json()}, evidence
+            adaptation.status = "done"
