@@ -114,9 +114,9 @@ class SigmixLM(HFLM):
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
         self.mix = None if mix == AUTO else read_mix(mix, experts)
         letter = letter_of(strategy or AUTO)
-        model, tokenizer = load_base(
-            base, None if dtype == "auto" else dtype, device_of(device), quantization_config=quantization
-        )
+        if device == "cuda:0" and not torch.cuda.is_available():  # the harness's default
+            device = None
+        model, tokenizer = load_base(base, None if dtype == "auto" else dtype, device, quantization_config=quantization)
         if basis == "original":
             use_original_basis(model)
         if processor_of(tokenizer) is not None and options.get("max_length") is None:
@@ -394,19 +394,6 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
         "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
         "stop_strings": stop_strings, **sampling,
     }  # fmt: skip
-
-
-def device_of(name: str | None) -> str | None:
-    """Return the device to load on; the harness's default "cuda:0" means none was given.
-
-    Raises:
-        ConfigError: no CUDA device.
-    """
-    if name is None or torch.cuda.is_available() or not name.startswith("cuda"):
-        return name
-    if name == "cuda:0":
-        return None
-    raise ConfigError(f"there is no CUDA device for --device {name}", remedy="leave it out")
 
 
 def rows_of(batch_size: int | str) -> int | None:
