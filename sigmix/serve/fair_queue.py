@@ -7,21 +7,15 @@ lowest counter of the active clients, so idle time earns no credit.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sigmix.serve.scheduler import GenerationRequest
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 """Cost of a prompt token and of a generated token (section 3 of the paper)."""
-
-
-class HasClient(Protocol):
-    """Anything with a client name."""
-
-    client: str
-
-
-R = TypeVar("R", bound=HasClient)
 
 
 class QueueFullError(Exception):
@@ -32,24 +26,24 @@ class QueueFullError(Exception):
         self.per_client = per_client
 
 
-class FairQueue(Generic[R]):
+class FairQueue:
     """Queue of requests; not thread-safe."""
 
     def __init__(self, max_size: int, max_size_per_client: int) -> None:
         self.max_size, self.max_size_per_client = max_size, max_size_per_client
-        self._queued: dict[str, deque[R]] = {}
+        self._queued: dict[str, deque[GenerationRequest]] = {}
         self._size = 0
-        self._running: dict[str, int] = {}
-        self._counters: dict[str, float] = {}
+        self._running: Counter[str] = Counter()
+        self._counters: defaultdict[str, float] = defaultdict(float)
 
     def __len__(self) -> int:
         return self._size  # a counter: other threads read the length
 
-    def __iter__(self) -> Iterator[R]:
+    def __iter__(self) -> Iterator[GenerationRequest]:
         for requests in list(self._queued.values()):
             yield from list(requests)
 
-    def push(self, request: R) -> None:
+    def push(self, request: GenerationRequest) -> None:
         """Append a request. Raises QueueFullError: one of the limits is reached."""
         client, active = request.client, {*self._queued, *self._running}
         if len(self._queued.get(client, ())) >= self.max_size_per_client:
@@ -57,27 +51,27 @@ class FairQueue(Generic[R]):
         if len(self) >= self.max_size:
             raise QueueFullError(per_client=False)
         if client not in active:
-            lowest = min((self._counters.get(other, 0.0) for other in active), default=0.0)
-            self._counters[client] = max(self._counters.get(client, 0.0), lowest)
+            lowest = min((self._counters[other] for other in active), default=0.0)
+            self._counters[client] = max(self._counters[client], lowest)
         self._queued.setdefault(client, deque()).append(request)
         self._size += 1
 
-    def pop(self, fits: Callable[[R], bool]) -> R | None:
+    def pop(self, fits: Callable[[GenerationRequest], bool]) -> GenerationRequest | None:
         """Remove and return the next request; None if the queue is empty or that request does not fit.
 
         No other request overtakes one that does not fit.
         """
         if not self._queued:
             return None
-        client = min(self._queued, key=lambda name: self._counters.get(name, 0.0))
+        client = min(self._queued, key=self._counters.__getitem__)
         request = self._queued[client][0]
         if not fits(request):
             return None
         self.remove(request)
-        self._running[client] = self._running.get(client, 0) + 1
+        self._running[client] += 1
         return request
 
-    def remove(self, request: R) -> bool:
+    def remove(self, request: GenerationRequest) -> bool:
         """Remove a queued request; return False if it is not queued."""
         requests = self._queued.get(request.client, deque())
         if request not in requests:
@@ -90,13 +84,10 @@ class FairQueue(Generic[R]):
 
     def charge(self, client: str, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
         """Add served tokens to a client's counter."""
-        cost = PROMPT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
-        self._counters[client] = self._counters.get(client, 0.0) + cost
+        self._counters[client] += PROMPT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
 
     def finish(self, client: str) -> None:
         """Mark one popped request of a client as finished. Counters are reset once no client is active."""
-        self._running[client] -= 1
-        if not self._running[client]:
-            del self._running[client]
+        self._running -= Counter([client])  # drops a client without requests
         if not self._running and not self._queued:
             self._counters.clear()

@@ -149,9 +149,7 @@ class Scheduler:
     def __init__(self, engine: SharedEngine, strategies: Mapping[str, TwoPass], settings: Settings) -> None:
         self.engine, self.strategies, self.settings = engine, strategies, settings
         self.metrics = Metrics(self.load)
-        self.queue: FairQueue[GenerationRequest] = FairQueue(
-            settings.max_queue_size, settings.max_queue_size_per_client
-        )
+        self.queue = FairQueue(settings.max_queue_size, settings.max_queue_size_per_client)
         self.batch = ContinuousBatch(engine, isolate=True)
         self._running: set[GenerationRequest] = set()
         self._cancelled: deque[GenerationRequest] = deque()
