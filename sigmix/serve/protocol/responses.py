@@ -230,19 +230,16 @@ class ResponsesBuilder(ResponseBuilder):
     ) -> None:
         super().__init__(True, body.model, fingerprint, token_bytes, LOGPROBS in body.include)
         self.id = f"resp_{uuid.uuid4().hex}"
+        given = body.model_dump(by_alias=True, exclude_none=True)
+        echoed = "instructions max_output_tokens metadata model parallel_tool_calls tool_choice tools user".split()
         self._response: dict[str, Any] = {
             "id": self.id, "object": "response", "created_at": int(time.time()), "status": "in_progress",
-            "background": False, "error": None, "incomplete_details": None, "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens, "metadata": body.metadata, "model": body.model, "output": [],
-            "parallel_tool_calls": body.parallel_tool_calls, "previous_response_id": None,
+            "background": False, "error": None, "incomplete_details": None, "output": [], "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None}, "service_tier": "default", "store": False,
-            "temperature": temperature, "text": {"format": {"type": "text"}}, "tools": [], "tool_choice": "auto",
+            "temperature": temperature, "text": {"format": {"type": "text"}, **given["text"]},
             "top_logprobs": body.top_logprobs or 0, "top_p": 1.0 if body.top_p is None else body.top_p,
-            "truncation": "disabled", "usage": None, "user": body.user,
+            "truncation": "disabled", "usage": None, **{name: given.get(name) for name in echoed},
         }  # fmt: skip
-        dumped = body.model_dump(by_alias=True, exclude_none=True)
-        self._response |= {name: dumped[name] for name in ("tools", "tool_choice")}
-        self._response["text"] |= dumped["text"]
         self._events = 0
         self._message: dict[str, Any] | None = None  # open item
 
@@ -289,13 +286,11 @@ class ResponsesBuilder(ResponseBuilder):
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": {
-                "input_tokens": usage["prompt_tokens"],
+                "input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+                "total_tokens": usage["total_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage["total_tokens"],
             },
-        }
+        }  # fmt: skip
 
     def _open(self) -> Iterator[str]:
         """Begin a message, unless one is open."""
