@@ -13,7 +13,7 @@ from sigmix.cli import app
 from sigmix.cli._console import Progress, emit, working
 from sigmix.cli._loading import open_bank, open_engine
 from sigmix.cli._options import BANK, BASE, DATA_DIR, JSON
-from sigmix.errors import ConfigError, OutputError, UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
@@ -60,7 +60,7 @@ def adapt(
     from sigmix.experts.metadata import check_name
     from sigmix.experts.mix import answer_note
     from sigmix.tasks.registry import get_task
-    from sigmix.utils.io import check_writable, write_json
+    from sigmix.utils.io import check_new, check_writable, write_json
 
     if fit_probe + fit_truncation + bool(examples or task) != 1:
         raise ConfigError(
@@ -80,8 +80,7 @@ def adapt(
         check_name(out.name)
     elif out is None or out.suffix != ".json":
         raise ConfigError("--out must be a .json file for the mixture", remedy="for example --out mix.json")
-    if out.exists():
-        raise OutputError(f"{out} exists already", remedy="give another --out, or remove it first")
+    check_new(out)
     check_writable(out)
     if task:
         labelled, grade, longest = task_examples(get_task(task, data_dir=data_dir), shots, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -13,11 +13,6 @@ from sigmix.cli._console import TrainingProgress, accuracy, emit
 from sigmix.cli._loading import open_bank, read_device_map, read_layers, read_targets
 from sigmix.cli._options import ALLOW_CODE, BANK, DATA_DIR, DEVICE_MAP, JSON, generated_command
 from sigmix.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sigmix.tasks.base import Task
-    from sigmix.train.config import TrainConfig
-    from sigmix.train.distributed import Processes
 
 
 def train(
@@ -39,16 +34,18 @@ def train(
     """
     from sigmix.evals.dispatch import DispatchTask
     from sigmix.experts.metadata import check_name
-    from sigmix.experts.serialization import check_free
+    from sigmix.experts.serialization import CURVE, check_free
+    from sigmix.models.loading import default_dtype, load_base
     from sigmix.tasks.registry import get_task
     from sigmix.train.config import make_config
     from sigmix.train.distributed import Processes
+    from sigmix.train.trainer import Trainer, plot_curve
     from sigmix.utils.cache import claimed
 
     processes = Processes.from_environment()
     with processes.report_once(), contextlib.ExitStack() as held:
-        name = check_name(out.name)
-        loaded: Task = (
+        name, run = check_name(out.name), run or Path("runs") / out.name
+        loaded = (
             DispatchTask(open_bank(bank), data_dir=data_dir) if task == "dispatch"
             else get_task(task, data_dir=data_dir, allow_code=allow_code)
         )  # fmt: skip
@@ -64,12 +61,58 @@ def train(
             check_free(out, replace=resume)
 
         processes.from_main(claim)
-        figures, text = _run(
-            name, out, run or Path("runs") / name, loaded, config, dtype, resume, test_n, tensorboard, processes, shard,
-            read_device_map(device_map),
-        )  # fmt: skip
+        places = read_device_map(device_map)
+        if dtype is None and processes.world_size > 1:  # the default is measured, and may differ between processes
+            dtype = processes.from_main(lambda: str(default_dtype(processes.device or "cpu")).removeprefix("torch."))
+        device = "cpu" if shard else (processes.device if places is None else None)
+        model, tokenizer = load_base(
+            config.base, dtype, device, quantization_config=config.quantization, device_map=places
+        )
+        with contextlib.ExitStack() as shown:
+            listener = None
+            if processes.is_main:
+                progress = TrainingProgress(f"training {name}", config.max_steps, tensorboard)
+                shown.enter_context(progress)
+                listener = progress.on_entry
+            trainer = Trainer(model, tokenizer, loaded, config, run, name, listener, processes, shard)
+            expert = trainer.fit(resume)
+        figures: dict[str, Any] = {
+            "name": name, "task": loaded.name, "run": str(run), "best": trainer.best,
+            "seconds": round(trainer.seconds, 1),
+        }  # fmt: skip
+        if expert is None:
+            text = f"policy {config.policy}: validation {trainer.best}; metrics in {trainer.run.metrics}"
+        else:
+            if test_n:
+                expert, measured = trainer.test(expert, test_n)
+                figures |= measured
+
+            def save() -> None:
+                expert.save_pretrained(out)
+                plot_curve(trainer.run.history(), out / CURVE, f"{name}: {loaded.name}")
+
+            processes.from_main(save)
+            text = f"{out}: {_summary(figures)}"
         if processes.is_main:
             emit(figures, as_json, text)
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    from sigmix.evals.accuracy import in_part
+
+    best = figures["best"]
+    text = f"validation {best['accuracy']:.3f}"
+    if "mean_score" in best:
+        text += f" (mean score {best['mean_score']:.3f})"
+    text += f" at step {best['step']}"
+    if "test" in figures:
+        test, base = figures["test"], figures["base"]
+        constant = figures["best_constant"].get("accuracy", float("nan"))
+        text += f"; test {accuracy(test)}, base {accuracy(base)} (n = {test['n']})"
+        if in_part(test) or in_part(base):
+            text += f", mean score {test['mean_score']:.3f}, base {base['mean_score']:.3f}"
+        text += f", p = {figures['paired']['p']:.2g}, best constant {constant:.3f}"
+    return text
 
 
 def _fields() -> type:
@@ -82,56 +125,3 @@ app.command(
     "train", cls=generated_command(train, _fields), help=train.__doc__,
     epilog="Example: sigmix train --task addition --out experts/addition",
 )(lambda: None)  # fmt: skip
-
-
-def _run(
-    name: str, out: Path, run: Path, task: Task, config: TrainConfig, dtype: str | None, resume: bool, test_n: int,
-    tensorboard: Path | None, processes: Processes, shard: bool, device_map: Any,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """Train, evaluate and save; return figures and text."""
-    from sigmix.evals.accuracy import in_part
-    from sigmix.experts.serialization import CURVE
-    from sigmix.models.loading import default_dtype, load_base
-    from sigmix.train.trainer import Trainer, plot_curve
-
-    if dtype is None and processes.world_size > 1:  # the default is measured, and may differ between processes
-        dtype = processes.from_main(lambda: str(default_dtype(processes.device or "cpu")).removeprefix("torch."))
-    device = "cpu" if shard else (processes.device if device_map is None else None)
-    model, tokenizer = load_base(
-        config.base, dtype, device, quantization_config=config.quantization, device_map=device_map
-    )
-    with contextlib.ExitStack() as shown:
-        listener = None
-        if processes.is_main:
-            progress = TrainingProgress(f"training {name}", config.max_steps, tensorboard)
-            shown.enter_context(progress)
-            listener = progress.on_entry
-        trainer = Trainer(model, tokenizer, task, config, run, name, listener, processes, shard)
-        expert = trainer.fit(resume)
-    best = trainer.best
-    figures: dict[str, Any] = {
-        "name": name, "task": task.name, "run": str(run), "best": best, "seconds": round(trainer.seconds, 1),
-    }  # fmt: skip
-    if expert is None:
-        return figures, f"policy {config.policy}: validation {best}; metrics in {trainer.run.metrics}"
-    if test_n:
-        expert, measured = trainer.test(expert, test_n)
-        figures |= measured
-
-    def save() -> None:
-        expert.save_pretrained(out)
-        plot_curve(trainer.run.history(), out / CURVE, f"{name}: {task.name}")
-
-    processes.from_main(save)
-    text = f"{out}: validation {best['accuracy']:.3f}"
-    if "mean_score" in best:
-        text += f" (mean score {best['mean_score']:.3f})"
-    text += f" at step {best['step']}"
-    if "test" in figures:
-        test, base = figures["test"], figures["base"]
-        constant = figures["best_constant"].get("accuracy", float("nan"))
-        text += f"; test {accuracy(test)}, base {accuracy(base)} (n = {test['n']})"
-        if in_part(test) or in_part(base):
-            text += f", mean score {test['mean_score']:.3f}, base {base['mean_score']:.3f}"
-        text += f", p = {figures['paired']['p']:.2g}, best constant {constant:.3f}"
-    return figures, text
