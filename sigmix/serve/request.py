@@ -133,13 +133,11 @@ class RequestHandler:
         return receive
 
     def _submit(self) -> None:
-        submitted: list[GenerationRequest] = []
         try:
             for request in self.requests:
                 self.service.scheduler.submit(request)
-                submitted.append(request)
         except (QueueFullError, ClosingError) as error:
-            for request in submitted:
+            for request in self.requests:  # no effect on those that were not submitted
                 self.service.scheduler.cancel(request)
             if isinstance(error, ClosingError):
                 raise
