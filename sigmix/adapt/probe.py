@@ -114,11 +114,7 @@ class ProbeDispatch:
     name = "D (probe)"
 
     def __init__(
-        self,
-        engine: HiddenStatesEngine,
-        *,
-        probe: Probe | str | os.PathLike[str] | None = None,
-        soft: bool = False,
+        self, engine: HiddenStatesEngine, *, probe: Probe | str | os.PathLike[str] | None = None, soft: bool = False
     ) -> None:
         self.engine, self.soft = engine, soft
         self.labels = labels(engine.bank)
@@ -172,11 +168,7 @@ class ProbeDispatch:
         return Decision(mix, label.name, reason, evidence, tokens, seconds)
 
 
-def fit_probe(
-    engine: Engine,
-    train: Mapping[str, Sequence[str]],
-    validation: Mapping[str, Sequence[str]],
-) -> Probe:
+def fit_probe(engine: Engine, train: Mapping[str, Sequence[str]], validation: Mapping[str, Sequence[str]]) -> Probe:
     """Fit a probe. Needs scikit-learn (``pip install "sigmix[train]"``); using a probe does not.
 
     ``train`` and ``validation``, {label: user turns}, are disjoint; a label of the bank, "other" included, without

@@ -147,10 +147,7 @@ def config_name(config: str | QuantizationConfigMixin, device: torch.device) -> 
 
 
 def quantization_of(
-    stored: Mapping[str, Any] | None,
-    given: str | QuantizationConfigMixin | None,
-    label: str,
-    device: torch.device,
+    stored: Mapping[str, Any] | None, given: str | QuantizationConfigMixin | None, label: str, device: torch.device
 ) -> str | None:
     """Return the name of a base's quantization: the one that its checkpoint is stored in, or the one to apply.
 

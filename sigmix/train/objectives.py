@@ -174,12 +174,7 @@ class Learner:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        actor: Actor,
-        config: TrainConfig,
-        max_new_tokens: int,
-        processes: Processes | None = None,
+        self, policy: Policy, actor: Actor, config: TrainConfig, max_new_tokens: int, processes: Processes | None = None
     ) -> None:
         self.policy, self.actor, self.config, self.max_new_tokens = policy, actor, config, max_new_tokens
         self.processes = processes or Processes()

@@ -251,9 +251,7 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
 def svf_config(config: TrainConfig) -> SVFConfig:
     """Return the PEFT configuration of an SVF run."""
     return SVFConfig(
-        target_modules=config.target_modules,
-        layers_to_transform=config.layers_to_transform,
-        positions=config.positions,
+        target_modules=config.target_modules, layers_to_transform=config.layers_to_transform, positions=config.positions
     )
 
 
@@ -264,10 +262,7 @@ def _peft_config(base: nn.Module, config: TrainConfig) -> PeftConfig:
     if targets != "all-linear":  # names that match nothing are refused, as for SVF
         targets = sorted(target_layers(base, svf_config(config)))
     return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
     )
 
 

@@ -99,11 +99,7 @@ class Actor:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task,
-        prompt_only: PromptOnly = everywhere,
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, prompt_only: PromptOnly = everywhere
     ) -> None:
         self.model, self.tokenizer, self.task, self.prompt_only = model, tokenizer, task, prompt_only
         self.ends = eos_token_ids(model, tokenizer)

@@ -11,8 +11,7 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Mapping that drops its least recently used entries once they exceed ``max_bytes``; larger values are never kept.
-    """
+    """Mapping that drops its least recently used entries once they exceed ``max_bytes``; larger ones are never kept."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
