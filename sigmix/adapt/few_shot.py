@@ -312,7 +312,7 @@ class FewShotSearch:
                     {
                         "round": len(self.trace), "best": searcher.best_value[0],
                         "best_loglik": searcher.best_value[1],
-                        "mean": sum(value[0] for value in values) / len(values),
+                        "mean": sum(value[0] for value in values) / len(values), "spread": searcher.spread,
                         "seconds": round(time.perf_counter() - started, 3),
                     }
                 )  # fmt: skip

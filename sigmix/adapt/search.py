@@ -76,6 +76,11 @@ class Searcher(ABC):
     def _update(self, candidates: np.ndarray, values: list[Value], order: list[int]) -> None:
         """Update the distribution; ``order`` lists candidates from best to worst."""
 
+    @property
+    @abstractmethod
+    def spread(self) -> float:
+        """Mean standard deviation of the distribution."""
+
 
 class CEM(Searcher):
     """Cross-entropy method (Transformer², section 3.2): draw from a Gaussian, refit it to the elite.
@@ -98,6 +103,10 @@ class CEM(Searcher):
         elite = candidates[order[: max(2, round(self.ELITE * len(order)))]]
         self.mean = self.SMOOTH * self.mean + (1 - self.SMOOTH) * elite.mean(0)
         self.std = np.maximum(self.SMOOTH * self.std + (1 - self.SMOOTH) * elite.std(0), self.FLOOR)
+
+    @property
+    def spread(self) -> float:
+        return float(self.std.mean())
 
 
 class CMAES(Searcher):
@@ -125,6 +134,10 @@ class CMAES(Searcher):
         vectors += self._drawn[: len(candidates) - starts]  # unclipped, as cma drew them
         ranks = np.argsort(order)
         self._cma.tell(vectors, ranks.astype(float).tolist())
+
+    @property
+    def spread(self) -> float:
+        return float(np.mean(self._cma.stds))
 
 
 class Swarm(Searcher):
@@ -172,6 +185,10 @@ class Swarm(Searcher):
         self.velocity = (r[0] * self.velocity + pull) / r.sum(0).clip(1e-12)
         self.positions = np.clip(candidates + self.step * self.velocity, self.low, self.high)
         self.step *= self.SHRINK
+
+    @property
+    def spread(self) -> float:
+        return self.high - self.low if self.positions is None else float(self.positions.std(0).mean())
 
 
 SEARCHERS: dict[str, type[Searcher]] = {"cem": CEM, "cma-es": CMAES, "swarm": Swarm}

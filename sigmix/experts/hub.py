@@ -29,6 +29,7 @@ from sigmix.utils.io import atomic_dir, file_lock, read_json, read_json_object, 
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 FILES = (CONFIG, WEIGHTS, META, CARD)
+MAX_BYTES = 1 << 30  # of a file that is downloaded; experts have a few MB
 RECORD = ".sigmix-hub.json"  # written by `download_bank`: {"source", "experts": {name: {"repo", "revision"}}}
 
 
@@ -72,8 +73,14 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
     no_expert = NoExpertError(f"the hub model {repo_id!r} is not an expert: no {CONFIG}", remedy="check the name")
     with _hub(repo_id, token, hint=near_paths(Path(repo_id)), instead="give an expert's folder") as key:
         options: dict[str, Any] = {"local_files_only": offline(), "token": key}
-        names = _file_names(repo_id, revision, key)
-        if names and CONFIG not in names:  # known without downloading, so a gated base model is no error in a bank
+        sizes = _file_sizes(repo_id, revision, key)
+        for file in FILES:
+            if (size := sizes.get(file) or 0) > MAX_BYTES:
+                raise ExpertError(
+                    f"{file} of the hub model {repo_id!r} has {size / 1e9:.1f} GB, too much for an expert",
+                    remedy=f"check the repository; to use it anyway: hf download {repo_id}, and give that folder",
+                )
+        if sizes and CONFIG not in sizes:  # known without downloading, so a gated base model is no error in a bank
             raise no_expert
         # the small files first: other adapters may have gigabytes of weights
         small = [CONFIG, META, CARD]
@@ -176,15 +183,16 @@ def record(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / RECORD)
 
 
-def _file_names(repo_id: str, revision: str | None, token: str | None) -> list[str]:
-    """Return the files of a repository; empty if the request fails, which the download then reports."""
+def _file_sizes(repo_id: str, revision: str | None, token: str | None) -> dict[str, int | None]:
+    """Return {file: bytes} of a repository; empty if the request fails, which the download then reports."""
     import huggingface_hub
 
     try:
-        info = None if offline() else huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision)
-        return [file.rfilename for file in info.siblings or ()] if info is not None else []
+        api = huggingface_hub.HfApi(token=token)
+        info = None if offline() else api.model_info(repo_id, revision=revision, files_metadata=True)
     except (OSError, ValueError, huggingface_hub.errors.HTTPError):
-        return []
+        return {}
+    return {file.rfilename: file.size for file in (info.siblings if info is not None else None) or ()}
 
 
 def _collection_models(slug: str, token: str | None) -> list[str] | None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FORMAT = 2  # part of the cache's key: raise it when a file would be converted otherwise than before
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 """Name of a part of a split model, as llama.cpp's gguf-split writes it."""
 
 
@@ -54,20 +54,25 @@ def models_dir() -> Path:
 def model_files(path: Path) -> list[Path]:
     """Return all files of a GGUF model: ``path`` alone, or in order the parts of a split model that it belongs to.
 
-    `BaseModelError` if parts are missing.
+    Names may differ in case. A link leads to the parts beside it, else to those beside its target. `BaseModelError` if
+    parts are missing.
     """
-    match = PART.fullmatch(path.name)
-    if match is None:
-        return [path]
-    stem, count = match["stem"], int(match["count"])
-    files = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    if missing := [file.name for file in files if not file.is_file()]:
+    missing: list[str] = []
+    for place in (path, path.resolve()):
+        if (match := PART.fullmatch(place.name)) is not None:
+            stem, count = match["stem"], int(match["count"])
+            names = [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+            there = {file.name.casefold(): file for file in place.parent.iterdir() if file.is_file()}
+            missing = [name for name in names if name.casefold() not in there]
+            if not missing:
+                return [there[name.casefold()] for name in names]
+    if missing:
         raise BaseModelError(
             f"{path.name} is a part of a split model, of which {len(missing)} of {count} files are missing in "
-            f"{path.parent}: {', '.join(missing[:5])}{', …' if missing[5:] else ''}",
+            f"{place.parent}: {', '.join(missing[:5])}{', …' if missing[5:] else ''}",
             remedy="download all parts into one folder",
         )
-    return files
+    return [path]
 
 
 def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:

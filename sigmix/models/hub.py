@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.errors import BaseModelError, ConfigError, SigmixError
-from sigmix.models.default import DEFAULT, offline
+from sigmix.models.default import DEFAULT, OFFLINE_VARIABLES, offline
+from sigmix.utils.safetensors import INDEX, SINGLE, weight_files
 
 HUB_FILES = ("model.safetensors", "model*-of-*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 IGNORED = ("*/*",)  # in the hub's patterns a star matches slashes too
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def hub_folder(name: str, revision: str | None, check: Callable[[Path], None] | None = None) -> Path:
@@ -33,16 +35,40 @@ def hub_folder(name: str, revision: str | None, check: Callable[[Path], None] | 
 
     typo = difflib.get_close_matches(name.split("/")[-1].lower(), [DEFAULT], n=1, cutoff=0.6)
     hint = f"; did you mean {DEFAULT!r}?" if typo else near_paths(Path(name))
-    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).glob("snapshots/*/*")
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    broken_off = any(cache.glob("blobs/*.incomplete"))
+    if broken_off:
+        hint = "; it is in the hub's cache only in part"
     with hub_errors(name, BaseModelError, hint=hint, instead=base_names()) as token:
         options: dict[str, Any] = {"revision": revision, "local_files_only": offline(), "token": token}
-        if check is not None and not any(".safetensors" in file.name for file in cached):
+        if check is not None and not any(cache.glob("snapshots/*/*.safetensors*")):
             check(Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json"], **options)))
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 name, allow_patterns=list(HUB_FILES), ignore_patterns=list(IGNORED), **options
             )
         )
+    # online the folder is complete, unless the hub was unreachable and the cache answered
+    if (offline() or broken_off) and (lacking := _lacking(folder)):
+        version = f" --revision {revision}" if revision else ""
+        raise BaseModelError(
+            f"{name} is in the hub's cache only in part: {folder} lacks {', '.join(lacking)}",
+            remedy=f"run it again online (without {', '.join(OFFLINE_VARIABLES)}), or: hf download {name}{version}",
+        )
+    return folder
+
+
+def _lacking(folder: Path) -> list[str]:
+    """Return the files that a snapshot of a model lacks."""
+    files = {entry.name for entry in folder.iterdir() if entry.is_file()}  # a link to a missing blob is no file
+    lacking = [] if "config.json" in files else ["config.json"]
+    if files.isdisjoint((SINGLE, INDEX)):
+        lacking.append(SINGLE)
+    else:
+        lacking += [name for name in weight_files(folder) if name not in files]
+    if files.isdisjoint(TOKENIZERS):
+        lacking.append("a tokenizer")
+    return lacking
 
 
 @contextlib.contextmanager

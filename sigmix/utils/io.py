@@ -6,6 +6,7 @@ content, the new content, or nothing.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -171,8 +172,10 @@ def read_text(path: str | os.PathLike[str], error: type[SigmixError] = DataError
     except OSError as failure:
         raise error(f"cannot read {path}: {failure.strerror or failure}", remedy=remedy) from failure
     except UnicodeDecodeError as failure:
-        where = f"{path}:{data.count(10, 0, failure.start) + 1}"
-        raise error(f"cannot read {where}: expected UTF-8 text", remedy="save it as UTF-8") from failure
+        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data[:64].count(0) > 8
+        where = path if utf16 else f"{path}:{data.count(10, 0, failure.start) + 1}"
+        encoding = "UTF-16" if utf16 else "another encoding"
+        raise error(f"cannot read {where}: expected UTF-8, not {encoding}", remedy="save it as UTF-8") from failure
 
 
 def read_json(path: Path, error: type[SigmixError], remedy: str) -> dict[str, Any]:

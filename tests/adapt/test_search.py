@@ -62,6 +62,7 @@ def test_a_seed_decides_everything(kind):
 @pytest.mark.parametrize("kind", SEARCHERS)
 def test_values_that_are_all_equal_do_not_freeze_the_search(kind):
     searcher = run(SEARCHERS[kind](2, seed=0), lambda vector: 0.0, rounds=30)
+    assert searcher.spread > 0
     assert len(np.unique(searcher.ask(), axis=0)) > 1
 
 

@@ -297,6 +297,14 @@ def test_a_gated_base_in_a_collection_is_left_out_like_any_other(hub, collection
         Bank(collection)
 
 
+def test_a_file_that_no_expert_has_is_not_fetched(hub, tmp_path, monkeypatch):
+    hub.add("alice/sums", files(tmp_path, "sums"))
+    monkeypatch.setattr(module, "MAX_BYTES", 5)
+    with pytest.raises(ExpertError, match="'alice/sums'.* GB.* -> .*hf download"):
+        Expert.from_pretrained("alice/sums")
+    assert not [path for _, path, _ in hub.requests if "/resolve/" in path]
+
+
 def test_a_bank_stays_what_it_was_and_a_new_one_is_what_the_collection_is_now(hub, collection, tmp_path):
     old = Bank(collection)
     hub.repos["alice/sums"].commit(files(tmp_path, "sums", domain="later"))

@@ -220,6 +220,24 @@ def test_a_split_file_with_a_missing_or_a_foreign_part(tmp_path):
     assert not [entry for entry in models_dir().iterdir() if entry.is_dir()]
 
 
+@pytest.mark.parametrize("rename", [str.upper, lambda name: name.replace("1-of", "1-Of").replace("gguf", "Gguf")])
+def test_names_of_parts_may_differ_in_case(tmp_path, rename):
+    model = build("llama")
+    files = split_gguf(write_gguf(tmp_path / "tiny.gguf", model), 2)
+    renamed = [file.rename(file.with_name(rename(file.name))) for file in files]
+    assert torch.equal(logits(load_base(renamed[1], "float32")[0]), logits(model))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tiny-00001-of-00002.gguf"])
+def test_a_link_to_one_part_leads_to_the_others(tmp_path, name):
+    model = build("llama")
+    files = split_gguf(write_gguf(tmp_path / "tiny.gguf", model), 2)
+    link = tmp_path / "links" / name
+    link.parent.mkdir()
+    link.symlink_to(files[0])
+    assert torch.equal(logits(load_base(link, "float32")[0]), logits(model))
+
+
 @pytest.mark.parametrize(
     "damage",
     [

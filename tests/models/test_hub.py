@@ -80,12 +80,20 @@ def test_offline_mode_asks_the_network_for_nothing(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "tokenizer"])
-def test_a_cached_download_that_broke_off_is_named_with_what_it_lacks(monkeypatch, model_folder, lost):
+@pytest.mark.parametrize("why", ["offline", "incomplete"])
+def test_a_download_that_broke_off_is_named_with_what_it_lacks(monkeypatch, model_folder, tmp_path, lost, why):
     for file in model_folder.glob(f"{lost}*"):
         file.unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(BaseModelError, match=f"org/model.*{lost}"):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    if why == "offline":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    else:  # the hub could not be reached, and the cache answered
+        monkeypatch.setattr(hub, "offline", lambda: False)
+        (tmp_path / "hub" / "models--org--model" / "blobs").mkdir(parents=True)
+        (tmp_path / "hub" / "models--org--model" / "blobs" / "deadbeef.incomplete").touch()
+    message = rf"org/model is in the hub's cache only in part.*{lost}.* -> run it again online.*hf download org/model"
+    with pytest.raises(BaseModelError, match=f"{message} --revision v1"):
         load_base("org/model", revision="v1")
 
 
@@ -97,7 +105,7 @@ def test_shards_that_a_broken_download_lacks_are_named(monkeypatch, model_folder
     shard.symlink_to("../blobs/gone")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(BaseModelError, match=f"org/model lacks the weight files {shard.name} -> download"):
+    with pytest.raises(BaseModelError, match=f"only in part.* lacks {shard.name} -> run it again online"):
         load_base("org/model")
 
 
