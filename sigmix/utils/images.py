@@ -78,5 +78,7 @@ def _bytes(source: Path | bytes | Callable[[], bytes], name: str) -> bytes:
         return source
     if callable(source):
         return source()
-    with reraised(DataError, f"cannot read the image {name}", "check the path", OSError):
+    try:
         return source.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the image {name}: {error.strerror or error}", remedy="check the path") from error
