@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigmix.cli._console import Progress, note, working
-from sigmix.errors import ConfigError, ExpertError
+from sigmix.errors import ConfigError, ExpertError, reraised
 from sigmix.utils.io import read_text
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
     if text is None or text == "auto":
         return text
     remedy = 'give auto, or a file such as {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
-    try:
+    with reraised(ConfigError, f"--device-map {text} is not JSON", remedy):
         places = json.loads(read_text(text, ConfigError, remedy))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"--device-map {text} is not JSON: {error}", remedy=remedy) from error
     devices = places.values() if isinstance(places, dict) else ()
     if not devices or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in devices):
         raise ConfigError(f"--device-map {text} holds no object of modules and devices", remedy=remedy)

@@ -205,7 +205,7 @@ def read_config(name: str) -> tuple[Any, str]:
     """
     from transformers import AutoConfig
 
-    from sigmix.errors import BaseModelError, SigmixError
+    from sigmix.errors import BaseModelError, reraised
     from sigmix.models import gguf
     from sigmix.models.default import offline
     from sigmix.models.hub import base_names, hub_errors, near_paths
@@ -223,14 +223,10 @@ def read_config(name: str) -> tuple[Any, str]:
     local = path.is_dir() or (path.is_file() and path.suffix == ".json")
     if not local and (path.exists() or name.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(name)):
         raise BaseModelError(f"there is no base model at {name!r}{near_paths(path)}", remedy=base_names())
-    try:
-        with hub_errors(name, BaseModelError, action="read the config of", instead=base_names()), quiet():
-            return AutoConfig.from_pretrained(path if local else name, local_files_only=local or offline()), own
-    except SigmixError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "give a model's config.json, with its model_type"
-        raise BaseModelError(f"{name} has no config of a model in transformers: {error}", remedy=remedy) from error
+    problem, remedy = f"{name} has no config of a model", "give a model's config.json, with its model_type"
+    on_the_hub = hub_errors(name, BaseModelError, action="read the config of", instead=base_names())
+    with reraised(BaseModelError, problem, remedy), on_the_hub, quiet():
+        return AutoConfig.from_pretrained(path if local else name, local_files_only=local or offline()), own
 
 
 def problems(figures: dict[str, Any], plan: bool = False) -> list[str]:

@@ -37,7 +37,7 @@ from sigmix.engine import Engine
 from sigmix.engine.generation import SamplingParams
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.engine.tokenization import check_tokens, context_length, has_template, in_parts, no_marks, template_error
-from sigmix.errors import ConfigError, ContextError, UnknownNameError
+from sigmix.errors import ConfigError, ContextError, UnknownNameError, reraised
 from sigmix.experts.bank import Bank
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix, answer_note, read_mix
@@ -374,7 +374,7 @@ class SigmixLM(HFLM):
 
 def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
     """Return the engine's options for a request's generation arguments. Raises ConfigError: an unsupported option."""
-    try:
+    with reraised(ConfigError, f"generation options {dict(kwargs)}", OPTIONS_REMEDY):
         given = {name: value for name, value in kwargs.items() if value is not None}
         rest = dict(normalize_gen_kwargs(given, max_gen_toks))
         stop_strings = [text for text in handle_stop_sequences(rest.pop("until", None), eos=None) if text]
@@ -385,8 +385,6 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
         sampling = {name: kind(rest.pop(name)) for name, kind in SAMPLING.items() if name in rest}
         if max_new_tokens < 1 or not all(isinstance(text, str) for text in stop_strings):
             raise ValueError("max_gen_toks must be at least 1 and until a list of strings")
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"generation options {dict(kwargs)}: {error}", remedy=OPTIONS_REMEDY) from error
     for name, value in rest.items():
         if value not in NEUTRAL.get(name, ()):
             raise ConfigError(f"generation option {name}={value!r} is not supported", remedy=OPTIONS_REMEDY)

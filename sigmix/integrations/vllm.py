@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigmix.errors import CacheError, ConfigError, ExpertError, SigmixError
+from sigmix.errors import CacheError, ConfigError, ExpertError, SigmixError, reraised
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import file_lock
 
@@ -196,13 +196,10 @@ def _recorded_loss(folder: Path) -> tuple[int, float]:
     """Return (rank, error) of an existing adapter. Raises CacheError: its record is damaged."""
     from sigmix.export.model_card import RECORD
 
-    try:
+    remedy = "remove that folder while vLLM is stopped"
+    with reraised(CacheError, f"the adapter {folder} has no readable {RECORD}", remedy):
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return int(record["rank"]), float(record["error"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"the adapter {folder} has no readable {RECORD}: {error}", remedy="remove that folder while vLLM is stopped"
-        ) from error
 
 
 def register() -> None:

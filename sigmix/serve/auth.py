@@ -23,7 +23,7 @@ from fastapi.exceptions import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.errors import ConfigError, UnknownNameError, reraised
 from sigmix.experts.metadata import check_name
 from sigmix.serve.observability import REQUEST_ID, Metrics
 from sigmix.serve.protocol.errors import ApiError, internal_error, rate_limited
@@ -62,14 +62,10 @@ def read_keys(path: Path) -> list[ApiKey]:
     """Read a key file; a missing file holds no keys. Raises ConfigError: damaged file."""
     if not path.is_file():
         return []
-    try:
+    with reraised(ConfigError, f"cannot read API keys from {path}", f"fix or delete {path}"):
         keys = [ApiKey(**entry) for entry in json.loads(read_text(path, ConfigError))["keys"]]
         if not all(isinstance(key.hash, str) and len(key.hash) == 64 for key in keys):
             raise ValueError("missing hash")
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"cannot read API keys from {path}: {error}", remedy=f"fix or delete {path}") from error
     return keys
 
 

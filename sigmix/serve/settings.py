@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from sigmix.errors import ConfigError
+from sigmix.errors import ConfigError, reraised
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import read_text
 
@@ -104,10 +104,8 @@ class Settings(BaseSettings):
 
 def load_settings(file: Path | None = None, **options: Any) -> Settings:
     """Merge options (None: not given), the environment and a TOML file. Raises ConfigError: invalid file or value."""
-    try:
+    with reraised(ConfigError, f"{file} is not valid TOML", "see docs/serving.md for an example"):
         stored = {} if file is None else tomllib.loads(read_text(file, ConfigError, "give a TOML file to --config"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}", remedy="see docs/serving.md for an example") from error
 
     class FileSettings(Settings):
         @classmethod
