@@ -110,19 +110,3 @@ class Tool(RequestModel):
     def rendered(self) -> dict[str, Any]:
         """Return the tool as a chat template expects it."""
         return {"type": "function", "function": self.function.model_dump(exclude={"strict"}, exclude_none=True)}
-
-
-class NamedFunction(RequestModel):
-    """Name of a function."""
-
-    name: FunctionName
-
-
-class NamedToolChoice(RequestModel):
-    """Choice of one function."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice

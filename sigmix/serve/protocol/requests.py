@@ -13,7 +13,7 @@ from sigmix.engine.structured_output import StructuredOutput
 from sigmix.engine.tokenization import TEMPLATE_ARGUMENTS
 from sigmix.errors import StructuredOutputError
 from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, as_prompts, field_error
-from sigmix.serve.protocol.messages import ChatMessage, NamedToolChoice, Tool, ToolChoice
+from sigmix.serve.protocol.messages import ChatMessage, Tool
 from sigmix.serve.tool_parser import required_calls
 
 DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of a text completion without one, as in OpenAI's API
@@ -189,7 +189,7 @@ class ChatCompletionRequest(GenerationOptions):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] = Field([], max_length=128)
-    tool_choice: ToolChoice = "auto"
+    tool_choice: Literal["none", "auto", "required"] | Tool = "auto"
     parallel_tool_calls: bool = True
     add_generation_prompt: bool | None = Field(None, description="Default: unless continue_final_message.")
     continue_final_message: bool = False
@@ -209,7 +209,7 @@ class ChatCompletionRequest(GenerationOptions):
         if self.rendered_tools() and (outputs := super()._outputs()):
             raise field_error(next(iter(outputs)), "excludes tools; set tool_choice to none")
         names = [tool.function.name for tool in self.tools]
-        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+        if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in names:
             raise field_error("tool_choice.function.name", f"must be one of {', '.join(names)}")
         if repeated := [name for name in names if names.count(name) > 1]:
             raise field_error("tools", f"hold the function {repeated[0]} twice")
