@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,8 @@ from typing import Any, ClassVar, NoReturn
 
 from sigmix.errors import ConfigError
 
-ID_CHARACTERS = string.ascii_letters + string.digits
-
 LONGEST_LITERAL = 6
 """Characters of the longest JSON token outside of a string that is invalid while incomplete, such as ``fals``."""
-
-
-def call_id() -> str:
-    """Return a new id of a tool call: nine letters and digits, as Mistral's templates require."""
-    return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
 
 
 @dataclass(frozen=True)
@@ -30,7 +22,7 @@ class ToolCall:
 
     name: str
     arguments: str
-    id: str = field(default_factory=call_id)
+    id: str = field(default_factory=lambda: secrets.token_hex(5)[:9])  # nine characters, as Mistral's templates require
 
 
 class NotACall(Exception):
