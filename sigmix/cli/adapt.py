@@ -17,8 +17,7 @@ from sigmix.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
-    from sigmix.tasks.base import Score, Task
-    from sigmix.tasks.data import Row
+    from sigmix.tasks.base import Task
 
     Labelled = tuple[list[Example], Callable[[Example, str], float], int]
 
@@ -139,22 +138,19 @@ def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: di
 
 
 def _file_examples(path: Path, score: str) -> Labelled:
+    from sigmix.adapt import Example
     from sigmix.tasks.data import local_rows
     from sigmix.tasks.graders import GRADERS
 
     if score not in GRADERS:
         raise UnknownNameError("grader", score, GRADERS)
-    examples = [_example(row, GRADERS[score]) for row in local_rows(path)]
+    examples = []
+    for row in local_rows(path):
+        prompt, answer = row.get("prompt", "question", kind=str), row.get("answer", "gold")
+        gold = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        row.check_gold(gold, lambda reply, gold=gold: GRADERS[score](reply, gold))
+        examples.append(Example(prompt, gold))
     return examples, lambda example, reply: GRADERS[score](reply, example.gold).value or 0.0, 16
-
-
-def _example(row: Row, grade: Callable[[str, str], Score]) -> Example:
-    from sigmix.adapt import Example
-
-    prompt, answer = row.get("prompt", "question", kind=str), row.get("answer", "gold")
-    gold = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-    row.check_gold(gold, lambda reply: grade(reply, gold))
-    return Example(prompt, gold)
 
 
 def task_examples(task: Task, shots: int, seed: int) -> Labelled:

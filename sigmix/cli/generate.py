@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -15,9 +15,6 @@ from sigmix.cli._console import emit, note, working
 from sigmix.cli._loading import open_engine, open_mixes
 from sigmix.errors import ConfigError, DataError
 from sigmix.utils.io import read_text
-
-if TYPE_CHECKING:
-    from sigmix.engine.structured_output import StructuredOutput
 
 EXAMPLE = 'for example: sigmix generate "What is 17 + 25?"'
 
@@ -53,7 +50,12 @@ def generate(
         if len(values) not in (0, 1, len(prompts)):
             problem = f"{len(values)} {option} for {len(prompts)} prompts"
             raise ConfigError(problem, remedy="give it once, or once for each prompt")
-    output = _output(json_schema, regex, choice)
+    output = None
+    if json_schema is not None or regex is not None or choice:
+        from sigmix.engine.structured_output import StructuredOutput
+
+        schema = None if json_schema is None else read_text(json_schema)
+        output = StructuredOutput(json=schema, regex=regex, choice=choice or None)
     texts = mix if len(mix) == len(prompts) else mix * len(prompts)
     images: list[Any] = [()] * len(prompts)
     if image:
@@ -114,15 +116,6 @@ def _prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not all(text.strip() for text in prompts):
         raise ConfigError("the prompt is empty", remedy=EXAMPLE)
     return prompts
-
-
-def _output(json_schema: Path | None, regex: str | None, choice: list[str]) -> StructuredOutput | None:
-    if json_schema is None and regex is None and not choice:
-        return None
-    from sigmix.engine.structured_output import StructuredOutput
-
-    schema = None if json_schema is None else read_text(json_schema)
-    return StructuredOutput(json=schema, regex=regex, choice=choice or None)
 
 
 def _short(text: str) -> str:

@@ -24,7 +24,6 @@ from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
 from sigmix.serve.protocol.errors import ApiError, internal_error, validation_error
 from sigmix.serve.scheduler import ClosingError
 from sigmix.serve.service import Service
-from sigmix.serve.settings import Settings
 
 STATIC = Path(__file__).parent / "static"
 
@@ -55,7 +54,10 @@ def create_app(service: Service) -> ASGIApp:
         app.add_exception_handler(error, error_response)
     settings = service.settings
     wrapped: ASGIApp = AuthMiddleware(app, settings, service.keys)
-    wrapped = TrustedHostMiddleware(wrapped, allowed_hosts=trusted_hosts(settings), www_redirect=False)
+    hosts = [settings.host, *settings.allowed_hosts] if settings.allowed_hosts else ["*"]
+    if settings.loopback:  # against DNS rebinding
+        hosts = ["localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts]
+    wrapped = TrustedHostMiddleware(wrapped, allowed_hosts=hosts, www_redirect=False)
     wrapped = RequestLogMiddleware(wrapped, service.metrics)
     if settings.allowed_origins:  # outermost: preflight requests carry no key, and pages must be able to read errors
         wrapped = CORSMiddleware(
@@ -64,13 +66,6 @@ def create_app(service: Service) -> ASGIApp:
             expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
     return wrapped
-
-
-def trusted_hosts(settings: Settings) -> list[str]:
-    """Return the accepted names of the ``Host`` header, against DNS rebinding; ["*"] accepts all."""
-    if settings.loopback:
-        return ["localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts]
-    return [settings.host, *settings.allowed_hosts] if settings.allowed_hosts else ["*"]
 
 
 async def error_response(request: Request, error: Exception) -> Response:
