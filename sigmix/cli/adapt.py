@@ -148,7 +148,7 @@ def _file_examples(path: Path, score: str) -> Labelled:
     for row in local_rows(path):
         prompt, answer = row.get("prompt", "question", kind=str), row.get("answer", "gold")
         gold = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-        row.check_gold(gold, lambda reply, gold=gold: GRADERS[score](reply, gold))
+        row.check_gold(gold, lambda reply: GRADERS[score](reply, gold))  # noqa: B023 (called at once)
         examples.append(Example(prompt, gold))
     return examples, lambda example, reply: GRADERS[score](reply, example.gold).value or 0.0, 16
 
