@@ -108,7 +108,10 @@ class SigmixLM(HFLM):
         if (length := options.get("max_length")) is not None and not (isinstance(length, int) and length > 0):
             raise ConfigError(f"max_length must be a number of tokens, at least 1, not {length!r}")
         check_basis(basis, quantization)
-        self.rows = rows_of(batch_size)
+        auto = str(batch_size).startswith(AUTO)
+        if not auto and not (str(batch_size).isdecimal() and int(batch_size) > 0):
+            raise ConfigError(f"batch_size must be auto or a number of at least 1, not {batch_size!r}")
+        self.rows = None if auto else int(batch_size)
         if decisions is not None:
             check_writable(decisions)
         experts = Bank(bank) if bank is not None else Bank.bundled() if mix != "base" else None
@@ -392,12 +395,3 @@ def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str
         "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "temperature": temperature,
         "stop_strings": stop_strings, **sampling,
     }  # fmt: skip
-
-
-def rows_of(batch_size: int | str) -> int | None:
-    """Return the rows of a batch, or None for "auto". Raises ConfigError: neither."""
-    if str(batch_size).startswith(AUTO):
-        return None
-    if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise ConfigError(f"batch_size must be auto or a number of at least 1, not {batch_size!r}")
-    return int(batch_size)
