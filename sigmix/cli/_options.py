@@ -91,17 +91,12 @@ def generated_command(function: Callable[..., None], source: Callable[[], type])
     class Generated(TyperCommand):
         @functools.cached_property
         def _command(self) -> Any:
-            parameters = list(inspect.signature(function, eval_str=True).parameters.values())
-            own = [one for one in parameters if one.kind is not one.VAR_KEYWORD]
-            names = [one.name for one in own]
-            every = own + [option for option in options_from(source()) if option.name not in names]
-
-            def call(**values: Any) -> None:
-                function(**values)
-
-            _set_parameters(call, every)
+            parameters = inspect.signature(function, eval_str=True).parameters.values()
+            own = {one.name: one for one in parameters if one.kind is not one.VAR_KEYWORD}
+            own |= {one.name: one for one in options_from(source()) if one.name not in own}
+            _set_parameters(function, [*own.values()])
             single = typer.Typer(add_completion=False, rich_markup_mode=None)
-            single.command()(call)
+            single.command()(function)
             return typer.main.get_command(single)
 
         def get_params(self, ctx: Any) -> Any:
