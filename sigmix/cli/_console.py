@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,13 @@ def check_output(folder: Path, marker: str) -> None:
     check_writable(folder / marker)
 
 
-@contextlib.contextmanager
-def working(text: str) -> Iterator[None]:
+def working(text: str) -> AbstractContextManager[Any]:
     """Show a spinner if stderr is a terminal."""
     if not sys.stderr.isatty():
-        yield
-        return
+        return nullcontext()
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    return Console(stderr=True).status(text)
 
 
 class Progress:
