@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, Strategy, TwoPass
+from sigmix.adapt import ClassifierDispatch, ProbeDispatch, PromptDispatch, Strategy, TwoPass
 from sigmix.adapt.bandit import BanditDispatch
-from sigmix.adapt.base import skills
 from sigmix.engine.detokenizer import text_offsets, token_decoder
 from sigmix.engine.tokenization import chat_template, check_context, check_unicode, encode_turns
 from sigmix.engine.truncation import bank_truncation
@@ -37,16 +36,6 @@ log = logging.getLogger("sigmix.serve")
 PREFIX_BYTES = 512 << 20  # budget of the prefix cache: templates and conversations
 
 CALL_TIMEOUT = 120.0  # seconds to wait for the scheduler's thread when an expert is loaded or unloaded
-
-
-class BaseOnly:
-    """Strategy of an empty bank."""
-
-    name = "none"
-
-    def decide(self, prompts: Sequence[str]) -> list[Decision]:
-        """Return the base model for each request."""
-        return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
 
 
 class Service:
@@ -87,7 +76,7 @@ class Service:
         self.strategies = self._open_strategies()
         self.default_strategy = settings.strategy
         if settings.strategy == "auto":
-            self.default_strategy = next(name for name in ("D", "B", "A", "none") if name in self.strategies)
+            self.default_strategy = next(name for name in ("D", "B", "A") if name in self.strategies)
         self.check_strategy(self.default_strategy)
         self.scheduler = Scheduler(self.engine, self.strategies, settings)
         self.metrics = self.scheduler.metrics
@@ -98,8 +87,6 @@ class Service:
 
     def _open_strategies(self) -> dict[str, TwoPass]:
         """Return the strategies that the bank supports."""
-        if not skills(self.registry):
-            return {"none": TwoPass(self.engine, BaseOnly())}
         opened: dict[str, Strategy] = {"A": PromptDispatch(self.engine)}
         for letter, strategy in (("B", ClassifierDispatch), ("D", ProbeDispatch)):
             try:
