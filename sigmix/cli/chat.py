@@ -150,9 +150,6 @@ class Session:
         """Answer with another mixture from now on, unless it does not fit the base model."""
         from sigmix.experts.mix import answer_note
 
-        for name in mix.weights:
-            if name not in self.engine.bank:
-                raise UnknownNameError("expert", name, self.engine.bank, remedy="/experts lists them")
         self.engine.z(mix)
         self.mix, self.auto = mix, False
         print(f"(answering with {answer_note(mix, self.engine.bank) or mix.id})", flush=True)
