@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import typer
@@ -115,13 +116,7 @@ def _summary(figures: dict[str, Any]) -> str:
     return text
 
 
-def _fields() -> type:
-    from sigmix.train.config import TrainConfig
-
-    return TrainConfig
-
-
 app.command(
-    "train", cls=generated_command(train, _fields), help=train.__doc__,
+    "train", cls=generated_command(train, lambda: resolve_name("sigmix.train.config:TrainConfig")), help=train.__doc__,
     epilog="Example: sigmix train --task addition --out experts/addition",
 )(lambda: None)  # fmt: skip

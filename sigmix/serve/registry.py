@@ -38,9 +38,6 @@ class ModelRegistry(Mapping[str, Expert]):
             raise UnknownNameError("expert", name, self.experts, remedy="GET /v1/models lists all models")
         return self.experts[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.experts
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.experts)
 
