@@ -56,7 +56,7 @@ def chat(
     engine.check_params(SamplingParams(**options))
     session = Session(engine, first, strategy, options, seed, single_turn, system)
     if system:
-        session.ids([{"role": "user", "content": ""}])  # raises where the chat template takes no system message
+        engine.encode("", system)  # raises where the chat template takes no system message
     if mix == "auto":
         session.choose()
     if sys.stdin.isatty():
@@ -83,8 +83,7 @@ class Session:
 
         self.engine, self.mix, self.options, self.seed, self.single_turn = engine, mix, options, seed, single_turn
         self.two_pass, self.auto = TwoPass(engine, strategy), False
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.history: list[dict[str, str]] = []
+        self.system, self.history = system, list[dict[str, str]]()
 
     def lines(self) -> Iterator[str]:
         """Yield typed lines, or those of piped input."""
@@ -182,19 +181,11 @@ class Session:
 
     def fit(self, messages: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
         """Return token ids of the conversation, and its messages without the oldest that exceed the context."""
-        from sigmix.engine.tokenization import context_length
-
-        limit, kept = context_length(self.engine.model), messages
-        ids = self.ids(kept)
+        limit, kept = self.engine.context_length, messages
+        ids = self.engine.encode(kept, self.system)
         while limit is not None and len(kept) > 1 and len(ids) + self.options["max_new_tokens"] > limit:
             kept = kept[2:]
-            ids = self.ids(kept)
+            ids = self.engine.encode(kept, self.system)
         if dropped := (len(messages) - len(kept)) // 2:
             note(f"({dropped} of the oldest turns dropped: the context has {limit} tokens)")
         return ids, kept
-
-    def ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return token ids under the chat template, or of bare lines where there is none."""
-        from sigmix.engine.tokenization import encode_turns
-
-        return encode_turns(self.engine.tokenizer, [*self.system, *messages])

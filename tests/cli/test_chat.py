@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from sigmix.cli.chat import Session
+from sigmix.engine.tokenization import encode
 
 pytest_plugins = ["helpers_cli"]
 
@@ -86,7 +85,10 @@ class Parrot:
 
     def __init__(self, tokenizer, limit=256):
         self.tokenizer, self.prompts, self.bank = tokenizer, [], {}
-        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=limit))
+        self.context_length = limit
+
+    def encode(self, turns, system):
+        return encode(self.tokenizer, turns, system)
 
     def stream(self, ids, mix, **_):
         self.prompts.append(self.tokenizer.decode(ids))
