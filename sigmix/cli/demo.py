@@ -41,7 +41,7 @@ def demo(
     note(f"loading {base} (downloaded on the first run)")
     engine = open_engine(base, experts)
 
-    from sigmix.evals.accuracy import compare, constant_baseline, run
+    from sigmix.evals.accuracy import run
     from sigmix.experts.mix import Mix
 
     n = 25 if quick else n
@@ -59,13 +59,12 @@ def demo(
             except SigmixError as error:  # an expert that does not fit does not hide the others
                 skipped[name] = str(error)
                 continue
-            before, after = (results[one["mix"]] for one in figures["results"])
+            untuned, tuned = figures["results"]
+            before, after = results[untuned["mix"]], results[name]
             row = {
                 "expert": name, "domain": experts[name].meta.get("domain") or task.domain, "task": task.name,
-                "n": figures["n"], "base": before.summary(), "tuned": after.summary(),
-                "best_constant": constant_baseline(task, task.samples("test", n, seed=seed)),
-                "paired": compare(after, before, seed),
-                "no_answer": [one["no_answer"] for one in figures["results"]],
+                "n": figures["n"], "base": untuned, "tuned": tuned, "best_constant": figures["best_constant"],
+                "paired": tuned["paired"], "no_answer": [untuned["no_answer"], tuned["no_answer"]],
                 "examples": [
                     {"prompt": b.prompt, "gold": b.gold, "base": b.reply, "base_right": b.score == 1.0,
                      "expert": a.reply, "expert_right": a.score == 1.0}
