@@ -59,7 +59,7 @@ def doctor(
             cuda = bool(figures["machine"]["gpu"]) or (plan and (gpus > 1 or gpu_memory is not None))
             figures["base"] = needs(base, kind, quantization if plan else None, cuda, figures["machine"])
             if plan:
-                figures["base"]["per_gpu"] = per_gpu(figures["base"]["plan"], gpus, gpu_memory, figures["machine"])
+                figures["base"]["per_gpu"] = per_gpu(figures["base"], gpus, gpu_memory, figures["machine"])
     except SigmixError as error:
         failure = error
         figures["base"] = {"name": base, "problem": str(error)}
@@ -187,12 +187,11 @@ def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict
     }  # fmt: skip
 
 
-def per_gpu(plan: dict[str, Any], gpus: int, gpu_memory: float | None, has: dict[str, Any]) -> dict[str, Any]:
+def per_gpu(base: dict[str, Any], gpus: int, gpu_memory: float | None, has: dict[str, Any]) -> dict[str, Any]:
     """Return bytes per GPU of training and of each form, with layers spread evenly, and whether they fit."""
     available = int(gpu_memory * 1e9) if gpu_memory is not None else (has["gpu"] or {}).get("memory_bytes")
-    needed = {"train": plan["train_bytes"]}
-    needed |= {f"serve, {form}": plan["weights_bytes"] + extra for form, extra in plan["form_bytes"].items()}
-    needed = {name: count // gpus for name, count in needed.items()}
+    needed = {"train": base["plan"]["train_bytes"] // gpus}
+    needed |= {f"serve, {form}": count // gpus for form, count in base["memory_bytes"].items()}
     fits = {name: None if available is None else count < available for name, count in needed.items()}
     return {"gpus": gpus, "memory_bytes": available, "bytes": needed, "fits": fits}
 
