@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigmix.cli._console import Progress, note, working
-from sigmix.errors import ConfigError, ExpertError, reraised
+from sigmix.errors import ConfigError, reraised
 from sigmix.utils.io import read_text
 
 if TYPE_CHECKING:
@@ -76,21 +76,14 @@ def open_mixes(texts: Sequence[str], folder: Path | None, need_bank: bool = Fals
 
 
 def expert_source(name: str, bank: Path | None) -> Path | str:
-    """Resolve an expert argument to a folder or a hub id: a path, user/name, or a name in the bank.
-
-    Raises:
-        UnknownNameError: no such name in the bank. ExpertError: a folder without an expert.
-    """
+    """Resolve an expert argument to a path, user/name, or the folder of a name in the bank. Raises UnknownNameError."""
     from sigmix.experts.hub import is_repo_id
 
-    path = Path(name).expanduser()
     if is_repo_id(name):
         return name
-    if (path / "adapter_config.json").is_file():
+    path = Path(name).expanduser()
+    if path.is_absolute() or len(path.parts) > 1 or name.startswith(".") or (path / "adapter_config.json").is_file():
         return path
-    if path.is_absolute() or len(path.parts) > 1 or name.startswith("."):
-        what = "has no adapter_config.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-        raise ExpertError(f"there is no expert at {path}: it {what}", remedy="give an expert's folder, or a name")
     return open_bank(bank).path(name)
 
 

@@ -157,7 +157,7 @@ def test_diff(experts, home):
     "arguments, expected",
     [
         (["show", "arithmetc"], "nearest: arithmetic"),
-        (["show", "no/such/folder"], "does not exist"),
+        (["show", "no/such/folder"], "no expert at no/such/folder"),
         (["verify", "readin"], "nearest: reading"),
         (["diff", "arithmetic", "nope"], "unknown expert 'nope'"),
         (["diff", "arithmetic"], "Missing argument"),
