@@ -144,11 +144,9 @@ class Adapters:
             raise
 
     def _write(self, base: str, mix: Mix, bank: Bank, experts: list[Expert]) -> Path:
-        from sigmix.export.base import check_positions
         from sigmix.export.lora import export_lora
         from sigmix.export.low_rank import LowRank
 
-        check_positions(experts)
         source = self._source(base, experts)
         identity = {
             "base": source.fingerprint(), "rank": self.settings.rank, "weights": mix.to_json()["weights"],
