@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         self.service = service
         super().__init__(
             uvicorn.Config(
-                create_app(service), host=settings.host, port=settings.port, http="h11", log_config=None,
+                create_app(service), host=settings.host, port=settings.port, http="h11", ws="none", log_config=None,
                 access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=20,
                 limit_concurrency=settings.max_connections + 1, h11_max_incomplete_event_size=64 << 10,
                 timeout_graceful_shutdown=int(settings.shutdown_timeout) + 10,

@@ -134,8 +134,9 @@ class ApiKeys:
             now, rate = time.monotonic(), key.per_minute / 60
             allowance, updated = self._buckets.get(key.name, (key.per_minute, now))
             allowance = min(allowance + (now - updated) * rate, key.per_minute)
-            self._buckets[key.name] = allowance - (allowance >= 1), now
-            if allowance < 1:
+            taken = 1 if allowance >= 1 else 0
+            self._buckets[key.name] = allowance - taken, now
+            if not taken:
                 return (1 - allowance) / rate
         self._running[key.name] += 1
         return None
