@@ -117,7 +117,8 @@ class ApiKeys:
             self._checked = now
             modified = self.path.stat().st_mtime_ns if self.path.is_file() else 0
             if modified != self._modified:
-                self._keys, self._modified = read_keys(self.path), modified
+                self._modified = modified  # of a damaged file, too: it is reported once, and the earlier keys remain
+                self._keys = read_keys(self.path)
         return self._keys
 
     def find(self, text: str) -> ApiKey | None:

@@ -51,6 +51,9 @@ def test_key_file(tmp_path):
     with pytest.raises(ConfigError) as error:
         read_keys(path)
     assert str(path) in str(error.value)
+    with pytest.raises(ConfigError):
+        keys.find(alice)
+    assert keys.find(alice).admin  # the earlier keys remain
 
 
 def test_limits_of_a_key(tmp_path):
