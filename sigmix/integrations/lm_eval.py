@@ -143,8 +143,6 @@ class SigmixLM(HFLM):
         self._user_turns: dict[str, str] = {}
         SigmixLM.instances += 1
 
-    # Mixtures of requests
-
     def _mixes(self, requests: Sequence[str]) -> list[Mix]:
         """Return the mixture of each request, given as its context."""
         if self.mix is not None:

@@ -34,8 +34,6 @@ log = logging.getLogger("sigmix.serve.auth")
 
 PREFIX = "sk-sigmix-"
 
-# --- Keys
-
 
 @dataclass
 class ApiKey:
@@ -146,8 +144,6 @@ class ApiKeys:
         """End a request that `acquire` has counted."""
         self._running[key.name] -= 1
 
-
-# --- Middleware
 
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",

@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 MAX_PREFILL_TOKENS = 1024  # prompt tokens admitted between two steps
 
-# --- Requests and events
-
 
 @dataclass(frozen=True)
 class Started:
@@ -138,9 +136,6 @@ class ClosingError(Exception):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
-
-
-# --- Scheduler
 
 
 class Scheduler:

@@ -193,8 +193,6 @@ class Service:
         rest, model = max(max_new_tokens - len(reply), 1), self.engine.model
         check_context(model, [*ids, *reply], rest, "the example", self.engine.tokenizer, option="max_tokens")
 
-    # Embeddings
-
     async def embeddings(self, rows: Sequence[list[int]], mix: Mix) -> torch.Tensor:
         """Return the embeddings float32 [N, d] of prompts, computed in one pass between two decoding steps.
 
@@ -206,8 +204,6 @@ class Service:
         async with self._embeddings_lock:
             compute = partial(self.engine.embeddings, rows, mix, batch_size=len(rows))
             return await asyncio.wrap_future(self.scheduler.call(compute))
-
-    # Experts
 
     def load_expert(self, folder: str) -> str:
         """Load an expert from an allowed folder and return its name; see `ModelRegistry.load` and `Expert.check`."""

@@ -278,9 +278,6 @@ def tool_call_parser(template: str | None) -> type[ToolCallParser]:
     )
 
 
-# --- JSON
-
-
 def _no_constant(name: str) -> NoReturn:
     raise NotACall  # NaN and Infinity are not JSON
 

@@ -70,8 +70,6 @@ def rate_limited(message: str, retry_after: float) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
 
 
-# --- Invalid bodies
-
 EXPECTED = {
     "string_type": "a string", "int_type": "an integer", "float_type": "a number", "bool_type": "true or false",
     "list_type": "a list", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",

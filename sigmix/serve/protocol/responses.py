@@ -30,8 +30,6 @@ CHAT_FIELDS = {
 
 LOGPROBS = "message.output_text.logprobs"
 
-# --- Requests
-
 
 class ContentPart(TextPart):
     """Text part of an item."""
@@ -214,9 +212,6 @@ def responses_error(error: ApiError) -> ApiError:
                 error.message = own + error.message[len(name) :]
             break
     return error
-
-
-# --- Responses
 
 
 class ResponsesBuilder(ResponseBuilder):
