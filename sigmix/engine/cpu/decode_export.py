@@ -30,15 +30,18 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sigmix.engine.cpu.decode_step import LINEAR, OPERATORS
-from sigmix.engine.cpu.native import SHIM, has_library
+from sigmix.engine.cpu.decode_step import ATTENTION, LINEAR, OPERATORS
+from sigmix.engine.cpu.decode_step import attention as plain_attention
+from sigmix.engine.cpu.native import SHIMS, has_library
 from sigmix.errors import BaseModelError
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import auto_class
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_file, file_lock, write_json
 
-ATTENTION = "sigmix_decode"
+INTERFACE = "sigmix_decode"
+"""Name in transformers' attention interface."""
+
 ROWS, COLUMNS, WIDTH = 8, 90, 160
 """Example sizes, for which AOTInductor decides what runs in parallel."""
 
@@ -47,8 +50,15 @@ def _linear_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tens
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-# not where the operator is defined: it reads the source of every imported module, and so imports optional ones
+def _attention_shape(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], values.shape[-1])
+
+
+# not where the operators are defined: it reads the source of every imported module, and so imports optional ones
 torch.library.register_fake("sigmix::linear", _linear_shape, lib=OPERATORS)
+torch.library.register_fake("sigmix::attention", _attention_shape, lib=OPERATORS)
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:
@@ -79,19 +89,11 @@ def attention(
     ignored = {"is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions", "cache_position"}
     if extra := sorted(name for name, option in options.items() if option is not None and name not in ignored):
         raise BaseModelError(f"the compiled attention does not support {', '.join(extra)}")
-    rows, heads, _, width = query.shape
-    groups = key.shape[1]
-    split = stored(query).reshape(rows, groups, heads // groups, 1, width).float()
-    scores = (split * key[:, :, None].float()).sum(-1) * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        mask = attention_mask[:, :, 0]
-        mask = mask[:, None] if mask.shape[1] == 1 else mask.reshape(rows, groups, heads // groups, -1)
-        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    shares = scores.softmax(-1)
-    output = (shares[..., None] * value[:, :, None].float()).sum(-2)
-    return output.to(query.dtype).reshape(rows, 1, heads, value.shape[-1]), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    native = has_library() and query.dtype in (torch.bfloat16, torch.float32)
+    if native and attention_mask is not None and attention_mask.dtype == torch.bool:
+        return ATTENTION(query, key, value, attention_mask, scale, softcap or 0.0), None
+    return plain_attention(stored(query), key, value, attention_mask, scale, softcap or 0.0), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -148,12 +150,12 @@ def export(config: PretrainedConfig) -> ExportedProgram:
     shapes = _states(config)
     with no_init_weights():  # pages of the weights are never touched
         model = auto_class(config.to_dict()).from_config(config, dtype=dtype, attn_implementation="eager").eval()
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
+    ALL_ATTENTION_FUNCTIONS.register(INTERFACE, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, _mask)
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             module.register_forward_hook(lambda _, args, tables: tree_map(stored, tables))
-    model.config._attn_implementation = ATTENTION
+    model.config._attn_implementation = INTERFACE
     states = [torch.zeros(ROWS + 1, groups, WIDTH, d, dtype=dtype) for groups, d in shapes]
     # parts of buffers, as in a `BatchKVCache`, so that strides are not derived from sizes
     mask = torch.ones(ROWS + 1, WIDTH, dtype=torch.bool)
@@ -222,7 +224,9 @@ def compile_step(config: PretrainedConfig, path: Path) -> None:
         "aot_inductor.metadata": {"linears": json.dumps(join_linears(program))},
         "compile_threads": 1,
         "cpp.dynamic_threads": True,
-        "aot_inductor.custom_ops_to_c_shims": {LINEAR: [SHIM]} if has_library() else {},
+        "aot_inductor.custom_ops_to_c_shims": {LINEAR: [SHIMS["linear"]], ATTENTION: [SHIMS["attention"]]}
+        if has_library()
+        else {},
     }
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

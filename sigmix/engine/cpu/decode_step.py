@@ -37,7 +37,7 @@ from sigmix.utils.io import read_json_object
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Version of the compiled files."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
@@ -60,6 +60,43 @@ OPERATORS.impl("linear", _linear, "CPU")
 LINEAR = torch.ops.sigmix.linear.default
 """Operator of a compiled step's linear layers that share their input; ``number`` selects them. They compute in the
 present state of the model: packed, merged, quantized or with a z per row. A `NativeLinear` is called without Python."""
+
+
+def attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Return the attention [B, 1, heads, d] of one query per row and head to grouped keys and values.
+
+    Args:
+        query: [B, heads, 1, d]. keys, values: [B, groups, P, d]. mask: bool or additive [B, 1 or heads, 1, P].
+        softcap: 0: none.
+    """
+    rows, heads, _, width = query.shape
+    groups = keys.shape[1]
+    split = query.reshape(rows, groups, heads // groups, 1, width).float()
+    scores = (split * keys[:, :, None].float()).sum(-1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        mask = mask[:, :, 0]
+        mask = mask[:, None] if mask.shape[1] == 1 else mask.reshape(rows, groups, heads // groups, -1)
+        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    shares = scores.softmax(-1)
+    output = (shares[..., None] * values[:, :, None].float()).sum(-2)
+    return output.to(query.dtype).reshape(rows, 1, heads, values.shape[-1])
+
+
+OPERATORS.define(
+    "attention(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale, float softcap) -> Tensor"
+)
+OPERATORS.impl("attention", attention, "CPU")
+ATTENTION = torch.ops.sigmix.attention.default
+"""Operator of a compiled step's attention in C++, for masks of bool."""
 
 
 class DecodeStep:

@@ -1,6 +1,6 @@
 """Linear layers in C++ for decoding on a CPU: bfloat16 weights, or 8-bit copies of weights.
 
-`linear.cpp` is compiled in seconds, once for a machine. On two cores with AVX-512 BF16 its bfloat16 kernel was measured
+`kernels.cpp` is compiled in seconds, once for a machine. On two cores with AVX-512 BF16 its bfloat16 kernel was timed
 against oneDNN's packed weights (default base): 1.7 times as fast with one row, 1.4 times with 8, 1.2 times with 32, and
 level with many. A row's result does not depend on the other rows, bit for bit, where oneDNN's does.
 
@@ -42,8 +42,12 @@ WITHOUT = "leave out decode_weights (--decode-weights)"
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
-SHIM = "AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle, int64_t, int64_t, AtenTensorHandle*)"
-"""C function of the library that a compiled step calls for the operator ``sigmix::linear``."""
+SHIMS = {
+    "linear": "AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle, int64_t, int64_t, AtenTensorHandle*)",
+    "attention": "AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,"
+    " AtenTensorHandle, double, double, AtenTensorHandle*)",
+}
+"""C functions of the library that a compiled step calls for operators."""
 
 BLOCK = 16
 """Output features in a block of the kernels' layouts."""
@@ -213,7 +217,7 @@ def library() -> ctypes.CDLL:
     cpu = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, (bool, str))}
     if sys.platform != "linux" or not cpu.get("avx512_f"):
         raise ConfigError("linear layers in C++ need Linux on a CPU with AVX-512", remedy=WITHOUT)
-    source = Path(__file__).with_name("linear.cpp")
+    source = Path(__file__).with_name("kernels.cpp")
     folder = Path(torch.__file__).parent
     command = [
         os.environ.get("CXX", "c++"), *FLAGS, str(source), f"-I{folder}/include", f"-L{folder}/lib", "-ltorch_cpu",
@@ -221,11 +225,11 @@ def library() -> ctypes.CDLL:
     try:
         version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
         content = repr([source.read_bytes(), command, version, torch.__version__, sorted(cpu.items())])
-        path = cache_dir() / "compiled" / f"linear-{hashlib.sha256(content.encode()).hexdigest()[:32]}.so"
+        path = cache_dir() / "compiled" / f"kernels-{hashlib.sha256(content.encode()).hexdigest()[:32]}.so"
         if not path.is_file():
             with atomic_file(path) as temporary:
                 subprocess.run([*command, "-o", temporary], check=True, capture_output=True)
-        loaded = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # compiled steps find `SHIM` in it
+        loaded = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # compiled steps find `SHIMS` in it
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
         raise ConfigError(

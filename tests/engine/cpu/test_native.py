@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import subprocess
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
-from sigmix.engine.cpu import native
+from sigmix.engine.cpu import decode_step, native
 from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.engine.prefix_cache import prefill
 from sigmix.errors import ConfigError
@@ -166,6 +167,42 @@ def test_rows_too_long_for_32_bit_sums_are_refused():
 def test_it_takes_a_byte_for_a_weight():
     packed = native.int8_linear(torch.randn(256, 512))
     assert packed.nbytes == 256 * 512 + 4 * 256
+
+
+def attention(*tensors: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+    """Call the C function of the attention operator, as a compiled step does."""
+    pointer, python = ctypes.c_void_p, ctypes.pythonapi
+    python.PyCapsule_GetPointer.restype, python.PyCapsule_GetPointer.argtypes = pointer, [ctypes.py_object, pointer]
+    python.PyCapsule_New.restype, python.PyCapsule_New.argtypes = ctypes.py_object, [pointer, pointer, pointer]
+    call = native.library().aoti_torch_cpu_attention
+    call.argtypes = [*[pointer] * 4, ctypes.c_double, ctypes.c_double, ctypes.POINTER(pointer)]
+    result, handles = pointer(), torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    addresses = [python.PyCapsule_GetPointer(handle, None) for handle in handles]
+    assert call(*addresses, scale, softcap, ctypes.byref(result)) == 0
+    return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(python.PyCapsule_New(result.value, None, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(
+    ("heads", "groups", "columns", "width", "out"),
+    [(9, 3, 40, 64, 64), (4, 4, 1, 16, 16), (6, 1, 100, 80, 80), (2, 2, 17, 20, 12), (4, 2, 33, 192, 128)],
+)
+def test_attention(dtype, softcap, heads, groups, columns, width, out):
+    draw = torch.Generator().manual_seed(columns)
+    query = torch.randn(5, 1, heads, width, generator=draw).to(dtype).transpose(1, 2)
+    # parts of buffers
+    keys = torch.randn(6, groups, columns + 9, width, generator=draw).to(dtype)[:5, :, 4 : 4 + columns]
+    values = torch.randn(6, groups, columns + 9, out, generator=draw).to(dtype)[:5, :, 4 : 4 + columns]
+    for mask_heads in (1, heads):
+        mask = torch.rand(5, mask_heads, 1, columns, generator=draw) < 0.6
+        mask[..., -1] = True
+        found = attention(query, keys, values, mask, scale=0.3, softcap=softcap)
+        expected = decode_step.attention(*(x.double() for x in (query, keys, values)), mask, 0.3, softcap)
+        assert found.dtype == dtype
+        assert found.shape == (5, 1, heads, out)
+        error = (found.double() - expected).abs().max()
+        assert float(error) < (0.01 if dtype == torch.bfloat16 else 1e-5)
 
 
 # ------------------------------------------------------------------ what is computed with them

@@ -1,4 +1,6 @@
-// Linear layers y = x Wᵀ + bias on CPUs with AVX-512, with weights in blocks of 16 output features:
+// Kernels of a decode step on CPUs with AVX-512: linear layers, attention, and the choice of the most probable token.
+//
+// Linear layers y = x Wᵀ + bias have weights in blocks of 16 output features:
 //
 //   bfloat16  [out / 16, in / 2, 16, 2], out padded to a multiple of 16, in even; x in bfloat16 (AVX-512 BF16)
 //   8 bits    [out / 16, in / 4, 16, 4], both sizes padded to a multiple of 16; x in bfloat16 or float32 (AVX-512 VNNI)
@@ -246,6 +248,90 @@ void greedy_row(const BFloat16* logits, int64_t count, int64_t* token, float* lo
   *logprob = -std::log(total);
 }
 
+// Attention of one query to its head's keys and values: softmax(scale q Kᵀ) V.
+struct Attention {
+  int64_t columns, width, out, key_stride, value_stride;
+  float scale, softcap;  // 0: no cap
+};
+
+// Whole: the width of keys is a multiple of 16, and that of values one of 64, so that no mask is needed.
+template <bool Whole, typename T>
+void attend(const Attention& a, const T* query, const T* keys, const T* values, const bool* mask, T* output) {
+  constexpr int kPart = 4 * kBlock;
+  const __m512 least = _mm512_set1_ps(-__builtin_inff());
+  std::vector<float> scores(a.columns + kBlock, -__builtin_inff());
+  for (int64_t p = 0; p < a.columns; p++) {
+    if (!mask[p]) continue;
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < a.width; i += kBlock) {
+      const __mmask16 part = Whole ? 0xffff : first(a.width - i);
+      sum = _mm512_fmadd_ps(load(query + i, part), load(keys + p * a.key_stride + i, part), sum);
+    }
+    scores[p] = a.scale * _mm512_reduce_add_ps(sum);
+    if (a.softcap != 0) scores[p] = a.softcap * std::tanh(scores[p] / a.softcap);
+  }
+  __m512 largest = least, total = _mm512_setzero_ps();
+  for (int64_t p = 0; p < a.columns; p += kBlock) largest = _mm512_max_ps(largest, _mm512_loadu_ps(&scores[p]));
+  const __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  for (int64_t p = 0; p < a.columns; p += kBlock) {
+    const __m512 share = exponential(_mm512_sub_ps(_mm512_loadu_ps(&scores[p]), best));
+    total = _mm512_add_ps(total, share);
+    _mm512_storeu_ps(&scores[p], share);
+  }
+  const __m512 sum = _mm512_set1_ps(_mm512_reduce_add_ps(total));
+  for (int64_t i = 0; i < a.out; i += kPart) {
+    __m512 means[4];
+    for (auto& mean : means) mean = _mm512_setzero_ps();
+    for (int64_t p = 0; p < a.columns; p++) {
+      if (!mask[p]) continue;
+      const __m512 share = _mm512_set1_ps(scores[p]);
+      for (int j = 0; j < 4; j++) {
+        const int64_t place = i + j * kBlock;
+        const __mmask16 part = Whole ? 0xffff : place < a.out ? first(a.out - place) : 0;
+        means[j] = _mm512_fmadd_ps(share, load(values + p * a.value_stride + place, part), means[j]);
+      }
+    }
+    for (int j = 0; j < 4 && i + j * kBlock < a.out; j++)
+      store(output + i + j * kBlock, first(a.out - i - j * kBlock), _mm512_div_ps(means[j], sum));
+  }
+}
+
+// Data, sizes and strides of a tensor of four dimensions.
+template <typename T>
+struct View {
+  T* data;
+  int64_t *sizes, *strides;
+
+  bool of(AtenTensorHandle tensor) {
+    void* address;
+    const bool failed = aoti_torch_get_data_ptr(tensor, &address) || aoti_torch_get_sizes(tensor, &sizes) ||
+                        aoti_torch_get_strides(tensor, &strides);
+    data = static_cast<T*>(address);
+    return !failed && (strides[3] == 1 || sizes[3] == 1);
+  }
+  T* at(int64_t row, int64_t head) const { return data + row * strides[0] + head * strides[1]; }
+};
+
+template <typename T>
+AOTITorchError attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle mask,
+                         float scale, float softcap, int32_t dtype, AtenTensorHandle* result) {
+  View<T> q, k, v, y;
+  View<bool> m;
+  if (!q.of(query) || !k.of(keys) || !v.of(values) || !m.of(mask)) return AOTI_TORCH_FAILURE;
+  const int64_t rows = q.sizes[0], heads = q.sizes[1], out = v.sizes[3], repeats = heads / k.sizes[1];
+  const int64_t shape[] = {rows, 1, heads, out}, strides[] = {heads * out, heads * out, out, 1};
+  if (aoti_torch_empty_strided(4, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, result) || !y.of(*result))
+    return AOTI_TORCH_FAILURE;
+  const Attention a{k.sizes[2], k.sizes[3], out, k.strides[2], v.strides[2], scale, softcap};
+  const auto attend_head = a.width % kBlock == 0 && out % (4 * kBlock) == 0 ? attend<true, T> : attend<false, T>;
+#pragma omp parallel for collapse(2) schedule(static) if (rows * heads * a.columns * a.width > kParallel)
+  for (int64_t b = 0; b < rows; b++)
+    for (int64_t h = 0; h < heads; h++)
+      attend_head(a, q.at(b, h), k.at(b, h / repeats), v.at(b, h / repeats), m.at(b, m.sizes[1] == 1 ? 0 : h),
+                  y.data + (b * heads + h) * out);
+  return AOTI_TORCH_SUCCESS;
+}
+
 thread_local const Linear* const* layers = nullptr;
 
 }  // namespace
@@ -297,6 +383,18 @@ AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle x, int64_t number, int64_t
   if (aoti_torch_call_dispatcher("sigmix::linear", "", stack)) return AOTI_TORCH_FAILURE;
   *result = reinterpret_cast<AtenTensorHandle>(stack[0]);
   return AOTI_TORCH_SUCCESS;
+}
+
+// The operator sigmix::attention of a compiled step, see sigmix/engine/cpu/decode_export.py.
+AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
+                                        AtenTensorHandle mask, double scale, double softcap, AtenTensorHandle* result) {
+  int32_t dtype;
+  if (aoti_torch_get_dtype(query, &dtype)) return AOTI_TORCH_FAILURE;
+  if (dtype == aoti_torch_dtype_bfloat16())
+    return attention<BFloat16>(query, keys, values, mask, scale, softcap, dtype, result);
+  if (dtype == aoti_torch_dtype_float32())
+    return attention<float>(query, keys, values, mask, scale, softcap, dtype, result);
+  return AOTI_TORCH_FAILURE;
 }
 
 }  // extern "C"
