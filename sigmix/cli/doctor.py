@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory.total, "memory_available_bytes": memory.available,
-        "disk_free_bytes": free_bytes(cache_dir()), "gpu": _gpu(),
+        "disk_free_bytes": free_bytes(cache_dir()), "gpu": _gpu(), "kernels": _kernels(),
     }  # fmt: skip
 
 
@@ -128,6 +128,17 @@ def _gpu() -> dict[str, Any] | None:
         return {"name": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.get_device_properties(0).total_memory}
     except Exception:  # a torch that cannot be imported is reported with the dtype
         return None
+
+
+def _kernels() -> dict[str, Any]:
+    """Return whether the C++ kernels of a decode step work on this CPU, after compiling them, and why not."""
+    try:
+        from sigmix.engine.cpu import native
+
+        native.library()
+    except Exception as error:
+        return {"bfloat16": False, "int8": False, "problem": str(error)}
+    return {"bfloat16": native.has_bfloat16(), "int8": native.has_int8(), "problem": None}
 
 
 def cache() -> dict[str, Any]:
@@ -262,6 +273,9 @@ def _lines(figures: dict[str, Any], plan: bool) -> list[str]:
     disk = f"free disk space {size(has['disk_free_bytes'])}"
     lines.append(f"machine: {has['system']}, {has['cores']} cores, {memory}, {disk}")
     lines.append(f"GPU: {has['gpu']['name'] if has['gpu'] else 'none'}")
+    kernels = [name for name in ("bfloat16", "int8") if has["kernels"][name]]
+    why = has["kernels"]["problem"]
+    lines.append(f"CPU kernels: {', '.join(kernels) or 'those of torch'}{f' ({why})' if why else ''}")
     used = ", ".join(f"{kind} {size(count)}" for kind, count in stored["bytes"].items())
     lines.append(f"cache: {stored['folder']}: {used}")
     lines += [f"  {model['name']} {size(model['bytes'])}" for model in stored["models"]]

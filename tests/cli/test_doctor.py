@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import RwkvConfig
 
 from sigmix.cli import doctor as diagnose
+from sigmix.engine.cpu import native
 
 pytest_plugins = ["helpers_cli"]
 
@@ -15,12 +16,21 @@ def test_doctor(run, home):
     assert figures["packages"]["core"]["torch"]["version"]
     assert figures["machine"]["cores"] >= 1
     assert figures["machine"]["disk_free_bytes"] > 0
+    kernels = figures["machine"]["kernels"]
+    assert not (kernels["problem"] and (kernels["bfloat16"] or kernels["int8"]))
     assert figures["dtype"]["chosen"] in ("float32", "bfloat16")
     assert figures["base"]["plan"]["matrices"] == 14
     assert set(figures["base"]["memory_bytes"]) == {"base", "merged", "gain", "factored"}
     text = run("doctor", "--base", home.base, "--plan").out
     assert "4 × [64, 64]" in text
     assert "not adapted" in text
+
+
+def test_doctor_names_the_reason_for_which_kernels_are_missing(run, home, monkeypatch):
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in run("doctor", "--base", home.base, "--json").json["machine"]["kernels"]["problem"]
+    assert "no-such-compiler" in run("doctor", "--base", home.base).out
 
 
 def test_doctor_knows_the_default_without_its_weights(run, tmp_path, monkeypatch):

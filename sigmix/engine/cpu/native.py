@@ -185,9 +185,14 @@ def check_decode_weights(value: object, quantization: str | None = None) -> None
             f"{value} decode weights cannot be made of a base in {quantization}",
             remedy=f"leave out the quantization, or {WITHOUT}",
         )
-    if sys.platform != "linux" or not torch.cpu.get_capabilities().get("avx512_vnni"):
+    if not has_int8():
         raise ConfigError("8-bit decode weights need Linux on a CPU with AVX-512 VNNI", remedy=WITHOUT)
     library()
+
+
+def has_int8() -> bool:
+    """Return True if this CPU can compute with 8-bit weights."""
+    return sys.platform == "linux" and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
 
 
 @functools.cache
