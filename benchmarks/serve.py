@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
-from benchmarks.requests import acting_on, mixtures, save_base
+from benchmarks.requests import acting_on, bundled_engine, mixtures, save_base
 from sigmix.errors import SigmixError
 from sigmix.experts.bank import Bank
 from sigmix.models.default import DEFAULT
@@ -176,6 +177,7 @@ def run(
         tokenizer, where["dtype"] = save_base(base, dtype, place)
         for name, expert in experts.items():
             expert.save_pretrained(Path(folder) / "bank" / name)
+        bundled_engine(base, dtype, experts, compile=True)  # the server finds the compiled step in the cache
         port = free_port()
         words = [sys.executable, "-m", "sigmix", "serve", "--port", str(port), "--state", str(Path(folder) / "state")]
         words += ["--base", base, "--bank", str(Path(folder) / "bank")]
@@ -206,6 +208,8 @@ def run(
                 **{name: (their, [str(place)] * count) for name, their in theirs.items()},
             }  # fmt: skip
             rates[count] = _rates(contestants, each, new_tokens, repeats or 3, tokenizer, count, seen)
+        with urllib.request.urlopen(f"http://127.0.0.1:{ours}/health") as answer:
+            compiled = json.load(answer)["compiled"]
     ratios = {"mixed_vs_single_32": ratio(rates[max(clients)]["different"], rates[max(clients)]["one"])}
     ratios["auto_vs_single_32"] = ratio(rates[max(clients)]["auto"], rates[max(clients)]["one"])
     for count in clients if theirs else ():
@@ -213,7 +217,7 @@ def run(
             ratios[f"vs_{name}_{count}"] = ratio(rates[count]["base"], rates[count][name])
             ratios[f"one_expert_vs_{name}_{count}"] = ratio(rates[count]["one"], rates[count][name])
     raw = {
-        "base": base, "new_tokens": new_tokens, "requests_each": each, "tokens_per_second": rates,
+        "base": base, "new_tokens": new_tokens, "requests_each": each, "compiled": compiled, "tokens_per_second": rates,
         "latency": {
             name: {count: _latency(*found) for count, found in own.items()} for name, own in seen.items()
         },
