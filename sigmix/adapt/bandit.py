@@ -31,7 +31,12 @@ EXPLORE = 0.3  # exploration weight α of the upper confidence bound; rewards ar
 
 
 class LinUCB:
-    """Disjoint LinUCB over d named context features ``labels``; ``own``: {arm: its label, or None for a zero prior}."""
+    """Disjoint LinUCB over named context features.
+
+    Args:
+        labels: names of the d context features.
+        own: {arm: its label, or None for a zero prior}.
+    """
 
     def __init__(self, labels: Sequence[str], own: Mapping[str, str | None]) -> None:
         self.labels = list(labels)
@@ -76,7 +81,11 @@ class LinUCB:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LinUCB:
-        """Restore the state of `to_json`; raise ValueError, KeyError or TypeError if it is malformed."""
+        """Restore the state of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: malformed state.
+        """
         bandit = cls(value["labels"], {})
         size = len(bandit.labels)
         for arm, state in value["arms"].items():
@@ -100,8 +109,13 @@ class BanditStore(Protocol):
 class BanditDispatch:
     """Strategy that chooses by LinUCB on the probe's probabilities and learns from feedback.
 
-    The experts of ``bank`` may change between calls; ``store`` saves the state with every reward. A malformed
-    saved state is a `ConfigError`.
+    Args:
+        probe: strategy D, for the context.
+        bank: experts that may be chosen; may change between calls.
+        store: persistent state, saved with every reward.
+
+    Raises:
+        ConfigError: malformed saved state.
     """
 
     name = "bandit (LinUCB on the probe)"
@@ -144,10 +158,16 @@ class BanditDispatch:
         )
 
     def learn(self, reply_id: str, arm: str, context: Mapping[str, float], reward: float) -> bool:
-        """Update the arm that gave a reply, an expert's name or "base", and save the state.
+        """Update the arm that gave a reply, and save the state.
 
-        ``context`` is the probe's probabilities by label, ``reward`` is in [-1, 1]. If the reply already has a reward
-        (return False) or the state cannot be saved (`OutputError`), nothing changes.
+        Args:
+            arm: expert name or "base". context: the probe's probabilities by label. reward: in [-1, 1].
+
+        Returns:
+            False if the reply already has a reward; nothing changes then.
+
+        Raises:
+            OutputError: the state cannot be saved; nothing changes then.
         """
         x = np.array([float(context.get(label, 0.0)) for label in self.model.labels])
         with self._lock:

@@ -69,8 +69,10 @@ def skills(bank: Mapping[str, Expert]) -> list[str]:
 def labels(bank: Mapping[str, Expert]) -> list[Label]:
     """Return one label per expert, then "other".
 
-    A label's name is the expert's domain, or the expert's own name where the domain is missing, shared or "other". Two
-    experts with the same label are a `ConfigError`.
+    A label's name is the expert's domain, or the expert's own name where the domain is missing, shared or "other".
+
+    Raises:
+        ConfigError: two experts with the same label.
     """
     names = skills(bank)
     domains = Counter(bank[name].meta.get("domain") for name in names)
@@ -87,7 +89,11 @@ def labels(bank: Mapping[str, Expert]) -> list[Label]:
 
 
 def check_bank(engine: InferenceEngine) -> None:
-    """Check the fingerprint of every expert that can be chosen; see `Expert.check` for the errors."""
+    """Check the fingerprint of every expert that can be chosen; the engine checks its sketches when it is used.
+
+    Raises:
+        FingerprintError, ExpertError: an expert of another base, or a damaged one.
+    """
     for name in skills(engine.bank):
         engine.check_expert(engine.bank[name])
 

@@ -106,7 +106,11 @@ class AlphaSpace:
         return [np.clip(np.repeat(row, self.units), self.low, self.high) for row in rows]
 
     def mix(self, vector: Sequence[float] | np.ndarray) -> Mix:
-        """Return the mixture of a vector [size], clipped to the bounds; `ConfigError` unless it is finite."""
+        """Return the mixture of a vector [size], clipped to the bounds.
+
+        Raises:
+            ConfigError: wrong size, or values that are not finite.
+        """
         table = np.clip(_checked(vector, self.size), self.low, self.high).reshape(len(self.experts), self.units)
         if self.normalised:
             total = table.sum(0)
@@ -122,8 +126,15 @@ class AlphaSpace:
 class ZSpace:
     """Gains z - 1 over all adapted matrices of a model, [R]: every vector is a whole expert.
 
-    The search starts from the ``experts``, {name: z, float32 [R]}; ``positions`` are those of the new ones, which
-    ``candidates`` holds by name if they became a mixture. Experts that all equal the base model are a `ConfigError`.
+    Args:
+        experts: {name: z, float32 [R]}, where the search starts.
+        positions: of the new experts, see `SVFConfig`.
+
+    Attributes:
+        candidates: {name: Expert} of the vectors that became a mixture.
+
+    Raises:
+        ConfigError: no experts, or all of them equal the base model.
     """
 
     def __init__(self, layout: Layout, experts: Mapping[str, torch.Tensor], positions: str = "all") -> None:
@@ -145,7 +156,11 @@ class ZSpace:
         return [np.zeros(self.size), *alone, *([np.mean(alone, 0)] if len(alone) > 1 else [])]
 
     def mix(self, vector: Sequence[float] | np.ndarray) -> Mix:
-        """Return the mixture of a vector [R]: the base model, a starting expert, or a new one in ``candidates``."""
+        """Return the mixture of a vector [R]: the base model, a starting expert, or a new one in ``candidates``.
+
+        Raises:
+            ConfigError: wrong size, or values that are not finite.
+        """
         gain = _checked(vector, self.size)
         if not gain.any():
             return Mix.base()
@@ -185,12 +200,14 @@ class FewShotSearch:
     """Search for the mixture that answers labelled examples best.
 
     Args:
+        examples: at least one. score: scores a reply.
         experts: names to mix; default: all skills of the engine's bank.
         granularity, normalised, low, high: see `AlphaSpace`. Granularity "z" searches z itself (`ZSpace`, only with the
             swarm); the result is a new expert, ``expert`` after `fit`.
-        population, iterations, patience: override the settings ("full" or "light"); patience counts rounds without
-            improvement.
-        batch_size: rows per forward pass. progress: called with the new entry of ``trace`` after every round.
+        method: "cem", "cma-es" or "swarm". settings: "full" or "light".
+        population, iterations, patience: override the settings; patience counts rounds without improvement.
+        max_new_tokens: of a reply. seed: random seed. batch_size: rows per forward pass.
+        progress: called with the new entry of ``trace`` after every round.
 
     Attributes:
         values: {mix id: (accuracy, mean log-likelihood per gold token)} of every candidate.
@@ -344,7 +361,8 @@ class FewShotSearch:
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """Return the mixture found for every request of the examples' task; the first call runs the search.
 
-        A new expert (granularity "z") that the bank lacks is a `ConfigError`.
+        Raises:
+            ConfigError: a new expert (granularity "z") that the bank lacks.
         """
         mix = self.result if self.result is not None else self.fit()
         if self.expert is not None and self.expert.name not in self.engine.bank:

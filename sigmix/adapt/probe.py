@@ -70,7 +70,11 @@ class Probe:
         return ((states @ self.weight.T + self.bias) / self.temperature).softmax(-1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file, atomically.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         metadata = {
             "format": FORMAT, "labels": list(self.labels), "depth": self.depth, "temperature": self.temperature,
             "threshold": self.threshold, "base": self.base, "facts": dict(self.facts),
@@ -82,7 +86,11 @@ class Probe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Probe:
-        """Read a file written by `save`; raise `ExpertError` if it is missing or damaged."""
+        """Read a file written by `save`.
+
+        Raises:
+            ExpertError: missing or damaged file.
+        """
         path = Path(path)
         if not path.is_file():
             raise ExpertError(f"no probe at {path}", remedy=REMEDY)
@@ -171,8 +179,11 @@ class ProbeDispatch:
 def fit_probe(engine: Engine, train: Mapping[str, Sequence[str]], validation: Mapping[str, Sequence[str]]) -> Probe:
     """Fit a probe. Needs scikit-learn (``pip install "sigmix[train]"``); using a probe does not.
 
-    ``train`` and ``validation``, {label: user turns}, are disjoint; a label of the bank, "other" included, without
-    prompts is a `ConfigError`.
+    Args:
+        train, validation: {label: user turns} for every label of the bank, "other" included; disjoint.
+
+    Raises:
+        ConfigError: a label without prompts, or prompts for a label that the bank does not have.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -26,8 +26,10 @@ Value = Any  # anything with an order: a float, or a tuple of floats
 class Searcher(ABC):
     """Base of all searchers: bounds, random seed, starting candidates and the best vector so far.
 
-    A vector has ``size`` numbers within ``low`` and ``high``, a round ``population`` candidates, the first round also
-    those of ``start``, such as each expert alone.
+    Args:
+        size: length of a vector. low, high: bounds of each number. population: candidates per `ask`.
+        start: vectors of the first round besides drawn ones, such as each expert alone.
+        seed: random seed.
     """
 
     def __init__(

@@ -51,8 +51,15 @@ class Answer:
 class TwoPass:
     """Decide on a mixture for each request and generate with it.
 
-    ``strategy`` is one, or a letter or name for `open_strategy`, which is opened when first needed; ``seconds`` is the
-    duration of the first and the second pass of the last `generate`.
+    Args:
+        engine: inference engine with a bank of experts.
+        strategy: a strategy, or a letter or name for `open_strategy`, which is opened when first needed.
+
+    Attributes:
+        seconds: duration of the first and the second pass of the last `generate`.
+
+    Raises:
+        UnknownNameError: unknown letter or name.
     """
 
     def __init__(self, engine: InferenceEngine, strategy: Strategy | str = AUTO) -> None:
@@ -73,6 +80,9 @@ class TwoPass:
         Args:
             prompts: user turns. An empty one gets the base model.
             mix: "auto" for the strategy's choice, or a mixture or its expression; one for all or one per prompt.
+
+        Raises:
+            ConfigError: a number of mixtures other than that of prompts, or an expression that cannot be parsed.
         """
         mixes = [mix] * len(prompts) if isinstance(mix, (Mix, str)) else list(mix)
         if len(mixes) != len(prompts):
@@ -117,7 +127,11 @@ def _given(mix: Mix | str) -> Decision:
 
 
 def letter_of(choice: str) -> str:
-    """Return the letter of a strategy, or "auto", from a letter or a name in any case (else `UnknownNameError`)."""
+    """Return the letter of a strategy, or "auto", from a letter or a name in any case.
+
+    Raises:
+        UnknownNameError: unknown strategy.
+    """
     for letter, name in LETTERS.items():
         if choice.lower() in (letter.lower(), name):
             return letter
@@ -132,6 +146,9 @@ def open_strategy(engine: InferenceEngine, choice: str = AUTO) -> Strategy:
     Args:
         choice: letter or name. "auto" is the probe (D) if the bank has one, else the classifier (B) if it has exactly
             one, else the prompt (A).
+
+    Raises:
+        UnknownNameError: unknown strategy. ConfigError, ExpertError, FingerprintError: see the strategies.
     """
     letter, bank = letter_of(choice), engine.bank
     if letter == AUTO:

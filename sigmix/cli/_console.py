@@ -84,7 +84,11 @@ def working(text: str) -> AbstractContextManager[Any]:
 
 
 class Progress:
-    """Progress bar on stderr, or lines every ten seconds if it is no terminal. A ``total`` of 0 is unknown."""
+    """Progress bar on stderr; where stderr is no terminal, a line every ten seconds.
+
+    Args:
+        total: number of steps; 0: unknown.
+    """
 
     def __init__(self, title: str, total: int) -> None:
         from rich.console import Console

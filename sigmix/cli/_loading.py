@@ -28,7 +28,11 @@ def read_targets(text: str | None) -> list[str] | str | None:
 
 
 def read_layers(text: str | None) -> list[int] | str | None:
-    """Return ``layers_to_transform`` from --layers. Raises ConfigError: neither "half" nor numbers."""
+    """Return ``layers_to_transform`` from --layers.
+
+    Raises:
+        ConfigError: neither "half" nor numbers.
+    """
     if not text or text == "half":
         return text
     try:
@@ -38,7 +42,11 @@ def read_layers(text: str | None) -> list[int] | str | None:
 
 
 def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
-    """Return --device-map for `load_base`, or {module: device} of its JSON file. Raises ConfigError: invalid file."""
+    """Return ``device_map`` of `load_base` from --device-map: None, "auto", or {module: device} from a JSON file.
+
+    Raises:
+        ConfigError: unreadable file or invalid content.
+    """
     if text is None or text == "auto":
         return text
     remedy = 'give auto, or a file such as {"model.embed_tokens": 0, "model.layers.0": 0, …, "lm_head": "cpu"}'
@@ -76,7 +84,11 @@ def open_mixes(texts: Sequence[str], folder: Path | None, need_bank: bool = Fals
 
 
 def expert_source(name: str, bank: Path | None) -> Path | str:
-    """Resolve an expert argument to a path, user/name, or the folder of a name in the bank. Raises UnknownNameError."""
+    """Resolve an expert argument to a folder or a hub id: a path, user/name, or a name in the bank.
+
+    Raises:
+        UnknownNameError: no such name in the bank. ExpertError: a folder without an expert.
+    """
     from sigmix.experts.hub import is_repo_id
 
     if is_repo_id(name):
@@ -98,7 +110,11 @@ def open_base(
     base: str, dtype: str | None = None, quantization: str | None = None, basis: str = "own",
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
-    """Load a base model and its tokenizer, see `load_base`, and compute decompositions that the cache lacks."""
+    """Load a base model and its tokenizer, and compute decompositions that are missing in the cache.
+
+    Raises:
+        ConfigError: invalid basis or device map. Others: see `load_base`.
+    """
     places = read_device_map(device_map)
     with working(f"loading {base}"):
         from sigmix.experts.original_basis import check_basis, use_original_basis

@@ -116,7 +116,11 @@ def adapt(
 
 
 def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: dict[str, Any]) -> str:
-    """Save the z that a swarm found as an expert. Raises ConfigError: no z is better than the best mixture."""
+    """Save the z that a swarm found as an expert.
+
+    Raises:
+        ConfigError: no z is better than the best mixture.
+    """
     from sigmix.experts.expert import Expert
 
     if search.expert is None:

@@ -48,7 +48,11 @@ def decompose(
 
 
 def _device(name: str | None) -> Any:
-    """Return a device that computes in float64, as decompositions are. Raises ConfigError: unusable device."""
+    """Return a device that computes in float64, as decompositions are.
+
+    Raises:
+        ConfigError: unknown or unusable device.
+    """
     import torch
 
     if name is None:

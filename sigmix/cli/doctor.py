@@ -179,7 +179,8 @@ def needs(name: str, dtype: str, quantization: str | None, cuda: bool, has: dict
     """Return the plan of a base model, see `sigmix.models.memory.model_plan`, and whether it fits this machine.
 
     Raises:
-        BaseModelError: no config of a supported causal language model. ConfigError: unknown dtype or quantization.
+        BaseModelError: no config, or not of a supported causal language model.
+        ConfigError: unknown dtype or quantization.
     """
     from sigmix.models.batching import check_architecture
     from sigmix.models.memory import empty_model, model_plan
@@ -208,7 +209,10 @@ def per_gpu(base: dict[str, Any], gpus: int, gpu_memory: float | None, has: dict
 
 
 def read_config(name: str) -> tuple[Any, str]:
-    """Return the config of a base model, of a folder with a config.json or of such a file, and its source.
+    """Return the config of a base model, and its source.
+
+    Args:
+        name: as for `load_base`, or a folder with a config.json, or such a file.
 
     Raises:
         BaseModelError: the config cannot be found or read.

@@ -155,7 +155,8 @@ def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Ba
     """Open base model, mixture and bank; the base model is read in the dtype of the experts.
 
     Raises:
-        ConfigError: the mixture is the base model, or has an expert with positions "prompt".
+        ConfigError: the mixture is the base model, or has an expert with positions "prompt". Others: see
+            `BaseCheckpoint`, `open_bank` and `read_mix`.
     """
     from sigmix.experts.mix import read_mix
     from sigmix.export.base import BaseCheckpoint, check_positions
@@ -195,7 +196,11 @@ def _verify(
     figures: dict[str, Any], source: BaseCheckpoint, run: Callable[[], dict[str, Any]], tool: str, exact: bool = True,
     upcast: bool = False, adapter_bytes: int = 0,
 ) -> None:  # fmt: skip
-    """Add ``verified`` to the figures, see `check_figures`, or ``not_verified`` if the memory is too small."""
+    """Add ``verified`` to the figures, or ``not_verified`` with the reason if the memory is too small.
+
+    Raises:
+        SigmixError: the export differs too much; see `sigmix.export.verify.check_figures`.
+    """
     from sigmix.cli.doctor import machine
     from sigmix.export.verify import check_figures, memory_needed
 
@@ -232,7 +237,11 @@ def _server_command(scales: Mapping[Path, float]) -> str:
 
 
 def _rank(text: str, error: float | None) -> int | None:
-    """Read --rank, None if exact, and check --error. Raises ConfigError: invalid rank or error, or both."""
+    """Read --rank, None if exact, and check --error.
+
+    Raises:
+        ConfigError: invalid rank or error, or both.
+    """
     from sigmix.export.low_rank import check_rank
 
     if text != "exact" and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1):
@@ -243,7 +252,11 @@ def _rank(text: str, error: float | None) -> int | None:
 
 
 def _scales(mix: Mix) -> dict[str, float]:
-    """Return {expert: weight}. Raises ConfigError: weights per layer or matrix."""
+    """Return {expert: weight}.
+
+    Raises:
+        ConfigError: weights per layer or matrix.
+    """
     for name, alpha in mix.weights.items():
         if not isinstance(alpha, float):
             raise ConfigError(

@@ -190,7 +190,11 @@ def run(
     """Evaluate the base model and mixtures on the same items.
 
     Args:
-        seed: seed of the draw of items, of sampling and of the bootstrap. progress: called with (items, mix id).
+        mixes: evaluated after the base model; duplicates count once.
+        n: number of items, at most the size of the split.
+        seed: seed of the draw of items, of sampling and of the bootstrap.
+        max_new_tokens: default: the task's.
+        progress: called with (items answered, mix id) after each batch.
 
     Returns:
         JSON figures: task, split, seed, n, temperature (0: greedy), max_new_tokens, base, best_constant ({"reply",
@@ -246,7 +250,11 @@ def figures_of(
 
 
 def save(folder: str | os.PathLike[str], figures: dict[str, Any], results: dict[str, Result]) -> Path:
-    """Write the items, one JSON-lines file per mixture, and ``summary.json`` with the figures and their provenance."""
+    """Write the items, one JSON-lines file per mixture, and ``summary.json`` with the figures and their provenance.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     folder = Path(folder)
     entries = []
     for number, entry in enumerate(figures["results"]):

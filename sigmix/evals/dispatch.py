@@ -51,6 +51,9 @@ def requests(
     Args:
         unseen: tasks with an entry of their own, ``other:TASK``, of n prompts each.
         foreign: tasks added to "other", n prompts in all, if the bank has no expert for them.
+
+    Raises:
+        ExpertError: an expert without its training task.
     """
 
     def drawn(task: Task, count: int) -> list[str]:
@@ -78,7 +81,11 @@ def requests(
 def prompts_of_experts(
     bank: Mapping[str, Expert], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
 ) -> list[str]:
-    """Return prompts of the tasks that a bank's experts were trained on, interleaved; `ConfigError` without any."""
+    """Return prompts of the tasks that a bank's experts were trained on, interleaved.
+
+    Raises:
+        ConfigError: empty bank. ExpertError: an expert without its training task.
+    """
     names = skills(bank)
     if not names:
         raise ConfigError("the bank has no expert", remedy="train one: sigmix train")
@@ -114,7 +121,11 @@ def _task(bank: Mapping[str, Expert], name: str, data_dir: Path | None) -> Task:
 
 
 class DispatchTask(Task):
-    """Classify requests by the labels of a bank, under strategy A's prompt; the task of strategy B's expert."""
+    """Classify requests by the labels of a bank, under strategy A's prompt; the task of strategy B's expert.
+
+    Args:
+        per_label: requests drawn per label and split. data_dir: local data of finite benchmarks.
+    """
 
     domain = DISPATCH
     description = "Say which expert a request is for."
@@ -188,7 +199,11 @@ def confusion(strategy: Strategy, requests: Mapping[str, Sequence[str]], names: 
 
 
 def plot(figures: Mapping[str, Any], path: str | Path) -> None:
-    """Plot a confusion matrix as PNG: true labels in rows, shaded by their share of the row."""
+    """Plot a confusion matrix as PNG: true labels in rows, shaded by their share of the row.
+
+    Raises:
+        ConfigError: matplotlib is not installed. OutputError: the file cannot be written.
+    """
     rows, names = figures["rows"], figures["labels"]
     canvas = figure(2.5 + 0.8 * len(names), 2 + 0.5 * len(rows))
     axes = canvas.add_subplot()

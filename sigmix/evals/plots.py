@@ -10,12 +10,20 @@ from sigmix.utils.optional import optional
 
 
 def figure(width: float, height: float) -> Any:
-    """Return an empty `matplotlib.figure.Figure` of a size in inches."""
+    """Return an empty `matplotlib.figure.Figure` of a size in inches.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     figure_class = optional("matplotlib.figure", "'sigmix[train]'", "plotting").Figure
     return figure_class(figsize=(width, height), layout="constrained")
 
 
 def save_png(canvas: Any, path: str | Path) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     with atomic_file(path) as temporary:
         canvas.savefig(temporary, format="png", dpi=120)

@@ -37,8 +37,12 @@ def run_strategies(
 ) -> tuple[dict[str, Any], dict[str, Result]]:
     """Evaluate the base model, strategies, and every expert alone with the oracle bound over them.
 
-    ``progress`` is called with (items answered, name).
+    Args:
+        strategies: {entry's name: strategy}.
+        each_expert: include every expert alone and the oracle.
+        progress: called with (items answered, name) after each batch.
 
+    Returns:
         JSON figures as of `sigmix.evals.accuracy.run`, with entries per strategy: ``strategy``, `Result.summary`,
         ``chosen`` ({mix id: items}), ``pass1_seconds``, ``pass1_tokens``, ``pass2_seconds`` and ``paired`` with the
         base model. And {name: `Result`}.
@@ -78,7 +82,11 @@ def measure_strategy(
 ) -> tuple[Result, dict[str, Any]]:
     """Evaluate samples, each under the mixture that a strategy chooses for its text, or all under one mixture.
 
-    Return the result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.
+    Args:
+        form: see `Engine.generate`.
+
+    Returns:
+        The result, and chosen ({mix id: items}), pass1_seconds, pass1_tokens and pass2_seconds.
     """
     result, answers, seconds = answer_samples(
         engine, task, samples, strategy, batch_size=batch_size, progress=progress,

@@ -47,7 +47,11 @@ class Bank(Mapping[str, Expert]):
 
     @classmethod
     def bundled(cls) -> Bank:
-        """Open the experts that ship with sigmix, for its default base; `ExpertError` if there are none."""
+        """Open the experts that ship with sigmix, for its default base.
+
+        Raises:
+            ExpertError: this installation has none.
+        """
         package = Path(__file__).resolve().parent.parent
         for folder in (package / "_experts", package.parent / "experts"):  # wheel, source checkout
             # beside an installed package, "experts" may be an unrelated folder
@@ -65,8 +69,9 @@ class Bank(Mapping[str, Expert]):
         The copy in our cache is never changed: a new `Bank` sees later commits, `refresh` does not. Offline, or if the
         hub is unreachable, a collection opens in its last downloaded state.
 
-        ``source`` is a collection's slug "user/title-<id>" (the end of its address), or a list of "user/name"; the
-        default ``token`` is that of ``hf auth login`` or ``HF_TOKEN``.
+        Args:
+            source: a collection's slug "user/title-<id>" (the end of its address), or a list of "user/name".
+            token: default: that of ``hf auth login`` or ``HF_TOKEN``.
 
         Raises:
             HubError: not found, refused or unreachable. ExpertError: no experts, a damaged one, or two of one name.
@@ -74,7 +79,11 @@ class Bank(Mapping[str, Expert]):
         return cls(hub.download_bank(source, token))
 
     def refresh(self) -> None:
-        """Scan the folder again and drop loaded experts; `ExpertError` if two have the same name."""
+        """Scan the folder again and drop loaded experts.
+
+        Raises:
+            ExpertError: two experts have the same name.
+        """
         self._loaded.clear()
         paths: dict[str, Path] = {}
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
@@ -96,14 +105,22 @@ class Bank(Mapping[str, Expert]):
         return list(self._paths)
 
     def path(self, name: str) -> Path:
-        """Return an expert's folder; an `UnknownNameError` lists the nearest names."""
+        """Return an expert's folder.
+
+        Raises:
+            UnknownNameError: no such expert; lists the nearest names.
+        """
         if name not in self._paths:
             where = f"they are in {self.source}" if self._paths else f"there are none in {self.source}"
             raise UnknownNameError("expert", name, self._paths, remedy=f"`sigmix experts list` lists them; {where}")
         return self._paths[name]
 
     def __getitem__(self, name: str) -> Expert:
-        """Return an expert, loaded on first use; errors as of `path` (a KeyError too) and `Expert.from_pretrained`."""
+        """Return an expert, loaded on first use.
+
+        Raises:
+            UnknownNameError: no such expert (a KeyError too). ExpertError: damaged.
+        """
         path = self.path(name)
         if name not in self._loaded:
             expert = Expert.from_pretrained(path)
@@ -130,7 +147,9 @@ class Bank(Mapping[str, Expert]):
     def add(self, expert: Expert, replace: bool = False) -> Path:
         """Save an expert in the folder under its name and return its path.
 
-        `OutputError` if the name is taken and ``replace`` is False, or the bank is on the hub.
+        Raises:
+            OutputError: the name is taken and ``replace`` is False, the folder cannot be written, or the bank is on the
+            hub.
         """
         if self._record:
             raise OutputError(

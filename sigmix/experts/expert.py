@@ -41,6 +41,7 @@ class Expert:
     """One z per adapted matrix, with its provenance. Experts are equal if name, z and metadata are.
 
     Attributes:
+        name: lower-case letters, digits, ``.``, ``_``, ``-``.
         z: {module path in the base: float32 [r] on the CPU}, r = min(out, in); do not modify.
         meta: read-only; keys as in `sigmix.experts.metadata`.
         origin: "user/name@commit" if loaded from the hub, else None; ignored by equality.
@@ -98,7 +99,9 @@ class Expert:
     ) -> Expert:
         """Extract the effective z of a PEFT model's adapter, with the base's fingerprint and sketches.
 
-        ``meta`` may hold task, domain, description, objective, seed, commit, metrics, license and training.
+        Args:
+            model: a PEFT model or one with `SVFLinear` layers injected; merged or not.
+            meta: task, domain, description, objective, seed, commit, metrics, license, training.
 
         Raises:
             ExpertError: nothing is adapted, or z is invalid. UnknownNameError: no such adapter or metadata key.
@@ -115,7 +118,11 @@ class Expert:
         return cls(name, z, {**author_meta, "positions": positions}).sealed(model)
 
     def with_meta(self, **changes: Any) -> Expert:
-        """Return a copy with other author metadata, such as ``metrics=[…]``; None removes a key."""
+        """Return a copy with other author metadata, such as ``metrics=[…]``; None removes a key.
+
+        Raises:
+            UnknownNameError: not a key that authors set.
+        """
         meta = {**thaw(self.meta), **check_author_meta(changes)}
         return replace(self, meta={key: value for key, value in meta.items() if value is not None}, origin=None)
 
@@ -156,7 +163,11 @@ class Expert:
     # ------------------------------------------------------------------ saving
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
-        """Write the expert's folder atomically; equal experts give equal bytes. Errors: see `serialization.write`."""
+        """Write the expert's folder atomically; equal experts give equal bytes.
+
+        Raises:
+            OutputError: ``path`` holds other files than an expert's, or cannot be written.
+        """
         path = Path(path).expanduser()
         serialization.write(path, self.name, self.z, self.meta)
         return path
@@ -167,7 +178,9 @@ class Expert:
     ) -> str:  # fmt: skip
         """Upload the expert in one commit and return the URL of its page. See `sigmix.experts.hub.push`.
 
-        ``repo_id`` is "user/name"; it and the branch ``revision`` are created if missing.
+        Args:
+            repo_id: "user/name"; created if missing. token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+            private: create it private. revision: a branch, created if missing.
 
         Raises:
             ConfigError: not "user/name". OutputError: the repository has other files, or is public although ``private``
@@ -235,7 +248,11 @@ class Expert:
         return cache_dir() / "svd" / "ledgers" / f"expert-{key.hexdigest()}"
 
     def sealed(self, base: nn.Module) -> Expert:
-        """Return a copy bound to ``base``: with its name, fingerprint, sizes and sketches; errors as of `layers`."""
+        """Return a copy bound to ``base``: with its name, fingerprint, matrix sizes and sketches.
+
+        Raises:
+            ExpertError: a matrix is missing in the base or differs in size.
+        """
         layers = self.layers(base)
         computed = {
             "base": {**describe(base), "fingerprint": fingerprint(base), **recorded_basis(base)},
@@ -248,7 +265,11 @@ class Expert:
         return replace(self, meta={**thaw(self.meta), **computed}, origin=None)
 
     def layers(self, base: nn.Module) -> dict[str, nn.Module]:
-        """Return the base's layers that this expert adapts, by path; `ExpertError` if one is missing or differs."""
+        """Return the base's layers that this expert adapts, by path, after a check of their sizes.
+
+        Raises:
+            ExpertError: a matrix is missing or has another size.
+        """
         available = linears(base)
         remedy = f"load the base that it was made on: {self.base.get('name', 'not recorded')}"
         if missing := [path for path in self.z if path not in available]:
@@ -276,6 +297,9 @@ def seal(
     """Add ``sigmix.json`` (and a model card, if there is no README.md) to a folder that PEFT or TRL saved.
 
     The caller asserts that the adapter was trained on ``base``. A sealed folder is checked against ``base`` instead.
+
+    Args:
+        name: default: derived from the folder. meta: as in `Expert.from_model`.
 
     Raises:
         ExpertError: damaged, or does not fit. FingerprintError: sealed for another base. OutputError: not writable.

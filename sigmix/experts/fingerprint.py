@@ -34,7 +34,11 @@ def fingerprint(model: nn.Module, fresh: bool = False) -> str:
     Adapter parameters (z too) do not count; tied weights count once. Digests of unchanged parameters are remembered
     (`sigmix.models.digests`).
 
-    ``fresh`` hashes all values again. `ExpertError` for weights on the meta device.
+    Args:
+        fresh: hash all values again.
+
+    Raises:
+        ExpertError: weights on the meta device.
     """
     found, read = parameters(model), readers(model)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
@@ -112,7 +116,11 @@ class Sketch:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], owner: str = "sigmix.json") -> Sketch:
-        """Parse `to_json`'s result; ``owner`` is for the message. `ExpertError` unless the numbers are finite."""
+        """Parse `to_json`'s result; ``owner`` is for the message.
+
+        Raises:
+            ExpertError: not a norm and eight finite numbers.
+        """
         try:
             found = cls(float(value["norm"]), tuple(float(number) for number in value["values"]))
             if len(found.values) == PROBES and all(map(math.isfinite, (found.norm, *found.values))):

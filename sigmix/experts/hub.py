@@ -62,11 +62,12 @@ def check_repo_id(repo_id: object) -> None:
 def download(repo_id: str, revision: str | None = None, token: str | None = None) -> Snapshot:
     """Download an expert into the hub's own cache, or find it there.
 
-    ``revision`` is a branch, tag or commit hash; default: the current main branch (offline: the cached one).
+    Args:
+        revision: branch, tag or commit hash; default: the current main branch (offline: the cached one).
 
     Raises:
         HubError: not found, refused, or unreachable and not cached. NoExpertError: not an SVF adapter.
-        ExpertError: incomplete.
+        ExpertError: incomplete, or a file larger than `MAX_BYTES`.
     """
     import huggingface_hub
 
@@ -100,7 +101,11 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
 
 
 def read(snapshot: Snapshot) -> serialization.Contents:
-    """Read a downloaded expert; an `ExpertError` names the repository."""
+    """Read a downloaded expert.
+
+    Raises:
+        ExpertError: names the repository.
+    """
     try:
         return serialization.read(snapshot.folder, snapshot.repo.split("/")[-1])
     except ExpertError as error:
@@ -112,6 +117,9 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
 
     Models of a collection that are not experts, such as their base, are skipped. The folder is keyed by the commits and
     never changed. If the hub is unreachable, a collection resolves to its last folder.
+
+    Args:
+        source: a collection's slug, or the experts' repositories.
 
     Raises:
         HubError, ExpertError: see `download`. ExpertError: no experts, or two of the same name.
@@ -154,7 +162,8 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
 def pull(source: str, out: Path, revision: str | None = None, token: str | None = None) -> list[dict[str, str]]:
     """Copy an expert, or each expert of a collection into its own subfolder, to the new folder ``out``.
 
-    One row per expert is returned: name, repo, revision, path.
+    Returns:
+        One row per expert: name, repo, revision, path.
 
     Raises:
         OutputError: ``out`` exists. ConfigError: a collection with a revision. Else as `download_bank`.

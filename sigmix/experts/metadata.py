@@ -37,7 +37,11 @@ RESTORE = "restore the files as they were saved together"
 
 
 def check_name(name: object) -> str:
-    """Return ``name`` if it is valid: lower-case letters, digits, ``.``, ``_``, ``-``; else raise `ExpertError`."""
+    """Return ``name`` if it is valid: lower-case letters, digits, ``.``, ``_``, ``-``.
+
+    Raises:
+        ExpertError: invalid or reserved.
+    """
     if isinstance(name, str) and name in RESERVED:
         raise ExpertError(f"an expert cannot be named {name!r}: {RESERVED[name]}", remedy="choose another name")
     if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 100:
@@ -56,7 +60,11 @@ def name_from_folder(folder: str) -> str:
 
 
 def check_author_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a copy of an author's metadata; `UnknownNameError` for a key that is not in `AUTHOR_KEYS`."""
+    """Return a copy of an author's metadata.
+
+    Raises:
+        UnknownNameError: a key that is not in `AUTHOR_KEYS`.
+    """
     meta = dict(meta or {})
     for key in meta:
         if key not in AUTHOR_KEYS:
@@ -65,7 +73,11 @@ def check_author_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_z(z: Mapping[str, torch.Tensor], owner: str) -> dict[str, torch.Tensor]:
-    """Return contiguous float32 copies of z on the CPU, sorted by path; `ExpertError` unless finite and 0 or more."""
+    """Return contiguous float32 copies of z on the CPU, sorted by path.
+
+    Raises:
+        ExpertError: empty, not a float vector, NaN, infinite, or negative; names the matrix.
+    """
     if not z:
         raise ExpertError(f"{owner}: no z", remedy="an expert needs at least one adapted matrix")
     clean: dict[str, torch.Tensor] = {}

@@ -76,7 +76,8 @@ class Mix:
     def parse(cls, text: str) -> Mix:
         """Parse ``name:weight+name:weight``; a name alone has weight 1, and ``base`` adds nothing.
 
-        `ConfigError` quotes the invalid part and its position.
+        Raises:
+            ConfigError: quotes the invalid part and its position.
         """
         weights: dict[str, float] = {}
         position = 0
@@ -102,7 +103,11 @@ class Mix:
 
     @classmethod
     def from_json(cls, value: str | Mapping[str, Any]) -> Mix:
-        """Return the mixture of `to_json`'s result, an object or text; `ConfigError` for anything else."""
+        """Return the mixture of `to_json`'s result, given as an object or as text.
+
+        Raises:
+            ConfigError: not an object with ``weights``.
+        """
         if isinstance(value, str):
             with reraised(ConfigError, "a mix is not valid JSON", EXAMPLE, (ValueError, RecursionError)):
                 value = json.loads(value)
@@ -132,7 +137,11 @@ class Mix:
         return {"weights": plain}
 
     def alpha(self, name: str, path: str) -> float:
-        """Return α of an expert at a matrix, 0 for one that is not in the mixture; `ConfigError` for another layer."""
+        """Return α of an expert at one matrix; 0 for an expert that is not in the mixture.
+
+        Raises:
+            ConfigError: weights per layer, and the matrix is in none of those layers.
+        """
         alpha = self.weights.get(name, 0.0)
         if isinstance(alpha, Mapping):
             return alpha.get(path, 0.0)
@@ -174,7 +183,11 @@ class Mix:
         return {path: z.clone() for path, z in layout.split(self.flat_z(layout, flats)).items()}
 
     def flat_z(self, layout: Layout, flats: Mapping[str, Flat]) -> Tensor:
-        """Return `z` as one vector [R]; ``flats`` has all its experts. `ConfigError` for weights of other matrices."""
+        """Return `z` as one vector [R]; ``flats`` has all experts of the mixture.
+
+        Raises:
+            ConfigError: weights for other matrices or layers.
+        """
         for name, alpha in self.weights.items():
             if isinstance(alpha, Mapping) and (odd := [path for path in alpha if path not in layout.layers]):
                 near = UnknownNameError("matrix", odd[0], layout.layers).message
@@ -224,7 +237,11 @@ def answer_note(mix: Mix, bank: Mapping[str, Expert]) -> str | None:
 def read_mix(text: str, bank: Bank | None = None) -> Mix:
     """Parse a mixture from its text or from a ``.json`` file.
 
-    Its experts are looked up in ``bank``; a missing one is an `UnknownNameError`, an invalid text a `ConfigError`.
+    Args:
+        bank: look the experts up here.
+
+    Raises:
+        ConfigError: invalid text or file. UnknownNameError: an expert missing in ``bank``.
     """
     path = Path(text).expanduser()
     if path.suffix == ".json":
@@ -286,7 +303,8 @@ class Flat:
 class Layout:
     """Positions of every matrix's z in one vector [R] over the model, R = Σ r, so that mixing takes few vector sums.
 
-    ``layers`` are {matrix path: r} of all adapted matrices of the model.
+    Args:
+        layers: {matrix path: r} of all adapted matrices of the model.
     """
 
     def __init__(self, layers: Mapping[str, int]) -> None:
@@ -294,7 +312,11 @@ class Layout:
         self.sizes = list(self.layers.values())
 
     def flat(self, name: str, z: Mapping[str, Tensor]) -> Flat:
-        """Return an expert's z as one vector; `ExpertError` for a matrix that the model lacks, or of another size."""
+        """Return an expert's z as one vector.
+
+        Raises:
+            ExpertError: it adapts a matrix that the model has not adapted, or with another size.
+        """
         for path, value in z.items():
             if path not in self.layers:
                 raise ExpertError(

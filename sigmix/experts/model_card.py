@@ -44,8 +44,9 @@ the original's weights are another base."""
 def card(name: str, meta: Mapping[str, Any], count: int, numbers: int, repo_id: str | None = None) -> str:
     """Return README.md of an expert; equal experts give equal text.
 
-    ``count`` is the number of matrices, ``numbers`` that of all components of z. The example loads from the hub's
-    ``repo_id``, or from a folder.
+    Args:
+        count: number of matrices. numbers: components of z over all matrices.
+        repo_id: hub id that the example loads from; default: a folder.
     """
     base = dict(meta.get("base") or {})
     base_name = without_path(str(base.get("name") or "an unknown base"))

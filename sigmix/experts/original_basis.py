@@ -71,7 +71,8 @@ def recorded_basis(model: nn.Module) -> dict[str, str]:
 def check_recorded(expert: str, basis: str | None, model: nn.Module) -> None:
     """Raise `ExpertError` if an expert needs the original basis and ``model`` computes in its own.
 
-    ``basis`` is what the expert records: "original", or None for the own basis.
+    Args:
+        basis: as recorded by the expert: "original", or None for the own basis.
     """
     if basis == ORIGINAL and original_of(model) is None:
         raise ExpertError(
@@ -83,7 +84,9 @@ def check_recorded(expert: str, basis: str | None, model: nn.Module) -> None:
 def use_original_basis(model: nn.Module, each: Callable[[Matrix, bool], None] | None = None) -> Original:
     """Let a quantized base compute in the basis of the weights that it was quantized from.
 
-    ``each`` is called for every finished matrix, with whether it had to be decomposed.
+    Args:
+        model: from `load_base(…, quantization_config=…)`, adapted or not.
+        each: called for every finished matrix, with whether it had to be decomposed.
 
     Raises:
         ConfigError: the base is not quantized. BaseModelError: its checkpoint cannot be streamed.

@@ -60,8 +60,11 @@ class Contents(NamedTuple):
 def read(path: Path, name: str | None = None) -> Contents:
     """Read and check an expert's folder.
 
-    ``name`` is that of an adapter without ``sigmix.json``; default: derived from the folder. `ExpertError` if it is
-    incomplete, damaged, or not an SVF adapter.
+    Args:
+        name: of an adapter without ``sigmix.json``; default: derived from the folder.
+
+    Raises:
+        ExpertError: missing, incomplete, damaged, or not an SVF adapter.
     """
     config = _read_config(path)
     positions = config.get("positions", "all")
@@ -92,7 +95,11 @@ def read(path: Path, name: str | None = None) -> Contents:
 
 
 def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Write an expert's folder atomically; `OutputError` if ``path`` holds other files than an earlier expert's."""
+    """Write an expert's folder atomically; an earlier expert at ``path`` is replaced.
+
+    Raises:
+        OutputError: ``path`` holds other files, or cannot be written.
+    """
     _check_replaceable(path)
     with atomic_dir(path) as temporary:
         for file, content in contents(name, z, meta).items():
@@ -126,7 +133,8 @@ def contents(
 def check_free(path: str | os.PathLike[str], *, replace: bool = False) -> None:
     """Raise `OutputError` unless an expert can be saved at ``path``; call it before a long run.
 
-    ``replace`` allows an existing expert.
+    Args:
+        replace: allow an existing expert.
     """
     path = Path(path)
     if (path / CONFIG).exists() and not replace:

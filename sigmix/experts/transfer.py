@@ -62,8 +62,10 @@ def carry(
     """Return the expert for another model, sealed to that model.
 
     Args:
+        model: the target: a text model, or a vision-language model with a language backbone.
         base: the base that the expert was made on: compare its weights. None: compare the expert's sketches.
-        force: carry it although the weights differ. name: of the carried expert; default: the same.
+        force: carry it although the weights differ.
+        name: of the carried expert; default: the same.
 
     Raises:
         ExpertError: a matrix is missing or has another size; or, unless ``force``, the weights differ or cannot be
@@ -96,7 +98,8 @@ def carry(
 def map_paths(paths: Iterable[str], model: nn.Module, owner: str = "the expert") -> dict[str, str]:
     """Return {path in a text model: path of the same matrix in ``model``}; both share what follows the backbone's path.
 
-    `ExpertError` if the backbone lacks a matrix.
+    Raises:
+        ExpertError: the backbone lacks a matrix.
     """
     inner = backbone(bare(model))
     root = base_path(inner[0]) + "." if inner is not None else ""
@@ -117,7 +120,11 @@ def compare(
 ) -> Comparison | None:
     """Compare the matrices that an expert was made on with another model's; None without sketches and base.
 
-    With ``base`` its weights are compared, else sketches; ``paths`` are of `map_paths`. Errors: see `Expert.check`.
+    Args:
+        base: compare its weights, else the sketches. paths: from `map_paths`.
+
+    Raises:
+        FingerprintError, ExpertError: the expert was not made on ``base``.
     """
     paths = paths if paths is not None else map_paths(expert.z, model, expert.name)
     layers = linears(model)

@@ -65,7 +65,8 @@ class BaseCheckpoint(Checkpoint):
 
         Nothing changes with a dtype given, or where the weights are stored in one that loading does not round.
 
-        Return the dtype, or None where nothing changes.
+        Returns:
+            The dtype, or None where nothing changes.
         """
         name = dtype_of_experts(experts)
         if self.cast is not None or name not in DTYPES:
@@ -95,7 +96,11 @@ class BaseCheckpoint(Checkpoint):
         return key
 
     def layer(self, path: str) -> SVFLinear:
-        """Load one adapted layer without its bias; errors as of `matrix_key`, `CacheError` for damaged factors."""
+        """Load one adapted layer without its bias.
+
+        Raises:
+            BaseModelError, UnknownNameError, ExpertError: see `matrix_key`. CacheError: its cached factors are damaged.
+        """
         weight = nn.Parameter(self.tensor(self.matrix_key(path)), requires_grad=False)
         rows, columns = shape(self.linears[path])
         with torch.device("meta"):
@@ -147,7 +152,11 @@ class BaseCheckpoint(Checkpoint):
 
     @staticmethod
     def check_sketches(experts: Iterable[Expert], path: str, layer: SVFLinear) -> Factors:
-        """Return a layer's factors after a `compare` with the sketches of verified experts."""
+        """Return a layer's factors after a comparison with the sketches of verified experts.
+
+        Raises:
+            ExpertError: they were trained in another basis.
+        """
         factors = factors_of(layer)
         for expert in experts:
             stored = (expert.meta.get("sketches") or {}).get(path)

@@ -38,7 +38,11 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write one adapter file, atomically.
 
-    ``kind`` is f32 or f16. Return `LowRank.describe` with form "gguf", ``bytes``, ``type`` and ``architecture``.
+    Args:
+        kind: f32 or f16. progress: called for every matrix.
+
+    Returns:
+        `LowRank.describe` with form "gguf", ``bytes``, ``type``, ``architecture``.
 
     Raises:
         ConfigError: an unsupported architecture, or a matrix without a llama.cpp name.

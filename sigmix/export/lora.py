@@ -22,7 +22,11 @@ def export_lora(
 ) -> dict[str, Any]:
     """Write a PEFT adapter folder, atomically.
 
-    ``precision`` is float32, bfloat16 or float16. Return `LowRank.describe`, ``bytes`` and ``precision``.
+    Args:
+        precision: dtype of the file: float32, bfloat16 or float16. progress: called for every matrix.
+
+    Returns:
+        `LowRank.describe`, ``bytes``, ``precision``.
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or has no room. UnknownNameError: no such precision.

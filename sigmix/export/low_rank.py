@@ -31,7 +31,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(rank: int) -> int:
-    """Return the smallest of `VLLM_RANKS` that is at least ``rank``; `ConfigError` if there is none."""
+    """Return the smallest of `VLLM_RANKS` that is at least ``rank``.
+
+    Raises:
+        ConfigError: there is none.
+    """
     for allowed in VLLM_RANKS:
         if allowed >= rank:
             return allowed
@@ -76,7 +80,11 @@ class LowRank:
     ) -> LowRank:
         """Check the experts and read the singular values; ranks are exact.
 
-        `ConfigError` if the mixture changes no weight; others: see `BaseCheckpoint.z`.
+        Args:
+            progress: called for every matrix.
+
+        Raises:
+            ConfigError: the mixture changes no weight. Others: see `BaseCheckpoint.z`.
         """
         low = cls(base, mix, [bank[name] for name in mix.weights], base.z(mix, bank))
         for path, z in low.z.items():

@@ -37,7 +37,11 @@ def export_merged(
 ) -> dict[str, Any]:
     """Write a merged checkpoint to the folder ``out``, atomically and one tensor at a time.
 
-    Return ``files``, ``bytes``, ``tensors``, ``changed`` (number of tensors), ``dtype``, and `record`.
+    Args:
+        base: in the dtype of the result. shard_bytes: maximum size of a file. progress: called for every tensor.
+
+    Returns:
+        ``files``, ``bytes``, ``tensors``, ``changed`` (number of tensors), ``dtype``, and `record`.
 
     Raises:
         FingerprintError, ExpertError, UnknownNameError, ConfigError: see `BaseCheckpoint.z`.

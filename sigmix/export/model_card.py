@@ -39,7 +39,11 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def merged_card(about: Mapping[str, Any], vision: bool = False) -> str:
-    """Return README.md of a merged checkpoint; ``about`` is `record` with ``dtype``, ``vision`` that of the base."""
+    """Return README.md of a merged checkpoint.
+
+    Args:
+        about: `record`, and ``dtype``. vision: the base is a vision-language model.
+    """
     base, task = about["base"]["name"], "image-text-to-text" if vision else "text-generation"
     # the weights are modified weights of the base, so the base's license applies
     top = header(base, "finetune", "transformers", _tags(about), about["base"].get("license"), pipeline_tag=task)
@@ -73,7 +77,8 @@ def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
 def gguf_card(mix: str, files: Mapping[str, float], abouts: Sequence[Mapping[str, Any]]) -> str:
     """Return README.md of a folder of GGUF adapters.
 
-    ``files`` is {file name: scale in the mixture}, ``abouts`` `LowRank.describe` of each.
+    Args:
+        files: {file name: scale in the mixture}. abouts: `LowRank.describe` of each.
     """
     base = abouts[0]["base"]["name"]
     scales = [{"id": number, "scale": scale} for number, scale in enumerate(files.values())]

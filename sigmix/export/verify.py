@@ -47,7 +47,9 @@ PROMPTS = (
 class Reference:
     """Logits of our engine on a few prompts, under a mixture and under the base.
 
-    ``upcast`` computes in float32 on the stored weights, so that differences are the export's and not bfloat16's.
+    Args:
+        base, mix, bank: the inputs of the export.
+        upcast: compute in float32 on the stored weights, so that differences are the export's and not bfloat16's.
 
     Attributes:
         tokens: token ids of `PROMPTS` without a template. rows: ids as the engine encodes prompts.
@@ -77,7 +79,11 @@ class Reference:
 
 
 def compare_logits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Return ``max``, ``kl``, ``same_top`` of finite logits [T, V] over all positions; a padded vocabulary is cut."""
+    """Return ``max``, ``kl``, ``same_top`` over all positions of logits [T, V] each; a padded vocabulary is cut.
+
+    Raises:
+        SigmixError: logits that are not finite.
+    """
     largest, kl, top, count = 0.0, 0.0, 0, 0
     for one, other in zip(ours, theirs, strict=True):
         size = min(one.shape[1], other.shape[1])
@@ -94,6 +100,9 @@ def compare_logits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor])
 
 def check_figures(figures: Mapping[str, Any], exact: bool) -> None:
     """Raise if an untruncated export exceeds the KL limit: `KL_LIMIT`, or twice the target program's KL on the base.
+
+    Args:
+        figures: of one of the ``verify_…``. exact: nothing was truncated.
 
     Raises:
         SigmixError: above the limit; or the base alone differs by more than the mixture's effect, as with the GGUF
@@ -126,7 +135,11 @@ def memory_needed(base: BaseCheckpoint, upcast: bool, adapter: int = 0) -> int:
 
 
 def verify_merged(folder: Path, reference: Reference) -> dict[str, Any]:
-    """Compare a merged checkpoint in transformers, in the base's dtype, and its tokenizer; else `SigmixError`."""
+    """Compare a merged checkpoint in transformers, in the base's dtype, and its tokenizer.
+
+    Raises:
+        SigmixError: transformers cannot load it, or its tokenizer returns other ids.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     with reraised(SigmixError, f"transformers cannot load {folder}", NO_VERIFY), quiet():
@@ -146,7 +159,11 @@ def verify_merged(folder: Path, reference: Reference) -> dict[str, Any]:
 
 
 def verify_lora(folder: Path, base: BaseCheckpoint, reference: Reference) -> dict[str, Any]:
-    """Compare a LoRA in PEFT on the base in float32; ``reference`` is upcast. `SigmixError` if PEFT cannot load it."""
+    """Compare a LoRA in PEFT on the base in float32; ``reference`` is upcast.
+
+    Raises:
+        SigmixError: PEFT cannot load it.
+    """
     from peft import PeftModel
 
     with reraised(SigmixError, f"peft cannot load {folder}", NO_VERIFY), quiet():
@@ -160,7 +177,11 @@ def verify_lora(folder: Path, base: BaseCheckpoint, reference: Reference) -> dic
 def verify_gguf(adapters: Mapping[Path, float], base: Path, reference: Reference) -> dict[str, Any]:
     """Compare adapter files at their scales in llama.cpp, on the base's GGUF file.
 
-    Return the figures, and the base's own under ``base``: quantized files differ from our dequantized weights.
+    Returns:
+        The figures, and the base's own under ``base``: quantized files differ from our dequantized weights.
+
+    Raises:
+        SigmixError: llama.cpp cannot load the base or an adapter.
     """
     with LlamaCpp(base, max(map(len, reference.rows)), torch.get_num_threads()) as llama:
         plain = [llama.logits(row) for row in reference.rows]
@@ -192,6 +213,9 @@ def base_gguf(base: BaseCheckpoint, given: Path | None = None) -> Path | str:
     """Return the base's GGUF file, or the reason why there is none.
 
     It is ``given``, the base itself, or that of the embedded default, which is downloaded into the cache (93 MB).
+
+    Raises:
+        BaseModelError: the download failed.
     """
     if not llama_cpp_installed():
         return "llama-cpp-python is not installed"
@@ -208,8 +232,12 @@ def base_gguf(base: BaseCheckpoint, given: Path | None = None) -> Path | str:
 class LlamaCpp:
     """GGUF model in llama.cpp on the CPU, with LoRA adapters; a context manager.
 
-    ``all_logits`` keeps the logits after every token, which `logits` needs; False is faster. `SigmixError` if it cannot
-    load the file.
+    Args:
+        model: the GGUF file. context: tokens. threads: None: llama.cpp's default.
+        all_logits: keep the logits after every token, which `logits` needs; False is faster.
+
+    Raises:
+        ConfigError: llama-cpp-python is not installed. SigmixError: it cannot load the file.
     """
 
     def __init__(self, model: Path, context: int, threads: int | None = None, all_logits: bool = True) -> None:
@@ -231,7 +259,11 @@ class LlamaCpp:
         self.llama.close()
 
     def apply(self, adapters: Mapping[Path, float]) -> None:
-        """Set the adapters and their scales; `SigmixError` if llama.cpp refuses one."""
+        """Set the adapters and their scales.
+
+        Raises:
+            SigmixError: llama.cpp refuses one: it is damaged or made for another model.
+        """
         for path in adapters:
             if path not in self._adapters:
                 adapter = self.lib.llama_adapter_lora_init(self.llama.model, str(path).encode())

@@ -85,7 +85,8 @@ class SigmixLM(HFLM):
         options: see `HF_OPTIONS`.
 
     Raises:
-        ConfigError, UnknownNameError, OutputError: an invalid option.
+        ConfigError, UnknownNameError, OutputError: an invalid option. Others: see `load_base`, `Engine.z` and
+        `open_strategy`.
     """
 
     tokenizer: Any
@@ -192,7 +193,11 @@ class SigmixLM(HFLM):
             self.tokenizer = tokenizer
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the chat template, read before the first request. Raises ConfigError: none, or none of that name."""
+        """Return the chat template, which the harness reads before the first request.
+
+        Raises:
+            ConfigError: there is none, or none of that name.
+        """
         if chat_template and not has_template(self.tokenizer):
             raise ConfigError(
                 f"{self.model.sigmix_base['name']} has no chat template", remedy="leave --apply_chat_template out"
@@ -209,7 +214,8 @@ class SigmixLM(HFLM):
         """Return a chat as text and remember its last user turn for the strategy.
 
         Raises:
-            ConfigError: a turn with an image placeholder. PromptError: the template rejects the turns.
+            ConfigError: a turn with an image placeholder of a vision-language model.
+            PromptError: the template rejects the turns.
         """
         processor, turns = processor_of(self.tokenizer), chat_history
         if processor is not None:
@@ -374,7 +380,14 @@ class SigmixLM(HFLM):
 
 
 def generation_options(kwargs: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
-    """Return the engine's options for a request's generation arguments. Raises ConfigError: an unsupported option."""
+    """Return the engine's options.
+
+    Args:
+        kwargs: a request's generation arguments. max_gen_toks: default.
+
+    Raises:
+        ConfigError: an unsupported option.
+    """
     with reraised(ConfigError, f"generation options {dict(kwargs)}", OPTIONS_REMEDY):
         given = {name: value for name, value in kwargs.items() if value is not None}
         rest = dict(normalize_gen_kwargs(given, max_gen_toks))

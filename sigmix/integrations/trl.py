@@ -37,11 +37,14 @@ Reward = Callable[..., list[float | None]]
 def prompt_dataset(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return prompts for GRPOTrainer and RLOOTrainer, which encode them to the same ids as `Engine.encode`.
 
-    The columns are ``prompt``, a conversation if the tokenizer has a chat template (give the config `CHAT`), else text,
-    and ``sample``, the key of `reward_function`.
+    Prompts are conversations if the tokenizer has a chat template (give the config `CHAT`), else text.
+
+    Returns:
+        A `datasets.Dataset` with the columns ``prompt`` and ``sample``, the key of `reward_function`.
 
     Raises:
-        DataError: no samples. ConfigError: samples with images, or prompts that TRL would format differently.
+        DataError: no samples. ConfigError: samples with images, or a vision-language model for which TRL would format
+            the prompts differently.
     """
     from datasets import Dataset
 
@@ -56,10 +59,13 @@ def prompt_dataset(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
 def gold_dataset(
     samples: Sequence[Sample], model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Return ``input_ids`` and ``labels`` of prompts with gold replies for SFTTrainer, unpadded.
+    """Return encoded prompts with their gold replies for SFTTrainer; the loss is on the reply and its end token.
 
-    The loss is on the reply and its end token; labels of the prompt are -100. They are encoded here because a chat
-    template may format the prompt of a whole conversation differently from a generation prompt.
+    They are encoded here because a chat template may format the prompt of a whole conversation differently from a
+    generation prompt.
+
+    Returns:
+        A `datasets.Dataset` with the columns ``input_ids`` and ``labels`` (-100 for the prompt), unpadded.
 
     Raises:
         DataError: no samples. ConfigError: samples with images.
@@ -79,8 +85,13 @@ def gold_dataset(
 def reward_function(task: Task, samples: Sequence[Sample]) -> Reward:
     """Return a task's grader as a TRL reward function: +1 for a correct reply, -1 for a wrong one, as in the paper.
 
-    A reply that cannot be graded gets None, which TRL leaves out of means and advantages. ``samples`` are those of the
-    training and evaluation datasets; the function raises ConfigError for others.
+    A reply that cannot be graded gets None, which TRL leaves out of means and advantages.
+
+    Args:
+        samples: all samples of the training and evaluation datasets.
+
+    Raises:
+        ConfigError: from the function, for a dataset of other samples.
     """
     by_id = {one.id: one for one in samples}
 
@@ -131,6 +142,9 @@ def finish(
 
     Returns:
         The figures of `sigmix.evals.accuracy.run`, the base first, and ``expert``: its name.
+
+    Raises:
+        ExpertError, FingerprintError: see `Expert.from_pretrained` and `seal`. Others: see `load_base` and `run`.
     """
     from sigmix.engine import Engine
     from sigmix.evals.accuracy import commit, run

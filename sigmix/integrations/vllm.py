@@ -191,7 +191,11 @@ class _FullError(ConfigError):
 
 
 def _recorded_loss(folder: Path) -> tuple[int, float]:
-    """Return (rank, error) of an existing adapter. Raises CacheError: its record is damaged."""
+    """Return (rank, error) of an existing adapter.
+
+    Raises:
+        CacheError: its record is damaged.
+    """
     from sigmix.export.model_card import RECORD
 
     remedy = "remove that folder while vLLM is stopped"

@@ -127,7 +127,11 @@ _BATCHING: weakref.WeakKeyDictionary[nn.Module, Batching] = weakref.WeakKeyDicti
 
 
 def batching(model: Any) -> Batching:
-    """Return the `Batching` of a model (see `check_architecture`); the first call installs its `RowRotary` modules."""
+    """Return the `Batching` of a model; the first call replaces its rotary modules by `RowRotary`.
+
+    Raises:
+        BaseModelError: an architecture with rows that would depend on their batch.
+    """
     base = bare(model)
     if base not in _BATCHING:
         _BATCHING[base] = Batching(base)
@@ -137,8 +141,10 @@ def batching(model: Any) -> Batching:
 class RowRotary:
     """Forward pass of a rotary module with length-dependent frequencies, chosen for each row by its own length.
 
-    transformers chooses them by the longest row of a batch, and keeps those of dynamic NTK for later batches. Where
-    only parts of rows are passed, ``least`` is the length that the rows have at least.
+    transformers chooses them by the longest row of a batch, and keeps those of dynamic NTK for later batches.
+
+    Attributes:
+        least: length that rows have at least, if only parts of them are passed.
     """
 
     def __init__(self, module: Any) -> None:

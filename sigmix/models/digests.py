@@ -61,7 +61,9 @@ def parameter_digest(
     A change is an in-place operation, another storage, or other values at 64 places spread over the parameter (edits
     through ``.data``, such as PEFT's merging of a LoRA, leave no other trace).
 
-    ``read`` returns the values of a quantized or offloaded parameter; ``fresh`` hashes in any case.
+    Args:
+        read: returns the values of a quantized or offloaded parameter.
+        fresh: hash in any case.
     """
     state = _state(parameter)
     entry = _DIGESTS.get(id(parameter))
@@ -83,7 +85,9 @@ def layer_digest(layer: nn.Module) -> str | None:
 def digests_file(folder: Path, *settings: object) -> Path | None:
     """Return the path of a checkpoint's digests in the cache; None for a small checkpoint.
 
-    ``settings`` are everything else that decides the loaded values: dtype, device, quantization.
+    Args:
+        folder: with config.json and safetensors.
+        settings: everything else that decides the loaded values: dtype, device, quantization.
     """
     files = []
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors*")]):

@@ -38,7 +38,14 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", r
 
 @dataclass(frozen=True)
 class Contents:
-    """Header (of the first file), tensors by name, and a reader for each file; ``architecture`` is llama.cpp's name."""
+    """Header and tensors of a model, from all of its files.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        fields: header of the first file.
+        tensors: by name.
+        readers: one for each file.
+    """
 
     architecture: str
     fields: dict[str, Any]
@@ -54,8 +61,10 @@ def models_dir() -> Path:
 def model_files(path: Path) -> list[Path]:
     """Return all files of a GGUF model: ``path`` alone, or in order the parts of a split model that it belongs to.
 
-    Names may differ in case. A link leads to the parts beside it, else to those beside its target. `BaseModelError` if
-    parts are missing.
+    Names may differ in case. A link leads to the parts beside it, else to those beside its target.
+
+    Raises:
+        BaseModelError: parts are missing.
     """
     missing: list[str] = []
     for place in (path, path.resolve()):
@@ -80,7 +89,9 @@ def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:
 
     Safe to call from several processes at once.
 
-    ``folder`` is by default one of the cache, named by the digests of the files.
+    Args:
+        files: see `model_files`.
+        folder: default: a folder of the cache, named by the digests of the files.
 
     Raises:
         BaseModelError: not a GGUF model, incomplete, or one that transformers cannot represent.
@@ -96,7 +107,12 @@ def convert_gguf(files: Sequence[Path], folder: Path | None = None) -> Path:
 
 
 def read_contents(files: Sequence[Path]) -> Contents:
-    """Return header and tensors of a GGUF model; `BaseModelError` if it is truncated, incomplete or not supported."""
+    """Return header and tensors of a GGUF model, after checking that the bytes of every tensor are there.
+
+    Raises:
+        BaseModelError: not a GGUF file, truncated, not a language model, an incomplete split, or an unsupported
+            architecture.
+    """
     readers = [_open(file) for file in files]
     fields = {name: field.contents() for name, field in readers[0].fields.items()}
     architecture = fields.get("general.architecture")
@@ -120,7 +136,11 @@ def read_contents(files: Sequence[Path]) -> Contents:
 
 
 def read_config(contents: Contents, path: Path) -> PreTrainedConfig:
-    """Return transformers' configuration of a GGUF model, see `config_of`; ``path`` is for messages."""
+    """Return transformers' configuration of a GGUF model; ``path`` is for messages.
+
+    Raises:
+        BaseModelError: a key that changes the logits and has no counterpart in transformers.
+    """
     values = {name: tensor.data for name, tensor in contents.tensors.items()}
     try:
         return config_of(contents.fields, values, _tied(contents))

@@ -120,7 +120,11 @@ class Header(dict[str, Any]):
         return super().get(key, default)
 
     def hyperparameter(self, name: str, default: Any = None) -> Any:
-        """Return the value of a key of the architecture, one for all layers; `BaseModelError` if they differ."""
+        """Return the value of a key of the architecture, one for all layers.
+
+        Raises:
+            BaseModelError: the layers differ.
+        """
         value = self.get(self.prefix + name, default)
         if not isinstance(value, list):
             return value
@@ -139,8 +143,10 @@ def unsupported(key: str, value: Any) -> BaseModelError:
 def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied: bool) -> PreTrainedConfig:
     """Return transformers' configuration of a GGUF file.
 
-    ``fields`` are the header's; of ``tensors`` only the values of `ROPE_TENSORS` are read; ``tied``: the output
-    projection is the embedding matrix.
+    Args:
+        fields: the header's keys and values.
+        tensors: by name; values are read of `ROPE_TENSORS` only.
+        tied: the output projection is the embedding matrix.
 
     Raises:
         BaseModelError: a key that changes the logits and has no counterpart in transformers.
@@ -169,7 +175,11 @@ def config_of(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tied
 
 
 def splits_of(fields: Mapping[str, Any]) -> PreTokenizer | None:
-    """Return how a byte-level BPE cuts texts, where transformers would take GPT-2's way in place of the file's."""
+    """Return how a byte-level BPE cuts texts, where transformers would take GPT-2's way in place of the file's.
+
+    Raises:
+        BaseModelError: an unsupported ``tokenizer.ggml.pre``.
+    """
     from tokenizers import Regex, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

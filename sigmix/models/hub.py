@@ -26,8 +26,12 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 def hub_folder(name: str, revision: str | None, check: Callable[[Path], None] | None = None) -> Path:
     """Download a base model into the hub's own cache, or find it there, and return its folder.
 
-    ``check`` is called before a first download of weights with the folder of ``config.json``; it raises to refuse the
-    model. For the errors see `hub_errors`.
+    Args:
+        check: called before a first download of weights with the folder of ``config.json``; raises to refuse the model.
+
+    Raises:
+        BaseModelError: not found, gated, or unreachable and not cached, or cached only in part; the cache cannot be
+            written.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -85,8 +89,10 @@ def hub_errors(
 
     The token appears neither in the message nor in a chained exception, even if a proxy echoes it. Other errors pass.
 
-    ``action`` is a verb for the message, such as "push to"; ``hint`` is appended to the message, ``instead``, an
-    alternative to the hub, to the remedy.
+    Args:
+        name: repository or collection. action: verb for the message, such as "push to".
+        token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+        hint: appended to the message. instead: appended to the remedy: an alternative to the hub.
 
     Raises:
         error_class: an error of the hub, the network or the hub's cache. ConfigError: a malformed token.

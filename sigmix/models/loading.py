@@ -107,7 +107,11 @@ def load_base(
 
 
 def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = None) -> tuple[str, Path, str]:
-    """Return a base's canonical name, its folder (downloaded or converted if necessary) and its kind."""
+    """Return a base's canonical name, its folder (downloaded or converted if necessary) and its kind.
+
+    Raises:
+        BaseModelError, CacheError, OutputError: see `load_base`.
+    """
     text = os.fspath(name)
     path = Path(text).expanduser()
     if text.lower() == DEFAULT:
@@ -174,7 +178,11 @@ def cpu_name() -> str:
 
 
 def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Resolve the ``dtype`` argument of `load_base`; None and "auto" give `default_dtype`."""
+    """Resolve the ``dtype`` argument of `load_base`; None and "auto" give `default_dtype`.
+
+    Raises:
+        BaseModelError: not a dtype for weights.
+    """
     import torch
 
     if dtype is None or dtype == "auto":
@@ -203,6 +211,9 @@ def _check_folder(folder: Path, label: str) -> dict[str, Any]:
     """Return ``config.json`` of a folder that has a causal (vision-)language model's config and safetensors weights.
 
     A folder of the cache is compared with its manifest first.
+
+    Raises:
+        BaseModelError, CacheError: see `load_base`.
     """
     if (folder / MANIFEST).is_file() or folder.parent == models_dir():
         verify(folder)

@@ -39,7 +39,11 @@ smollm2-135m in bfloat16: 32 completions of 8 tokens on prompts of 46."""
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the (vision-)language model of a config on the meta device; `BaseModelError` if there is none."""
+    """Build the causal language model or vision-language model of a config on the meta device.
+
+    Raises:
+        BaseModelError: another kind of model, or a config from which no model can be built.
+    """
     import torch
 
     from sigmix.models.multimodal import auto_class
@@ -66,8 +70,10 @@ def model_plan(
 ) -> dict[str, Any]:
     """Count what SVF needs for a model.
 
-    ``layers`` is {path: adapted layer}, see `sigmix.svf.tuner.target_layers`; ``quantization`` is theirs. With ``cuda``
-    int4 is packed.
+    Args:
+        model: loaded or on the meta device. layers: {path: adapted layer}, see `sigmix.svf.tuner.target_layers`.
+        dtype: of the weights. quantization: of the adapted layers: int8, int4, nf4 or None.
+        cuda: the weights are on a GPU, where int4 is packed.
 
     Returns:
         A dict for JSON, sizes in bytes.
@@ -81,6 +87,9 @@ def model_plan(
 
         From one measured factor each: ``decompose_bytes`` (peak of the largest matrix, which is read alone) and
         ``activation_bytes_per_1000_tokens`` (of a training step).
+
+    Raises:
+        ConfigError: unknown dtype or quantization.
     """
     if dtype not in BYTES:
         raise ConfigError(f"unknown dtype {dtype!r}", remedy=f"give one of {', '.join(BYTES)}")

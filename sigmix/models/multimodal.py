@@ -63,7 +63,11 @@ def auto_class(config: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(folder: Path, label: str) -> Any:
-    """Load the tokenizer of a vision-language folder, bound to its processor."""
+    """Load the tokenizer of a vision-language folder, bound to its processor.
+
+    Raises:
+        BaseModelError: Pillow (or torchvision, for Qwen-VL) is missing, or the processor cannot be loaded.
+    """
     from transformers import AutoProcessor
 
     remedy = "the folder needs preprocessor_config.json or processor_config.json beside the tokenizer's files"
@@ -95,8 +99,12 @@ def processor_of(tokenizer: Any) -> Any:
 def backbone(model: Any, strict: bool = True) -> tuple[str, Any] | None:
     """Return path and module of a vision-language model's language backbone; None for a text model.
 
-    ``model`` may be wrapped by PEFT, which prefixes the path. If the backbone cannot be identified, ``strict`` decides
-    whether to raise `BaseModelError` or to return None.
+    Args:
+        model: plain, or with adapted layers, or wrapped by PEFT, which prefixes the path.
+        strict: raise if the backbone cannot be identified; otherwise return None.
+
+    Raises:
+        BaseModelError: it has a vision tower, but its backbone cannot be identified.
     """
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "vision_config", None):
@@ -117,7 +125,10 @@ def backbone(model: Any, strict: bool = True) -> tuple[str, Any] | None:
 class ShownImage:
     """An image as one processor splits it into tokens.
 
-    ``key`` is a hash of content and processor; ``grid``, [1, 3], counts Qwen-VL's patches.
+    Attributes:
+        key: hash of content and processor.
+        tokens: number of token ids.
+        grid: [1, 3] of Qwen-VL's patches, else None.
     """
 
     key: int
@@ -153,7 +164,11 @@ _VECTORS: weakref.WeakKeyDictionary[Any, ImageVectors] = weakref.WeakKeyDictiona
 def image_prompt(processor: Any, inputs: Any, pictures: Sequence[Picture]) -> list[int]:
     """Return the token ids of one prompt with images.
 
-    ``inputs`` is the processor's output, a batch of one. `ConfigError` if the placeholders do not match the images.
+    Args:
+        inputs: the processor's output, a batch of one.
+
+    Raises:
+        ConfigError: the placeholders do not match the images.
     """
     ids = inputs["input_ids"][0].tolist()
     token = _image_token(processor)
@@ -226,7 +241,8 @@ def grid_positions(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tens
 class ImageVectors:
     """Cache of a model's image vectors, within a budget of bytes.
 
-    `ConfigError` if vision tower or projector are adapted, since the vectors would depend on the mixture.
+    Raises:
+        ConfigError: vision tower or projector are adapted, so the vectors would depend on the mixture.
     """
 
     def __init__(self, model: Any, budget: int = BUDGET) -> None:

@@ -52,7 +52,10 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load a model from a folder of safetensors; see `sigmix.models.loading.load_base`.
 
-    ``label`` names the model in messages; ``stored``: it is stored quantized, so ``quantization_config`` must be None.
+    Args:
+        label: name of the model in messages.
+        auto_class: transformers' class to load it with; default: `AutoModelForCausalLM`.
+        stored: the checkpoint is stored quantized, so ``quantization_config`` must be None.
 
     Raises:
         BaseModelError: incomplete or unreadable weights, an unusable device map, or a missing package.
@@ -127,6 +130,9 @@ def config_name(config: str | QuantizationConfigMixin, device: torch.device) -> 
     """Return the name that metadata records: one of `QUANTIZATIONS` if a config object is that, else what it is.
 
     Examples: ``fp4``, ``nf4-double`` (quantized scales), ``Float8WeightOnlyConfig``, ``gptq``.
+
+    Raises:
+        ConfigError: LLM.int8().
     """
     if isinstance(config, str):
         return config
@@ -151,7 +157,8 @@ def quantization_of(
 ) -> str | None:
     """Return the name of a base's quantization: the one that its checkpoint is stored in, or the one to apply.
 
-    ``stored`` is the checkpoint's own, ``given`` the argument of `sigmix.models.loading.load_base`.
+    Args:
+        stored: ``quantization_config`` of the checkpoint's config.json. given: see `sigmix.models.loading.load_base`.
 
     Raises:
         BaseModelError: stored in an unsupported format, or its package is missing.

@@ -79,7 +79,11 @@ def dtype(layer: nn.Module) -> torch.dtype:
 
 
 def value(layer: nn.Module) -> Tensor:
-    """Return the weight in a float dtype, laid out as in the layer: [out, in], for a `Conv1D` [in, out]."""
+    """Return the weight in a float dtype, laid out as in the layer: [out, in], for a `Conv1D` [in, out].
+
+    Raises:
+        BaseModelError: unsupported quantization.
+    """
     what = kind(layer)
     weight: Any = layer.weight.data  # a quantized subclass, too, without the class of a parameter
     if what == OFFLOADED:

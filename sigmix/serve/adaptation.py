@@ -65,7 +65,13 @@ class Adaptation:
 
 
 class AdaptationWorker:
-    """Thread that runs searches on the scheduler's engine and saves their mixtures in the registry."""
+    """Thread that runs searches and saves their mixtures.
+
+    Args:
+        engine: shared with the scheduler.
+        registry: receives the mixtures.
+        graders: by name.
+    """
 
     def __init__(self, engine: SharedEngine, registry: ModelRegistry, graders: Mapping[str, Grader]) -> None:
         self.engine, self.registry, self.graders = engine, registry, dict(graders)
@@ -86,8 +92,10 @@ class AdaptationWorker:
         """Queue a search of a client; None: an administrator.
 
         Raises:
-            UnknownNameError: unknown grader. QueueFullError: too many queued searches. ConfigError, ExpertError: no
-            experts, an answer that no reply can match, or see `ModelRegistry.check_mix_name`.
+            UnknownNameError: unknown grader.
+            ConfigError, ExpertError: no experts, an answer that no reply can match, or see
+                `ModelRegistry.check_mix_name`.
+            QueueFullError: too many queued searches.
         """
         if request.score not in self.graders:
             raise UnknownNameError("grader", request.score, self.graders)
@@ -113,7 +121,11 @@ class AdaptationWorker:
         return adaptation
 
     def get(self, id: str, client: str | None) -> Adaptation:
-        """Return a search of a client; None: of any client. Raises UnknownNameError: no such search."""
+        """Return a search of a client; None: of any client.
+
+        Raises:
+            UnknownNameError: no such search.
+        """
         adaptation = self._adaptations.get(id)
         if adaptation is None or client not in (None, adaptation.client):
             raise UnknownNameError("adaptation", id, [])

@@ -57,7 +57,11 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """Read a key file; a missing file holds no keys. Raises ConfigError: damaged file."""
+    """Read a key file; a missing file holds no keys.
+
+    Raises:
+        ConfigError: damaged file.
+    """
     if not path.is_file():
         return []
     with reraised(ConfigError, f"cannot read API keys from {path}", f"fix or delete {path}"):
@@ -75,10 +79,15 @@ def write_keys(path: Path, keys: list[ApiKey]) -> None:
 
 
 def add_key(path: Path, name: str, **limits: Any) -> str:
-    """Create a key with fields of `ApiKey` and return its text, which is not stored.
+    """Create a key and return its text, which is not stored.
+
+    Args:
+        limits: fields of `ApiKey`.
 
     Raises:
-        ConfigError: the name is taken. ExpertError: invalid name. OutputError: the file cannot be written.
+        ConfigError: the name is taken.
+        ExpertError: invalid name.
+        OutputError: the file cannot be written.
     """
     keys = read_keys(path)
     if any(key.name == check_name(name) for key in keys):
@@ -89,7 +98,11 @@ def add_key(path: Path, name: str, **limits: Any) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Delete a key; a running server follows within seconds. Raises UnknownNameError: no key of that name."""
+    """Delete a key; a running server applies the change within seconds.
+
+    Raises:
+        UnknownNameError: no key of that name.
+    """
     keys = read_keys(path)
     if all(key.name != name for key in keys):
         raise UnknownNameError("key", name, [key.name for key in keys])

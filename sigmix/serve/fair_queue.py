@@ -19,7 +19,11 @@ PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 
 
 class QueueFullError(Exception):
-    """The limit of all requests, or of one client's, is reached."""
+    """Queue limit reached.
+
+    Attributes:
+        per_client: whether it is the limit per client.
+    """
 
     def __init__(self, per_client: bool) -> None:
         super().__init__("too many queued requests of this client" if per_client else "too many queued requests")
@@ -27,7 +31,12 @@ class QueueFullError(Exception):
 
 
 class FairQueue:
-    """Queue of requests; not thread-safe."""
+    """Queue of requests; not thread-safe.
+
+    Args:
+        max_size: limit of all requests.
+        max_size_per_client: limit of one client's requests.
+    """
 
     def __init__(self, max_size: int, max_size_per_client: int) -> None:
         self.max_size, self.max_size_per_client = max_size, max_size_per_client

@@ -18,7 +18,11 @@ MAX_MIX_LABELS = 50  # mixtures with their own time series; others are counted t
 
 
 class Metrics:
-    """Metrics of one server, in a registry of its own; ``load`` returns (running sequences, queued requests)."""
+    """Metrics of one server, in a registry of its own.
+
+    Args:
+        load: returns (running sequences, queued requests).
+    """
 
     def __init__(self, load: Callable[[], tuple[int, int]]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -76,7 +80,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, format: str) -> None:
-    """Send the logs of sigmix and uvicorn to stderr, in the format "json" or "text"."""
+    """Send the logs of sigmix and uvicorn to stderr.
+
+    Args:
+        level: debug, info, warning or error.
+        format: "json" or "text".
+    """
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(JsonFormatter() if format == "json" else text)

@@ -22,7 +22,12 @@ MAX_MIXES_PER_CLIENT = 100
 class ModelRegistry(Mapping[str, Expert]):
     """Experts by name, usable as an engine's bank, and saved mixtures by name.
 
-    Readers of ``experts`` and ``mixes``, {name: (mixture, metadata)}, need no lock: both are replaced, never changed.
+    Readers need no lock: the dictionaries are replaced, never changed.
+
+    Args:
+        bank: initial experts.
+        store: persistent store of mixtures.
+        expert_folders: folders from which experts may be loaded.
     """
 
     def __init__(self, bank: Mapping[str, Expert], store: Store, expert_folders: Sequence[Path] = ()) -> None:
@@ -45,10 +50,14 @@ class ModelRegistry(Mapping[str, Expert]):
         return len(self.experts)
 
     def load(self, folder: str) -> Expert:
-        """Load an expert, without adding it, from an allowed folder, absolute or relative, without ``..`` and links.
+        """Load an expert from one of the allowed folders, without adding it.
+
+        Args:
+            folder: absolute, or relative to an allowed folder; must not contain ``..`` or symbolic links.
 
         Raises:
-            ConfigError: no folders are allowed. ExpertError: forbidden folder, or not an expert.
+            ConfigError: no folders are allowed.
+            ExpertError: forbidden folder, or not an expert.
         """
         if not self.expert_folders:
             raise ConfigError("loading experts is disabled", remedy="start the server with --expert-folders FOLDER")
@@ -65,23 +74,35 @@ class ModelRegistry(Mapping[str, Expert]):
         raise ExpertError(f"{folder!r} is not inside an allowed folder", remedy="GET /v1/experts lists the folders")
 
     def add(self, expert: Expert) -> None:
-        """Add an expert that has been checked against the base model. Raises ConfigError: the name is taken."""
+        """Add an expert that has been checked against the base model.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
         with self._lock:
             if expert.name in self.experts or expert.name in self.mixes:
                 raise ConfigError(f"the name {expert.name!r} is taken", remedy=f"DELETE /v1/experts/{expert.name}")
             self.experts = {**self.experts, expert.name: expert}
 
     def remove(self, name: str) -> None:
-        """Remove an expert that no request uses. Raises UnknownNameError: no such expert."""
+        """Remove an expert that no request uses.
+
+        Raises:
+            UnknownNameError: no such expert.
+        """
         with self._lock:
             self[name]
             self.experts = {other: expert for other, expert in self.experts.items() if other != name}
 
     def check_mix_name(self, name: str, client: str | None = None) -> None:
-        """Check that a client, or with None an administrator, who may replace any mixture, may save one.
+        """Check that a client may save a mixture under a name.
+
+        Args:
+            client: None for an administrator, who may replace any mixture.
 
         Raises:
-            ConfigError: the name is taken, or the client has too many mixtures. ExpertError: not a valid name.
+            ConfigError: the name is taken, or the client has too many mixtures.
+            ExpertError: not a valid name.
         """
         if check_name(name) in self.experts:
             raise ConfigError(f"the name {name!r} is taken", remedy="choose another name")
@@ -93,7 +114,11 @@ class ModelRegistry(Mapping[str, Expert]):
             raise ConfigError(f"{client} has {MAX_MIXES_PER_CLIENT} saved mixtures", remedy="DELETE /v1/mixes/NAME")
 
     def save_mix(self, name: str, mix: Mix, metadata: Mapping[str, Any], client: str | None = None) -> None:
-        """Save a mixture under a name; see `check_mix_name`. Raises OutputError: the store cannot be written."""
+        """Save a mixture under a name; see `check_mix_name`.
+
+        Raises:
+            OutputError: the store cannot be written.
+        """
         with self._lock:
             self.check_mix_name(name, client)
             saved = {**metadata, "client": client} if client is not None else dict(metadata)
@@ -101,7 +126,11 @@ class ModelRegistry(Mapping[str, Expert]):
             self.mixes = {**self.mixes, name: (mix, saved)}
 
     def delete_mix(self, name: str) -> None:
-        """Delete a saved mixture. Raises UnknownNameError: no such mixture."""
+        """Delete a saved mixture.
+
+        Raises:
+            UnknownNameError: no such mixture.
+        """
         with self._lock:
             if name not in self.mixes:
                 raise UnknownNameError("mixture", name, self.mixes)
@@ -112,7 +141,8 @@ class ModelRegistry(Mapping[str, Expert]):
         """Return the mixture of a request's ``model``; None for `auto`.
 
         Raises:
-            UnknownNameError: unknown model or expert. ConfigError: invalid weights in a mixture of known experts.
+            UnknownNameError: unknown model or expert.
+            ConfigError: invalid weights in a mixture of known experts.
         """
         if model == AUTO:
             return None

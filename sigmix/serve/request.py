@@ -55,6 +55,9 @@ class RequestHandler:
     """Handler of a chat or text completion with several prompts, each with one or more choices, numbered through.
 
     Args:
+        service: parts of the server.
+        request: HTTP request, to detect a disconnect.
+        key: API key of the client.
         options: parsed body.
         prompts: (token ids, user turn) of each prompt.
         echoes: text of each prompt, to be returned before every completion; None: only completions are returned.
@@ -147,7 +150,8 @@ class RequestHandler:
     async def _follow(self, heartbeat: float | None = None) -> AsyncGenerator[tuple[int, Event] | None, None]:
         """Yield (prompt number, event) until all choices have finished; None after ``heartbeat`` silent seconds.
 
-        If the client closes the connection, its requests are cancelled. Raises ClientDisconnected.
+        Raises:
+            ClientDisconnected: the client closed the connection; its requests are cancelled.
         """
         disconnected: asyncio.Future[Any] = asyncio.ensure_future(self._disconnected())
         upcoming: asyncio.Future[Any] | None = None
@@ -187,7 +191,11 @@ class RequestHandler:
         return replace(event, text=text)
 
     def _record(self, number: int, event: Event) -> None:
-        """Add an event to the response. Raises ApiError: the request failed."""
+        """Add an event to the response.
+
+        Raises:
+            ApiError: the request failed.
+        """
         if isinstance(event, Failed):
             status = STATUS[event.code]
             kind, retry_after = ("server_error", 5) if status >= 500 else ("invalid_request_error", None)
@@ -232,7 +240,11 @@ class RequestHandler:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def respond(self) -> Response:
-        """Return the response. Raises ApiError; a stream that has begun ends with an error event instead."""
+        """Return the response.
+
+        Raises:
+            ApiError: the request failed. A stream that has begun ends with an error event instead.
+        """
         for number, (request, echo) in enumerate(zip(self.requests, self.echoes, strict=True)):
             if request.prompt_logprobs:
                 offsets = await run_in_threadpool(self.service.text_offsets, request.ids, echo.text)
@@ -288,7 +300,11 @@ class RequestHandler:
             yield self.builder.end
 
     async def _lines(self) -> AsyncGenerator[str, None]:
-        """Yield the events of a stream, without the end; heartbeats only after the first event. Raises ApiError."""
+        """Yield the events of a stream, without the end; heartbeats only after the first event.
+
+        Raises:
+            ApiError: the request failed.
+        """
         started = False
         async with aclosing(self._follow(HEARTBEAT_SECONDS)) as events:
             async for item in events:

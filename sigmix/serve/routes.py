@@ -59,7 +59,11 @@ def get_key(request: Request) -> ApiKey:
 
 
 def require_admin(request: Request) -> None:
-    """Reject clients without an administrator's key. Raises ApiError: status 403."""
+    """Reject clients without an administrator's key.
+
+    Raises:
+        ApiError: status 403.
+    """
     if not get_key(request).admin:
         raise ApiError(403, "administrator's key required", "permission_error", code="forbidden")
 
@@ -364,9 +368,10 @@ async def metrics(service: ServiceDep) -> Response:
 
 
 def by_length(lengths: Sequence[int], limit: float = float("inf")) -> Iterator[list[int]]:
-    """Yield the numbers of prompts to read in one pass of at most ``limit`` tokens, or of one prompt.
+    """Yield the numbers of prompts to read in one pass: padding is at most as long as the prompts.
 
-    Padding is at most as long as the prompts.
+    Args:
+        limit: tokens of one pass, padding included; a longer prompt is read alone.
     """
     part: list[int] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -81,8 +81,9 @@ class Finished:
 class Failed:
     """End of the whole request without a result.
 
-    The code is "model" (logits are not finite), "mix" (mixture unavailable), "structured_output" (a constraint that
-    cannot be continued), "memory", "timeout", "closing" or "internal".
+    Attributes:
+        code: "model" (logits are not finite), "mix" (mixture unavailable), "structured_output" (a constraint that
+            cannot be continued), "memory", "timeout", "closing" or "internal".
     """
 
     code: str
@@ -139,7 +140,13 @@ class ClosingError(Exception):
 
 
 class Scheduler:
-    """Continuous batching for many clients; ``strategies`` decide on requests without a mixture."""
+    """Continuous batching for many clients.
+
+    Args:
+        engine: used by this thread, and between its steps by others.
+        strategies: {name: two-pass runner} for requests without a mixture.
+        settings: limits of queue and batch.
+    """
 
     def __init__(self, engine: SharedEngine, strategies: Mapping[str, TwoPass], settings: Settings) -> None:
         self.engine, self.strategies, self.settings = engine, strategies, settings
@@ -161,7 +168,12 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises QueueFullError, or ClosingError if the server is shutting down."""
+        """Queue a request.
+
+        Raises:
+            QueueFullError: too many queued requests.
+            ClosingError: the server is shutting down.
+        """
         with self._wake:
             if self._closing:
                 raise ClosingError
@@ -178,7 +190,11 @@ class Scheduler:
             self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in the scheduler's thread between two steps. Raises ClosingError during a shutdown."""
+        """Run a function in the scheduler's thread between two steps.
+
+        Raises:
+            ClosingError: the server is shutting down.
+        """
         future: Future[T] = Future()
         with self._wake:
             if self._stopped:
@@ -206,7 +222,11 @@ class Scheduler:
         return self._thread.is_alive()
 
     def close(self, timeout: float) -> bool:
-        """Finish the accepted requests, at the latest after ``timeout`` seconds; return whether all finished."""
+        """Stop accepting requests, finish the accepted ones, and give up the rest after ``timeout`` seconds.
+
+        Returns:
+            Whether all requests finished.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify()

@@ -42,11 +42,14 @@ class Service:
     """Engine, scheduler, registry, store and API keys of one server.
 
     Args:
+        model, tokenizer: base model and its tokenizer.
+        bank: experts by name.
+        settings: see `Settings`.
         graders: {name: (reply, reference answer) -> [0, 1]} for adaptations.
 
     Raises:
-        ConfigError: settings that do not fit the bank, or a public address without API keys. ExpertError,
-        FingerprintError: experts or fitted files of another base model.
+        ConfigError: settings that do not fit the bank, or a public address without API keys.
+        ExpertError, FingerprintError: experts or fitted files of another base model.
     """
 
     def __init__(
@@ -98,7 +101,11 @@ class Service:
         return {name: TwoPass(self.engine, strategy) for name, strategy in opened.items()}
 
     def check_strategy(self, name: str) -> str:
-        """Return the name of a strategy, by "" and "auto" the default. Raises UnknownNameError: not supported here."""
+        """Return the name of a strategy; "" and "auto" mean the default.
+
+        Raises:
+            UnknownNameError: the strategy is unknown, or the bank does not support it.
+        """
         name = self.default_strategy if name in ("", "auto") else name
         if name not in self.strategies:
             raise UnknownNameError("strategy", name, [*self.strategies, "auto"])
@@ -136,17 +143,29 @@ class Service:
     # Tokenization
 
     def encode_chat(self, turns: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Return the token ids of a conversation, see `sigmix.engine.tokenization.encode_turns`."""
+        """Return the token ids of a conversation, see `sigmix.engine.tokenization.encode_turns`.
+
+        Raises:
+            ConfigError, PromptError: see `encode_turns`.
+        """
         with self._tokenizer_lock:
             return encode_turns(self._tokenizer, turns, **options)
 
     def tool_call_parser(self, tools: Sequence[Mapping[str, Any]]) -> type[ToolCallParser]:
-        """Return the parser of tool calls for the model's chat template. Raises ConfigError: unknown format."""
+        """Return the parser of tool calls for the model's chat template.
+
+        Raises:
+            ConfigError: the format of its tool calls is not known.
+        """
         with self._tokenizer_lock:
             return tool_call_parser(chat_template(self._tokenizer, tools))
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of bare text. Raises PromptError: lone surrogates."""
+        """Return the token ids of bare text.
+
+        Raises:
+            PromptError: lone surrogates.
+        """
         check_unicode(text)
         with self._tokenizer_lock:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
@@ -169,7 +188,8 @@ class Service:
     def fit_context(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
         """Check a prompt against the context length; return the number of tokens to generate.
 
-        The request's ``max_new_tokens`` is a ceiling.
+        Args:
+            max_new_tokens: as requested, a ceiling; None: the default.
 
         Raises:
             ContextError: empty prompt, or one that leaves no room for an answer.
@@ -206,7 +226,11 @@ class Service:
             return await asyncio.wrap_future(self.scheduler.call(compute))
 
     def load_expert(self, folder: str) -> str:
-        """Load an expert from an allowed folder and return its name; see `ModelRegistry.load` and `Expert.check`."""
+        """Load an expert from an allowed folder and return its name.
+
+        Raises:
+            ConfigError, ExpertError, FingerprintError: see `ModelRegistry.load` and `Expert.check`.
+        """
         expert = self.registry.load(folder)
 
         def add() -> None:
@@ -218,7 +242,12 @@ class Service:
         return expert.name
 
     def unload_expert(self, name: str) -> None:
-        """Unload an expert. Raises UnknownNameError: no such expert. ConfigError: running requests use it."""
+        """Unload an expert.
+
+        Raises:
+            UnknownNameError: no such expert.
+            ConfigError: running requests use it.
+        """
 
         def remove() -> None:
             if users := self.scheduler.users(name):

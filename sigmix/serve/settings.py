@@ -103,7 +103,11 @@ class Settings(BaseSettings):
 
 
 def load_settings(file: Path | None = None, **options: Any) -> Settings:
-    """Merge options (None: not given), the environment and a TOML file. Raises ConfigError: invalid file or value."""
+    """Merge options (None: not given), the environment and a TOML file.
+
+    Raises:
+        ConfigError: unreadable file, unknown setting or invalid value.
+    """
     with reraised(ConfigError, f"{file} is not valid TOML", "see docs/serving.md for an example"):
         stored = {} if file is None else tomllib.loads(read_text(file, ConfigError, "give a TOML file to --config"))
 

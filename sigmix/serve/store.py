@@ -35,10 +35,14 @@ TRIM_EVERY = 1000  # saved replies between two deletions of old ones
 
 
 class Store:
-    """SQLite store in a folder, created if missing; safe for use from several threads.
+    """SQLite store; safe for use from several threads.
+
+    Args:
+        folder: created if missing.
 
     Raises:
-        OutputError: the folder or file cannot be written. ConfigError: the file is damaged.
+        OutputError: the folder or file cannot be written.
+        ConfigError: the file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +71,11 @@ class Store:
         return {name: (Mix.from_json(mix), json.loads(about)) for name, mix, about in rows}
 
     def save_mix(self, name: str, mix: Mix, metadata: dict[str, Any]) -> None:
-        """Save or replace a mixture. Raises OutputError: full or read-only disk; the previous mixture is kept."""
+        """Save or replace a mixture.
+
+        Raises:
+            OutputError: the disk is full or read-only; the previous mixture is kept.
+        """
         values = (name, json.dumps(mix.to_json()), json.dumps(metadata), time.time())
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO mixes VALUES (?, ?, ?, ?)", values)
@@ -99,9 +107,13 @@ class Store:
         return {"client": client, "arm": arm, "context": json.loads(context) if context else None, "reward": reward}
 
     def learn(self, reply_id: str, reward: float, name: str = "", value: Any = None) -> bool:
-        """Save a reply's reward and the state learned from it, a JSON value, in one transaction.
+        """Save a reply's reward and the state learned from it, in one transaction.
 
-        Returns False, without any change, if the reply is unknown or has a reward. None as value: the reward only.
+        Args:
+            name, value: key and JSON value of the learned state; None saves the reward only.
+
+        Returns:
+            False, without any change, if the reply is unknown or has a reward.
         """
         with self._transaction() as db:
             query = "UPDATE replies SET reward = ? WHERE id = ? AND reward IS NULL"

@@ -35,7 +35,13 @@ class ToolCallParser(ABC):
     Text outside of calls is returned as soon as it cannot be the beginning of a call; malformed calls are text.
     Whitespace beside calls is dropped.
 
-    Unless ``parallel``, the first call is kept only.
+    Args:
+        tools: function tools of the request.
+        parallel: keep all calls; False: the first one.
+
+    Attributes:
+        markers: texts that begin or divide calls; tokenizers have some of them as special tokens.
+        calls: found so far.
     """
 
     markers: ClassVar[tuple[str, ...]] = ()
@@ -48,7 +54,11 @@ class ToolCallParser(ABC):
         self._buffer = ""
 
     def feed(self, text: str, final: bool = False) -> str:
-        """Append text of the reply, the last one if ``final``; return its new text outside of calls."""
+        """Append text of the reply; return its new text outside of calls, and add new calls to ``calls``.
+
+        Args:
+            final: the reply ends here.
+        """
         self._buffer += text
         content = ""
         while self._buffer:
@@ -89,7 +99,11 @@ class ToolCallParser(ABC):
         """
 
     def add(self, value: Any) -> None:
-        """Add a call, or a list of them, from JSON. Raises NotACall: not a call."""
+        """Add a call, or a list of them, from JSON.
+
+        Raises:
+            NotACall: not a call.
+        """
         calls = []
         for call in value if isinstance(value, list) else [value]:
             call = call.get("function", call) if isinstance(call, dict) else {}
@@ -268,7 +282,11 @@ FORMATS: Sequence[tuple[str, type[ToolCallParser]]] = (
 
 
 def tool_call_parser(template: str | None) -> type[ToolCallParser]:
-    """Return the parser for the tool calls of a chat template. Raises ConfigError: the format is not known."""
+    """Return the parser for the tool calls of a chat template.
+
+    Raises:
+        ConfigError: the format is not known.
+    """
     for pattern, parser in FORMATS:
         if re.search(pattern, template or ""):
             return parser
@@ -286,7 +304,11 @@ DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
 
 
 def decode(text: str, start: int) -> tuple[Any, int] | None:
-    """Return a JSON value in a text and its end; None if it may be incomplete. Raises NotACall: not JSON."""
+    """Return a JSON value in a text after optional whitespace, and its end; None if it may be incomplete.
+
+    Raises:
+        NotACall: not JSON.
+    """
     start = len(text) - len(text[start:].lstrip())
     try:
         return DECODER.raw_decode(text, start)

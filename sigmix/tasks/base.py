@@ -33,8 +33,9 @@ def content_id(prompt: str, system: str | None = None, images: Sequence[Picture]
 def hash_split(key: str, shares: tuple[float, float, float]) -> str:
     """Return the split of ``key``, by its hash alone: the same for every seed, count and machine.
 
-    Items with the same key stay together: a sample's id, or a word that several prompts share. ``shares`` are those of
-    train, validation and test.
+    Args:
+        key: items with the same key stay together: a sample's id, or a word that several prompts share.
+        shares: of train, validation and test; they add to 1.
     """
     place = int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:13], 16) / 16**13
     return "train" if place < shares[0] else "validation" if place < shares[0] + shares[1] else "test"
@@ -46,7 +47,9 @@ class Sample:
 
     Attributes:
         id: `content_id` of prompt, system and images.
+        prompt: the user's turn.
         gold: a reply that scores `Task.gold_value`.
+        system: the system turn, if there is one.
         meta: data for the grader (choices, tests, …); never shown to the model.
         images: shown before the prompt, in the user's turn; need a vision-language model.
     """

@@ -46,7 +46,8 @@ class BenchmarkTask(Task):
         hub: id of the data set on the hub.
         hub_configs: its configurations, concatenated.
         hub_splits: split to the hub's name for it.
-        image_column: name of the image column, if any; see `hub_rows`. only_test: there is no training data.
+        image_column: name of the image column, if any; see `hub_rows`.
+        only_test: there is no training data.
 
     `notes` is complete after the first call of `samples`.
     """
@@ -153,7 +154,9 @@ class BenchmarkTask(Task):
 class WordProblemTask(BenchmarkTask):
     """Word problems with a number for an answer.
 
-    Style "final" lets the model reason and grades the final number; "strict" requires the number alone.
+    Args:
+        data_dir: local data, or None for the hub.
+        style: "final" lets the model reason and grades the final number; "strict" requires the number alone.
     """
 
     domain = "arithmetic"

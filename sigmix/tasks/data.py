@@ -26,7 +26,11 @@ class Row:
     where: str
 
     def get(self, *names: str, kind: type | tuple[type, ...] = object) -> Any:
-        """Return the first field of ``names`` that has a value; raise `DataError` if it is blank or of another type."""
+        """Return the first field of ``names`` that has a value.
+
+        Raises:
+            DataError: there is none, or it is not of type ``kind``, or it is a blank string.
+        """
         for name in names:
             if (value := self.data.get(name)) is not None:
                 blank = isinstance(value, str) and not value.strip()
@@ -48,7 +52,11 @@ class Row:
 
 
 def local_rows(path: Path) -> list[Row]:
-    """Read all rows of a JSONL file (see `read_text`); blank lines are skipped. Raise `DataError` if there are none."""
+    """Read all rows of a JSONL file (see `read_text`); blank lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, a line is not a JSON object, or there are no rows.
+    """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -71,7 +79,11 @@ def hub_rows(
 ) -> list[Row]:
     """Load all rows of one split of a data set on the hub, with its configurations concatenated.
 
-    ``image`` names an image column; rows hold a `Picture` there, and its bytes stay on disk. ``remedy`` is for errors.
+    Args:
+        image: name of an image column; rows hold a `Picture` there, and its bytes stay on disk.
+
+    Raises:
+        DataError: no `datasets` library, no network, no such data set, or no rows; has ``remedy``.
     """
     datasets = optional("datasets", f"'sigmix[tasks]', or {remedy}", f"{hub_id}, which is on the hub,", DataError)
     rows = []

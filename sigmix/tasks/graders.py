@@ -99,7 +99,11 @@ def exact_lines(reply: str, gold: str) -> Score:
 
 
 def json_value(text: str) -> Any:
-    """Parse one JSON value alone; raise ValueError for text around it (a code fence too), NaN or a repeated key."""
+    """Parse a text that is one JSON value and nothing else.
+
+    Raises:
+        ValueError: not JSON, text around it (a code fence too), NaN or infinity, or a repeated key.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in items}) != len(items):
@@ -131,7 +135,11 @@ _LEAD = r"(?:(?:the\s+)?(?:correct\s+|best\s+|final\s+)?(?:answer|option|choice)
 
 
 def relabel(labels: Sequence[str]) -> dict[str, str]:
-    """Map 2 to 8 labels of the data (letters or digits, as shown) to the prompt's letters; raise ValueError."""
+    """Map the data's labels (letters or digits, in the order shown) to the letters that the prompt shows.
+
+    Raises:
+        ValueError: fewer than 2, more than 8, or repeated labels.
+    """
     if not 2 <= len(labels) <= len(LETTERS) or len(set(labels)) != len(labels):
         raise ValueError(f"choices need 2 to {len(LETTERS)} distinct labels, not {list(labels)}")
     return dict(zip(labels, LETTERS, strict=False))
@@ -146,7 +154,9 @@ def _bare(reply: str) -> str:
 def parse_choice(reply: str, labels: Sequence[str], texts: Mapping[str, str] | None = None) -> str | None:
     """Return the label that the whole reply is, or None.
 
-    ``labels`` are those that the prompt shows; ``texts``, {label: choice}, allows "B. Paris".
+    Args:
+        labels: as the prompt shows them.
+        texts: label to choice text; allows "B. Paris".
     """
     text = _bare(reply)
     any_label = "|".join(re.escape(label) for label in labels)

@@ -83,7 +83,11 @@ def symbolic(reply: str, entry: Mapping[str, Any]) -> bool:
 
 
 def rational(expression: str) -> Fraction:
-    """Return the exact value of whole numbers, + - * / and parentheses; raise ValueError for anything else."""
+    """Return the exact value of an expression of whole numbers, + - * / and parentheses.
+
+    Raises:
+        ValueError: anything else in it, too long, too deep, or a division by zero.
+    """
     if len(expression) > MAX_EXPRESSION:
         raise ValueError("too long")
 
@@ -181,9 +185,11 @@ class ReasoningGymTask(ProceduralTask):
     """One reasoning-gym data set.
 
     Args:
+        dataset: its name.
         suffix: an instruction appended to the question, such as "Answer with the number only."
         partial: keep the scorer's partial marks. They reward a right answer within any sentence, so by default
             anything below full marks is 0; with them `validate` reports exactly that.
+        allow_code: as in `get_task`; ``codeio`` requires it.
         options: fields of the data set's configuration, except seed and size.
 
     Raises:
@@ -247,6 +253,9 @@ class ReasoningGymTask(ProceduralTask):
         """Yield the items of one seeded data set after the other.
 
         Items that cannot be generated, or whose own answer does not get full marks, are left out (see `notes`).
+
+        Raises:
+            DataError: 50 such items in a row.
         """
         chunk = barren = 0
         while True:

@@ -43,6 +43,9 @@ def register(name: str) -> Callable[[Factory], Factory]:
     """Register a factory (a function with options as keyword arguments, or a Task class) under ``name``.
 
     Parameters called ``data_dir`` and ``allow_code`` receive those arguments of `get_task`.
+
+    Raises:
+        TaskError: the name is taken or holds one of ":?&= ".
     """
 
     def decorate(factory: Factory) -> Factory:
@@ -61,7 +64,9 @@ def get_task(spec: str, data_dir: Path | None = None, allow_code: bool = False, 
 
     Args:
         spec: ``NAME``, ``rg:NAME`` or ``path/to/file.py:NAME``, with options after a question mark.
-        data_dir: folder with local data sets; default: the hub. options: override those in the spec.
+        data_dir: folder with local data sets; default: the Hugging Face hub.
+        allow_code: allow graders to run the program in a reply (in a sandbox).
+        options: override those in the spec.
 
     Raises:
         UnknownNameError: no such task.
@@ -96,7 +101,11 @@ def task_names(families: bool = True) -> list[str]:
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec into name and options; raise `ConfigError` for an option without "=", or given twice."""
+    """Split a spec into name and options.
+
+    Raises:
+        ConfigError: an option without "=", or given twice.
+    """
     name, _, query = spec.strip().partition("?")
     options: dict[str, Any] = {}
     for part in query.split("&") if query else []:

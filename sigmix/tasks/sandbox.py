@@ -47,7 +47,13 @@ _LAUNCHER = Path(__file__).with_name("sandbox_child.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run: "passed", "failed" (an error, or it ended early), "timeout" or "sandbox" (its own failure)."""
+    """Result of a run.
+
+    Attributes:
+        kind: "passed"; "failed" (an assertion or error, or it ended early); "timeout"; "sandbox" (a failure of the
+            sandbox itself, which says nothing about the program).
+        detail: for people.
+    """
 
     kind: Literal["passed", "failed", "timeout", "sandbox"]
     detail: str = ""
@@ -71,7 +77,11 @@ def run_tests(program: str, tests: str, *, timeout: float = 5.0, memory: int = M
 
 @functools.cache
 def guards() -> Guards:
-    """Return the strongest guards under which a trivial program runs on this machine; probed once."""
+    """Return the strongest guards under which a trivial program runs on this machine; probed once.
+
+    Raises:
+        ConfigError: neither Linux nor macOS.
+    """
     if os.name != "posix":
         raise ConfigError("the code sandbox needs Linux or macOS", remedy="use WSL, or leave the code tasks out")
     root = os.geteuid() == 0

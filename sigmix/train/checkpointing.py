@@ -36,7 +36,11 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for this process; raise `OutputError` if another run has locked it."""
+        """Lock the folder for this process.
+
+        Raises:
+            OutputError: another run has locked it, or it cannot be written.
+        """
 
         def busy() -> None:
             message = f"another training run is writing to {self.path}"
@@ -80,7 +84,11 @@ class RunDir:
             write_json(folder / "state.json", dict(state))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Load the checkpoint's tensors; raise `ConfigError` if the file is damaged."""
+        """Load the checkpoint's tensors.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
         path = self.checkpoint / "state.safetensors"
         with reraised(ConfigError, f"the checkpoint {path} is damaged", NEW_RUN, (SafetensorError, OSError)):
             return load_file(path)

@@ -174,7 +174,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def make_config(preset: str = "laptop", **options: Any) -> TrainConfig:
     """Return the configuration of a preset with some options replaced; an option of None keeps the preset's value.
 
-    Unknown ones raise `UnknownNameError`.
+    Raises:
+        UnknownNameError: no such preset or option. ConfigError: a value is invalid.
     """
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)

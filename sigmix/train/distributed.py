@@ -58,8 +58,10 @@ class Terminated(KeyboardInterrupt):
 class Processes:
     """The processes of a training run.
 
-    ``device`` is None with one process, where the base's placement decides; ``collective_forward`` is True once forward
-    passes communicate (a sharded base).
+    Attributes:
+        rank: index of this process. world_size: number of processes.
+        device: device of this process; None with one process, where the base's placement decides.
+        collective_forward: True once forward passes communicate (a sharded base).
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
@@ -154,7 +156,11 @@ class Processes:
         return flag if self.world_size == 1 else bool(self._all_reduce(torch.tensor([float(flag)])).item())
 
     def check_equal(self, digests: Callable[[], Mapping[str, str]], remedy: str) -> None:
-        """Raise `ConfigError` (`ProcessError` in all but the main process) if {what: digest} differs between them."""
+        """Compare {what: digest} of all processes.
+
+        Raises:
+            ConfigError: a digest differs; `ProcessError` in processes other than the main one.
+        """
         gathered = self.gather(lambda: dict(digests())) if self.world_size > 1 else []
 
         def compare() -> None:
@@ -347,7 +353,11 @@ class ShardedPolicy(SVFPolicy):
 
     Every forward pass is collective. Only the gain form runs, since merging would need whole weights.
 
-    ``digests`` of the base and of each decomposition are taken before they are split.
+    Args:
+        base: whole model on the CPU, which stays as it is. processes: at least two.
+
+    Attributes:
+        digests: of the base and of each decomposition, taken before they are split.
     """
 
     sharded = True
@@ -423,7 +433,11 @@ class ShardedPolicy(SVFPolicy):
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder blocks, by transformers' ``_no_split_modules``; raise `ConfigError` if there are none."""
+    """Return the decoder blocks, by transformers' ``_no_split_modules``.
+
+    Raises:
+        ConfigError: the model's class names none.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:

@@ -170,7 +170,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Learner:
     """Policy and optimizer: rollouts, reference log-probabilities, gradients and update of a step.
 
-    ``processes`` share each step's prompts; default: this process alone.
+    Args:
+        max_new_tokens: of a completion.
+        processes: data-parallel processes that share each step's prompts. Default: this process alone.
     """
 
     def __init__(
@@ -209,7 +211,8 @@ class Learner:
     def rollouts(self, number: int, samples: Sequence[Sample], read: list[Prefilled] | None = None) -> Rollouts:
         """Return the rollouts of this process's share. A row's random seed is that of its place in the whole batch.
 
-        ``read`` receives the prompts with their gradients, if the loss can continue from them.
+        Args:
+            read: receives the prompts with their gradients, if the loss can continue from them.
         """
         config, share = self.config, self.processes.share(len(samples))
         if config.objective == "sft":

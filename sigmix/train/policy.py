@@ -63,7 +63,9 @@ class ReferenceZ(nn.Module):
 class SVFPolicy:
     """Trains z, the scales of the singular values (section 3.1 of the paper).
 
-    ``sharded`` is True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
+    Attributes:
+        sharded: True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
+        positions: see `TrainConfig`.
     """
 
     sharded = False
@@ -101,7 +103,8 @@ class SVFPolicy:
     ) -> AbstractContextManager[None]:
         """Apply the policy's z, or another one, for inference.
 
-        ``tokens`` is an upper bound of the answers' tokens, for which merging may not pay; None: many.
+        Args:
+            tokens: upper bound of the answers' tokens, for which merging may not pay; None: many.
         """
         if z is not None and all(bool((one == 1).all()) for one in z.values()):
             return self.reference()

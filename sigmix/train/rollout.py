@@ -25,9 +25,11 @@ class Rollouts:
     """Completions of one step, those of a prompt next to each other.
 
     Attributes:
-        prompts: token ids of N prompts. texts: decoded completions. parsed: the answers that the grader read.
+        prompts: token ids of N prompts.
         completions: token ids of N·G completions as sampled (never retokenized), end token included.
+        texts: decoded completions.
         rewards: float32 [N·G] in [-1, 1], NaN where the grader gave no score.
+        parsed: the answers that the grader read.
     """
 
     prompts: list[list[int]]
@@ -93,6 +95,9 @@ def reward(score: Score, format_reward: float = 0.0) -> float:
 class Actor:
     """Generates and scores completions of a task's samples with a model in its current adapted state.
 
+    Args:
+        prompt_only: see `complete`.
+
     Attributes:
         ends: token ids that end a completion.
         choices: the task's closed set of replies, if it has one; the policy is then a distribution over these.
@@ -114,7 +119,11 @@ class Actor:
         return self._encoded[sample.id]
 
     def prompts(self, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
-        """Return the token ids of prompts; raise `ContextError` if one does not fit with ``max_new_tokens`` more."""
+        """Return the token ids of prompts.
+
+        Raises:
+            ContextError: one does not fit into the context with ``max_new_tokens`` more.
+        """
         prompts = [self.encode(sample) for sample in samples]
         for sample, ids in zip(samples, prompts, strict=True):
             name = f"sample {sample.id} of {self.task.name}"
@@ -131,7 +140,8 @@ class Actor:
     ) -> Rollouts:
         """Sample and score ``num_generations`` completions of each prompt, with sampling parameters for each.
 
-        ``state`` holds the prompts if they were read before; it is consumed.
+        Args:
+            state: the prompts if they were read before; consumed.
         """
         prompts = self.prompts(samples, params[0].max_new_tokens)
         rows = self._complete(prompts, params, num_generations, state)

@@ -48,9 +48,11 @@ class Trainer:
 
     Args:
         model, tokenizer: from `load_base`. The model is wrapped by PEFT.
-        name: of the expert. output_dir: folder of the run, see `RunDir`.
+        output_dir: folder of the run, see `RunDir`.
+        name: of the expert.
         on_log: called with each entry of metrics (kind "step" or "validation") in the main process.
-        processes: default: those of a launcher's environment, or this process alone. shard: shard the base (FSDP2).
+        processes: that share the work. Default: those of a launcher's environment, or this process alone.
+        shard: shard the base over the processes (FSDP2).
 
     Attributes:
         best: accuracy and step of the best validation. seconds: training time.
@@ -217,7 +219,8 @@ class Trainer:
     def evaluate(self, samples: Sequence[Sample], z: Mapping[str, torch.Tensor] | None = None) -> Result:
         """Score greedy replies; each process generates its share, and all get the whole result.
 
-        ``z``, by path, takes the place of the policy's own.
+        Args:
+            z: by path, in place of the policy's own.
         """
 
         def replies(part: Sequence[Sample]) -> list[str]:

@@ -36,7 +36,11 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock an output path against other runs on this machine (else `OutputError`); the lock file lies in the cache."""
+    """Lock an output path against other runs on this machine; the lock file lies in the cache.
+
+    Raises:
+        OutputError: another process holds ``path``.
+    """
     real = os.path.realpath(os.path.abspath(path))
     name = hashlib.sha256(real.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -60,7 +64,11 @@ def write_manifest(folder: Path, source: dict[str, str]) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare the files of a cached folder with its manifest (0.3 s for 270 MB); `CacheError` names a damaged one."""
+    """Compare the files of a cached folder with its manifest (about 0.3 s for 270 MB).
+
+    Raises:
+        CacheError: a file is missing or its bytes changed.
+    """
     remedy = "sigmix cache clear models"
     with reraised(CacheError, f"the cached model {folder} has no readable {MANIFEST}", remedy):
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -72,9 +80,14 @@ def verify(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """Cache entry: one of `KINDS`, its name (a converted model's file name), and a folder (`FOLDERS`) or a file.
+    """Cache entry.
 
-    ``last_used``, in seconds since the epoch, is as exact as the file system's access times.
+    Attributes:
+        kind: one of `KINDS`.
+        name: file name of a converted model, else the entry's own.
+        path: a folder (`FOLDERS`) or a file.
+        bytes: size on disk.
+        last_used: seconds since the epoch; as exact as the file system's access times.
     """
 
     kind: str
@@ -85,7 +98,11 @@ class Entry:
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """Return the entries of one ``kind`` or of all, most recently used first."""
+    """Return the entries of one ``kind`` or of all, most recently used first.
+
+    Raises:
+        UnknownNameError: unknown kind.
+    """
     found = []
     for one in _kinds(kind):
         root = cache_dir() / one
@@ -107,7 +124,12 @@ def total(kind: str | None = None) -> int:
 
 
 def clear(kind: str | None = None) -> list[Entry]:
-    """Remove the entries of ``kind``, or of all kinds, and return them. Loaded models are not affected."""
+    """Remove the entries of ``kind``, or of all kinds, and return them. Loaded models are not affected.
+
+    Raises:
+        UnknownNameError: unknown kind.
+        OutputError: an entry cannot be removed.
+    """
     removed = entries(kind)
     for entry in removed:
         _remove(entry.path)
@@ -137,7 +159,11 @@ def damage(entry: Entry) -> str | None:
 
 
 def clear_damaged() -> list[tuple[Entry, str]]:
-    """Remove damaged entries, and temporary files of crashed runs; return the entries with the reasons."""
+    """Remove damaged entries, and temporary files of crashed runs; return the entries with the reasons.
+
+    Raises:
+        OutputError: an entry cannot be removed.
+    """
     damaged = [(entry, reason) for entry in entries() if (reason := damage(entry))]
     for entry, _ in damaged:
         _remove(entry.path)

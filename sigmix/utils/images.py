@@ -29,7 +29,11 @@ class Picture:
     source: Any = field(compare=False, repr=False)
 
     def open(self) -> Any:
-        """Return a PIL image in RGB; `DataError` if it cannot be decoded or has changed since its digest was taken."""
+        """Return a PIL image in RGB.
+
+        Raises:
+            DataError: it cannot be read or decoded, it has changed since its digest was taken, or Pillow is missing.
+        """
         image_type = optional("PIL.Image", "'sigmix[vision]'", "reading an image", DataError)
         if isinstance(self.source, image_type.Image):
             return self.source.convert("RGB")
@@ -48,7 +52,11 @@ Shown = Picture | str | os.PathLike | bytes | Any
 def picture(image: Shown, name: str | None = None) -> Picture:
     """Convert a path, bytes, a function that returns bytes, or a PIL image; a `Picture` is returned unchanged.
 
-    ``name`` is for messages; default: the path. `DataError` for anything else, and for a missing file.
+    Args:
+        name: for messages; default: the path.
+
+    Raises:
+        DataError: no such file, or none of these types.
     """
     if isinstance(image, Picture):
         return image

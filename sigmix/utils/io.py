@@ -67,8 +67,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces ``path`` on success and is removed on any error.
 
-    `OutputError` if the disk is full, the folder cannot be written, or ``path`` is a folder, device or pipe. ``mode``
-    are the permissions; default: 0o666 less the umask.
+    Args:
+        mode: permissions; default: 0o666 less the umask.
+
+    Raises:
+        OutputError: the folder cannot be written, the disk is full, or ``path`` is a folder, device or pipe.
     """
     path = Path(path)
     with writing(path):
@@ -90,7 +93,11 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 def atomic_dir(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that replaces ``path`` on success and is removed on any error.
 
-    ``new`` replaces nothing but an empty folder, even one that appeared in the meantime. Errors: see `atomic_file`.
+    Args:
+        new: replace nothing but an empty folder, even one that appeared in the meantime.
+
+    Raises:
+        OutputError: the parent folder cannot be written, the disk is full, or with ``new`` the path exists.
     """
     path = Path(path)
     with writing(path):
@@ -141,7 +148,11 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
 def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold a lock file across processes.
 
-    ``on_busy`` is called if another process holds the lock, before waiting for it; it may raise to give up.
+    Args:
+        on_busy: called if another process holds the lock, before waiting for it; may raise to give up.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     lock = FileLock(path)
     with writing(path):
@@ -158,7 +169,11 @@ def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lamb
 
 
 def read_text(path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None) -> str:
-    """Read a user's file in UTF-8, with or without a byte-order mark ("-" is stdin); else raise ``error``."""
+    """Read a user's file in UTF-8, with or without a byte-order mark; "-" is stdin.
+
+    Raises:
+        DataError (or ``error``): it cannot be read, or is in another encoding, which the message names.
+    """
     path = os.path.expanduser(path)
     try:
         if path == "-":

@@ -11,7 +11,14 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Mapping that drops its least recently used entries once they exceed ``max_bytes``; larger ones are never kept."""
+    """Mapping that drops its least recently used entries once they exceed a number of bytes.
+
+    Args:
+        max_bytes: budget; 0 keeps nothing. Larger values are never kept.
+
+    Attributes:
+        nbytes: size of all entries.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

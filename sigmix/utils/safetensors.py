@@ -42,9 +42,14 @@ class Entry:
 
 
 class Shards:
-    """Tensors of a folder of safetensors: {name: `Entry`}, in the order of the files and of the tensors in them.
+    """Tensors of a folder of safetensors by name.
 
-    `BaseModelError` for an invalid index, and for a shard that is missing, damaged, or lacks a tensor.
+    Attributes:
+        folder: of the shards. entries: {name: Entry}, in the order of the files and of the tensors in them.
+
+    Raises:
+        BaseModelError: no safetensors, an invalid index, a shard that is missing or damaged, or a tensor missing in
+            its shard.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -79,13 +84,21 @@ class Shards:
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of a tensor; `UnknownNameError` if there is none."""
+        """Return the entry of a tensor.
+
+        Raises:
+            UnknownNameError: no such tensor.
+        """
         if name not in self.entries:
             raise UnknownNameError("tensor", name, self.entries)
         return self.entries[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a copy of a tensor on the CPU, in its stored dtype; `BaseModelError` if its shard is damaged."""
+        """Return a copy of a tensor on the CPU, in its stored dtype.
+
+        Raises:
+            UnknownNameError: no such tensor. BaseModelError: its shard is damaged or gone.
+        """
         from safetensors import SafetensorError, safe_open
 
         file = self.entry(name).file
@@ -95,7 +108,11 @@ class Shards:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold a model's weights, present or not."""
+    """Return the names of the files that hold a model's weights, present or not.
+
+    Raises:
+        BaseModelError: neither safetensors nor an index, or an invalid index.
+    """
     return sorted(set(_read_index(folder).values())) or [SINGLE]
 
 
@@ -146,7 +163,11 @@ class TensorSpec:
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensor: Callable[[str], torch.Tensor]) -> None:
-    """Write one file; ``tensor`` returns each of ``specs`` by name, in their order."""
+    """Write one file.
+
+    Args:
+        specs: in the order of the tensors in the file. tensor: returns each by name, in that order.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
@@ -171,7 +192,8 @@ def write_shards(
 ) -> list[str]:
     """Write ``model.safetensors``, or shards with their index, and return the file names.
 
-    A file has at most ``shard_bytes`` of tensors; a larger tensor has a file to itself.
+    Args:
+        shard_bytes: maximum size of a file's tensors; a larger tensor has a file to itself.
     """
     groups: list[list[TensorSpec]] = [[]]
     for spec in specs:

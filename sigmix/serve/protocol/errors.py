@@ -14,7 +14,16 @@ from sigmix.errors import ContextError, InputError, OutputError, PromptError, Si
 
 
 class ApiError(Exception):
-    """Error response in OpenAI's format, about the request's field ``param``, with ``retry_after`` in seconds."""
+    """Error response in OpenAI's format.
+
+    Args:
+        status: HTTP status.
+        message: one sentence.
+        type: OpenAI's error type.
+        code: OpenAI's error code.
+        param: request field that caused the error.
+        retry_after: seconds after which to repeat the request.
+    """
 
     def __init__(
         self, status: int, message: str, type: str = "invalid_request_error", *, code: str | None = None,
@@ -115,7 +124,10 @@ def validation_error(errors: Sequence[Details], body: Any) -> ApiError:
 
 
 class FieldError:
-    """One of the errors of `ValidationError.errors` for a body at "body".
+    """One of pydantic's errors.
+
+    Args:
+        details: as in `ValidationError.errors`, of a body at "body".
 
     Attributes:
         loc: location with pydantic's names of a union's alternatives.

@@ -160,7 +160,11 @@ class ResponsesRequest(RequestModel):
         return self
 
     def chat_request(self) -> ChatCompletionRequest:
-        """Return the request of the same chat completion. Raises ApiError: options that exclude each other."""
+        """Return the request of the same chat completion.
+
+        Raises:
+            ApiError: options that exclude each other.
+        """
         body: dict[str, Any] = {
             "model": self.model, "messages": self._messages(), "max_tokens": self.max_output_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream,
@@ -215,7 +219,12 @@ def responses_error(error: ApiError) -> ApiError:
 
 
 class ResponsesBuilder(ResponseBuilder):
-    """Builder of the response and of the typed events of one request."""
+    """Builder of the response and of the typed events of one request.
+
+    Args:
+        body: parsed body.
+        temperature: of the request, or the server's default.
+    """
 
     end = ""
     incremental = True  # a message after a function call is an item of its own

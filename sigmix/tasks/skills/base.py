@@ -33,6 +33,7 @@ class Item:
     """A generated question.
 
     Attributes:
+        prompt, gold: as in `Sample`.
         wrong: replies that must score 0.
         extra: keyword arguments for the grader (e.g. ``accept``).
         key: items with the same key stay in one split (e.g. "3 5" for 3+5 and 5+3); default: the prompt.
