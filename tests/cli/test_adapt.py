@@ -165,7 +165,7 @@ def test_bad_adapt_input(refused, home, bank, tmp_path):
         file.write_text(f'{{"prompt": "a", "answer": "1"}}\n\n{{"prompt": "b", "answer": {gold}}}\n')
         assert "shots.jsonl:3" in refused("adapt", "--examples", file, "--score", score, *out, *where)
     file.write_bytes('{"prompt": "a", "answer": "b"}\n'.encode("utf-16"))
-    assert "UTF-8" in refused("adapt", "--examples", file, *out, *where)
+    assert "UTF-16" in refused("adapt", "--examples", file, *out, *where)
     assert "--fit-probe" in refused("adapt", *out, *where)
     assert ".json" in refused("adapt", "--task", "addition", *where)
     assert "cem" in refused("adapt", "--task", "addition", "--method", "cme", *out, *where)

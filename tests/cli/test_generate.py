@@ -180,7 +180,7 @@ def test_stdin_is_one_prompt_without_its_byte_order_mark(generate):
     assert generate("--json", stdin=b"\xef\xbb\xbfhello\r\nyou\r\n").json["answers"][0]["prompt"] == "hello\r\nyou"
 
 
-@pytest.mark.parametrize(("content", "found"), [("hi".encode("utf-16"), ":1"), (b"a\ncaf\xe9", ":2")])
+@pytest.mark.parametrize(("content", "found"), [("hi".encode("utf-16"), "UTF-16"), (b"a\ncaf\xe9", ":2")])
 def test_other_encodings_are_named(refused, home, tmp_path, content, found):
     at = ("--base", home.base, "--bank", home.bank)
     file = tmp_path / "prompts.txt"
