@@ -81,6 +81,7 @@ function cards() {
     item.append(element("strong", model.id));
     const about = model.sigmix;
     item.append(element("p", about.kind === "mix" ? `a saved mix: ${about.mix}` : about.description || about.domain || ""));
+    if (about.kind === "expert") item.append(element("p", `z acts on ${about.positions === "prompt" ? "the prompt" : "all tokens"}`));
     const button = element("button", about.kind === "mix" ? "Forget" : "Unload", { type: "button" });
     button.setAttribute("aria-label", `${button.textContent} ${model.id}`);
     button.addEventListener("click", () => change("DELETE", `/v1/${about.kind === "mix" ? "mixes" : "experts"}/${model.id}`));
