@@ -50,7 +50,8 @@ class PromptDispatch:
         names = [label.name for label in self.labels]
         self.trie = TokenTrie.from_texts(engine.tokenizer, names, engine.eos_token_ids)
         one, two = self._encode("a"), self._encode("7 b")
-        self.prefix = one[: next(place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)]
+        # 0: a tokenizer that has neither text
+        self.prefix = one[: next((place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)]
         self.prior = torch.zeros(len(self.labels))
         if calibrate and len(self.labels) > 1:
             self.prior = self.scores(NEUTRAL)[0].softmax(-1).mean(0).log()

@@ -62,7 +62,8 @@ class Engine:
         keep_prefixes: bytes of the prefix cache.
         decode_weights: "int8": decode the base, and experts with positions "prompt", with 8-bit copies of the base's
             weights; prompts and scores keep its own. See `sigmix.engine.cpu.native`.
-        compile: decode with a compiled step on a CPU, from the cache or compiled in the background, see `DecodeStep`.
+        compile: decode with a compiled step on a CPU, from the cache or compiled in the background, see `DecodeStep`,
+            and compute linear layers in bfloat16 with kernels in C++; both round differently from the model's own pass.
 
     Raises:
         BaseModelError: an architecture that is not supported.
@@ -89,7 +90,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.batching = batching(model)
         experts = bank if bank is not None else {}
-        self.execution = Execution(model, experts, keep_merged, keep_packed, decode_weights)
+        self.execution = Execution(model, experts, keep_merged, keep_packed, decode_weights, native=compile)
         self.layers = self.execution.layers
         self.prefix_cache = PrefixCache(model, keep_prefixes)
         self.eos_token_ids = eos_token_ids(model, tokenizer)

@@ -81,7 +81,7 @@ class Execution:
     Args:
         model: a base model, or a PEFT model with SVF layers. bank: {name: Expert}.
         keep_merged, keep_packed: memory budgets in bytes, see `Engine`.
-        decode_weights: see `Engine`.
+        decode_weights: see `Engine`. native: see `Packing`.
 
     Attributes:
         exact: exact form of mixed batches: "factored", or "gain" on a quantized or offloaded base, where nothing can
@@ -91,7 +91,7 @@ class Execution:
 
     def __init__(
         self, model: Any, bank: Mapping[str, Expert], keep_merged: int, keep_packed: int,
-        decode_weights: str | None = None,
+        decode_weights: str | None = None, native: bool = False,
     ) -> None:  # fmt: skip
         check_decode_weights(decode_weights)
         self.model, self.bank, self.decode_weights = model, bank, decode_weights
@@ -100,7 +100,7 @@ class Execution:
         if decode_weights:
             self._check_plain(decode_weights)
         with as_base(self.layers):  # a forward pass of the base finds the layers that share their input
-            self.packing = Packing(model, self.layers, keep_packed, bool(decode_weights))
+            self.packing = Packing(model, self.layers, keep_packed, bool(decode_weights), native)
         self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
         self.merged: LRUCache[tuple[Any, ...], Merged] = LRUCache(keep_merged)
         self.truncation: Truncation | None = None

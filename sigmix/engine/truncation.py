@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn import functional as F
 
-from sigmix.engine.cpu.kernels import Group, Pack, Packing, Shared, find_groups, pack, patch
+from sigmix.engine.cpu.kernels import Group, Pack, Packing, Shared, find_groups, patch
 from sigmix.engine.execution import as_base
 from sigmix.engine.prefix_cache import right_pad
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
@@ -96,7 +96,7 @@ class Truncation:
             def both_of(*_: Any) -> Pack:
                 bias = group.bias()
                 bias = None if bias is None else torch.cat([bias, bias.new_zeros(len(part.inputs))])
-                return pack(torch.cat([group.weight(), part.inputs]), bias)
+                return packing.pack(torch.cat([group.weight(), part.inputs]), bias)
 
             first = packing.of((key, "in"), [*group.sources(), part.inputs], both_of)
             second = packing.of((key, "out"), [part.outputs])

@@ -193,14 +193,17 @@ class Expert:
 
     # ------------------------------------------------------------------ checks against a base
 
-    def check(self, base: nn.Module, *, sketches: bool = True) -> None:
+    def check(self, base: nn.Module, *, sketches: bool = True, tolerance: float = TOLERANCE) -> None:
         """Raise unless this expert was made on ``base`` and its singular vectors are the same there.
 
         Compares the fingerprint, the paths and sizes of all matrices, and the sketches. An expert without a recorded
         fingerprint has only its matrices checked. A quantized base under
         `sigmix.experts.original_basis.use_original_basis` accepts experts of the original weights.
 
-        ``sketches=False`` skips the sketches, and the decomposition of a base that is not adapted yet.
+        Args:
+            base: a model in any state that `fingerprint` supports.
+            sketches: False skips the sketches, and the decomposition of a base that is not adapted yet.
+            tolerance: see `sigmix.experts.fingerprint.TOLERANCE`.
 
         Raises:
             FingerprintError: made on another base. ExpertError: a matrix is missing or differs in size or basis.
@@ -215,7 +218,7 @@ class Expert:
         layers = self.layers(base)
         if not sketches or not self.verified:
             return
-        passed = self._passed_file(layers) if original is None else None
+        passed = self._passed_file(layers, tolerance) if original is None else None
         if passed is not None and passed.exists():
             return
         for path, stored in (self.meta.get("sketches") or {}).items():
@@ -226,17 +229,17 @@ class Expert:
             else:
                 # float32: its error is about 1e-5 of the norm, far below the tolerance, at a fraction of the cost
                 current = sketch(path, matrix_of(module), factors, self.z[path], torch.float32)
-            compare(self.name, path, Sketch.from_json(stored), current)
+            compare(self.name, path, Sketch.from_json(stored), current, tolerance)
         if passed is not None:
             with suppress(OutputError):  # a read-only cache
                 write_text(passed, "")
 
-    def _passed_file(self, layers: Mapping[str, nn.Module]) -> Path | None:
+    def _passed_file(self, layers: Mapping[str, nn.Module], tolerance: float) -> Path | None:
         """Return the file in the cache that records that the sketches agree with these very decompositions.
 
         None if a layer is not adapted yet, or its decomposition is not in the cache.
         """
-        parts = ["v1", self.digest, self.base["fingerprint"], thaw(self.meta.get("sketches")), TOLERANCE]
+        parts = ["v1", self.digest, self.base["fingerprint"], thaw(self.meta.get("sketches")), tolerance]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for path, layer in layers.items():
             if not isinstance(layer, SVFLinear) or layer.checksum is None:

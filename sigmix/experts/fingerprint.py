@@ -171,13 +171,20 @@ def deviation(stored: Sketch, found: Sketch) -> float:
     return math.sqrt(sum(squares) / PROBES) / scale
 
 
-def compare(owner: str, path: str, stored: Sketch, found: Sketch) -> float:
-    """Return the `deviation` of the matrix ``path`` of the expert ``owner``; `ExpertError` above `TOLERANCE`."""
+def compare(owner: str, path: str, stored: Sketch, found: Sketch, tolerance: float = TOLERANCE) -> float:
+    """Return the `deviation` of one matrix.
+
+    Args:
+        owner: name of the expert, path: of the matrix, for the message.
+
+    Raises:
+        ExpertError: above ``tolerance``.
+    """
     share = deviation(stored, found)
-    if not share <= TOLERANCE:
+    if not share <= tolerance:
         raise ExpertError(
             f"expert {owner!r}: the singular vectors of {path} are not those that it was trained in: its weight change "
-            f"deviates by {share:.2g} of its norm (tolerance {TOLERANCE:.2g})",
+            f"deviates by {share:.2g} of its norm (tolerance {tolerance:.2g})",
             remedy="run `sigmix cache clear` to recompute the decomposition; if that does not help, this machine "
             "rotates near-equal singular values: copy the cache of the machine that trained the expert",
         )

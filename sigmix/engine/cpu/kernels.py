@@ -74,9 +74,10 @@ Pack = Callable[[torch.Tensor], torch.Tensor]
 
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pack:
-    """Return the layer of a packed copy of a weight [out, in], and a bias [out]."""
-    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and has_bfloat16():
-        return bfloat16_linear(weight, bias)
+    """Return the layer of a packed copy of a weight [out, in], and a bias [out].
+
+    In oneDNN's layout: equal to `linear` bit for bit, where oneDNN computes that.
+    """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
@@ -108,6 +109,7 @@ class Packing:
         budget: bytes of copies of the base's weights and factors; none are made if they would not fit. Packed merged
             weights count as merged weights; the truncated form adds one more copy of the base.
         int8: make 8-bit copies of the base's weights, too, regardless of the budget.
+        native: pack for the kernels in C++ where they apply, which are faster and round differently.
 
     Attributes:
         on: True on a CPU, in bfloat16, within the budget, if torch supports it.
@@ -115,7 +117,12 @@ class Packing:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, SVFLinear], budget: int = PACKED_BYTES, int8: bool = False
+        self,
+        model: nn.Module,
+        layers: Mapping[str, SVFLinear],
+        budget: int = PACKED_BYTES,
+        int8: bool = False,
+        native: bool = False,
     ) -> None:
         own = {id(layer.get_base_layer()) for layer in layers.values()}
         linears = [module for module in model.modules() if type(module) is nn.Linear]
@@ -125,6 +132,7 @@ class Packing:
         kinds = {(module.weight.device.type, module.weight.dtype) for module in linears}
         plain = not any(is_quantized(module.weight) for module in linears)
         self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
+        self._native = native and self.on and has_bfloat16()
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
         self._known: dict[Any, tuple[Any, list[torch.Tensor], Pack]] = {}
         self._int8_groups = find_groups(model, layers, every=True) if int8 else []
@@ -135,6 +143,10 @@ class Packing:
         if int8:
             with self.using(None, None, int8=True):
                 pass
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pack:
+        """Return the layer of a packed copy of a weight [out, in], and a bias [out]."""
+        return (bfloat16_linear if self._native and weight.shape[1] % 2 == 0 else pack)(weight, bias)
 
     def of(
         self,
@@ -151,7 +163,7 @@ class Packing:
         state = weights_key(present)
         known = self._known.get(key)
         if known is None or known[0] != state:
-            make_layer: Callable[..., Pack] = make or pack
+            make_layer: Callable[..., Pack] = make or self.pack
             # references to the sources keep other tensors from getting their addresses
             known = self._known[key] = (state, [source.detach() for source in present], make_layer(*sources))
         return known[2]
@@ -161,7 +173,7 @@ class Packing:
         if not self.on:
             return {}
         return {
-            group.paths[0]: pack(group.weight(weights), group.bias())
+            group.paths[0]: self.pack(group.weight(weights), group.bias())
             for group in self.groups
             if any(path in weights for path in group.paths)
         }
@@ -198,7 +210,7 @@ class Packing:
 
     def base(self, group: Group, make: Callable[..., Pack] | None = None) -> Pack:
         """Return a group's layer with the base weights, packed by ``make`` or `pack`."""
-        make_layer: Callable[..., Pack] = make or pack
+        make_layer: Callable[..., Pack] = make or self.pack
         return self.of((make, group.paths[0]), group.sources(), lambda *_: make_layer(group.weight(), group.bias()))
 
     def _joint(self, group: Group, layer: Pack, patches: ExitStack, forward: Callable[..., torch.Tensor]) -> None:
@@ -211,7 +223,7 @@ class Packing:
     def _factored(self, group: Group, patches: ExitStack) -> None:
         factors = [layer.factors() for layer in group.layers]
         key, ranks = group.paths[0], group.ranks
-        first = self.of((key, 1), [first for first, _ in factors], lambda *firsts: pack(torch.cat(firsts)))
+        first = self.of((key, 1), [first for first, _ in factors], lambda *firsts: self.pack(torch.cat(firsts)))
         shared = Shared(lambda x: first(x).split(ranks, -1))
         for number, (path, layer) in enumerate(zip(group.paths, group.layers, strict=True)):
             second = self.of((path, 2), [factors[number][1], layer.get_base_layer().bias])

@@ -8,7 +8,7 @@ from helpers_engine import alone, expert, rows
 from peft import get_peft_model
 
 from sigmix.engine import Engine
-from sigmix.engine.cpu import kernels
+from sigmix.engine.cpu import kernels, native
 from sigmix.engine.cpu.kernels import SCORES_BYTES, Shared, contiguous_head, find_groups, short_attention
 from sigmix.engine.execution import adapted_layers
 from sigmix.experts.mix import Mix
@@ -151,6 +151,19 @@ def test_packed_and_plain_give_the_same_tokens_and_logits(tiny, tiny_tokenizer, 
         assert ours == plain.generate(PROMPTS, mix, max_new_tokens=5, form=form)
     ids = torch.tensor([row[:9] for row in PROMPTS])
     assert (fast.logits(ids, mix=mix, form=form) == plain.logits(ids, mix=mix, form=form)).all()
+
+
+@packs
+@pytest.mark.skipif(not native.has_bfloat16(), reason="this machine has no AVX-512 BF16")
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_an_engine_that_compiles_computes_the_same_up_to_rounding(tiny, tiny_tokenizer, arch, mix):
+    fast, plain = engine_of(tiny, tiny_tokenizer, arch, compile=True), engine_of(tiny, tiny_tokenizer, arch)
+    ids = torch.tensor([row[:9] for row in PROMPTS])
+    for form in (None, "merged") if mix == "a" else (None,):
+        found, expected = (engine.logits(ids, mix=mix, form=form).float() for engine in (fast, plain))
+        assert not torch.equal(found, expected)  # it has used them
+        assert float((found - expected).abs().mean()) < 0.02 * float(expected.std())
 
 
 @packs
