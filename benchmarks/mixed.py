@@ -147,7 +147,7 @@ def _agreement(engine: Any, texts: list[list[int]], mixes: list[Any]) -> float:
     """Least cosine of a row's logits in the mixed batch and alone."""
     together = next_logits(engine, texts, mixes)
     alone = torch.cat([next_logits(engine, [text], mix) for text, mix in zip(texts, mixes, strict=True)])
-    cosine = float(torch.cosine_similarity(together, alone, dim=1).min())
+    cosine = float(torch.cosine_similarity(together.double(), alone.double(), dim=1).min())
     kind = str(engine.model.dtype).removeprefix("torch.")
     say(f"least cosine of a row's logits, mixed and alone: {cosine:.7f} in {kind}")
     if not cosine >= LEAST_COSINE[kind]:
