@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 
 from sigmix.engine.cpu.kernels import joint_linear
-from sigmix.engine.cpu.native import NativeLinear, has_library, set_layers
+from sigmix.engine.cpu.native import Table, has_library, set_layers
 from sigmix.engine.kv_cache import BatchKVCache
 from sigmix.errors import BaseModelError
 from sigmix.models.batching import batching
@@ -114,9 +114,10 @@ class DecodeStep:
         self._linears: list[tuple[list[nn.Module], list[nn.Module]]] = []  # modules, and their unadapted layers
         self._places: dict[str, tuple[dict[str, Any], str]] = {}  # where modules hold the constants
         self._constants: list[torch.Tensor] = []  # parameters and buffers that are not of linear layers
+        self._constants_key: Any = None
         self._compared: set[bool] = set()  # with one row, with several
         self._native = has_library()
-        self._table: Any = None  # of native layers, in use by the step
+        self._table: Table | None = None  # of native layers, in use by the step
         self.problem = _unsupported(self.model)
         if self.problem is None:
             self._config = _config(self.model)
@@ -185,13 +186,11 @@ class DecodeStep:
 
     def _run(self, inputs: Mapping[str, Any], cache: BatchKVCache) -> torch.Tensor:
         # replaced parameters are passed on; one edited in place shares its memory with the step
-        constants = [held[name].data for held, name in self._places.values()]
-        if weights_key(constants) != weights_key(self._constants):
-            self._bind(constants)
-        linears = [(modules, joint_linear(layers)) for modules, layers in self._linears]
-        _present.linears = linears
+        if weights_key(held[name] for held, name in self._places.values()) != self._constants_key:
+            self._bind()
+        linears = _present.linears = [(modules, joint_linear(layers)) for modules, layers in self._linears]
         if self._native:
-            self._table = set_layers([joint if isinstance(joint, NativeLinear) else None for _, joint in linears])
+            self._table = set_layers([joint for _, joint in linears], self._table)
         tokens, lengths = inputs["input_ids"][:, 0], inputs["position_ids"][:, 0]
         return self._package.loader.boxed_run([tokens, lengths, inputs["attention_mask"], *cache.columns()])[0]
 
@@ -205,13 +204,14 @@ class DecodeStep:
             raise BaseModelError(f"it would compute {missed[0]} without z")
         self._linears = [(group, list(map(_unadapted, group))) for group in groups]
         self._places = {name: _place(self.model, name) for name in self._package.get_constant_fqns()}
-        self._bind([held[name].data for held, name in self._places.values()])
+        self._bind()
         log.info("the compiled decode step is loaded")
 
-    def _bind(self, constants: list[torch.Tensor]) -> None:
-        by_name = dict(zip(self._places, constants, strict=True))
-        self._package.load_constants(by_name, check_full_update=True, user_managed=True)
-        self._constants = constants
+    def _bind(self) -> None:
+        constants = {name: held[leaf].data for name, (held, leaf) in self._places.items()}
+        self._package.load_constants(constants, check_full_update=True, user_managed=True)
+        self._constants_key = weights_key(held[leaf] for held, leaf in self._places.values())
+        self._constants = list(constants.values())
 
     def _finished(self) -> bool:
         """Return True if compilation has ended; note the problem if it failed."""

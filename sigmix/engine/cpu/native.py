@@ -22,7 +22,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +156,24 @@ def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, logprobs
 
 
-def set_layers(layers: Sequence[NativeLinear | None]) -> ctypes.Array[Any]:
-    """Set the layers of the next call of a compiled step in this thread; it calls Python for the others.
+Table = tuple[list[Any], Any]
+"""Layers of a compiled step, and the array of their addresses."""
+
+
+def set_layers(layers: list[Any], last: Table | None = None) -> Table:
+    """Set the layers of the next call of a compiled step in this thread; it calls Python for those not in C++.
+
+    Args:
+        last: result of the last call, which is returned if the layers are the same.
 
     Returns:
-        The table, which must be kept until the call has ended.
+        The table, which must be kept until the step has ended.
     """
-    table: Any = (ctypes.c_void_p * len(layers))(*(None if one is None else one.address for one in layers))
-    library().sigmix_set_layers(table)
-    return table
+    if last is None or last[0] != layers:
+        addresses = [one.address if isinstance(one, NativeLinear) else None for one in layers]
+        last = layers, (ctypes.c_void_p * len(layers))(*addresses)
+    library().sigmix_set_layers(last[1])
+    return last
 
 
 def check_decode_weights(value: object, quantization: str | None = None) -> None:
