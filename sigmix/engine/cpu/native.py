@@ -1,8 +1,8 @@
-"""Linear layers in C++ for decoding on a CPU: bfloat16 weights, or 8-bit copies of weights.
+"""C++ kernels for decoding on a CPU: linear layers with bfloat16 or 8-bit weights, attention, and greedy choice.
 
-`kernels.cpp` is compiled in seconds, once for a machine. On two cores with AVX-512 BF16 its bfloat16 kernel was timed
-against oneDNN's packed weights (default base): 1.7 times as fast with one row, 1.4 times with 8, 1.2 times with 32, and
-level with many. A row's result does not depend on the other rows, bit for bit, where oneDNN's does.
+`kernels.cpp` is compiled in seconds, once for a machine. On two cores with AVX-512 BF16 its bfloat16 linear layers were
+timed against oneDNN's packed weights (default base): 1.7 times as fast with one row, 1.4 times with 8, 1.1 times with
+32, and level with many. Unlike oneDNN's, a row's result does not depend on the other rows, bit for bit.
 
 8-bit weights are int8 numbers and a scale per output feature (symmetric):
 
