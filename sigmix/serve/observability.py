@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -79,6 +80,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Handler that resolves `sys.stderr` for each record: it may be replaced or closed while threads still log."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Current standard error."""
+        return sys.stderr
+
+
 def configure_logging(level: str, format: str) -> None:
     """Send the logs of sigmix and uvicorn to stderr.
 
@@ -86,7 +99,7 @@ def configure_logging(level: str, format: str) -> None:
         level: debug, info, warning or error.
         format: "json" or "text".
     """
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(JsonFormatter() if format == "json" else text)
     for name in ("sigmix", "uvicorn", "uvicorn.error"):

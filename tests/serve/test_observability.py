@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 
 import pytest
 
@@ -34,6 +36,18 @@ def test_json_lines(capsys):
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["level"], first["message"], first["status"]) == ("info", "request", 200)
     assert "ValueError: broken" in second["error"]
+
+
+@pytest.mark.usefixtures("loggers")
+def test_records_follow_a_replaced_stderr(monkeypatch):
+    closed, current = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", closed)
+    configure_logging("info", "text")
+    monkeypatch.setattr(sys, "stderr", current)
+    closed.close()
+    logging.getLogger("sigmix.serve").info("later")
+    assert "later" in current.getvalue()
+    assert "Logging error" not in current.getvalue()
 
 
 def test_the_number_of_mixture_labels_is_bounded():
