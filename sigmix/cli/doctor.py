@@ -135,7 +135,7 @@ def _kernels() -> dict[str, Any]:
     try:
         from sigmix.engine.cpu import native
 
-        native.library()
+        native.load_kernels()
     except Exception as error:
         return {"bfloat16": False, "int8": False, "problem": str(error)}
     return {"bfloat16": native.has_bfloat16(), "int8": native.has_int8(), "problem": None}

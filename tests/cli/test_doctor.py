@@ -27,7 +27,7 @@ def test_doctor(run, home):
 
 
 def test_doctor_names_the_reason_for_which_kernels_are_missing(run, home, monkeypatch):
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "load_kernels", native.load_kernels.__wrapped__)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in run("doctor", "--base", home.base, "--json").json["machine"]["kernels"]["problem"]
     assert "no-such-compiler" in run("doctor", "--base", home.base).out

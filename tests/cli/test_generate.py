@@ -25,7 +25,7 @@ def generate(run, home):
 
 def test_8_bit_decode_weights_leave_the_first_token_exact(generate):
     try:
-        native.library()
+        native.load_kernels()
     except ConfigError as error:
         pytest.skip(str(error))
     plain, small = (generate("hi", "--json", *more).json["answers"][0] for more in ((), ("--decode-weights", "int8")))

@@ -66,7 +66,7 @@ def test_the_weights_stay(real):
 @torch.no_grad()
 def test_8_bit_decode_weights_stay_close(smollm):
     try:
-        native.library()
+        native.load_kernels()
     except ConfigError as error:
         pytest.skip(str(error))
     engine = Engine(*smollm, decode_weights="int8")

@@ -5,7 +5,7 @@
 `torch.export` traces transformers' forward pass of one token per row, for any number of rows and columns, and
 AOTInductor compiles it. No weights are read: the compiled step gets them from the model. Linear layers become calls of
 the operator ``sigmix::linear``, one for those that share their input, so that their weights may be packed, merged or
-quantized, and run without Python where `sigmix.engine.cpu.native` has a library. Attention reads grouped keys and
+quantized, and run without Python where `sigmix.engine.cpu.native` has kernels. Attention reads grouped keys and
 values without repeating them.
 """
 
@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sigmix.engine.cpu.decode_step import ATTENTION, LINEAR, OPERATORS
 from sigmix.engine.cpu.decode_step import attention as plain_attention
-from sigmix.engine.cpu.native import SHIMS, has_library
+from sigmix.engine.cpu.native import SHIMS, has_kernels
 from sigmix.errors import BaseModelError
 from sigmix.models.memory import empty_model
 from sigmix.models.multimodal import auto_class
@@ -90,7 +90,7 @@ def attention(
     if extra := sorted(name for name, option in options.items() if option is not None and name not in ignored):
         raise BaseModelError(f"the compiled attention does not support {', '.join(extra)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    native = has_library() and query.dtype in (torch.bfloat16, torch.float32)
+    native = has_kernels() and query.dtype in (torch.bfloat16, torch.float32)
     if native and attention_mask is not None and attention_mask.dtype == torch.bool:
         return ATTENTION(query, key, value, attention_mask, scale, softcap or 0.0), None
     return plain_attention(stored(query), key, value, attention_mask, scale, softcap or 0.0), None
@@ -225,7 +225,7 @@ def compile_step(config: PretrainedConfig, path: Path) -> None:
         "compile_threads": 1,
         "cpp.dynamic_threads": True,
         "aot_inductor.custom_ops_to_c_shims": {LINEAR: [SHIMS["linear"]], ATTENTION: [SHIMS["attention"]]}
-        if has_library()
+        if has_kernels()
         else {},
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 
 from sigmix.engine.cpu.kernels import joint_linear
-from sigmix.engine.cpu.native import Table, has_library, set_layers
+from sigmix.engine.cpu.native import Table, has_kernels, set_layers
 from sigmix.engine.kv_cache import BatchKVCache
 from sigmix.errors import BaseModelError
 from sigmix.models.batching import batching
@@ -116,7 +116,7 @@ class DecodeStep:
         self._constants: list[torch.Tensor] = []  # parameters and buffers that are not of linear layers
         self._constants_key: Any = None
         self._compared: set[bool] = set()  # with one row, with several
-        self._native = has_library()
+        self._native = has_kernels()
         self._table: Table | None = None  # of native layers, in use by the step
         self.problem = _unsupported(self.model)
         if self.problem is None:
@@ -269,7 +269,7 @@ def _config(model: Any) -> dict[str, Any]:
 def _key(config: Mapping[str, Any]) -> str:
     """Key of the compiled step: the config, the versions of torch and transformers, and the instructions of the CPU."""
     cpu = {name: present for name, present in torch.cpu.get_capabilities().items() if isinstance(present, bool)}
-    content = [VERSION, has_library(), torch.__version__, transformers.__version__, sys.platform, cpu, config]
+    content = [VERSION, has_kernels(), torch.__version__, transformers.__version__, sys.platform, cpu, config]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -211,7 +211,7 @@ bool run(const Linear& layer, bool half, const void* x, int64_t count, void* y, 
   return false;
 }
 
-// e^x for x <= 0, with a relative error of 2e-7.
+// e^x for x <= 0: Taylor's polynomial of degree 7 for |r| <= ln 2 / 2, which leaves out less than 1e-8 of the value.
 __m512 exponential(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts

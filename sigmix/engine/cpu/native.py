@@ -46,7 +46,7 @@ SHIMS = {
     "attention": "AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,"
     " AtenTensorHandle, double, double, AtenTensorHandle*)",
 }
-"""C functions of the library that a compiled step calls for operators."""
+"""C functions of the kernels that a compiled step calls for operators."""
 
 BLOCK = 16
 """Output features in a block of the kernels' layouts."""
@@ -99,7 +99,9 @@ class NativeLinear:
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         half, count = x.dtype == torch.bfloat16, x.numel() // self.in_features
-        if not library().sigmix_linear(self.address, half, x.data_ptr(), count, y.data_ptr(), torch.get_num_threads()):
+        if not load_kernels().sigmix_linear(
+            self.address, half, x.data_ptr(), count, y.data_ptr(), torch.get_num_threads()
+        ):
             raise TypeError(f"this machine cannot compute the layer in {x.dtype}")
         return y
 
@@ -150,7 +152,7 @@ def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.contiguous()
     count, size = logits.shape
     tokens, logprobs = torch.empty(count, dtype=torch.long), torch.empty(count)
-    library().sigmix_greedy(
+    load_kernels().sigmix_greedy(
         logits.data_ptr(), count, size, tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads()
     )
     return tokens, logprobs
@@ -172,7 +174,7 @@ def set_layers(layers: list[Any], last: Table | None = None) -> Table:
     if last is None or last[0] != layers:
         addresses = [one.address if isinstance(one, NativeLinear) else None for one in layers]
         last = layers, (ctypes.c_void_p * len(layers))(*addresses)
-    library().sigmix_set_layers(last[1])
+    load_kernels().sigmix_set_layers(last[1])
     return last
 
 
@@ -195,7 +197,7 @@ def check_decode_weights(value: object, quantization: str | None = None) -> None
         )
     if not has_int8():
         raise ConfigError("8-bit decode weights need Linux on a CPU with AVX-512 VNNI", remedy=WITHOUT)
-    library()
+    load_kernels()
 
 
 def has_int8() -> bool:
@@ -204,10 +206,10 @@ def has_int8() -> bool:
 
 
 @functools.cache
-def has_library() -> bool:
-    """Return True if this machine can run and compile the library."""
+def has_kernels() -> bool:
+    """Return True if this machine can run and compile the kernels."""
     try:
-        library()
+        load_kernels()
     except ConfigError as error:
         log.info("%s", error)
         return False
@@ -217,12 +219,12 @@ def has_library() -> bool:
 @functools.cache
 def has_bfloat16() -> bool:
     """Return True if this machine can compute with bfloat16 weights in C++."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) and has_library()
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) and has_kernels()
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """Return the library, compiled for this machine.
+def load_kernels() -> ctypes.CDLL:
+    """Return the kernels, compiled for this machine.
 
     Raises:
         ConfigError: this machine cannot run or compile it.

@@ -174,7 +174,7 @@ def attention(*tensors: torch.Tensor, scale: float, softcap: float) -> torch.Ten
     pointer, python = ctypes.c_void_p, ctypes.pythonapi
     python.PyCapsule_GetPointer.restype, python.PyCapsule_GetPointer.argtypes = pointer, [ctypes.py_object, pointer]
     python.PyCapsule_New.restype, python.PyCapsule_New.argtypes = ctypes.py_object, [pointer, pointer, pointer]
-    call = native.library().aoti_torch_cpu_attention
+    call = native.load_kernels().aoti_torch_cpu_attention
     call.argtypes = [*[pointer] * 4, ctypes.c_double, ctypes.c_double, ctypes.POINTER(pointer)]
     result, handles = pointer(), torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
     addresses = [python.PyCapsule_GetPointer(handle, None) for handle in handles]
@@ -359,15 +359,15 @@ def test_a_machine_that_cannot_compute_with_them_is_named(monkeypatch, tmp_path)
         with pytest.raises(ConfigError, match="AVX-512 VNNI"):
             native.check_decode_weights("int8")
         with pytest.raises(ConfigError, match="AVX-512"):
-            native.library.__wrapped__()
+            native.load_kernels.__wrapped__()
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises(ConfigError, match=rf"{compiler}.*g\+\+"):
-            native.library.__wrapped__()
+            native.load_kernels.__wrapped__()
 
 
 def test_the_kernel_is_compiled_once(monkeypatch, cache):
-    native.library.__wrapped__()
+    native.load_kernels.__wrapped__()
     run, commands = subprocess.run, []
 
     def recorded(command, **options):
@@ -375,6 +375,6 @@ def test_the_kernel_is_compiled_once(monkeypatch, cache):
         return run(command, **options)
 
     monkeypatch.setattr(subprocess, "run", recorded)
-    assert native.library.__wrapped__()
+    assert native.load_kernels.__wrapped__()
     assert all("--version" in command for command in commands)
     assert len(list((cache / "compiled").iterdir())) == 1
