@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 from reproduction.scale import Scale
 from reproduction.store import Store
@@ -38,9 +39,15 @@ def runs_of(store: Store, kind: str, task: str, seed: int) -> dict[float, dict]:
     return dict(sorted(found.items()))
 
 
-def swept(store: Store, scale: Scale, kind: str) -> dict[float, dict]:
-    """{learning rate: record} of a kind's sweep, ascending."""
-    return runs_of(store, kind, scale.sweep, scale.seeds[0])
+def sweep_tasks(scale: Scale, kind: str) -> tuple[str, ...]:
+    """Return the tasks of a kind's sweep."""
+    return scale.kinds[kind].sweep or (scale.sweep,)
+
+
+def swept(store: Store, scale: Scale, kind: str) -> dict[float, list[dict]]:
+    """{learning rate: records, one per task} of a kind's sweep, ascending; of rates with a run on every task."""
+    first, *others = (runs_of(store, kind, task, scale.seeds[0]) for task in sweep_tasks(scale, kind))
+    return {lr: [run, *(one[lr] for one in others)] for lr, run in first.items() if all(lr in one for one in others)}
 
 
 BEYOND = 2
@@ -73,9 +80,9 @@ def best_rate(tried: Mapping[float, float]) -> float:
     return max(tried, key=lambda lr: (tried[lr], -lr))
 
 
-def accuracies(runs: Mapping[float, Mapping]) -> dict[float, float]:
-    """{rate: best validation accuracy} of a sweep's records."""
-    return {lr: run["best"]["accuracy"] for lr, run in runs.items()}
+def accuracies(runs: Mapping[float, Sequence[Mapping]]) -> dict[float, float]:
+    """{rate: best validation accuracy, mean of the tasks} of a sweep's records."""
+    return {lr: mean(run["best"]["accuracy"] for run in own) for lr, own in runs.items()}
 
 
 def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
@@ -92,8 +99,8 @@ def chosen_lr(store: Store, scale: Scale, kind: str) -> float | None:
     model = chosen_lr(store, scale, own.match)
     if model is None:
         return None
-    goal = kl_of(swept(store, scale, own.match)[model])
-    return min(tried, key=lambda lr: abs(math.log((kl_of(tried[lr]) + 1e-6) / (goal + 1e-6))))
+    goal = mean(map(kl_of, swept(store, scale, own.match)[model]))
+    return min(tried, key=lambda lr: abs(math.log((mean(map(kl_of, tried[lr])) + 1e-6) / (goal + 1e-6))))
 
 
 def kl_of(run: Mapping) -> float:

@@ -21,14 +21,16 @@ class Kind:
 
     Attributes:
         label: for tables. options: fields of `TrainConfig`. lrs: ascending learning rates that the sweep begins with;
-            it goes on beyond an end that wins. like: a kind whose sweep stands for this one's: its best rate is taken,
-            or, with match, the one whose KL to the base is nearest to what the kind ``match`` has at its best.
+            it goes on beyond an end that wins. sweep: tasks of the sweep; default: the scale's.
+        like: a kind whose sweep stands for this one's: its best rate is taken, or, with match, the one whose KL to the
+            base is nearest to what the kind ``match`` has at its best.
         answer_tokens, both, l1: see `reproduction.variants`.
     """
 
     label: str
     options: Mapping[str, Any]
     lrs: tuple[float, ...] = ()
+    sweep: tuple[str, ...] = ()
     like: str | None = None
     match: str | None = None
     answer_tokens: int = 0
@@ -72,12 +74,12 @@ KINDS: dict[str, Kind] = {
         {**LORA, "lora_r": 2, "lora_alpha": 4, "target_modules": QV},
         (1e-3, 3e-3, 1e-2),
     ),
-    "lora-kl-rl": Kind("LoRA 16 on all, at SVF's KL", LORA, (), "lora-rl", "svf-rl"),
-    "svf-qv-rl": Kind("SVF on q and v, policy gradient", {"target_modules": QV}, (), "svf-rl"),
-    "svf-mlp-rl": Kind("SVF on the MLP, policy gradient", {"target_modules": "mlp"}, (), "svf-rl"),
-    "svf-none": Kind("no baseline", {"baseline": "none"}, (), "svf-rl"),
-    "svf-mean": Kind("mean of the batch", {"baseline": "mean"}, (), "svf-rl"),
-    "svf-k3": Kind("leave-one-out, k3", {"kl_estimator": "k3"}, (), "svf-rl"),
+    "lora-kl-rl": Kind("LoRA 16 on all, at SVF's KL", LORA, like="lora-rl", match="svf-rl"),
+    "svf-qv-rl": Kind("SVF on q and v, policy gradient", {"target_modules": QV}, like="svf-rl"),
+    "svf-mlp-rl": Kind("SVF on the MLP, policy gradient", {"target_modules": "mlp"}, like="svf-rl"),
+    "svf-none": Kind("no baseline", {"baseline": "none"}, like="svf-rl"),
+    "svf-mean": Kind("mean of the batch", {"baseline": "mean"}, like="svf-rl"),
+    "svf-k3": Kind("leave-one-out, k3", {"kl_estimator": "k3"}, like="svf-rl"),
     "svf-reference": Kind("reference's sigmoid", {"parametrization": "reference"}, (6e-3, 2e-2, 6e-2)),
 }  # fmt: skip
 
@@ -95,20 +97,21 @@ L1 = (0.1, 0.3, 0.6)
 WHERE: dict[str, Mapping[str, Any]] = {"svf": {}, "svf-prompt": PROMPT}
 
 POSITION_KINDS: dict[str, Kind] = {
-    "svf-rl": Kind("all tokens", {}, SVF_LRS),
-    "svf-prompt-rl": Kind("prompt", PROMPT, SVF_LRS),
+    # the best rate for larger alone is far too high for addition
+    "svf-rl": Kind("all tokens", {}, SVF_LRS, ("addition", "larger")),
+    "svf-prompt-rl": Kind("prompt", PROMPT, SVF_LRS, ("addition", "larger")),
     "svf-sft": Kind("all tokens", GOLD, SVF_LRS),
     "svf-prompt-sft": Kind("prompt", {**PROMPT, **GOLD}, SVF_LRS),
-    "svf-prompt-1-rl": Kind("prompt and 1 answer token", PROMPT, (), "svf-prompt-rl", answer_tokens=1),
-    "svf-prompt-4-rl": Kind("prompt and 4 answer tokens", PROMPT, (), "svf-prompt-rl", answer_tokens=4),
-    "svf-both-rl": Kind("half of the answers each way", PROMPT, (), "svf-prompt-rl", both=True),
+    "svf-prompt-1-rl": Kind("prompt and 1 answer token", PROMPT, like="svf-prompt-rl", answer_tokens=1),
+    "svf-prompt-4-rl": Kind("prompt and 4 answer tokens", PROMPT, like="svf-prompt-rl", answer_tokens=4),
+    "svf-both-rl": Kind("half of the answers each way", PROMPT, like="svf-prompt-rl", both=True),
     **{
-        f"{name}-{part}-rl": Kind(part, {**where, "target_modules": modules}, (), f"{name}-rl")
+        f"{name}-{part}-rl": Kind(part, {**where, "target_modules": modules}, like=f"{name}-rl")
         for name, where in WHERE.items()
         for part, modules in MATRICES.items()
     },
     **{
-        f"{name}-l1-{strength:g}-rl": Kind(f"L1 {strength:g}", where, (), f"{name}-rl", l1=strength)
+        f"{name}-l1-{strength:g}-rl": Kind(f"L1 {strength:g}", where, like=f"{name}-rl", l1=strength)
         for name, where in WHERE.items()
         for strength in L1
     },

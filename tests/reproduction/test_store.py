@@ -90,6 +90,16 @@ def test_a_sweep_is_bounded():
     assert next_rate({3.0: 0.5}, (3.0,)) is None
 
 
+def test_a_sweep_over_two_tasks_takes_the_best_mean(store):
+    scale = SCALES["positions"]
+    swept(store, scale, "svf-rl", {2e-3: (0.7, 1.0), 6e-3: (0.8, 1.0)}, task="larger")
+    assert chosen_lr(store, scale, "svf-rl") is None
+    swept(store, scale, "svf-rl", {6e-3: (0.5, 1.0)}, task="addition")
+    assert chosen_lr(store, scale, "svf-rl") == 6e-3  # the only rate with both
+    swept(store, scale, "svf-rl", {2e-3: (0.7, 1.0)}, task="addition")
+    assert chosen_lr(store, scale, "svf-rl") == 2e-3
+
+
 def test_the_rate_at_equal_kl(store):
     swept(store, LAPTOP, "svf-rl", {2e-3: (0.8, 1.0)})
     assert chosen_lr(store, LAPTOP, "lora-kl-rl") is None
