@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.benchmarks import BenchmarkTask
 from sigmix.tasks.data import Row
-from sigmix.tasks.graders import final_part, json_value
+from sigmix.tasks.graders import json_fields
 from sigmix.tasks.registry import register
 
 PROMPT = "Extract intent and slots of this request as JSON: "
@@ -37,26 +37,7 @@ class Snips(BenchmarkTask):
         return Sample.make(PROMPT + row.get("text", kind=str).strip(), gold) if len(gold) <= LONGEST else None
 
     def score(self, sample: Sample, reply: str) -> Score:
-        gold = fields(sample.gold)
-        try:
-            found = fields(final_part(reply))
-        except ValueError as error:
-            return Score(0.0, None, f"not a JSON object alone: {error}")
-        right = sum(gold.get(name) == value for name, value in found.items())
-        value = right / len(gold.keys() | found.keys()) if found else 0.0
-        return Score(value, json.dumps(found, ensure_ascii=False, sort_keys=True), f"expected {sample.gold}")
+        return json_fields(reply, sample.gold)
 
     def wrong_replies(self, sample: Sample) -> list[str]:
         return [*super().wrong_replies(sample), f"{sample.gold}{sample.gold}", "{}", json.dumps([sample.gold])]
-
-
-def fields(text: str) -> dict[str, Any]:
-    """Return the fields of a JSON object.
-
-    Raises:
-        ValueError: not JSON, or not an object.
-    """
-    value = json_value(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}")
-    return value

@@ -28,7 +28,8 @@ def adapt(
     task: str = typer.Option(None, help="Task that gives --shots training items and their grader."),
     shots: int = typer.Option(10, min=1, help="Items of --task."),
     score: str = typer.Option(
-        "exact", help="Grader of --examples: exact (text), number, final (a reasoned reply's number), math or json."
+        "exact",
+        help="Grader of --examples: exact, number, final (a reasoned reply's number), math, json, fields or text.",
     ),
     out: Path = typer.Option(None, help="JSON file for the mixture; for --granularity z the new expert's folder."),
     expert: list[str] = typer.Option([], help="Expert to mix; may be repeated. Default: all of the bank."),

@@ -1,14 +1,16 @@
 """Graders: functions from a reply and its gold answer to a `Score`.
 
     exact, one_of, exact_lines    text: the whole reply is the answer
-    json_only                     a JSON value
+    json_only, json_fields        a JSON value; the share of a JSON object's fields
+    text_similarity               free text, by edit distance
     score_choice, score_yes_no    multiple choice
     strict_number, score_final    a number alone, or the number that a reasoned reply ends in
     math_equal                    LaTeX, compared by math-verify
     vqa_accuracy                  agreement with ten people's answers
 
-Except for `score_final`, graders do not search for the answer inside the reply: a search accepts replies that list
-every candidate, or that state something false about the right word.
+`infer_grader` chooses one for a data set's answers. Except for `score_final`, graders do not search for the answer
+inside the reply: a search accepts replies that list every candidate, or that state something false about the right
+word.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from fractions import Fraction
 from typing import Any
 
+from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.tasks.base import Score
 from sigmix.utils.optional import optional
 
 FINAL_PUNCTUATION = ".!?"
+MAX_NFC = 10_000
+"""Characters of a text that is brought to NFC, which takes quadratic time in a run of combining marks."""
 
 
 def wrong_candidates(candidates: Sequence[str], gold: str, *more: str) -> list[str]:
@@ -56,9 +63,12 @@ def final_part(reply: str) -> str:
 
 
 def normalise(text: str, *, casefold: bool = True) -> str:
-    """Return ``text`` in NFC, stripped, white space collapsed, casefolded, without one final ".", "!" or "?"."""
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    if text and text[-1] in FINAL_PUNCTUATION:
+    """Return ``text`` in NFC, stripped, white space collapsed, casefolded, without one final ".", "!" or "?".
+
+    A text of one such mark keeps it; texts of more than `MAX_NFC` characters are not brought to NFC.
+    """
+    text = " ".join((unicodedata.normalize("NFC", text) if len(text) <= MAX_NFC else text).split())
+    if len(text) > 1 and text[-1] in FINAL_PUNCTUATION:
         text = text[:-1].rstrip()
     return text.casefold() if casefold else text
 
@@ -98,11 +108,16 @@ def exact_lines(reply: str, gold: str) -> Score:
     return Score.of(lines == expected, "\n".join(lines), f"expected {gold!r}")
 
 
+MAX_NESTING = 100
+"""Levels of a JSON value; Python's recursion limit allows more than this wherever a value is written again."""
+
+
 def json_value(text: str) -> Any:
     """Parse a text that is one JSON value and nothing else.
 
     Raises:
-        ValueError: not JSON, text around it (a code fence too), NaN or infinity, or a repeated key.
+        ValueError: not JSON, text around it (a code fence too), NaN or infinity, a repeated key, or more than
+            `MAX_NESTING` levels.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,9 +129,24 @@ def json_value(text: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(text.strip(), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(text.strip(), object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+def _json_text(value: Any) -> str:
+    """Return JSON with sorted keys that encodes as UTF-8: a lone surrogate stays an escape."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def json_only(reply: str, gold: str) -> Score:
@@ -125,9 +155,70 @@ def json_only(reply: str, gold: str) -> Score:
         value, right = json_value(final_part(reply)), json_value(gold)
     except ValueError as error:
         return Score(0.0, None, f"not a JSON value alone: {error}")
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    expected = json.dumps(right, sort_keys=True, ensure_ascii=False)
+    canonical, expected = _json_text(value), _json_text(right)
     return Score.of(canonical == expected, canonical, f"expected {expected}")
+
+
+def json_fields(reply: str, gold: str) -> Score:
+    """Return the share of right fields among the fields of reply and gold, two JSON objects; 1 if they are equal.
+
+    A field is a path to a value that is no object: ``{"a": {"b": 1}}`` has one, a.b. Lists count as one value. Values
+    are compared like those of `json_only`. A reply that is not a JSON object alone scores 0 and has no answer.
+    """
+    try:
+        value, right = json_value(final_part(reply)), json_value(gold)
+    except ValueError as error:
+        return Score(0.0, None, f"not a JSON value alone: {error}")
+    if not isinstance(value, dict) or not isinstance(right, dict):
+        return Score(0.0, None, f"{'the reply' if isinstance(right, dict) else 'gold'} is not a JSON object")
+    given, expected = _fields(value), _fields(right)
+    paths = [*expected, *(path for path in given if path not in expected)]
+    wrong = [path for path in paths if given.get(path) != expected.get(path)]
+    names = ", ".join(".".join(path) or "{}" for path in wrong[:20])[:300]
+    return Score((len(paths) - len(wrong)) / len(paths), _json_text(value), f"wrong fields: {names}" if wrong else "")
+
+
+def _fields(value: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """Return path and JSON of every field; an empty object is a field itself."""
+    fields: dict[tuple[str, ...], str] = {}
+    nodes: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    for path, node in nodes:
+        if isinstance(node, dict) and node:
+            nodes += [((*path, key), child) for key, child in node.items()]
+        else:
+            fields[path] = _json_text(node)
+    return fields
+
+
+SIMILAR = 0.6
+"""Least similarity that scores: that of two unrelated sentences is 0.36 on average, 0.52 in one pair of 1,000."""
+MAX_PRODUCT = 10**10
+"""Product of the lengths of two texts that are compared; 0.3 seconds."""
+
+
+def similarity(text: str, other: str) -> float:
+    """Return 1 minus the insertions and deletions between two texts over their total length; 1 only if they are equal.
+
+    Source: ``rapidfuzz.fuzz.ratio``.
+
+    Raises:
+        ValueError: texts too long to compare (`MAX_PRODUCT`).
+    """
+    if text == other:
+        return 1.0
+    if len(text) * len(other) > MAX_PRODUCT:
+        raise ValueError(f"texts of {len(text):,} and {len(other):,} characters are too long to compare")
+    return optional("rapidfuzz.fuzz", "'sigmix[tasks]'", "comparing texts").ratio(text, other) / 100
+
+
+def text_similarity(reply: str, gold: str) -> Score:
+    """Return the `similarity` of the normalised reply to the normalised gold; 0 below `SIMILAR`."""
+    answer = normalise(final_part(reply))
+    try:
+        value = similarity(answer, normalise(gold))
+    except ValueError as error:
+        return Score(None, None, str(error))
+    return Score(value if value >= SIMILAR else 0.0, answer or None, f"{value:.2f} similar to {gold!r}")
 
 
 LETTERS = "ABCDEFGH"
@@ -350,11 +441,12 @@ def final_number(reply: str) -> Fraction | None:
 
 
 def score_final(reply: str, gold: str) -> Score:
-    """Compare `final_number` with gold."""
+    """Compare `final_number` with gold, a number or a text with "####" before it."""
     number = final_number(reply)
     if number is None:
         return Score(0.0, None, "no single final number")
-    return Score.of(number == parse_number(gold, unit=True), str(number), f"expected {gold}")
+    expected = gold.rpartition("####")[2].strip()
+    return Score.of(number == parse_number(expected, unit=True), str(number), f"expected {expected}")
 
 
 def boxed(text: str) -> list[str]:
@@ -518,5 +610,133 @@ def most_agreed(answers: Sequence[str]) -> str:
 
 GRADERS: Mapping[str, Callable[[str, str], Score]] = {
     "exact": exact, "number": strict_number, "final": score_final, "math": math_equal, "json": json_only,
+    "fields": json_fields, "text": text_similarity,
 }  # fmt: skip
 """Graders of a user's own labelled examples, by name."""
+
+
+def grader_of(name: str, labels: Sequence[str] = ()) -> Callable[[str, str], Score]:
+    """Return a grader of `GRADERS`, or for "label" `one_of` over ``labels``; a draft in gold does not count either.
+
+    Raises:
+        UnknownNameError: no such grader.
+    """
+    if name not in (*GRADERS, "label"):
+        raise UnknownNameError("grader", name, (*GRADERS, "label"))
+    if name == "label":
+        return lambda reply, gold: one_of(reply, final_part(gold), labels)
+    return lambda reply, gold: GRADERS[name](reply, final_part(gold))
+
+
+MAX_LABELS = 200
+MAX_LABEL_LENGTH = 60
+ROWS_PER_LABEL = 3
+MAX_NUMBER_LABELS = 12
+"""Distinct numbers that may be labels, such as ratings from 0 to 10; more are quantities."""
+EXACT_WORDS = 5
+_BINARY = ({"yes", "no"}, {"true", "false"})
+_DATES = (
+    "%Y-%m-%d", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y", "%m/%d/%y",
+    "%B %d, %Y", "%b %d, %Y", "%d %B %Y", "%d %b %Y", "%d-%b-%Y", "%Y-%m", "%B %Y", "%H:%M", "%H:%M:%S", "%I:%M %p",
+    "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S%z",
+)  # fmt: skip
+_UNSPACED = r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"  # Thai, Lao, Japanese, Chinese: two characters a word
+_WORDS = re.compile(rf"{_UNSPACED}{{1,2}}|(?:(?!{_UNSPACED})\S)+")
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """Grader for a list of answers.
+
+    Attributes:
+        grader: a name for `grader_of`.
+        reason: one sentence.
+        labels: of a closed set, sorted, as written.
+        near_duplicates: groups of labels that differ only by case, blanks or a final mark, and are graded as equal.
+    """
+
+    grader: str
+    reason: str
+    labels: tuple[str, ...] = ()
+    near_duplicates: tuple[tuple[str, ...], ...] = ()
+
+
+def infer_grader(answers: Sequence[str]) -> Inferred:
+    """Choose the grader for a data set's answers; blank ones and drafts (see `final_part`) are left out.
+
+    In this order: JSON objects "fields", other JSON arrays and objects "json"; texts that end in "#### 72" "final";
+    dates or times in one form "exact"; a closed set of short labels "label"; numbers "number"; texts of up to five
+    words "exact"; others "text". Every answer must fit, so that it is a right reply to itself.
+
+    Raises:
+        ConfigError: no answers.
+    """
+    texts = [text for answer in answers if (text := final_part(answer).strip())]
+    if not texts:
+        raise ConfigError("there are no answers to choose a grader from", remedy="name the column of answers: --answer")
+    counts = Counter(texts)
+    misfits: list[str] = []  # kinds that nearly all answers have, and an answer that has not
+
+    def all_are(kind: str, fits: Callable[[str], bool]) -> bool:
+        others: list[str] = []
+        for text in counts:
+            if not fits(text):
+                others.append(text)
+                if len(others) > len(counts) // 10:
+                    return False
+        if others:
+            misfits.append(f"not all are {kind}, e.g. {_shortened(others[0])}")
+        return not others
+
+    def inferred(grader: str, reason: str, **closed: tuple[Any, ...]) -> Inferred:
+        return Inferred(grader, "; ".join([reason, *misfits]), **closed)
+
+    if all_are("JSON arrays or objects", lambda text: isinstance(_json_or_none(text), dict | list)):
+        if all(isinstance(_json_or_none(text), dict) for text in counts):
+            return inferred("fields", "all answers are JSON objects")
+        return inferred("json", "all answers are JSON arrays or objects")
+    if all_are('texts that end in "####" and a number', lambda text: "####" in text and _grades_itself("final", text)):
+        return inferred("final", 'all answers end in "####" and a number')
+    for pattern in _DATES:
+        if all(_is_date(text, pattern) for text in counts):
+            return inferred("exact", f"all answers are dates or times of the form {pattern}")
+    numeric = all(re.search(r"\d", text) and parse_number(text, unit=True) is not None for text in counts)
+    short = all(len(text) <= MAX_LABEL_LENGTH and len(text.splitlines()) == 1 for text in counts)
+    few = len(counts) <= (MAX_NUMBER_LABELS if numeric else MAX_LABELS)
+    binary = any({text.casefold() for text in counts} == pair for pair in _BINARY)
+    if short and few and (binary or len(texts) >= ROWS_PER_LABEL * len(counts)):
+        groups: dict[str, list[str]] = {}
+        for label in sorted(counts):
+            groups.setdefault("".join(normalise(label).split()), []).append(label)
+        same = tuple(tuple(group) for group in groups.values() if len(group) > 1)
+        reason = f"{len(counts)} distinct answers in {len(texts)} rows: a closed set of labels"
+        return inferred("label", reason, labels=tuple(sorted(counts)), near_duplicates=same)
+    # 02139 is a code: as a number it would equal 2139
+    if all_are("numbers", lambda text: not re.match(r"0\d", text) and _grades_itself("number", text)):
+        return inferred("number", "all answers are numbers")
+    if all(len(_WORDS.findall(text)) <= EXACT_WORDS and len(text) <= MAX_LABEL_LENGTH for text in counts):
+        return inferred("exact", f"all answers are short: up to {EXACT_WORDS} words")
+    return inferred("text", f"free text: some answers have more than {EXACT_WORDS} words")
+
+
+def _grades_itself(name: str, text: str) -> bool:
+    return GRADERS[name](text, text).value == 1.0
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json_value(text)
+    except ValueError:
+        return None
+
+
+def _is_date(text: str, pattern: str) -> bool:
+    try:
+        datetime.strptime(text, pattern)
+    except ValueError:
+        return False
+    return True
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}…")

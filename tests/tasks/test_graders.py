@@ -1,15 +1,24 @@
 """Text, JSON, choices, yes/no, numbers, LaTeX: each form of a right reply, and each trap."""
 
+import json
+import random
 from fractions import Fraction
 
 import pytest
 
+from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.tasks.base import GARBAGE, Sample, Task
 from sigmix.tasks.graders import (
+    GRADERS,
+    SIMILAR,
     boxed,
     exact,
     exact_lines,
     final_number,
     final_part,
+    grader_of,
+    infer_grader,
+    json_fields,
     json_only,
     math_equal,
     number_text,
@@ -21,6 +30,7 @@ from sigmix.tasks.graders import (
     score_final,
     score_yes_no,
     strict_number,
+    text_similarity,
 )
 
 TEXTS = {"A": "Rome", "B": "Paris, France", "C": "A bee", "D": "Bonn"}
@@ -409,3 +419,242 @@ def test_long_replies_take_linear_time(reply):
 
 def test_an_expression_that_takes_too_long_is_not_equal():
     assert math_equal(r"\boxed{(x+y+z+w)^{200}}", r"\sqrt{5}").value == 0.0
+
+
+NESTED = '{"a": {"b": 1, "c": [1, 2]}, "d": "x"}'
+
+
+@pytest.mark.parametrize(
+    ("reply", "value", "wrong"),
+    [
+        ('{"d": "x", "a": {"c": [1, 2], "b": 1}}', 1, ""),
+        ('{"a": {"b": 1, "c": [2, 1]}, "d": "x"}', 2 / 3, "a.c"),
+        ('{"a": {"b": 1.0, "c": [1, 2]}, "d": "x"}', 2 / 3, "a.b"),
+        ('{"a": {"b": true, "c": [1, 2]}, "d": "x"}', 2 / 3, "a.b"),
+        ('{"a": {"b": 1, "c": [1, 2]}}', 2 / 3, "d"),
+        ('{"a": {"b": 1, "c": [1, 2]}, "d": "x", "e": null}', 3 / 4, "e"),
+        ('{"a": {}, "d": "x"}', 1 / 4, "a.b, a.c, a"),
+        ('{"a.b": 1, "d": "x"}', 1 / 4, "a.b, a.c"),
+        ("{}", 0, "d"),
+    ],
+)
+def test_fields_are_compared_by_path(reply, value, wrong):
+    score = json_fields(reply, NESTED)
+    assert score.value == value
+    assert json.loads(score.answer) == json.loads(reply)
+    assert wrong in score.explanation
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "x", "[1]", "1", "null", f"```json\n{NESTED}\n```", NESTED + NESTED, NESTED[:-1], '{"d": "x", "d": "x"}',
+     '{"d": NaN}', '{"a": ' * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" * 120 + "]" * 120,
+     f"<think>{NESTED}</think>", f"<think>{NESTED}"],
+)  # fmt: skip
+def test_a_reply_that_is_no_json_object_has_no_answer(reply):
+    score = json_fields(reply, NESTED)
+    assert (score.value, score.answer) == (0.0, None)
+    assert json_fields(NESTED, reply).value == 0.0
+
+
+def test_fields_agree_with_json_on_equality():
+    chance = random.Random(0)
+
+    def value(depth):
+        kind = chance.randrange(6 if depth else 4)
+        if kind < 4:
+            return chance.choice([0, 1, 1.0, True, False, None, "", "1", "é"])
+        children = [value(depth - 1) for _ in range(chance.randrange(3))]
+        return children if kind == 4 else dict(zip("ab", children))
+
+    objects = [json.dumps({key: value(2) for key in chance.sample("abc", chance.randrange(3))}) for _ in range(150)]
+    for one in objects:
+        for other in objects:
+            assert (json_fields(one, other).value == 1) == (json_only(one, other).value == 1)
+
+
+def test_answers_of_json_graders_are_utf8():
+    for grade in (json_only, json_fields):
+        grade(r'{"\ud800": "\udfff"}', "{}").answer.encode()
+        grade('{"\ud800": 1}', "{}").answer.encode()
+        assert grade('{"é": "\U0001f600"}', '{"é": "\\ud83d\\ude00"}').value == 1
+
+
+GOLD_TEXT = "Please restart the router and wait two minutes before you call us again."
+
+
+def test_similarity_of_free_text():
+    assert text_similarity(f"<think>no</think> {GOLD_TEXT.upper()}\n", GOLD_TEXT).value == 1
+    assert text_similarity(GOLD_TEXT.replace("  ", " ").rstrip("."), GOLD_TEXT).value == 1
+    near = text_similarity(GOLD_TEXT.replace("two", "three"), GOLD_TEXT)
+    far = text_similarity("Please restart the router and wait.", GOLD_TEXT)
+    assert SIMILAR <= far.value < near.value < 1
+    replies = (*GARBAGE, f"<think>{GOLD_TEXT}</think>\nI don't know.", f"<think>{GOLD_TEXT}", "Where is my order?")
+    assert {text_similarity(reply, GOLD_TEXT).value for reply in replies} == {0.0}
+
+
+def test_texts_too_long_to_compare_are_not_graded():
+    score = text_similarity("ab" * 500_000, "ba" * 500_000)
+    assert score.value is None
+    assert "1,000,000" in score.explanation
+    assert text_similarity("ab" * 500_000, GOLD_TEXT).value == 0
+    assert text_similarity("ab" * 500_000, "ab" * 500_000).value == 1
+
+
+@pytest.mark.parametrize("name", sorted({*GRADERS, "label"} - {"math"}))
+@pytest.mark.parametrize(
+    "reply",
+    ["\ud800", "a\udfffb", "\u0301\u0323" * 200_000, "a" * 1_000_000, "\x00" * 1000, "{" * 1_000_000, "\u202e" * 9,
+     '{"a":' * 1000, "<think>" * 100_000, " " * 1_000_000, "9" * 1_000_000, "-" * 1_000_000],
+)  # fmt: skip
+def test_hostile_replies_score_zero(name, reply):
+    gold = {"fields": '{"a": 1}', "json": "[1]", "number": "7", "final": "so\n#### 7"}.get(name, "seven of them")
+    grade = grader_of(name, ["seven of them", "eight"])
+    assert grade(reply, gold).value == 0
+    assert grade(gold, gold).value == 1
+
+
+def test_unknown_graders_are_named():
+    with pytest.raises(UnknownNameError, match="fields"):
+        grader_of("field")
+
+
+def test_single_marks_are_labels():
+    assert [one_of(reply, "!", ["!", "?"]).value for reply in ("!", "?", "", ".")] == [1, 0, 0, 0]
+
+
+def rows(distinct, times=4):
+    return [answer for answer in distinct for _ in range(times)]
+
+
+INTENTS = [f"{verb}_{thing}" for verb in ("cancel", "lost", "new", "change") for thing in "abcdefghijklmnopqrst"][:77]
+SENTENCES = ["The parcel left our warehouse on Monday and arrives tomorrow.", "Turn it off, wait a minute, turn it on.",
+             "We have refunded your payment in full today.", "I am sorry, but that item is out of stock."]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("grader", "answers"),
+    [
+        ("label", rows(["billing", "technical issue", "account", "other"], 25)),  # support tickets
+        ("label", rows(["positive", "negative", "neutral"])),
+        ("label", rows(INTENTS, 10)),
+        ("label", rows("ABCD", 10)),
+        ("label", rows("12345", 10)),  # stars
+        ("label", rows(["1 star", "2 stars", "5 stars"], 10)),
+        ("label", rows(["0.5", "1.0", "1.5"], 10)),
+        ("label", rows("01", 10)),
+        ("label", ["yes", "no", "yes"]),
+        ("label", ["True", "False"]),
+        ("label", rows(["spam", "ham"])),
+        ("label", rows(["O", "B-PER", "I-PER"])),
+        ("label", rows(["👍", "👎"])),
+        ("label", rows(["+", "-", "?"])),
+        ("label", rows(["entailment", "contradiction", "neutral"])),
+        ("label", rows(["Question about a bill that was paid twice by card"])),  # one label: the data's fault, not this
+        ("fields", [json.dumps({"PER": [f"Ann {n}"], "LOC": []}) for n in range(20)]),  # NER
+        ("fields", rows(['{"intent": "a"}', '{"intent": "b"}'])),
+        ("json", [json.dumps([n, "x"]) for n in range(20)]),
+        ("json", ["[1, 2]", '{"a": 1}']),
+        ("number", [str(n * 7) for n in range(100)]),
+        ("number", rows([str(n) for n in range(19)], 30)),  # sums of two digits
+        ("number", ["1,234", "-5", "3.5", "1/2"]),
+        ("number", [str(year) for year in range(1900, 1950)]),
+        ("final", [f"First {n} + 1 = {n + 1}.\n#### {n + 1}" for n in range(20)]),
+        ("final", [f"She pays {n} dollars.\n#### ${n},000" for n in range(20)]),
+        ("exact", [f"2024-03-{day:02}" for day in range(1, 29)]),
+        ("exact", rows([f"2024-03-{day:02}" for day in range(1, 29)])),
+        ("exact", ["3 March 2024", "14 April 1999"]),
+        ("exact", rows(["09:30", "17:05"])),
+        ("exact", [f"${n}.20" for n in range(40)]),  # prices
+        ("exact", [f"555-01{n:02}" for n in range(40)]),  # phone numbers
+        ("exact", [f"+49 30 1234{n:02}" for n in range(40)]),
+        ("exact", ["02139", "10115", "00501"]),  # postal codes
+        ("exact", ["J45.909", "E11.9", "I10", "F32.1"]),  # ICD codes
+        ("exact", ["Paris", "Rome", "New York City", "São Paulo"]),
+        ("exact", ["Ann", "Bob"]),
+        ("exact", ["東京", "大阪", "京都"]),
+        ("exact", ["x"]),
+        ("text", SENTENCES),
+        ("text", rows(SENTENCES, 2)),
+        ("text", [f"SELECT name FROM users WHERE id = {n}" for n in range(20)]),
+        ("text", ["Je ne sais pas où est la gare.", "Il fait très beau ce matin à Paris."]),  # translations
+        ("text", ["今天天气很好,我们去公园散步吧。", "我不知道火车站在哪里,你能告诉我吗?"]),
+        ("text", ["def f(x):\n    return x + 1", "for i in range(3):\n    print(i)\n    break"]),
+        ("text", ["No", "Only after you have signed the second form", "Yes"]),
+        ("label", ["", " ", *rows(["a", "b"])]),
+        ("label", [f"<think>I see {n} words</think>\n{label}" for n, label in enumerate(rows(["a", "b"]))]),
+    ],
+)  # fmt: skip
+def test_the_grader_follows_from_the_answers(grader, answers):
+    inferred = infer_grader(answers)
+    assert (inferred.grader, inferred.near_duplicates) == (grader, ())
+    assert inferred.reason
+    assert "\n" not in inferred.reason
+    assert bool(inferred.labels) == (grader == "label")
+    grade = grader_of(inferred.grader, inferred.labels)
+    for answer in filter(str.strip, answers):
+        assert grade(answer, answer).value == 1
+        assert [grade(reply, answer).value for reply in (*GARBAGE, f"<think>{answer}</think>")] == [0] * 7
+
+
+def test_labels_and_near_duplicates_stay_apart():
+    inferred = infer_grader(rows(["Billing", "billing", "sign up", "signup", "other"]))
+    assert inferred.labels == ("Billing", "billing", "other", "sign up", "signup")
+    assert set(inferred.near_duplicates) == {("Billing", "billing"), ("sign up", "signup")}
+
+
+@pytest.mark.parametrize(
+    ("distinct", "times", "grader"),
+    [(200, 3, "label"), (201, 3, "exact"), (200, 2, "exact"), (40, 3, "label")],
+)
+def test_how_many_labels_make_a_closed_set(distinct, times, grader):
+    assert infer_grader(rows([f"intent x{n}" for n in range(distinct)], times)).grader == grader
+    assert infer_grader(rows([f"intent x{n} {'y' * 60}" for n in range(distinct)], times)).grader == "text"
+
+
+def test_an_answer_that_does_not_fit_is_named():
+    answers = [str(n * 13) for n in range(100)]
+    inferred = infer_grader([*answers, "n/a"])
+    assert inferred.grader == "exact"
+    assert "n/a" in inferred.reason
+    inferred = infer_grader([*(json.dumps({"a": n}) for n in range(100)), '{"a": 1'])
+    assert inferred.grader != "fields"
+    assert '{"a": 1' in inferred.reason
+
+
+@pytest.mark.parametrize("answers", [[], ["", " \n"], ["<think>hm</think>"]])
+def test_no_answers_is_an_error(answers):
+    with pytest.raises(ConfigError, match="--answer"):
+        infer_grader(answers)
+
+
+class Answers(Task):
+    """Rows of a user's file with the inferred grader."""
+
+    def __init__(self, answers):
+        super().__init__()
+        inferred = infer_grader(answers)
+        self.grade = grader_of(inferred.grader, inferred.labels)
+        self.rows = [Sample.make(f"question number {n}", answer) for n, answer in enumerate(answers)]
+
+    def splits(self):
+        return ("train",)
+
+    def samples(self, split, n=None, seed=0):
+        return self.rows[:n]
+
+    def score(self, sample, reply):
+        return self.grade(reply, sample.gold)
+
+    def wrong_replies(self, sample):
+        return [sample.prompt]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [rows(["a", "b"]), ['{"a": 1, "b": {"c": 2}}', '{"a": 2}'], ["[1]", "[2]"], ["2024-01-02"], ["17", "18"],
+     ["so\n#### 5"], SENTENCES],
+)  # fmt: skip
+def test_inferred_graders_pass_the_validation_of_tasks(answers):
+    report = Answers(answers).validate()
+    assert report.ok, report.problems
