@@ -10,13 +10,12 @@ import warnings
 from pathlib import Path
 from typing import ClassVar
 
-from sigmix.errors import ConfigError
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.benchmarks import SAME_NAMES, BenchmarkTask
 from sigmix.tasks.data import Row
 from sigmix.tasks.graders import final_part
 from sigmix.tasks.registry import register
-from sigmix.tasks.sandbox import run_tests
+from sigmix.tasks.sandbox import require_permission, run_tests
 
 FENCE = "```python\n{}\n```"
 MAX_ENDS = 8  # fences that are tried as the end of a block
@@ -109,15 +108,6 @@ def score_program(program: str, tests: str) -> Score:
     return Score.of(outcome.kind == "passed", program, f"{outcome.kind}: {outcome.detail}".rstrip(": "))
 
 
-def require_permission(allow_code: bool, task: str) -> None:
-    """Raise `ConfigError` unless running programs is allowed."""
-    if not allow_code:
-        raise ConfigError(
-            f"grading {task} runs the program in the reply, which is not allowed",
-            remedy="read in sigmix/tasks/sandbox.py what the sandbox does not stop, then add --allow-code",
-        )
-
-
 class ProgramTask(BenchmarkTask):
     """``meta`` has the ``tests`` that must pass, and in ``entry`` the name of the function."""
 
@@ -130,7 +120,7 @@ class ProgramTask(BenchmarkTask):
         self.allow_code = allow_code
 
     def score(self, sample: Sample, reply: str) -> Score:
-        require_permission(self.allow_code, self.name or type(self).__name__)
+        require_permission(self.allow_code, f"grading {self.name or type(self).__name__}")
         return score_program(self.program(sample, extract_code(reply, sample.meta["entry"])), sample.meta["tests"])
 
     def program(self, sample: Sample, code: str) -> str:

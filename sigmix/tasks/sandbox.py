@@ -1,9 +1,11 @@
-"""Run an untrusted Python program with its unit tests in a restricted process of its own.
+"""Run an untrusted Python program, with its unit tests or for the number that its function returns.
 
 Always: a fresh ``python -I -S`` (no environment, no site-packages) in its own session and an empty temporary folder;
 limits on CPU time, memory, file size, open files and processes; no capabilities and no new privileges; a wall-clock
-limit. Output is discarded. Printing, ``sys.exit(0)`` and ``os._exit(0)`` do not pass: success is a random token in a
-pipe, sent back on another pipe only after the tests.
+limit. Output is discarded. A launcher (``sandbox_child.py``) enters the namespaces and forks a process for each run;
+in a jail runs share nothing. Printing, ``sys.exit(0)`` and ``os._exit(0)`` do not pass: success is a random token,
+made after the fork, that the run reads from a pipe after the tests and sends to the launcher on another, with the
+number.
 
 On Linux, as far as the kernel allows (see `guards`):
 
@@ -23,7 +25,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import select
 import shutil
 import signal
@@ -31,9 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sigmix.errors import ConfigError
 
@@ -41,7 +43,8 @@ MEMORY = 512 << 20
 FILE_SIZE = 1 << 20
 OPEN_FILES = 32
 NOBODY = 65534
-_MAX_REPORT = 1 << 16
+START_UP = 10.0
+"""Seconds of wall-clock time until the launcher is ready."""
 _LAUNCHER = Path(__file__).with_name("sandbox_child.py")
 
 
@@ -53,10 +56,12 @@ class Outcome:
         kind: "passed"; "failed" (an assertion or error, or it ended early); "timeout"; "sandbox" (a failure of the
             sandbox itself, which says nothing about the program).
         detail: for people.
+        value: that a function returned, for `run_function`.
     """
 
     kind: Literal["passed", "failed", "timeout", "sandbox"]
     detail: str = ""
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,28 @@ def run_tests(program: str, tests: str, *, timeout: float = 5.0, memory: int = M
 
     ``timeout`` is in CPU seconds (the wall-clock limit is twice that and one second), ``memory`` in bytes.
     """
-    return _run(program, tests, timeout, memory, guards())
+    return _run(program, [{"tests": tests}], timeout, memory, guards())[0]
+
+
+def run_function(
+    program: str, name: str, calls: Sequence[Sequence[Any]], *, timeout: float = 5.0, memory: int = MEMORY
+) -> list[Outcome]:
+    """Call a function that ``program`` defines, once for each list of JSON arguments, each time in a fresh process.
+
+    A call passes if it returns an int, a float or a bool: ``Outcome.value``, which may be NaN or infinite. The limits
+    are those of `run_tests`, for each call.
+    """
+    runs = [{"function": name, "arguments": json.dumps(call)} for call in calls]
+    return _run(program, runs, timeout, memory, guards()) if runs else []
+
+
+def require_permission(allow_code: bool, what: str) -> None:
+    """Raise `ConfigError` unless running programs is allowed; ``what`` runs one."""
+    if not allow_code:
+        raise ConfigError(
+            f"{what} runs a program, which is not allowed",
+            remedy="read in sigmix/tasks/sandbox.py what the sandbox does not stop, then add --allow-code",
+        )
 
 
 @functools.cache
@@ -89,90 +115,67 @@ def guards() -> Guards:
     for level in ("jail", "namespaces", "plain") if sys.platform == "linux" else ("plain",):
         for nobody in (True, False) if root else (False,):
             tried = Guards(level, nobody)
-            outcome = _run("import json, random, decimal, math", "open('f', 'w').close()", 5.0, MEMORY, tried)
-            if outcome.kind == "passed":
+            runs = [{"tests": "open('f', 'w').close()"}]
+            if _run("import json, random, decimal, math", runs, 5.0, MEMORY, tried)[0].kind == "passed":
                 return tried
     return Guards("plain", False)
 
 
-def _run(program: str, tests: str, timeout: float, memory: int, how: Guards) -> Outcome:
-    token = secrets.token_hex(16)
-    opened: list[int] = []
-    process = None
-    folder = None
+def _run(program: str, runs: Sequence[Mapping[str, str]], timeout: float, memory: int, how: Guards) -> list[Outcome]:
+    process = folder = None
+    outcomes: list[Outcome] = []
     try:
         folder = tempfile.mkdtemp(prefix="sigmix-sandbox-")
         os.chmod(folder, 0o777 if how.nobody else 0o700)
-        to_child, to_child_w = _pipe(opened)
-        from_child, from_child_w = _pipe(opened)
+        wall = 2 * timeout + 1
         job = {
-            "program": program, "tests": tests, "cpu": max(1, round(timeout)), "memory": memory, "folder": folder,
+            "program": program, "cpu": max(1, round(timeout)), "wall": wall, "memory": memory, "folder": folder,
             "file_size": FILE_SIZE, "open_files": OPEN_FILES, "level": how.level,
             "user": NOBODY if how.nobody else None,
         }  # fmt: skip
         with tempfile.TemporaryFile() as source:
-            source.write(json.dumps(job).encode())
+            source.writelines(json.dumps(line).encode() + b"\n" for line in (job, *runs))
             source.seek(0)
-            os.write(to_child_w, token.encode())  # 32 bytes wait in the pipe's buffer until the tests have run
-            descriptors = (source.fileno(), to_child, from_child_w)
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(_LAUNCHER), *map(str, descriptors)], pass_fds=descriptors,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
-                start_new_session=True,
-            )  # fmt: skip
-        for end in (to_child, from_child_w):
-            os.close(end)
-            opened.remove(end)
-        report, late = _read(from_child, time.monotonic() + 2 * timeout + 1)
-        return _outcome(report, late, token, process)
+            report, report_w = os.pipe()
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-B", str(_LAUNCHER), str(source.fileno()), str(report_w)],
+                    pass_fds=(source.fileno(), report_w), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL, cwd=folder, env={}, start_new_session=True,
+                )  # fmt: skip
+            except BaseException:
+                os.close(report)
+                raise
+            finally:
+                os.close(report_w)
+        with open(report, "rb") as lines:
+            for number in range(-1, len(runs)):
+                line = _read_line(lines.fileno(), time.monotonic() + START_UP + (wall if number >= 0 else 0))
+                if number >= 0 and line.startswith("{"):
+                    outcomes.append(Outcome(**json.loads(line)))
+                elif number >= 0 or line != "ready":
+                    raise OSError(line or "the launcher died or did not start in time")
     except OSError as error:
-        return Outcome("sandbox", f"{type(error).__name__}: {error}")
+        outcomes += [Outcome("sandbox", str(error))] * (len(runs) - len(outcomes))
     finally:
         if process is not None:
             _kill(process)
-        for end in opened:
-            os.close(end)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+    return outcomes
 
 
-def _pipe(opened: list[int]) -> tuple[int, int]:
-    ends = os.pipe()
-    opened.extend(ends)
-    return ends
-
-
-def _read(end: int, deadline: float) -> tuple[bytes, bool]:
-    """Read until the other side closes; also return True if the deadline came first."""
-    report = b""
-    while len(report) < _MAX_REPORT:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([end], [], [], left)[0]:
-            return report, True
-        part = os.read(end, 4096)
-        if not part:
+def _read_line(end: int, deadline: float) -> str:
+    """Read a line of the launcher, which writes lines of a few hundred bytes; "" at the end or the deadline."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not select.select([end], [], [], max(deadline - time.monotonic(), 0))[0]:
+            return ""
+        byte = os.read(end, 1)
+        if not byte:
             break
-        report += part
-    return report, False
-
-
-def _outcome(report: bytes, late: bool, token: str, process: subprocess.Popen[bytes]) -> Outcome:
-    lines = report.decode("utf-8", "replace").splitlines()
-    # "ready" is sent just before the program starts: an earlier failure is the sandbox's, a later one the program's
-    if "ready" not in lines[:1]:
-        return Outcome("sandbox", "no start in time" if late else (lines or ["the launcher died"])[0])
-    if f"passed {token}" in lines[1:]:
-        return Outcome("passed")
-    if late:
-        return Outcome("timeout", "still running at the wall-clock limit")
-    try:
-        code = process.wait(timeout=1)
-    except subprocess.TimeoutExpired:
-        return Outcome("failed", "closed its pipes and went on")
-    ended_by = -code if code < 0 else code - 128  # the launcher reports its child's signal as a shell does
-    if ended_by in (signal.SIGXCPU, signal.SIGKILL):
-        return Outcome("timeout", "out of CPU time")
-    return Outcome("failed", lines[1][:300] if len(lines) > 1 else f"ended early with status {code}")
+        line += byte
+    return line.decode("utf-8", "replace").rstrip("\n")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

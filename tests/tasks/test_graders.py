@@ -467,7 +467,7 @@ def test_fields_agree_with_json_on_equality():
         children = [value(depth - 1) for _ in range(chance.randrange(3))]
         return children if kind == 4 else dict(zip("ab", children))
 
-    objects = [json.dumps({key: value(2) for key in chance.sample("abc", chance.randrange(3))}) for _ in range(150)]
+    objects = [json.dumps({key: value(2) for key in chance.sample("abc", chance.randrange(3))}) for _ in range(40)]
     for one in objects:
         for other in objects:
             assert (json_fields(one, other).value == 1) == (json_only(one, other).value == 1)
@@ -505,7 +505,7 @@ def test_texts_too_long_to_compare_are_not_graded():
 @pytest.mark.parametrize(
     "reply",
     ["\ud800", "a\udfffb", "\u0301\u0323" * 200_000, "a" * 1_000_000, "\x00" * 1000, "{" * 1_000_000, "\u202e" * 9,
-     '{"a":' * 1000, "<think>" * 100_000, " " * 1_000_000, "9" * 1_000_000, "-" * 1_000_000],
+     '{"a":' * 1000, "<think>" * 10_000, " " * 1_000_000, "9" * 100_000, "-" * 100_000],
 )  # fmt: skip
 def test_hostile_replies_score_zero(name, reply):
     gold = {"fields": '{"a": 1}', "json": "[1]", "number": "7", "final": "so\n#### 7"}.get(name, "seven of them")
@@ -548,7 +548,7 @@ SENTENCES = ["The parcel left our warehouse on Monday and arrives tomorrow.", "T
         ("label", rows(["spam", "ham"])),
         ("label", rows(["O", "B-PER", "I-PER"])),
         ("label", rows(["👍", "👎"])),
-        ("label", rows(["+", "-", "?"])),
+        ("label", rows(["+", "-", "~"])),
         ("label", rows(["entailment", "contradiction", "neutral"])),
         ("label", rows(["Question about a bill that was paid twice by card"])),  # one label: the data's fault, not this
         ("fields", [json.dumps({"PER": [f"Ann {n}"], "LOC": []}) for n in range(20)]),  # NER

@@ -7,8 +7,8 @@ import pytest
 
 from sigmix.errors import ConfigError
 from sigmix.tasks import sandbox
-from sigmix.tasks.programs import require_permission, score_program
-from sigmix.tasks.sandbox import Guards, guards, run_tests
+from sigmix.tasks.programs import score_program
+from sigmix.tasks.sandbox import Guards, guards, require_permission, run_function, run_tests
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs Linux or macOS")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
@@ -128,13 +128,15 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     assert ends == (len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0)
 
 
-def test_plain_level_blocks_python_sockets():
-    how = Guards("plain", False)
-    outcome = sandbox._run("import socket\nsocket.socket()", "pass", 2.0, sandbox.MEMORY, how)
+def test_plain_level_blocks_python_sockets(monkeypatch):
+    monkeypatch.setattr(sandbox, "guards", lambda: Guards("plain", False))
+    outcome = run_tests("import socket\nsocket.socket()", "pass")
     assert outcome.kind == "failed"
     assert "no network" in outcome.detail
-    assert sandbox._run("import socket, urllib.request", "pass", 2.0, sandbox.MEMORY, how).kind == "passed"
-    assert sandbox._run("x = 1", "assert x", 2.0, sandbox.MEMORY, how).kind == "passed"
+    assert kind("import socket, urllib.request") == "passed"
+    assert kind("x = 1", "assert x") == "passed"
+    assert kind("while True: pass", timeout=0.5) == "timeout"
+    assert kind("import time; time.sleep(60)", timeout=0.5) == "timeout"
 
 
 def test_a_broken_sandbox_is_not_the_programs_fault(monkeypatch):
@@ -144,6 +146,69 @@ def test_a_broken_sandbox_is_not_the_programs_fault(monkeypatch):
     score = score_program("x = 1", "pass")
     assert score.value is None
     assert "sandbox" in score.explanation
+
+
+def test_a_function_returns_numbers():
+    program = "def f(x, y=2):\n    if x == 'raise': raise KeyError('no answer')\n    return x if y == 2 else x + y"
+    calls = [[1], [0.25], [True], [1, 5], ["raise"], ["0.5"], [None], [], [[1]], [-0.0], [1e308]]
+    outcomes = run_function(program, "f", calls)
+    assert [outcome.value for outcome in outcomes[:4]] == [1, 0.25, 1, 6]
+    assert [outcome.kind for outcome in outcomes] == ["passed"] * 4 + ["failed"] * 5 + ["passed"] * 2
+    assert "no answer" in outcomes[4].detail
+    assert "str" in outcomes[5].detail
+    assert all(type(outcome.value) is float for outcome in outcomes if outcome.kind == "passed")
+    assert run_function(program, "f", []) == []
+    assert "g" in run_function(program, "g", [[1]])[0].detail
+    values = [outcome.value for outcome in run_function("def f(x): return float(x)", "f", [["nan"], ["inf"]])]
+    assert values[0] != values[0]
+    assert values[1] == float("inf")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "print(1.0); print('passed 1.0'); os._exit(0)", "sys.exit(0)", "sys.stdout.write('1.0'); quit(1)",
+        "[os.write(i, b'passed ' + b'0' * 32 + b' 1.0\\n') for i in range(3, 30) if ok(i)]; os._exit(0)",
+        "builtins.exec = builtins.float = builtins.type = lambda *x: 1.0; os.write = print; return 'x'",
+        "return type('F', (float,), {'__repr__': lambda self: '1.0'})(0.5)", "return 10 ** 400",
+        "return type('N', (), {'__float__': lambda self: 1.0})()", "os.kill(os.getpid(), 11)",
+    ],
+)  # fmt: skip
+def test_a_number_cannot_be_faked(body):
+    ok = "def ok(i):\n    try: os.fstat(i)\n    except OSError: return False\n    return True\n"
+    program = f"import builtins, os, sys\n{ok}def f(x):\n    if x: return 0.5\n    {body}"
+    first, second, third = run_function(program, "f", [[1], [0], [1]])
+    assert (first.value, second.value, third.value) == (0.5, None, 0.5)
+    assert second.kind == "failed"
+
+
+@pytest.mark.parametrize("level", ["strongest", "plain"])
+def test_calls_share_nothing_and_one_that_hangs_stops_no_other(level, monkeypatch):
+    if level == "plain":
+        monkeypatch.setattr(sandbox, "guards", lambda: Guards("plain", False))
+    program = (
+        "import os, time\nseen = []\ndef f(x):\n    if x == 'loop':\n        while True: pass\n"
+        "    if x == 'sleep': time.sleep(60)\n    seen.append(x)\n    found = len(os.listdir('.'))\n"
+        "    open('a', 'w').write('x')\n    return len(seen) + found"
+    )
+    outcomes = run_function(program, "f", [[1], ["loop"], [2], ["sleep"], [3]], timeout=1)
+    assert [outcome.value for outcome in outcomes] == [1, None, 1, None, 1]
+    assert [outcomes[1].kind, outcomes[3].kind] == ["timeout", "timeout"]
+
+
+@linux
+def test_calls_do_not_share_the_temporary_folder():
+    if guards().level != "jail":
+        pytest.skip("needs mount namespaces")
+    program = "import os\ndef f():\n    n = len(os.listdir('/tmp'))\n    open('/tmp/x', 'w').close()\n    return n"
+    assert [outcome.value for outcome in run_function(program, "f", [[], []])] == [0, 0]
+
+
+def test_a_sandbox_that_breaks_leaves_calls_without_a_value(monkeypatch):
+    guards()
+    monkeypatch.setattr(sandbox, "_LAUNCHER", sandbox._LAUNCHER.with_name("no_such_launcher.py"))
+    outcomes = run_function("def f(): return 1", "f", [[], []])
+    assert [(outcome.kind, outcome.value) for outcome in outcomes] == [("sandbox", None)] * 2
 
 
 def test_permission():
