@@ -678,21 +678,27 @@ def infer_grader(answers: Sequence[str]) -> Inferred:
     misfits: list[str] = []  # kinds that nearly all answers have, and an answer that has not
 
     def all_are(kind: str, fits: Callable[[str], bool]) -> bool:
-        others: list[str] = []
-        for text in counts:
+        others, rows = "", 0
+        for text, count in counts.items():
             if not fits(text):
-                others.append(text)
-                if len(others) > len(counts) // 10:
+                others, rows = others or text, rows + count
+                if rows > len(texts) // 10:
                     return False
         if others:
-            misfits.append(f"not all are {kind}, e.g. {_shortened(others[0])}")
+            misfits.append(f"{rows} of {len(texts)} are not {kind}, e.g. {_shortened(others)}")
         return not others
 
     def inferred(grader: str, reason: str, **closed: tuple[Any, ...]) -> Inferred:
         return Inferred(grader, "; ".join([reason, *misfits]), **closed)
 
-    if all_are("JSON arrays or objects", lambda text: isinstance(_json_or_none(text), dict | list)):
-        if all(isinstance(_json_or_none(text), dict) for text in counts):
+    types: set[type] = set()
+
+    def is_json(text: str) -> bool:
+        types.add(kind := type(_json_or_none(text)))
+        return kind in (dict, list)
+
+    if all_are("JSON arrays or objects", is_json):
+        if types == {dict}:
             return inferred("fields", "all answers are JSON objects")
         return inferred("json", "all answers are JSON arrays or objects")
     if all_are('texts that end in "####" and a number', lambda text: "####" in text and _grades_itself("final", text)):
@@ -700,23 +706,30 @@ def infer_grader(answers: Sequence[str]) -> Inferred:
     for pattern in _DATES:
         if all(_is_date(text, pattern) for text in counts):
             return inferred("exact", f"all answers are dates or times of the form {pattern}")
-    numeric = all(re.search(r"\d", text) and parse_number(text, unit=True) is not None for text in counts)
     short = all(len(text) <= MAX_LABEL_LENGTH and len(text.splitlines()) == 1 for text in counts)
-    few = len(counts) <= (MAX_NUMBER_LABELS if numeric else MAX_LABELS)
+    few = len(counts) <= MAX_LABELS
+    if few and len(counts) > MAX_NUMBER_LABELS:
+        few = any(parse_number(text, unit=True) is None for text in counts)
     binary = any({text.casefold() for text in counts} == pair for pair in _BINARY)
     if short and few and (binary or len(texts) >= ROWS_PER_LABEL * len(counts)):
         groups: dict[str, list[str]] = {}
         for label in sorted(counts):
             groups.setdefault("".join(normalise(label).split()), []).append(label)
         same = tuple(tuple(group) for group in groups.values() if len(group) > 1)
-        reason = f"{len(counts)} distinct answers in {len(texts)} rows: a closed set of labels"
+        reason = f"a closed set of labels: {len(counts)} distinct in {len(texts)} answers"
         return inferred("label", reason, labels=tuple(sorted(counts)), near_duplicates=same)
-    # 02139 is a code: as a number it would equal 2139
-    if all_are("numbers", lambda text: not re.match(r"0\d", text) and _grades_itself("number", text)):
+    if all_are("numbers", _is_quantity):
         return inferred("number", "all answers are numbers")
     if all(len(_WORDS.findall(text)) <= EXACT_WORDS and len(text) <= MAX_LABEL_LENGTH for text in counts):
-        return inferred("exact", f"all answers are short: up to {EXACT_WORDS} words")
-    return inferred("text", f"free text: some answers have more than {EXACT_WORDS} words")
+        return inferred("exact", f"short answers: up to {EXACT_WORDS} words")
+    return inferred("text", f"free text: not all answers are short (up to {EXACT_WORDS} words)")
+
+
+def _is_quantity(text: str) -> bool:
+    if re.fullmatch(r"-?(?:0|[1-9]\d{,17})", text, re.ASCII):
+        return True
+    # 02139 is a code: as a number it would equal 2139
+    return not re.match(r"0\d", text) and _grades_itself("number", text)
 
 
 def _grades_itself(name: str, text: str) -> bool:

@@ -71,7 +71,7 @@ def build_root(root):
     """Change the root to a folder with only the system's libraries and the interpreter, read-only."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=32m,mode=755")
-    for path in (*SYSTEM, *dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)), *DEVICES):
+    for path in dict.fromkeys((*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *DEVICES)):  # a prefix may be /usr
         if not os.path.exists(path) or any(path.startswith(done + "/") for done in SYSTEM):
             continue
         inside = root + path

@@ -620,6 +620,9 @@ def test_an_answer_that_does_not_fit_is_named():
     inferred = infer_grader([*(json.dumps({"a": n}) for n in range(100)), '{"a": 1'])
     assert inferred.grader != "fields"
     assert '{"a": 1' in inferred.reason
+    inferred = infer_grader([*(["She has 3.\n#### 3"] * 30), "She has some.\n#### none"])
+    assert inferred.grader != "final"
+    assert "none" in inferred.reason
 
 
 @pytest.mark.parametrize("answers", [[], ["", " \n"], ["<think>hm</think>"]])

@@ -118,6 +118,15 @@ def test_jail_hides_the_users_files(tmp_path):
     assert kind("open('/usr/x', 'w')") == "failed"
 
 
+@linux
+def test_the_jail_takes_the_systems_python(monkeypatch):
+    system = "/usr/bin/python3"  # its prefix is /usr, one of the folders that every jail has
+    if guards().level != "jail" or not os.path.exists(system):
+        pytest.skip("needs mount namespaces and a Python in /usr/bin")
+    monkeypatch.setattr(sys, "executable", system)
+    assert run_tests("import json, random", "pass") == sandbox.Outcome("passed", value=1.0)
+
+
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     guards()
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
