@@ -41,9 +41,9 @@ REACH = 2.0  # bound of a particle's gain in `ZSpace`, in multiples of the large
 
 @dataclass(frozen=True)
 class Example:
-    """Labelled example: user turn, gold answer, data for the scorer, images and system turn."""
+    """Labelled example: user turn or messages, gold answer, data for the scorer, images and system turn."""
 
-    prompt: str
+    prompt: str | Sequence[Mapping[str, str]]
     gold: str
     extra: Any = None
     images: tuple[Any, ...] = ()
@@ -245,7 +245,7 @@ class FewShotSearch:
         self.examples = [one if isinstance(one, Example) else Example(*one) for one in examples]
         if not self.examples:
             raise ConfigError("a search needs at least one example", remedy="give labelled examples, usually 3 to 10")
-        if not all(one.prompt.strip() and one.gold for one in self.examples):
+        if not all((one.prompt if isinstance(one.prompt, str) else "-").strip() and one.gold for one in self.examples):
             raise ConfigError("every example needs a prompt and a gold answer")
         if method not in SEARCHERS:
             raise UnknownNameError("search method", method, SEARCHERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from sigmix.experts.bank import Bank
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
+    from sigmix.tasks.base import Task
+    from sigmix.tasks.dataset import DataConfig
 
 
 def read_targets(text: str | None) -> list[str] | str | None:
@@ -56,6 +59,42 @@ def read_device_map(text: str | None) -> str | dict[str, str | int] | None:
     if not devices or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in devices):
         raise ConfigError(f"--device-map {text} holds no object of modules and devices", remedy=remedy)
     return places
+
+
+def read_data_options(options: dict[str, Any]) -> DataConfig:
+    """Remove the options of `DataConfig` from ``options`` and return them.
+
+    Raises:
+        ConfigError: some are given without --data.
+    """
+    from sigmix.tasks.dataset import DataConfig
+
+    given = {one: options.pop(one.name) for one in dataclasses.fields(DataConfig) if one.name in options}
+    config = DataConfig(**{one.name: value for one, value in given.items() if value is not None})
+    for one, value in given.items():
+        if config.data is None and value is not None:
+            flag = one.metadata.get("option", f"--{one.name.replace('_', '-')}")
+            raise ConfigError(f"{flag} describes data", remedy="give the data with --data")
+    return config
+
+
+def open_task(
+    task: str | None, options: dict[str, Any], data_dir: Path | None = None, allow_code: bool = False
+) -> Task:
+    """Return the task of --task or --data; removes the options of `DataConfig` from ``options``.
+
+    Raises:
+        ConfigError: none of the two, or both.
+    """
+    from sigmix.tasks.registry import get_task
+
+    config = read_data_options(options)
+    if (task is None) == (config.data is None):
+        raise ConfigError("give one of --task and --data", remedy="sigmix tasks lists the tasks; --data reads a file")
+    if config.data is not None:
+        return get_task(f"data:{config.data}", allow_code=allow_code, **config.task_options())
+    assert task is not None
+    return get_task(task, data_dir=data_dir, allow_code=allow_code)
 
 
 def open_bank(folder: Path | None) -> Bank:

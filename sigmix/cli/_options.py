@@ -62,6 +62,13 @@ TARGETS = typer.Option("all-linear", help="Modules: all-linear, attention, mlp, 
 LAYERS = typer.Option(None, help="half, or comma-separated layer numbers. Default: all.")
 
 
+def data_config() -> type:
+    """Return the class with the options of commands that read a user's data."""
+    from sigmix.tasks.dataset import DataConfig
+
+    return DataConfig
+
+
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """Add `SAMPLING` to the options of a command, which receives them as ``**sampling``."""
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -81,11 +88,11 @@ def _set_parameters(function: Any, parameters: Sequence[inspect.Parameter]) -> N
     function.__annotations__ = {one.name: one.annotation for one in parameters}
 
 
-def generated_command(function: Callable[..., None], source: Callable[[], type]) -> type[TyperCommand]:
-    """Return a command class that adds an option for each field of a class to those of ``function``.
+def generated_command(function: Callable[..., None], *sources: Callable[[], type]) -> type[TyperCommand]:
+    """Return a command class that adds an option for each field of some classes to those of ``function``.
 
-    The options are generated, and ``source`` imports the class, when the command runs or prints its help,
-    so that listing the commands imports nothing. ``function`` takes them as ``**keywords``; None: not given.
+    The options are generated, and ``sources`` import the classes, when the command runs or prints its help, so that
+    listing the commands imports nothing. ``function`` takes them as ``**keywords``; None: not given.
     """
 
     class Generated(TyperCommand):
@@ -93,8 +100,10 @@ def generated_command(function: Callable[..., None], source: Callable[[], type])
         def _command(self) -> Any:
             parameters = inspect.signature(function, eval_str=True).parameters.values()
             own = {one.name: one for one in parameters if one.kind is not one.VAR_KEYWORD}
-            own |= {one.name: one for one in options_from(source()) if one.name not in own}
-            _set_parameters(function, [*own.values()])
+            for source in sources:
+                own |= {one.name: one for one in options_from(source()) if one.name not in own}
+            positional = [one for one in own.values() if one.kind is not one.KEYWORD_ONLY]
+            _set_parameters(function, [*positional, *(one for one in own.values() if one.kind is one.KEYWORD_ONLY)])
             single = typer.Typer(add_completion=False, rich_markup_mode=None)
             single.command()(function)
             return typer.main.get_command(single)

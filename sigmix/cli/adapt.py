@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import Progress, emit, working
-from sigmix.cli._loading import open_bank, open_engine
-from sigmix.cli._options import BANK, BASE, DATA_DIR, JSON
-from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.cli._loading import open_bank, open_engine, open_task
+from sigmix.cli._options import ALLOW_CODE, BANK, BASE, DATA_DIR, JSON, data_config, generated_command
+from sigmix.errors import ConfigError
 
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
@@ -22,15 +21,9 @@ if TYPE_CHECKING:
     Labelled = tuple[list[Example], Callable[[Example, str], float], int]
 
 
-@app.command(epilog="Example: sigmix adapt --examples my.jsonl --out mix.json; sigmix chat --mix mix.json")
 def adapt(
-    examples: Path = typer.Option(None, help='JSONL file with {"prompt": …, "answer": …} per line.'),
-    task: str = typer.Option(None, help="Task that gives --shots training items and their grader."),
-    shots: int = typer.Option(10, min=1, help="Items of --task."),
-    score: str = typer.Option(
-        "exact",
-        help="Grader of --examples: exact, number, final (a reasoned reply's number), math, json, fields or text.",
-    ),
+    task: str = typer.Option(None, help="Task that gives training items and their grader."),
+    shots: int = typer.Option(None, min=1, help="Number of examples. Default: 10 of --task, all rows of --data."),
     out: Path = typer.Option(None, help="JSON file for the mixture; for --granularity z the new expert's folder."),
     expert: list[str] = typer.Option([], help="Expert to mix; may be repeated. Default: all of the bank."),
     method: str = typer.Option("cem", help="Search method: cem, cma-es or swarm."),
@@ -43,7 +36,7 @@ def adapt(
     iterations: int = typer.Option(None, help="Maximum rounds."),
     patience: int = typer.Option(None, help="Rounds without improvement before the search stops."),
     max_new_tokens: int = typer.Option(
-        None, min=1, help="Maximum tokens of a reply. Default: the task's; with --examples 16, or the longest answer's."
+        None, min=1, help="Maximum tokens of a reply. Default: the task's; with --data the longest answer's."
     ),
     seed: int = typer.Option(0, help="Random seed of the search and of the items."),
     fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the probe on the experts' training prompts."),
@@ -51,7 +44,8 @@ def adapt(
     fit_truncation: bool = typer.Option(False, "--fit-truncation", help="Fit the truncated form."),
     error_budget: float = typer.Option(0.1, help="Maximum relative error of the truncated form."),
     prompts: int = typer.Option(96, min=1, help="Training prompts, with --fit-truncation."),
-    data_dir: Path = DATA_DIR, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
+    data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, base: str = BASE, bank: Path = BANK,
+    as_json: bool = JSON, **options: Any,
 ) -> None:  # fmt: skip
     """Search a mixture on labelled examples, or fit the bank's probe or its truncated form."""
     from sigmix.adapt import FewShotSearch
@@ -59,15 +53,12 @@ def adapt(
     from sigmix.evals.accuracy import provenance
     from sigmix.experts.metadata import check_name
     from sigmix.experts.mix import answer_note
-    from sigmix.tasks.registry import get_task
     from sigmix.utils.io import check_new, check_writable, write_json
 
-    if fit_probe + fit_truncation + bool(examples or task) != 1:
+    if fit_probe + fit_truncation + bool(options["data"] or task) != 1:
         raise ConfigError(
-            "give one of --examples, --task, --fit-probe and --fit-truncation", remedy="see sigmix adapt --help"
+            "give one of --data, --task, --fit-probe and --fit-truncation", remedy="see sigmix adapt --help"
         )
-    if examples and task:
-        raise ConfigError("--examples and --task exclude each other")
     if fit_probe:
         emit(*_fit_probe(base, bank, out, per_label, seed, data_dir, as_json))
         return
@@ -82,13 +73,11 @@ def adapt(
         raise ConfigError("--out must be a .json file for the mixture", remedy="for example --out mix.json")
     check_new(out)
     check_writable(out)
-    if task:
-        labelled, grade, longest = task_examples(get_task(task, data_dir=data_dir), shots, seed)
-    else:
-        labelled, grade, longest = _file_examples(examples, score)
+    loaded = open_task(task, options, data_dir, allow_code)
+    labelled, grade, longest = task_examples(loaded, shots, seed)
     engine = open_engine(base, open_bank(bank))
-    if max_new_tokens is None and examples:  # a reply as long as the longest answer, and its end token
-        longest = max(longest, *(len(engine.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled))
+    if task is None:  # a reply as long as the longest answer, and its end token
+        longest = max(len(engine.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled)
     with Progress("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as progress:
         search = FewShotSearch(
             engine, labelled, grade, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
@@ -142,28 +131,26 @@ def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: di
     return f"a new expert between {names}"
 
 
-def _file_examples(path: Path, score: str) -> Labelled:
+app.command(
+    "adapt", cls=generated_command(adapt, data_config), help=adapt.__doc__,
+    epilog="Example: sigmix adapt --data my.jsonl --out mix.json; sigmix chat --mix mix.json",
+)(lambda: None)  # fmt: skip
+
+
+def task_examples(task: Task, shots: int | None, seed: int) -> Labelled:
+    """Return labelled examples, their scorer, and the tokens of a reply.
+
+    Args:
+        shots: items of the training split. Default: 10, or all rows of a user's data.
+    """
     from sigmix.adapt import Example
-    from sigmix.tasks.data import local_rows
-    from sigmix.tasks.graders import GRADERS
+    from sigmix.tasks.dataset import DataTask
 
-    if score not in GRADERS:
-        raise UnknownNameError("grader", score, GRADERS)
-    examples = []
-    for row in local_rows(path):
-        prompt, answer = row.get("prompt", "question", kind=str), row.get("answer", "gold")
-        gold = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-        row.check_gold(gold, lambda reply: GRADERS[score](reply, gold))  # noqa: B023 (called at once)
-        examples.append(Example(prompt, gold))
-    return examples, lambda example, reply: GRADERS[score](reply, example.gold).value or 0.0, 16
-
-
-def task_examples(task: Task, shots: int, seed: int) -> Labelled:
-    """Return labelled examples from a task's training split, their scorer, and the tokens of a reply."""
-    from sigmix.adapt import Example
-
-    samples = task.samples("train", shots, seed=seed)
-    examples = [Example(one.prompt, one.gold, one, one.images, one.system) for one in samples]
+    if isinstance(task, DataTask) and shots is None:
+        samples = [task.sample(entry) for entry in task.entries]
+    else:
+        samples = task.samples("train", shots or 10, seed=seed)
+    examples = [Example(one.turns, one.gold, one, one.images, one.system) for one in samples]
     return examples, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
 
 

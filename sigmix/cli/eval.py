@@ -12,14 +12,14 @@ import typer
 from sigmix.cli import _options as shared
 from sigmix.cli import app
 from sigmix.cli._console import Progress, accuracy, check_output, emit, note, paired, table, working
-from sigmix.cli._loading import open_bank, open_engine, open_mixes
+from sigmix.cli._loading import open_bank, open_engine, open_mixes, open_task
+from sigmix.cli._options import generated_command
 from sigmix.errors import ConfigError, SigmixError, TaskError, UnknownNameError
 
 if TYPE_CHECKING:
     from sigmix.tasks.base import Task
 
 
-@app.command("eval", epilog="Example: sigmix eval --task addition --expert addition --n 300")
 def evaluate(
     task: str = typer.Option(None, help="Task: a name that sigmix tasks lists, rg:NAME, or file.py:NAME."),
     mix: list[str] = typer.Option([], help=f"Mixture: {shared.MIXTURE}; may be repeated."),
@@ -41,13 +41,11 @@ def evaluate(
     data_dir: Path = shared.DATA_DIR, allow_code: bool = shared.ALLOW_CODE, base: str = shared.BASE,
     quantization: str = shared.QUANTIZATION, basis: str = shared.BASIS, device_map: str = shared.DEVICE_MAP,
     decode_weights: str = shared.DECODE_WEIGHTS, compile: bool = shared.COMPILE, bank: Path = shared.BANK,
-    as_json: bool = shared.JSON,
+    as_json: bool = shared.JSON, **data: Any,
 ) -> None:  # fmt: skip
     """Measure accuracy of the base model, mixtures or strategies on the same items, with intervals and paired tests."""
-    from sigmix.tasks.registry import get_task
-
-    if dispatch == (task is not None):
-        raise ConfigError("give --task, or --dispatch", remedy="sigmix tasks lists the tasks")
+    if dispatch and (task is not None or data.get("data") is not None):
+        raise ConfigError("--dispatch cannot be combined with --task or --data")
     if (dispatch or strategy) and (mix or expert):
         raise ConfigError("--mix and --expert cannot be combined with --strategy or --dispatch")
     unused = {
@@ -59,7 +57,7 @@ def evaluate(
     if dispatch:
         _dispatch(strategy or ["A", "D"], n, seed, split, out, base, bank, data_dir, as_json)
         return
-    loaded = get_task(task, data_dir=data_dir, allow_code=allow_code)
+    loaded = open_task(task, data, data_dir, allow_code)
     if strategy:
         _strategies(loaded, strategy, shots, n, split, seed, max_new_tokens, batch, out, base, bank, as_json)
         return
@@ -95,6 +93,12 @@ def evaluate(
     lines = ["best constant answer: " + best.format(**figures["best_constant"])]
     lines += [f"note: {line}" for line in figures["notes"]]
     typer.echo("\n".join(lines + ([f"items and summary: {out}"] if out is not None else [])))
+
+
+app.command(
+    "eval", cls=generated_command(evaluate, shared.data_config), help=evaluate.__doc__,
+    epilog="Example: sigmix eval --task addition --expert addition --n 300",
+)(lambda: None)  # fmt: skip
 
 
 def _known(letters: list[str], names: Collection[str]) -> None:

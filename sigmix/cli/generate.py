@@ -12,14 +12,14 @@ import typer
 from sigmix.cli import _options as shared
 from sigmix.cli import app
 from sigmix.cli._console import emit, note, working
-from sigmix.cli._loading import open_engine, open_mixes
+from sigmix.cli._loading import open_engine, open_mixes, read_data_options
+from sigmix.cli._options import generated_command
 from sigmix.errors import ConfigError, DataError
 from sigmix.utils.io import read_text
 
 EXAMPLE = 'for example: sigmix generate "What is 17 + 25?"'
 
 
-@app.command(epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3')
 @shared.with_sampling
 def generate(
     prompt: list[str] = typer.Argument(None, help="Prompts. Default: stdin, as one prompt."),
@@ -42,10 +42,20 @@ def generate(
     base: str = shared.BASE, quantization: str = shared.QUANTIZATION, basis: str = shared.BASIS,
     device_map: str = shared.DEVICE_MAP, decode_weights: str = shared.DECODE_WEIGHTS, compile: bool = shared.COMPILE,
     bank: Path = shared.BANK, as_json: bool = shared.JSON,
-    **sampling: Any,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Answer prompts with the base model, a mixture of experts, or a mixture chosen per request (--mix auto)."""
-    prompts = _prompts(prompt or [], file)
+    data = read_data_options(options)
+    inputs: list[Any]
+    if data.data is not None:
+        if prompt or file is not None:
+            raise ConfigError("--data and other prompts exclude each other", remedy="give one of them")
+        with working("reading the data"):
+            rows = [row for _, row in data.task(allow_code=False).conversations(answers=False)]
+        prompts, inputs = [row.prompt for row in rows], [(row.turns, row.system or system) for row in rows]
+    else:
+        prompts = _prompts(prompt or [], file)
+        inputs = [(text, system) for text in prompts]
     for option, values in (("--mix", mix), ("--image", image)):
         if len(values) not in (0, 1, len(prompts)):
             problem = f"{len(values)} {option} for {len(prompts)} prompts"
@@ -74,14 +84,17 @@ def generate(
         engine.truncation = bank_truncation(engine)
         note(engine.truncation.describe())
     chat_template = False if raw else None
-    rows = [engine.encode(text, system, chat_template, own) for text, own in zip(prompts, images, strict=True)]
+    encoded = [
+        engine.encode(turns, own_system, chat_template, own)
+        for (turns, own_system), own in zip(inputs, images, strict=True)
+    ]
     parsed = iter(explicit)
     with working("generating"):
         answers = TwoPass(engine, strategy).generate(
-            prompts, ["auto" if text == "auto" else next(parsed) for text in texts], inputs=rows,
-            max_new_tokens=max_new_tokens, do_sample=sampling["temperature"] > 0, structured_output=output,
-            seeds=[seed + number for number in range(len(rows))], stop_strings=[text for text in stop if text],
-            form=form, keep_errors=True, **sampling,
+            prompts, ["auto" if text == "auto" else next(parsed) for text in texts], inputs=encoded,
+            max_new_tokens=max_new_tokens, do_sample=options["temperature"] > 0, structured_output=output,
+            seeds=[seed + number for number in range(len(encoded))], stop_strings=[text for text in stop if text],
+            form=form, keep_errors=True, **options,
         )  # fmt: skip
     figures: list[dict[str, Any]] = []
     for text, source, answer in zip(prompts, texts, answers, strict=True):
@@ -100,6 +113,12 @@ def generate(
         emit({"base": base, "answers": figures}, as_json, "\n\n".join(shown) if len(shown) > 1 else figures[0]["text"])
     if failures:
         raise failures[0]
+
+
+app.command(
+    "generate", cls=generated_command(generate, shared.data_config), help=generate.__doc__,
+    epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3',
+)(lambda: None)  # fmt: skip
 
 
 def _prompts(prompts: list[str], file: Path | None) -> list[str]:

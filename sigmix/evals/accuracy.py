@@ -142,7 +142,7 @@ def answer_samples(
 
 def encode_samples(engine: InferenceEngine, samples: Sequence[Sample]) -> list[list[int]]:
     """Return token ids of samples, with their system prompts and images."""
-    return [engine.encode(sample.prompt, sample.system, images=sample.images) for sample in samples]
+    return [engine.encode(sample.turns, sample.system, images=sample.images) for sample in samples]
 
 
 def compare(ours: Result, theirs: Result, seed: int = 0) -> dict[str, Any]:
@@ -206,6 +206,7 @@ def run(
     Raises:
         ContextError: item longer than the context. Others: see `Engine.z` and `Task.samples`.
     """
+    task.prepare(engine.tokenizer, engine.encode, engine.context_length)
     samples = task.samples(split, n, seed=seed)
     limit = max_new_tokens or task.max_new_tokens
     rows = encode_samples(engine, samples)

@@ -47,6 +47,7 @@ def run_strategies(
         ``chosen`` ({mix id: items}), ``pass1_seconds``, ``pass1_tokens``, ``pass2_seconds`` and ``paired`` with the
         base model. And {name: `Result`}.
     """
+    task.prepare(engine.tokenizer, engine.encode, engine.context_length)
     samples = task.samples(split, n, seed=seed)
     limit = max_new_tokens or task.max_new_tokens
     experts = skills(engine.bank) if each_expert else []

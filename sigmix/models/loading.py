@@ -28,7 +28,7 @@ from sigmix.utils.safetensors import INDEX, SINGLE, Shards, weight_files
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -104,6 +104,20 @@ def load_base(
         dtype_name = str(torch_dtype).removeprefix("torch.")
         model.sigmix_base |= {"quantization": quantization, "dtype": dtype_name}
     return model, tokenizer
+
+
+def read_tokenizer(name: str | os.PathLike[str] = DEFAULT) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """Return a base's tokenizer and configuration without its weights.
+
+    Raises:
+        BaseModelError, CacheError, OutputError: see `load_base`.
+    """
+    from transformers import AutoConfig
+
+    label, folder, _ = locate(name)
+    config = _check_folder(folder, label)
+    with reraised(BaseModelError, f"the configuration of {label} cannot be read", AGAIN), quiet():
+        return _load_tokenizer(folder, label, config), AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = None) -> tuple[str, Path, str]:

@@ -11,7 +11,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -19,18 +19,25 @@ from sigmix.errors import ConfigError, DataError
 from sigmix.utils.images import Picture
 
 Split = Literal["train", "validation", "test"]
+Encode = Callable[[Any, str | None], list[int]]
 SPLITS: tuple[Split, ...] = get_args(Split)
 GARBAGE = ("", "  \n", "?!", "qx zzv kjw", "I don't know.", "\x00\ufffd{[(")  # replies that score 0 in every task
 
 
-def content_id(prompt: str, system: str | None = None, images: Sequence[Picture] = ()) -> str:
-    """Return the first 16 hex digits of the SHA-256 of system, prompt (white space collapsed) and image digests."""
-    text = " ".join((system or "").split()) + "\x1f" + " ".join(prompt.split())
+def content_id(
+    prompt: str,
+    system: str | None = None,
+    images: Sequence[Picture] = (),
+    history: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the turns (white space collapsed) and image digests."""
+    turns = [system or "", *(f"{turn['role']}: {turn['content']}" for turn in history), prompt]
+    text = "\x1f".join(" ".join(turn.split()) for turn in turns)
     text += "".join(f"\x1f{image.digest}" for image in images)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def hash_split(key: str, shares: tuple[float, float, float]) -> str:
+def hash_split(key: str, shares: tuple[float, float, float]) -> Split:
     """Return the split of ``key``, by its hash alone: the same for every seed, count and machine.
 
     Args:
@@ -46,12 +53,13 @@ class Sample:
     """A question with its gold reply. Treat ``meta`` as frozen too.
 
     Attributes:
-        id: `content_id` of prompt, system and images.
-        prompt: the user's turn.
+        id: `content_id` of the turns and images.
+        prompt: the user's turn; the last one, if there are several.
         gold: a reply that scores `Task.gold_value`.
         system: the system turn, if there is one.
         meta: data for the grader (choices, tests, …); never shown to the model.
         images: shown before the prompt, in the user's turn; need a vision-language model.
+        history: earlier messages {"role", "content"} of user and assistant.
     """
 
     id: str
@@ -60,6 +68,12 @@ class Sample:
     system: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
     images: tuple[Picture, ...] = ()
+    history: tuple[Mapping[str, str], ...] = field(default=(), hash=False)
+
+    @property
+    def turns(self) -> str | list[Mapping[str, str]]:
+        """The prompt, or all messages but the system's, as `sigmix.engine.tokenization.encode` takes them."""
+        return [*self.history, {"role": "user", "content": self.prompt}] if self.history else self.prompt
 
     @classmethod
     def make(
@@ -161,6 +175,19 @@ class Task(ABC):
         """Return the splits of this task; a benchmark may lack some."""
         return SPLITS
 
+    @property
+    def reference(self) -> str:
+        """Name for cards that others read."""
+        return self.name
+
+    def prepare(self, tokenizer: Any, encode: Encode, context: int | None) -> None:  # noqa: B027 (optional)
+        """Adapt to a base model before samples are drawn; does nothing by default.
+
+        Args:
+            tokenizer: of transformers. encode: token ids of a prompt or messages, and a system turn. context: length in
+                tokens; None if it is unlimited.
+        """
+
     def validate(self, split: Split = "train", n: int = 50) -> ValidationReport:
         """Check the grader on up to ``n`` samples of ``split``, and that the splits are disjoint.
 
@@ -197,7 +224,7 @@ class Task(ABC):
         for split in self.splits():
             ids: set[str] = set()
             for sample in self._for_disjointness(split, n):
-                fresh = content_id(sample.prompt, sample.system, sample.images)
+                fresh = content_id(sample.prompt, sample.system, sample.images, sample.history)
                 if fresh != sample.id:
                     problems.append(f"id {sample.id} is not the hash of its content, {fresh}")
                 ids.add(fresh)

@@ -1,20 +1,23 @@
-"""Rows of a data set from a JSONL file or the Hugging Face hub; errors name file and line."""
+"""Rows of data files (JSONL, JSON, CSV, TSV, Parquet) and of the Hugging Face hub; errors name file and line."""
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from sigmix.errors import DataError, reraised
+from sigmix.errors import DataError, SigmixError, reraised
 from sigmix.tasks.base import Score
 from sigmix.utils.images import Picture
-from sigmix.utils.io import read_text
+from sigmix.utils.io import open_text
 from sigmix.utils.optional import optional
 
 
@@ -51,27 +54,137 @@ class Row:
         return DataError(f"{self.where}: {why}")
 
 
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".npy", ".bin")
+MAX_ARRAY = 256 << 20  # bytes of a JSON array, which is read as a whole
+FIELD = 16 << 20  # maximum characters of a CSV field
+
+
 def local_rows(path: Path) -> list[Row]:
-    """Read all rows of a JSONL file (see `read_text`); blank lines are skipped.
+    """Return all rows of a file, see `read_rows`."""
+    return list(read_rows(path))
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSONL, JSON (an array of objects), CSV, TSV or Parquet file, in UTF-8.
+
+    The fields of CSV files are strings, exactly as written: a library that guesses types would turn the label 007 into
+    7 and NA into nothing, and `datasets` turns the dates of JSON files into timestamps. Commas, semicolons, tabs and
+    bars separate CSV fields, by the header.
 
     Raises:
-        DataError: the file cannot be read, a line is not a JSON object, or there are no rows.
+        DataError: the file cannot be read, a row is invalid (names file and line), or there are no rows.
     """
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        with reraised(DataError, f"{where}: not JSON", "write one JSON object a line", (ValueError, RecursionError)):
-            data = json.loads(line)
-        if not isinstance(data, dict):
-            raise DataError(
-                f"{where}: expected a JSON object, not a {type(data).__name__}", remedy="write one JSON object a line"
-            )
-        rows.append(Row(data, where))
-    if not rows:
+    kind = path.suffix.lower()
+    if kind in PICKLES:
+        raise DataError(
+            f"{path}: {kind} files can run code when they are read, and are refused", remedy="save it as JSONL or CSV"
+        )
+    if path.exists() and kind not in FORMATS:
+        raise DataError(f"{path}: unknown format {kind!r}, not one of {', '.join(FORMATS)}", remedy="convert it to CSV")
+    rows = _parquet(path) if kind == ".parquet" else _csv(path) if kind in (".csv", ".tsv") else _json(path)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
         raise DataError(f"{path} has no rows")
-    return rows
+
+
+ONE_OBJECT = "write one JSON object a line, or one array of objects"
+
+
+def _json(path: Path) -> Iterator[Row]:
+    with open_text(path) as file:
+        first = True
+        for number, line in enumerate(file, 1):  # ends at \n, \r and \r\n: other separators may be within strings
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            if first and line.lstrip().startswith("["):
+                yield from _array(path, "\n" * (number - 1) + line, file)
+                return
+            first = False
+            with reraised(DataError, f"{where}: not JSON", ONE_OBJECT, (ValueError, RecursionError)):
+                data = json.loads(line)
+            yield Row(_object(data, where), where)
+
+
+def _array(path: Path, start: str, file: IO[str]) -> Iterator[Row]:
+    text = start + file.read(MAX_ARRAY)
+    if file.read(1):
+        raise DataError(f"{path}: an array of more than {MAX_ARRAY >> 20} MB", remedy="write one JSON object a line")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}", remedy=ONE_OBJECT) from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply", remedy=ONE_OBJECT) from error
+    if not isinstance(values, list):
+        raise DataError(f"{path}: expected an array, not a {type(values).__name__}", remedy=ONE_OBJECT)
+    for number, value in enumerate(values, 1):
+        where = f"{path}: element {number}"
+        yield Row(_object(value, where), where)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, not a {type(value).__name__}", remedy=ONE_OBJECT)
+    return value
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with open_text(path) as file:
+        head = list(itertools.islice(file, 20))
+    if not head:
+        return
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(head)
+    csv.field_size_limit(FIELD)
+    with open_text(path) as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        columns: list[str] | None = None
+        started = 1
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                where = f"{path}:{started}"
+                raise DataError(f"{where}: not CSV: {error}", remedy='write " as "" within quoted fields') from error
+            where, started = f"{path}:{started}", reader.line_num + 1
+            if fields is None:
+                return
+            if not any(field.strip() for field in fields):
+                continue
+            if columns is None:
+                columns = [name.strip() for name in fields]
+                if repeated := sorted(name for name, count in Counter(columns).items() if count > 1):
+                    raise DataError(f"{where}: two columns are named {repeated[0]!r}", remedy="rename one of them")
+                continue
+            if len(fields) != len(columns):
+                raise DataError(
+                    f"{where}: {len(fields)} fields, expected {len(columns)} ({', '.join(columns)})",
+                    remedy=f"quote fields that contain {delimiter!r}",
+                )
+            yield Row(dict(zip(columns, fields, strict=True)), where)
+
+
+def _delimiter(head: Sequence[str]) -> str:
+    """Return the delimiter that divides the header into most fields; a comma if there is none."""
+    return max(",;\t|", key=lambda delimiter: len(next(csv.reader(head, delimiter=delimiter), [])))
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise DataError(f"cannot read {path}: No such file or directory")
+    datasets = optional("datasets", "'sigmix[tasks]', or convert it to CSV", f"reading {path}", DataError)
+    try:
+        table = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        for number, data in enumerate(table, 1):
+            yield Row(dict(data), f"{path} row {number}")
+    except SigmixError:
+        raise
+    except Exception as error:  # pyarrow's errors, and those of its reader
+        raise DataError(f"{path} cannot be read as Parquet: {error}", remedy="write it again, or as CSV") from error
 
 
 def hub_rows(
@@ -104,6 +217,31 @@ def hub_rows(
     if not rows:
         raise DataError(f"{hub_id} ({split}) has no rows", remedy=remedy)
     return rows
+
+
+def hub_tables(name: str) -> Iterator[tuple[Any, Iterator[Row]]]:
+    """Yield (split, rows) of a data set "user/set" or "user/set:config" on the hub; numbers of labels become names.
+
+    Raises:
+        DataError: no `datasets` library, no network, or no such data set.
+    """
+    remedy = "check the name, or download the files and give their folder"
+    datasets = optional("datasets", "'sigmix[tasks]'", f"{name}, which is on the hub,", DataError)
+    hub_id, _, config = name.partition(":")
+    with reraised(DataError, f"cannot load {name} from the Hugging Face hub", remedy):
+        tables = datasets.load_dataset(hub_id, config or None, streaming=True)
+    for split, table in tables.items():
+        labels = {
+            column: feature.names for column, feature in (table.features or {}).items() if hasattr(feature, "names")
+        }
+        yield split, _hub_rows(table, f"{name}/{split} row", labels)
+
+
+def _hub_rows(table: Any, where: str, labels: Mapping[str, Sequence[str]]) -> Iterator[Row]:
+    for number, data in enumerate(table):
+        names = {column: own[data[column]] for column, own in labels.items() if isinstance(data.get(column), int)
+                 and 0 <= data[column] < len(own)}  # fmt: skip
+        yield Row({**data, **names}, f"{where} {number}")
 
 
 class _ImageColumn:

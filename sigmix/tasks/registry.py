@@ -141,6 +141,10 @@ def _factory(name: str) -> tuple[Factory, dict[str, Any]]:
     """Return the factory of a task and the arguments that the name fixes."""
     if match := _FILE.fullmatch(name):
         return _from_file(Path(match["path"]), match["name"]), {}
+    if name.startswith("data:"):
+        from sigmix.tasks.dataset import DataTask
+
+        return DataTask, {"source": name.removeprefix("data:")}
     if name.startswith("rg:"):
         from sigmix.tasks import procedural
 

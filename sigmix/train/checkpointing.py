@@ -58,13 +58,13 @@ class RunDir:
         """
         stored = self.path / "config.json"
         if not resume:
-            if stored.exists():
+            if self.exists:
                 raise OutputError(f"{self.path} already contains a run", remedy="add --resume, or pass another --run")
             write_json(stored, config.to_dict())
             return None
-        if not stored.exists():
+        if not self.exists:
             raise ConfigError(f"--resume: {self.path} contains no run", remedy="start without --resume")
-        if differing := config.difference(read_json(stored, ConfigError, NEW_RUN)):
+        if differing := config.difference(self.config()):
             raise ConfigError(
                 f"--resume with another configuration: {', '.join(differing)} differ from {stored}",
                 remedy="pass the same options, or start a new run in another --run",
@@ -75,6 +75,19 @@ class RunDir:
             self.metrics.unlink(missing_ok=True)
             return None
         return read_json(self.checkpoint / "state.json", ConfigError, NEW_RUN)
+
+    @property
+    def exists(self) -> bool:
+        """True if the folder contains a run."""
+        return (self.path / "config.json").exists()
+
+    def config(self) -> dict[str, Any]:
+        """Return the stored configuration.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        return read_json(self.path / "config.json", ConfigError, NEW_RUN)
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace the checkpoint atomically."""

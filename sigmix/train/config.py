@@ -153,6 +153,13 @@ def _check(name: str, value: Any, limits: Any) -> None:
         raise ConfigError(f"{name} must be below {limits['lt']}, not {value}")
 
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "reinforce": {},
+    # the rate with the best validation accuracy of a sweep (reproduction/tables/positions.md, on other data)
+    "sft": {"num_generations": 1, "beta": 0.0, "learning_rate": 6e-3},
+}
+"""Defaults of the objectives, where the preset has none."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {},  # for two CPU cores; chosen by validation accuracy
     # Table 6 and appendix A.1 of the paper, where beta is one of 0, 0.1, 0.2, 0.3 by validation
@@ -172,7 +179,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str = "laptop", **options: Any) -> TrainConfig:
-    """Return the configuration of a preset with some options replaced; an option of None keeps the preset's value.
+    """Return the configuration of a preset with some options replaced; an option of None keeps the default.
+
+    Defaults are the preset's, then the objective's (`OBJECTIVES`), then those of the fields.
 
     Raises:
         UnknownNameError: no such preset or option. ConfigError: a value is invalid.
@@ -183,4 +192,5 @@ def make_config(preset: str = "laptop", **options: Any) -> TrainConfig:
     names = {option.name for option in dataclasses.fields(TrainConfig)}
     for name in options.keys() - names:
         raise UnknownNameError("training option", name, names)
-    return TrainConfig(**{**PRESETS[preset], "preset": preset, **options})
+    objective = options.get("objective", "reinforce")
+    return TrainConfig(**{**OBJECTIVES.get(objective, {}), **PRESETS[preset], "preset": preset, **options})

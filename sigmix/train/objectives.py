@@ -189,15 +189,7 @@ class Learner:
         Each process generates and back-propagates its share of the prompts. Advantages, loss normalization, metrics and
         the update are those of the whole batch in every process.
         """
-        processes, collective = self.processes, self.policy.sharded
-        read: list[Prefilled] = []
-        rollouts = Rollouts.joined(processes.gather(lambda: self.rollouts(number, samples, read), collective))
-        self.optimizer.zero_grad(set_to_none=True)
-        totals: defaultdict[str, float] = defaultdict(float)
-        for sums in processes.gather(lambda: self._backward(number, rollouts, read), collective):
-            for name, value in sums.items():
-                totals[name] += value
-        processes.sum_gradients(list(self.parameters.values()))
+        rollouts, totals = self.gradients(number, samples)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
         rate = learning_rate(self.config, number)
         metrics = self._metrics(rollouts, totals, norm, rate)
@@ -207,6 +199,19 @@ class Learner:
             self.optimizer.step()
             self.policy.after_step()
         return metrics
+
+    def gradients(self, number: int, samples: Sequence[Sample]) -> tuple[Rollouts, Mapping[str, float]]:
+        """Set the gradients of step ``number``; return the rollouts and the sums of `_backward`, of all processes."""
+        processes, collective = self.processes, self.policy.sharded
+        read: list[Prefilled] = []
+        rollouts = Rollouts.joined(processes.gather(lambda: self.rollouts(number, samples, read), collective))
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: defaultdict[str, float] = defaultdict(float)
+        for sums in processes.gather(lambda: self._backward(number, rollouts, read), collective):
+            for name, value in sums.items():
+                totals[name] += value
+        processes.sum_gradients(list(self.parameters.values()))
+        return rollouts, totals
 
     def rollouts(self, number: int, samples: Sequence[Sample], read: list[Prefilled] | None = None) -> Rollouts:
         """Return the rollouts of this process's share. A row's random seed is that of its place in the whole batch.

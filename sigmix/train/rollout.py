@@ -115,7 +115,7 @@ class Actor:
     def encode(self, sample: Sample) -> list[int]:
         """Return the prompt's token ids, cached by sample id."""
         if sample.id not in self._encoded:
-            self._encoded[sample.id] = encode(self.tokenizer, sample.prompt, sample.system, images=sample.images)
+            self._encoded[sample.id] = encode(self.tokenizer, sample.turns, sample.system, images=sample.images)
         return self._encoded[sample.id]
 
     def prompts(self, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:

@@ -23,6 +23,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sigmix.engine.cpu.kernels import contiguous_head
+from sigmix.engine.prefix_cache import completion_logits
+from sigmix.engine.tokenization import context_length, encode, reply_ids
 from sigmix.errors import ConfigError, DivergedError
 from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, in_part, rank
 from sigmix.evals.plots import figure, save_png
@@ -34,12 +36,15 @@ from sigmix.tasks.base import Sample, Task
 from sigmix.train.checkpointing import RunDir, optimizer_tensors, restore_optimizer
 from sigmix.train.config import TrainConfig
 from sigmix.train.distributed import Processes, ProcessLostError, build_policy, check_text
-from sigmix.train.objectives import Learner
+from sigmix.train.objectives import Learner, token_stats
 from sigmix.train.policy import Policy, SVFPolicy
-from sigmix.train.rollout import Actor, PromptStream
+from sigmix.train.rollout import Actor, PromptStream, Rollouts
 
 Checkpoint: TypeAlias = tuple[dict[str, Any], dict[str, torch.Tensor]]
 SAVE_SECONDS = 60.0  # a checkpoint is written at every validation, and after a step if the last one is older than this
+MIN_STEPS = 40  # of a run with a small training set
+VALIDATIONS = 8  # of a run with a time budget
+VALIDATION_PART = 32  # items on which the duration of a validation is measured
 COLLAPSE_STEPS = 5  # steps in a row with nearly constant completions after which the run is stopped as collapsed
 
 
@@ -55,7 +60,8 @@ class Trainer:
         shard: shard the base over the processes (FSDP2).
 
     Attributes:
-        best: accuracy and step of the best validation. seconds: training time.
+        best: accuracy and step of the best validation. seconds: training time. tested: results of `test`, by "base"
+            and "expert".
 
     Raises:
         ConfigError: the model's dtype is not the configured one, a step's prompts cannot be divided among the
@@ -82,6 +88,7 @@ class Trainer:
         # recorded because the result depends on it and the default on the machine
         config = dataclasses.replace(config, dtype=dtype)
         self.task, self.config, self.run, self.name, self.on_log = task, config, RunDir(output_dir), name, on_log
+        task.prepare(tokenizer, functools.partial(encode, tokenizer), context_length(model))
         self.max_new_tokens = config.max_new_tokens or task.max_new_tokens
         prompts = config.generation_batch_size // config.num_generations
         train = task.samples("train", config.max_train_samples or prompts * config.max_steps, seed=config.seed)
@@ -98,6 +105,7 @@ class Trainer:
         self.learner = self.make_learner()
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
+        self.tested: dict[str, Result] = {}
         self._bad_validations = self._constant_steps = 0
 
     def make_policy(self, model: PreTrainedModel, shard: bool) -> Policy:
@@ -107,6 +115,32 @@ class Trainer:
     def make_learner(self) -> Learner:
         """Return the learner; overridden by variants of the method."""
         return Learner(self.policy, self.actor, self.config, self.max_new_tokens, self.processes)
+
+    def set_budget(self, seconds: float, epochs: float, resume: bool = False) -> None:
+        """Derive the number of steps from the training set and a time budget.
+
+        Args:
+            seconds: of steps and validations, the durations of which are measured here. epochs: maximum passes over the
+                training prompts. resume: keep the number of steps of a run that began before.
+        """
+        if resume and self.run.exists:
+            stored = self.run.config()
+            self._set_steps(stored["max_steps"], stored["eval_steps"])
+            return
+        steps = max(MIN_STEPS, math.ceil(epochs * len(self.stream.samples) / self.stream.per_step))
+        started = time.perf_counter()
+        self.learner.gradients(0, self.stream.step(0))
+        step = time.perf_counter() - started
+        part = self.validation[:VALIDATION_PART]
+        started = time.perf_counter()
+        self.evaluate(part)
+        validation = (time.perf_counter() - started) * len(self.validation) / len(part)
+        fitting = max(int((seconds - (VALIDATIONS + 1) * validation) / step), 1)
+        steps = self.processes.from_main(lambda: min(steps, fitting))
+        self._set_steps(steps, math.ceil(steps / VALIDATIONS))
+
+    def _set_steps(self, steps: int, eval_steps: int) -> None:
+        self.config = self.learner.config = dataclasses.replace(self.config, max_steps=steps, eval_steps=eval_steps)
 
     # ------------------------------------------------------------------ loop
 
@@ -234,6 +268,35 @@ class Trainer:
         parts = self.processes.gather(work, self.policy.sharded)
         return Result(self.task.name, [item for part in parts for item in part.items])
 
+    def test_samples(self, n: int) -> list[Sample]:
+        """Return the first ``n`` held-out items, or all."""
+        return self.task.samples("test", n, seed=0)
+
+    def label_probabilities(
+        self, samples: Sequence[Sample], labels: Sequence[str], z: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return float32 [N, L]: softmax over the log-likelihoods of the labels as whole replies.
+
+        Args:
+            z: see `evaluate`.
+        """
+        actor, rows = self.actor, []
+        replies = [reply_ids(actor.tokenizer, label, actor.ends) for label in labels]
+        step = max(self.config.per_device_train_batch_size // len(labels), 1)
+        for start in range(0, len(samples), step):
+            part = samples[start : start + step]
+            prompts = actor.prompts(part, max(map(len, replies)))
+            rollouts = Rollouts(prompts, replies * len(part), [], torch.zeros(0), [])
+            ids, mask = rollouts.padded(slice(None), actor.pad_id)
+            device = self.policy.model.get_input_embeddings().weight.device
+            ids, mask = ids.to(device), mask.to(device)
+            with torch.no_grad(), self.policy.acting(z):
+                logits = completion_logits(
+                    self.policy.model, prompts, ids, mask, actor.pad_id, True, self.policy.prompt_only
+                )
+                rows.append(token_stats(logits, None, ids, mask).logprob.view(len(part), -1).float().cpu())
+        return torch.cat(rows).softmax(-1)
+
     def test(self, expert: Expert, n: int) -> tuple[Expert, dict[str, Any]]:
         """Measure base and expert on ``n`` held-out test items (fewer if the task has fewer).
 
@@ -241,7 +304,7 @@ class Trainer:
             The expert with the figures in its metrics, and {"test", "base", "paired", "best_constant"}. The items are
             written to the run's folder as test-base.jsonl and test-expert.jsonl.
         """
-        samples = self.task.samples("test", n, seed=0)
+        samples = self.test_samples(n)
         before = self.evaluate(samples, {path: torch.ones_like(z) for path, z in expert.z.items()})
         after = self.evaluate(samples, expert.z)
 
@@ -250,6 +313,7 @@ class Trainer:
             after.save(self.run.path / "test-expert.jsonl")
 
         self.processes.from_main(write)
+        self.tested = {"base": before, "expert": after}
         constant, paired = constant_baseline(self.task, samples), compare(after, before)
         test, base = after.summary(), before.summary()
         metric = {
@@ -278,7 +342,7 @@ class Trainer:
         if self.processes.world_size > 1:
             options["processes"] = self.processes.world_size
         meta = {
-            "task": self.task.name, "domain": self.task.domain, "description": self.task.description,
+            "task": self.task.reference, "domain": self.task.domain, "description": self.task.description,
             "objective": config.objective, "seed": config.seed, "commit": commit(), "license": "Apache-2.0",
             "metrics": [metric],
             "training": {**options, **self.task.facts, "step": self.step, "seconds": round(self.seconds, 1)},

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -168,29 +169,57 @@ def file_lock(path: str | os.PathLike[str], on_busy: Callable[[], object] = lamb
         lock.release()
 
 
-def read_text(path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None) -> str:
-    """Read a user's file in UTF-8, with or without a byte-order mark; "-" is stdin.
+@contextlib.contextmanager
+def open_text(
+    path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None
+) -> Iterator[IO[str]]:
+    """Open a user's UTF-8 file, with or without a byte-order mark, for reading; "-" is stdin. Line ends are kept.
 
     Raises:
-        DataError (or ``error``): it cannot be read, or is in another encoding, which the message names.
+        DataError (or ``error``): on opening or reading: it cannot be read, or is in another encoding.
     """
     path = os.path.expanduser(path)
     try:
-        if path == "-":
-            path, data = "stdin", sys.stdin.buffer.read()
-        else:
-            data = Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
-        if "\0" in text:
-            raise error(f"cannot read {path}: it has NUL characters, expected UTF-8 text", remedy="save it as UTF-8")
-        return text
+        raw: Any = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else open(path, "rb", buffering=0)  # noqa: SIM115
+        path = "stdin" if path == "-" else path
+        with io.BufferedReader(raw) as binary:
+            head = binary.peek(64)[:64]
+            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or head.count(0) > 8:
+                raise error(f"cannot read {path}: expected UTF-8, not UTF-16", remedy="save it as UTF-8")
+            try:
+                yield io.TextIOWrapper(binary, "utf-8-sig", newline="")
+            except UnicodeDecodeError as failure:
+                where = f"{path}:{_invalid_line(binary)}" if binary.seekable() else path
+                message = f"cannot read {where}: expected UTF-8, not another encoding"
+                raise error(message, remedy="save it as UTF-8") from failure
     except OSError as failure:
+        if isinstance(failure, SigmixError):
+            raise
         raise error(f"cannot read {path}: {failure.strerror or failure}", remedy=remedy) from failure
-    except UnicodeDecodeError as failure:
-        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or data[:64].count(0) > 8
-        where = path if utf16 else f"{path}:{data.count(10, 0, failure.start) + 1}"
-        encoding = "UTF-16" if utf16 else "another encoding"
-        raise error(f"cannot read {where}: expected UTF-8, not {encoding}", remedy="save it as UTF-8") from failure
+
+
+def _invalid_line(binary: io.BufferedReader) -> int:
+    """Return the number of the first line that is not UTF-8."""
+    binary.seek(0)
+    for number, line in enumerate(binary, 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return number
+    return 0
+
+
+def read_text(path: str | os.PathLike[str], error: type[SigmixError] = DataError, remedy: str | None = None) -> str:
+    """Read a user's UTF-8 file, see `open_text`.
+
+    Raises:
+        DataError (or ``error``): it cannot be read, is in another encoding, or has NUL characters.
+    """
+    with open_text(path, error, remedy) as file:
+        text = file.read()
+    if "\0" in text:
+        raise error(f"cannot read {path}: it has NUL characters, expected UTF-8 text", remedy="save it as UTF-8")
+    return text
 
 
 def read_json(path: Path, error: type[SigmixError], remedy: str) -> dict[str, Any]:

@@ -117,11 +117,11 @@ def test_bad_strategies(refused, home, bank):
 
 def test_adapt_gives_a_mix_that_other_commands_take(run, home, bank, tmp_path):
     file = tmp_path / "shots.jsonl"
-    file.write_text('{"prompt": "What is 1?", "answer": 1}\n{"question": "and 2?", "gold": "2"}\n')
+    file.write_text('{"prompt": "What is 1?", "answer": 1}\n{"prompt": "and 2?", "answer": "2"}\n')
     where = ("--base", home.base, "--bank", bank)
     done = run(
         "adapt",
-        "--examples",
+        "--data",
         file,
         "--out",
         tmp_path / "mine.json",
@@ -156,23 +156,23 @@ def test_bad_adapt_input(refused, home, bank, tmp_path):
     out = ("--out", tmp_path / "m.json")
     file = tmp_path / "shots.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
-    assert "shots.jsonl:2" in refused("adapt", "--examples", file, *out, *where)
-    assert "nowhere.jsonl" in refused("adapt", "--examples", tmp_path / "nowhere.jsonl", *out, *where)
+    assert "shots.jsonl:2" in refused("adapt", "--data", file, *out, *where)
+    assert "nowhere.jsonl" in refused("adapt", "--data", tmp_path / "nowhere.jsonl", *out, *where)
     file.write_text("\n")
-    assert "shots.jsonl" in refused("adapt", "--examples", file, *out, *where)
+    assert "shots.jsonl" in refused("adapt", "--data", file, *out, *where)
     assert "seed" in refused("adapt", "--task", "addition", "--seed", -1, *out, *where)
     for score, gold in (("number", '"$18"'), ("number", "NaN"), ("json", '"{"'), ("exact", '" "'), ("final", "true")):
         file.write_text(f'{{"prompt": "a", "answer": "1"}}\n\n{{"prompt": "b", "answer": {gold}}}\n')
-        assert "shots.jsonl:3" in refused("adapt", "--examples", file, "--score", score, *out, *where)
+        assert "shots.jsonl:3" in refused("adapt", "--data", file, "--grader", score, *out, *where)
     file.write_bytes('{"prompt": "a", "answer": "b"}\n'.encode("utf-16"))
-    assert "UTF-16" in refused("adapt", "--examples", file, *out, *where)
+    assert "UTF-16" in refused("adapt", "--data", file, *out, *where)
     assert "--fit-probe" in refused("adapt", *out, *where)
     assert ".json" in refused("adapt", "--task", "addition", *where)
     assert "cem" in refused("adapt", "--task", "addition", "--method", "cme", *out, *where)
     file.write_text('{"prompt": "a", "answer": "b"}\n')
-    assert "exact" in refused("adapt", "--examples", file, "--score", "same", *out, *where)
+    assert "exact" in refused("adapt", "--data", file, "--grader", "same", *out, *where)
     (tmp_path / "m.json").write_text("mine")
-    assert "m.json" in refused("adapt", "--examples", file, *out, *where)
+    assert "m.json" in refused("adapt", "--data", file, *out, *where)
     assert (tmp_path / "m.json").read_text() == "mine"
 
 
@@ -255,7 +255,7 @@ def test_dispatch_gives_matrices(run, home, probed, tmp_path):
 
 def test_eval_options_that_exclude_each_other(refused, home, bank):
     where = ("--base", home.base, "--bank", bank)
-    assert "--dispatch" in refused("eval", *where)
+    assert "--data" in refused("eval", *where)
     assert "--dispatch" in refused("eval", "--dispatch", "--task", "addition", *where)
     assert "--strategy" in refused("eval", "--task", "addition", "--strategy", "A", "--mix", "reading", *where)
     assert "'Z'" in refused("eval", "--task", "addition", "--strategy", "Z", *where)
@@ -265,7 +265,7 @@ def test_a_swarm_that_moves_z_saves_an_expert_that_every_command_takes(run, home
     examples = tmp_path / "examples.jsonl"
     examples.write_text(json.dumps({"prompt": "What is 1 + 1?", "answer": "two"}) + "\n")
     common = ("--base", home.base, "--bank", bank)
-    options = ("--examples", examples, "--granularity", "z", "--population", 6, "--iterations", 6)
+    options = ("--data", examples, "--granularity", "z", "--population", 6, "--iterations", 6)
     done = run("adapt", *options, "--method", "swarm", "--out", bank / "found", *common, "--json")
     assert done.code == 0, done.err
     assert run("experts", "verify", bank / "found", "--base", home.base).code == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from sigmix.errors import DataError
-from sigmix.tasks.data import Row, local_rows
+from sigmix.tasks.data import Row, hub_tables, local_rows
 from sigmix.tasks.graders import exact, json_only, math_equal, score_final, strict_number
 
 
@@ -45,7 +45,7 @@ def test_other_encodings_are_named(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("grade", "gold"),
     [(strict_number, "$18"), (strict_number, "eighteen"), (strict_number, "1,5"), (strict_number, "nan"),
-     (exact, "."), (exact, " ?"), (json_only, "{'a': 1}"), (json_only, ""), (score_final, "none"), (math_equal, " ")],
+     (json_only, "{'a': 1}"), (json_only, ""), (score_final, "none"), (math_equal, " ")],
 )  # fmt: skip
 def test_gold_that_no_reply_can_match_is_refused(grade, gold):
     with pytest.raises(DataError, match=r"x\.jsonl:3: no reply can match"):
@@ -54,7 +54,7 @@ def test_gold_that_no_reply_can_match_is_refused(grade, gold):
 
 @pytest.mark.parametrize(
     ("grade", "gold"),
-    [(strict_number, "1,234"), (exact, "Paris."), (json_only, '{"a": [1, null]}'), (score_final, "$18"),
+    [(strict_number, "1,234"), (exact, "Paris."), (exact, " ?"), (json_only, '{"a": [1, null]}'), (score_final, "$18"),
      (math_equal, r"\text{not possible}")],
 )  # fmt: skip
 def test_gold_that_matches_itself_is_accepted(grade, gold):
@@ -69,3 +69,85 @@ def test_unreadable_files_are_named(tmp_path, content):
         local_rows(file)
     with pytest.raises(DataError, match="folder"):
         local_rows(tmp_path / "folder")
+
+
+def write(folder, name, text):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("a.csv", 'text,label\r\n"a ""q""\r\nb",007\r\n\r\nNA,None\r\n', [("a.csv:2", 'a "q"\r\nb', "007"),
+                                                                         ("a.csv:5", "NA", "None")]),
+        ("a.csv", "text;label\na,b;c\n", [("a.csv:2", "a,b", "c")]),
+        ("a.csv", b"\xef\xbb\xbftext,label\na,b\n", [("a.csv:2", "a", "b")]),
+        ("a.csv", "text|label\na,b|c\n", [("a.csv:2", "a,b", "c")]),
+        ("a.tsv", 'text\tlabel\na, b\tc\n', [("a.tsv:2", "a, b", "c")]),
+        ("a.json", '[\n {"text": "a",\n "label": "2021-03-04"}\n]', [("a.json: element 1", "a", "2021-03-04")]),
+        ("a.jsonl", '\n[{"text": "a", "label": "b"}]', [("a.jsonl: element 1", "a", "b")]),
+        ("a.json", '{"text": "a\u2028", "label": "b"}\r\n{"text": "c", "label": "d"}',
+         [("a.json:1", "a\u2028", "b"), ("a.json:2", "c", "d")]),
+    ],
+)  # fmt: skip
+def test_formats_keep_the_text_as_it_is(tmp_path, name, text, rows):
+    file = write(tmp_path, name, text)
+    found = [(row.where.removeprefix(f"{tmp_path}/"), *row.data.values()) for row in local_rows(file)]
+    assert found == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.csv", "text,label\na,b,c\n", r"a\.csv:2: 3 fields, expected 2"),
+        ("a.csv", 'text,label\n"a\nb",c\nd\n', r"a\.csv:4: 1 fields"),
+        ("a.csv", 'text,label\na,b\n"a,b\nc', r"a\.csv:3: not CSV"),
+        ("a.csv", "text,text\na,b\n", r"a\.csv:1: two columns are named 'text'"),
+        ("a.csv", "text,label\n", "no rows"),
+        ("a.csv", "", "no rows"),
+        ("a.csv", "text,label\na,é\n".encode("latin-1"), r"a\.csv:2: expected UTF-8"),
+        ("a.csv", "text,label\na,b\n".encode("utf-16"), "UTF-16"),
+        ("a.json", '[{"text": "a"},\n {"text": }]', r"a\.json:2: not JSON"),
+        ("a.json", '[{"text": "a"}, 3]', "element 2: expected a JSON object"),
+        ("a.json", '{\n "text": "a"\n}', r"a\.json:1: not JSON"),
+        ("a.jsonl", "[" * 100_000, "nested too deeply|not JSON"),
+        ("a.pkl", b"\x80\x04", r"a\.pkl: .*run code"),
+        ("a.xlsx", b"PK", "unknown format '.xlsx'"),
+        ("a.parquet", b"PAR1 not really PAR1", r"a\.parquet cannot be read as Parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, text, problem):
+    with pytest.raises(DataError, match=problem):
+        local_rows(write(tmp_path, name, text))
+
+
+def test_a_parquet_file(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"text": ["a", "b"], "label": ["007", "NA"]}), tmp_path / "a.parquet")
+    rows = local_rows(tmp_path / "a.parquet")
+    assert [dict(row.data) for row in rows] == [{"text": "a", "label": "007"}, {"text": "b", "label": "NA"}]
+    assert "a.parquet row 2" in rows[1].where
+    with pytest.raises(DataError, match=r"b\.parquet"):
+        local_rows(tmp_path / "b.parquet")
+
+
+def test_a_data_set_on_the_hub_names_its_labels(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).to_iterable_dataset()
+
+    def load(name, config, streaming):
+        assert (name, config, streaming) == ("user/set", "main", True)
+        return {"train": table}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    ((split, rows),) = hub_tables("user/set:main")
+    assert (split, [row.data["label"] for row in rows]) == ("train", ["yes", "no"])
+
+    def refuse(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match="user/set.*offline.*folder"):
+        list(hub_tables("user/set"))
