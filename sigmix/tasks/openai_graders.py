@@ -360,12 +360,12 @@ def _python_grade(outcome: Outcome, text: str) -> Grade:
     return _checked(outcome.value, text, "the grader returned", "python_grader_runtime_error")
 
 
-def _checked(value: float, text: str | None, what: str, failure: Failure) -> Grade:
+def _checked(value: float, text: str, what: str, failure: Failure) -> Grade:
     """Return a grade of ``value``, or none if it is outside [0, 1] or NaN."""
     rounded = round(value, DIGITS) if math.isfinite(value) else value
     if not 0 <= rounded <= 1:
         return Grade(None, None, f"{what} {value}, which is not a number from 0 to 1", failure)
-    return Grade(abs(rounded), text, f"{what} {rounded:g}")
+    return Grade(abs(rounded), _utf8(text), f"{what} {rounded:g}")
 
 
 _OPERATORS: dict[type, Callable[[float, float], float]] = {

@@ -43,7 +43,7 @@ MEMORY = 512 << 20
 FILE_SIZE = 1 << 20
 OPEN_FILES = 32
 NOBODY = 65534
-START_UP = 10.0
+START_UP = 30.0
 """Seconds of wall-clock time until the launcher is ready."""
 _LAUNCHER = Path(__file__).with_name("sandbox_child.py")
 

@@ -1,13 +1,16 @@
 """OpenAI's grader objects: what they score, what they refuse, and what never crashes them."""
 
+import copy
 import json
 import os
+import random
 
 import pytest
 from openai.types.graders import PythonGrader, StringCheckGrader, TextSimilarityGrader
 
 from sigmix.errors import ConfigError
 from sigmix.tasks import sandbox
+from sigmix.tasks.base import Sample, Task
 from sigmix.tasks.openai_graders import make_grader
 
 posix = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs Linux or macOS")
@@ -361,3 +364,76 @@ def test_templates_cannot_fill_the_memory():
 def test_texts_too_long_to_compare_are_not_graded():
     grade = make_grader(SIMILAR).grade("ab" * 500_000, {"label": "ba" * 500_000})
     assert (grade.value, grade.failure) == (None, "other_error")
+
+
+MULTI = multi(
+    "min(a, b)^2 + 0.5*a - log(b + 1)", b=SIMILAR,
+    a=check(input="{{sample.output_json.x}}", reference="{{item['k k']}}"),
+)  # fmt: skip
+FRAGMENTS = "{{ }} item . sample [ ] 0 ' a b ^ ** ( ) + - / , max log \ud800 \u0301 \x00 é 99999999 1e308 lambda if =="
+FRAGMENTS = [*FRAGMENTS.split(), '"', " ", "\n"]
+VALUES = [None, True, 0, 1.5, "", [], {}, "x" * 100, ["a"], {"type": "multi"}, 10**400, float("nan")]
+
+
+def mutated(spec, chance):
+    spec = node = copy.deepcopy(spec)
+    while isinstance(node[key := chance.choice(list(node))], dict):
+        node = node[key]
+    text, at = node[key], chance.randrange(len(node[key]) + 1)
+    if chance.random() < 0.6:
+        node[key] = text[:at] + "".join(chance.choices(FRAGMENTS, k=2)) + text[at + chance.randrange(3) :]
+    elif chance.random() < 0.6:
+        node[key] = chance.choice(VALUES)
+    else:
+        node["".join(chance.choices(FRAGMENTS, k=2))] = node.pop(key)
+    return spec
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_object_is_refused_by_name_or_grades_any_reply(seed):
+    chance = random.Random(seed)
+    items = [{}, {"label": "x"}, {"label": None, "k k": 5}, {"label": float("nan"), "k k": ""}, {"label": "\ud800"}]
+    replies = ["", "x", '{"x": 1}', '{"x": null}', "[1, 2]", "\ud800", "null", "<think>", '{"x": "\\ud800"}']
+    refused = graded = 0
+    for _ in range(1_000):
+        spec = mutated(chance.choice([CHECK, SIMILAR, MULTI]), chance)
+        try:
+            grader = make_grader(spec)
+        except ConfigError as error:
+            refused += str(error).startswith("grader")
+            continue
+        grade = grader.grade(chance.choice(replies), chance.choice(items))
+        assert grade.value is None or 0 <= grade.value <= 1
+        assert grade.value is not None or (grade.failure and grade.explanation)
+        f"{grade.answer} {grade.explanation}".encode()
+        graded += 1
+    assert refused + graded == 1_000
+    assert min(refused, graded) > 50
+
+
+class Graded(Task):
+    """Two questions with a grader object."""
+
+    def __init__(self, grader, answers):
+        super().__init__()
+        self.grader, self.answers = grader, answers
+
+    def splits(self):
+        return ("train",)
+
+    def samples(self, split, n=None, seed=0):
+        return [Sample.make(f"question {n}", answer) for n, answer in enumerate(self.answers)]
+
+    def score(self, sample, reply):
+        return self.grader.grade(reply, {"label": sample.gold.strip('{"x: }')})
+
+
+@posix
+def test_strict_graders_pass_the_validation_of_tasks():
+    exact = python("def grade(sample, item): return sample['output_text'] == item['label']")
+    for spec, answers in (
+        (CHECK, ["Yes", "No"]), (check(input="{{sample.output_json.x}}"), ['{"x": "Yes"}', '{"x": "No"}']),
+        (exact, ["Yes"]), (multi("a * b", a=CHECK, b=SIMILAR), ["Yes", "No"]),
+    ):  # fmt: skip
+        report = Graded(make_grader(spec, allow_code=True), answers).validate()
+        assert report.ok, report.problems
