@@ -297,6 +297,7 @@ _METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def _text_similarity(spec: Mapping[str, Any], path: str, allow_code: bool) -> Grader:
+    optional("rapidfuzz", "'sigmix[tasks]'", f"{path}.type: text_similarity")
     return TextGrader(spec, path, _METRICS[_choice(spec, "evaluation_metric", path, _METRICS)])
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import sys
 
 import pytest
 from openai.types.graders import PythonGrader, StringCheckGrader, TextSimilarityGrader
@@ -76,6 +77,12 @@ def test_rouge_is_that_of_the_reference_package(metric):
             expected = scorer.score(reference, text)[name].fmeasure
             spec = {**SIMILAR, "evaluation_metric": metric}
             assert value(spec, text, {"label": reference}) == pytest.approx(expected), (text, reference)
+
+
+def test_a_missing_package_is_an_error_before_grading(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        make_grader(multi("a", a=SIMILAR))
 
 
 def test_fuzzy_match():
