@@ -10,7 +10,6 @@ from sigmix.errors import ConfigError, UnknownNameError
 BENCHES = {
     "train-step": "one REINFORCE step against the public reference's dense composition, PEFT's LoRA and the matmuls",
     "mixed": "32 rows under 32 mixtures against the base model, swapped weights and PEFT's mixed-batch LoRA",
-    "truncation": "the truncated form by error budget: KL to the exact model, cost and speed",
     "engine": "Engine.generate on the base model against transformers' generate, 1, 8 and 64 rows",
     "serve": "sigmix serve against transformers serve: 1, 8 and 32 clients; one expert, different mixtures, auto",
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",

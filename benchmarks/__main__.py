@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 import benchmarks
@@ -12,7 +10,6 @@ from sigmix.cli import run as run_app
 from sigmix.cli._console import emit
 from sigmix.cli._options import JSON
 from sigmix.errors import ConfigError
-from sigmix.utils.io import check_writable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -23,7 +20,6 @@ def bench(
     as_json: bool = JSON,
     repeats: int = typer.Option(None, min=1, help="Rounds that count. Default: the benchmark's own."),
     dtype: str = typer.Option(None, help="Such as float32. Default: the faster one on this machine."),
-    plot: Path = typer.Option(None, help="PNG of the results of truncation."),
     stream: bool = typer.Option(False, "--stream", help="decompose: streamed against loading the whole model."),
     list_: bool = typer.Option(False, "--list", help="List the benchmarks and exit."),
 ) -> None:
@@ -33,15 +29,7 @@ def bench(
         return
     if name is None:
         raise ConfigError("no benchmark named", remedy=f"give one of {', '.join(benchmarks.BENCHES)}")
-    if plot is not None:
-        if name != "truncation":
-            raise ConfigError(f"{name} has no plot", remedy="leave out --plot, or run truncation")
-        check_writable(plot)
     result = benchmarks.run(name, repeats=repeats, dtype=dtype, **({"stream": True} if stream else {}))
-    if plot is not None:
-        from benchmarks.truncation import plot as draw
-
-        draw(result, plot)
     emit(result, as_json, "" if as_json else text(result))
 
 

@@ -6,8 +6,6 @@ once more at all positions. Contestants, on the same requests in the same dtype:
 
     exact      sigmix, all rows in one batch, prompts in the factored form
     new        the same under mixtures without a cached prefix
-    truncated  the truncated form at all positions, fitted on training prompts: the cheapest plan of
-               `python -m benchmarks truncation` with a KL to the exact model under 0.01 on validation prompts
     base       the same batch on the base model, in the same engine
     swap       one request after another: compose and load its weights, answer, restore the base model
     lora_8, lora_32    PEFT's mixed-batch LoRA of rank 16 on the same layers with 8 or 32 distinct adapters
@@ -16,8 +14,7 @@ once more at all positions. Contestants, on the same requests in the same dtype:
 
 First every row of ``exact`` is compared with the same request alone under merged weights, by the logits of its last
 prompt token, in float32 and in the timed dtype. The common prefix (the chat template's system turn) is cached for
-``exact`` and for ``base``. Ratios are in tokens per second, sigmix over the peer; ``truncated_kl`` in ``raw`` is on the
-answers to the timed requests.
+``exact`` and for ``base``. Ratios are in tokens per second, sigmix over the peer.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report, say
 from benchmarks.requests import acting_on, bundled_engine, mixtures, prompts
-from benchmarks.truncation import Divergence, calibrate, within
 from sigmix.adapt.base import skills
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
@@ -45,13 +41,10 @@ from sigmix.models.loading import load_base
 
 AIMS = {
     "exact_vs_base": Aim(">=", 0.95), "new_vs_base": Aim(">=", 0.85), "decode_exact_vs_base": Aim(">=", 0.99),
-    "truncated_vs_base": Aim(">=", 0.95), "vs_swap": Aim(">=", 8.0), "vs_peft_lora_8": Aim(">=", 2.5),
+    "vs_swap": Aim(">=", 8.0), "vs_peft_lora_8": Aim(">=", 2.5),
 }  # fmt: skip
 
 ADAPTERS = (8, 32)
-
-LIMIT = 0.01
-"""KL of the truncated form, nats per token."""
 
 LEAST_COSINE = {"bfloat16": 0.997, "float16": 0.9999, "float32": 0.999999, "float64": 0.999999}
 """Of the logits of a row in the mixed batch and alone. In bfloat16 either is 0.9993 from float32 at worst (measured on
@@ -60,13 +53,12 @@ the default base), so their angles may add up to 0.997."""
 
 def run(
     repeats: int | None = None, dtype: str | None = None, base: str = DEFAULT, rows: int = 32, new_tokens: int = 24,
-    bank: Any = None, count: int = 96,
+    bank: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the benchmark; see `harness.report` for the result.
 
     Args:
         repeats: rounds that count, default 3. dtype, base, bank: what is run. rows, new_tokens: requests, answers.
-        count: prompts that the truncation is fitted on.
 
     Raises:
         SigmixError: a row of the mixed batch is not the same request alone.
@@ -75,11 +67,8 @@ def run(
     engine = bundled_engine(base, dtype, bank, keep_merged=0, compile=True)
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     texts = [engine.encode(text) for text in prompts(engine, rows)]
-    held_out = [engine.encode(one) for one in prompts(engine, rows, split="validation")]
     engine.bank = everywhere = acting_on("all", engine.bank)
     mixes_all = mixtures(skills(everywhere), rows)
-    plan, kl = within(calibrate(engine, count), Divergence(engine, held_out, mixes_all, new_tokens), LIMIT)
-    own_kl = Divergence(engine, texts, mixes_all, new_tokens).of(mixes_all, "truncated")
 
     on_prompts = {f"{name}-prompt": one for name, one in acting_on("prompt", everywhere).items()}
     engine.bank = {**everywhere, **on_prompts}
@@ -119,7 +108,7 @@ def run(
 
     contestants: dict[str, Callable[[int], float | None]] = {
         "base": answer(), "exact": answer(mixes), "exact_all": answer(mixes_all),
-        "new": new(names[""]), "new_all": new(names["_all"]), "truncated": answer(mixes_all, "truncated"),
+        "new": new(names[""]), "new_all": new(names["_all"]),
         "decode_base": decode([Mix.base()] * rows), "decode_exact": decode(mixes),
         "decode_exact_all": decode(mixes_all), "swap": swap,
     }  # fmt: skip
@@ -128,7 +117,7 @@ def run(
     seconds = interleaved(contestants, repeats or 3)
     ratios = {
         f"{name}_vs_base": ratio(seconds["base"], seconds[name])
-        for name in ("exact", "new", "exact_all", "new_all", "truncated")
+        for name in ("exact", "new", "exact_all", "new_all")
     }
     for name in ("decode_exact", "decode_exact_all"):
         ratios[f"{name}_vs_base"] = ratio(seconds["decode_base"], seconds[name])
@@ -136,7 +125,6 @@ def run(
     ratios |= {f"vs_peft_lora_{count}": ratio(seconds[f"lora_{count}"], seconds["exact"]) for count in ADAPTERS}
     raw = {
         "base": base, "rows": rows, "new_tokens": new_tokens, "seconds": seconds, "least_cosine": cosines,
-        "truncation": plan.describe(), "truncated_kl": own_kl, "truncated_kl_validation": kl,
         "tokens_per_second": {name: [rows * new_tokens / one for one in taken] for name, taken in seconds.items()},
         "mixes": [mix.id for mix in mixes],
     }  # fmt: skip

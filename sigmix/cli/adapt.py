@@ -1,4 +1,4 @@
-"""`sigmix adapt`: search a mixture on labelled examples (strategy C), or fit a bank's probe (D) or truncation."""
+"""`sigmix adapt`: search a mixture on labelled examples (strategy C), or fit a bank's probe (D)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,10 @@ def adapt(
     seed: int = typer.Option(0, help="Random seed of the search and of the items."),
     fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the probe on the experts' training prompts."),
     per_label: int = typer.Option(200, min=4, help="Training prompts per label, with --fit-probe."),
-    fit_truncation: bool = typer.Option(False, "--fit-truncation", help="Fit the truncated form."),
-    error_budget: float = typer.Option(0.1, help="Maximum relative error of the truncated form."),
-    prompts: int = typer.Option(96, min=1, help="Training prompts, with --fit-truncation."),
     data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, base: str = BASE, bank: Path = BANK,
     as_json: bool = JSON, **options: Any,
 ) -> None:  # fmt: skip
-    """Search a mixture on labelled examples, or fit the bank's probe or its truncated form."""
+    """Search a mixture on labelled examples, or fit the bank's probe."""
     from sigmix.adapt import FewShotSearch
     from sigmix.adapt.few_shot import SETTINGS
     from sigmix.evals.accuracy import provenance
@@ -55,15 +52,10 @@ def adapt(
     from sigmix.experts.mix import answer_note
     from sigmix.utils.io import check_new, check_writable, write_json
 
-    if fit_probe + fit_truncation + bool(options["data"] or task) != 1:
-        raise ConfigError(
-            "give one of --data, --task, --fit-probe and --fit-truncation", remedy="see sigmix adapt --help"
-        )
+    if fit_probe + bool(options["data"] or task) != 1:
+        raise ConfigError("give one of --data, --task and --fit-probe", remedy="see sigmix adapt --help")
     if fit_probe:
         emit(*_fit_probe(base, bank, out, per_label, seed, data_dir, as_json))
-        return
-    if fit_truncation:
-        emit(*_fit_truncation(base, bank, out, error_budget, prompts, seed, data_dir, as_json))
         return
     if granularity == "z":
         if out is None or out.suffix == ".json":
@@ -178,28 +170,3 @@ def _fit_probe(
     }  # fmt: skip
     text = f"{path}: layer {probe.depth}, threshold {probe.threshold:.2f}, validation accuracy "
     return figures, as_json, text + f"{probe.facts['validation_accuracy']:.3f} over {', '.join(probe.labels)}"
-
-
-def _fit_truncation(
-    base: str, bank: Path | None, out: Path | None, budget: float, count: int, seed: int, data_dir: Path | None,
-    as_json: bool,
-) -> tuple[dict[str, Any], bool, str]:  # fmt: skip
-    from sigmix.adapt.base import skills
-    from sigmix.engine.truncation import FILE, check_budget, fit, save_truncation
-    from sigmix.evals.dispatch import prompts_of_experts
-    from sigmix.utils.io import check_writable
-
-    check_budget(budget)
-    experts = open_bank(bank)
-    path = out or experts.folder / FILE
-    check_writable(path)
-    texts = prompts_of_experts(experts, count, seed=seed, data_dir=data_dir)
-    engine = open_engine(base, experts)
-    with working("fitting the truncated form"):
-        plan = fit(engine, texts, skills(experts)).plan(budget)
-    save_truncation(plan, engine, path)
-    figures = {
-        "truncation": str(path), "expected_error": plan.error, "extra_work": plan.cost, "experts": list(plan.experts),
-        **plan.facts,
-    }  # fmt: skip
-    return figures, as_json, f"{path}: {plan.describe()}"

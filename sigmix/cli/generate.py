@@ -36,7 +36,7 @@ def generate(
     choice: list[str] = typer.Option([], help="Possible answer; repeated for the others."),
     system: str = shared.SYSTEM,
     raw: bool = typer.Option(False, "--raw", help="Continue the prompt without a chat template."),
-    form: str = typer.Option(None, help="merged, factored, gain or truncated. Default: chosen by the batch."),
+    form: str = typer.Option(None, help="merged, factored or gain. Default: chosen by the batch."),
     strategy: str = shared.STRATEGY,
     explain: bool = typer.Option(False, "--explain", help="Print the mixtures that auto chose, with reasons."),
     base: str = shared.BASE, quantization: str = shared.QUANTIZATION, basis: str = shared.BASIS,
@@ -78,11 +78,6 @@ def generate(
 
     from sigmix.adapt.two_pass import TwoPass
 
-    if form == "truncated":
-        from sigmix.engine.truncation import bank_truncation
-
-        engine.truncation = bank_truncation(engine)
-        note(engine.truncation.describe())
     chat_template = False if raw else None
     encoded = [
         engine.encode(turns, own_system, chat_template, own)

@@ -118,7 +118,7 @@ class ContinuousBatch(DecodingBatch):
             self._pending.sort(key=lambda entry: entry.left)  # for little padding
 
     def _cached(self, one: SequenceState) -> StoredPrefix | None:
-        return self.engine.cached_prefix(one.prompt_ids, one.mix, self.form)
+        return self.engine.cached_prefix(one.prompt_ids, one.mix)
 
     def append(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
         """Add prefilled sequences and choose their first tokens."""
@@ -196,7 +196,7 @@ class ContinuousBatch(DecodingBatch):
                 if not self._same_weights(one):  # as part of a longer prompt the answer has other keys and values
                     end = len(one.prompt_ids)
                     read, entry = read[:end], [(keys[:, :, :end], values[:, :, :end]) for keys, values in entry]
-                self.engine.cache_prefix(read, one.mix, entry, self.form)
+                self.engine.cache_prefix(read, one.mix, entry)
             except Exception:
                 log.warning("a conversation was not cached", exc_info=True)
 
@@ -273,7 +273,7 @@ class ContinuousBatch(DecodingBatch):
 
     def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         step = self.engine.decode_step
-        if step is not None and self.engine.execution.form != "truncated" and step.ready:
+        if step is not None and step.ready:
             return step(inputs, self.kv_cache)
         return super()._logits(inputs)
 

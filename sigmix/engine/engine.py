@@ -31,7 +31,6 @@ from sigmix.engine.prefix_cache import (
 )
 from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
 from sigmix.engine.tokenization import check_context, check_tokens, context_length, encode, eos_token_ids, has_template
-from sigmix.engine.truncation import Truncation
 from sigmix.errors import ConfigError, ContextError
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
@@ -187,15 +186,6 @@ class Engine:
     @bank.setter
     def bank(self, bank: Bank | Mapping[str, Any]) -> None:
         self.execution.bank = bank
-
-    @property
-    def truncation(self) -> Truncation | None:
-        """Plan of the truncated form, see `sigmix.engine.truncation.fit`."""
-        return self.execution.truncation
-
-    @truncation.setter
-    def truncation(self, plan: Truncation | None) -> None:
-        self.execution.truncation = plan
 
     # ------------------------------------------------------------------ generation
 
@@ -463,17 +453,17 @@ class Engine:
             starts = [own if kept else other for own, other, kept in zip(starts, common, enough, strict=True)]
         return prefill(self.model, rows, self.pad_id, share=select is None, starts=starts, select=select)
 
-    def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
+    def cached_prefix(self, ids: Sequence[int], mix: Mix) -> StoredPrefix | None:
         """Return the longest cached prefix of a prompt, outside `under`."""
-        return self.prefix_cache.longest(self._prefix_key(ids, mix, form), ids)
+        return self.prefix_cache.longest(self._prefix_key(ids, mix), ids)
 
-    def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
+    def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry) -> None:
         """Cache keys and values that were computed under a mixture, outside `under`."""
-        self.prefix_cache.put(self._prefix_key(ids, mix, form), ids, entry)
+        self.prefix_cache.put(self._prefix_key(ids, mix), ids, entry)
 
-    def _prefix_key(self, ids: Sequence[int], mix: Mix, form: str | None) -> tuple[Hashable, bool]:
+    def _prefix_key(self, ids: Sequence[int], mix: Mix) -> tuple[Hashable, bool]:
         # beyond a threshold of its rotary embedding a row's keys are others from its first token on
-        return self.execution.prefix_key(mix, form), self.batching.regime(len(ids))
+        return self.execution.prefix_key(mix), self.batching.regime(len(ids))
 
     def _common_start(self, rows: Sequence[list[int]]) -> list[int]:
         if self._template is None:

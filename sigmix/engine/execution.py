@@ -6,7 +6,6 @@ Forms (exact ones differ by rounding only):
     merged     W'(z) x, one mixture for all rows: no cost per token, but W'(z) is composed first
     factored   U ((s⊙z_b) ⊙ (Vᵀx)), a mixture per row
     gain       the same on top of W x, for bases that are quantized or offloaded
-    truncated  the gain form on a few directions, see `sigmix.engine.truncation`
 
 The base weights are never written to.
 """
@@ -16,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, inject_adapter_in_model
@@ -34,10 +33,7 @@ from sigmix.svf.layer import SVFLinear, prompt_only, set_state
 from sigmix.svf.tuner import svf_layers
 from sigmix.utils.lru import LRUCache
 
-if TYPE_CHECKING:
-    from sigmix.engine.truncation import Truncation
-
-FORMS = ("merged", "factored", "gain", "truncated")
+FORMS = ("merged", "factored", "gain")
 """Forms that can be requested."""
 
 MERGED_BYTES = 1 << 30
@@ -84,9 +80,8 @@ class Execution:
         decode_weights: see `Engine`. native: see `Packing`.
 
     Attributes:
-        exact: exact form of mixed batches: "factored", or "gain" on a quantized or offloaded base, where nothing can
-            be merged.
-        truncation: plan of the truncated form. prefer_truncated: use it for all mixtures that it was fitted for.
+        exact: form of mixed batches: "factored", or "gain" on a quantized or offloaded base, where nothing can be
+            merged.
     """
 
     def __init__(
@@ -103,8 +98,6 @@ class Execution:
             self.packing = Packing(model, self.layers, keep_packed, bool(decode_weights), native)
         self.layout = Layout({path: layer.r for path, layer in self.layers.items()})
         self.merged: LRUCache[tuple[Any, ...], Merged] = LRUCache(keep_merged)
-        self.truncation: Truncation | None = None
-        self.prefer_truncated = False
         self._flats: LRUCache[str, tuple[Expert, Flat]] = LRUCache(Z_BYTES)
         self._mixed: LRUCache[Mix, tuple[dict[str, Flat], torch.Tensor]] = LRUCache(Z_BYTES)
         self._passes: dict[Mix, float] = {}  # unmerged passes under one mixture alone
@@ -177,18 +170,14 @@ class Execution:
         """Key of the model's weights under a mixture: base version, mixture and digests of its experts."""
         return self._version, mix.id, *(self.bank[name].digest for name in mix.weights)
 
-    def _prefix_key(self, mix: Mix, form: str) -> tuple[Any, ...]:
-        # exact forms share keys and values; those of a truncation are its own
-        return self.truncation if form == "truncated" else None, *self._weight_key(mix)
-
-    def prefix_key(self, mix: Mix, form: str | None = None) -> tuple[Any, ...]:
+    def prefix_key(self, mix: Mix) -> tuple[Any, ...]:
         """Key of the prefix cache for a sequence alone, outside `under`."""
         self._refresh()
-        return self._prefix_key(mix, self.choose([mix], form))
+        return self._weight_key(mix)
 
     def prefix_keys(self, mixes: Sequence[Mix]) -> list[tuple[Any, ...]]:
         """Keys of the prefix cache for the rows of the present batch, inside `under`."""
-        keys = {mix: self._prefix_key(mix, self._form) for mix in dict.fromkeys(mixes)}
+        keys = {mix: self._weight_key(mix) for mix in dict.fromkeys(mixes)}
         return [keys[mix] for mix in mixes]
 
     @property
@@ -211,7 +200,7 @@ class Execution:
 
         Args:
             form: a requested form; None: the base for the base, merged for one mixture where its weights are cached or
-                merging them pays, else the truncated form if preferred and fitted, else the exact mixed form.
+                merging them pays, else the mixed form.
 
         Raises:
             ConfigError: an unknown form, or the merged form for several mixtures.
@@ -222,10 +211,6 @@ class Execution:
                 raise ConfigError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
             if form == "merged" and len(unique) > 1:
                 raise ConfigError("the merged form holds one mixture at a time", remedy="form='factored' or 'gain'")
-            if form == "truncated" and self.truncation is None:
-                raise ConfigError(
-                    "the truncated form needs a fitted truncation", remedy="sigmix adapt --fit-truncation --bank FOLDER"
-                )
             return "base" if form == "merged" and unique == {Mix.base()} else form
         if len(unique) == 1:
             (mix,) = unique
@@ -234,12 +219,7 @@ class Execution:
             due = self._passes.get(mix, 0) >= BREAK_EVEN
             if self.exact == "factored" and (due or self._weight_key(mix) in self.merged):
                 return "merged"
-        return "truncated" if self.prefer_truncated and all(map(self.truncates, unique)) else self.exact
-
-    def truncates(self, mix: Mix) -> bool:
-        """Return True if the truncation was fitted for a mixture's experts as they are now."""
-        plan = self.truncation
-        return plan is not None and all(plan.experts.get(name) == self.bank[name].digest for name in mix.weights)
+        return self.exact
 
     def batches(
         self, rows: Sequence[int], mixes: Sequence[Mix], batch_size: int, form: str | None = None
@@ -293,7 +273,7 @@ class Execution:
             self._count(only, tokens)
         chosen = self.choose(mixes, form)
         before = self._form, self._unmerged
-        self._form, self._unmerged = chosen, only if chosen in ("factored", "truncated") else None
+        self._form, self._unmerged = chosen, only if chosen == "factored" else None
         try:
             with self._state(chosen, mixes, z, decoding) as select:
                 yield select
@@ -336,17 +316,6 @@ class Execution:
             merged = self._merge(mixes[0], z[mixes[0]])
             with as_merged(self.layers, merged.weights), self.packing.using(merged.packs, None):
                 yield None
-        elif form == "truncated":
-            assert self.truncation is not None
-            distinct = list(z)
-            alphas = self._alphas(self.truncation, distinct)
-            places = [distinct.index(mix) for mix in mixes]
-            with (
-                as_base(self.layers),
-                self.packing.using(None, None),
-                self.truncation.using(self.packing, alphas, places) as select,
-            ):
-                yield select
         else:
             table = torch.stack([z[mix] for mix in mixes])
             with as_rows(self.layers, table, form) as select, self.packing.using(None, form):
@@ -361,20 +330,6 @@ class Execution:
             self.merged.put(key, merged, merged.nbytes)
             self._passes.pop(mix, None)
         return merged
-
-    def _alphas(self, plan: Truncation, mixes: Sequence[Mix]) -> torch.Tensor:
-        """Mixing weights float64 [D, K, M] of D mixtures over the plan's K experts at each matrix."""
-        names = list(plan.experts)
-        alphas = torch.zeros(len(mixes), len(names), len(self.layers), dtype=torch.float64)
-        for number, mix in enumerate(mixes):
-            for name, row in zip(mix.weights, mix.alphas(self.layout), strict=True):
-                if plan.experts.get(name) != self.bank[name].digest:
-                    raise ConfigError(
-                        f"the truncation was fitted for {', '.join(names)}, not for the present expert {name}",
-                        remedy="fit it anew with all experts that are mixed",
-                    )
-                alphas[number, names.index(name)] = row
-        return alphas
 
 
 # ------------------------------------------------------------------ states of adapted layers

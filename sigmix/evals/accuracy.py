@@ -91,8 +91,8 @@ class Result:
 def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], Sequence[str]]) -> Result:
     """Answer samples and score the replies, in order."""
     items = []
-    for sample, reply in zip(samples, answer(samples), strict=True):
-        score = task.score(sample, reply)
+    replies = answer(samples)
+    for sample, reply, score in zip(samples, replies, task.score_all(samples, replies), strict=True):
         names = tuple(image.name for image in sample.images)
         items.append(
             Item(sample.id, sample.prompt, sample.gold, reply, score.answer, score.value, score.explanation, names)

@@ -522,13 +522,13 @@ class SharedEngine(Engine):
         with self.lock:
             return super().z(mix)
 
-    def cached_prefix(self, ids: Sequence[int], mix: Mix, form: str | None = None) -> StoredPrefix | None:
+    def cached_prefix(self, ids: Sequence[int], mix: Mix) -> StoredPrefix | None:
         with self.lock:
-            return super().cached_prefix(ids, mix, form)
+            return super().cached_prefix(ids, mix)
 
-    def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry, form: str | None = None) -> None:
+    def cache_prefix(self, ids: Sequence[int], mix: Mix, entry: Entry) -> None:
         with self.lock:
-            super().cache_prefix(ids, mix, entry, form)
+            super().cache_prefix(ids, mix, entry)
 
     @contextmanager
     def _switched(self) -> Iterator[None]:

@@ -18,7 +18,6 @@ from sigmix.adapt import ClassifierDispatch, ProbeDispatch, PromptDispatch, Stra
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.engine.detokenizer import text_offsets, token_decoder
 from sigmix.engine.tokenization import chat_template, check_context, check_unicode, encode_turns
-from sigmix.engine.truncation import bank_truncation
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import short
@@ -69,9 +68,6 @@ class Service:
             model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, decode_weights=settings.decode_weights,
             compile=settings.compile,
         )  # fmt: skip
-        if settings.form == "truncated":
-            self.engine.truncation = bank_truncation(self.engine)
-            self.engine.execution.prefer_truncated = True
         self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
         self._tokenizer_lock = threading.Lock()
         self._embeddings_lock = asyncio.Lock()

@@ -40,9 +40,6 @@ class Settings(BaseSettings):
     )
     bank: Path | None = Field(None, description="Folder or hub collection of experts. Default: the bundled bank.")
     strategy: str = Field("auto", description="Strategy of the model `auto`: A, B, D, bandit or auto.")
-    form: Literal["exact", "truncated"] = Field(
-        "exact", description="Computation of batches with several mixtures: exact or truncated."
-    )
     compile: bool = Field(
         True, description="Compile decoding in the background, a minute or two once for a model and machine (CPU)."
     )

@@ -163,6 +163,10 @@ class Task(ABC):
     def score(self, sample: Sample, reply: str) -> Score:
         """Grade a reply. ``value=None`` is for failures of the grader alone; an unreadable reply scores 0."""
 
+    def score_all(self, samples: Sequence[Sample], replies: Sequence[str]) -> list[Score]:
+        """Grade replies, each to its sample; override if many are graded faster together."""
+        return [self.score(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+
     def gold_value(self, sample: Sample) -> float:
         """Return the score of the gold reply: 1, unless no reply to this sample gets full marks."""
         return 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -25,7 +26,7 @@ from sigmix.tasks.base import (
 )
 from sigmix.tasks.columns import Columns, Labelled
 from sigmix.tasks.data import FORMATS, Row, hub_tables, read_rows
-from sigmix.tasks.graders import Inferred, grader_of, infer_grader
+from sigmix.tasks.graders import Inferred, grader_of, infer_grader, normalise
 from sigmix.tasks.openai_graders import Grader, make_grader
 from sigmix.utils.io import read_json, sha256_file
 
@@ -34,7 +35,7 @@ MAX_ROWS = 200_000  # distinct prompts that are kept, those with the smallest co
 MIN_ROWS = 20
 TEMPLATE_TOKENS = 256  # room for a chat template and its system turn
 SHARES = (0.7, 0.15, 0.15)
-PARTIAL = ("text",)  # graders that give similar texts part of a score
+LAX = ("text", "final")  # graders that accept more than the answer alone: similar texts, a text before the number
 FILES: Mapping[str, Split] = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "eval": "validation", "test": "test",
@@ -164,6 +165,7 @@ class DataTask(Task):
         self._grader_name: str | None = None
         if isinstance(grader, Mapping):
             self.grader, self._grader_name = make_grader(grader, allow_code=allow_code), str(grader["type"])
+            self.costly = "python" in json.dumps(grader)  # a program runs for each batch of replies
         elif grader is not None:
             grader_of(grader)
             self._grader_name = grader
@@ -330,6 +332,11 @@ class DataTask(Task):
                 Row({}, entry.row.where).check_gold(answer, functools.partial(_graded, grade, answer))
         return Inferred(self._grader_name, "given", labels)
 
+    def score_all(self, samples: Sequence[Sample], replies: Sequence[str]) -> list[Score]:
+        if self.grader is None:
+            return super().score_all(samples, replies)
+        return list(self.grader.grade_all(replies, [sample.meta["item"] for sample in samples]))
+
     def score(self, sample: Sample, reply: str) -> Score:
         if self.grader is not None:
             return self.grader.grade(reply, sample.meta["item"])
@@ -342,9 +349,10 @@ class DataTask(Task):
         return 1.0 if self.grader is None else self.score(sample, sample.gold).value or 0.0
 
     def wrong_replies(self, sample: Sample) -> list[str]:
-        if self.grader is not None or self.inferred.grader in PARTIAL:  # similar texts score in part
+        if self.grader is not None or self.inferred.grader in LAX:
             return []
-        others = [label for label in self.inferred.labels if label not in sample.meta["answers"]][:3]
+        right = {normalise(answer) for answer in sample.meta["answers"]}
+        others = [label for label in self.inferred.labels if normalise(label) not in right][:3]
         lists = [f"{sample.gold} or {other}" for other in others] + [", ".join([sample.gold, *others])] * bool(others)
         return [*super().wrong_replies(sample), *others, *lists]
 

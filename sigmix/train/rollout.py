@@ -146,7 +146,7 @@ class Actor:
         prompts = self.prompts(samples, params[0].max_new_tokens)
         rows = self._complete(prompts, params, num_generations, state)
         texts = self.decode(rows)
-        scores = [self.task.score(samples[i // num_generations], text) for i, text in enumerate(texts)]
+        scores = self.task.score_all([sample for sample in samples for _ in range(num_generations)], texts)
         rewards = torch.tensor([reward(score, format_reward) for score in scores])
         return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [score.answer for score in scores])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import engine, mixed, pass1, search, truncation
+from benchmarks import engine, mixed, pass1, search
 from sigmix.errors import SigmixError
 
 pytest_plugins = ["helpers_cli"]
@@ -60,28 +60,12 @@ def test_pass1_leaves_out_what_the_bank_has_nothing_for(home, bank):
 
 @pytest.mark.slow
 def test_mixed(home, bank):
-    result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank, count=6)
+    result = mixed.run(repeats=1, base=str(home.base), rows=9, new_tokens=3, bank=bank)
     assert set(result["ratios"]) == {
         *mixed.AIMS, "exact_all_vs_base", "new_all_vs_base", "decode_exact_all_vs_base", "vs_peft_lora_32"
     }  # fmt: skip
-    assert 0 <= result["raw"]["truncated_kl"] < 1
     assert len(set(result["raw"]["mixes"])) == 9
     assert result["raw"]["least_cosine"]["float32"] >= mixed.LEAST_COSINE["float32"]
-
-
-@pytest.mark.slow
-def test_truncation(home, bank, tmp_path):
-    result = truncation.run(repeats=1, base=str(home.base), rows=6, new_tokens=3, bank=bank, count=6)
-    points = result["raw"]["points"]
-    base = points[0]["kl"]
-    assert base > 0
-    plans = [one for one in points if one["kind"] == "subspaces"]
-    errors = [one["error"] for one in plans]
-    assert errors == sorted(errors, reverse=True)
-    assert [one["cost"] for one in plans] == sorted(one["cost"] for one in plans)
-    assert plans[-1]["kl"] < base / 3
-    truncation.plot(result, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_mixed_fails_if_a_row_is_not_the_request_alone(home, bank, monkeypatch):

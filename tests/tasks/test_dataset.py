@@ -166,6 +166,33 @@ def test_a_grader_of_the_users_own_needs_no_answers(tmp_path):
         DataTask(str(tmp_path / "a.jsonl")).samples("train")
 
 
+@pytest.mark.parametrize(
+    ("answers", "grader"),
+    [(["Billing", "billing", "Account"], "label"), ([f"So it is {n}.\n#### {n}" for n in range(30)], "final"),
+     ([json.dumps({"a": n}) for n in range(30)], "fields"), ([str(n * 7.5) for n in range(30)], "number"),
+     ([f"2021-03-{n + 1:02}" for n in range(30)], "exact"),
+     ([f"The parcel number {n} left our warehouse this morning" for n in range(30)], "text")],
+)  # fmt: skip
+def test_the_grader_follows_from_the_answers_and_is_strict(tmp_path, answers, grader):
+    values = [(f"request {number}", answers[number % len(answers)]) for number in range(60)]
+    task = DataTask(table(tmp_path / "a.csv", values))
+    assert task.inferred.grader == grader
+    assert task.validate().problems == []
+
+
+def test_a_program_grades_a_batch(tmp_path):
+    lines = [json.dumps({"prompt": f"{n} + 1"}) for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = "def grade(sample, item):\n    return float(sample['output_text'] == str(eval(item['prompt'])))"
+    grader = {"type": "python", "name": "sum", "source": source}
+    with pytest.raises(ConfigError, match="--allow-code"):
+        DataTask(str(tmp_path / "a.jsonl"), grader=grader)
+    task = DataTask(str(tmp_path / "a.jsonl"), grader=grader, allow_code=True)
+    samples = task.samples("train", 4)
+    right = [str(int(one.prompt.split()[0]) + 1) for one in samples]
+    assert [score.value for score in task.score_all(samples, [*right[:3], "x"])] == [1.0, 1.0, 1.0, 0.0]
+
+
 def test_a_budget_follows_from_the_answers(tmp_path):
     tokenizer = build_tokenizer()
     long = "word " * 3000

@@ -107,7 +107,7 @@ class Packing:
     Args:
         layers: adapted layers of the model.
         budget: bytes of copies of the base's weights and factors; none are made if they would not fit. Packed merged
-            weights count as merged weights; the truncated form adds one more copy of the base.
+            weights count as merged weights.
         int8: make 8-bit copies of the base's weights, too, regardless of the budget.
         native: pack for the kernels in C++ where they apply, which are faster and round differently.
 
