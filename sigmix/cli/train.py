@@ -69,8 +69,11 @@ def train(
         options["layers_to_transform"] = read_layers(options["layers_to_transform"])
         dtype = options.pop("dtype")  # recorded by the trainer
         own_data = isinstance(loaded, DataTask)
-        if own_data and options["max_train_samples"] is None:
-            options["max_train_samples"] = len(loaded.samples("train"))
+        if own_data:
+            defaults = {
+                "max_train_samples": len(loaded.samples("train")), "early_stopping_patience": recipe.PATIENCE
+            }  # fmt: skip
+            options |= {key: value for key, value in defaults.items() if options[key] is None}
         options["task"], preset = loaded.name, options.pop("preset") or "laptop"
         parts = recipe.phases(objective or ("auto" if own_data else "reinforce"), loaded, run, preset, options)
         if compare not in (None, "lora"):

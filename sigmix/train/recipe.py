@@ -22,6 +22,7 @@ OBJECTIVES = {
 SHARES = {"sft": 0.6, "reinforce": 0.4}  # of the time budget, if there are both
 EPOCHS = 4  # maximum passes over a user's training rows
 MINUTES = 5.0  # default time budget for a user's data
+PATIENCE = 4  # validations without improvement after which training on a user's data stops
 LORA = {"policy": "lora", "learning_rate": 1e-3, "lora_r": 16, "lora_alpha": 32}
 """Peer of a report; the rate with the best validation accuracy of a sweep (reproduction/tables/laptop.md)."""
 MAX_CALIBRATED_LABELS, MAX_CALIBRATED_ROWS = 20, 200
