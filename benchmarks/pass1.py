@@ -1,7 +1,7 @@
 """``python -m benchmarks pass1``: the first pass of strategies A, B and D as a share of two-pass inference.
 
-64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A strategy that the bank has no probe or
-classification expert for is left out. The prompt's prefix is cached, as in a server; the paper's first pass takes 13
+64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A strategy that the bank has no statistics
+or classification expert for is left out. The prompt's prefix is cached, as in a server; the paper's first pass takes 13
 to 47 % (Table 3).
 """
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from benchmarks.harness import Aim, device, interleaved, report, say
 from benchmarks.requests import bundled_engine, prompts
-from sigmix.adapt import ClassifierDispatch, ProbeDispatch, PromptDispatch, TwoPass
+from sigmix.adapt import ClassifierDispatch, PromptDispatch, RouterDispatch, TwoPass
 from sigmix.errors import InputError, SigmixError
 from sigmix.models.default import DEFAULT
 
 AIMS = {"share_A": Aim("<=", 0.10), "share_B": Aim("<=", 0.10), "share_D": Aim("<=", 0.03)}
 
-STRATEGIES = {"A": PromptDispatch, "B": ClassifierDispatch, "D": ProbeDispatch}
+STRATEGIES = {"A": PromptDispatch, "B": ClassifierDispatch, "D": RouterDispatch}
 
 
 def run(

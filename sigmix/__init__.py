@@ -24,8 +24,8 @@ _MODULES = {
     "Generation": "sigmix.engine.generation",
     "LowRank": "sigmix.export.low_rank",
     "Mix": "sigmix.experts.mix",
-    "ProbeDispatch": "sigmix.adapt.probe",
     "PromptDispatch": "sigmix.adapt.prompt",
+    "RouterDispatch": "sigmix.adapt.router",
     "SamplingParams": "sigmix.engine.generation",
     "SVFConfig": "sigmix.svf.tuner",  # imports the tuner, which registers SVF
     "SVFModel": "sigmix.svf.tuner",
@@ -47,8 +47,8 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from sigmix.adapt.classifier import ClassifierDispatch as ClassifierDispatch
     from sigmix.adapt.few_shot import Example as Example
     from sigmix.adapt.few_shot import FewShotSearch as FewShotSearch
-    from sigmix.adapt.probe import ProbeDispatch as ProbeDispatch
     from sigmix.adapt.prompt import PromptDispatch as PromptDispatch
+    from sigmix.adapt.router import RouterDispatch as RouterDispatch
     from sigmix.adapt.two_pass import TwoPass as TwoPass
     from sigmix.engine.engine import Engine as Engine
     from sigmix.engine.generation import Generation as Generation

@@ -1,6 +1,6 @@
 """Skills added one by one: what is left of the earlier ones.
 
-SVF experts beside each other, chosen per request by the probe (D); against one LoRA and one SVF that learn the tasks
+SVF experts beside each other, chosen per request by the router (D); against one LoRA and one SVF that learn the tasks
 in turn, each starting from what the one before left.
 """
 
@@ -12,17 +12,15 @@ from reproduction.banks import bank_of
 from reproduction.lab import Lab
 from reproduction.names import chosen_lr, run_name
 from reproduction.report import NOT_RUN, Report, mean, table
-from sigmix.adapt.probe import ProbeDispatch, fit_probe
+from sigmix.adapt.router import RouterDispatch
 from sigmix.engine import Engine
-from sigmix.evals.dispatch import FOREIGN, requests
+from sigmix.evals.dispatch import add_statistics
 
 IN_TURN = ("lora-rl", "svf-rl")
 
-PER_LABEL = 100
-
 
 def dispatched(count: int) -> str:
-    """Name of the cells of a bank of the first ``count`` experts."""
+    """Name of the cells of a bank of the first ``count`` experts; stored results are of an earlier strategy D."""
     return f"bank-{count}-probe"
 
 
@@ -48,17 +46,17 @@ class Continual:
         bank = bank_of(lab, f"continual-{count}", tasks, seed)
         model, tokenizer = lab.base()
         engine = Engine(model, tokenizer, bank=bank)
-        train = requests(bank, "train", PER_LABEL, data_dir=lab.data_dir)
-        validation = requests(bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir)
-        probe = ProbeDispatch(engine, probe=fit_probe(engine, train, validation))
         for task in tasks:
-            lab.strategy_cell(task, dispatched(count), engine, probe)
+            add_statistics(engine, bank, task, lab.data_dir)
+        router = RouterDispatch(engine)
+        for task in tasks:
+            lab.strategy_cell(task, dispatched(count), engine, router)
 
     def tables(self, report: Report) -> str:
         """A row for each task and way, a column for each stage."""
         scale, rows = report.scale, []
         final: dict[str, list[float]] = {}
-        for way in ("SVF experts, chosen by the probe", *IN_TURN):
+        for way in ("SVF experts, chosen by D", *IN_TURN):
             label = scale.kinds[way].label + ", one adapter in turn" if way in IN_TURN else way
             for place, task in enumerate(scale.tasks):
                 cells: list[Any] = []

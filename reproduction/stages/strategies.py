@@ -15,10 +15,10 @@ from reproduction.report import NOT_RUN, Report, table
 from sigmix.adapt.base import Strategy
 from sigmix.adapt.classifier import ClassifierDispatch
 from sigmix.adapt.few_shot import Example, FewShotSearch
-from sigmix.adapt.probe import FILE, ProbeDispatch, fit_probe
 from sigmix.adapt.prompt import PromptDispatch
+from sigmix.adapt.router import RouterDispatch, unrouted
 from sigmix.engine import Engine
-from sigmix.evals.dispatch import FOREIGN, confusion, plot, requests, unseen_tasks
+from sigmix.evals.dispatch import add_statistics, confusion, plot, requests, unseen_tasks
 from sigmix.evals.statistics import wilson
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -26,8 +26,6 @@ from sigmix.experts.mix import Mix
 LETTERS = ("A", "B", "C", "D")
 
 SHOTS = 10
-
-PER_LABEL = 150
 
 
 def search_on(lab: Lab, engine: Engine, task: str, shots: int, **options: Any) -> FewShotSearch:
@@ -57,15 +55,12 @@ def ready(lab: Lab) -> Engine:
     return Engine(model, tokenizer, bank=bank)
 
 
-def probe_of(lab: Lab, engine: Engine) -> ProbeDispatch:
-    """Strategy D, fitted on training prompts (kept in the work folder)."""
+def router_of(lab: Lab, engine: Engine) -> RouterDispatch:
+    """Strategy D, on statistics of training prompts (kept with the experts in the work folder)."""
     assert isinstance(engine.bank, Bank)  # of `ready`
-    path = engine.bank.folder / FILE
-    if not path.exists():
-        train = requests(engine.bank, "train", PER_LABEL, data_dir=lab.data_dir)
-        validation = requests(engine.bank, "validation", PER_LABEL // 2, foreign=FOREIGN, data_dir=lab.data_dir)
-        fit_probe(engine, train, validation).save(path)
-    return ProbeDispatch(engine)
+    for name in unrouted(engine.bank, engine.base_fingerprint):
+        add_statistics(engine, engine.bank, name, lab.data_dir)
+    return RouterDispatch(engine)
 
 
 class Strategies:
@@ -82,7 +77,7 @@ class Strategies:
         if missing:
             engine = ready(lab)
             made: dict[str, Strategy | Mix] = {
-                "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine),
+                "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": router_of(lab, engine),
                 BASE: Mix.base(), **{f"expert-{task}": Mix.one(task) for task in scale.tasks + scale.extra},
             }  # fmt: skip
             for task in missing:
@@ -197,8 +192,8 @@ class Dispatch:
         if all(lab.store.fact(f"dispatch-{letter}") for letter in self.letters):
             return
         engine = ready(lab)
-        made: dict[str, PromptDispatch | ClassifierDispatch | ProbeDispatch] = {
-            "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": probe_of(lab, engine),
+        made: dict[str, PromptDispatch | ClassifierDispatch | RouterDispatch] = {
+            "A": PromptDispatch(engine), "B": ClassifierDispatch(engine), "D": router_of(lab, engine),
         }  # fmt: skip
         found = requests(
             engine.bank, "test", lab.scale.per_label, unseen=unseen_tasks(engine.bank), data_dir=lab.data_dir

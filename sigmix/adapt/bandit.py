@@ -1,8 +1,8 @@
 """Contextual bandit over experts: feedback on earlier replies shifts the choice of strategy D.
 
-LinUCB (Li et al., A Contextual-Bandit Approach to Personalized News Article Recommendation, 2010), with the probe's
+LinUCB (Li et al., A Contextual-Bandit Approach to Personalized News Article Recommendation, 2010), with the router's
 probabilities as context and one arm per expert, plus the base model. θ of an arm starts at 1 for the arm's own label
-and 0 elsewhere, so without feedback the bandit agrees with the probe.
+and 0 elsewhere, so without feedback the bandit agrees with the router.
 
 Not a library: MABWiser has no per-arm prior and serializes as a pickle; contextualbandits only takes binary rewards
 and needs a compiler; river's own documentation calls its LinUCB too slow for use.
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sigmix.adapt.base import Decision, skills
-from sigmix.adapt.probe import ProbeDispatch
+from sigmix.adapt.router import RouterDispatch
 from sigmix.errors import ConfigError, reraised
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
@@ -107,10 +107,10 @@ class BanditStore(Protocol):
 
 
 class BanditDispatch:
-    """Strategy that chooses by LinUCB on the probe's probabilities and learns from feedback.
+    """Strategy that chooses by LinUCB on the router's probabilities and learns from feedback.
 
     Args:
-        probe: strategy D, for the context.
+        router: strategy D, for the context.
         bank: experts that may be chosen; may change between calls.
         store: persistent state, saved with every reward.
 
@@ -118,28 +118,28 @@ class BanditDispatch:
         ConfigError: malformed saved state.
     """
 
-    name = "bandit (LinUCB on the probe)"
+    name = "bandit (LinUCB on the router)"
 
-    def __init__(self, probe: ProbeDispatch, bank: Mapping[str, Expert], store: BanditStore) -> None:
-        self.probe, self.bank, self.store = probe, bank, store
+    def __init__(self, router: RouterDispatch, bank: Mapping[str, Expert], store: BanditStore) -> None:
+        self.router, self.bank, self.store = router, bank, store
         self._lock = threading.Lock()
-        labels = list(probe.probe.labels)
+        labels = [label.name for label in router.labels]
         self.key = "bandit:" + "|".join(labels)  # weights are only valid for the labels they were learned on
         saved = store.learned(self.key)
         with reraised(ConfigError, f"malformed bandit state {self.key!r}", "use another --state"):
             self.model = LinUCB(labels, {}) if saved is None else LinUCB.from_json(saved)
-        self.own = {next(iter(label.mix.weights), BASE): label.name for label in probe.labels}
+        self.own = {next(iter(label.mix.weights), BASE): label.name for label in router.labels}
 
     def decide(self, prompts: Sequence[str]) -> list[Decision]:
         """Return one decision per request."""
-        return [self._decide(decision) for decision in self.probe.decide(prompts)]
+        return [self._decide(decision) for decision in self.router.decide(prompts)]
 
     def _decide(self, decision: Decision) -> Decision:
         probabilities = decision.evidence.get("probabilities")
-        if probabilities is None:  # prompt too long for the probe
+        if probabilities is None:  # an empty request
             return decision
         started = time.perf_counter()
-        x = np.array([probabilities[label] for label in self.model.labels])
+        x = np.array([probabilities.get(label, 0.0) for label in self.model.labels])  # the bank may have changed
         with self._lock:
             arms = [arm for arm in dict.fromkeys([*self.own, *skills(self.bank)]) if arm == BASE or arm in self.bank]
             for arm in arms:
@@ -161,7 +161,7 @@ class BanditDispatch:
         """Update the arm that gave a reply, and save the state.
 
         Args:
-            arm: expert name or "base". context: the probe's probabilities by label. reward: in [-1, 1].
+            arm: expert name or "base". context: the router's probabilities by label. reward: in [-1, 1].
 
         Returns:
             False if the reply already has a reward; nothing changes then.
@@ -184,7 +184,7 @@ def arm_and_context(decision: Decision) -> tuple[str | None, dict[str, float] | 
     """Return what a reward for a decision can update: (arm, probabilities by label).
 
     The arm is None for a mixture of several experts or with a weight other than 1; the context is None for decisions
-    that the probe did not take part in.
+    that the router did not take part in.
     """
     weights = decision.mix.weights
     arm = None if len(weights) > 1 or any(alpha != 1 for alpha in weights.values()) else next(iter(weights), BASE)

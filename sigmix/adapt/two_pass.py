@@ -11,13 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sigmix.adapt.base import DISPATCH, OTHER, Decision, Strategy
+from sigmix.adapt.base import DISPATCH, OTHER, Decision, Strategy, skills
 from sigmix.adapt.classifier import ClassifierDispatch
-from sigmix.adapt.probe import FILE, ProbeDispatch
 from sigmix.adapt.prompt import PromptDispatch
+from sigmix.adapt.router import RouterDispatch, unrouted
 from sigmix.engine.base import InferenceEngine
 from sigmix.engine.generation import Generation
 from sigmix.errors import ConfigError, UnknownNameError
@@ -28,7 +27,7 @@ AUTO = "auto"
 STRATEGIES: dict[str, tuple[str, Callable[..., Strategy]]] = {
     "A": ("prompt", PromptDispatch),
     "B": ("classifier", ClassifierDispatch),
-    "D": ("probe", ProbeDispatch),
+    "D": ("router", RouterDispatch),
 }
 """{letter: (name, class)} of the strategies that need nothing but an engine and its bank."""
 
@@ -144,16 +143,15 @@ def open_strategy(engine: InferenceEngine, choice: str = AUTO) -> Strategy:
     """Return a strategy for the engine's bank.
 
     Args:
-        choice: letter or name. "auto" is the probe (D) if the bank has one, else the classifier (B) if it has exactly
-            one, else the prompt (A).
+        choice: letter or name. "auto" is the router (D) if an expert has request statistics, else the classifier (B)
+            if the bank has exactly one, else the prompt (A).
 
     Raises:
         UnknownNameError: unknown strategy. ConfigError, ExpertError, FingerprintError: see the strategies.
     """
     letter, bank = letter_of(choice), engine.bank
     if letter == AUTO:
-        folder = getattr(bank, "folder", None)
+        routed = set(skills(bank)) - set(unrouted(bank, engine.base_fingerprint))
         classifiers = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
-        has_probe = folder is not None and (Path(folder) / FILE).is_file()
-        letter = "D" if has_probe else "B" if len(classifiers) == 1 else "A"
+        letter = "D" if routed else "B" if len(classifiers) == 1 else "A"
     return STRATEGIES[letter][1](engine)

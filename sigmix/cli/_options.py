@@ -41,8 +41,8 @@ EXPERT_QUANTIZATION = typer.Option(
 )
 STRATEGY = typer.Option(
     "auto",
-    help="Strategy of --mix auto: A (prompt), B (classifier) or D (probe). Default: the bank's probe, else its "
-    "classifier, else A.",
+    help="Strategy of --mix auto: A (prompt), B (classifier) or D (router). Default: D if an expert has request "
+    "statistics, else the bank's classifier, else A.",
 )
 SAMPLING = {
     "temperature": typer.Option(0.0, min=0.0, help="Sampling temperature; 0 is greedy."),

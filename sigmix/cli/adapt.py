@@ -1,4 +1,4 @@
-"""`sigmix adapt`: search a mixture on labelled examples (strategy C), or fit a bank's probe (D)."""
+"""`sigmix adapt`: search a mixture on labelled examples (strategy C)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import Progress, emit, working
+from sigmix.cli._console import Progress, emit
 from sigmix.cli._loading import open_bank, open_engine, open_task
 from sigmix.cli._options import ALLOW_CODE, BANK, BASE, DATA_DIR, JSON, data_config, generated_command
 from sigmix.errors import ConfigError
@@ -39,12 +39,10 @@ def adapt(
         None, min=1, help="Maximum tokens of a reply. Default: the task's; with --data the longest answer's."
     ),
     seed: int = typer.Option(0, help="Random seed of the search and of the items."),
-    fit_probe: bool = typer.Option(False, "--fit-probe", help="Fit the probe on the experts' training prompts."),
-    per_label: int = typer.Option(200, min=4, help="Training prompts per label, with --fit-probe."),
     data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, base: str = BASE, bank: Path = BANK,
     as_json: bool = JSON, **options: Any,
 ) -> None:  # fmt: skip
-    """Search a mixture on labelled examples, or fit the bank's probe."""
+    """Search a mixture on labelled examples."""
     from sigmix.adapt import FewShotSearch
     from sigmix.adapt.few_shot import SETTINGS
     from sigmix.evals.accuracy import provenance
@@ -52,11 +50,6 @@ def adapt(
     from sigmix.experts.mix import answer_note
     from sigmix.utils.io import check_new, check_writable, write_json
 
-    if fit_probe + bool(options["data"] or task) != 1:
-        raise ConfigError("give one of --data, --task and --fit-probe", remedy="see sigmix adapt --help")
-    if fit_probe:
-        emit(*_fit_probe(base, bank, out, per_label, seed, data_dir, as_json))
-        return
     if granularity == "z":
         if out is None or out.suffix == ".json":
             raise ConfigError("--out must be a folder for the new expert", remedy="for example --out experts/mine")
@@ -144,29 +137,3 @@ def task_examples(task: Task, shots: int | None, seed: int) -> Labelled:
         samples = task.samples("train", shots or 10, seed=seed)
     examples = [Example(one.turns, one.gold, one, one.images, one.system) for one in samples]
     return examples, lambda example, reply: task.score(example.extra, reply).value or 0.0, task.max_new_tokens
-
-
-def _fit_probe(
-    base: str, bank: Path | None, out: Path | None, per_label: int, seed: int, data_dir: Path | None, as_json: bool
-) -> tuple[dict[str, Any], bool, str]:
-    from sigmix.adapt.probe import FILE, fit_probe
-    from sigmix.evals.dispatch import FOREIGN, requests
-    from sigmix.utils.io import check_writable
-
-    experts = open_bank(bank)
-    path = out or experts.folder / FILE
-    check_writable(path)
-    engine = open_engine(base, experts)
-    with working("fitting the probe"):
-        train = requests(experts, "train", per_label, seed=seed, data_dir=data_dir)
-        validation = requests(
-            experts, "validation", max(per_label // 2, 2), seed=seed, foreign=FOREIGN, data_dir=data_dir
-        )
-        probe = fit_probe(engine, train, validation)
-    probe.save(path)
-    figures = {
-        "probe": str(path), "labels": list(probe.labels), "depth": probe.depth, "temperature": probe.temperature,
-        "threshold": probe.threshold, **dict(probe.facts),
-    }  # fmt: skip
-    text = f"{path}: layer {probe.depth}, threshold {probe.threshold:.2f}, validation accuracy "
-    return figures, as_json, text + f"{probe.facts['validation_accuracy']:.3f} over {', '.join(probe.labels)}"

@@ -30,6 +30,9 @@ def evaluate(
     dispatch: bool = typer.Option(
         False, "--dispatch", help="Measure how often strategies choose the right expert, in place of --task."
     ),
+    requests: Path = typer.Option(
+        None, help='JSON file {"LABEL": ["request", …]} for --dispatch, in place of the test prompts of the tasks.'
+    ),
     shots: int = typer.Option(10, min=1, help="Training items for strategy C."),
     n: int = typer.Option(300, min=1, help="Items; with --dispatch, per label."),
     split: str = typer.Option("test", help="test, validation or train."),
@@ -55,8 +58,10 @@ def evaluate(
     for option in [option for option, given in unused.items() if given and (dispatch or strategy)]:
         raise ConfigError(f"--{option} cannot be combined with {'--dispatch' if dispatch else '--strategy'}")
     if dispatch:
-        _dispatch(strategy or ["A", "D"], n, seed, split, out, base, bank, data_dir, as_json)
+        _dispatch(strategy or ["A", "D"], requests, n, seed, split, out, base, bank, data_dir, as_json)
         return
+    if requests is not None:
+        raise ConfigError("--requests needs --dispatch")
     loaded = open_task(task, data, data_dir, allow_code)
     if strategy:
         _strategies(loaded, strategy, shots, n, split, seed, max_new_tokens, batch, out, base, bank, as_json)
@@ -161,27 +166,32 @@ def _strategies(
 
 
 def _dispatch(
-    letters: list[str], n: int, seed: int, split: str, out: Path | None, base: str, bank: Path | None,
-    data_dir: Path | None, as_json: bool,
+    letters: list[str], file: Path | None, n: int, seed: int, split: str, out: Path | None, base: str,
+    bank: Path | None, data_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure confusion matrices of strategies over the bank's labels, and over requests of unseen domains."""
+    from sigmix.adapt.base import labels
     from sigmix.adapt.two_pass import LETTERS, open_strategy
     from sigmix.evals.accuracy import provenance
-    from sigmix.evals.dispatch import confusion, plot, requests, unseen_tasks
+    from sigmix.evals.dispatch import confusion, plot, read_requests, requests, unseen_tasks
     from sigmix.utils.io import write_json, write_text
 
     _known(letters, LETTERS)
     if out is not None:
         check_output(out, "dispatch.json")
     experts = open_bank(bank)
-    unseen = unseen_tasks(experts)
-    samples = requests(experts, split, n, seed=seed, unseen=unseen, data_dir=data_dir)  # type: ignore[arg-type]
+    names = [label.name for label in labels(experts)]
+    if file is None:
+        unseen = unseen_tasks(experts)
+        samples = requests(experts, split, n, seed=seed, unseen=unseen, data_dir=data_dir)  # type: ignore[arg-type]
+    else:
+        samples, split = read_requests(file, names), file.name
     engine = open_engine(base, experts)
     figures: dict[str, Any] = {"split": split, "seed": seed, "base": base, "strategies": []}
     for letter in letters:
         strategy: Any = open_strategy(engine, letter)
         with working(f"deciding with {strategy.name}"):
-            one = confusion(strategy, samples, [label.name for label in strategy.labels])
+            one = confusion(strategy, samples, names)
         items = one.pop("items")
         figures["strategies"].append(one)
         if out is not None:
@@ -194,7 +204,7 @@ def _dispatch(
         return
     for one in figures["strategies"]:
         rows = [[row["label"], row["n"], accuracy(row), *row["counts"]] for row in one["rows"]]
-        title = f"{one['strategy']}: {accuracy(one)} of {one['n']}, {split} split"
+        title = f"{one['strategy']}: {accuracy(one)} of {one['n']}, {split}"
         table(title, ["request", "n", "accuracy [95 %]", *one["labels"]], rows)
     if out is not None:
         note(f"matrices, items and summary: {out}")

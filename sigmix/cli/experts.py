@@ -1,4 +1,4 @@
-"""`sigmix experts`: list, show, verify, compare and carry experts; push them to the hub and pull them."""
+"""`sigmix experts`: list, show, verify, compare and carry experts, add statistics; push to the hub and pull."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import emit, size, table, working
-from sigmix.cli._loading import expert_source, open_bank, open_expert, open_model_of
-from sigmix.cli._options import BANK, EXPERT_DTYPE, EXPERT_QUANTIZATION, JSON
-from sigmix.errors import ConfigError, ExpertError
+from sigmix.cli._console import emit, note, size, table, working
+from sigmix.cli._loading import expert_source, open_bank, open_engine, open_expert, open_model_of
+from sigmix.cli._options import BANK, BASE, DATA_DIR, EXPERT_DTYPE, EXPERT_QUANTIZATION, JSON
+from sigmix.errors import ConfigError, ExpertError, SigmixError
 
 group = typer.Typer(
     help="List, show, verify, compare and carry experts; push them to the hub and pull them.",
@@ -25,11 +25,13 @@ LOCAL = typer.Argument(..., help="A name in the bank, or an expert's folder.")
 AGAINST = typer.Option(None, "--base", help="Base model to compare with: smollm2-135m, a hub name or a folder.")
 TOP = typer.Option(5, min=1, help="Number of matrices to list.")
 SEAL = "sigmix experts verify DIR --base BASE --seal"
+ROUTE = "sigmix experts statistics"
 
 
 @group.command("list", epilog="Example: sigmix experts list --bank experts")
 def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
     """List experts with domain, base model and accuracy."""
+    from sigmix.adapt.base import DISPATCH
     from sigmix.experts.inspect import listing
 
     opened = open_bank(bank)
@@ -44,8 +46,13 @@ def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
         state = f"DAMAGED: {row['problem']}" if row["problem"] else "verified" if row["verified"] else "unverified"
         base = (row.get("base") or {}).get("name")
         accuracy = _metric((row.get("metrics") or [None])[0])
-        cells.append([row["name"], row.get("domain"), accuracy, row.get("positions"), base, state])
-    table(f"experts in {opened.source}", ["name", "domain", "accuracy", "positions", "base", "state"], cells)
+        routed = "yes" if row.get("requests") else "no"
+        cells.append([row["name"], row.get("domain"), accuracy, row.get("positions"), base, state, routed])
+    columns = ["name", "domain", "accuracy", "positions", "base", "state", "routed"]
+    table(f"experts in {opened.source}", columns, cells)
+    skills = [row for row in rows if not row["problem"] and row["domain"] != DISPATCH]
+    if names := [row["name"] for row in skills if row["requests"] is None]:
+        note(f"the router never chooses {', '.join(names)}, without request statistics -> {ROUTE}")
 
 
 def _metric(metric: Mapping[str, Any] | None) -> str:
@@ -68,13 +75,17 @@ def show(name: str = NAME, bank: Path = BANK, top: int = TOP, as_json: bool = JS
     from sigmix.experts.model_card import POSITIONS
 
     facts = show(expert, top)
-    base, carried, gain = facts["base"] or {}, facts["carried_from"], facts["gain"]
+    base, carried, gain, routed = facts["base"] or {}, facts["carried_from"], facts["gain"], facts["requests"]
     rows = {
         **{key: facts[key] for key in ("domain", "task", "objective", "seed", "commit", "license")},
         "positions": f"{facts['positions']}: z acts on {POSITIONS[facts['positions']]}",
         "base": f"{base.get('name')} ({base.get('dtype')}, fingerprint {str(base.get('fingerprint'))[:12]})",
         "verified": "yes" if facts["verified"] else f"no -> {SEAL}",
         "size": f"{facts['numbers']} parameters in {facts['matrices']} matrices, {size(facts['bytes'])}",
+        "routed": (
+            f"by {routed['train_n']} requests, relative distance below {routed['threshold']:.0f}" if routed
+            else f"no -> {ROUTE} {facts['name']}"
+        ),
         "digest": facts["digest"][:16],
         "hub": facts["origin"],
         "carried from": carried and f"{carried['base']} ({'same' if carried['basis'] == 'same' else 'OTHER'} weights)",
@@ -124,6 +135,37 @@ def verify(
     emit(report, as_json, "\n".join(lines))
     if not report["ok"]:
         raise ExpertError("; ".join(report["problems"]))
+
+
+@group.command(epilog="Example: sigmix experts statistics addition")
+def statistics(
+    name: str = typer.Argument(None, help="A name in the bank. Default: all experts that lack statistics of the base."),
+    base: str = BASE, data_dir: Path = DATA_DIR, bank: Path = BANK, as_json: bool = JSON,
+) -> None:  # fmt: skip
+    """Add statistics of their training requests to experts of tasks, so that the router (strategy D) chooses them."""
+    from sigmix.adapt.router import unrouted
+    from sigmix.evals.dispatch import add_statistics
+
+    experts = open_bank(bank)
+    if name is not None:
+        experts.path(name)
+    engine = open_engine(base, experts)
+    rows, problems = [], []
+    for one in [name] if name is not None else unrouted(experts, engine.base_fingerprint):
+        try:
+            with working(f"reading the requests of {one}"):
+                found = add_statistics(engine, experts, one, data_dir)
+            rows.append({"name": one, "threshold": found.threshold, **found.facts})
+        except SigmixError as error:
+            problems.append(f"{one}: {error}")
+    lines = [
+        f"{row['name']}: {row['train_n']} requests; of {row['validation_n']} validation requests {row['kept']:.1%} are "
+        f"below the threshold, of other requests {1 - row['refused']:.1%}"
+        for row in rows
+    ]
+    emit({"bank": experts.source, "experts": rows}, as_json, "\n".join(lines) or "no expert lacks statistics")
+    if problems:
+        raise ExpertError("; ".join(problems))
 
 
 @group.command(epilog="Example: sigmix experts diff addition larger")
@@ -216,7 +258,9 @@ def push(
     hub.check_repo_id(repo)
     expert = open_expert(name, bank)
     with working(f"pushing {name}"):
-        options: Any = {"private": private, "revision": revision, "commit_message": message}
+        options: Any = {
+            "requests": expert.requests, "private": private, "revision": revision, "commit_message": message,
+        }  # fmt: skip
         done = hub.push(expert.name, expert.z, expert.meta, repo, **options)
     figures = {"expert": expert.name, "repo": repo, **done._asdict()}
     emit(figures, as_json, f"{expert.name} is at {done.url}, " + (done.revision[:12] if done.changed else "unchanged"))

@@ -83,6 +83,10 @@ class InferenceEngine(Protocol):
 class HiddenStatesEngine(InferenceEngine, Protocol):
     """An engine that also returns hidden states of the base model."""
 
+    @property
+    def model(self) -> Any:
+        """Base model."""
+
     def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64) -> torch.Tensor:
-        """Return float32 [N, len(layers), d]: the base's hidden state at each prompt's last token, after given
-        numbers of layers."""
+        """Return float32 [N, len(layers), d]: the base's hidden states after given numbers of layers, averaged over
+        the tokens of each prompt, see `sigmix.engine.scoring.hidden_states`."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sigmix.engine.base import Prompt
+from sigmix.engine.base import InferenceEngine, Prompt
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
 from sigmix.engine.prefix_cache import answer_logits, everywhere, reads_whole, right_pad, whole_logits
@@ -134,25 +134,45 @@ def replies_and_logprobs(
 def hidden_states(
     engine: Engine, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64
 ) -> torch.Tensor:
-    """Return float32 [N, len(layers), d] on the CPU: the base's hidden state at each prompt's last token.
+    """Return float32 [N, len(layers), d] on the CPU: the base's hidden states, averaged over the tokens of each prompt.
 
-    Only the layers up to the deepest one run.
+    Strings are read without the chat template. Each prompt follows `attention_sink`, which is not averaged. Only the
+    layers up to the deepest one run.
 
     Args:
         layers: numbers of layers passed, from 1 to that of the model.
 
     Raises:
+        ContextError: an empty prompt, or one that leaves no room for the attention sink.
         ConfigError: the model has no list of layers, or fewer, or its layers return several states (Gemma 3n).
     """
     modules = decoder_layers(engine.model)
     if not layers or not all(1 <= layer <= len(modules) for layer in layers):
         raise ConfigError(f"layers must be from 1 to {len(modules)}, not {list(layers)}")
-    numbers = sorted(set(layers))
+    numbers, sink = sorted(set(layers)), attention_sink(engine.tokenizer)
+    bare_rows = [text_ids(engine, prompt) for prompt in prompts]
+    for number, row in enumerate(bare_rows):
+        engine.check_prompt(row, 1, f"prompt {number}")
     states = []
-    for rows, mixes in _batches(engine, prompts, None, batch_size):
-        outputs = _outputs(engine, rows, mixes, [modules[number - 1] for number in numbers], _last)
+    for rows, mixes in _batches(engine, [[sink, *row] for row in bare_rows], None, batch_size, new_tokens=0):
+        outputs = _outputs(engine, rows, mixes, [modules[number - 1] for number in numbers], _mean_after_first)
         states.append(torch.stack([outputs[numbers.index(layer)] for layer in layers], 1))
     return torch.cat(states)
+
+
+def text_ids(engine: InferenceEngine, prompt: Prompt) -> list[int]:
+    """Return the token ids of a text without the chat template and without `attention_sink`; ids pass through."""
+    ids = engine.encode(prompt, chat=False)
+    return ids[1:] if ids[:1] == [attention_sink(engine.tokenizer)] else ids
+
+
+def attention_sink(tokenizer: Any) -> int:
+    """Return the token that texts follow in `hidden_states`: the beginning of a text, else its end.
+
+    The first token's state is large and nearly constant (Xiao et al. 2023, arXiv 2309.17453), whatever the token.
+    """
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    return next(token for token in ids if token is not None)
 
 
 @torch.no_grad()
@@ -235,12 +255,12 @@ def _outputs(
     return outputs
 
 
-def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return states[torch.arange(len(states), device=mask.device), mask.sum(1) - 1]
-
-
 def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _mean_after_first(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return _mean(states[:, 1:], mask[:, 1:])
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""Dispatch: choose the label of a request. Data for strategies A, B and D, the task of B's expert, confusion matrices.
+"""Dispatch: choose the label of a request. Requests by label, statistics for D, the task of B's expert, and matrices.
 
 The requests of a label are the prompts of the task that its expert was trained on, from the given split. "Other" has
 everyday requests and prompts of tasks that the bank has no expert for. Some of those tasks are left out of training and
@@ -11,26 +11,27 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sigmix.adapt.base import DISPATCH, OTHER, Label, Strategy, labels, skills
 from sigmix.adapt.prompt import question
-from sigmix.errors import ConfigError, ExpertError, SigmixError
+from sigmix.adapt.router import TRAIN_LIMIT, VALIDATION_LIMIT, request_statistics
+from sigmix.engine import Engine
+from sigmix.errors import ConfigError, DataError, ExpertError, SigmixError, UnknownNameError
 from sigmix.evals.plots import figure, save_png
 from sigmix.evals.statistics import wilson
+from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
+from sigmix.experts.requests import RequestStatistics
 from sigmix.tasks.base import Sample, Score, Split, Task, check_request, shuffled
 from sigmix.tasks.graders import one_of
 from sigmix.tasks.registry import get_task
+from sigmix.utils.io import read_json
 
 SEEN = ("plural", "opposite", "spell", "odd-one-out", "json-record")
 """Tasks that are "other" in every split, if the bank has no expert for their domain."""
-
-FOREIGN = ("transitive", "odd-even", "longest-word", "reverse-words")
-"""Tasks that are "other" in a probe's validation only: on kinds of requests that its training lacks, a probe errs, so
-that depth, temperature and threshold are chosen meaningfully. None of them is in the test."""
 
 UNSEEN = ("syllogism", "boolean")  # tasks that are "other" in the test only
 CODE = "code"  # domain that is in the test only: requests for programs (`code_requests`)
@@ -43,14 +44,12 @@ def requests(
     *,
     seed: int = 0,
     unseen: Sequence[str] = (),
-    foreign: Sequence[str] = (),
     data_dir: Path | None = None,
 ) -> dict[str, list[str]]:
     """Return {label: n user turns of a split} over the bank's labels; finite tasks may have fewer.
 
     Args:
         unseen: tasks with an entry of their own, ``other:TASK``, of n prompts each.
-        foreign: tasks added to "other", n prompts in all, if the bank has no expert for them.
 
     Raises:
         ExpertError: an expert without its training task.
@@ -69,9 +68,6 @@ def requests(
     for task in others:
         pool += drawn(get_task(task), share)
     found[OTHER] = pool[:n]
-    added = [task for task in foreign if not _has(bank, task)]
-    for task in added:
-        found[OTHER] += drawn(get_task(task), -(-n // len(added)))
     for task in unseen:
         texts = code_requests(n, seed) if task == CODE else drawn(get_task(task, data_dir=data_dir), n)
         found[f"{OTHER}:{task}"] = texts
@@ -92,6 +88,52 @@ def prompts_of_experts(
     each = -(-count // len(names))
     drawn = [_task(bank, name, data_dir).samples(split, each, seed=seed) for name in names]
     return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
+
+
+def statistics_of_task(engine: Engine, task: Task, *, seed: int = 0) -> RequestStatistics:
+    """Return the request statistics of an expert trained on a task.
+
+    Raises:
+        ConfigError: see `request_statistics`.
+    """
+    train = [sample.prompt for sample in task.samples("train", TRAIN_LIMIT, seed=seed)]
+    validation = [sample.prompt for sample in task.samples("validation", VALIDATION_LIMIT, seed=seed)]
+    return request_statistics(engine, train, validation)
+
+
+def add_statistics(engine: Engine, bank: Bank, name: str, data_dir: Path | None = None) -> RequestStatistics:
+    """Compute the request statistics of an expert from its task, write them to its folder, and return them.
+
+    Raises:
+        ExpertError: an expert of another base, without its training task, or damaged. OutputError: the folder cannot
+            be written.
+    """
+    task = _task(bank, name, data_dir)
+    engine.check_expert(bank[name])
+    found = statistics_of_task(engine, task)
+    bank.set_requests(name, found)
+    return found
+
+
+def read_requests(path: Path, names: Collection[str]) -> dict[str, list[str]]:
+    """Read {label: user turns} from a JSON file.
+
+    Args:
+        names: the bank's labels; ``other:KIND`` is allowed too.
+
+    Raises:
+        DataError: not such a file. UnknownNameError: another label.
+    """
+    remedy = 'for example {"arithmetic": ["17 + 25 = ?"], "other": ["Tell me a joke."]}'
+    found = read_json(path, DataError, remedy)
+    for label, texts in found.items():
+        if label not in names and label.partition(":")[0] != OTHER:
+            raise UnknownNameError("label", label, names)
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{path}: {label!r} must be a list of texts that is not empty", remedy=remedy)
+    if not found:
+        raise DataError(f"{path} has no requests", remedy=remedy)
+    return found
 
 
 def unseen_tasks(bank: Mapping[str, Expert]) -> list[str]:

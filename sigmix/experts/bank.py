@@ -15,7 +15,8 @@ from sigmix.errors import ExpertError, OutputError, UnknownNameError
 from sigmix.experts import hub
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
-from sigmix.experts.serialization import CONFIG, META
+from sigmix.experts.requests import RequestStatistics
+from sigmix.experts.serialization import CONFIG, META, write_requests
 from sigmix.utils.io import read_json_object
 
 
@@ -165,6 +166,15 @@ class Bank(Mapping[str, Expert]):
         self._paths = dict(sorted({**self._paths, expert.name: path}.items()))
         self._loaded[expert.name] = expert
         return path
+
+    def set_requests(self, name: str, requests: RequestStatistics) -> None:
+        """Write the statistics of an expert's requests into its folder; of a bank on the hub, into our copy of it.
+
+        Raises:
+            UnknownNameError: no such expert. OutputError: the folder cannot be written.
+        """
+        write_requests(self.path(name), requests)
+        self._loaded.pop(name, None)
 
 
 def _name(path: Path) -> str:

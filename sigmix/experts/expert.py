@@ -29,6 +29,7 @@ from sigmix.experts import hub, serialization
 from sigmix.experts.fingerprint import TOLERANCE, Sketch, compare, fingerprint, mismatch, sketch, sketch_of
 from sigmix.experts.metadata import check_author_meta, check_meta, check_name, check_z, digest_of, freeze, thaw
 from sigmix.experts.original_basis import check_recorded, original_of, recorded_basis
+from sigmix.experts.requests import RequestStatistics
 from sigmix.svf.layer import SVFLinear
 from sigmix.svf.linears import describe, factors_of, linears, matrix_of, shape_of
 from sigmix.svf.tuner import svf_layers
@@ -38,12 +39,13 @@ from sigmix.utils.io import write_text
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One z per adapted matrix, with its provenance. Experts are equal if name, z and metadata are.
+    """One z per adapted matrix, with its provenance. Experts are equal if name, z, metadata and statistics are.
 
     Attributes:
         name: lower-case letters, digits, ``.``, ``_``, ``-``.
         z: {module path in the base: float32 [r] on the CPU}, r = min(out, in); do not modify.
         meta: read-only; keys as in `sigmix.experts.metadata`.
+        requests: statistics of its training requests, which the router needs; see `sigmix.adapt.router`.
         origin: "user/name@commit" if loaded from the hub, else None; ignored by equality.
 
     Raises:
@@ -53,6 +55,7 @@ class Expert:
     name: str
     z: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    requests: RequestStatistics | None = None
     origin: str | None = None
 
     def __post_init__(self) -> None:
@@ -151,7 +154,11 @@ class Expert:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Expert):
             return NotImplemented
-        return (self.name, self.digest, thaw(self.meta)) == (other.name, other.digest, thaw(other.meta))
+        return self._content() == other._content()
+
+    def _content(self) -> tuple[Any, ...]:
+        requests = None if self.requests is None else self.requests.to_bytes()
+        return self.name, self.digest, thaw(self.meta), requests
 
     def __hash__(self) -> int:
         return hash((self.name, self.digest))
@@ -169,7 +176,7 @@ class Expert:
             OutputError: ``path`` holds other files than an expert's, or cannot be written.
         """
         path = Path(path).expanduser()
-        serialization.write(path, self.name, self.z, self.meta)
+        serialization.write(path, self.name, self.z, self.meta, self.requests)
         return path
 
     def push_to_hub(
@@ -187,8 +194,8 @@ class Expert:
             is set. HubError: the hub refuses or cannot be reached.
         """
         return hub.push(
-            self.name, self.z, self.meta, repo_id, token=token, private=private, revision=revision,
-            commit_message=commit_message,
+            self.name, self.z, self.meta, repo_id, requests=self.requests, token=token, private=private,
+            revision=revision, commit_message=commit_message,
         ).url  # fmt: skip
 
     # ------------------------------------------------------------------ checks against a base

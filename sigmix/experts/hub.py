@@ -1,7 +1,7 @@
 """Experts on the Hugging Face hub: download, upload, and collections as banks.
 
-An expert is a model repository with the files of `sigmix.experts.serialization`. Only those four are downloaded, so
-neither pickles nor code. Endpoint, cache and login are huggingface_hub's (``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``).
+An expert is a model repository with the files of `sigmix.experts.serialization`. Only those are downloaded, so neither
+pickles nor code. Endpoint, cache and login are huggingface_hub's (``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``).
 Collections are read only; ``hf collections`` edits them.
 """
 
@@ -21,14 +21,15 @@ from sigmix.errors import ConfigError, ExpertError, HubError, OutputError
 from sigmix.experts import serialization
 from sigmix.experts.metadata import COMPUTED, thaw
 from sigmix.experts.model_card import REPO_ID, without_path
-from sigmix.experts.serialization import CARD, CONFIG, META, WEIGHTS
+from sigmix.experts.requests import RequestStatistics
+from sigmix.experts.serialization import CARD, CONFIG, META, REQUESTS, WEIGHTS
 from sigmix.models.default import offline
 from sigmix.models.hub import hub_errors, near_paths, status_of
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_dir, file_lock, read_json, read_json_object, write_json, writing
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
-FILES = (CONFIG, WEIGHTS, META, CARD)
+FILES = (CONFIG, WEIGHTS, META, CARD, REQUESTS)
 MAX_BYTES = 1 << 30  # of a file that is downloaded; experts have a few MB
 RECORD = ".sigmix-hub.json"  # written by `download_bank`: {"source", "experts": {name: {"repo", "revision"}}}
 
@@ -289,8 +290,9 @@ class Pushed(NamedTuple):
 
 
 def push(
-    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo_id: str, *, token: str | None = None,
-    private: bool = False, revision: str | None = None, commit_message: str | None = None,
+    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo_id: str, *,
+    requests: RequestStatistics | None = None, token: str | None = None, private: bool = False,
+    revision: str | None = None, commit_message: str | None = None,
 ) -> Pushed:  # fmt: skip
     """Upload an expert in one commit; the repository and the branch are created if missing.
 
@@ -307,8 +309,8 @@ def push(
         raise HubError(
             f"cannot push to {repo_id!r}: offline mode is set", remedy="unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"
         )
-    files = serialization.contents(name, z, public_metadata(meta), repo_id)
-    additions = [huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=files[file]) for file in FILES]
+    files = serialization.contents(name, z, public_metadata(meta), requests, repo_id)
+    additions = [huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=files[file]) for file in files]
     with _hub(repo_id, token, action="push to") as key:
         api = huggingface_hub.HfApi(token=key)
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -327,8 +329,10 @@ def push(
         _check_files(repo_id, [file.rfilename for file in head.siblings or ()])
         if new_branch:
             api.create_branch(repo_id, branch=str(revision), revision=head.sha)
+        there = {one.rfilename for one in head.siblings or ()}
+        stale = [huggingface_hub.CommitOperationDelete(REQUESTS)] * (REQUESTS in there - files.keys())
         commit = api.create_commit(
-            repo_id, additions, commit_message=commit_message or f"Expert {name}", revision=revision,
+            repo_id, [*additions, *stale], commit_message=commit_message or f"Expert {name}", revision=revision,
             parent_commit=head.sha,
         )  # fmt: skip
     return Pushed(str(url), commit.oid, commit.oid != head.sha)

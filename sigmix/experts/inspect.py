@@ -24,7 +24,7 @@ from sigmix.svf.linears import factors_of, linears
 
 def listing(bank: Bank) -> list[dict[str, Any]]:
     """Return one row per expert: name, path, problem, and domain, description, positions, base, verified, matrices,
-    numbers, metrics.
+    numbers, metrics, requests (figures of the request statistics, or None).
 
     The row of a damaged expert has its name, path and ``problem`` only.
     """
@@ -132,6 +132,9 @@ def _summary(expert: Expert) -> dict[str, Any]:
         "positions": expert.positions, "base": thaw(expert.meta.get("base")), "verified": expert.verified,
         "matrices": len(expert.z), "numbers": sum(len(z) for z in expert.z.values()),
         "metrics": thaw(expert.meta.get("metrics") or []),
+        "requests": None if expert.requests is None else {
+            **expert.requests.facts, "threshold": expert.requests.threshold, "base": expert.requests.base,
+        },
     }  # fmt: skip
 
 

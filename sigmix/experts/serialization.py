@@ -1,9 +1,10 @@
-"""The folder of an expert: a PEFT adapter with one file more.
+"""The folder of an expert: a PEFT adapter with a few files more.
 
     adapter_config.json         peft_type "SVF", the adapted modules, the base's name; for PEFT
     adapter_model.safetensors   z only, under PEFT's names base_model.model.<path>.svf_z.weight
     sigmix.json                 metadata (`sigmix.experts.metadata`) and a checksum of z
     README.md                   model card
+    requests.safetensors        statistics of the training requests (`sigmix.experts.requests`), if there are any
 
 Equal experts give equal bytes. A folder without ``sigmix.json``, as PEFT and TRL save it, is read too. Pickled weights
 are refused: unpickling executes code.
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sigmix.errors import ExpertError, OutputError
+from sigmix.errors import ExpertError, OutputError, reraised
 from sigmix.experts.metadata import (
     COMPUTED,
     RESTORE,
@@ -36,14 +37,16 @@ from sigmix.experts.metadata import (
     thaw,
 )
 from sigmix.experts.model_card import card
+from sigmix.experts.requests import FILE as REQUESTS
+from sigmix.experts.requests import RequestStatistics
 from sigmix.models.hub import near_paths
 from sigmix.svf.config import POSITIONS
-from sigmix.utils.io import atomic_dir, check_writable, read_json
+from sigmix.utils.io import atomic_dir, atomic_file, check_writable, read_json
 
 CONFIG, WEIGHTS, META, CARD = "adapter_config.json", "adapter_model.safetensors", "sigmix.json", "README.md"
 CURVE = "curve.png"
 SAVED_AGAIN = "restore it or save the expert again"
-FILES = (CONFIG, WEIGHTS, META, CARD, CURVE)
+FILES = (CONFIG, WEIGHTS, META, CARD, REQUESTS, CURVE)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.svf_z\.weight")
 NUMBERS = re.compile(r"\[\n\s+((?:-?[\d.eE+-]+,\n\s+)*-?[\d.eE+-]+)\n\s+\]")
@@ -55,6 +58,7 @@ class Contents(NamedTuple):
     name: str
     z: dict[str, torch.Tensor]
     meta: dict[str, Any]
+    requests: RequestStatistics | None = None
 
 
 def read(path: Path, name: str | None = None) -> Contents:
@@ -91,10 +95,35 @@ def read(path: Path, name: str | None = None) -> Contents:
             f"{path / WEIGHTS} does not match its checksum in {META}",
             remedy=f"restore the file; if the change is intended, delete {META} and seal the expert again",
         )
-    return Contents(name, z, meta)
+    requests = path / REQUESTS
+    return Contents(name, z, meta, read_requests(path) if requests.exists() else None)
 
 
-def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+def read_requests(path: Path) -> RequestStatistics:
+    """Read the statistics in an expert's folder.
+
+    Raises:
+        ExpertError: missing or damaged.
+    """
+    with reraised(ExpertError, f"{path / REQUESTS} cannot be read", SAVED_AGAIN, OSError):
+        content = (path / REQUESTS).read_bytes()
+    return RequestStatistics.from_bytes(content, str(path / REQUESTS))
+
+
+def write_requests(path: Path, requests: RequestStatistics) -> None:
+    """Write statistics into the folder of an expert, whose other files stay as they are.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with atomic_file(path / REQUESTS) as temporary:
+        temporary.write_bytes(requests.to_bytes())
+
+
+def write(
+    path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any],
+    requests: RequestStatistics | None = None,
+) -> None:  # fmt: skip
     """Write an expert's folder atomically; an earlier expert at ``path`` is replaced.
 
     Raises:
@@ -102,13 +131,14 @@ def write(path: Path, name: str, z: Mapping[str, torch.Tensor], meta: Mapping[st
     """
     _check_replaceable(path)
     with atomic_dir(path) as temporary:
-        for file, content in contents(name, z, meta).items():
+        for file, content in contents(name, z, meta, requests).items():
             (temporary / file).write_bytes(content)
 
 
 def contents(
-    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], repo_id: str | None = None
-) -> dict[str, bytes]:
+    name: str, z: Mapping[str, torch.Tensor], meta: Mapping[str, Any], requests: RequestStatistics | None = None,
+    repo_id: str | None = None,
+) -> dict[str, bytes]:  # fmt: skip
     """Return {file name: bytes} of an expert's folder; ``repo_id``: its hub id, for the card."""
     plain = thaw(meta)
     config = {
@@ -127,6 +157,7 @@ def contents(
     weights = save({f"base_model.model.{path}.svf_z.weight": z[path] for path in sorted(z)}, {"format": "pt"})
     return {
         WEIGHTS: weights, CONFIG: dump(config).encode(), META: dump(record).encode(), CARD: readme.encode(),
+        **({REQUESTS: requests.to_bytes()} if requests is not None else {}),
     }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class SigmixLM(HFLM):
     Args:
         base, dtype, device, quantization: see `load_base`. bank: folder of experts; None: the bundled bank.
         mix: "a:0.7+b:0.3", a name, "base", a ``.json`` file of a mixture, or "auto".
-        strategy: A, B, D, or "auto" (the bank's probe, else its classifier, else A); implies ``mix=auto``.
+        strategy: A, B, D, or "auto" (see `open_strategy`); implies ``mix=auto``.
         form: of batches with several mixtures, "factored" or "gain"; None: factored.
         decisions: JSONL file for every distinct request and its decision.
         basis: of a quantized base, "own", or "original" for experts of the unquantized base.

@@ -287,7 +287,7 @@ async def feedback(body: FeedbackRequest, service: ServiceDep, key: KeyDep) -> d
     if not saved:
         raise ApiError(409, f"reply {body.id!r} already has feedback", code="conflict", param="id")
     service.metrics.feedback.labels("good" if body.reward > 0 else "bad" if body.reward < 0 else "even").inc()
-    reason = None if learned else "the mixture was given or has several experts, or the bank has no probe"
+    reason = None if learned else "the mixture was given or has several experts, or the router did not decide"
     return {"id": body.id, "object": "sigmix.feedback", "learned": learned, "reason": reason}
 
 

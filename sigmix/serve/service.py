@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sigmix.adapt import ClassifierDispatch, ProbeDispatch, PromptDispatch, Strategy, TwoPass
+from sigmix.adapt import ClassifierDispatch, PromptDispatch, RouterDispatch, Strategy, TwoPass
 from sigmix.adapt.bandit import BanditDispatch
+from sigmix.adapt.router import REMEDY, unrouted
 from sigmix.engine.detokenizer import text_offsets, token_decoder
 from sigmix.engine.tokenization import chat_template, check_context, check_unicode, encode_turns
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
@@ -72,10 +73,8 @@ class Service:
         self._tokenizer_lock = threading.Lock()
         self._embeddings_lock = asyncio.Lock()
         self.bandit: BanditDispatch | None = None
-        self.strategies = self._open_strategies()
-        self.default_strategy = settings.strategy
-        if settings.strategy == "auto":
-            self.default_strategy = next(name for name in ("D", "B", "A") if name in self.strategies)
+        self.strategies: dict[str, TwoPass] = {}
+        self._open_strategies()
         self.check_strategy(self.default_strategy)
         self.scheduler = Scheduler(self.engine, self.strategies, settings)
         self.metrics = self.scheduler.metrics
@@ -84,17 +83,31 @@ class Service:
         self.created = int(time.time())
         self.started = self.closing = False
 
-    def _open_strategies(self) -> dict[str, TwoPass]:
-        """Return the strategies that the bank supports."""
+    @property
+    def default_strategy(self) -> str:
+        """Strategy of requests that name none."""
+        if self.settings.strategy != "auto":
+            return self.settings.strategy
+        return next(name for name in ("D", "B", "A") if name in self.strategies)
+
+    def _open_strategies(self) -> None:
+        """Open the strategies that the bank supports; one that it no longer supports stays with its earlier labels.
+
+        Raises:
+            ConfigError: two experts with the same label.
+        """
         opened: dict[str, Strategy] = {"A": PromptDispatch(self.engine)}
-        for letter, strategy in (("B", ClassifierDispatch), ("D", ProbeDispatch)):
+        for letter, strategy in (("B", ClassifierDispatch), ("D", RouterDispatch)):
             try:
                 opened[letter] = strategy(self.engine)
             except (ConfigError, ExpertError) as error:
                 log.info("strategy %s is not available: %s", letter, error.message)
-        if isinstance(probe := opened.get("D"), ProbeDispatch):
-            opened["bandit"] = self.bandit = BanditDispatch(probe, self.registry, self.store)
-        return {name: TwoPass(self.engine, strategy) for name, strategy in opened.items()}
+        if isinstance(router := opened.get("D"), RouterDispatch):
+            opened["bandit"] = self.bandit = BanditDispatch(router, self.registry, self.store)
+            if names := unrouted(self.registry, self.engine.base_fingerprint):
+                log.warning("strategy D never chooses %s, without request statistics -> %s", ", ".join(names), REMEDY)
+        # in place: the scheduler has this dictionary too
+        self.strategies.update((name, TwoPass(self.engine, strategy)) for name, strategy in opened.items())
 
     def check_strategy(self, name: str) -> str:
         """Return the name of a strategy; "" and "auto" mean the default.
@@ -228,14 +241,27 @@ class Service:
             ConfigError, ExpertError, FingerprintError: see `ModelRegistry.load` and `Expert.check`.
         """
         expert = self.registry.load(folder)
+        self.add_expert(expert)
+        return expert.name
+
+    def add_expert(self, expert: Expert) -> None:
+        """Add an expert, which the strategies choose from the next request on.
+
+        Raises:
+            ConfigError: its name or label is taken. ExpertError, FingerprintError: see `Expert.check`.
+        """
 
         def add() -> None:
             with self.engine.lock:  # other threads may have placed merged weights in the model
                 expert.check(self.engine.model)
             self.registry.add(expert)
+            try:
+                self._open_strategies()
+            except Exception:
+                self.registry.remove(expert.name)
+                raise
 
         self.scheduler.call(add).result(CALL_TIMEOUT)
-        return expert.name
 
     def unload_expert(self, name: str) -> None:
         """Unload an expert.
@@ -249,5 +275,6 @@ class Service:
             if users := self.scheduler.users(name):
                 raise ConfigError(f"{users} running requests use {name}", remedy="repeat once they have finished")
             self.registry.remove(name)
+            self._open_strategies()
 
         self.scheduler.call(remove).result(CALL_TIMEOUT)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,13 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sigmix.adapt.base import DISPATCH
+from sigmix.adapt.router import request_statistics
+from sigmix.engine import Engine
 from sigmix.engine.cpu.kernels import contiguous_head
 from sigmix.engine.prefix_cache import completion_logits
 from sigmix.engine.tokenization import context_length, encode, reply_ids
-from sigmix.errors import ConfigError, DivergedError
+from sigmix.errors import ConfigError, DivergedError, SigmixError
 from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, in_part, rank
 from sigmix.evals.plots import figure, save_png
 from sigmix.experts.expert import Expert
@@ -39,6 +43,8 @@ from sigmix.train.distributed import Processes, ProcessLostError, build_policy, 
 from sigmix.train.objectives import Learner, token_stats
 from sigmix.train.policy import Policy, SVFPolicy
 from sigmix.train.rollout import Actor, PromptStream, Rollouts
+
+log = logging.getLogger(__name__)
 
 Checkpoint: TypeAlias = tuple[dict[str, Any], dict[str, torch.Tensor]]
 SAVE_SECONDS = 60.0  # a checkpoint is written at every validation, and after a step if the last one is older than this
@@ -171,9 +177,21 @@ class Trainer:
             self.processes.from_main(lambda: plot_curve(self.run.history(), self.run.path / "curve.png", title))
         if not isinstance(self.policy, SVFPolicy):
             return None
-        best = Expert.from_pretrained(self.run.best) if self.processes.is_main else None
+        best = self._with_statistics(Expert.from_pretrained(self.run.best)) if self.processes.is_main else None
         z = self.processes.from_main(lambda: dict(best.z))  # type: ignore[union-attr]
         return best or Expert(self.name, z, {"positions": self.config.positions})
+
+    def _with_statistics(self, expert: Expert) -> Expert:
+        """Add statistics of the training and validation prompts, which the router (strategy D) needs."""
+        if self.policy.sharded or self.task.domain == DISPATCH:
+            return expert
+        prompts = ([sample.prompt for sample in samples] for samples in (self.stream.samples, self.validation))
+        try:
+            engine = Engine(self.policy.model, self.actor.tokenizer, keep_packed=0)
+            return dataclasses.replace(expert, requests=request_statistics(engine, *prompts))
+        except SigmixError as error:  # the expert is whole without them
+            log.warning("no request statistics, so the router does not choose %s: %s", expert.name, error)
+            return expert
 
     def _begin(self, stack: contextlib.ExitStack, resume: bool) -> Checkpoint | None:
         stack.enter_context(self.run.locked())

@@ -1,4 +1,4 @@
-"""LinUCB, and the bandit strategy on a probe."""
+"""LinUCB, and the bandit strategy on a router."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sigmix.experts.mix import Mix
 
 
 def context(draw, sure=0.8):
-    """The true class of a request, and the probabilities of a probe that is often right."""
+    """The true class of a request, and the probabilities of a router that is often right."""
     truth = draw.integers(3)
     x = draw.dirichlet(np.ones(3)) * (1 - sure)
     x[truth] += sure
     return truth, x
 
 
-def test_without_feedback_the_bandit_agrees_with_the_probe():
+def test_without_feedback_the_bandit_agrees_with_the_router():
     bandit, draw = LinUCB(["a", "b", "other"], {"A": "a", "B": "b", "base": "other"}), np.random.default_rng(0)
     for _ in range(50):
         truth, x = context(draw)
@@ -70,15 +70,14 @@ def test_damaged_state(state):
         LinUCB.from_json(state)
 
 
-class Probe:
-    """Probe with fixed probabilities, for labels "math" and "other"."""
+class Router:
+    """Router with fixed probabilities, for labels "math" and "other"."""
 
     labels = (SimpleNamespace(name="math", mix=Mix.one("math")), SimpleNamespace(name="other", mix=Mix.base()))
-    probe = SimpleNamespace(labels=("math", "other"))
 
     def decide(self, prompts):
         evidence = {"probabilities": {"math": 0.9, "other": 0.1}}
-        return [Decision(Mix.one("math"), "math", "probe", evidence if text else {}, 5, 0.0) for text in prompts]
+        return [Decision(Mix.one("math"), "math", "fixed", evidence if text else {}, 5, 0.0) for text in prompts]
 
 
 class Store(dict):
@@ -98,27 +97,35 @@ class Store(dict):
 def test_strategy_learns_from_feedback_and_keeps_it():
     bank = {"math": SimpleNamespace(meta={})}
     store = Store()
-    strategy = BanditDispatch(Probe(), bank, store)
+    strategy = BanditDispatch(Router(), bank, store)
     (decision,) = strategy.decide(["17 + 25"])
     assert (decision.mix, decision.label) == (Mix.one("math"), "math")
     arm, probabilities = arm_and_context(decision)
     for number in range(20):
         assert strategy.learn(str(number), arm, probabilities, -1.0)
     assert not strategy.learn("0", arm, probabilities, 1.0)
-    (decision,) = BanditDispatch(Probe(), bank, store).decide(["17 + 25"])
+    (decision,) = BanditDispatch(Router(), bank, store).decide(["17 + 25"])
     assert (decision.mix, decision.label) == (Mix.base(), OTHER)
     assert decision.evidence["bandit"]["math"]["expected"] < 0
-    assert strategy.decide([""])[0].reason == "probe"  # too long for the probe: no probabilities
+    assert strategy.decide([""])[0].reason == "fixed"  # empty: no probabilities
 
 
 def test_an_unloaded_expert_is_no_arm():
-    strategy = BanditDispatch(Probe(), {}, Store())
+    strategy = BanditDispatch(Router(), {}, Store())
     assert strategy.decide(["17 + 25"])[0].mix == Mix.base()
+
+
+def test_an_expert_that_the_router_does_not_list_yet():
+    router = Router()
+    strategy = BanditDispatch(router, {"math": SimpleNamespace(meta={})}, Store())
+    router.decide = lambda prompts: [Decision(Mix.one("math"), "math", "", {"probabilities": {"code": 1.0}})]
+    (decision,) = strategy.decide(["x"])
+    assert decision.mix in (Mix.one("math"), Mix.base())
 
 
 def test_damaged_saved_state():
     with pytest.raises(ConfigError):
-        BanditDispatch(Probe(), {}, Store({"bandit:math|other": DAMAGED[1]}))
+        BanditDispatch(Router(), {}, Store({"bandit:math|other": DAMAGED[1]}))
 
 
 @pytest.mark.parametrize("mix, arm", [("base", "base"), ("math", "math"), ("math:0.5", None), ("math+code", None)])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from helpers_adapt import bank_of, engine_of
 
-from sigmix.adapt import OTHER, ClassifierDispatch, Decision, ProbeDispatch, PromptDispatch, TwoPass
+from sigmix.adapt import (
+    OTHER,
+    ClassifierDispatch,
+    Decision,
+    PromptDispatch,
+    RouterDispatch,
+    TwoPass,
+    request_statistics,
+)
 from sigmix.adapt.two_pass import letter_of, open_strategy
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.bank import Bank
@@ -43,7 +51,7 @@ def test_the_second_pass_answers_under_each_decision_and_from_the_start(tiny, ti
 
 
 def test_explicit_mixtures_need_no_strategy(tiny, tiny_tokenizer):
-    runner = TwoPass(engine_of(tiny, tiny_tokenizer), "probe")  # there is no probe to open
+    runner = TwoPass(engine_of(tiny, tiny_tokenizer), "router")  # there are no statistics
     for mix in ("adder", Mix.one("adder"), ["adder", Mix.one("adder"), "adder:1"]):
         decisions = runner.decide(REQUESTS, mix)
         assert [(one.mix, one.reason) for one in decisions] == [(Mix.one("adder"), "given")] * 3
@@ -72,15 +80,15 @@ def test_inputs_replace_the_prompts_of_the_second_pass(tiny, tiny_tokenizer):
 
 
 def test_strategies_by_letter_and_name():
-    assert [letter_of(text) for text in ("a", "B", "probe", "Prompt", "AUTO")] == ["A", "B", "D", "A", "auto"]
-    for choice in ("C", "", "probes"):
+    assert [letter_of(text) for text in ("a", "B", "router", "Prompt", "AUTO")] == ["A", "B", "D", "A", "auto"]
+    for choice in ("C", "", "routers"):
         with pytest.raises(UnknownNameError):
             letter_of(choice)
-    with pytest.raises(UnknownNameError, match="probe"):
-        TwoPass(None, "prob")
+    with pytest.raises(UnknownNameError, match="router"):
+        TwoPass(None, "route")
 
 
-def test_auto_is_the_strategy_that_the_bank_has_something_for(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+def test_auto_is_the_strategy_that_the_bank_has_something_for(tiny, tiny_tokenizer, tmp_path, cache):
     assert isinstance(open_strategy(engine_of(tiny, tiny_tokenizer)), PromptDispatch)
     experts = bank_of(tiny, adder="arithmetic", judge="dispatch")
     engine = engine_of(tiny, tiny_tokenizer, experts)
@@ -88,9 +96,6 @@ def test_auto_is_the_strategy_that_the_bank_has_something_for(tiny, tiny_tokeniz
     bank = Bank(tmp_path / "bank", create=True)
     for expert in experts.values():
         bank.add(expert)
-    (bank.folder / "probe.safetensors").write_bytes(b"")
     engine.bank = bank
-    opened = []
-    monkeypatch.setattr(ProbeDispatch, "__init__", lambda self, engine: opened.append(engine))
-    assert isinstance(open_strategy(engine), ProbeDispatch)
-    assert opened == [engine]
+    bank.set_requests("adder", request_statistics(engine, ["1 + 2", "3 + 4"], ["5 + 6"]))
+    assert isinstance(open_strategy(engine), RouterDispatch)

@@ -15,24 +15,24 @@ pytest_plugins = ["helpers_cli"]
 
 @pytest.fixture
 def bank(home, tmp_path):
-    """A copy of the bank, to put a probe into."""
+    """A copy of the bank, to add statistics to."""
     return shutil.copytree(home.bank, tmp_path / "bank")
 
 
 @pytest.fixture
-def probed(run, home, bank):
-    """The bank with a probe."""
-    done = run("adapt", "--fit-probe", "--per-label", 12, "--base", home.base, "--bank", bank, "--json")
+def routed(run, home, bank):
+    """The bank with request statistics."""
+    done = run("experts", "statistics", "--base", home.base, "--bank", bank, "--json")
     assert done.code == 0, done.err
-    assert done.json["labels"] == ["arithmetic", "reading", "other"]
-    assert done.json["train_n"] == dict.fromkeys(done.json["labels"], 12)
+    assert [one["name"] for one in done.json["experts"]] == ["arithmetic", "reading"]
+    assert all(one["train_n"] >= 20 <= one["validation_n"] for one in done.json["experts"])
     return bank
 
 
-def test_auto_decides_for_every_prompt_and_says_why(run, home, probed):
+def test_auto_decides_for_every_prompt_and_says_why(run, home, routed):
     done = run(
         "generate", "What is 1 + 2? Answer with the number only.", "hello", "x", "--mix", "auto", "--mix", "auto",
-        "--mix", "reading", "--explain", "--max-new-tokens", 2, "--base", home.base, "--bank", probed, "--json",
+        "--mix", "reading", "--explain", "--max-new-tokens", 2, "--base", home.base, "--bank", routed, "--json",
     )  # fmt: skip
     first, second, third = done.json["answers"]
     for one in (first, second):
@@ -50,7 +50,7 @@ def test_auto_decides_for_every_prompt_and_says_why(run, home, probed):
         "--base",
         home.base,
         "--bank",
-        probed,
+        routed,
         "--max-new-tokens",
         2,
         "--json",
@@ -58,7 +58,7 @@ def test_auto_decides_for_every_prompt_and_says_why(run, home, probed):
     assert same.json["answers"][0]["ids"] == second["ids"]
 
 
-def test_without_a_probe_auto_asks_the_base(run, home, bank):
+def test_without_statistics_auto_uses_the_prompt(run, home, bank):
     done = run(
         "generate", "hello", "--mix", "auto", "--explain", "--base", home.base, "--bank", bank, "--max-new-tokens", 2
     )
@@ -66,18 +66,18 @@ def test_without_a_probe_auto_asks_the_base(run, home, bank):
     assert "the base calls it" in "".join(done.err)
 
 
-def test_chat_chooses_for_every_turn(run, home, probed):
+def test_chat_chooses_for_every_turn(run, home, routed):
     done = run(
-        "chat", "--mix", "auto", "--base", home.base, "--bank", probed, "--max-new-tokens", 2,
+        "chat", "--mix", "auto", "--base", home.base, "--bank", routed, "--max-new-tokens", 2,
         stdin="hello\n/base\nhello\n/auto\nhello\n/quit\n",
     )  # fmt: skip
-    assert done.out.count("(choosing for every turn, strategy D (probe))") == 2
-    assert done.out.count("the probe calls it") == 2
+    assert done.out.count("(choosing for every turn, strategy D (router))") == 2
+    assert done.out.count("nearest to the requests of") == 2
 
 
-def test_a_request_over_the_context_keeps_no_other_from_its_answer(run, home, probed):
+def test_a_request_over_the_context_keeps_no_other_from_its_answer(run, home, routed):
     done = run(
-        "generate", "hello", "x" * 300, "--mix", "auto", "--base", home.base, "--bank", probed, "--max-new-tokens", 2
+        "generate", "hello", "x" * 300, "--mix", "auto", "--base", home.base, "--bank", routed, "--max-new-tokens", 2
     )
     assert done.code == 2
     assert len(done.err) == 1
@@ -110,7 +110,7 @@ def test_a_classification_expert_is_trained_and_used(run, home, tmp_path):
 def test_bad_strategies(refused, home, bank):
     where = ("--base", home.base, "--bank", bank)
     assert "'E'" in refused("generate", "x", "--mix", "auto", "--strategy", "E", *where)
-    assert "--fit-probe" in refused("generate", "x", "--mix", "auto", "--strategy", "D", *where)
+    assert "sigmix experts statistics" in refused("generate", "x", "--mix", "auto", "--strategy", "D", *where)
     assert "sigmix train --task dispatch" in refused("generate", "x", "--mix", "auto", "--strategy", "B", *where)
     assert "'auto'" in refused("generate", "x", "--mix", "auto:0.5", *where)
 
@@ -166,7 +166,7 @@ def test_bad_adapt_input(refused, home, bank, tmp_path):
         assert "shots.jsonl:3" in refused("adapt", "--data", file, "--grader", score, *out, *where)
     file.write_bytes('{"prompt": "a", "answer": "b"}\n'.encode("utf-16"))
     assert "UTF-16" in refused("adapt", "--data", file, *out, *where)
-    assert "--fit-probe" in refused("adapt", *out, *where)
+    assert "--data" in refused("adapt", *out, *where)
     assert ".json" in refused("adapt", "--task", "addition", *where)
     assert "cem" in refused("adapt", "--task", "addition", "--method", "cme", *out, *where)
     file.write_text('{"prompt": "a", "answer": "b"}\n')
@@ -203,11 +203,11 @@ def test_system_messages_of_a_task_reach_the_chat_template(run, refused, home, b
     assert run("eval", *task, "--n", 2, "--base", home.base, "--bank", bank).code == 0
 
 
-def test_eval_of_strategies_pairs_each_with_the_base(run, home, probed, tmp_path):
+def test_eval_of_strategies_pairs_each_with_the_base(run, home, routed, tmp_path):
     letters = [word for letter in ("base", "A", "C", "D", "oracle") for word in ("--strategy", letter)]
     done = run(
         "eval", "--task", "addition?digits=1", "--n", 6, *letters,
-        "--shots", 2, "--base", home.base, "--bank", probed, "--out", tmp_path / "out", "--json",
+        "--shots", 2, "--base", home.base, "--bank", routed, "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     by = {one["strategy"]: one for one in done.json["results"]}
@@ -226,12 +226,12 @@ def test_eval_of_strategies_pairs_each_with_the_base(run, home, probed, tmp_path
         assert len(items) == 6
 
 
-def test_dispatch_gives_matrices(run, home, probed, tmp_path):
+def test_dispatch_gives_matrices(run, home, routed, tmp_path):
     done = run(
-        "eval", "--dispatch", "--n", 5, "--base", home.base, "--bank", probed, "--out", tmp_path / "out", "--json"
+        "eval", "--dispatch", "--n", 5, "--base", home.base, "--bank", routed, "--out", tmp_path / "out", "--json"
     )
     assert done.code == 0, done.err
-    assert [one["strategy"] for one in done.json["strategies"]] == ["A (prompt)", "D (probe)"]
+    assert [one["strategy"] for one in done.json["strategies"]] == ["A (prompt)", "D (router)"]
     for one, letter in zip(done.json["strategies"], "AD", strict=True):
         assert one["labels"] == ["arithmetic", "reading", "other"]
         assert [row["label"] for row in one["rows"]] == [
@@ -251,6 +251,40 @@ def test_dispatch_gives_matrices(run, home, probed, tmp_path):
             assert row["right"] == right == row["counts"][one["labels"].index(truth)]
         assert (tmp_path / f"out/dispatch-{letter}.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "out/dispatch.json").read_text())["strategies"] == done.json["strategies"]
+
+
+def test_dispatch_of_own_requests(run, refused, home, routed, tmp_path):
+    file = tmp_path / "requests.json"
+    file.write_text('{"arithmetic": ["What is 1 + 2? Answer with the number only."], "other": ["Hello.", "x"]}')
+    where = ("--dispatch", "--requests", file, "--strategy", "D", "--base", home.base, "--bank", routed)
+    (one,) = run("eval", *where, "--json").json["strategies"]
+    assert [(row["label"], row["n"]) for row in one["rows"]] == [("arithmetic", 1), ("other", 2)]
+    assert one["rows"][0]["right"] == 1
+    file.write_text('{"poems": ["a poem"]}')
+    assert "'poems'" in refused("eval", *where)
+    assert "--dispatch" in refused("eval", "--task", "addition", "--requests", file)
+
+
+def test_statistics_of_experts(run, refused, home, routed, tmp_path):
+    where = ("--base", home.base, "--bank", routed)
+    listed = run("experts", "list", "--bank", routed, "--json").json["experts"]
+    assert all(one["requests"]["train_n"] >= 20 for one in listed)
+    before = Bank(routed)["reading"]
+    (routed / "reading" / "requests.safetensors").unlink()
+    done = run("experts", "list", "--bank", routed)
+    assert "sigmix experts statistics" in "".join(done.err)
+    assert "reading" in "".join(done.err)
+    assert "sigmix experts statistics reading" in run("experts", "show", "reading", "--bank", routed).out
+    assert [one["name"] for one in run("experts", "statistics", *where, "--json").json["experts"]] == ["reading"]
+    assert Bank(routed)["reading"] == before
+    again = run("experts", "statistics", "reading", *where, "--json").json["experts"]
+    assert [one["name"] for one in again] == ["reading"]
+    assert "no expert lacks" in run("experts", "statistics", *where).out
+    assert "'nobody'" in refused("experts", "statistics", "nobody", *where)
+    refused("experts", "statistics", "reading", "--base", home.other, "--bank", routed)
+    file = routed / "reading" / "requests.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "requests.safetensors" in refused("generate", "x", "--mix", "auto", *where)
 
 
 def test_eval_options_that_exclude_each_other(refused, home, bank):

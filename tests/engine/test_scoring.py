@@ -11,7 +11,7 @@ from helpers_engine import TOLERANCE, alone, expert, rows
 from sigmix.engine import Engine
 from sigmix.engine import prefix_cache as prefixes
 from sigmix.engine.scoring import decoder_layers, hidden_states, next_logits, replies_and_logprobs
-from sigmix.errors import ConfigError, ContextError
+from sigmix.errors import ConfigError, ContextError, PromptError
 from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -155,8 +155,13 @@ def test_hidden_states_are_transformers_own_and_later_layers_do_not_run(tiny, ti
     assert set(ran) == {0, 1, 2}
     for row, states in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
-            whole = model(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
-        torch.testing.assert_close(states, torch.stack([whole[1][0, -1], whole[3][0, -1]]), **TOLERANCE)
+            whole = model(input_ids=torch.tensor([[1, *row]]), output_hidden_states=True).hidden_states
+        means = torch.stack([whole[1][0, 1:].mean(0), whole[3][0, 1:].mean(0)])  # 1 begins a text
+        torch.testing.assert_close(states, means, **TOLERANCE)
+    text = hidden_states(engine, ["a b"], [2])
+    torch.testing.assert_close(text, hidden_states(engine, [engine.encode("a b", chat=False)], [2]))
+    with pytest.raises(PromptError, match="prompt 1"):
+        hidden_states(engine, ["a", ""], [1])
     out = engine.generate(PROMPTS[:1], max_new_tokens=2)  # the hooks are gone
     assert len(out[0].ids) <= 2
 

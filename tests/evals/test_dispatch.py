@@ -8,15 +8,15 @@ import pytest
 
 from sigmix.adapt import Decision
 from sigmix.adapt.base import OTHER
-from sigmix.errors import ConfigError, ExpertError
+from sigmix.errors import ConfigError, DataError, ExpertError, UnknownNameError
 from sigmix.evals.dispatch import (
-    FOREIGN,
     SEEN,
     UNSEEN,
     DispatchTask,
     confusion,
     everyday,
     prompts_of_experts,
+    read_requests,
     requests,
     unseen_tasks,
 )
@@ -61,22 +61,11 @@ def test_other_holds_nothing_that_the_bank_has_an_expert_for():
     assert not words & set(requests(bank(a="words spell"), "train", 100)[OTHER])
 
 
-def test_a_probe_is_validated_on_kinds_that_neither_training_nor_the_test_has():
-    assert not set(FOREIGN) & {*SEEN, *UNSEEN}
-    plain, hard = (requests(BANK, "validation", 20, foreign=tasks)[OTHER] for tasks in ((), FOREIGN))
-    assert hard[:20] == plain
-    strange = {one.prompt for task in FOREIGN for one in get_task(task).samples("validation", 5)}
-    assert set(hard[20:]) == strange
-    assert len(hard) == 40
-    logical = requests(bank(a="logic boolean"), "validation", 20, foreign=FOREIGN)[OTHER]
-    assert not set(logical) & {one.prompt for one in get_task("transitive").samples("validation", 5)}
-
-
 def test_a_whole_domain_is_in_the_test_only():
     found = requests(BANK, "test", 100, unseen=unseen_tasks(BANK))
     programs = found["other:code"]
     assert len(set(programs)) == 100
-    others = [requests(BANK, split, 400, foreign=FOREIGN) for split in ("train", "validation", "test")]
+    others = [requests(BANK, split, 400) for split in ("train", "validation", "test")]
     assert not set(programs) & {text for some in others for texts in some.values() for text in texts}
 
 
@@ -132,3 +121,17 @@ def test_confusion_counts_by_true_label():
     assert figures["accuracy"] == pytest.approx(4 / 6)
     assert figures["balanced"] == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
     assert figures["interval"][0] < 4 / 6 < figures["interval"][1]
+
+
+def test_requests_of_a_file(tmp_path):
+    file = tmp_path / "requests.json"
+    file.write_text('{"arithmetic": ["add 1 and 2"], "other:poems": ["a poem"]}')
+    assert read_requests(file, ["arithmetic", OTHER]) == {"arithmetic": ["add 1 and 2"], "other:poems": ["a poem"]}
+    with pytest.raises(UnknownNameError, match="arithmetic"):
+        read_requests(file, ["reading", OTHER])
+    for text in ("{}", "[]", '{"other": []}', '{"other": "x"}', '{"other": [1]}', "{"):
+        file.write_text(text)
+        with pytest.raises(DataError, match="requests.json"):
+            read_requests(file, ["arithmetic", OTHER])
+    with pytest.raises(DataError, match="nowhere.json"):
+        read_requests(tmp_path / "nowhere.json", [OTHER])

@@ -37,7 +37,6 @@ SHORTER = {
     "train": "--max-steps 1 --generation-batch-size 8 --max-eval-samples 4 --test-n 4",
     "eval": "--n 4",
     "search": "--population 2 --iterations 1 --settings light",
-    "probe": "--per-label 12",
 }
 
 
@@ -176,7 +175,7 @@ class Reader:
 def _shorter(command: str, words: list[str]) -> str:
     kind = words[1] if words[0] == "sigmix" and len(words) > 1 else ""
     if kind == "adapt":
-        kind = "probe" if "--fit-probe" in words else "search" if "--out" in words else ""
+        kind = "search" if "--out" in words else ""
     if kind not in SHORTER:
         return command
     assert "\n" not in command.replace("\\\n", ""), command

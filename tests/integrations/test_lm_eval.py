@@ -18,9 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from sigmix import Bank, Engine, Mix, load_base
-from sigmix.adapt import Probe, ProbeDispatch
-from sigmix.adapt.base import labels
-from sigmix.engine.scoring import hidden_states
+from sigmix.adapt import RouterDispatch, request_statistics
 from sigmix.errors import ConfigError, ContextError, PromptError, UnknownNameError
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.integrations.lm_eval import SigmixLM
@@ -34,7 +32,7 @@ WORDS = ["sun", "a dog", "Where is it", "8 + 5", "green tea", "no", "left or rig
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """base, bank (experts of the float32 base, with a probe whose weights are random), tasks: folders."""
+    """base, bank (experts of the float32 base, with statistics of one request each), tasks: folders."""
     folder = tmp_path_factory.mktemp("harness")
     made = SimpleNamespace(base=folder / "tiny", bank=folder / "bank", tasks=folder / "tasks", cache=folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -45,12 +43,9 @@ def place(tmp_path_factory):
         for seed, name in enumerate(("one", "two"), 1):
             meta = {"domain": name, "description": f"kind {name}"}
             bank.add(expert(load_base(made.base, "float32", "cpu")[0], name, seed, width=1.2).with_meta(**meta))
-        # every label is the neighbourhood of one request
         engine = Engine(*load_base(made.base, "float32", "cpu"))
-        weight = hidden_states(engine, [f"{WORDS[place]}?" for place in (0, 3, 6)], [1])[:, 0]
-        names = tuple(label.name for label in labels(bank))
-        probe = Probe(names, 1, weight, -weight.square().sum(1) / 2, 0.1, 0.0, fingerprint(engine.model))
-        probe.save(made.bank / "probe.safetensors")
+        for name, place in (("one", 0), ("two", 3)):  # every expert is for the neighbourhood of one request
+            bank.set_requests(name, request_statistics(engine, [f"{WORDS[place]}?"] * 2, [f"{WORDS[place]}?"]))
     made.tasks.mkdir()
     choices = [["yes", "no", f"{word[:3]}s"] for word in WORDS]
     rows = [{"question": word, "choices": choices[i], "gold": i % 3} for i, word in enumerate(WORDS)]
@@ -191,15 +186,15 @@ def test_a_strategy_gives_every_request_its_own_mix(harness, place, tmp_path):
     words = ("--strategy", "D", "--log_samples", "--output_path", tmp_path / "out", "--json", "--batch_size", 5)
     done = harness(*words, tasks=ALL, model=f",decisions={file}")
     engine = Engine(*load_base(place.base, "float32", "cpu"), bank=Bank(place.bank))
-    decide = ProbeDispatch(engine).decide
+    decide = RouterDispatch(engine).decide
     asked = {"tiny_choice": [f"{word}?" for word in WORDS], "tiny_reply": [f"{word}: " for word in WORDS]}
     asked["tiny_text"] = [f"{word}."[:128] for word in WORDS]  # of half the context's length
     mixes = {task: [one.mix for one in decide(texts)] for task, texts in asked.items()}
-    assert len({mix for each in mixes.values() for mix in each}) == 3, "the probe says one, two and other"
+    assert len({mix for each in mixes.values() for mix in each}) == 3, "one, two and other"
     check(place, tmp_path / "out", mixes)
 
     told = done.json["config"]["sigmix"]
-    assert told["strategy"] == "D (probe)"
+    assert told["strategy"] == "D (router)"
     assert told["contexts"] == 3 * len(WORDS)
     count = {}
     for task, each in mixes.items():
@@ -221,7 +216,7 @@ def test_with_the_chat_template_the_last_user_turn_is_decided_on(harness, tmp_pa
     )  # fmt: skip
     assert done.code == 0
     assert [json.loads(line)["request"] for line in file.read_text().splitlines()] == [f"{w}?" for w in WORDS[:3]]
-    assert "3 decided by D (probe): " in done.out
+    assert "3 decided by D (router): " in done.out
     assert "tiny_choice" in done.out
 
 

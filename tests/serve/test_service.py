@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers_adapt import big, engine_of, requests_of, routed
 from helpers_serve import BODY, CHAT, bank, make_service, serving
+from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.adapt import TwoPass
 from sigmix.errors import ContextError, PromptError, UnknownNameError
+from sigmix.experts.expert import Expert
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -84,3 +87,31 @@ def test_requests_to_a_closing_server(tmp_path):
             assert (status, found["error"]["code"]) == (503, "closing")
             assert "retry-after" in headers
         assert server.call("GET", "/health")[0] == 503
+
+
+def test_auto_chooses_an_expert_as_soon_as_it_is_added(tmp_path, cache):
+    folder = tmp_path / "experts"
+    engine = engine_of(build_tiny, build_tokenizer())
+    for one in routed(engine).values():
+        one.save_pretrained(folder / one.name)
+    text = requests_of("arithmetic", 200, 1)[0]
+    with serving(tmp_path, {}, model=big(build_tiny), expert_folders=[folder]) as client:
+        service = client.service
+        assert service.default_strategy == "A"
+        for name, label in (("finder", "reading"), ("adder", "arithmetic")):
+            assert client.call("POST", "/v1/experts", {"path": name})[0] == 201
+            assert service.default_strategy == "D"
+            assert "bandit" in service.strategies
+            found = client.chat(requests_of(label, 300, 1)[0], model="auto")[1]
+            assert found["sigmix"]["mix"] == name
+        for strategy in ("A", "bandit"):
+            assert service.check_strategy(strategy) == strategy
+            scores = client.chat(text, model="auto", strategy=strategy)[1]["sigmix"]["scores"]
+            assert set(scores) == {"arithmetic", "reading", "other"}
+        assert client.call("DELETE", "/v1/experts/adder")[0] == 200
+        assert client.chat(text, model="auto")[1]["sigmix"]["mix"] == "base"
+        meta = {key: value for key, value in engine.bank["adder"].meta.items() if key != "domain"}
+        Expert("reading", engine.bank["adder"].z, meta).save_pretrained(folder / "clash")  # the label of finder
+        assert client.call("POST", "/v1/experts", {"path": "clash"})[0] == 400
+        assert list(service.registry) == ["finder"]
+        assert client.chat(requests_of("reading", 300, 1)[0], model="auto")[1]["sigmix"]["mix"] == "finder"

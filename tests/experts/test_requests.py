@@ -1,0 +1,93 @@
+"""Statistics of requests: their file, and experts that carry them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sigmix.errors import ExpertError
+from sigmix.experts.bank import Bank
+from sigmix.experts.expert import Expert
+from sigmix.experts.requests import RequestStatistics
+
+pytest_plugins = ["helpers_hub"]
+Z = {"layers.0.q": torch.tensor([0.5, 1.5])}
+FILE = "requests.safetensors"
+
+
+def statistics(**changes) -> RequestStatistics:
+    given = {
+        "centers": torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 4.0]]), "weights": torch.tensor([0.25, 0.75]),
+        "directions": torch.tensor([[1.0], [0.0], [0.0]]), "excess": torch.tensor([0.5]), "floor": 0.75,
+        "threshold": -3.5, "base": "b" * 64, "background": "k", "facts": {"train_n": 4, "validation_n": 2},
+    }  # fmt: skip
+    return RequestStatistics(**{**given, **changes})
+
+
+def made(**changes) -> Expert:
+    return Expert("sums", Z, {"domain": "arithmetic"}, requests=statistics(**changes))
+
+
+def test_distances_are_those_of_the_densities():
+    found = statistics()
+    states = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 3
+    covariance = 0.75 * torch.eye(3) + 0.5 * found.directions @ found.directions.T
+    offsets = states[:, None] - found.centers
+    each = torch.einsum("nkd,de,nke->nk", offsets, covariance.inverse(), offsets)
+    wanted = -20 * (found.weights.log() - each / 20).logsumexp(1) + covariance.logdet() - states.square().sum(1)
+    torch.testing.assert_close(found.distances(states), wanted)
+
+
+def test_an_expert_carries_its_statistics_and_its_digest_stays(tmp_path):
+    expert = made()
+    again = Expert.from_pretrained(expert.save_pretrained(tmp_path / "sums"))
+    assert again == expert
+    assert again != replace(expert, requests=None) != made(threshold=-3.0)
+    assert again.digest == replace(expert, requests=None).digest
+    assert again.requests.to_bytes() == expert.requests.to_bytes()
+    assert again.with_meta(domain="x").requests is again.requests
+    bank = Bank(tmp_path / "bank", create=True)
+    bank.add(expert)
+    bank.add(replace(expert, requests=None), replace=True)
+    assert not (bank.folder / "sums" / FILE).exists()
+    (bank.folder / "sums" / "curve.png").write_bytes(b"a plot")
+    bank.set_requests("sums", statistics())
+    assert bank["sums"] == expert == Bank(bank.folder)["sums"]
+    assert (bank.folder / "sums" / "curve.png").read_bytes() == b"a plot"
+
+
+def test_the_hub_carries_statistics(hub):
+    made().push_to_hub("user/sums", token=hub.writer)
+    assert Expert.from_pretrained("user/sums") == made()
+    replace(made(), requests=None).push_to_hub("user/sums", token=hub.writer)
+    assert FILE not in hub.files("user/sums")
+    assert Expert.from_pretrained("user/sums").requests is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "flipped", "folder"])
+def test_damage_is_an_error_that_names_the_file(tmp_path, damage):
+    file = made().save_pretrained(tmp_path / "sums") / FILE
+    content = file.read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"cut": content[:-4], "text": b"hello", "empty": b"", "flipped": flipped}[damage])
+    with pytest.raises(ExpertError, match=FILE):
+        Expert.from_pretrained(file.parent)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"centers": torch.zeros(2)}, {"weights": torch.tensor([1.0])}, {"weights": torch.tensor([0.0, 1.0])},
+        {"directions": torch.zeros(2, 1)}, {"floor": 0.0}, {"threshold": float("nan")},
+        {"excess": torch.tensor([-1.0])}, {"centers": torch.full((2, 3), float("inf"))},
+    ],
+)  # fmt: skip
+def test_invalid_values(changes):
+    with pytest.raises(ExpertError, match="sigmix experts statistics"):
+        statistics(**changes)
