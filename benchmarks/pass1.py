@@ -1,8 +1,8 @@
 """``python -m benchmarks pass1``: the first pass of strategies A, B and D as a share of two-pass inference.
 
-64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A strategy that the bank has no statistics
-or classification expert for is left out. The prompt's prefix is cached, as in a server; the paper's first pass takes 13
-to 47 % (Table 3).
+64 requests of the bank's tasks, answered with 32 tokens each in mixed batches. A strategy that the bank has no
+statistics or classification expert for is left out. The prompt's prefix is cached, as in a server; the paper's first
+pass takes 13 to 47 % (Table 3).
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ SHRINKAGE = 0.1  # of the background's covariance towards a multiple of I
 OWN = 0.3  # weight of an expert's own covariance against the background's
 TAIL = 0.02  # share of validation requests that may lie beyond the threshold
 GAP = 0.1  # where the threshold lies between the background (0) and the expert's own requests (1), if there is a gap
+STRANGERS = 5  # weight of the error rate on the background, since every expert of a bank adds its own errors to it
 TRAIN_LIMIT, VALIDATION_LIMIT = 2000, 500  # prompts that are read for statistics
 
 
@@ -100,9 +101,13 @@ class Background:
         return computed
 
     @classmethod
-    def compute(cls, engine: HiddenStatesEngine) -> Background:
-        """Compute the background of an engine's base; raises as `of`."""
-        depth = max(1, round(DEPTH * len(decoder_layers(engine.model))))
+    def compute(cls, engine: HiddenStatesEngine, depth: int | None = None) -> Background:
+        """Compute the background of an engine's base; raises as `of`.
+
+        Args:
+            depth: default: `DEPTH`.
+        """
+        depth = depth or max(1, round(DEPTH * len(decoder_layers(engine.model))))
         states = _read(engine, background_texts(), depth).double()
         held_out = torch.arange(len(states)) % 4 == 3
         mean = states[~held_out].mean(0)
@@ -263,11 +268,10 @@ def request_statistics(
     rank = min(DIRECTIONS, len(own) - len(centers), states.shape[1] - 1)
     top, directions = variances[::-1][:rank].clip(0), directions[:, ::-1][:, :rank]
     rest = max(float(variances.sum() - top.sum()), 0.0) / (states.shape[1] - rank)
-    values = (centers, np.bincount(nearest) / len(own), directions, OWN * (top - rest).clip(0, 6e4))
     facts = {"train_n": len(own), "validation_n": len(held_out)}
     fitted = RequestStatistics(
-        *(_rounded(value) for value in values), floor=1 - OWN + OWN * rest, threshold=0.0, base=background.base,
-        background=background_key(), facts=facts,
+        _rounded(centers), _rounded(np.bincount(nearest) / len(own)), _rounded(directions),
+        _rounded(OWN * (top - rest).clip(0, 6e4)), 1 - OWN + OWN * rest, 0.0, background.base, background_key(), facts,
     )  # fmt: skip
     inside = fitted.distances(background.states(engine, held_out)).double().numpy()
     outside = fitted.distances(background.validation).double().numpy()
@@ -307,11 +311,11 @@ def _threshold(inside: np.ndarray, outside: np.ndarray) -> float:
     """Return the threshold between distances of an expert's validation requests and those of the background.
 
     Where they do not overlap it lies near the background, since people word requests more freely than training data;
-    else where the mean of both error rates is smallest.
+    else where the weighted sum of both error rates is smallest.
     """
     near, far = np.quantile(inside, 1 - TAIL), np.quantile(outside, TAIL)
     if near < far:
         return float(far - GAP * (far - near))
     cuts = np.sort(np.concatenate([inside, outside]))
-    errors = (inside[None] >= cuts[:, None]).mean(1) + (outside[None] < cuts[:, None]).mean(1)
+    errors = (inside[None] >= cuts[:, None]).mean(1) + STRANGERS * (outside[None] < cuts[:, None]).mean(1)
     return float(math.nextafter(cuts[errors.argmin()], math.inf))

@@ -30,7 +30,7 @@ def evaluate(
     dispatch: bool = typer.Option(
         False, "--dispatch", help="Measure how often strategies choose the right expert, in place of --task."
     ),
-    requests: Path = typer.Option(
+    requests: Path | None = typer.Option(
         None, help='JSON file {"LABEL": ["request", …]} for --dispatch, in place of the test prompts of the tasks.'
     ),
     shots: int = typer.Option(10, min=1, help="Training items for strategy C."),

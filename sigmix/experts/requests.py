@@ -94,8 +94,9 @@ class RequestStatistics:
                 raise ValueError(f"unknown format {metadata['format']!r}")
             if metadata["sha256"] != _digest(half):
                 raise ValueError("the checksum differs")
+            centers, weights, directions, excess = (half[name].float() for name in TENSORS)
             return cls(
-                *(half[name].float() for name in TENSORS), float(metadata["floor"]), float(metadata["threshold"]),
+                centers, weights, directions, excess, float(metadata["floor"]), float(metadata["threshold"]),
                 str(metadata["base"]), str(metadata["background"]), dict(metadata["facts"]),
             )  # fmt: skip
         except (SafetensorError, ExpertError, ValueError, KeyError, TypeError) as error:

@@ -185,10 +185,10 @@ class Trainer:
         """Add statistics of the training and validation prompts, which the router (strategy D) needs."""
         if self.policy.sharded or self.task.domain == DISPATCH:
             return expert
-        prompts = ([sample.prompt for sample in samples] for samples in (self.stream.samples, self.validation))
+        train, validation = ([one.prompt for one in samples] for samples in (self.stream.samples, self.validation))
         try:
             engine = Engine(self.policy.model, self.actor.tokenizer, keep_packed=0)
-            return dataclasses.replace(expert, requests=request_statistics(engine, *prompts))
+            return dataclasses.replace(expert, requests=request_statistics(engine, train, validation))
         except SigmixError as error:  # the expert is whole without them
             log.warning("no request statistics, so the router does not choose %s: %s", expert.name, error)
             return expert

@@ -209,9 +209,12 @@ class Handler(BaseHTTPRequestHandler):
     def _commit(self, name: str, revision: str, body: bytes):
         self._may_write(name)
         lines = [json.loads(line) for line in body.splitlines()]
-        changes = {}
+        changes: dict[str, bytes | None] = {}
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                changes[value["path"]] = None
+                continue
             large = line["key"] == "lfsFile"
             changes[value["path"]] = self.hub.blobs[value["oid"]] if large else base64.b64decode(value["content"])
         repo = self._repo(name)

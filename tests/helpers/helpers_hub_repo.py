@@ -21,8 +21,9 @@ class Repo:
         self.messages: list[str] = []
         self.commit({".gitattributes": b"*.safetensors filter=lfs"}, "main", "initial commit")
 
-    def commit(self, changes: dict[str, bytes], branch: str = "main", message: str = "by hand") -> str:
-        files = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
+    def commit(self, changes: dict[str, bytes | None], branch: str = "main", message: str = "by hand") -> str:
+        merged = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
+        files = {path: content for path, content in merged.items() if content is not None}
         sha = hashlib.sha1(f"{self.name} {len(self.commits)}".encode()).hexdigest()
         self.commits[sha] = files
         self.branches[branch] = sha

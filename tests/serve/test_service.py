@@ -106,7 +106,7 @@ def test_auto_chooses_an_expert_as_soon_as_it_is_added(tmp_path, cache):
             assert found["sigmix"]["mix"] == name
         for strategy in ("A", "bandit"):
             assert service.check_strategy(strategy) == strategy
-            scores = client.chat(text, model="auto", strategy=strategy)[1]["sigmix"]["scores"]
+            scores = client.chat(text, model="auto", sigmix={"strategy": strategy})[1]["sigmix"]["scores"]
             assert set(scores) == {"arithmetic", "reading", "other"}
         assert client.call("DELETE", "/v1/experts/adder")[0] == 200
         assert client.chat(text, model="auto")[1]["sigmix"]["mix"] == "base"
