@@ -81,7 +81,7 @@ class Background:
         """Return the background of an engine's base: the bundled one, a cached one, or one computed now.
 
         Raises:
-            ConfigError: the base has no hidden states after each layer.
+            ConfigError: the base has no hidden states after each layer, or they are not finite.
         """
         base, key = engine.base_fingerprint, background_key()
         cached = cache_dir() / "routers" / f"{base[:16]}-{key}.safetensors"
@@ -112,6 +112,8 @@ class Background:
         held_out = torch.arange(len(states)) % 4 == 3
         mean = states[~held_out].mean(0)
         covariance = (states[~held_out] - mean).T.cov()
+        if not 0 < float(covariance.trace()) < math.inf:
+            raise ConfigError(f"the states after {depth} layers of this base are not finite, or all the same")
         isotropic = covariance.trace() / len(mean) * torch.eye(len(mean), dtype=torch.float64)
         factor = torch.linalg.cholesky((1 - SHRINKAGE) * covariance + SHRINKAGE * isotropic)
         # rounded as `save` does, so that a computed background equals a loaded one

@@ -57,6 +57,9 @@ def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
     logged = []
     run = trainer(tiny(), tiny_tokenizer, tmp_path / "run", logged.append)
     expert = run.fit()
+    assert expert.requests.base == fingerprint(run.policy.model)
+    prompts = {sample.prompt for sample in run.stream.samples}
+    assert expert.requests.facts["train_n"] == len(prompts)
     history = run.run.history()
     assert history == logged
     assert [(e["kind"], e["step"]) for e in history] == [
