@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers_adapt import bank_of, big, engine_of, requests_of, routed
 from helpers_tiny import build_tiny, build_tokenizer
 
+import benchmarks
 from sigmix.adapt import OTHER, RouterDispatch, router
 from sigmix.adapt.router import READ, SHRINKAGE, Background, request_statistics, unrouted
 from sigmix.engine import Engine
@@ -211,3 +214,16 @@ def test_whitening_is_that_of_the_shrunk_covariance(engine):
     shrunk = (1 - SHRINKAGE) * states.T.cov() + SHRINKAGE * variance * whitening @ whitening.T
     torch.testing.assert_close(shrunk, torch.eye(len(shrunk), dtype=torch.float64), atol=0.02, rtol=0)
     assert len(background.validation) == len(router.background_texts()) - len(texts)
+
+
+@pytest.mark.real
+def test_the_bundled_bank_on_wordings_of_people(smollm):
+    engine = Engine(*smollm, Bank.bundled())
+    assert unrouted(engine.bank, engine.base_fingerprint) == []
+    wordings = json.loads((Path(benchmarks.__file__).parent / "wordings.json").read_text(encoding="utf-8"))
+    strategy = RouterDispatch(engine)
+    right = {
+        label: sum(decision.label == label for decision in strategy.decide(texts)) for label, texts in wordings.items()
+    }
+    assert right.pop(OTHER) >= 38  # of 40
+    assert sum(right.values()) >= 75  # of 120
