@@ -7,6 +7,7 @@ possible. If all labels begin with different tokens this is one prefill. The pre
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_readabl
 from sigmix.engine import Engine
 from sigmix.engine.constrained import TokenTrie
 from sigmix.engine.scoring import next_logits
+from sigmix.errors import ContextError
 from sigmix.experts.mix import Mix
 
 NEUTRAL = ("", "N/A", "…")  # requests without content, for contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
@@ -54,7 +56,8 @@ class PromptDispatch:
         self.prefix = one[: next((place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)]
         self.prior = torch.zeros(len(self.labels))
         if calibrate and len(self.labels) > 1:
-            self.prior = self.scores(NEUTRAL)[0].softmax(-1).mean(0).log()
+            with contextlib.suppress(ContextError):  # too many labels for the context: `decide` gives the base
+                self.prior = self.scores(NEUTRAL)[0].softmax(-1).mean(0).log()
 
     def scores(self, requests: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
         """Return the constrained log-likelihood of every label, float32 [N, L], and the tokens computed per request."""

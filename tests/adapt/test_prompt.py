@@ -70,6 +70,11 @@ def test_calibration_takes_the_liking_for_a_label_out(tiny, tiny_tokenizer):
     assert float(fair.prior.exp().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_more_labels_than_the_context_holds_mean_the_base(tiny, tiny_tokenizer):
+    strategy = PromptDispatch(Engine(tiny(max_position_embeddings=128), tiny_tokenizer, bank_of(tiny)))
+    assert {(decision.label, decision.mix) for decision in strategy.decide(REQUESTS)} == {(OTHER, Mix.base())}
+
+
 def test_a_request_gets_the_same_decision_alone_and_in_a_batch(tiny, tiny_tokenizer):
     strategy = PromptDispatch(engine_of(tiny, tiny_tokenizer))
     together = strategy.decide(REQUESTS)
