@@ -56,7 +56,7 @@ def describe(figures: dict[str, Any]) -> str:
 
 def problems(figures: dict[str, Any]) -> list[str]:
     """Return what is wrong with the data, a sentence each."""
-    found = []
+    found = [f"training would fail: {figures['cannot_train']}"] if figures["cannot_train"] else []
     if figures["repeats"]:
         found.append(f"{figures['repeats']:,} rows repeat an earlier one; they count once")
     if figures["conflicts"]:

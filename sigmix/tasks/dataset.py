@@ -33,6 +33,8 @@ from sigmix.utils.io import read_json, sha256_file
 HUB = "hub:"
 MAX_ROWS = 200_000  # distinct prompts that are kept, those with the smallest content hashes
 MIN_ROWS = 20
+GRADED_ROWS = 3  # on which a grader of the user's own is tried
+FREE_TOKENS = 64  # minimum budget of an answer that such a grader scores: it need not look like the gold one
 TEMPLATE_TOKENS = 256  # room for a chat template and its system turn
 SHARES = (0.7, 0.15, 0.15)
 LAX = ("text", "final")  # graders that accept more than the answer alone: similar texts, a text before the number
@@ -281,7 +283,20 @@ class DataTask(Task):
                 f"{self.source}: all answers are {min(answers)[:60]!r}, so there is nothing to learn",
                 remedy="add rows with other answers",
             )
+        if self.grader is not None:
+            self._check_grader(self.grader)
         return dict(tables)
+
+    def _check_grader(self, grader: Grader) -> None:
+        """Raise `DataError` if a grader fails on the gold replies (empty ones without answers) of all first rows."""
+        entries = self.entries[:GRADED_ROWS]
+        items = [entry.row.item for entry in entries]
+        grades = grader.grade_all([next(iter(entry.answers)) for entry in entries], items)
+        if all(grade.value is None for grade in grades):
+            raise DataError(
+                f"{entries[0].row.where}: the grader gives no score: {grades[0].explanation}",
+                remedy="fix the grader, or the fields of the rows that it uses",
+            )
 
     @functools.cached_property
     def _divided(self) -> dict[Split, list[Sample]]:
@@ -321,6 +336,8 @@ class DataTask(Task):
         Raises:
             DataError: an answer that the given grader cannot read.
         """
+        if self.grader is not None:
+            return Inferred(str(self._grader_name), "given", ())
         answers = list(itertools.chain.from_iterable(entry.answers.elements() for entry in self.entries))
         found = infer_grader(answers)
         if self._grader_name is None or self._grader_name == found.grader:
@@ -358,7 +375,8 @@ class DataTask(Task):
 
     def prepare(self, tokenizer: Any, encode: Encode, context: int | None) -> None:
         """Set the budget of an answer to the longest one, and leave out prompts that do not fit into the context."""
-        self.max_new_tokens, over = measure(self.entries, tokenizer, encode, context)
+        least = FREE_TOKENS if self.grader is not None else 1
+        self.max_new_tokens, over = measure(self.entries, tokenizer, encode, context, least)
         for split, samples in self.tables.items():
             self.tables[split] = [one for one in samples if one.id not in over]
             if count := len(samples) - len(self.tables[split]):
@@ -398,6 +416,7 @@ class DataTask(Task):
                 {"where": entry.row.where, "prompt": entry.row.prompt[:200], "answers": list(entry.answers)[:4]}
                 for entry in conflicts[:3]
             ],
+            "cannot_train": self._problem(),
             "labels": None, "near_duplicate_labels": [list(pair) for pair in inferred.near_duplicates],
             "examples": [
                 {"prompt": one.prompt, "answer": one.gold, "system": one.system, "turns": len(one.history) + 1}
@@ -416,6 +435,13 @@ class DataTask(Task):
             figures |= {"answer_tokens": budget, "over_context": len(over), "context": context}
         return figures
 
+    def _problem(self) -> str | None:
+        try:
+            assert self.tables
+        except DataError as error:
+            return error.message
+        return None
+
     @property
     def facts(self) -> Mapping[str, Any]:  # type: ignore[override]
         """Source and grader, for the expert's record."""
@@ -429,10 +455,16 @@ def _graded(grade: Callable[[str, str], Score], gold: str, reply: str) -> Score:
     return grade(reply, gold)
 
 
-def measure(entries: Sequence[Entry], tokenizer: Any, encode: Encode, context: int | None) -> tuple[int, set[str]]:
-    """Return the tokens of the longest answer with its end, and the ids of prompts that leave no room for it."""
+def measure(
+    entries: Sequence[Entry], tokenizer: Any, encode: Encode, context: int | None, least: int = 1
+) -> tuple[int, set[str]]:
+    """Return the tokens of the longest answer with its end, and the ids of prompts that leave no room for it.
+
+    Args:
+        least: minimum of the tokens.
+    """
     answers = list(dict.fromkeys(answer for entry in entries for answer in entry.answers))
-    budget = 1 + max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
+    budget = max(least, 1 + max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]))
     if context is None:
         return budget, set()
     room = context - budget - TEMPLATE_TOKENS  # a token has at least one byte, so that few prompts are encoded here
