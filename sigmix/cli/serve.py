@@ -86,7 +86,12 @@ def _keys_file(state: Path | None) -> Path:
 @keys.command(epilog="Example: sigmix keys add alice --per-minute 60 --at-once 4")
 def add(
     name: str = typer.Argument(help="Client name: lower-case letters, digits, - and _."),
-    admin: bool = typer.Option(False, "--admin", help="Allow loading experts, saving mixtures and reading metrics."),
+    admin: bool = typer.Option(
+        False, "--admin", help="Allow loading experts, saving mixtures, reading metrics, and all files and jobs."
+    ),
+    allow_code: bool = typer.Option(
+        False, "--allow-code", help="Allow python graders, where the server was started with --allow-code."
+    ),
     per_minute: int = typer.Option(None, min=1, help="Requests per minute."),
     at_once: int = typer.Option(None, min=1, help="Concurrent requests."),
     max_new_tokens: int = typer.Option(None, min=1, help="Tokens per answer."),
@@ -95,8 +100,9 @@ def add(
     """Create a key and print it; only its hash is stored."""
     from sigmix.serve.auth import add_key
 
-    limits = {"admin": admin, "per_minute": per_minute, "at_once": at_once, "max_new_tokens": max_new_tokens}
-    typer.echo(add_key(_keys_file(state), name, **limits))
+    rights = {"admin": admin, "allow_code": allow_code}
+    limits = {"per_minute": per_minute, "at_once": at_once, "max_new_tokens": max_new_tokens}
+    typer.echo(add_key(_keys_file(state), name, **rights, **limits))
 
 
 @keys.command("list", epilog="Example: sigmix keys list")

@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from sigmix.serve import routes
+from sigmix.serve import fine_tuning_routes, routes
 from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
 from sigmix.serve.protocol.errors import ApiError, internal_error, validation_error
 from sigmix.serve.scheduler import ClosingError
@@ -43,6 +43,7 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(title="sigmix", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(routes.router)
+    app.include_router(fine_tuning_routes.router)
     app.include_router(routes.admin_router)
 
     @app.get("/", include_in_schema=False)

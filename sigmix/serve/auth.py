@@ -37,18 +37,24 @@ PREFIX = "sk-sigmix-"
 
 @dataclass
 class ApiKey:
-    """API key of the client ``name``; an administrator may load experts, save mixtures and read metrics."""
+    """API key of the client ``name``.
+
+    Attributes:
+        admin: may load experts, save mixtures, read metrics, and see all files and jobs.
+        allow_code: may use python graders, where the server allows them.
+    """
 
     name: str
     hash: str  # hexadecimal SHA-256
     admin: bool = False
+    allow_code: bool = False
     per_minute: int | None = None  # requests
     at_once: int | None = None  # concurrent requests
     max_new_tokens: int | None = None  # per choice
     created: float = 0.0  # Unix time
 
 
-LOCAL = ApiKey("local", "", admin=True)  # client of a loopback server without keys
+LOCAL = ApiKey("local", "", admin=True, allow_code=True)  # client of a loopback server without keys
 
 
 def hash_key(key: str) -> str:
@@ -169,6 +175,11 @@ SECURITY_HEADERS = {
 
 PUBLIC_PATHS = ("/", "/health")  # paths that need no key, besides /static/
 
+UPLOAD_PATH = "/v1/files"
+
+FORM_BYTES = 64 << 10
+"""Bytes of an upload besides the file: other fields and the headers of the parts."""
+
 MAX_DRAIN = 16 << 20
 """Bytes of an oversized body that are read and dropped: most clients read the response only after sending it all."""
 
@@ -231,7 +242,7 @@ class AuthMiddleware:
             self._check_origin(scope["method"], headers)
             key = self._authenticate(scope["path"], headers)
             scope.setdefault("state", {})["key"] = key or LOCAL
-            await self.app(scope, self._limit_body(headers, receive), send)
+            await self.app(scope, self._limit_body(scope, headers, receive), send)
         except ApiError as error:
             await error.response()(scope, receive, send)
         finally:
@@ -259,9 +270,11 @@ class AuthMiddleware:
         if urlsplit(origin).netloc != headers.get("host"):
             raise ApiError(403, f"origin {origin!r} is not allowed", "permission_error", code="bad_origin")
 
-    def _limit_body(self, headers: Headers, receive: Receive) -> Receive:
+    def _limit_body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Wrap ``receive`` so that a body above the limit raises an HTTPException, which FastAPI lets through."""
-        limit, size = self.settings.max_body_bytes, 0
+        uploaded = (scope["method"], scope["path"]) == ("POST", UPLOAD_PATH)
+        limit = self.settings.max_file_bytes + FORM_BYTES if uploaded else self.settings.max_body_bytes
+        size = 0
         too_large = HTTPException(413, f"the request body is larger than {limit} bytes")
         length = headers.get("content-length", "0")
         declared = int(length) if length.isdigit() else 0

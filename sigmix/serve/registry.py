@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 from sigmix.adapt.two_pass import AUTO
 from sigmix.errors import ConfigError, ExpertError, InputError, UnknownNameError
 from sigmix.experts.expert import Expert
-from sigmix.experts.metadata import check_name
+from sigmix.experts.metadata import check_name, name_from_folder
 from sigmix.experts.mix import Mix
 from sigmix.serve.store import Store
 
 BASE = Mix.base().id
 
 MAX_MIXES_PER_CLIENT = 100
+
+FINE_TUNED = re.compile(r"ft:[^:+\s]*:[^:+\s]*:[a-z]+")
+"""Name of a fine-tuned model, ft:BASE:SUFFIX:ID, in an expression; the expert is named by `name_from_folder` of it."""
 
 
 class ModelRegistry(Mapping[str, Expert]):
@@ -37,6 +41,7 @@ class ModelRegistry(Mapping[str, Expert]):
         self._lock = threading.Lock()
         self.experts: dict[str, Expert] = dict(bank.items())
         self.mixes = store.mixes()
+        self.model_names: dict[str, str] = {}  # of fine-tuned models, by expert
 
     def __getitem__(self, name: str) -> Expert:
         if name not in self.experts:
@@ -148,7 +153,8 @@ class ModelRegistry(Mapping[str, Expert]):
             return None
         invalid: InputError | None = None
         try:
-            mix = self.mixes[model][0] if model in self.mixes else Mix.parse(model)
+            expression = FINE_TUNED.sub(lambda match: name_from_folder(match[0]), model)
+            mix = self.mixes[model][0] if model in self.mixes else Mix.parse(expression)
             names = list(mix.weights)
         except InputError as error:  # any other string is the name of an unknown model
             invalid, names = error, [term.split(":")[0].strip() for term in model.split("+")]

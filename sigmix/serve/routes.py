@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from fastapi import APIRouter, Depends, Request
@@ -20,6 +20,7 @@ from sigmix.experts.metadata import thaw
 from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import Adaptation
 from sigmix.serve.auth import ApiKey
+from sigmix.serve.dependencies import KeyDep, ServiceDep, in_thread, require_admin
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol.base import as_prompts
 from sigmix.serve.protocol.builder import ResponseBuilder, embeddings_response
@@ -42,43 +43,11 @@ from sigmix.serve.scheduler import MAX_PREFILL_TOKENS
 from sigmix.serve.service import Service
 from sigmix.serve.tool_parser import JsonParser
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 ADAPTATION_RETRY_SECONDS = 30.0
 
 
-def get_service(request: Request) -> Service:
-    """Return the server's parts."""
-    return request.app.state.service
-
-
-def get_key(request: Request) -> ApiKey:
-    """Return the API key of the client."""
-    return request.state.key
-
-
-def require_admin(request: Request) -> None:
-    """Reject clients without an administrator's key.
-
-    Raises:
-        ApiError: status 403.
-    """
-    if not get_key(request).admin:
-        raise ApiError(403, "administrator's key required", "permission_error", code="forbidden")
-
-
-ServiceDep = Annotated[Service, Depends(get_service)]
-KeyDep = Annotated[ApiKey, Depends(get_key)]
-
 router = APIRouter()
 admin_router = APIRouter(dependencies=[Depends(require_admin)])
-
-
-async def in_thread(param: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a blocking function in the thread pool; report an error of sigmix for the field ``param``."""
-    with api_errors(param):
-        return await run_in_threadpool(function, *args, **kwargs)
 
 
 # --- Generation
@@ -202,6 +171,13 @@ async def list_models(service: ServiceDep) -> dict[str, Any]:
     return {"object": "list", "data": _models(service)}
 
 
+@router.delete("/v1/models/{name:path}")
+async def delete_model(name: str, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
+    """Delete a fine-tuned model."""
+    await in_thread("model", service.fine_tuning.delete_model, name, key)
+    return {"id": name, "object": "model", "deleted": True}
+
+
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, service: ServiceDep) -> dict[str, Any]:
     """Return one model; ``name`` may be a mixture expression."""
@@ -220,8 +196,9 @@ def _models(service: Service) -> list[dict[str, Any]]:
         _model(service, BASE, "base", base=service.settings.base),
     ]
     for name, expert in service.registry.experts.items():
-        metadata = {key: expert.meta.get(key) for key in ("domain", "task", "description")}
-        models.append(_model(service, name, "expert", positions=expert.positions, **metadata))
+        metadata = {key: thaw(expert.meta.get(key)) for key in ("domain", "task", "description", "metrics")}
+        model = service.registry.model_names.get(name, name)
+        models.append(_model(service, model, "expert", expert=name, positions=expert.positions, **metadata))
     for name, (mix, saved) in service.registry.mixes.items():
         metadata = {key: value for key, value in saved.items() if key != "client"}
         models.append(_model(service, name, "mix", mix=mix.id, **mix.to_json(), **metadata))

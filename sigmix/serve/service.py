@@ -25,6 +25,7 @@ from sigmix.experts.fingerprint import short
 from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import AdaptationWorker, Grader
 from sigmix.serve.auth import ApiKeys
+from sigmix.serve.fine_tuning import FineTuning
 from sigmix.serve.registry import ModelRegistry
 from sigmix.serve.scheduler import Scheduler, SharedEngine
 from sigmix.serve.settings import Settings
@@ -69,6 +70,8 @@ class Service:
             model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, decode_weights=settings.decode_weights,
             compile=settings.compile,
         )  # fmt: skip
+        self.fine_tuning = FineTuning(self)
+        self.fine_tuning.load_models()
         self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
         self._tokenizer_lock = threading.Lock()
         self._embeddings_lock = asyncio.Lock()
@@ -131,6 +134,7 @@ class Service:
         self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2)
         self.strategies[self.default_strategy].decide(["Hello"])
         self.scheduler.start()
+        self.fine_tuning.start()
         self.started = True
 
     def close(self) -> None:
@@ -139,9 +143,11 @@ class Service:
             return
         self.closing = True
         if self.started:
+            self.fine_tuning.stop()
             self.adaptations.close()
             if not self.scheduler.close(self.settings.shutdown_timeout):
                 log.warning("some requests did not finish before shutdown")
+            self.fine_tuning.join()
         self.store.close()
 
     @property
@@ -238,7 +244,7 @@ class Service:
         """Load an expert from an allowed folder and return its name.
 
         Raises:
-            ConfigError, ExpertError, FingerprintError: see `ModelRegistry.load` and `Expert.check`.
+            ConfigError, ExpertError, FingerprintError: see `ModelRegistry.load` and `add_expert`.
         """
         expert = self.registry.load(folder)
         self.add_expert(expert)

@@ -74,6 +74,23 @@ class Settings(BaseSettings):
     request_timeout: float = Field(300, gt=0, description="Seconds of a request, including its time in the queue.")
     shutdown_timeout: float = Field(30, ge=0, description="Seconds for running requests to finish at shutdown.")
 
+    # fine-tuning
+    training: Literal["off", "admins", "all"] = Field(
+        "admins", description="Clients that may upload files and fine-tune: off, admins or all."
+    )
+    allow_code: bool = Field(
+        False, description="Run python graders in the sandbox, for keys of `sigmix keys add --allow-code`."
+    )
+    training_minutes: float = Field(
+        5.0, gt=0, description="Minutes of training of a job with n_epochs auto, which also ends after four epochs."
+    )
+    training_threads: int | None = Field(None, ge=1, description="CPU threads of a job. Default: half of the cores.")
+    max_file_bytes: int = Field(512 << 20, ge=1024, description="Bytes of an uploaded file.")
+    max_files_per_client: int = Field(100, ge=1, description="Uploaded files of one client.")
+    max_jobs_per_client: int = Field(
+        4, ge=1, description="Queued, paused and running fine-tuning jobs of one client. More get status 429."
+    )
+
     # logging
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
     log_format: Literal["json", "text"] = Field("json", description="Log format: json or text.")

@@ -1,4 +1,4 @@
-"""Persistent server state in one SQLite file: saved mixtures, replies open for feedback, learned bandit weights.
+"""Persistent server state in one SQLite file: mixtures, replies open for feedback, bandit weights, files and jobs.
 
 Every change is one transaction in write-ahead mode, so a killed server loses nothing it has confirmed.
 """
@@ -27,6 +27,18 @@ CREATE TABLE IF NOT EXISTS replies (
 );
 CREATE INDEX IF NOT EXISTS replies_created ON replies (created);
 CREATE TABLE IF NOT EXISTS learned (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS files (
+  id TEXT PRIMARY KEY, client TEXT NOT NULL, created REAL NOT NULL, name TEXT NOT NULL, bytes INTEGER NOT NULL,
+  purpose TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS jobs (
+  id TEXT PRIMARY KEY, client TEXT NOT NULL, base TEXT NOT NULL, created REAL NOT NULL, queued REAL NOT NULL,
+  status TEXT NOT NULL, value TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS job_events (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, key TEXT, created REAL NOT NULL, level TEXT NOT NULL,
+  message TEXT NOT NULL, data TEXT, UNIQUE (job, key)
+);
 """
 
 MAX_REPLIES = 100_000  # most recent replies that can receive feedback
@@ -66,7 +78,7 @@ class Store:
 
     def mixes(self) -> dict[str, tuple[Mix, dict[str, Any]]]:
         """Return {name: (mixture, metadata)}."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             rows = db.execute("SELECT name, mix, about FROM mixes ORDER BY name").fetchall()
         return {name: (Mix.from_json(mix), json.loads(about)) for name, mix, about in rows}
 
@@ -77,18 +89,18 @@ class Store:
             OutputError: the disk is full or read-only; the previous mixture is kept.
         """
         values = (name, json.dumps(mix.to_json()), json.dumps(metadata), time.time())
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO mixes VALUES (?, ?, ?, ?)", values)
 
     def delete_mix(self, name: str) -> None:
         """Delete a mixture."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("DELETE FROM mixes WHERE name = ?", (name,))
 
     def save_reply(self, reply_id: str, client: str, arm: str | None, context: dict[str, float] | None) -> None:
         """Save the bandit's arm and context of a reply, for later feedback."""
         values = (reply_id, client, arm, None if context is None else json.dumps(context), time.time())
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, NULL)", values)
             self._saved_replies += 1
             if self._saved_replies % TRIM_EVERY == 0:
@@ -99,7 +111,7 @@ class Store:
 
     def reply(self, reply_id: str) -> dict[str, Any] | None:
         """Return client, arm, context and reward (None: no feedback yet) of a saved reply, or None."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             row = db.execute("SELECT client, arm, context, reward FROM replies WHERE id = ?", (reply_id,)).fetchone()
         if row is None:
             return None
@@ -115,7 +127,7 @@ class Store:
         Returns:
             False, without any change, if the reply is unknown or has a reward.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             query = "UPDATE replies SET reward = ? WHERE id = ? AND reward IS NULL"
             updated = db.execute(query, (reward, reply_id)).rowcount > 0
             if updated and value is not None:
@@ -124,12 +136,17 @@ class Store:
 
     def learned(self, name: str) -> Any:
         """Return the value that `learn` saved last under a name, or None."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             row = db.execute("SELECT value FROM learned WHERE name = ?", (name,)).fetchone()
         return json.loads(row[0]) if row else None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Yield the database; the changes are saved together on success.
+
+        Raises:
+            OutputError: the disk is full or read-only. ConfigError: the file is damaged.
+        """
         with self._lock, self._translate_errors(), self._db:
             yield self._db
 

@@ -108,6 +108,9 @@ def validation_error(errors: Sequence[Details], body: Any) -> ApiError:
         return ApiError(
             400, f"the body is not valid JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][-1]}"
         )
+    if errors[0]["loc"][0] == "query":
+        errors = [error for error in errors if error["loc"][0] == "query"]
+        body = {error["loc"][1]: error["input"] for error in errors}
     if not isinstance(body, dict):
         return ApiError(400, "the body must be a JSON object, with the header content-type: application/json")
     chosen = _first([FieldError(error, body) for error in errors])

@@ -1,0 +1,378 @@
+"""Fine-tuning: the queue and its processes, restarts, and the whole road with the official client."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import helpers_serve
+import psutil
+import pytest
+from helpers_engine import expert
+from helpers_fine_tuning import CHECK, Gate, questions, rows, save_base, training, upload, wait_for
+from helpers_serve import bearer
+
+from sigmix.models.loading import load_base
+from sigmix.serve.auth import add_key
+from sigmix.serve.fine_tuning import MAX_RESTARTS
+from sigmix.serve.jobs import Job, Jobs
+from sigmix.serve.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
+JOBS = "/v1/fine_tuning/jobs"
+wait_until = partial(helpers_serve.wait_until, timeout=240)
+
+
+# --- The queue, with a process in place of training
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch):
+    return Gate(tmp_path, monkeypatch)
+
+
+def start(server, who=None, **body):
+    headers = server.keys[who] if who else {}
+    sent = {"model": "tiny-llama", "training_file": server.file, "hyperparameters": {"n_epochs": 1}, **body}
+    status, job, _ = server.call("POST", JOBS, sent, **headers)
+    assert status == 200, job
+    assert (job["status"], job["fine_tuned_model"], job["object"]) == ("queued", None, "fine_tuning.job")
+    return job["id"]
+
+
+def log_of(server, id: str) -> str:
+    path = server.service.fine_tuning.folder / id / "train.log"
+    return path.read_text() if path.exists() else ""
+
+
+def messages(server, id: str) -> list[str]:
+    return [event["message"] for event in server.call("GET", f"{JOBS}/{id}/events?limit=100")[1]["data"]][::-1]
+
+
+def steps(server, id: str) -> int:
+    return sum("training loss" in message for message in messages(server, id))
+
+
+def statuses(server) -> list[str]:
+    return [job["status"] for job in server.call("GET", JOBS)[1]["data"]][::-1]
+
+
+def test_one_job_runs_at_a_time_and_can_be_paused_and_cancelled(tmp_path, gate):
+    with training(tmp_path) as server:
+        server.file = upload(server)
+        first, second, third = (start(server, metadata={"n": str(n)}) for n in range(3))
+        gate.open(0)
+        wait_until(lambda: steps(server, first) == 1)
+        assert statuses(server) == ["running", "queued", "queued"]
+        process = server.service.fine_tuning._process
+        assert os.name != "posix" or process.nice() >= 10
+        assert server.chat()[0] == 200  # requests are served meanwhile
+
+        status, job, _ = server.call("POST", f"{JOBS}/{first}/pause")
+        assert (status, job["status"]) == (200, "paused")
+        wait_for(server, second, "running")
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        assert server.call("POST", f"{JOBS}/{first}/pause")[0] == 400
+        assert server.call("POST", f"{JOBS}/{second}/resume")[1]["error"]["code"] == "invalid_status"
+        assert server.call("POST", f"{JOBS}/{first}/resume")[1]["status"] == "queued"
+        assert server.call("POST", f"{JOBS}/{second}/cancel")[1]["status"] == "cancelled"
+        wait_for(server, third, "running")  # the resumed job is the last
+        gate.open(1, 2, 3)
+        wait_for(server, third, "succeeded")
+        done = wait_for(server, first, "succeeded")
+        assert "started at 1" in log_of(server, first)  # from its checkpoint
+        assert statuses(server) == ["succeeded", "cancelled", "succeeded"]
+        assert (done["trained_tokens"], done["sigmix"]["test"]["n"]) == (round(4 * 2.5 * 16), 7)
+        assert steps(server, first) == 4  # each once
+
+        text = server.call("GET", "/metrics")[1]
+        assert 'sigmix_fine_tuning_jobs{status="succeeded"} 2.0' in text
+        assert [job["id"] for job in server.call("GET", f"{JOBS}?limit=2")[1]["data"]] == [third, second]
+        page = server.call("GET", f"{JOBS}?after={second}")[1]
+        assert ([job["id"] for job in page["data"]], page["has_more"]) == ([first], False)
+        named = server.call("GET", f"{JOBS}?metadata[n]=1")[1]["data"]
+        assert [job["id"] for job in named] == [second]
+        assert server.call("POST", f"{JOBS}/{third}/cancel")[0] == 400
+
+        lines = server.call("GET", f"{JOBS}/{first}/events?stream=true")[1].split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        streamed = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+        assert [event["message"] for event in streamed] == messages(server, first)
+        newest = server.call("GET", f"{JOBS}/{first}/events?limit=3")[1]
+        assert ([event["id"] for event in newest["data"]], newest["has_more"]) == (
+            [event["id"] for event in streamed[:-4:-1]], True
+        )  # fmt: skip
+        older = server.call("GET", f"{JOBS}/{first}/events?after={newest['data'][-1]['id']}&limit=100")[1]
+        assert len(older["data"]) + 3 == len(streamed)
+
+
+def test_a_killed_process_continues_from_its_checkpoint(tmp_path, gate):
+    with training(tmp_path) as server:
+        server.file = upload(server)
+        id = start(server)
+        for step in range(2):
+            gate.open(step)
+            wait_until(lambda step=step: steps(server, id) == step + 1)
+            server.service.fine_tuning._process.kill()
+            wait_until(lambda step=step: f"started at {step + 1}" in log_of(server, id))
+        gate.open(2, 3)
+        wait_for(server, id, "succeeded")
+
+        gate.close()
+        id = start(server)
+        for count in range(MAX_RESTARTS + 1):
+            wait_until(lambda count=count: log_of(server, id).count("started at 0") == count + 1)
+            server.service.fine_tuning._process.kill()
+        wait_until(lambda: server.call("GET", f"{JOBS}/{id}")[1]["status"] == "failed")
+        job = server.call("GET", f"{JOBS}/{id}")[1]
+        assert job["error"]["code"] == "crashed"
+        assert "signal 9" in job["error"]["message"]
+
+
+def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, gate):
+    with training(tmp_path) as server:
+        server.file = upload(server)
+        id = start(server)
+        gate.open("fail", 0, 1, 2, 3)
+        wait_until(lambda: server.call("GET", f"{JOBS}/{id}")[1]["status"] == "failed")
+        job = server.call("GET", f"{JOBS}/{id}")[1]
+        assert "the disk is full" in job["error"]["message"]
+        assert "free some space" not in job["error"]["message"]
+        assert job["finished_at"] >= job["created_at"]
+        assert (tmp_path / "state" / "files" / server.file).exists()
+        assert server.chat()[0] == 200
+        (gate.folder / "fail").unlink()
+        wait_for(server, start(server), "succeeded")  # the next job runs
+
+
+def test_a_restarted_server_continues_its_jobs(tmp_path, gate):
+    with training(tmp_path) as server:
+        server.file = upload(server)
+        first, second = start(server), start(server)
+        gate.open(0)
+        wait_until(lambda: steps(server, first) == 1)
+        process, run = server.service.fine_tuning._process, server.service.fine_tuning.folder / first / "run"
+    assert not process.is_running()  # ended with the server, and the status is kept
+    store = Store(tmp_path / "state")
+    assert [job.status for job in Jobs(store).all(None)] == ["queued", "running"]
+    store.close()
+
+    # a killed server leaves its process behind
+    command = [sys.executable, "-c", "import time; time.sleep(600)", "train", "--run", str(run.absolute())]
+    orphan = subprocess.Popen(command)
+    gate.open(1, 2, 3)
+    try:
+        with training(tmp_path) as server, training(tmp_path, port=0) as other:
+            wait_for(server, first, "succeeded")
+            orphan.wait(30)  # it was interrupted
+            wait_for(other, second, "succeeded")
+            claims = [one.service.fine_tuning._lock.is_locked for one in (server, other)]
+            assert claims == [True, False]  # one of the two runs the jobs
+            assert "started at 1" in log_of(server, first)
+            model = server.call("GET", f"{JOBS}/{first}")[1]["fine_tuned_model"]
+    finally:
+        orphan.kill()
+    with training(tmp_path) as server:
+        assert server.chat(model=model)[0] == 200
+        assert server.call("DELETE", f"/v1/models/{model}")[1]["deleted"]
+        assert server.chat(model=model)[0] == 404
+        assert server.call("DELETE", f"/v1/models/{model}")[0] == 404
+    with training(tmp_path) as server:
+        assert server.chat(model=model)[0] == 404
+        assert server.call("GET", f"{JOBS}/{first}")[1]["fine_tuned_model"] == model
+
+
+def test_clients_have_their_own_jobs_and_limits(tmp_path, gate):
+    keys = tmp_path / "state" / "keys.json"
+    named = {name: bearer(add_key(keys, name, admin=name == "root")) for name in ("alice", "bob", "root")}
+    with training(tmp_path, training="all", max_jobs_per_client=1) as server:
+        server.keys, server.file = named, upload(server, **named["alice"])
+        id = start(server, "alice")
+        status, answer, _ = server.call("POST", JOBS, {"model": "base", "training_file": server.file}, **named["alice"])
+        assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
+        status, answer, _ = server.call("POST", JOBS, {"model": "base", "training_file": server.file}, **named["bob"])
+        assert (status, answer["error"]["param"]) == (404, "training_file")  # it is not bob's
+        paths = [f"{JOBS}/{id}", f"{JOBS}/{id}/events", f"{JOBS}/{id}/checkpoints", f"{JOBS}/{id}/events?stream=true"]
+        assert {server.call("GET", path, **named["bob"])[0] for path in paths} == {404}
+        changes = [f"{JOBS}/{id}/{change}" for change in ("cancel", "pause", "resume")]
+        assert {server.call("POST", path, **named["bob"])[0] for path in changes} == {404}
+        assert server.call("GET", JOBS, **named["bob"])[1]["data"] == []
+        assert len(server.call("GET", JOBS, **named["root"])[1]["data"]) == 1
+        assert server.call("DELETE", f"/v1/files/{server.file}", **named["alice"])[0] == 200  # the job has a link
+        gate.open(0, 1, 2, 3)
+        model = wait_for(server, id, "succeeded", **named["alice"])["fine_tuned_model"]
+        assert server.call("DELETE", f"/v1/models/{model}", **named["bob"])[0] == 403
+        assert server.call("DELETE", f"/v1/models/{model}", **named["root"])[0] == 200
+
+
+def test_a_graders_job_needs_the_permission_at_its_start(tmp_path, gate):
+    """A restarted server without --allow-code runs no python grader."""
+    folder = tmp_path / "state" / "fine_tuning" / "ftjob-1"
+    with training(tmp_path) as server:
+        tuning = server.service.fine_tuning
+        folder.mkdir(parents=True)
+        (folder / "grader.json").write_text(json.dumps({"type": "python", "source": "def grade(a, b): return 1"}))
+        method = {"type": "reinforcement", "reinforcement": {"hyperparameters": {}}}
+        value = {"model": "x", "fine_tuned_model": "ft:x::y", "expert": "ft-x-y", "seed": 0, "training_file": "f",
+                 "method": method, "data": "data/x", "splits": {}, "options": []}  # fmt: skip
+        tuning.jobs.add(Job("ftjob-1", "local", tuning.base, 0.0, 0.0, "queued", value), "Created")
+        wait_until(lambda: server.call("GET", f"{JOBS}/ftjob-1")[1]["status"] == "failed")
+        assert server.call("GET", f"{JOBS}/ftjob-1")[1]["error"]["code"] == "forbidden"
+
+
+# --- The whole road
+
+
+def test_the_official_client_from_a_file_to_a_model(tmp_path):
+    openai = pytest.importorskip("openai")
+    keys = tmp_path / "state" / "keys.json"
+    key, other = add_key(keys, "alice"), add_key(keys, "bob")
+    with training(tmp_path, training="all") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+        stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key=other, max_retries=0)
+        with pytest.raises(openai.BadRequestError):
+            client.files.create(file=rows(), purpose="fine-tune")  # without a name
+        path = tmp_path / "tickets.jsonl"
+        path.write_bytes(rows())
+        file = client.files.create(file=path, purpose="fine-tune")
+        assert client.files.content(file.id).content == rows()
+        assert [one.id for one in client.files.list()] == [file.id]
+        assert list(stranger.files.list()) == []
+
+        job = client.fine_tuning.jobs.create(
+            model="tiny-llama", training_file=file.id, suffix="My Tickets", seed=7, metadata={"team": "support"},
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 16}}},
+        )  # fmt: skip
+        assert (job.status, job.seed, job.metadata) == ("queued", 7, {"team": "support"})
+        assert (job.hyperparameters.n_epochs, job.hyperparameters.learning_rate_multiplier) == (1, "auto")
+        with pytest.raises(openai.NotFoundError):
+            stranger.fine_tuning.jobs.retrieve(job.id)
+        assert wait_for(server, job.id, "succeeded", **bearer(key))
+        job = client.fine_tuning.jobs.retrieve(job.id)
+        model = job.fine_tuned_model
+        assert model.startswith("ft:tiny-llama:my-tickets:")
+        assert job.trained_tokens > 0
+        assert [one.id for one in client.fine_tuning.jobs.list(limit=1)] == [job.id]
+        events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))  # over several pages
+        assert [event.type for event in events].count("metrics") == 3 + 4  # steps and validations
+        assert events[-1].message.startswith("Created")
+        assert events[0].message == "The job has successfully completed"
+        (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+        assert checkpoint.fine_tuned_model_checkpoint == model
+        report = json.loads(client.files.content(job.result_files[0]).content)
+        assert report["verdict"] == job.model_extra["sigmix"]["verdict"]
+
+        listed = client.models.retrieve(model).model_extra["sigmix"]
+        (test, _), kind = listed["metrics"], listed["kind"]
+        assert (kind, test["name"], len(test["interval"])) == ("expert", "test accuracy", 2)
+        assert {"value", "n", "base"} <= test.keys()
+        chat = {"messages": [{"role": "user", "content": "one 1"}], "max_tokens": 4}
+        for who in (client, stranger):
+            assert who.chat.completions.create(model=model, **chat).choices[0].finish_reason
+        half = client.chat.completions.create(model=f"{model}:0.5", **chat).model_extra["sigmix"]
+        assert half["weights"] == {listed["expert"]: 0.5}
+        with pytest.raises(openai.PermissionDeniedError):
+            stranger.models.delete(model)
+        assert client.models.delete(model).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model=model, **chat)
+        assert client.files.delete(file.id).deleted
+
+
+def test_the_official_client_with_a_grader_and_a_validation_file(tmp_path):
+    openai = pytest.importorskip("openai")
+    with training(tmp_path) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        ids = [
+            client.files.create(file=("q.jsonl", io.BytesIO(questions(count))), purpose="fine-tune").id
+            for count in (40, 60)
+        ]
+        assert client.fine_tuning.alpha.graders.validate(grader=CHECK).grader.name == "same"
+        graded = client.fine_tuning.alpha.graders.run(grader=CHECK, model_sample="two", item={"answer": "two"})
+        assert graded.reward == 1.0
+        job = client.fine_tuning.jobs.create(
+            model="base", training_file=ids[1], validation_file=ids[0],
+            method={"type": "reinforcement", "reinforcement": {"grader": CHECK, "hyperparameters": {
+                "n_epochs": 1, "batch_size": 8, "compute_multiplier": 0.5, "eval_interval": 2, "eval_samples": 4}}},
+        )  # fmt: skip
+        assert wait_for(server, job.id, "succeeded")
+        events = list(client.fine_tuning.jobs.list_events(job.id))
+        assert any("validation" in event.message for event in events)
+        assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model.startswith("ft:tiny-llama::")
+
+
+@contextlib.contextmanager
+def process(folder):
+    """`sigmix serve` as a process of its own; yields (process, caller)."""
+    words = ["serve", "--base", folder / "tiny-llama", "--bank", folder / "bank", "--state", folder / "state"]
+    words += ["--strategy", "A", "--dtype", "float32", "--training-threads", "1", "--port", "0"]
+    server = subprocess.Popen([sys.executable, "-m", "sigmix", *map(str, words)], stderr=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in server.stderr if "at http://127.0.0.1:" in line)
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # keeps the pipe from filling up
+        caller = helpers_serve.Live.__new__(helpers_serve.Live)
+        caller.port = int(line.split("127.0.0.1:")[1].split()[0])
+        wait_until(lambda: _answers(caller))
+        yield server, caller
+    finally:
+        server.kill()
+        server.wait(20)
+
+
+def _answers(caller) -> bool:
+    with contextlib.suppress(OSError):
+        return caller.call("GET", "/health")[0] == 200
+    return False
+
+
+def trainers(folder) -> list[psutil.Process]:
+    """Processes that train in a folder."""
+    found = []
+    for one in psutil.process_iter(["cmdline", "status"]):
+        words = one.info["cmdline"] or []
+        if "train" in words and any(str(folder) in word for word in words) and one.info["status"] != "zombie":
+            found.append(one)
+    return found
+
+
+def test_kill_9_of_the_job_and_of_the_server(tmp_path):
+    save_base(tmp_path / "tiny-llama")
+    expert(load_base(tmp_path / "tiny-llama", "float32")[0], "word", 1).save_pretrained(tmp_path / "bank" / "word")
+    state = tmp_path / "state"
+    with process(tmp_path) as (server, caller):
+        body = {"model": "base", "training_file": upload(caller), "hyperparameters": {"n_epochs": 1, "batch_size": 2}}
+        status, job, _ = caller.call("POST", JOBS, body)
+        assert status == 200, job
+        wait_until(lambda: steps_of(caller, job["id"]) >= 2)
+        (first,) = trainers(state)
+        first.kill()
+        wait_until(lambda: [one.pid for one in trainers(state)] not in ([], [first.pid]))
+        seen = steps_of(caller, job["id"])
+        wait_until(lambda: steps_of(caller, job["id"]) > seen)
+        server.kill()
+        server.wait(20)
+    assert len(trainers(state)) <= 1  # the process outlives its server
+    with process(tmp_path) as (_, caller):
+        most, until = 0, time.monotonic() + 540
+        while (job := caller.call("GET", f"{JOBS}/{job['id']}")[1])["status"] == "running":
+            most = max(most, len(trainers(state)))
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        assert job["status"] == "succeeded", job
+        assert most <= 1
+        assert caller.chat(model=job["fine_tuned_model"])[0] == 200
+        events = caller.call("GET", f"{JOBS}/{job['id']}/events?limit=1000")[1]["data"]
+        done = sorted(event["data"]["step"] for event in events if event["data"] and "train_loss" in event["data"])
+        assert done == [*range(1, len(done) + 1)]  # none lost, none twice
+
+
+def steps_of(caller, id: str) -> int:
+    events = caller.call("GET", f"{JOBS}/{id}/events?limit=1000")[1]["data"]
+    return sum(event["data"] is not None and "train_loss" in event["data"] for event in events)
