@@ -82,8 +82,7 @@ class FineTuning:
         self.files, self.jobs = Files(service.store, service.settings), Jobs(service.store)
         self.folder = service.settings.state.absolute() / "fine_tuning"
         self.base = service.engine.base_fingerprint
-        name = name_from_folder(Path(self.settings.base).name)[:23].strip("-._")
-        self.base_name = name
+        self.base_name = _plain(Path(self.settings.base).name)[:23].strip("-._") or "model"
         self._checking = threading.Lock()  # one file at a time is read for its check
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="sigmix-fine-tuning", daemon=True)
@@ -120,7 +119,8 @@ class FineTuning:
         for path in self.folder.glob("ftjob-*"):
             if path.name not in kept and time.time() - path.stat().st_mtime >= STALE:
                 remove(path, ignore_errors=True)
-        self._thread.start()
+        if self.settings.training != "off":
+            self._thread.start()
 
     def _count(self, status: str) -> float:
         return self.jobs.counts()[status]
@@ -149,8 +149,8 @@ class FineTuning:
             raise ApiError(404, message, param="model", code="model_not_found")
         if settings.basis != "own":
             raise ApiError(400, "this server runs with --basis original, in which sigmix does not train", param="model")
-        suffix = None if body.suffix is None else name_from_folder(body.suffix)
-        if suffix == "unnamed" != body.suffix:
+        suffix = None if body.suffix is None else _plain(body.suffix)
+        if suffix == "":
             raise ApiError(400, "suffix must contain letters or digits", param="suffix")
         active = sum(job.active for job in self.jobs.all(key.name))
         if active >= settings.max_jobs_per_client:
@@ -360,9 +360,9 @@ class FineTuning:
             try:
                 self._step()
                 reported = ""
-            except Exception as error:  # such as a full disk: tried again
+            except Exception as error:  # such as a full disk
                 if str(error) != reported:
-                    log.exception("fine-tuning is stopped by an error, and tried again")
+                    log.error("tried again: %s", error, exc_info=not isinstance(error, SigmixError))
                 reported = str(error)
             self._wake.wait(self.poll_seconds)
             self._wake.clear()
@@ -382,7 +382,8 @@ class FineTuning:
             self._report_progress(job)
             return
         else:
-            self._report_progress(job)
+            with contextlib.suppress(OutputError):  # a full disk, on which the end makes room
+                self._report_progress(job)
             self._end(job, code)
         self._process = None
         self._wake.set()
@@ -525,6 +526,11 @@ def interrupt(process: psutil.Process) -> None:
         except psutil.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _plain(text: str) -> str:
+    """Return a text with the characters of experts' names alone."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
 
 
 def _processes_of(run: Path) -> Iterator[psutil.Process]:

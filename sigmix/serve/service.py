@@ -84,7 +84,8 @@ class Service:
         self.adaptations = AdaptationWorker(self.engine, self.registry, graders)
         self.fingerprint = f"fp_{short(self.engine.base_fingerprint)}"
         self.created = int(time.time())
-        self.started = self.closing = False
+        self.started = self.closing = self._closed = False
+        self._close_lock = threading.Lock()
 
     @property
     def default_strategy(self) -> str:
@@ -138,17 +139,19 @@ class Service:
         self.started = True
 
     def close(self) -> None:
-        """Stop accepting requests, finish the running ones, and close the store; a second call has no effect."""
-        if self.closing:
-            return
+        """Stop accepting requests, finish the running ones, and close the store; a second call waits for the first."""
         self.closing = True
-        if self.started:
-            self.fine_tuning.stop()
-            self.adaptations.close()
-            if not self.scheduler.close(self.settings.shutdown_timeout):
-                log.warning("some requests did not finish before shutdown")
-            self.fine_tuning.join()
-        self.store.close()
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self.started:
+                self.fine_tuning.stop()
+                self.adaptations.close()
+                if not self.scheduler.close(self.settings.shutdown_timeout):
+                    log.warning("some requests did not finish before shutdown")
+                self.fine_tuning.join()
+            self.store.close()
 
     @property
     def ready(self) -> bool:

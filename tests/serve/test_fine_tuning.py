@@ -19,6 +19,7 @@ from helpers_engine import expert
 from helpers_fine_tuning import CHECK, Gate, questions, rows, save_base, training, upload, wait_for
 from helpers_serve import bearer
 
+from sigmix.errors import OutputError
 from sigmix.models.loading import load_base
 from sigmix.serve.auth import add_key
 from sigmix.serve.fine_tuning import MAX_RESTARTS
@@ -64,7 +65,8 @@ def statuses(server) -> list[str]:
     return [job["status"] for job in server.call("GET", JOBS)[1]["data"]][::-1]
 
 
-def test_one_job_runs_at_a_time_and_can_be_paused_and_cancelled(tmp_path, gate):
+def test_one_job_runs_at_a_time_and_can_be_paused_and_cancelled(tmp_path, gate, caplog):
+    caplog.set_level("INFO", "sigmix.serve.fine_tuning")
     with training(tmp_path) as server:
         server.file = upload(server)
         first, second, third = (start(server, metadata={"n": str(n)}) for n in range(3))
@@ -92,6 +94,8 @@ def test_one_job_runs_at_a_time_and_can_be_paused_and_cancelled(tmp_path, gate):
         assert (done["trained_tokens"], done["sigmix"]["test"]["n"]) == (round(4 * 2.5 * 16), 7)
         assert steps(server, first) == 4  # each once
 
+        logged = [record.status for record in caplog.records if getattr(record, "job", None) == first]
+        assert logged == ["queued", "running", "paused", "queued", "running", "succeeded"]
         text = server.call("GET", "/metrics")[1]
         assert 'sigmix_fine_tuning_jobs{status="succeeded"} 2.0' in text
         assert [job["id"] for job in server.call("GET", f"{JOBS}?limit=2")[1]["data"]] == [third, second]
@@ -140,7 +144,18 @@ def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, gate):
     with training(tmp_path) as server:
         server.file = upload(server)
         id = start(server)
+        wait_until(lambda: server.service.fine_tuning._process is not None)
+        with server.service.store.transaction() as db:
+            db.execute("PRAGMA max_page_count = 1")  # the database cannot grow, as on a full disk
+        with contextlib.suppress(OutputError):
+            for number in range(10_000):
+                server.service.store.save_reply(str(number), "x" * 500, None, None)
+        process = server.service.fine_tuning._process
         gate.open("fail", 0, 1, 2, 3)
+        wait_until(lambda: process.poll() is not None)
+        wait_until(lambda: server.chat()[0] == 200)
+        with server.service.store.transaction() as db:
+            db.execute("PRAGMA max_page_count = 1000000")
         wait_until(lambda: server.call("GET", f"{JOBS}/{id}")[1]["status"] == "failed")
         job = server.call("GET", f"{JOBS}/{id}")[1]
         assert "the disk is full" in job["error"]["message"]
