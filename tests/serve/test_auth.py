@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import pytest
 from helpers_serve import BODY, CHAT, bearer, make_service, serving, wait_until
 
+from sigmix.cli import main
 from sigmix.errors import ConfigError, ExpertError, UnknownNameError
 from sigmix.serve.auth import ApiKeys, add_key, read_keys, remove_key
 from sigmix.serve.observability import JsonFormatter
@@ -54,6 +56,15 @@ def test_key_file(tmp_path):
     with pytest.raises(ConfigError):
         keys.find(alice)
     assert keys.find(alice).admin  # the earlier keys remain
+
+
+def test_rights_are_given_on_the_command_line(tmp_path, monkeypatch, capsys):
+    for name, flags in (("alice", ["--allow-code"]), ("bob", ["--admin"])):
+        monkeypatch.setattr(sys, "argv", ["sigmix", "keys", "add", name, *flags, "--state", str(tmp_path)])
+        main()
+    keys = [(key.name, key.admin, key.allow_code) for key in read_keys(tmp_path / "keys.json")]
+    assert keys == [("alice", False, True), ("bob", True, False)]
+    assert capsys.readouterr().out.count("sk-sigmix-") == 2
 
 
 def test_limits_of_a_key(tmp_path):

@@ -72,7 +72,7 @@ class Method(RequestModel):
                 raise field_error("reinforcement", "is missing; it holds the grader")
             for other in ("supervised", "reinforcement"):
                 if other != kind and body.get(other) is not None:
-                    raise field_error(other, f"does not belong to a method of type {kind!r}; leave it out")
+                    raise field_error(other, f"is no part of a method of type {kind!r}; leave it out")
         return body
 
     @property
