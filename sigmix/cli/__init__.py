@@ -24,7 +24,7 @@ SPIN_COUNT = "2000"
 """Iterations that an OpenMP thread spins at a barrier. libgomp's default lets decoding collapse beside another busy
 process; measured by ``python -m benchmarks neighbour``."""
 
-COMMANDS = "demo generate chat data train adapt serve eval lm_eval experts export decompose cache doctor".split()
+COMMANDS = "demo generate chat data train adapt serve eval lm_eval experts export cache doctor".split()
 
 app = typer.Typer(
     name="sigmix",
