@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import emit, note, size, table, working
+from sigmix.cli._console import emit, size, table, working
 from sigmix.cli._loading import expert_source, open_bank, open_engine, open_expert, open_model_of
 from sigmix.cli._options import BANK, BASE, DATA_DIR, EXPERT_DTYPE, EXPERT_QUANTIZATION, JSON
 from sigmix.errors import ConfigError, ExpertError, SigmixError
@@ -52,7 +52,7 @@ def list_experts(bank: Path = BANK, as_json: bool = JSON) -> None:
     table(f"experts in {opened.source}", columns, cells)
     skills = [row for row in rows if not row["problem"] and row["domain"] != DISPATCH]
     if names := [row["name"] for row in skills if row["requests"] is None]:
-        note(f"the router never chooses {', '.join(names)}, without request statistics -> {ROUTE}")
+        typer.echo(f"the router never chooses {', '.join(names)}, without request statistics -> {ROUTE}")
 
 
 def _metric(metric: Mapping[str, Any] | None) -> str:

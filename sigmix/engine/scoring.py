@@ -205,13 +205,14 @@ def embeddings(
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
-    """Return the model's layers, in order.
+    """Return the layers of the model, or of the language model in a vision-language model, in order.
 
     Raises:
         ConfigError: there is no list of as many modules as its config has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    decoder = bare(model).get_decoder()  # not the whole model: an image encoder may have as many layers
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of {count} layers")
     return lists[0]

@@ -18,6 +18,7 @@ from sigmix.engine import Engine
 from sigmix.errors import ConfigError, PromptError
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
+from sigmix.models.loading import load_base
 
 TEXTS = [text for label in ("arithmetic", "reading", OTHER) for text in requests_of(label, 200, 5)]
 
@@ -217,8 +218,8 @@ def test_whitening_is_that_of_the_shrunk_covariance(engine):
 
 
 @pytest.mark.real
-def test_the_bundled_bank_on_wordings_of_people(smollm):
-    engine = Engine(*smollm, Bank.bundled())
+def test_the_bundled_bank_on_wordings_of_people():
+    engine = Engine(*load_base(), Bank.bundled())
     assert unrouted(engine.bank, engine.base_fingerprint) == []
     wordings = json.loads((Path(benchmarks.__file__).parent / "wordings.json").read_text(encoding="utf-8"))
     strategy = RouterDispatch(engine)

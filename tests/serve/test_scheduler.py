@@ -162,7 +162,7 @@ def test_short_answer_after_a_cached_prefix(start, shared, alone, length):
     events.wait()
     longer = ids + events.ids() + [5, 6, 7]
     second, events = request(longer, "math", max_new_tokens=length)
-    assert scheduler.call(lambda: shared.cached_prefix(longer, second.mix, None) is not None).result(20)
+    assert scheduler.call(lambda: shared.cached_prefix(longer, second.mix) is not None).result(20)
     scheduler.submit(second)
     events.wait(timeout=20)
     assert events.ids() == alone.generate([longer], "math", max_new_tokens=length)[0].ids
