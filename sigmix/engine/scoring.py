@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -211,7 +211,7 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
         ConfigError: there is no list of as many modules as its config has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    decoder = bare(model).get_decoder()  # not the whole model: an image encoder may have as many layers
+    decoder: nn.Module = cast(Any, bare(model)).get_decoder()  # an image encoder may have as many layers
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of {count} layers")

@@ -19,8 +19,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from sigmix.serve import fine_tuning_routes, routes
+from sigmix.serve import routes
 from sigmix.serve.auth import AuthMiddleware, RequestLogMiddleware
+from sigmix.serve.fine_tuning import routes as fine_tuning_routes
 from sigmix.serve.protocol.errors import ApiError, internal_error, validation_error
 from sigmix.serve.scheduler import ClosingError
 from sigmix.serve.service import Service

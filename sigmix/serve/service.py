@@ -25,7 +25,7 @@ from sigmix.experts.fingerprint import short
 from sigmix.experts.mix import Mix
 from sigmix.serve.adaptation import AdaptationWorker, Grader
 from sigmix.serve.auth import ApiKeys
-from sigmix.serve.fine_tuning import FineTuning
+from sigmix.serve.fine_tuning.manager import FineTuning
 from sigmix.serve.registry import ModelRegistry
 from sigmix.serve.scheduler import Scheduler, SharedEngine
 from sigmix.serve.settings import Settings

@@ -120,7 +120,7 @@ class Gate:
                 str(self.folder), "--expert", str(saved / name), "train", "x",
             ]  # fmt: skip
 
-        monkeypatch.setattr("sigmix.serve.fine_tuning.train_command", command)
+        monkeypatch.setattr("sigmix.serve.fine_tuning.manager.train_command", command)
 
     def open(self, *steps: int | str) -> None:
         """Let steps pass."""

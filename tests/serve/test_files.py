@@ -11,7 +11,7 @@ import pytest
 from helpers_serve import bearer, live, serving, wait_until
 
 from sigmix.serve.auth import add_key
-from sigmix.serve.multipart import FormParser, Part
+from sigmix.serve.fine_tuning.multipart import FormParser, Part
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 30

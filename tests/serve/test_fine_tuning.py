@@ -22,8 +22,8 @@ from helpers_serve import bearer
 from sigmix.errors import OutputError
 from sigmix.models.loading import load_base
 from sigmix.serve.auth import add_key
-from sigmix.serve.fine_tuning import MAX_RESTARTS
-from sigmix.serve.jobs import Job, Jobs
+from sigmix.serve.fine_tuning.jobs import Job, Jobs
+from sigmix.serve.fine_tuning.manager import MAX_RESTARTS
 from sigmix.serve.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]

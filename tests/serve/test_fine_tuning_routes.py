@@ -21,7 +21,7 @@ def server(tmp_path_factory):
     keys = folder / "state" / "keys.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(folder / "cache"))
-        patch.setattr("sigmix.serve.fine_tuning.FineTuning._claim", lambda self: False)
+        patch.setattr("sigmix.serve.fine_tuning.manager.FineTuning._claim", lambda self: False)
         named = {name: bearer(add_key(keys, name, **more)) for name, more in (
             ("alice", {"allow_code": True}), ("bob", {}), ("root", {"admin": True}))}  # fmt: skip
         with serving(folder, strategy="A", training="all", allow_code=True, max_jobs_per_client=3) as server:

@@ -40,8 +40,8 @@ from sigmix.errors import ConfigError, OutputError, SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
 from sigmix.serve.auth import ApiKey
-from sigmix.serve.files import RESULTS, Files
-from sigmix.serve.jobs import ACTIVE, STATUSES, Job, Jobs
+from sigmix.serve.fine_tuning.files import RESULTS, Files
+from sigmix.serve.fine_tuning.jobs import ACTIVE, STATUSES, Job, Jobs
 from sigmix.serve.protocol.errors import ApiError, api_errors, rate_limited
 from sigmix.serve.protocol.fine_tuning import AUTO, CreateJobRequest, Method, ReinforcementHyperparameters
 from sigmix.serve.registry import BASE

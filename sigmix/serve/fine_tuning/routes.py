@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 
 from sigmix.serve.auth import UPLOAD_PATH, ApiKey
 from sigmix.serve.dependencies import KeyDep, ServiceDep, get_key, get_service, in_thread
-from sigmix.serve.jobs import Event, Job
+from sigmix.serve.fine_tuning.jobs import Event, Job
 from sigmix.serve.protocol.errors import ApiError, api_errors
 from sigmix.serve.protocol.fine_tuning import CreateJobRequest, RunGraderRequest, ValidateGraderRequest
 from sigmix.serve.service import Service

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi.concurrency import run_in_threadpool
 
 from sigmix.errors import UnknownNameError
-from sigmix.serve.multipart import FormParser, Part
+from sigmix.serve.fine_tuning.multipart import FormParser, Part
 from sigmix.serve.protocol.errors import ApiError, rate_limited
 from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
