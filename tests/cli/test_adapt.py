@@ -272,8 +272,8 @@ def test_statistics_of_experts(run, refused, home, routed, tmp_path):
     before = Bank(routed)["reading"]
     (routed / "reading" / "requests.safetensors").unlink()
     done = run("experts", "list", "--bank", routed)
-    assert "sigmix experts statistics" in "".join(done.err)
-    assert "reading" in "".join(done.err)
+    assert "sigmix experts statistics" in done.out
+    assert "reading" in done.out
     assert "sigmix experts statistics reading" in run("experts", "show", "reading", "--bank", routed).out
     assert [one["name"] for one in run("experts", "statistics", *where, "--json").json["experts"]] == ["reading"]
     assert Bank(routed)["reading"] == before
