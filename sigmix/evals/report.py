@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sigmix.evals.accuracy import Item, Result, compare, evaluate, in_part, provenance
+from sigmix.evals.accuracy import Item, Result, evaluate, in_part, provenance
 from sigmix.evals.plots import figure, save_png
-from sigmix.evals.statistics import wilson
+from sigmix.evals.statistics import paired_difference, wilson
 from sigmix.tasks.base import Sample, Task
 from sigmix.tasks.graders import json_value, normalise
 from sigmix.utils.io import write_json, write_text
@@ -112,7 +112,7 @@ def summarize(
     """
     expert = results[EXPERT]
     others = {
-        name: {**result.summary(), "expert_less": compare(expert, result)}
+        name: {**result.summary(), "expert_less": _difference(expert, result)}
         for name, result in results.items()
         if name != EXPERT
     }
@@ -132,6 +132,14 @@ def summarize(
         }
         figures["confusion"] = confusion(expert, labels)
     return {"verdict": verdict(figures), **figures, **provenance()}
+
+
+def _difference(ours: Result, theirs: Result) -> dict[str, Any]:
+    """Return the paired difference of the scores, which may be partial, with its interval."""
+    scores = {item.id: item.score for item in theirs.scored}
+    pairs = [(item.score, scores[item.id]) for item in ours.scored if item.id in scores]
+    value, low, high = paired_difference([a for a, _ in pairs], [b for _, b in pairs])  # type: ignore[misc]
+    return {"n": len(pairs), "difference": value, "interval": [low, high]}
 
 
 def verdict(figures: Mapping[str, Any]) -> str:
@@ -183,7 +191,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     own = figures[EXPERT]
     lines = [
-        f"# {figures['task']}", "", figures["verdict"], "", "| | accuracy [95 %] | mean score | expert less this |",
+        f"# {figures['task']}", "", figures["verdict"], "", "| | accuracy [95 %] | mean score | score of the expert less this |",
         "|---|---|---|---|", f"| {EXPERT} | {_percent(own, 'accuracy')} | {100 * own['mean_score']:.1f} | |",
     ]  # fmt: skip
     for name, one in figures["others"].items():

@@ -55,7 +55,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What decides the split: prompts that differ in case or blanks alone stay together."""
+        """Key of `hash_split`: the same for prompts that differ in case or blanks alone."""
         turns = [*(turn["content"] for turn in self.row.history), self.row.prompt]
         return "\x1f".join(" ".join(text.casefold().split()) for text in turns)
 

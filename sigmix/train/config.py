@@ -155,7 +155,7 @@ def _check(name: str, value: Any, limits: Any) -> None:
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "reinforce": {},
-    # the rate with the best validation accuracy of a sweep (reproduction/tables/positions.md, on other data)
+    # the rate with the best validation accuracy of a sweep on other data (reproduction/tables/laptop.md)
     "sft": {"num_generations": 1, "beta": 0.0, "learning_rate": 6e-3},
 }
 """Defaults of the objectives, where the preset has none."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 
-MAX_HEADERS = 16 << 10  # bytes of one part's headers
+from python_multipart.multipart import MultipartParser
 
 
 @dataclass(frozen=True)
@@ -38,47 +37,41 @@ class FormParser:
         message = Message()
         message["content-type"] = content_type
         boundary = message.get_boundary()
-        if message.get_content_type() != "multipart/form-data" or not boundary or len(boundary) > 200:
+        if message.get_content_type() != "multipart/form-data" or not boundary:
             raise ValueError("the body must be multipart/form-data with a boundary")
-        self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
-        self._buffer = b"\r\n"  # of the line before the first boundary
-        self._state = "preamble"
         self.complete = False
+        self._events: list[Part | bytes] = []
+        self._header: list[bytes] = [b"", b""]
+        self._headers = Message()
+        self._parser = MultipartParser(
+            boundary.encode("latin-1", "replace"),
+            {
+                "on_header_field": lambda data, start, end: self._add(0, data[start:end]),
+                "on_header_value": lambda data, start, end: self._add(1, data[start:end]),
+                "on_header_end": self._end_header, "on_headers_finished": self._begin,
+                "on_part_data": lambda data, start, end: self._events.append(data[start:end]), "on_end": self._end,
+            },
+        )  # fmt: skip
 
-    def feed(self, data: bytes) -> Iterator[Part | bytes]:
-        """Yield the parts that begin in ``data``, and the content of the current part as far as it is certain."""
-        self._buffer += data
-        while not self.complete:
-            if self._state == "headers":
-                if self._buffer[:2] == b"--":
-                    self.complete = True
-                    return
-                headers, end, rest = self._buffer.partition(b"\r\n\r\n")
-                if len(headers) > MAX_HEADERS:
-                    raise ValueError("the headers of a part are too long")
-                if not end:
-                    return
-                self._buffer, self._state = rest, "content"
-                yield _part(headers)
-            content, found, rest = self._buffer.partition(self._delimiter)
-            if not found:  # the end may be the beginning of the delimiter
-                keep = len(self._delimiter) - 1
-                content, rest = self._buffer[:-keep], self._buffer[-keep:]
-            if content and self._state == "content":
-                yield content
-            self._buffer = rest
-            if not found:
-                return
-            self._state = "headers"
+    def feed(self, data: bytes) -> list[Part | bytes]:
+        """Return the parts that begin in ``data``, and the content of the current part as far as it is certain."""
+        self._parser.write(data)
+        events, self._events = self._events, []
+        return events
 
+    def _add(self, place: int, text: bytes) -> None:
+        self._header[place] += text
 
-def _part(headers: bytes) -> Part:
-    """Return the part of a block of headers, which begins with the rest of the boundary's line."""
-    message = Message()
-    for line in headers.decode("utf-8").split("\r\n")[1:]:
-        name, _, value = line.partition(":")
-        message[name.strip()] = value.strip()
-    field, filename = message.get_param("name", header="content-disposition"), message.get_filename()
-    if message.get_content_disposition() != "form-data" or not isinstance(field, str):
-        raise ValueError("a part has no content-disposition: form-data with a name")
-    return Part(field, filename)
+    def _end_header(self) -> None:
+        name, value = (text.decode("utf-8") for text in self._header)
+        self._headers[name], self._header = value, [b"", b""]
+
+    def _begin(self) -> None:
+        headers, self._headers = self._headers, Message()
+        name, filename = headers.get_param("name", header="content-disposition"), headers.get_filename()
+        if headers.get_content_disposition() != "form-data" or not isinstance(name, str):
+            raise ValueError("a part has no content-disposition: form-data with a name")
+        self._events.append(Part(name, filename))
+
+    def _end(self) -> None:
+        self.complete = True
