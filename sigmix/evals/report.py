@@ -191,7 +191,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     own = figures[EXPERT]
     lines = [
-        f"# {figures['task']}", "", figures["verdict"], "", "| | accuracy [95 %] | mean score | score of the expert less this |",
+        f"# {figures['task']}", "", figures["verdict"], "",
+        "| | accuracy [95 %] | mean score | score of the expert less this |",
         "|---|---|---|---|", f"| {EXPERT} | {_percent(own, 'accuracy')} | {100 * own['mean_score']:.1f} | |",
     ]  # fmt: skip
     for name, one in figures["others"].items():
