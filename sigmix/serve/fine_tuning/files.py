@@ -20,10 +20,10 @@ from sigmix.serve.fine_tuning.multipart import FormParser, Part
 from sigmix.serve.protocol.errors import ApiError, rate_limited
 from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
+from sigmix.tasks.data import FORMATS
 from sigmix.utils.cache import STALE
 from sigmix.utils.io import atomic_file
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PURPOSE, RESULTS = "fine-tune", "fine-tune-results"
 MAX_NAME = 200  # bytes of a file's name
 MAX_FIELD = 1024  # bytes of a field of the form
