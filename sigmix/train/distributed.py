@@ -177,12 +177,16 @@ class Processes:
     def report_once(self) -> Iterator[None]:
         """End all processes if the wrapped command fails in one, which alone reports the error.
 
-        SIGTERM, by which launchers end the remaining processes, becomes `ProcessLostError`.
+        SIGTERM, by which launchers end the remaining processes, becomes `ProcessLostError`; of a single process it ends
+        the run as Ctrl-C does.
         """
-        if self.world_size == 1:
-            yield
-            return
         previous = signal.signal(signal.SIGTERM, _terminate)
+        if self.world_size == 1:
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+            return
         try:
             yield
             torch.distributed.destroy_process_group()

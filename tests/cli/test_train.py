@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from PIL import Image
 from sigmix.cli import main
 from sigmix.experts.expert import Expert
 from sigmix.models.loading import load_base
+from sigmix.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("cache")
 QUICK = ["--max-steps", "2", "--generation-batch-size", "8", "--num-generations", "4", "--eval-steps", "1",
@@ -145,6 +147,23 @@ def test_two_runs_cannot_have_one_out(sigmix, tmp_path):
     finally:
         other.communicate()
     assert sigmix("--out", "bank/sums", "--run", "another", "--test-n", 0)[0] == 0
+
+
+def test_a_terminated_run_keeps_its_checkpoint(sigmix, tmp_path, monkeypatch):
+    log = Trainer._log
+
+    def terminate(self, entry):
+        log(self, entry)
+        if (entry["kind"], entry["step"]) == ("step", 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log", terminate)
+        assert sigmix("--out", "bank/sums")[0] == 130
+    assert json.loads((tmp_path / "runs/sums/checkpoint/state.json").read_text())["step"] == 0
+    assert not (tmp_path / "bank/sums").exists()
+    code, _, err = sigmix("--out", "bank/sums", "--resume")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EROFS"])

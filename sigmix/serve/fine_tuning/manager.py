@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import string
 import subprocess
 import sys
@@ -520,7 +519,7 @@ def train_command(folder: Path, job: Job, resume: bool) -> list[str]:
 def interrupt(process: psutil.Process) -> None:
     """End a training process: it saves a checkpoint, or is killed after `STOP_SECONDS`."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT, which a server that a shell script started in the background ignores
         try:
             process.wait(STOP_SECONDS)
         except psutil.TimeoutExpired:
