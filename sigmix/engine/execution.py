@@ -344,6 +344,8 @@ def adapted_layers(model: nn.Module) -> dict[str, SVFLinear]:
     if not layers and not isinstance(model, PeftModel):
         inject_adapter_in_model(SVFConfig(target_modules="all-linear", inference_mode=True), model, ENGINE_ADAPTER)
         layers = svf_layers(model)
+        for layer in layers.values():  # without an adapter, the model's own forward pass is exactly the base's
+            layer.delete_adapter(ENGINE_ADAPTER)
     return layers
 
 

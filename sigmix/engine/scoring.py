@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -211,8 +212,10 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
         ConfigError: there is no list of as many modules as its config has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    decoder: nn.Module = cast(Any, bare(model)).get_decoder()  # an image encoder may have as many layers
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    whole: Any = bare(model)
+    # first the language model, because an image encoder may have as many layers; ModernBERT's decoder is its head
+    modules = itertools.chain(whole.get_decoder().modules(), whole.modules())
+    lists = [m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of {count} layers")
     return lists[0]
