@@ -345,42 +345,6 @@ def base_path(name: str) -> str:
     return name.removeprefix("base_model.model.").removesuffix(".base_layer").replace(".base_layer.", ".")
 
 
-def coverage(model: nn.Module) -> dict[str, Any]:
-    """Report which weights of an adapted model are adapted.
-
-    Returns:
-        adapted: {path: [out, in]}; numbers: count of all z; not_adapted: {path: reason} for weights of two or more
-        dimensions without an adapter (embeddings, output head, routers, fused experts, vision); share: adapted
-        weights over all of the base's.
-    """
-    layers = svf_layers(model)
-    inside = {id(layer.get_base_layer().weight) for layer in layers.values()}
-    language = backbone(model, strict=False)
-    skipped: dict[str, str] = {}
-    total = adapted = sum(layer.out_features * layer.in_features for layer in layers.values())
-    for name, parameter in model.named_parameters():
-        if ".svf_z." in name or id(parameter) in inside:
-            continue
-        total += parameter.numel()
-        if parameter.ndim < 2:
-            continue
-        path = base_path(name.removesuffix(".weight"))
-        if parameter.ndim == 3:
-            skipped[path] = "fused experts (a 3-D parameter, not linear layers)"
-        elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
-            skipped[path] = "embedding or output head"
-        elif language is not None and not name.startswith(f"{language[0]}."):
-            skipped[path] = "vision tower or projector"
-        else:
-            skipped[path] = "not targeted"
-    return {
-        "adapted": {path: [layer.out_features, layer.in_features] for path, layer in layers.items()},
-        "numbers": sum(layer.r for layer in layers.values()),
-        "not_adapted": skipped,
-        "share": adapted / max(total, 1),
-    }
-
-
 def register() -> None:
     """Register SVF with PEFT. Idempotent."""
     # PEFT's enum cannot be extended
