@@ -205,14 +205,6 @@ class Mix:
             mixed.append(mix_z(zs, [self.alpha(name, path) for name in acting]) if acting else torch.ones(r))
         return torch.cat(mixed)
 
-    def alphas(self, layout: Layout) -> Tensor:
-        """Return float64 [K, M], α of every expert at every matrix."""
-        rows = [
-            [a] * len(layout.sizes) if isinstance(a, float) else [self.alpha(name, path) for path in layout.layers]
-            for name, a in self.weights.items()
-        ]
-        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(layout.sizes))
-
     def __eq__(self, other: object) -> bool:
         return self.to_json() == other.to_json() if isinstance(other, Mix) else NotImplemented
 
