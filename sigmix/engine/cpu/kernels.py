@@ -274,17 +274,10 @@ def _factored(
 
 @dataclass(frozen=True)
 class Group:
-    """Adapted layers with the same input, such as queries, keys and values, in the order of the model's layers.
-
-    Attributes:
-        first: offset of their z in a vector over all layers, see `sigmix.experts.mix.Layout`.
-        place: index of the first layer among all adapted layers.
-    """
+    """Adapted layers with the same input, such as queries, keys and values, in the order of the model's layers."""
 
     paths: tuple[str, ...]
     layers: tuple[SVFLinear, ...]
-    first: int
-    place: int
 
     @property
     def sizes(self) -> list[int]:
@@ -339,23 +332,22 @@ def find_groups(model: Any, layers: Mapping[str, SVFLinear], every: bool = False
         for handle in handles:
             handle.remove()
     names = list(layers)
-    offsets = dict(zip(names, [0, *torch.tensor([layers[name].r for name in names]).cumsum(0).tolist()], strict=False))
     once = {path for path in names if sum(path == called for called, _ in calls) == 1}
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     last: torch.Tensor | None = None
     for path, x in calls:
         if not fits(path) or path not in once:
             last = None
             continue
-        follows = found and names.index(path) == names.index(found[-1][-1]) + 1  # so that their z lie side by side
+        follows = groups and names.index(path) == names.index(groups[-1][-1]) + 1  # so that their z lie side by side
         if x is last and follows:
-            found[-1].append(path)
+            groups[-1].append(path)
         else:
-            found.append([path])
+            groups.append([path])
         last = x
-    seen = {path for group in found for path in group}
-    found += [[path] for path in names if path not in seen and fits(path)]
-    return [Group(tuple(g), tuple(layers[p] for p in g), offsets[g[0]], names.index(g[0])) for g in found]
+    seen = {path for group in groups for path in group}
+    groups += [[path] for path in names if path not in seen and fits(path)]
+    return [Group(tuple(group), tuple(layers[path] for path in group)) for group in groups]
 
 
 class Shared:
