@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sigmix.adapt.base import DISPATCH, labels
 from sigmix.adapt.prompt import PromptDispatch
 from sigmix.engine import Engine
-from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -18,27 +18,24 @@ class ClassifierDispatch(PromptDispatch):
     """Strategy B: the label that the base model finds most likely under a classification expert.
 
     Raises:
-        UnknownNameError: unknown expert. ConfigError: no or several classification experts, or other labels.
+        ConfigError: no or several classification experts, or other labels.
     """
 
     name = "B (classifier)"
 
-    def __init__(self, engine: Engine, *, expert: str | None = None) -> None:
-        self.expert = expert = _classifier(engine.bank, expert)
+    def __init__(self, engine: Engine) -> None:
+        self.expert = expert = _classifier(engine.bank)
         self.subject = f"the classification expert {expert}"
         super().__init__(engine, calibrate=False, mix=Mix.one(expert))
 
 
-def _classifier(bank: Mapping[str, Expert], expert: str | None) -> str:
+def _classifier(bank: Mapping[str, Expert]) -> str:
     """Return the name of the classification expert, checked against the bank's labels."""
-    if expert is None:
-        experts = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
-        if len(experts) != 1:
-            remedy = f"name one of {', '.join(experts)}" if experts else REMEDY
-            raise ConfigError(f"the bank has {len(experts)} classification experts, expected one", remedy=remedy)
-        expert = experts[0]
-    elif expert not in bank:
-        raise UnknownNameError("expert", expert, bank, remedy=REMEDY)
+    experts = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
+    if len(experts) != 1:
+        remedy = f"keep one of {', '.join(experts)} in it" if experts else REMEDY
+        raise ConfigError(f"the bank has {len(experts)} classification experts, expected one", remedy=remedy)
+    (expert,) = experts
     trained = (bank[expert].meta.get("training") or {}).get("labels")
     names = [label.name for label in labels(bank)]
     if trained is not None and list(trained) != names:
