@@ -27,6 +27,7 @@ from sigmix.models.default import offline
 from sigmix.models.hub import hub_errors, near_paths, status_of
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_dir, file_lock, read_json, read_json_object, write_json, writing
+from sigmix.utils.logging import quiet
 
 COLLECTION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+-[0-9a-f]{24}", re.ASCII)
 FILES = (CONFIG, WEIGHTS, META, CARD, REQUESTS)
@@ -160,7 +161,7 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
     return folder
 
 
-def pull(source: str, out: Path, revision: str | None = None, token: str | None = None) -> list[dict[str, str]]:
+def pull(source: str, out: Path, revision: str | None = None) -> list[dict[str, str]]:
     """Copy an expert, or each expert of a collection into its own subfolder, to the new folder ``out``.
 
     Returns:
@@ -174,14 +175,14 @@ def pull(source: str, out: Path, revision: str | None = None, token: str | None 
     if COLLECTION.fullmatch(source):
         if revision is not None:
             raise ConfigError(f"{source!r} is a collection, which has no revisions", remedy="leave out --revision")
-        folder = download_bank(source, token)
+        folder = download_bank(source)
         rows = [{"name": name, **one, "path": str(out / name)} for name, one in record(folder)["experts"].items()]
         with atomic_dir(out) as temporary:
             for row in rows:
                 shutil.copytree(folder / row["name"], temporary / row["name"])
         return rows
     check_repo_id(source)
-    snapshot = download(source, revision, token)
+    snapshot = download(source, revision)
     name = read(snapshot).name
     with atomic_dir(out) as temporary:
         _copy(snapshot, temporary)
@@ -263,19 +264,8 @@ def _copy(snapshot: Snapshot, folder: Path) -> None:
 @contextlib.contextmanager
 def _hub(name: str, token: str | None, **options: Any) -> Iterator[str | None]:
     """`hub_errors` for experts, without progress bars and warnings for files this small."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    level, disabled = logging.get_verbosity(), are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if not disabled:
-        disable_progress_bars()
-    try:
-        with hub_errors(name, HubError, token=token, **options) as key:
-            yield key
-    finally:
-        logging.set_verbosity(level)
-        if not disabled:
-            enable_progress_bars()
+    with quiet(), hub_errors(name, HubError, token=token, **options) as key:
+        yield key
 
 
 # ---------------------------------------------------------------------- upload

@@ -70,7 +70,7 @@ class Checkpoint:
         base: as for `load_base`; a hub model is downloaded first.
         dtype: read tensors as `load_base` loads them in this dtype; "auto": in its default dtype on this machine;
             None: as they are stored.
-        revision: of a hub model. name: label of the base in messages; default: the name that `load_base` gives it.
+        name: label of the base in messages; default: the name that `load_base` gives it.
 
     Attributes:
         name, folder, kind: see `sigmix.models.loading.locate`. config, model: of transformers; the model is on the
@@ -87,11 +87,10 @@ class Checkpoint:
         base: str | Path = DEFAULT,
         dtype: str | torch.dtype | None = None,
         *,
-        revision: str | None = None,
         name: str | None = None,
     ) -> None:
         self.base = str(base)
-        found, self.folder, self.kind = locate(base, revision=revision)
+        found, self.folder, self.kind = locate(base)
         self.name = name or found
         if (self.folder / MANIFEST).is_file():
             verify(self.folder)
