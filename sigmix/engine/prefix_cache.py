@@ -389,7 +389,7 @@ class PrefixCache:
         if not self.usable(ids):
             return
         for name, (_, conversation) in self.entries.items():
-            if conversation and name[0] == key and _starts(ids, name[1]):
+            if conversation and name[0] == key and tuple(ids[: len(name[1])]) == name[1]:
                 self.entries.pop(name)
         self.entries.put((key, tuple(ids)), (entry, True), _nbytes(entry))
 
@@ -411,10 +411,6 @@ class PrefixCache:
     def clear(self) -> None:
         """Remove all entries."""
         self.entries.clear()
-
-
-def _starts(ids: Sequence[int], prefix: tuple[int, ...]) -> bool:
-    return tuple(ids[: len(prefix)]) == prefix
 
 
 def _nbytes(entry: Entry) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.errors import StructuredOutputError
+from sigmix.utils.optional import optional
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -183,14 +184,7 @@ def _with_large_stack(function: Callable[[], T]) -> T:
 
 
 def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise StructuredOutputError(
-            "structured output needs llguidance, which is not installed",
-            remedy="pip install 'sigmix[structured-output]'",
-        ) from error
-    return llguidance
+    return optional("llguidance", "'sigmix[structured-output]'", "structured output", StructuredOutputError)
 
 
 def _json_grammar(schema: Any) -> str:

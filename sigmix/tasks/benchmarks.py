@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from sigmix.errors import ConfigError, DataError
 from sigmix.tasks.base import Sample, Score, Split, Task, check_request, content_id, hash_split, shuffled
-from sigmix.tasks.data import Row, hub_rows, local_rows
+from sigmix.tasks.data import Row, hub_rows, read_rows
 from sigmix.tasks.graders import (
     boxed,
     math_equal,
@@ -144,7 +144,7 @@ class BenchmarkTask(Task):
                 f"{', '.join(there) or 'nothing'}",
                 remedy=f"{remedy}, or leave it out to use {self.hub}" if self.hub else remedy,
             )
-        return {split: local_rows(path) for split, path in files.items()}
+        return {split: list(read_rows(path)) for split, path in files.items()}
 
     def local_files(self, folder: Path) -> dict[str, Path]:
         """Return the file of each split; override if the layout depends on what is there."""

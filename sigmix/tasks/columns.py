@@ -191,15 +191,13 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
 
 
 def _no_column(row: Row, column: str) -> DataError:
-    file = row.where.rsplit(":", 1)[0].split(" row ")[0]
-    return DataError(f"{file} has no column {column!r}; it has {', '.join(row.data)}", remedy=NAME_COLUMNS)
+    return DataError(f"{row.file} has no column {column!r}; it has {', '.join(row.data)}", remedy=NAME_COLUMNS)
 
 
 def _guess(row: Row, names: Mapping[str, str], candidates: Sequence[str], taken: str | None, role: str) -> str:
     column = next((names[name] for name in candidates if name in names and names[name] != taken), None)
     if column is None:
-        file = row.where.rsplit(":", 1)[0].split(" row ")[0]
-        raise DataError(f"{file}: no known column of {role} among {', '.join(row.data)}", remedy=NAME_COLUMNS)
+        raise DataError(f"{row.file}: no known column of {role} among {', '.join(row.data)}", remedy=NAME_COLUMNS)
     return column
 
 

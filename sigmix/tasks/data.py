@@ -28,6 +28,11 @@ class Row:
     data: Mapping[str, Any]
     where: str
 
+    @property
+    def file(self) -> str:
+        """`where` without the line."""
+        return self.where.rsplit(":", 1)[0].split(" row ")[0]
+
     def get(self, *names: str, kind: type | tuple[type, ...] = object) -> Any:
         """Return the first field of ``names`` that has a value.
 
@@ -58,11 +63,6 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".npy", ".bin")
 MAX_ARRAY = 256 << 20  # bytes of a JSON array, which is read as a whole
 FIELD = 16 << 20  # maximum characters of a CSV field
-
-
-def local_rows(path: Path) -> list[Row]:
-    """Return all rows of a file, see `read_rows`."""
-    return list(read_rows(path))
 
 
 def read_rows(path: Path) -> Iterator[Row]:

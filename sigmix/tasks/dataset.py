@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,7 @@ class DataTask(Task):
         grade = grader_of(self._grader_name, labels)
         for entry in self.entries:
             for answer in entry.answers:
-                Row({}, entry.row.where).check_gold(answer, functools.partial(_graded, grade, answer))
+                Row({}, entry.row.where).check_gold(answer, lambda reply, gold=answer: grade(reply, gold))
         return Inferred(self._grader_name, "given", labels)
 
     def score_all(self, samples: Sequence[Sample], replies: Sequence[str]) -> list[Score]:
@@ -449,10 +449,6 @@ class DataTask(Task):
         digest = {"sha256": sha256_file(path)} if path.is_file() else {}
         grader = self._grader_name or self.inferred.grader
         return {"data": {"source": self.reference, **digest, "rows": self.counts.rows, "grader": grader}}
-
-
-def _graded(grade: Callable[[str, str], Score], gold: str, reply: str) -> Score:
-    return grade(reply, gold)
 
 
 def measure(

@@ -40,7 +40,7 @@ class ImageQuestionTask(BenchmarkTask):
         value = row.get("image", kind=(str, Picture))
         if isinstance(value, Picture):
             return value
-        path = Path(row.where.rpartition(":")[0]).parent / value
+        path = Path(row.file).parent / value
         if path not in self._read:
             if not path.is_file():
                 raise row.bad(f"there is no image {path}")

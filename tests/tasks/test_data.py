@@ -3,21 +3,21 @@
 import pytest
 
 from sigmix.errors import DataError
-from sigmix.tasks.data import Row, hub_tables, local_rows
+from sigmix.tasks.data import Row, hub_tables, read_rows
 from sigmix.tasks.graders import exact, json_only, math_equal, score_final, strict_number
 
 
 def test_blank_lines_count_but_are_no_rows(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf\n{"a": "\xc3\xa9"}\r\n\r\n{"a": 2}')
-    rows = local_rows(file)
+    rows = list(read_rows(file))
     assert [(row.get("a"), row.where) for row in rows] == [("é", f"{file}:2"), (2, f"{file}:4")]
 
 
 def test_fields_are_checked(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1, "blank": " ", "none": null}\n')
-    (row,) = local_rows(file)
+    (row,) = read_rows(file)
     assert row.get("missing", "a", kind=int) == 1
     for names, kind in ((["a"], str), (["blank"], str), (["none"], object), (["missing"], object)):
         with pytest.raises(DataError, match=f"1: .*{names[0]}"):
@@ -28,7 +28,7 @@ def test_fields_are_checked(tmp_path):
 def test_numbers_that_are_not_finite_are_no_values(tmp_path, text):
     file = tmp_path / "a.jsonl"
     file.write_text(text)
-    (row,) = local_rows(file)
+    (row,) = read_rows(file)
     with pytest.raises(DataError, match=r"a\.jsonl:1: "):
         row.get("a", kind=float)
 
@@ -38,7 +38,7 @@ def test_other_encodings_are_named(tmp_path, encoding):
     file = tmp_path / "a.jsonl"
     file.write_bytes('{"a": "é, but mostly letters"}\n'.encode(encoding))
     with pytest.raises(DataError, match="UTF-8") as error:
-        local_rows(file)
+        list(read_rows(file))
     assert ("UTF-16" in str(error.value)) == encoding.startswith("utf-16")
 
 
@@ -66,9 +66,9 @@ def test_unreadable_files_are_named(tmp_path, content):
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.jsonl"):
-        local_rows(file)
+        list(read_rows(file))
     with pytest.raises(DataError, match="folder"):
-        local_rows(tmp_path / "folder")
+        list(read_rows(tmp_path / "folder"))
 
 
 def write(folder, name, text):
@@ -93,7 +93,7 @@ def write(folder, name, text):
 )  # fmt: skip
 def test_formats_keep_the_text_as_it_is(tmp_path, name, text, rows):
     file = write(tmp_path, name, text)
-    found = [(row.where.removeprefix(f"{tmp_path}/"), *row.data.values()) for row in local_rows(file)]
+    found = [(row.where.removeprefix(f"{tmp_path}/"), *row.data.values()) for row in read_rows(file)]
     assert found == rows
 
 
@@ -119,17 +119,17 @@ def test_formats_keep_the_text_as_it_is(tmp_path, name, text, rows):
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, text, problem):
     with pytest.raises(DataError, match=problem):
-        local_rows(write(tmp_path, name, text))
+        list(read_rows(write(tmp_path, name, text)))
 
 
 def test_a_parquet_file(tmp_path):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"text": ["a", "b"], "label": ["007", "NA"]}), tmp_path / "a.parquet")
-    rows = local_rows(tmp_path / "a.parquet")
+    rows = list(read_rows(tmp_path / "a.parquet"))
     assert [dict(row.data) for row in rows] == [{"text": "a", "label": "007"}, {"text": "b", "label": "NA"}]
     assert "a.parquet row 2" in rows[1].where
     with pytest.raises(DataError, match=r"b\.parquet"):
-        local_rows(tmp_path / "b.parquet")
+        list(read_rows(tmp_path / "b.parquet"))
 
 
 def test_a_data_set_on_the_hub_names_its_labels(monkeypatch):
