@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,6 +116,22 @@ class ValidationReport:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+
+_TAG = r"[<\[◁](/?)(?:seed:)?(?:think(?:ing)?|thought|reasoning)[>\]▷]"
+_QUOTED = rf"(?<=[\"'`])(?<!```){_TAG.replace('(/?)', '/?')}[\"'`](?!``)"
+_DRAFT = re.compile(rf"(?!{_QUOTED}){_TAG}", re.IGNORECASE)
+
+
+def final_part(reply: str) -> str:
+    """Return the reply without its draft: the text after the last ``</think>``, "" after an open ``<think>``.
+
+    ``<thinking>``, ``<thought>``, ``<reasoning>`` and ``[THINK]`` are drafts too; a tag in quotes is not one.
+    """
+    tags = list(_DRAFT.finditer(reply))
+    if not tags:
+        return reply
+    return reply[tags[-1].end() :] if tags[-1][1] else ""
 
 
 class Task(ABC):

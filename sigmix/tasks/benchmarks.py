@@ -19,10 +19,7 @@ from sigmix.errors import ConfigError, DataError
 from sigmix.tasks.base import Sample, Score, Split, Task, check_request, content_id, hash_split, shuffled
 from sigmix.tasks.data import Row, hub_rows, read_rows
 from sigmix.tasks.graders import (
-    boxed,
     math_equal,
-    number_text,
-    parse_number,
     relabel,
     score_choice,
     score_final,
@@ -30,6 +27,7 @@ from sigmix.tasks.graders import (
     strict_number,
     wrong_candidates,
 )
+from sigmix.tasks.number_parsing import boxed, number_text, parse_number
 from sigmix.tasks.registry import register
 
 PRIORITY = ("test", "validation", "train")

@@ -26,7 +26,8 @@ from sigmix.tasks.base import (
 )
 from sigmix.tasks.columns import Columns, Labelled
 from sigmix.tasks.data import FORMATS, Row, hub_tables, read_rows
-from sigmix.tasks.graders import Inferred, grader_of, infer_grader, normalise
+from sigmix.tasks.graders import grader_of, normalise
+from sigmix.tasks.infer import Inferred, infer_grader
 from sigmix.tasks.openai_graders import Grader, make_grader
 from sigmix.utils.io import read_json, sha256_file
 
@@ -344,9 +345,13 @@ class DataTask(Task):
             return found
         labels = tuple(sorted(set(answers))) if self._grader_name == "label" else ()
         grade = grader_of(self._grader_name, labels)
+
+        def check(answer: str, where: str) -> None:
+            Row({}, where).check_gold(answer, lambda reply: grade(reply, answer))
+
         for entry in self.entries:
             for answer in entry.answers:
-                Row({}, entry.row.where).check_gold(answer, lambda reply, gold=answer: grade(reply, gold))
+                check(answer, entry.row.where)
         return Inferred(self._grader_name, "given", labels)
 
     def score_all(self, samples: Sequence[Sample], replies: Sequence[str]) -> list[Score]:

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from sigmix.errors import ConfigError
-from sigmix.tasks.base import Score
-from sigmix.tasks.graders import MAX_PRODUCT, final_part, json_value, similarity
+from sigmix.tasks.base import Score, final_part
+from sigmix.tasks.graders import MAX_PRODUCT, json_value, similarity
 from sigmix.tasks.sandbox import Outcome, require_permission, run_function
 from sigmix.utils.optional import optional
 

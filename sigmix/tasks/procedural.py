@@ -25,8 +25,8 @@ from fractions import Fraction
 from typing import Any
 
 from sigmix.errors import ConfigError, DataError, UnknownNameError, reraised
-from sigmix.tasks.base import ProceduralTask, Sample, Score, content_id
-from sigmix.tasks.graders import final_part, normalise, strict_number
+from sigmix.tasks.base import ProceduralTask, Sample, Score, content_id, final_part
+from sigmix.tasks.graders import normalise, strict_number
 from sigmix.utils.optional import optional
 
 REFUSED = {

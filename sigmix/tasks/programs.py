@@ -10,10 +10,9 @@ import warnings
 from pathlib import Path
 from typing import ClassVar
 
-from sigmix.tasks.base import Sample, Score
+from sigmix.tasks.base import Sample, Score, final_part
 from sigmix.tasks.benchmarks import SAME_NAMES, BenchmarkTask
 from sigmix.tasks.data import Row
-from sigmix.tasks.graders import final_part
 from sigmix.tasks.registry import register
 from sigmix.tasks.sandbox import require_permission, run_tests
 

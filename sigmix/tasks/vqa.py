@@ -6,13 +6,16 @@ questions about an image are in the same split.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sigmix.tasks.base import Sample, Score
+from sigmix.tasks.base import Sample, Score, final_part
 from sigmix.tasks.benchmarks import BenchmarkTask
 from sigmix.tasks.data import Row
-from sigmix.tasks.graders import most_agreed, normalise_vqa, one_of, vqa_accuracy, wrong_candidates
+from sigmix.tasks.graders import one_of, wrong_candidates
 from sigmix.tasks.registry import register
 from sigmix.utils.images import Picture, picture
 
@@ -124,3 +127,58 @@ class OKVQA(AgreementTask):
     files: ClassVar = {"test": "okvqa/val2014.jsonl"}
     hub = "lmms-lab/OK-VQA"
     hub_splits: ClassVar = {"test": "val2014"}
+
+
+# VQA accuracy, as published: https://visualqa.org/evaluation.html
+NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS["none"] = "0"
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_THOUSANDS = re.compile(r"\d,\d")
+_NOT = "are ca could did does do did had has have is might must need ought should was were wo would ai sha".split()
+_SUFFIXES = {
+    "d": "he how it she that there they what where who you",
+    "ll": "how it that there they what who why you",
+    "re": "there they what why you",
+    "s": "he how she that there what when where who why somebody someone",
+    "ve": "could might must not should they what where who would you",
+}
+CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NOT}
+CONTRACTIONS |= {f"{stem}{end}": f"{stem}'{end}" for end, stems in _SUFFIXES.items() for stem in stems.split()}
+CONTRACTIONS |= {"weve": "we've", "oclock": "o'clock", "maam": "ma'am", "yall": "y'all", "twas": "'twas"}
+for _word in ("shed", "shes"):  # the published table leaves these alone
+    CONTRACTIONS.pop(_word, None)
+
+
+def normalise_vqa(answer: str) -> str:
+    """Return an answer as VQA accuracy compares it; "" if nothing is left."""
+    text = " ".join(answer.replace("’", "'").split()).lower()
+    spaced = {mark for mark in PUNCTUATION if f"{mark} " in text or f" {mark}" in text}
+    numbers = bool(_THOUSANDS.search(text))
+    for mark in PUNCTUATION:
+        # a mark separates words ("black-and-white"), unless one like it stands beside a blank, or digits have commas
+        text = text.replace(mark, "" if numbers or mark in spaced else " ")
+    text = _FULL_STOP.sub("", text)
+    words = [NUMBERS.get(word, word) for word in text.split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_accuracy(reply: str, answers: Sequence[str]) -> float:
+    """Return the accuracy of a reply in [0, 1] against people's answers (ten as published, at least one)."""
+    answer = normalise_vqa(final_part(reply))
+    same = sum(normalise_vqa(other) == answer for other in answers)
+    if not answer or not same:
+        return 0.0
+    if len(answers) == 1:
+        return 1.0
+    # mean over the sets that leave one person out: one of those who agree, or one of the others
+    without, with_all = min((same - 1) / 3, 1.0), min(same / 3, 1.0)
+    return round((same * without + (len(answers) - same) * with_all) / len(answers), 12)
+
+
+def most_agreed(answers: Sequence[str]) -> str:
+    """Return the most frequent answer, as written; of equally frequent ones the first."""
+    counts = Counter(normalise_vqa(answer) for answer in answers)
+    most = max((count for key, count in counts.items() if key), default=0)
+    return next((answer for answer in answers if counts[normalise_vqa(answer)] == most and normalise_vqa(answer)), "")

@@ -12,8 +12,8 @@ from helpers_vision import shape
 
 from sigmix.errors import DataError
 from sigmix.tasks.base import Sample, content_id
-from sigmix.tasks.graders import most_agreed, normalise_vqa, vqa_accuracy
 from sigmix.tasks.registry import get_task
+from sigmix.tasks.vqa import most_agreed, normalise_vqa, vqa_accuracy
 from sigmix.utils.images import picture
 
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sigmix.errors import ConfigError
-from sigmix.tasks.base import ProceduralTask, Sample, Score
-from sigmix.tasks.graders import final_part
+from sigmix.tasks.base import ProceduralTask, Sample, Score, final_part
 from sigmix.tasks.registry import register
 
 ONE_WORD = "Answer with one word."
