@@ -56,10 +56,10 @@ class InputError(SigmixError, ValueError):
 class UnknownNameError(InputError, KeyError):
     """Unregistered name; the message lists the nearest valid names."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], *, remedy: str | None = None) -> None:
-        known = sorted(known)
+    def __init__(self, kind: str, name: str, names: Iterable[str], *, remedy: str | None = None) -> None:
+        names = sorted(names)
         name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:8]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:8]
         hint = f"nearest: {', '.join(near)}" if near else "there are none"
         super().__init__(f"unknown {kind} {name!r}; {hint}", remedy=remedy)
 

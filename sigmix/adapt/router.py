@@ -2,9 +2,10 @@
 
 A request is the mean of the base's hidden states over the tokens of its text, after the first eighth of the layers;
 later layers do not run. States are whitened with the mean and covariance of a background of other requests
-(``background.txt``), which belongs to the base. Each expert has a density there (`RequestStatistics`), and a request
-gets the expert under whose threshold its relative Mahalanobis distance is farthest, or the base if it is under none.
-An expert's statistics depend on its requests and the base alone: adding or removing one changes no other.
+(``background.txt``), which belongs to the base. Each expert has a density there (`RequestStatistics`) and a threshold.
+A request gets the expert for which its relative Mahalanobis distance is farthest below the threshold, or the base if it
+is below none. An expert's statistics depend on its requests and the base alone: adding or removing one changes no
+other.
 """
 
 from __future__ import annotations
@@ -238,8 +239,9 @@ class RouterDispatch:
 
 def statistics_of(expert: Expert, base: str) -> RequestStatistics | None:
     """Return an expert's statistics if they are of this base and the current background."""
-    found = expert.requests
-    return found if found is not None and (found.base, found.background) == (base, background_key()) else None
+    statistics = expert.requests
+    same = statistics is not None and (statistics.base, statistics.background) == (base, background_key())
+    return statistics if same else None
 
 
 def unrouted(bank: Mapping[str, Expert], base: str) -> list[str]:

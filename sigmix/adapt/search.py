@@ -112,7 +112,7 @@ class CEM(Searcher):
 
 
 class CMAES(Searcher):
-    """CMA-ES of the ``cma`` package (Hansen). It is told ranks, so values may be tuples."""
+    """CMA-ES of the ``cma`` package (Hansen). It receives ranks, so values may be tuples."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

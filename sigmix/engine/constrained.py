@@ -54,13 +54,13 @@ class TokenTrie:
         return sorted(self._children.get(tuple(prefix), ()))
 
     def branches(self) -> list[tuple[int, ...]]:
-        """PrefixCache that several tokens may follow, shortest first."""
+        """Prefixes that several tokens may follow, shortest first."""
         return sorted((prefix for prefix, tokens in self._children.items() if len(tokens) > 1), key=len)
 
     def constrain(self, logits: torch.Tensor, prefixes: Sequence[Sequence[int]]) -> torch.Tensor:
         """Mask logits [N, V] of all tokens that may not follow ``prefixes`` [N]; gradients flow to the others.
 
-        A row whose prefix is not in the trie is unchanged.
+        A row with a prefix that is not in the trie is unchanged.
         """
         masked = torch.zeros(logits.shape, dtype=torch.bool)
         for row, prefix in enumerate(prefixes):

@@ -1,4 +1,4 @@
-"""Preallocated KV cache for a batch whose rows come and go."""
+"""Preallocated KV cache for a batch that rows join and leave."""
 
 from __future__ import annotations
 

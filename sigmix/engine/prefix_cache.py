@@ -356,7 +356,7 @@ class PrefixCache:
             return None
         names = [(key, tuple(ids)) for key in keys]
         distinct = list(dict.fromkeys(names))
-        cached = {name: found[0] for name in distinct if (found := self.entries.get(name)) is not None}
+        cached = {name: entry[0] for name in distinct if (entry := self.entries.get(name)) is not None}
         missing = [name for name in distinct if name not in cached]
         if missing:
             computed = self._compute(ids, [names.index(name) for name in missing], select)
@@ -374,9 +374,9 @@ class PrefixCache:
             if name[0] == key
         }
         name = max(shared, key=shared.__getitem__, default=None)
-        if name is None or shared[name] < MIN_SHARED or (found := self.entries.get(name)) is None:
+        if name is None or shared[name] < MIN_SHARED or (entry := self.entries.get(name)) is None:
             return None
-        return StoredPrefix(shared[name], self._cache_of(found[0], shared[name]))
+        return StoredPrefix(shared[name], self._cache_of(entry[0], shared[name]))
 
     def _cache_of(self, entry: Entry, length: int) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)

@@ -57,12 +57,12 @@ def next_logits(
             ids, mask = right_pad([[*answer, engine.pad_id]] * len(rows), engine.pad_id, device)
             with engine.whole(mixes) as select:
                 divided = functools.partial(prompt_only, engine.layers)
-                found = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, divided)[:, -1]
+                part = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, divided)[:, -1]
         else:
             given = [[*row, *answer] for row in rows]
             with engine.under(mixes, form, sum(map(len, given))) as select:
-                found = engine.read(given, mixes, select, start).logits
-        logits.append(found.float().cpu())
+                part = engine.read(given, mixes, select, start).logits
+        logits.append(part.float().cpu())
     return torch.cat(logits) if logits else torch.empty(0, 0)
 
 

@@ -58,20 +58,20 @@ def requests(
     def drawn(task: Task, count: int) -> list[str]:
         return [sample.prompt for sample in task.samples(split, count, seed=seed)]
 
-    found: dict[str, list[str]] = {}
+    texts_by_label: dict[str, list[str]] = {}
     for label in labels(bank)[:-1]:
         (name,) = label.mix.weights
-        found[label.name] = drawn(_task(bank, name, data_dir), n)
+        texts_by_label[label.name] = drawn(_task(bank, name, data_dir), n)
     others = [task for task in SEEN if not _has(bank, task)]
     pool = everyday(split, n - n // 2 if others else n, seed)
     share = -(-(n - len(pool)) // max(len(others), 1))
     for task in others:
         pool += drawn(get_task(task), share)
-    found[OTHER] = pool[:n]
+    texts_by_label[OTHER] = pool[:n]
     for task in unseen:
         texts = code_requests(n, seed) if task == CODE else drawn(get_task(task, data_dir=data_dir), n)
-        found[f"{OTHER}:{task}"] = texts
-    return found
+        texts_by_label[f"{OTHER}:{task}"] = texts
+    return texts_by_label
 
 
 def prompts_of_experts(
@@ -110,9 +110,9 @@ def add_statistics(engine: Engine, bank: Bank, name: str, data_dir: Path | None 
     """
     task = _task(bank, name, data_dir)
     engine.check_expert(bank[name])
-    found = statistics_of_task(engine, task)
-    bank.set_requests(name, found)
-    return found
+    statistics = statistics_of_task(engine, task)
+    bank.set_requests(name, statistics)
+    return statistics
 
 
 def read_requests(path: Path, names: Collection[str]) -> dict[str, list[str]]:
@@ -125,21 +125,21 @@ def read_requests(path: Path, names: Collection[str]) -> dict[str, list[str]]:
         DataError: not such a file. UnknownNameError: another label.
     """
     remedy = 'for example {"arithmetic": ["17 + 25 = ?"], "other": ["Tell me a joke."]}'
-    found = read_json(path, DataError, remedy)
-    for label, texts in found.items():
+    requests = read_json(path, DataError, remedy)
+    for label, texts in requests.items():
         if label not in names and label.partition(":")[0] != OTHER:
             raise UnknownNameError("label", label, names)
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise DataError(f"{path}: {label!r} must be a list of texts that is not empty", remedy=remedy)
-    if not found:
+    if not requests:
         raise DataError(f"{path} has no requests", remedy=remedy)
-    return found
+    return requests
 
 
 def unseen_tasks(bank: Mapping[str, Expert]) -> list[str]:
     """Return the tasks of `UNSEEN`, and `CODE`, that the bank has no expert for."""
-    found = [task for task in UNSEEN if not _has(bank, task)]
-    return found + [CODE] * (CODE not in _domains(bank))
+    tasks = [task for task in UNSEEN if not _has(bank, task)]
+    return tasks + [CODE] * (CODE not in _domains(bank))
 
 
 def _domains(bank: Mapping[str, Expert]) -> set[str | None]:
@@ -188,10 +188,10 @@ class DispatchTask(Task):
     def samples(self, split: Split, n: int | None = None, seed: int = 0) -> list[Sample]:
         check_request(self, split, n)
         each = max(self.per_label, -(-(n or 0) // len(self.names)))
-        found = requests(self.bank, split, each, seed=seed, data_dir=self.data_dir)
+        texts_by_label = requests(self.bank, split, each, seed=seed, data_dir=self.data_dir)
         every = [
             Sample.make(question(self.kinds, request), label, request=request)
-            for label, texts in found.items()
+            for label, texts in texts_by_label.items()
             for request in texts
         ]
         return shuffled(list({sample.id: sample for sample in every}.values()), self.name, seed)[:n]

@@ -219,8 +219,8 @@ class Expert:
         original = original_of(base)
         if original is not None and original.fingerprint != recorded:
             original = None
-        if recorded and original is None and (found := fingerprint(base)) != recorded:
-            raise mismatch(self.name, self.base, {**describe(base), "fingerprint": found})
+        if recorded and original is None and (own := fingerprint(base)) != recorded:
+            raise mismatch(self.name, self.base, {**describe(base), "fingerprint": own})
         check_recorded(self.name, self.base.get("basis"), base)
         layers = self.layers(base)
         if not sketches or not self.verified:
@@ -251,7 +251,7 @@ class Expert:
         for path, layer in layers.items():
             if not isinstance(layer, SVFLinear) or layer.checksum is None:
                 return None
-            # the checksum is a sum and so the same for permuted columns, which a projection tells apart
+            # the checksum is a sum and so the same for permuted columns, which a projection distinguishes
             short = layer.svf_short
             projection = short @ torch.arange(len(short), device=short.device).sin().to(short.dtype)
             key.update(f"{path} {layer.checksum}".encode() + projection.float().cpu().numpy().tobytes())

@@ -40,10 +40,10 @@ def fingerprint(model: nn.Module, fresh: bool = False) -> str:
     Raises:
         ExpertError: weights on the meta device.
     """
-    found, read = parameters(model), readers(model)
+    weights, read = parameters(model), readers(model)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        digests = pool.map(lambda one: parameter_digest(one, read.get(id(one)), fresh), found.values())
-        pairs = zip(found.items(), digests, strict=True)
+        digests = pool.map(lambda one: parameter_digest(one, read.get(id(one)), fresh), weights.values())
+        pairs = zip(weights.items(), digests, strict=True)
         return combined((name, tuple(parameter.shape), digest) for (name, parameter), digest in pairs)
 
 
@@ -60,33 +60,33 @@ def short(full: str | None) -> str:
     return full[:12] if full else "unknown"
 
 
-def mismatch(name: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> FingerprintError:
+def mismatch(name: str, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> FingerprintError:
     """Return the error for an expert of another base.
 
-    ``name`` is the expert's; ``recorded`` and ``found`` are its base and the present one: name, dtype, fingerprint.
+    ``name`` is the expert's; ``recorded`` is its base, ``present`` the loaded one: name, dtype, fingerprint.
     """
 
     def describe(base: Mapping[str, Any]) -> str:
         dtype = f" in {base['dtype']}" if base.get("dtype") else ""
         return f"{base.get('name', 'an unnamed base')}{dtype} (fingerprint {short(base.get('fingerprint'))})"
 
-    if recorded.get("name") != found["name"]:
+    if recorded.get("name") != present["name"]:
         remedy = f"load the base that it was made on: load_base({recorded.get('name')!r})"
     else:
         remedy = "same name, other weights: "
         dtype, quantization = dtype_and_quantization(recorded.get("dtype"))
-        if quantization is not None and recorded["dtype"] != found["dtype"]:
+        if quantization is not None and recorded["dtype"] != present["dtype"]:
             remedy += f"load it with dtype={dtype!r}, quantization_config={quantization!r}"
-        elif " in " in found["dtype"]:
+        elif " in " in present["dtype"]:
             remedy += (
                 "this one is quantized; to use the expert in the basis of the original weights, call "
                 "sigmix.experts.original_basis.use_original_basis(model), or add --basis original"
             )
-        elif recorded.get("dtype") not in (None, found["dtype"]):
+        elif recorded.get("dtype") not in (None, present["dtype"]):
             remedy += f"load it with dtype={recorded['dtype']!r}, in which the expert was made, or wider"
         else:
             remedy += "another revision, or weights changed after loading; load the base again"
-    message = f"expert {name!r} was made on {describe(recorded)}, but this base is {describe(found)}"
+    message = f"expert {name!r} was made on {describe(recorded)}, but this base is {describe(present)}"
     return FingerprintError(message, remedy=remedy)
 
 
@@ -122,9 +122,9 @@ class Sketch:
             ExpertError: not a norm and eight finite numbers.
         """
         try:
-            found = cls(float(value["norm"]), tuple(float(number) for number in value["values"]))
-            if len(found.values) == PROBES and all(map(math.isfinite, (found.norm, *found.values))):
-                return found
+            parsed = cls(float(value["norm"]), tuple(float(number) for number in value["values"]))
+            if len(parsed.values) == PROBES and all(map(math.isfinite, (parsed.norm, *parsed.values))):
+                return parsed
         except (KeyError, TypeError, ValueError):
             pass
         raise ExpertError(
@@ -162,16 +162,16 @@ def sketch_of(path: str, first: torch.Tensor, shape: tuple[int, int], factors: F
     return Sketch(norm, tuple((first * gain * second).sum(1).tolist()))
 
 
-def deviation(stored: Sketch, found: Sketch) -> float:
+def deviation(stored: Sketch, current: Sketch) -> float:
     """Return the estimated ‖Δ - Δ'‖_F as a share of the larger norm; 0 if both changes are zero."""
-    scale = max(stored.norm, found.norm)
+    scale = max(stored.norm, current.norm)
     if scale == 0:
         return 0.0
-    squares = [(a - b) ** 2 for a, b in zip(stored.values, found.values, strict=True)]
+    squares = [(a - b) ** 2 for a, b in zip(stored.values, current.values, strict=True)]
     return math.sqrt(sum(squares) / PROBES) / scale
 
 
-def compare(owner: str, path: str, stored: Sketch, found: Sketch, tolerance: float = TOLERANCE) -> float:
+def compare(owner: str, path: str, stored: Sketch, current: Sketch, tolerance: float = TOLERANCE) -> float:
     """Return the `deviation` of one matrix.
 
     Args:
@@ -180,7 +180,7 @@ def compare(owner: str, path: str, stored: Sketch, found: Sketch, tolerance: flo
     Raises:
         ExpertError: above ``tolerance``.
     """
-    share = deviation(stored, found)
+    share = deviation(stored, current)
     if not share <= tolerance:
         raise ExpertError(
             f"expert {owner!r}: the singular vectors of {path} are not those that it was trained in: its weight change "

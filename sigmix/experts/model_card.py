@@ -96,14 +96,14 @@ def header(
 
     base_model = on_hub(base)
     text = str(license_).strip().lower() if license_ else None
-    known = text is None or text in LICENSES
+    listed = text is None or text in LICENSES
     return ModelCardData(
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         library_name=library,
         tags=tags,
-        license=text if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.+-]+", "-", text or "").strip("-"),
+        license=text if listed else "other",
+        license_name=None if listed else re.sub(r"[^a-z0-9.+-]+", "-", text or "").strip("-"),
         **more,
     ).to_yaml(line_break="\n").strip("\n")
 

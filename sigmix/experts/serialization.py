@@ -111,7 +111,7 @@ def read_requests(path: Path) -> RequestStatistics:
 
 
 def write_requests(path: Path, requests: RequestStatistics) -> None:
-    """Write statistics into the folder of an expert, whose other files stay as they are.
+    """Write statistics into the folder of an expert; its other files stay as they are.
 
     Raises:
         OutputError: the folder cannot be written.

@@ -143,8 +143,8 @@ class BaseCheckpoint(Checkpoint):
                 "exports are made of unquantized weights",
                 remedy=f"use it with sigmix (--quantization {quantization}), or train one on the base in {dtype}",
             )
-        if expert.verified and (found := self.fingerprint()) != recorded["fingerprint"]:
-            error = mismatch(expert.name, recorded, {"name": self.name, "dtype": self.dtype_name, "fingerprint": found})
+        if expert.verified and (own := self.fingerprint()) != recorded["fingerprint"]:
+            error = mismatch(expert.name, recorded, {"name": self.name, "dtype": self.dtype_name, "fingerprint": own})
             if recorded.get("name") == self.name and dtype not in (None, self.dtype_name):
                 error = FingerprintError(error.message, remedy=f"read the base in that dtype: --dtype {dtype}")
             raise error
@@ -161,8 +161,8 @@ class BaseCheckpoint(Checkpoint):
         for expert in experts:
             stored = (expert.meta.get("sketches") or {}).get(path)
             if stored is not None and expert.verified and path in expert.z:
-                found = sketch(path, matrix_of(layer), factors, expert.z[path])
-                compare(expert.name, path, Sketch.from_json(stored), found)
+                current = sketch(path, matrix_of(layer), factors, expert.z[path])
+                compare(expert.name, path, Sketch.from_json(stored), current)
         return factors
 
     def fingerprint(self) -> str:

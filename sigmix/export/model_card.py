@@ -138,10 +138,10 @@ def _license(base: BaseCheckpoint) -> str | None:
     from huggingface_hub import metadata_load
 
     try:
-        found = str((metadata_load(base.folder / "README.md") or {}).get("license") or "").strip().lower()
+        license = str((metadata_load(base.folder / "README.md") or {}).get("license") or "").strip().lower()
     except Exception:  # no card, or whatever the parser of its header raises
         return None
-    return found if found in LICENSES - {"other", "unknown"} else None
+    return license if license in LICENSES - {"other", "unknown"} else None
 
 
 def _expert(expert: Expert) -> dict[str, Any]:

@@ -29,10 +29,10 @@ CACHE_LAYERS = (
 """Kinds of cache layers of the supported models: keys and values, or states of a fixed size, or both, or nothing."""
 
 MASK_POSITIONS = ("bloom", "mpt")
-"""Attention without ``position_ids``: ALiBi, whose distances come from the mask or the columns."""
+"""Attention without ``position_ids``: ALiBi, with distances from the mask or the columns."""
 
 OWN_CACHE = ("minimax", "recurrent_gemma", "xlstm")
-"""Models with a cache class of their own, or a state in their modules, whatever their config says."""
+"""Models with a cache class of their own, or a state in their modules, in spite of their config."""
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:

@@ -90,8 +90,8 @@ class Checkpoint:
         name: str | None = None,
     ) -> None:
         self.base = str(base)
-        found, self.folder, self.kind = locate(base)
-        self.name = name or found
+        default, self.folder, self.kind = locate(base)
+        self.name = name or default
         if (self.folder / MANIFEST).is_file():
             verify(self.folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,9 +121,9 @@ class Checkpoint:
             raise self._quantized("has a quantization_config")
         return config
 
-    def _quantized(self, found: str) -> BaseModelError:
+    def _quantized(self, reason: str) -> BaseModelError:
         return BaseModelError(
-            f"{self.name} is a quantized checkpoint: it {found}",
+            f"{self.name} is a quantized checkpoint: it {reason}",
             remedy="give the original weights in bfloat16, float16 or float32, see docs/large-models.md",
         )
 
@@ -327,7 +327,7 @@ def _decompose(matrix: Matrix, weight: torch.Tensor, digest: str, device: torch.
 
 
 def _check_room(checkpoint: Checkpoint, matrices: Sequence[Matrix], ledger: _Ledger) -> list[Matrix]:
-    """Return the matrices without a known cache entry, after a check that the disk has room for them."""
+    """Return the matrices without a cache entry on record, after a check that the disk has room for them."""
     free = free_bytes(cache_dir())
 
     def needed() -> int:

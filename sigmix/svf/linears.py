@@ -86,7 +86,7 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, SVFLinear) and module._kept is not None:
             matrix = module.matrix()
             originals[id(module.get_base_layer().weight)] = matrix.T if module.transposed else matrix
-    found: dict[str, torch.Tensor] = {}
+    weights_by_path: dict[str, torch.Tensor] = {}
     elsewhere = readers(model)
     seen = set(adapters)
     named = {
@@ -101,24 +101,24 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         kept = originals.get(id(parameter))
         # the parameter itself where nothing is merged: it lives as long as the model, so its digest can be remembered
         same = kept is None or kept.data_ptr() == parameter.data_ptr()
-        found[name] = parameter if same else kept  # type: ignore[assignment]
-        if found[name].is_meta and id(parameter) not in elsewhere:
+        weights_by_path[name] = parameter if same else kept  # type: ignore[assignment]
+        if weights_by_path[name].is_meta and id(parameter) not in elsewhere:
             raise ExpertError(f"the base's weight {name} is on the meta device", remedy="load the base fully")
-    return found
+    return weights_by_path
 
 
 def readers(model: nn.Module) -> dict[int, Callable[[], torch.Tensor]]:
     """Return {id of a parameter: function that returns its values}, of quantized and offloaded parameters."""
-    found: dict[int, Callable[[], torch.Tensor]] = {}
+    functions: dict[int, Callable[[], torch.Tensor]] = {}
     for module in model.modules():
         linear = isinstance(module, (nn.Linear, Conv1D))
         for name, parameter in module.named_parameters(recurse=False):
             weight = linear and name == "weight"
             if weight and weights.kind(module) in (weights.QUANTIZED, weights.OFFLOADED):
-                found[id(parameter)] = partial(weights.value, module)  # an offloaded one may be quantized too
+                functions[id(parameter)] = partial(weights.value, module)  # an offloaded one may be quantized too
             elif parameter.is_meta and weights.is_offloaded(module):
-                found[id(parameter)] = partial(weights.offloaded_parameter, module, name)  # type: ignore[assignment]
-    return found
+                functions[id(parameter)] = partial(weights.offloaded_parameter, module, name)  # type: ignore[assignment]
+    return functions
 
 
 def describe(model: nn.Module) -> dict[str, str]:

@@ -270,15 +270,15 @@ def reads_cache(path: str) -> bool:
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """Return all linear layers of the base model by path: base layers of adapted ones, adapters' own left out."""
-    found: dict[str, Linear] = {}
+    layers: dict[str, Linear] = {}
     adapters: set[int] = set()
     for name, module in bare(model).named_modules():
         if isinstance(module, BaseTunerLayer):
             base, inner = module.get_base_layer(), cast(nn.Module, module).modules()
             adapters.update(id(child) for child in inner if child is not base)
         elif isinstance(module, (nn.Linear, Conv1D)) and id(module) not in adapters:
-            found[base_path(name)] = module
-    return found
+            layers[base_path(name)] = module
+    return layers
 
 
 def _layer_numbers(layers: Iterable[str], config: SVFConfig) -> dict[str, int]:

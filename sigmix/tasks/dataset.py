@@ -340,9 +340,9 @@ class DataTask(Task):
         if self.grader is not None:
             return Inferred(str(self._grader_name), "given", ())
         answers = list(itertools.chain.from_iterable(entry.answers.elements() for entry in self.entries))
-        found = infer_grader(answers)
-        if self._grader_name is None or self._grader_name == found.grader:
-            return found
+        inferred = infer_grader(answers)
+        if self._grader_name is None or self._grader_name == inferred.grader:
+            return inferred
         labels = tuple(sorted(set(answers))) if self._grader_name == "label" else ()
         grade = grader_of(self._grader_name, labels)
 

@@ -3,7 +3,7 @@
 Generators and scorers are those of open-thought/reasoning-gym. Added here: splits by content hash, a strict reading of
 partial marks, rules in front of scorers that are lax or that run the reply as code, and errors that list the valid
 options. Not offered: ``composite`` (a mixture of others) and the data sets without answers (``boxnet``, ``rush_hour``),
-whose grader cannot be checked. A test split takes about five draws an item.
+so that a grader cannot be checked. A test split takes about five draws an item.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class ReasoningGymTask(ProceduralTask):
     def stream(self, seed: int) -> Iterator[tuple[Sample, str]]:
         """Yield the items of one seeded data set after the other.
 
-        Items that cannot be generated, or whose own answer does not get full marks, are left out (see `notes`).
+        Items that cannot be generated, or that do not get full marks for their own answer, are left out (see `notes`).
 
         Raises:
             DataError: 50 such items in a row.
@@ -289,7 +289,7 @@ class ReasoningGymTask(ProceduralTask):
             question = entry["question"].strip()
             sample = Sample.make(f"{question}\n{self._suffix}" if self._suffix else question, gold, entry=entry)
             sample = sample if self.score(sample, gold).value == 1.0 else None
-        note = "left out items that could not be generated or whose own answer the scorer does not accept"
+        note = "left out items that could not be generated or where the scorer does not accept its own answer"
         if sample is None and note not in self.notes:
             self.notes.append(note)
         return sample

@@ -54,7 +54,7 @@ class Outcome:
 
     Attributes:
         kind: "passed"; "failed" (an assertion or error, or it ended early); "timeout"; "sandbox" (a failure of the
-            sandbox itself, which says nothing about the program).
+            sandbox itself, not of the program).
         detail: for people.
         value: that a function returned, for `run_function`.
     """

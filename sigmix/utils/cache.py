@@ -103,7 +103,7 @@ def entries(kind: str | None = None) -> list[Entry]:
     Raises:
         UnknownNameError: unknown kind.
     """
-    found = []
+    listed = []
     for one in _kinds(kind):
         root = cache_dir() / one
         if one == "svd":
@@ -114,8 +114,8 @@ def entries(kind: str | None = None) -> list[Entry]:
             paths = (p for p in inside if (p.is_dir() and p.name[0] != "." if folders else p.is_file()))
         for path in paths:
             with contextlib.suppress(FileNotFoundError):  # removed by another process in the meantime
-                found.append(_entry(one, path))
-    return sorted(found, key=lambda entry: (-entry.last_used, entry.name))
+                listed.append(_entry(one, path))
+    return sorted(listed, key=lambda entry: (-entry.last_used, entry.name))
 
 
 def total(kind: str | None = None) -> int:

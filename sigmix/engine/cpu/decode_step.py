@@ -174,10 +174,10 @@ class DecodeStep:
         if several in self._compared:
             return self._run(inputs, cache)
         with self._failing("run"):
-            found = self._run(inputs, cache)
+            logits = self._run(inputs, cache)
         expected: torch.Tensor = self.model(**inputs).logits[:, -1]
         if self.problem is None and bool(expected.isfinite().all()):
-            difference = float((found - expected).abs().max() / expected.abs().max())
+            difference = float((logits - expected).abs().max() / expected.abs().max())
             if difference <= TOLERANCE[expected.dtype]:
                 self._compared.add(several)
             else:

@@ -134,7 +134,7 @@ class Packing:
         self.on = plain and kinds == {("cpu", torch.bfloat16)} and size <= budget and available()
         self._native = native and self.on and has_bfloat16()
         self.groups: list[Group] = find_groups(model, layers) if self.on and layers else []
-        self._known: dict[Any, tuple[Any, list[torch.Tensor], Pack]] = {}
+        self._packed: dict[Any, tuple[Any, list[torch.Tensor], Pack]] = {}
         self._int8_groups = find_groups(model, layers, every=True) if int8 else []
         self._int8_others = self.others if int8 else []
         if int8 and (text := backbone(model)) is not None:  # images are not decoded
@@ -161,12 +161,12 @@ class Packing:
         """
         present = [source for source in sources if source is not None]
         state = weights_key(present)
-        known = self._known.get(key)
-        if known is None or known[0] != state:
+        entry = self._packed.get(key)
+        if entry is None or entry[0] != state:
             make_layer: Callable[..., Pack] = make or self.pack
             # references to the sources keep other tensors from getting their addresses
-            known = self._known[key] = (state, [source.detach() for source in present], make_layer(*sources))
-        return known[2]
+            entry = self._packed[key] = (state, [source.detach() for source in present], make_layer(*sources))
+        return entry[2]
 
     def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Pack]:
         """Pack merged weights, by the first path of each group that has one."""

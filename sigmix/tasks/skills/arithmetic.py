@@ -53,7 +53,7 @@ def addition(rng: random.Random, digits: int = 2) -> Item:
 
 
 @arithmetic(
-    "subtraction", description="Subtract two numbers of a given length; the result is negative only if asked for."
+    "subtraction", description="Subtract two numbers of a given length; the result is negative with negative=true only."
 )
 def subtraction(rng: random.Random, digits: int = 2, negative: bool = False) -> Item:
     a, b = _number(rng, digits), _number(rng, digits)
