@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import say
+from sigmix.adapt.base import skills
 from sigmix.engine import Engine
-from sigmix.evals.dispatch import prompts_of_experts
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
 from sigmix.tasks.base import Split
+from sigmix.tasks.registry import get_task
 
 
 def bundled_engine(
@@ -58,7 +59,10 @@ def acting_on(positions: str, bank: Mapping[str, Expert]) -> dict[str, Expert]:
 
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:
     """Return interleaved user turns of the tasks of the bank's experts."""
-    return prompts_of_experts(engine.bank, count, split=split, seed=seed)
+    names = skills(engine.bank)
+    each = -(-count // len(names))
+    drawn = [get_task(engine.bank[name].meta["task"]).samples(split, each, seed=seed) for name in names]
+    return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
 
 
 def mixtures(names: Sequence[str], count: int, seed: int = 0) -> list[Mix]:

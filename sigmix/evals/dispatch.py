@@ -74,33 +74,6 @@ def requests(
     return texts_by_label
 
 
-def prompts_of_experts(
-    bank: Mapping[str, Expert], count: int, *, split: Split = "train", seed: int = 0, data_dir: Path | None = None
-) -> list[str]:
-    """Return prompts of the tasks that a bank's experts were trained on, interleaved.
-
-    Raises:
-        ConfigError: empty bank. ExpertError: an expert without its training task.
-    """
-    names = skills(bank)
-    if not names:
-        raise ConfigError("the bank has no expert", remedy="train one: sigmix train")
-    each = -(-count // len(names))
-    drawn = [_task(bank, name, data_dir).samples(split, each, seed=seed) for name in names]
-    return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
-
-
-def statistics_of_task(engine: Engine, task: Task, *, seed: int = 0) -> RequestStatistics:
-    """Return the request statistics of an expert trained on a task.
-
-    Raises:
-        ConfigError: see `request_statistics`.
-    """
-    train = [sample.prompt for sample in task.samples("train", TRAIN_LIMIT, seed=seed)]
-    validation = [sample.prompt for sample in task.samples("validation", VALIDATION_LIMIT, seed=seed)]
-    return request_statistics(engine, train, validation)
-
-
 def add_statistics(engine: Engine, bank: Bank, name: str, data_dir: Path | None = None) -> RequestStatistics:
     """Compute the request statistics of an expert from its task, write them to its folder, and return them.
 
@@ -110,7 +83,9 @@ def add_statistics(engine: Engine, bank: Bank, name: str, data_dir: Path | None 
     """
     task = _task(bank, name, data_dir)
     engine.check_expert(bank[name])
-    statistics = statistics_of_task(engine, task)
+    train = [sample.prompt for sample in task.samples("train", TRAIN_LIMIT)]
+    validation = [sample.prompt for sample in task.samples("validation", VALIDATION_LIMIT)]
+    statistics = request_statistics(engine, train, validation)
     bank.set_requests(name, statistics)
     return statistics
 

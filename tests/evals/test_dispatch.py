@@ -15,7 +15,6 @@ from sigmix.evals.dispatch import (
     DispatchTask,
     confusion,
     everyday,
-    prompts_of_experts,
     read_requests,
     requests,
     unseen_tasks,
@@ -67,14 +66,6 @@ def test_a_whole_domain_is_in_the_test_only():
     assert len(set(programs)) == 100
     others = [requests(BANK, split, 400) for split in ("train", "validation", "test")]
     assert not set(programs) & {text for some in others for texts in some.values() for text in texts}
-
-
-def test_what_a_banks_experts_are_for():
-    found = prompts_of_experts(BANK, 5)
-    sums, facts = ([one.prompt for one in get_task(task).samples("train", 3)] for task in ("addition", "who-has"))
-    assert found == [sums[0], facts[0], sums[1], facts[1], sums[2]]
-    with pytest.raises(ConfigError, match="no expert"):
-        prompts_of_experts({}, 5)
 
 
 def test_everyday_requests_are_plenty_and_templates_stay_in_their_split():
