@@ -64,7 +64,7 @@ class SVFPolicy:
     """Trains z, the scales of the singular values (section 3.1 of the paper).
 
     Attributes:
-        sharded: True if every forward pass is collective, see `sigmix.train.distributed.ShardedPolicy`.
+        sharded: True if every forward pass is collective, see `sigmix.train.sharding.ShardedPolicy`.
         positions: see `TrainConfig`.
     """
 

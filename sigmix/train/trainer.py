@@ -39,10 +39,11 @@ from sigmix.svf.linears import describe
 from sigmix.tasks.base import Sample, Task
 from sigmix.train.checkpointing import RunDir, optimizer_tensors, restore_optimizer
 from sigmix.train.config import TrainConfig
-from sigmix.train.distributed import Processes, ProcessLostError, build_policy, check_text
+from sigmix.train.distributed import Processes, ProcessLostError
 from sigmix.train.objectives import Learner, token_stats
 from sigmix.train.policy import Policy, SVFPolicy
 from sigmix.train.rollout import Actor, PromptStream, Rollouts
+from sigmix.train.sharding import build_policy, check_text
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Trainer:
 
     Raises:
         ConfigError: the model's dtype is not the configured one, a step's prompts cannot be divided among the
-            processes, or see `sigmix.train.distributed.build_policy`.
+            processes, or see `sigmix.train.sharding.build_policy`.
     """
 
     def __init__(
