@@ -285,9 +285,9 @@ class SVFLinear(nn.Module, BaseTunerLayer):
                 raise ConfigError("rows cannot have their own z while a z is merged", remedy="unmerge it first")
             return self.base_layer(x, *args, **kwargs)
         mask = True if self.prompt_mask is None or self._same_everywhere(adapter_names) else self.prompt_mask
-        z = None if mask is False else self._prompt_z(x, adapter_names)
+        z = None if mask is False else self._z(x, adapter_names)
         if mask is not True:
-            answer_z = self._answer_z(x, adapter_names)
+            answer_z = self._z(x, adapter_names, answer=True)
             if isinstance(mask, bool) or z is None:
                 z = answer_z
             else:
@@ -312,21 +312,14 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         return all(self.positions[name] == "all" for name in names if name in self.svf_z)
 
-    def _prompt_z(self, x: torch.Tensor, adapter_names: Sequence[str] | None) -> torch.Tensor | None:
-        """Effective z of prompt tokens, which broadcasts to [..., r]; None: the base."""
+    def _z(self, x: torch.Tensor, adapter_names: Sequence[str] | None, answer: bool = False) -> torch.Tensor | None:
+        """Effective z of prompt or answer tokens, which broadcasts to [..., r]; None: the base."""
         if self.row_z is not None:
-            return z_per_row(self.row_z, x)
+            return z_per_row(self.answer_row_z if answer and self.answer_row_z is not None else self.row_z, x)
+        acting = [name for name in self.svf_z if not answer or self.positions[name] == "all"]
         if adapter_names is not None:
-            return self._z_of_rows(adapter_names, x)
-        return self.effective_z() if any(n in self.svf_z for n in self.active_adapters) else None
-
-    def _answer_z(self, x: torch.Tensor, adapter_names: Sequence[str] | None) -> torch.Tensor | None:
-        """Effective z of answer tokens, see `_prompt_z`."""
-        if self.row_z is not None:
-            return z_per_row(self.row_z if self.answer_row_z is None else self.answer_row_z, x)
-        if adapter_names is not None:
-            return self._z_of_rows([n if self.positions.get(n) == "all" else "__base__" for n in adapter_names], x)
-        names = [n for n in self.active_adapters if self.positions.get(n) == "all"]
+            return self._z_of_rows([name if name in acting else "__base__" for name in adapter_names], x)
+        names = [name for name in self.active_adapters if name in acting]
         return self.effective_z(names) if names else None
 
     def _masked(
