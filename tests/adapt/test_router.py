@@ -24,7 +24,7 @@ TEXTS = [text for label in ("arithmetic", "reading", OTHER) for text in requests
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def trained(tmp_path_factory):
     """An engine on experts with statistics, and another expert for the same base; the cache holds the background."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -35,8 +35,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def engine(made):
-    engine, _ = made
+def engine(trained):
+    engine, _ = trained
     before = engine.bank
     yield engine
     engine.bank = before
@@ -63,8 +63,8 @@ def test_a_request_gets_the_expert_with_similar_training_requests(engine):
         assert decision.reason
 
 
-def test_the_order_of_experts_makes_no_difference(engine, made, tmp_path):
-    experts = [*engine.bank.values(), made[1]]
+def test_the_order_of_experts_makes_no_difference(engine, trained, tmp_path):
+    experts = [*engine.bank.values(), trained[1]]
     found = []
     for number, order in enumerate((experts, experts[::-1])):
         engine.bank = Bank(tmp_path / str(number), create=True)
@@ -78,8 +78,8 @@ def test_the_order_of_experts_makes_no_difference(engine, made, tmp_path):
     assert [decision.label for decision in found[0][-3:]] == ["words"] * 3
 
 
-def test_removing_an_expert_changes_no_other(engine, made):
-    everything = {**engine.bank, "speller": made[1]}
+def test_removing_an_expert_changes_no_other(engine, trained):
+    everything = {**engine.bank, "speller": trained[1]}
     engine.bank = everything
     strategy = RouterDispatch(engine)
     before = strategy.decide(TEXTS)

@@ -72,7 +72,7 @@ def test_one_dimension(kind):
     assert searcher.best == pytest.approx([0.7], abs=0.05)
 
 
-def test_a_swarm_moves_as_its_equation_says():
+def test_a_swarm_moves_by_its_equation():
     """Two particles, every coefficient known: v = (r_p φ_p (p - x) + …) / Σ r φ, x += λ v."""
     start = [[0.0], [10.0]]
     swarm, away = (Swarm(1, -100.0, 100.0, population=2, start=start) for _ in range(2))

@@ -29,7 +29,7 @@ def routed(run, home, bank):
     return bank
 
 
-def test_auto_decides_for_every_prompt_and_says_why(run, home, routed):
+def test_auto_decides_for_every_prompt_with_a_reason(run, home, routed):
     done = run(
         "generate", "What is 1 + 2? Answer with the number only.", "hello", "x", "--mix", "auto", "--mix", "auto",
         "--mix", "reading", "--explain", "--max-new-tokens", 2, "--base", home.base, "--bank", routed, "--json",

@@ -55,7 +55,7 @@ def test_the_suggested_commands_work(demo, run, home):
         assert run(*[word if word != "300" else "2" for word in words], *at).code == 0, line
 
 
-def test_experts_whose_task_cannot_be_had_are_named_and_skipped(demo, run, home, tmp_path):
+def test_experts_of_unavailable_tasks_are_named_and_skipped(demo, run, home, tmp_path):
     from sigmix import Bank
 
     bank = tmp_path / "bank"

@@ -33,7 +33,7 @@ def test_doctor_names_the_reason_for_which_kernels_are_missing(run, home, monkey
     assert "no-such-compiler" in run("doctor", "--base", home.base).out
 
 
-def test_doctor_knows_the_default_without_its_weights(run, tmp_path, monkeypatch):
+def test_doctor_plans_the_default_without_its_weights(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SIGMIX_CACHE", str(tmp_path / "empty"))
     figures = run("doctor", "--json").json
     assert figures["base"]["name"] == "smollm2-135m"

@@ -150,7 +150,7 @@ def test_one_task_with_samples_and_validation(run):
     assert "license" in run("tasks", TASK).out
 
 
-def test_a_task_of_the_users_whose_verifier_is_not_sound(run, refused, tmp_path):
+def test_a_task_of_the_users_with_an_unsound_verifier(run, refused, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from sigmix.tasks import Sample, Score, ProceduralTask\n"

@@ -115,7 +115,7 @@ def test_pull_replaces_nothing(online, hub, home, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_hub_is_where_the_environment_says(hub, home, tmp_path):
+def test_the_hub_is_that_of_the_environment(hub, home, tmp_path):
     """As a user runs it: another process, and nothing set but the environment."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {

@@ -201,7 +201,7 @@ def test_the_request_that_is_shown_can_be_sent_as_it_is(export, tmp_path):
     assert scales == [0.123456789, 1e-7]
 
 
-def test_a_base_that_must_be_loaded_whole_is_told(run, tmp_path, monkeypatch, home):
+def test_a_base_that_must_be_loaded_whole_is_reported(run, tmp_path, monkeypatch, home):
     from helpers_cli import add_expert  # pytest loads it as a plugin first
 
     base = tmp_path / "mixtral"

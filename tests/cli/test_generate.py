@@ -55,7 +55,7 @@ def test_several_prompts_each_with_its_mix(generate):
     assert "[base]" in text
 
 
-def test_a_mixture_of_both_positions_says_which_experts_act_on_answers(run, home, tmp_path):
+def test_a_mixture_of_both_positions_names_the_experts_that_act_on_answers(run, home, tmp_path):
     bank = Bank(shutil.copytree(home.bank, tmp_path / "bank"))
     bank.add(at("prompt", bank["arithmetic"], "prompts"))
     given = ("--base", home.base, "--bank", bank.folder, "--max-new-tokens", 2)

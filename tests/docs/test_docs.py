@@ -34,7 +34,7 @@ def test_a_page_runs(page, tmp_path, smollm):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_what_is_not_run_says_why(page):
+def test_what_is_not_run_has_a_reason(page):
     for block in blocks(page):
         where = f"{ids(page)}, line {block.line}: {block.why}"
         assert block.why is None or block.why.startswith(REASONS), where

@@ -39,7 +39,7 @@ def case(name: str):
 
 
 @pytest.fixture(scope="module", params=[case(name) for name in (*PLAIN, *RECURRENT)])
-def made(request, tmp_path_factory):
+def setup(request, tmp_path_factory):
     """A model, its engine, and what every prompt gives alone without a cache, before the engine changes the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -58,24 +58,24 @@ def build_alone(name, ids):
     return alone(build(name), ids)
 
 
-def check(made, found, prompts=None):
+def check(setup, found, prompts=None):
     """Compare (ids, log-probabilities) of prompts with the oracle."""
     for number, (ids, logprobs) in zip(prompts or range(len(PROMPTS)), found, strict=True):
-        expected = made.answers[number]
+        expected = setup.answers[number]
         assert list(ids) == expected[0], f"prompt {number}"
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected[1]), **TOLERANCE)
 
 
 @pytest.mark.parametrize("prompts", [range(8), range(4, 8), range(2)], ids=["all", "shared", "two"])
-def test_generate(made, prompts):
-    found = made.engine.generate([PROMPTS[number] for number in prompts], max_new_tokens=STEPS)
-    check(made, [(one.ids, one.logprobs) for one in found], prompts)
+def test_generate(setup, prompts):
+    found = setup.engine.generate([PROMPTS[number] for number in prompts], max_new_tokens=STEPS)
+    check(setup, [(one.ids, one.logprobs) for one in found], prompts)
 
 
-def test_rows_that_join_and_leave(made):
+def test_rows_that_join_and_leave(setup):
     sequences = [SequenceState(ids, SamplingParams(STEPS), cache_prefix=True) for ids in PROMPTS]
     gone = SequenceState(PROMPTS[2], SamplingParams(STEPS))
-    with ContinuousBatch(made.engine) as batch:
+    with ContinuousBatch(setup.engine) as batch:
         for joining in ([*sequences[:2], gone], [], sequences[2:5], sequences[5:7], [], sequences[7:]):
             if joining:
                 batch.add(joining)
@@ -84,72 +84,72 @@ def test_rows_that_join_and_leave(made):
             batch.step()
         while batch:
             batch.step()
-    check(made, [(one.ids, one.logprobs) for one in sequences])
+    check(setup, [(one.ids, one.logprobs) for one in sequences])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits(made, side):
+def test_logits(setup, side):
     width = max(map(len, PROMPTS))
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in PROMPTS])
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in PROMPTS])
     if side == "left":
         mask = mask.flip(1)
         padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in PROMPTS])
-    logits = made.engine.logits(padded, mask)
-    for row, own, expected in zip(logits, mask.bool(), made.forward, strict=True):
+    logits = setup.engine.logits(padded, mask)
+    for row, own, expected in zip(logits, mask.bool(), setup.forward, strict=True):
         torch.testing.assert_close(row[own], expected, **TOLERANCE)
 
 
-def test_score(made):
-    completions = [ids[: 1 + number % STEPS] for number, (ids, _) in enumerate(made.answers)]
-    for found, (_, expected) in zip(made.engine.score(PROMPTS, completions), made.answers, strict=True):
+def test_score(setup):
+    completions = [ids[: 1 + number % STEPS] for number, (ids, _) in enumerate(setup.answers)]
+    for found, (_, expected) in zip(setup.engine.score(PROMPTS, completions), setup.answers, strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected[: len(found)]), **TOLERANCE)
 
 
-def test_hidden_states(made):
-    if made.model.config.model_type == "gemma3n_text":
+def test_hidden_states(setup):
+    if setup.model.config.model_type == "gemma3n_text":
         with pytest.raises(ConfigError, match="hidden state"):
-            made.engine.hidden_states(PROMPTS, [1])
+            setup.engine.hidden_states(PROMPTS, [1])
         return
-    together = made.engine.hidden_states(PROMPTS, [1, 2])
-    each = [made.engine.hidden_states([ids], [1, 2])[0] for ids in PROMPTS]
+    together = setup.engine.hidden_states(PROMPTS, [1, 2])
+    each = [setup.engine.hidden_states([ids], [1, 2])[0] for ids in PROMPTS]
     torch.testing.assert_close(together, torch.stack(each), **TOLERANCE)
 
 
-def test_rollouts_and_their_training(made):
-    answers = torch.tensor([ids for ids, _ in made.answers]).repeat_interleave(2, 0)
+def test_rollouts_and_their_training(setup):
+    answers = torch.tensor([ids for ids, _ in setup.answers]).repeat_interleave(2, 0)
     mask = torch.ones_like(answers, dtype=torch.bool)
     mask[1, 3:] = mask[12, 1:] = False
-    weight = made.model.get_input_embeddings().weight
-    with as_base(made.engine.layers):
-        found = complete(made.model, PROMPTS, SamplingParams(STEPS), [], 0, num_generations=2)
+    weight = setup.model.get_input_embeddings().weight
+    with as_base(setup.engine.layers):
+        found = complete(setup.model, PROMPTS, SamplingParams(STEPS), [], 0, num_generations=2)
         weight.requires_grad_(True)
-        logits = completion_logits(made.model, PROMPTS, answers, mask, 0)
+        logits = completion_logits(setup.model, PROMPTS, answers, mask, 0)
         logits.logsumexp(-1).sum().backward()
         weight.requires_grad_(False)
-    check(made, [(one.ids, one.logprobs) for one in found[::2]])
-    check(made, [(one.ids, one.logprobs) for one in found[1::2]])
+    check(setup, [(one.ids, one.logprobs) for one in found[::2]])
+    check(setup, [(one.ids, one.logprobs) for one in found[1::2]])
     logprobs = logits.detach().log_softmax(-1).gather(2, answers[..., None])[..., 0]
-    expected = torch.tensor([logprobs for _, logprobs in made.answers]).repeat_interleave(2, 0)
+    expected = torch.tensor([logprobs for _, logprobs in setup.answers]).repeat_interleave(2, 0)
     torch.testing.assert_close(logprobs[mask], expected[mask], **TOLERANCE)
     assert torch.isfinite(weight.grad).all()
     weight.grad = None
 
 
 @pytest.mark.parametrize("chunk", [10, 512])
-def test_log_probabilities_of_prompts(made, monkeypatch, chunk):
+def test_log_probabilities_of_prompts(setup, monkeypatch, chunk):
     monkeypatch.setattr(continuous_batching, "CHUNK_TOKENS", chunk)
     seen: list[list] = [[] for _ in PROMPTS]
     sequences = [
         SequenceState(ids, SamplingParams(STEPS), on_prompt=parts.extend)
         for ids, parts in zip(PROMPTS, seen, strict=True)
     ]
-    with ContinuousBatch(made.engine) as batch:
+    with ContinuousBatch(setup.engine) as batch:
         batch.add(sequences)
         while batch:
             batch.step()
-    check(made, [(one.ids, one.logprobs) for one in sequences])
-    for ids, parts, forward in zip(PROMPTS, seen, made.forward, strict=True):
+    check(setup, [(one.ids, one.logprobs) for one in sequences])
+    for ids, parts, forward in zip(PROMPTS, seen, setup.forward, strict=True):
         expected = forward[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor([logprob for logprob, _ in parts]), expected, **TOLERANCE)
 

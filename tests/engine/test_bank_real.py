@@ -24,7 +24,7 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def asked(engine):
+def requests(engine):
     """A request for every expert, of different lengths, and one for the base; their mixes."""
     names = skills(engine.bank)
     texts = [get_task(engine.bank[name].meta["task"]).samples("test", 1)[0].prompt for name in names]
@@ -42,8 +42,8 @@ def test_one_hot_is_the_trained_expert_bit_for_bit(engine):
         assert engine.z(Mix({name: 0.0})) == {}
 
 
-def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(asked):
-    texts, mixes = asked
+def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(requests):
+    texts, mixes = requests
     engine = Engine(*load_base(dtype="float32"), Bank.bundled())  # in bfloat16 rounding alone makes 0.998 of some rows
     pairs = zip(texts, mixes, strict=True)
     alone = torch.cat([next_logits(engine, [text], mix, form="merged") for text, mix in pairs])
@@ -56,8 +56,8 @@ def test_every_form_is_the_merged_one_and_a_row_is_the_request_alone(asked):
     assert similar(next_logits(engine, texts, [*mixed[1:], Mix.base()])[:-1], merged[:-1]) > 0.99999
 
 
-def test_the_base_is_the_base_before_between_and_after(engine, asked):
-    texts, mixes = asked
+def test_the_base_is_the_base_before_between_and_after(engine, requests):
+    texts, mixes = requests
     before, answers = fingerprint(engine.model, fresh=True), engine.generate(texts, max_new_tokens=6)
     engine.generate(texts, mixes, max_new_tokens=6)
     engine.generate(texts, "where-is", max_new_tokens=3)
@@ -75,8 +75,8 @@ def test_the_base_is_the_base_before_between_and_after(engine, asked):
         assert torch.equal(together[1], plain(ids.repeat(2, 1), use_cache=False).logits[1])
 
 
-def test_other_experts_in_the_bank_change_no_bit(engine, asked):
-    texts, _ = asked
+def test_other_experts_in_the_bank_change_no_bit(engine, requests):
+    texts, _ = requests
     # two fresh engines: what one has read and kept differs in rounding from what another batch would have read
     few = Engine(engine.model, engine.tokenizer, {"larger": engine.bank["larger"]})
     every = Engine(engine.model, engine.tokenizer, engine.bank)

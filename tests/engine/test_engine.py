@@ -158,7 +158,7 @@ def test_stream_under_a_mix_and_a_seed(tiny, tiny_tokenizer):
     assert base.text != whole.text
 
 
-def test_a_stream_that_was_overtaken_says_so(tiny, tiny_tokenizer):
+def test_a_stream_that_was_overtaken_is_an_error(tiny, tiny_tokenizer):
     bank = {"math": expert(tiny("llama"), "math", 1), "code": expert(tiny("llama"), "code", 2)}
     engine = Engine(tiny("llama"), tiny_tokenizer, bank)
     options = {"max_new_tokens": 40}

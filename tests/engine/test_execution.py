@@ -23,7 +23,7 @@ FORMS = ["factored", "gain"]
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen2", "qwen3", "gemma3", "mistral", "phi3"])
-def made(request, tiny, tiny_tokenizer):
+def setup(request, tiny, tiny_tokenizer):
     """An engine, the experts behind it, and a factory of fresh copies of its base."""
     bank = {name: expert(tiny(request.param), name, seed) for name, seed in (("math", 1), ("code", 2))}
     model = tiny(request.param)
@@ -32,14 +32,14 @@ def made(request, tiny, tiny_tokenizer):
     )
 
 
-def under(made, mix):
+def under(setup, mix):
     """A dense model under a mix, by the algebra of the paper."""
     weights = {} if mix is None else Mix.parse(mix).weights
-    z = {path: torch.ones_like(factors) for path, factors in made.bank["math"].z.items()}
+    z = {path: torch.ones_like(factors) for path, factors in setup.bank["math"].z.items()}
     for name, alpha in weights.items():
-        for path, factors in made.bank[name].z.items():
+        for path, factors in setup.bank[name].z.items():
             z[path] = z[path] + alpha * (factors.double() - 1)
-    return dense(made.fresh(), z) if weights else made.fresh()
+    return dense(setup.fresh(), z) if weights else setup.fresh()
 
 
 def padded(side: str):
@@ -54,45 +54,45 @@ def padded(side: str):
 # ------------------------------------------------------------------ logits
 
 
-def test_base_is_bit_for_bit(made):
+def test_base_is_bit_for_bit(setup):
     ids = torch.tensor(rows([16, 16]))
     with torch.no_grad():
-        plain = made.fresh()(ids, use_cache=False).logits
+        plain = setup.fresh()(ids, use_cache=False).logits
     for mix in (None, Mix.base(), "math:0", [None, "code:0"]):
-        assert torch.equal(made.engine.logits(ids, mix=mix), plain)
+        assert torch.equal(setup.engine.logits(ids, mix=mix), plain)
     for form in ("merged", "gain"):
-        assert torch.equal(made.engine.logits(ids, mix=None, form=form), plain)
-    mixed = made.engine.logits(ids, mix=["math", None], form="gain")
+        assert torch.equal(setup.engine.logits(ids, mix=None, form=form), plain)
+    mixed = setup.engine.logits(ids, mix=["math", None], form="gain")
     assert torch.equal(mixed[1], plain[1])
     assert not torch.equal(mixed[0], plain[0])
 
 
 @pytest.mark.parametrize("form", ["merged", *FORMS])
 @pytest.mark.parametrize("mix", ["math", "math:0.7+code:0.3", "math:2+code:-0.5"])
-def test_forms_agree_with_dense_weights(made, form, mix):
+def test_forms_agree_with_dense_weights(setup, form, mix):
     ids = torch.tensor(rows([16, 16]))
     with torch.no_grad():
-        slow = under(made, mix)(ids, use_cache=False).logits
-    torch.testing.assert_close(made.engine.logits(ids, mix=mix, form=form), slow, **TOLERANCE)
-    assert float((slow - made.engine.logits(ids)).abs().max()) > 0.1  # the mix does something
+        slow = under(setup, mix)(ids, use_cache=False).logits
+    torch.testing.assert_close(setup.engine.logits(ids, mix=mix, form=form), slow, **TOLERANCE)
+    assert float((slow - setup.engine.logits(ids)).abs().max()) > 0.1  # the mix does something
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("form", [None, *FORMS])
-def test_a_mix_per_row_of_a_ragged_batch(made, side, form):
+def test_a_mix_per_row_of_a_ragged_batch(setup, side, form):
     ids, mask = padded(side)
-    got = made.engine.logits(ids, mask, mix=MIXES, form=form)
+    got = setup.engine.logits(ids, mask, mix=MIXES, form=form)
     for i, (row, mix) in enumerate(zip(PROMPTS, MIXES, strict=True)):
         with torch.no_grad():
-            slow = alone(under(made, mix), row)
+            slow = alone(under(setup, mix), row)
         torch.testing.assert_close(got[i][mask[i].bool()], slow, **TOLERANCE)
 
 
-def test_one_hot_is_the_trained_expert(made):
-    z = made.engine.z(Mix.one("math"))
-    assert z.keys() == made.bank["math"].z.keys()
-    assert all(torch.equal(z[path], made.bank["math"].z[path]) for path in z)
-    assert made.engine.z(Mix.base()) == {}
+def test_one_hot_is_the_trained_expert(setup):
+    z = setup.engine.z(Mix.one("math"))
+    assert z.keys() == setup.bank["math"].z.keys()
+    assert all(torch.equal(z[path], setup.bank["math"].z[path]) for path in z)
+    assert setup.engine.z(Mix.base()) == {}
 
 
 # ------------------------------------------------------------------ generation
@@ -107,10 +107,10 @@ def near(ours, theirs):
 
 
 @pytest.mark.parametrize("form", [None, *FORMS])
-def test_mixed_generation_equals_each_row_alone(made, form):
-    together = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10, form=form)
+def test_mixed_generation_equals_each_row_alone(setup, form):
+    together = setup.engine.generate(PROMPTS, MIXES, max_new_tokens=10, form=form)
     for prompt, mix, answer in zip(PROMPTS, MIXES, together, strict=True):
-        ids, logprobs = greedy(under(made, mix), prompt, 10, ends=[2])
+        ids, logprobs = greedy(under(setup, mix), prompt, 10, ends=[2])
         assert answer.ids == ids
         assert near(answer.logprobs, logprobs)
         assert answer.mix == (Mix.base() if mix is None else Mix.parse(mix))
@@ -118,59 +118,59 @@ def test_mixed_generation_equals_each_row_alone(made, form):
         assert answer.finish == ("stop" if ids[-1] == 2 else "length")
 
 
-def test_mixed_rows_keep_their_mix_when_others_leave(made):
+def test_mixed_rows_keep_their_mix_when_others_leave(setup):
     # different texts of one batch end at different steps; every remaining row must go on with its own z
-    free = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
-    made.engine.eos_token_ids = [free[0].ids[1], free[2].ids[4]]
-    bounded = made.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
+    free = setup.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
+    setup.engine.eos_token_ids = [free[0].ids[1], free[2].ids[4]]
+    bounded = setup.engine.generate(PROMPTS, MIXES, max_new_tokens=10)
     assert len({len(answer.ids) for answer in bounded}) > 1
     for prompt, mix, answer in zip(PROMPTS, MIXES, bounded, strict=True):
-        assert answer.ids == greedy(under(made, mix), prompt, 10, made.engine.eos_token_ids)[0]
+        assert answer.ids == greedy(under(setup, mix), prompt, 10, setup.engine.eos_token_ids)[0]
 
 
 @pytest.mark.parametrize("form", ["merged", *FORMS])
-def test_one_mix_for_all_in_every_form(made, form):
-    answers = made.engine.generate(PROMPTS, "math:0.7+code:0.3", max_new_tokens=8, form=form)
-    model = under(made, "math:0.7+code:0.3")
+def test_one_mix_for_all_in_every_form(setup, form):
+    answers = setup.engine.generate(PROMPTS, "math:0.7+code:0.3", max_new_tokens=8, form=form)
+    model = under(setup, "math:0.7+code:0.3")
     assert tokens(answers) == [greedy(model, prompt, 8, ends=[2])[0] for prompt in PROMPTS]
 
 
-def test_batches_do_not_matter(made):
-    whole = made.engine.generate(PROMPTS, MIXES, max_new_tokens=8, do_sample=True, seeds=[5, 6, 7, 8])
+def test_batches_do_not_matter(setup):
+    whole = setup.engine.generate(PROMPTS, MIXES, max_new_tokens=8, do_sample=True, seeds=[5, 6, 7, 8])
     for size in (1, 3):
-        parts = made.engine.generate(
+        parts = setup.engine.generate(
             PROMPTS, MIXES, max_new_tokens=8, do_sample=True, seeds=[5, 6, 7, 8], batch_size=size
         )
         assert tokens(parts) == tokens(whole)
-    single = made.engine.generate(PROMPTS[2:3], MIXES[2], max_new_tokens=8, do_sample=True, seeds=[7])
+    single = setup.engine.generate(PROMPTS[2:3], MIXES[2], max_new_tokens=8, do_sample=True, seeds=[7])
     assert tokens(single) == tokens(whole[2:3])
 
 
-def test_default_seeds_are_the_rows_numbers(made):
-    given = made.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6, seeds=[0, 1, 2, 3])
-    assert tokens(made.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6)) == tokens(given)
-    assert tokens(made.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6, batch_size=2)) == tokens(given)
+def test_default_seeds_are_the_rows_numbers(setup):
+    given = setup.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6, seeds=[0, 1, 2, 3])
+    assert tokens(setup.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6)) == tokens(given)
+    assert tokens(setup.engine.generate(PROMPTS, do_sample=True, max_new_tokens=6, batch_size=2)) == tokens(given)
 
 
 # ------------------------------------------------------------------ the base stays
 
 
-def test_base_weights_are_bit_for_bit_what_they_were(made):
-    before = fingerprint(made.model, fresh=True)
-    storages = {path: layer.get_base_layer().weight.data_ptr() for path, layer in svf_layers(made.model).items()}
-    assert before == fingerprint(made.fresh(), fresh=True)
+def test_base_weights_are_bit_for_bit_what_they_were(setup):
+    before = fingerprint(setup.model, fresh=True)
+    storages = {path: layer.get_base_layer().weight.data_ptr() for path, layer in svf_layers(setup.model).items()}
+    assert before == fingerprint(setup.fresh(), fresh=True)
     for mix in ("math", "math:3", MIXES, "code:-1+math:0.5", None, MIXES[::-1], "code"):
         for form in (None, "gain"):
-            made.engine.generate(PROMPTS, mix, max_new_tokens=4, form=form)
-        next(made.engine.stream(PROMPTS[0], "math", max_new_tokens=64), None)  # abandoned half-way
-    with pytest.raises(IndexError), made.engine.under([Mix.one("math")]):  # an error in the middle of a merged batch
-        made.model(torch.tensor([[1, 10_000]]))
-    assert fingerprint(made.model, fresh=True) == before
-    now = {path: layer.get_base_layer().weight.data_ptr() for path, layer in svf_layers(made.model).items()}
+            setup.engine.generate(PROMPTS, mix, max_new_tokens=4, form=form)
+        next(setup.engine.stream(PROMPTS[0], "math", max_new_tokens=64), None)  # abandoned half-way
+    with pytest.raises(IndexError), setup.engine.under([Mix.one("math")]):  # an error in the middle of a merged batch
+        setup.model(torch.tensor([[1, 10_000]]))
+    assert fingerprint(setup.model, fresh=True) == before
+    now = {path: layer.get_base_layer().weight.data_ptr() for path, layer in svf_layers(setup.model).items()}
     assert now == storages
     ids = torch.tensor(rows([12]))
     with torch.no_grad():
-        assert torch.equal(made.engine.logits(ids), made.fresh()(ids, use_cache=False).logits)
+        assert torch.equal(setup.engine.logits(ids), setup.fresh()(ids, use_cache=False).logits)
 
 
 def test_an_expert_that_adapts_fewer_matrices(tiny, tiny_tokenizer):
@@ -184,32 +184,32 @@ def test_an_expert_that_adapts_fewer_matrices(tiny, tiny_tokenizer):
         torch.testing.assert_close(engine.logits(ids, mix="part", form=form), slow, **TOLERANCE)
 
 
-def test_two_engines_on_one_model(made, tiny_tokenizer):
-    other = Engine(made.model, tiny_tokenizer, {"math": made.bank["code"]})
+def test_two_engines_on_one_model(setup, tiny_tokenizer):
+    other = Engine(setup.model, tiny_tokenizer, {"math": setup.bank["code"]})
     ids = torch.tensor(rows([12]))
-    mine = made.engine.logits(ids, mix="math")
-    assert torch.equal(other.logits(ids, mix="math"), made.engine.logits(ids, mix="code"))
-    assert torch.equal(made.engine.logits(ids, mix="math"), mine)
+    mine = setup.engine.logits(ids, mix="math")
+    assert torch.equal(other.logits(ids, mix="math"), setup.engine.logits(ids, mix="code"))
+    assert torch.equal(setup.engine.logits(ids, mix="math"), mine)
 
 
-def test_mixes_with_many_rows_are_answered_apart_and_keep_their_places(made, monkeypatch):
+def test_mixes_with_many_rows_are_answered_apart_and_keep_their_places(setup, monkeypatch):
     prompts = [PROMPTS[i % 4] for i in range(10)]
     mixes = ["math" if i % 2 else None for i in range(10)]
-    together = made.engine.generate(prompts, mixes, max_new_tokens=6)
-    execution, sizes = made.engine.execution, []
+    together = setup.engine.generate(prompts, mixes, max_new_tokens=6)
+    execution, sizes = setup.engine.execution, []
     plain = execution.under
     monkeypatch.setattr(
         execution, "under", lambda mixes, *options: sizes.append(len(set(mixes))) or plain(mixes, *options)
     )
     monkeypatch.setattr("sigmix.engine.execution.ROWS_PER_MIX", 5)
-    apart = made.engine.generate(prompts, mixes, max_new_tokens=6)
+    apart = setup.engine.generate(prompts, mixes, max_new_tokens=6)
     assert set(sizes) == {1}
     assert tokens(apart) == tokens(together)
     assert [one.mix for one in apart] == [one.mix for one in together]
     for a, b in zip(apart, together, strict=True):
         assert near(a.logprobs, b.logprobs)
     sizes.clear()
-    made.engine.generate(prompts, mixes, max_new_tokens=6, form="factored")
+    setup.engine.generate(prompts, mixes, max_new_tokens=6, form="factored")
     assert max(sizes) == 2  # they decode together
 
 # ------------------------------------------------------------------ merged weights

@@ -140,7 +140,7 @@ def test_repeat_keeps_a_prompts_answers_beside_each_other(tiny_llama):
 
 
 @torch.no_grad()
-def test_the_prefix_pass_asks_no_logits(tiny_llama):
+def test_the_prefix_pass_computes_no_logits(tiny_llama):
     seen = []
     tiny_llama.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
     prefill(tiny_llama, RAGGED, pad_id=0)

@@ -20,7 +20,7 @@ ANSWERS = [[5, 6], [7], [8, 9, 10, 2], [11, 12, 13]]
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3"])
-def made(request, tiny, tiny_tokenizer):
+def scorer(request, tiny, tiny_tokenizer):
     bank = {name: expert(tiny(request.param), name, seed) for name, seed in (("math", 1), ("code", 2))}
     return Engine(tiny(request.param), tiny_tokenizer, bank)
 
@@ -34,69 +34,69 @@ MIXES = [Mix.one("math"), Mix.base(), Mix.parse("code:-0.4"), Mix.parse("math:0.
 
 
 @pytest.mark.parametrize("mixes", [[Mix.base()] * 4, [Mix.one("math")] * 4, MIXES])
-def test_next_logits_are_those_of_each_row_alone(made, mixes):
-    found = next_logits(made, PROMPTS, mixes, batch_size=3)
+def test_next_logits_are_those_of_each_row_alone(scorer, mixes):
+    found = next_logits(scorer, PROMPTS, mixes, batch_size=3)
     for row, mix, one in zip(PROMPTS, mixes, found, strict=True):
-        torch.testing.assert_close(one, logits(made, row, mix)[-1], **TOLERANCE)
+        torch.testing.assert_close(one, logits(scorer, row, mix)[-1], **TOLERANCE)
 
 
 @pytest.mark.parametrize("mixes", [[Mix.base()] * 4, MIXES])
-def test_replies_and_answers_logprobs_are_those_of_each_row_alone(made, mixes):
-    texts, found = replies_and_logprobs(made, PROMPTS, ANSWERS, mixes, max_new_tokens=5, batch_size=3)
-    assert texts == [one.text for one in made.generate(PROMPTS, mixes, max_new_tokens=5)]
+def test_replies_and_answers_logprobs_are_those_of_each_row_alone(scorer, mixes):
+    texts, found = replies_and_logprobs(scorer, PROMPTS, ANSWERS, mixes, max_new_tokens=5, batch_size=3)
+    assert texts == [one.text for one in scorer.generate(PROMPTS, mixes, max_new_tokens=5)]
     for row, answer, mix, one in zip(PROMPTS, ANSWERS, mixes, found, strict=True):
-        whole = logits(made, row + answer, mix).log_softmax(-1)
+        whole = logits(scorer, row + answer, mix).log_softmax(-1)
         wanted = [float(whole[len(row) - 1 + place, token]) for place, token in enumerate(answer)]
         assert one == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    for one, again in zip(found, made.score(PROMPTS, ANSWERS, mixes), strict=True):
+    for one, again in zip(found, scorer.score(PROMPTS, ANSWERS, mixes), strict=True):
         assert again == pytest.approx(one, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt"])
-def test_replies_that_equal_their_answers_are_not_decoded(made, positions):
+def test_replies_that_equal_their_answers_are_not_decoded(scorer, positions):
     """Nor does an end token inside an answer, or an answer longer than a reply may be, count as one."""
-    made.execution.bank = {name: replace(one, meta={"positions": positions}) for name, one in made.bank.items()}
-    (first,) = made.generate(PROMPTS[:1], MIXES[:1], max_new_tokens=3)
-    made.eos_token_ids = [first.ids[-1]]
+    scorer.execution.bank = {name: replace(one, meta={"positions": positions}) for name, one in scorer.bank.items()}
+    (first,) = scorer.generate(PROMPTS[:1], MIXES[:1], max_new_tokens=3)
+    scorer.eos_token_ids = [first.ids[-1]]
     ended = first.ids[: first.ids.index(first.ids[-1]) + 1]
-    whole = [made.generate([row], mix, max_new_tokens=5)[0] for row, mix in zip(PROMPTS, MIXES, strict=True)]
+    whole = [scorer.generate([row], mix, max_new_tokens=5)[0] for row, mix in zip(PROMPTS, MIXES, strict=True)]
     assert whole[0].ids == ended
-    answers = [ended, [*ended, 7], whole[2].ids[:2], [made.eos_token_ids[0], *ended]]
+    answers = [ended, [*ended, 7], whole[2].ids[:2], [scorer.eos_token_ids[0], *ended]]
     rows_read = []
-    hook = made.model.register_forward_pre_hook(
+    hook = scorer.model.register_forward_pre_hook(
         lambda _, __, given: rows_read.append(len(given["input_ids"])), with_kwargs=True
     )
-    texts, _ = replies_and_logprobs(made, PROMPTS, answers, MIXES, max_new_tokens=5)
+    texts, _ = replies_and_logprobs(scorer, PROMPTS, answers, MIXES, max_new_tokens=5)
     hook.remove()
     assert texts == [one.text for one in whole]
     if positions == "prompt":
         assert rows_read[-1] < 4
-    short = replies_and_logprobs(made, PROMPTS[:1], [ended], MIXES[:1], max_new_tokens=1)[0]
-    assert short == [made.generate(PROMPTS[:1], MIXES[:1], max_new_tokens=1)[0].text]
+    short = replies_and_logprobs(scorer, PROMPTS[:1], [ended], MIXES[:1], max_new_tokens=1)[0]
+    assert short == [scorer.generate(PROMPTS[:1], MIXES[:1], max_new_tokens=1)[0].text]
 
 
 @pytest.mark.parametrize("mix", [Mix.base(), Mix.one("math"), MIXES])
-def test_a_kept_prefix_changes_no_logits_and_is_read_once(made, mix, monkeypatch):
+def test_a_kept_prefix_changes_no_logits_and_is_read_once(scorer, mix, monkeypatch):
     start = PROMPTS[0][:10]
-    plain = torch.stack([logits(made, row, one)[-1] for row, one in zip(PROMPTS, made.mixes(mix, 4), strict=True)])
-    made.prefix_cache.clear()
-    torch.testing.assert_close(next_logits(made, PROMPTS, mix, start=start), plain, **TOLERANCE)
-    if made.prefix_cache.usable(start):  # gemma3 has sliding windows
-        assert len(made.prefix_cache) == len(set(made.mixes(mix, 4)))
+    plain = torch.stack([logits(scorer, row, one)[-1] for row, one in zip(PROMPTS, scorer.mixes(mix, 4), strict=True)])
+    scorer.prefix_cache.clear()
+    torch.testing.assert_close(next_logits(scorer, PROMPTS, mix, start=start), plain, **TOLERANCE)
+    if scorer.prefix_cache.usable(start):  # gemma3 has sliding windows
+        assert len(scorer.prefix_cache) == len(set(scorer.mixes(mix, 4)))
         monkeypatch.setattr(prefixes, "read_prefix", None)
     for _ in range(2):  # its cache must not grow with use
-        torch.testing.assert_close(next_logits(made, PROMPTS, mix, start=start), plain, **TOLERANCE)
-        one = made.mixes(mix, 4)[1]
-        torch.testing.assert_close(next_logits(made, PROMPTS[1:2], one, start=start), plain[1:2], **TOLERANCE)
+        torch.testing.assert_close(next_logits(scorer, PROMPTS, mix, start=start), plain, **TOLERANCE)
+        one = scorer.mixes(mix, 4)[1]
+        torch.testing.assert_close(next_logits(scorer, PROMPTS[1:2], one, start=start), plain[1:2], **TOLERANCE)
 
 
-def test_a_start_that_a_prompt_does_not_have_is_not_used(made):
+def test_a_start_that_a_prompt_does_not_have_is_not_used(scorer):
     other = rows([14, 20], shared=3, seed=5)
-    plain = next_logits(made, other)
-    torch.testing.assert_close(next_logits(made, other, start=PROMPTS[0][:10]), plain, **TOLERANCE)
+    plain = next_logits(scorer, other)
+    torch.testing.assert_close(next_logits(scorer, other, start=PROMPTS[0][:10]), plain, **TOLERANCE)
 
 
-def test_a_prefix_is_read_once_for_each_distinct_mix(made, monkeypatch):
+def test_a_prefix_is_read_once_for_each_distinct_mix(scorer, monkeypatch):
     sizes = []
     real = prefixes.read_prefix
 
@@ -105,12 +105,12 @@ def test_a_prefix_is_read_once_for_each_distinct_mix(made, monkeypatch):
         real(model, ids, cache, count)
 
     monkeypatch.setattr(prefixes, "read_prefix", counted)
-    made.prefix_cache.clear()
+    scorer.prefix_cache.clear()
     mixes = [Mix.one("math"), Mix.base(), Mix.one("math"), Mix.base()]
-    found = next_logits(made, PROMPTS, mixes, start=PROMPTS[0][:10])
-    assert sizes == ([2] if made.prefix_cache.usable(PROMPTS[0][:10]) else [])
+    found = next_logits(scorer, PROMPTS, mixes, start=PROMPTS[0][:10])
+    assert sizes == ([2] if scorer.prefix_cache.usable(PROMPTS[0][:10]) else [])
     for row, mix, logits_ in zip(PROMPTS, mixes, found, strict=True):
-        torch.testing.assert_close(logits_, logits(made, row, mix)[-1], **TOLERANCE)
+        torch.testing.assert_close(logits_, logits(scorer, row, mix)[-1], **TOLERANCE)
 
 
 def test_weights_changed_in_place_have_other_prefixes(tiny, tiny_tokenizer):

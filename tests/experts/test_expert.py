@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 import yaml
-from helpers_experts import adapted, made
+from helpers_experts import adapted, random_expert
 from helpers_tiny import build_tiny
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -97,7 +97,7 @@ def test_a_model_without_svf_has_no_expert(tiny_llama):
 
 
 def test_it_cannot_be_changed(tiny_llama):
-    expert = made(tiny_llama, **META)
+    expert = random_expert(tiny_llama, **META)
     with pytest.raises(FrozenInstanceError):
         expert.name = "b"
     with pytest.raises(TypeError):
@@ -107,7 +107,7 @@ def test_it_cannot_be_changed(tiny_llama):
 
 
 def test_equality_is_by_content(tiny_llama):
-    expert = made(tiny_llama, **META)
+    expert = random_expert(tiny_llama, **META)
     assert expert == replace(expert)
     assert hash(expert) == hash(replace(expert))
     assert expert != replace(expert, name="other")
@@ -119,7 +119,7 @@ def test_equality_is_by_content(tiny_llama):
 
 
 def test_metadata_can_be_replaced_but_not_invented(tiny_llama):
-    expert = made(tiny_llama, **META)
+    expert = random_expert(tiny_llama, **META)
     changed = expert.with_meta(metrics=[], domain=None)
     assert changed.meta["metrics"] == ()
     assert "domain" not in changed.meta
@@ -194,7 +194,7 @@ def test_metadata_that_cannot_be(meta, names):
 
 
 def test_round_trip_and_equal_bytes(tiny_llama, tmp_path):
-    expert = made(tiny_llama, **META)
+    expert = random_expert(tiny_llama, **META)
     expert.save_pretrained(tmp_path / "one")
     again = Expert.from_pretrained(tmp_path / "one", base=tiny_llama)
     assert again == expert
@@ -208,7 +208,7 @@ def test_round_trip_and_equal_bytes(tiny_llama, tmp_path):
 
 
 def test_saving_replaces_an_expert_and_nothing_else(tiny_llama, tmp_path):
-    expert = made(tiny_llama)
+    expert = random_expert(tiny_llama)
     expert.save_pretrained(tmp_path / "a")
     expert.with_meta(domain="sums").save_pretrained(tmp_path / "a")
     assert Expert.from_pretrained(tmp_path / "a").meta["domain"] == "sums"
@@ -221,7 +221,7 @@ def test_saving_replaces_an_expert_and_nothing_else(tiny_llama, tmp_path):
 
 def test_the_card_has_a_header_that_the_hub_reads(tiny_llama, tmp_path):
     tiny_llama.sigmix_base = {"name": "smollm2-135m"}
-    expert = made(tiny_llama, **{**META, "domain": 'odd: "domain"\n---\n# not a header'})
+    expert = random_expert(tiny_llama, **{**META, "domain": 'odd: "domain"\n---\n# not a header'})
     text = (expert.save_pretrained(tmp_path / "a") / "README.md").read_text()
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
     assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -241,7 +241,7 @@ def test_a_card_does_not_show_where_the_base_lay(named, tmp_path):
 
 
 def test_json_on_disk_is_versioned_and_holds_no_path_but_the_bases(tiny_llama, tmp_path):
-    expert = made(tiny_llama, **META)
+    expert = random_expert(tiny_llama, **META)
     found = json.loads((expert.save_pretrained(tmp_path / "a") / "sigmix.json").read_text())
     assert found["schema"] == 1
     assert found["name"] == "arithmetic"
@@ -251,7 +251,7 @@ def test_json_on_disk_is_versioned_and_holds_no_path_but_the_bases(tiny_llama, t
 
 
 def test_sketches_are_computed_once_for_the_same_decompositions(cache, monkeypatch):
-    expert = made(build_tiny())
+    expert = random_expert(build_tiny())
     calls = []
     real = module.sketch
     monkeypatch.setattr(module, "sketch", lambda *args: calls.append(args[0]) or real(*args))

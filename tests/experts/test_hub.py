@@ -29,12 +29,12 @@ SLUG = "user/skills-0123456789abcdef01234567"
 LOGS = ("sigmix", "huggingface_hub", "httpx", "httpx2", "filelock")
 
 
-def made(name: str = "sums", **meta) -> Expert:
+def new_expert(name: str = "sums", **meta) -> Expert:
     return Expert(name, Z, {**META, **meta})
 
 
 def files(tmp_path, name: str = "sums", **meta) -> dict[str, bytes]:
-    folder = made(name, **meta).save_pretrained(tmp_path / "made" / name)
+    folder = new_expert(name, **meta).save_pretrained(tmp_path / "made" / name)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -51,7 +51,7 @@ def collection(hub, tmp_path):
 
 
 def test_what_is_pushed_is_loaded_again(hub):
-    expert = made()
+    expert = new_expert()
     assert expert.push_to_hub("user/sums", token=hub.writer) == f"{hub.url}/user/sums"
     assert set(hub.files("user/sums")) == {".gitattributes", *OURS}
     again = Expert.from_pretrained("user/sums")
@@ -63,40 +63,40 @@ def test_what_is_pushed_is_loaded_again(hub):
 
 
 def test_a_push_is_one_commit_and_none_if_nothing_changed(hub):
-    made().push_to_hub("user/sums", token=hub.writer)
-    made().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
     assert hub.repos["user/sums"].messages == ["initial commit", "Expert sums"]
-    made(domain="numbers").push_to_hub("user/sums", token=hub.writer, commit_message="another domain")
+    new_expert(domain="numbers").push_to_hub("user/sums", token=hub.writer, commit_message="another domain")
     assert hub.repos["user/sums"].messages[2:] == ["another domain"]
     assert Expert.from_pretrained("user/sums").meta["domain"] == "numbers"
 
 
 def test_branches_and_commits(hub):
-    made().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
     first = hub.repos["user/sums"].branches["main"]
-    made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision="v2")
+    new_expert(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision="v2")
     assert Expert.from_pretrained("user/sums").meta["domain"] == "arithmetic"
     assert Expert.from_pretrained("user/sums", revision="v2").meta["domain"] == "numbers"
-    made(domain="later").push_to_hub("user/sums", token=hub.writer)
+    new_expert(domain="later").push_to_hub("user/sums", token=hub.writer)
     assert Expert.from_pretrained("user/sums", revision=first).meta["domain"] == "arithmetic"
     with pytest.raises(HubError, match="'user/sums'.*v3.*user/sums/commits"):
         Expert.from_pretrained("user/sums", revision="v3")
 
 
 def test_a_private_expert_is_seen_by_its_owner_only(hub, monkeypatch):
-    made().push_to_hub("user/sums", token=hub.writer, private=True)
+    new_expert().push_to_hub("user/sums", token=hub.writer, private=True)
     assert hub.repos["user/sums"].private
     with pytest.raises(HubError, match="'user/sums'.*run: hf auth login"):
         Expert.from_pretrained("user/sums")
-    assert Expert.from_pretrained("user/sums", token=hub.reader) == made()
+    assert Expert.from_pretrained("user/sums", token=hub.reader) == new_expert()
     monkeypatch.setenv("HF_TOKEN", hub.reader)
-    assert Expert.from_pretrained("user/sums") == made()
+    assert Expert.from_pretrained("user/sums") == new_expert()
 
 
 def test_nothing_private_is_pushed_to_a_public_model(hub):
-    made().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
     with pytest.raises(OutputError, match="'user/sums'.*public"):
-        made(domain="secret").push_to_hub("user/sums", token=hub.writer, private=True)
+        new_expert(domain="secret").push_to_hub("user/sums", token=hub.writer, private=True)
     assert not any(b"secret" in content for content in hub.files("user/sums").values())
 
 
@@ -110,21 +110,21 @@ def test_nothing_private_is_pushed_to_a_public_model(hub):
 def test_a_model_that_is_something_else_is_left_alone(hub, there, names):
     hub.add("user/model", there)
     with pytest.raises(OutputError, match=f"'user/model'.*{names}"):
-        made().push_to_hub("user/model", token=hub.writer)
+        new_expert().push_to_hub("user/model", token=hub.writer)
     assert hub.files("user/model")["README.md"] == b"# mine"
 
 
 def test_what_is_refused_leaves_no_branch(hub):
     hub.add("user/model", {"pytorch_model.bin": b"x"})
     with pytest.raises(OutputError, match="pytorch_model.bin"):
-        made().push_to_hub("user/model", token=hub.writer, revision="v2")
+        new_expert().push_to_hub("user/model", token=hub.writer, revision="v2")
     assert set(hub.repos["user/model"].branches) == {"main"}
 
 
 @pytest.mark.parametrize("revision", [None, "v2"])
 def test_a_commit_in_between_is_not_overwritten(hub, monkeypatch, revision):
-    made().push_to_hub("user/sums", token=hub.writer)
-    made().push_to_hub("user/sums", token=hub.writer, revision=revision)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer, revision=revision)
     checked = module._check_files
 
     def late(repo, there):
@@ -133,13 +133,13 @@ def test_a_commit_in_between_is_not_overwritten(hub, monkeypatch, revision):
 
     monkeypatch.setattr(module, "_check_files", late)
     with pytest.raises(HubError, match="'user/sums'.* -> run it again"):
-        made(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision=revision)
+        new_expert(domain="numbers").push_to_hub("user/sums", token=hub.writer, revision=revision)
     assert hub.files("user/sums", revision or "main")["README.md"] == b"# theirs"
 
 
 def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
     home = f"{Path.home()}/my data"
-    expert = made(
+    expert = new_expert(
         base={"name": "/srv/alice/models/tiny", "dtype": "float32", "fingerprint": "ab" * 32},
         task="/srv/alice/tasks/mine.py:riddles?rows=/srv/alice/rows.jsonl",
         description="Rows of ~/alice/rows.jsonl; see https://example.org/a/b and x/y.",
@@ -158,9 +158,9 @@ def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
 
 
 def test_the_pushed_card_loads_the_expert_from_where_it_is(hub):
-    made().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
     assert 'bank=Bank("user/sums")' in hub.files("user/sums")["README.md"].decode()
-    assert Bank("user/sums")["sums"] == made()
+    assert Bank("user/sums")["sums"] == new_expert()
 
 
 # --- what a name means
@@ -168,7 +168,7 @@ def test_the_pushed_card_loads_the_expert_from_where_it_is(hub):
 
 def test_a_folder_that_exists_wins(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made(domain="local").save_pretrained(tmp_path / "user" / "sums")
+    new_expert(domain="local").save_pretrained(tmp_path / "user" / "sums")
     hub.add("user/sums", files(tmp_path))
     assert Expert.from_pretrained("user/sums").meta["domain"] == "local"
     assert Bank("user").names() == ["sums"]
@@ -179,7 +179,7 @@ def test_a_folder_that_exists_wins(hub, tmp_path, monkeypatch):
 
 def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made().save_pretrained(tmp_path / "bank" / "sums")
+    new_expert().save_pretrained(tmp_path / "bank" / "sums")
     with pytest.raises(HubError, match="'bank/sum'.*nearest: bank/sums"):
         Expert.from_pretrained("bank/sum")
     for name in ("sums", "a/b/c", "./bank/sum", "../x", "user/", "user/..", "", "user/sums\n", "usér/sums"):
@@ -193,7 +193,7 @@ def test_a_name_that_is_neither_folder_nor_model(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("repo", ["sums", "a/b/c", "/user/sums", "user/", "", "user/sums?x"])
 def test_a_name_that_nothing_can_be_pushed_to(hub, repo):
     with pytest.raises(ConfigError, match=re.escape(repr(repo))):
-        made().push_to_hub(repo, token=hub.writer)
+        new_expert().push_to_hub(repo, token=hub.writer)
     assert not hub.requests
 
 
@@ -248,23 +248,23 @@ def test_an_adapter_that_peft_saved_is_named_after_the_model(hub, tmp_path):
 
 
 def test_offline_the_cache_is_used(hub, monkeypatch):
-    made().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
     Expert.from_pretrained("user/sums")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = len(hub.requests)
-    assert Expert.from_pretrained("user/sums") == made()
+    assert Expert.from_pretrained("user/sums") == new_expert()
     with pytest.raises(HubError, match="'user/other'.*unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"):
         Expert.from_pretrained("user/other")
     with pytest.raises(HubError, match="'user/sums'.*unset SIGMIX_OFFLINE and HF_HUB_OFFLINE"):
-        made().push_to_hub("user/sums", token=hub.writer)
+        new_expert().push_to_hub("user/sums", token=hub.writer)
     assert len(hub.requests) == before
 
 
 def test_without_a_network_the_cache_is_used(hub):
-    made().push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
     Expert.from_pretrained("user/sums")
     hub.close()
-    assert Expert.from_pretrained("user/sums") == made()
+    assert Expert.from_pretrained("user/sums") == new_expert()
     with pytest.raises(HubError, match="'user/other'.*check the network"):
         Expert.from_pretrained("user/other")
 
@@ -276,14 +276,14 @@ def test_without_a_network_the_cache_is_used(hub):
 def test_a_bank_over_a_collection(hub, collection, tmp_path, opened):
     bank = opened(collection)
     assert bank.names() == ["reading", "sums"]
-    assert bank["sums"] == made("sums")
+    assert bank["sums"] == new_expert("sums")
     assert bank["sums"].origin == f"alice/sums@{hub.repos['alice/sums'].branches['main']}"
     assert {name: bank[name].meta["domain"] for name in bank} == {"sums": "arithmetic", "reading": "reading"}
     assert collection in repr(bank)
     assert Bank(bank.folder).names() == bank.names()  # as whoever needs a folder sees it
     assert not [path for _, path, _ in hub.requests if path.endswith("model.safetensors") and "org/base" in path]
     with pytest.raises(OutputError, match=f"{collection}.*'new'"):
-        bank.add(made("new"))
+        bank.add(new_expert("new"))
 
 
 def test_a_gated_base_in_a_collection_is_left_out_like_any_other(hub, collection, tmp_path):
@@ -322,7 +322,7 @@ def test_a_bank_of_models_by_name(hub, collection, monkeypatch):
     bank = Bank.from_hub(["bob/reading-v2", "alice/sums", "bob/reading-v2"])
     assert bank.names() == ["reading", "sums"]
     with pytest.raises(OutputError, match="bob/reading-v2, alice/sums"):
-        bank.add(made("new"))
+        bank.add(new_expert("new"))
     monkeypatch.setenv("SIGMIX_OFFLINE", "1")
     assert Bank.from_hub(["alice/sums", "bob/reading-v2"]).names() == ["reading", "sums"]
     monkeypatch.delenv("SIGMIX_OFFLINE")
@@ -341,7 +341,7 @@ def test_without_the_hub_a_collection_is_what_it_was_last(hub, collection, monke
         hub.close()
     else:
         hub.fail(".", 500)
-    assert Bank(collection)["sums"] == made("sums")
+    assert Bank(collection)["sums"] == new_expert("sums")
     with pytest.raises(HubError, match=collection[:-1] + "0"):
         Bank(collection[:-1] + "0")
 
@@ -404,9 +404,9 @@ def watched(hub, tmp_path, caplog, capfd):
 
 def test_what_works_leaves_no_token_behind(hub, watched):
     token = hub.writer
-    watched(lambda: made().push_to_hub("user/sums", token=token, private=True), token)
+    watched(lambda: new_expert().push_to_hub("user/sums", token=token, private=True), token)
     expert = watched(lambda: Expert.from_pretrained("user/sums", token=token), token)
-    assert expert == made()
+    assert expert == new_expert()
     hub.collect(SLUG, "user/sums")
     assert watched(lambda: Bank.from_hub(SLUG, token=token), token).names() == ["sums"]
 
@@ -428,7 +428,7 @@ def test_refused_pushes(hub, watched, place, status, remedy):
     for echo in (False, True):  # a bad proxy may send back what it was sent
         hub.failures.clear()
         hub.fail(place, status, echo)
-        error = watched(lambda: made().push_to_hub("user/sums", token=hub.writer), hub.writer)
+        error = watched(lambda: new_expert().push_to_hub("user/sums", token=hub.writer), hub.writer)
         assert isinstance(error, HubError)
         with pytest.raises(HubError, match=f"'user/sums'.* -> .*{remedy}"):
             raise error
@@ -457,7 +457,7 @@ def test_refused_loads(hub, watched, status, remedy):
 def test_no_hub_at_all(hub, watched):
     hub.close()
     for work in (
-        lambda: made().push_to_hub("user/sums", token=hub.writer),
+        lambda: new_expert().push_to_hub("user/sums", token=hub.writer),
         lambda: Expert.from_pretrained("user/sums", token=hub.writer),
         lambda: Bank.from_hub(SLUG, token=hub.writer),
     ):
@@ -466,15 +466,15 @@ def test_no_hub_at_all(hub, watched):
 
 
 def test_who_may_what(hub, watched):
-    error = watched(lambda: made().push_to_hub("user/sums", token=hub.reader), hub.reader)
+    error = watched(lambda: new_expert().push_to_hub("user/sums", token=hub.reader), hub.reader)
     assert "hf auth login" in error.remedy
-    error = watched(lambda: made().push_to_hub("somebody/sums", token=hub.writer), hub.writer)
+    error = watched(lambda: new_expert().push_to_hub("somebody/sums", token=hub.writer), hub.writer)
     assert "'somebody/sums'" in error.message
     assert "hf auth login" in error.remedy
     unknown = hub.writer.upper()
-    error = watched(lambda: made().push_to_hub("user/sums", token=unknown), unknown)
+    error = watched(lambda: new_expert().push_to_hub("user/sums", token=unknown), unknown)
     assert "hf auth login" in error.remedy
-    error = watched(lambda: made().push_to_hub("user/sums"))
+    error = watched(lambda: new_expert().push_to_hub("user/sums"))
     assert "hf auth login" in error.remedy
     assert not hub.repos
 
@@ -482,7 +482,7 @@ def test_who_may_what(hub, watched):
 @pytest.mark.parametrize("token", ["hf_secret\nSecretToo", "hf_secret tail", "hf_secrét", "hf_secret\x00"])
 def test_a_token_that_cannot_be_one_is_refused_unseen(hub, watched, monkeypatch, token):
     for work in (
-        lambda: made().push_to_hub("user/sums", token=token),
+        lambda: new_expert().push_to_hub("user/sums", token=token),
         lambda: Expert.from_pretrained("user/sums", token=token),
         lambda: Bank.from_hub(SLUG, token=token),
     ):
@@ -493,14 +493,14 @@ def test_a_token_that_cannot_be_one_is_refused_unseen(hub, watched, monkeypatch,
 
 
 def test_a_token_with_a_line_end_from_a_file_is_fine(hub, watched):
-    watched(lambda: made().push_to_hub("user/sums", token=hub.writer + "\n"), hub.writer)
+    watched(lambda: new_expert().push_to_hub("user/sums", token=hub.writer + "\n"), hub.writer)
     assert "user/sums" in hub.repos
 
 
-def test_no_token_is_sent_where_the_library_is_told_not_to(hub, monkeypatch):
+def test_no_token_is_sent_where_implicit_tokens_are_disabled(hub, monkeypatch):
     from huggingface_hub import constants
 
-    made().push_to_hub("user/sums", token=hub.writer, private=True)
+    new_expert().push_to_hub("user/sums", token=hub.writer, private=True)
     monkeypatch.setenv("HF_TOKEN", hub.reader)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     with pytest.raises(HubError, match="'user/sums'"):
@@ -508,14 +508,14 @@ def test_no_token_is_sent_where_the_library_is_told_not_to(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("work", ["push", "load"])
-def test_an_error_that_is_not_the_hubs_is_told_without_the_token(hub, watched, monkeypatch, work):
+def test_an_error_that_is_not_the_hubs_hides_the_token(hub, watched, monkeypatch, work):
     def echo(*_, **__):
         raise ZeroDivisionError(f"the proxy was sent Bearer {hub.writer}")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", echo)
     monkeypatch.setattr("huggingface_hub.snapshot_download", echo)
     tasks = {
-        "push": lambda: made().push_to_hub("user/sums", token=hub.writer),
+        "push": lambda: new_expert().push_to_hub("user/sums", token=hub.writer),
         "load": lambda: Expert.from_pretrained("user/sums", token=hub.writer),
     }
     error = watched(tasks[work], hub.writer)

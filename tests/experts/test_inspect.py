@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers_experts import adapted, made
+from helpers_experts import adapted, random_expert
 from helpers_tiny import build_tiny
 
 from sigmix.errors import ExpertError
@@ -25,7 +25,7 @@ def dense_delta(model, expert, path):
 
 def test_listing_goes_on_past_a_damaged_expert(tmp_path):
     bank = Bank(tmp_path / "bank", create=True)
-    expert = made(build_tiny(), "good", domain="arithmetic", metrics=[{"name": "accuracy", "value": 0.5}])
+    expert = random_expert(build_tiny(), "good", domain="arithmetic", metrics=[{"name": "accuracy", "value": 0.5}])
     bank.add(expert)
     bank.add(Expert("bad", {"a": torch.ones(2)}))
     (tmp_path / "bank" / "bad" / "adapter_model.safetensors").write_bytes(b"x")
@@ -42,7 +42,7 @@ def test_listing_goes_on_past_a_damaged_expert(tmp_path):
 
 def test_show(tmp_path):
     model = build_tiny()
-    expert = made(build_tiny(), seed=4, objective="sft")
+    expert = random_expert(build_tiny(), seed=4, objective="sft")
     found = json.loads(json.dumps(show(expert, top=3)))
     every = torch.cat([z - 1 for z in expert.z.values()]).double()
     assert found["gain"]["mean"] == pytest.approx(float(every.mean()))
@@ -67,7 +67,7 @@ def test_show_without_sketches():
 
 def test_verify(tmp_path):
     base = build_tiny()
-    path = made(build_tiny()).save_pretrained(tmp_path / "a")
+    path = random_expert(build_tiny()).save_pretrained(tmp_path / "a")
     report = verify(path)
     assert report["ok"]
     assert report["checked"] == ["files", "values", "checksum"]
@@ -91,7 +91,7 @@ def test_verify_of_an_adapter_that_peft_saved(tmp_path):
 
 def test_diff_on_a_base_is_exact():
     base = build_tiny()
-    a, b = made(build_tiny(), "a", seed=1), made(build_tiny(), "b", seed=2)
+    a, b = random_expert(build_tiny(), "a", seed=1), random_expert(build_tiny(), "b", seed=2)
     found = json.loads(json.dumps(diff(a, b, base)))
     left, right = (torch.cat([e.z[p].double() - 1 for p in sorted(e.z)]) for e in (a, b))
     assert found["gain"]["cosine"] == pytest.approx(float(left @ right / left.norm() / right.norm()))
@@ -110,7 +110,7 @@ def test_diff_on_a_base_is_exact():
 
 
 def test_diff_without_a_base_estimates_from_sketches():
-    a, b = made(build_tiny(), "a", seed=1), made(build_tiny(), "b", seed=2)
+    a, b = random_expert(build_tiny(), "a", seed=1), random_expert(build_tiny(), "b", seed=2)
     exact, guess = diff(a, b, build_tiny())["weight"], diff(a, b)["weight"]
     assert guess["estimated"] is True
     assert guess["norm_a"] == pytest.approx(exact["norm_a"], rel=1e-5)
@@ -120,7 +120,7 @@ def test_diff_without_a_base_estimates_from_sketches():
 
 def test_diff_of_an_expert_with_itself_and_with_its_scaled_self():
     base = build_tiny()
-    a = made(build_tiny(), "a", seed=1)
+    a = random_expert(build_tiny(), "a", seed=1)
     same = diff(a, a, base)
     assert same["identical"] is True
     assert same["gain"]["distance"] == same["weight"]["distance"] == 0

@@ -84,7 +84,7 @@ def test_the_base_is_named_where_it_is_on_the_hub_and_no_path_is_shown(tmp_path,
         (None, None, None),
     ],
 )
-def test_licenses_are_those_that_the_hub_knows(tmp_path, given, license_, name):
+def test_licenses_are_the_hubs_identifiers(tmp_path, given, license_, name):
     found = data(tmp_path, **({"license": given} if given else {}))
     assert (found.license, found.license_name) == (license_, name)
 

@@ -97,7 +97,7 @@ def test_it_holds_experts_to_the_original_and_to_their_basis(folder, tmp_path):
         Expert("turned", z, expert.meta).check(quantised)
 
 
-def test_an_expert_trained_in_the_original_basis_says_so(folder, tmp_path):
+def test_an_expert_trained_in_the_original_basis_is_marked(folder, tmp_path):
     def quantised():
         return load_base(folder, "float32", quantization_config="int8")[0]
 

@@ -26,7 +26,7 @@ def statistics(**changes) -> RequestStatistics:
     return RequestStatistics(**{**given, **changes})
 
 
-def made(**changes) -> Expert:
+def new_expert(**changes) -> Expert:
     return Expert("sums", Z, {"domain": "arithmetic"}, requests=statistics(**changes))
 
 
@@ -41,10 +41,10 @@ def test_distances_are_those_of_the_densities():
 
 
 def test_an_expert_carries_its_statistics_and_its_digest_stays(tmp_path):
-    expert = made()
+    expert = new_expert()
     again = Expert.from_pretrained(expert.save_pretrained(tmp_path / "sums"))
     assert again == expert
-    assert again != replace(expert, requests=None) != made(threshold=-3.0)
+    assert again != replace(expert, requests=None) != new_expert(threshold=-3.0)
     assert again.digest == replace(expert, requests=None).digest
     assert again.requests.to_bytes() == expert.requests.to_bytes()
     assert again.with_meta(domain="x").requests is again.requests
@@ -59,16 +59,16 @@ def test_an_expert_carries_its_statistics_and_its_digest_stays(tmp_path):
 
 
 def test_the_hub_carries_statistics(hub):
-    made().push_to_hub("user/sums", token=hub.writer)
-    assert Expert.from_pretrained("user/sums") == made()
-    replace(made(), requests=None).push_to_hub("user/sums", token=hub.writer)
+    new_expert().push_to_hub("user/sums", token=hub.writer)
+    assert Expert.from_pretrained("user/sums") == new_expert()
+    replace(new_expert(), requests=None).push_to_hub("user/sums", token=hub.writer)
     assert FILE not in hub.files("user/sums")
     assert Expert.from_pretrained("user/sums").requests is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "flipped", "folder"])
 def test_damage_is_an_error_that_names_the_file(tmp_path, damage):
-    file = made().save_pretrained(tmp_path / "sums") / FILE
+    file = new_expert().save_pretrained(tmp_path / "sums") / FILE
     content = file.read_bytes()
     flipped = content[:-1] + bytes([content[-1] ^ 1])
     if damage == "folder":

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers_experts import adapted, at, made
+from helpers_experts import adapted, at, random_expert
 from helpers_tiny import build_tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ KEY = f"base_model.model.{PATH}.svf_z.weight"
 
 @pytest.fixture
 def folder(tiny_llama, tmp_path):
-    return made(tiny_llama).save_pretrained(tmp_path / "bank" / "arithmetic")
+    return random_expert(tiny_llama).save_pretrained(tmp_path / "bank" / "arithmetic")
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_odd_positions_name_file_and_value(folder, plain, file, odd):
 def test_files_that_disagree_on_the_positions(tiny_llama, tmp_path, folder):
     edit_json(folder / "adapter_config.json", positions="prompt")
     refused(folder, r"'prompt' in adapter_config\.json, but 'all' in sigmix\.json")
-    sealed = at("prompt", made(tiny_llama)).save_pretrained(tmp_path / "prompts")
+    sealed = at("prompt", random_expert(tiny_llama)).save_pretrained(tmp_path / "prompts")
     edit_json(sealed / "adapter_config.json", positions=None)
     refused(sealed, r"'all' in adapter_config\.json, but 'prompt' in sigmix\.json")
     edit_json(sealed / "sigmix.json", positions=None)  # both changed: the checksum holds the positions too

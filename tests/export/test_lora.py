@@ -27,7 +27,7 @@ MIX = Mix.parse("math:0.7+word:0.5")
 
 
 @pytest.fixture
-def made(tmp_path, cache):
+def truncated(tmp_path, cache):
     """A `LowRank` of the tiny Llama."""
     folder, bank = base_folder(tmp_path / "base"), experts()
     return LowRank.from_mix(BaseCheckpoint(folder), MIX, bank)
@@ -55,100 +55,101 @@ def test_exact_in_plain_peft(tmp_path, cache, arch):
             assert not torch.allclose(model(input_ids=row).logits, ours, atol=1e-2)
 
 
-def test_factors_are_the_change(made):
-    for path in made.paths:
-        a, b = made.factors(path)
-        torch.testing.assert_close((b @ a).double(), delta(made.base, made, path), rtol=1e-4, atol=1e-5)
+def test_factors_are_the_change(truncated):
+    for path in truncated.paths:
+        a, b = truncated.factors(path)
+        torch.testing.assert_close((b @ a).double(), delta(truncated.base, truncated, path), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 40])
-def test_a_truncated_one_is_the_best_of_its_rank_and_as_wrong_as_it_says(made, rank):
-    made.set_ranks(rank=rank)
+def test_a_truncated_one_is_the_best_of_its_rank_with_the_stated_error(truncated, rank):
+    truncated.set_ranks(rank=rank)
     total, lost, weights = 0.0, 0.0, 0.0
-    stated = made.errors
-    for path in made.paths:
-        a, b = made.factors(path)
-        assert a.shape[0] == b.shape[1] == min(rank, made.exact[path])
-        change = delta(made.base, made, path)
+    stated = truncated.errors
+    for path in truncated.paths:
+        a, b = truncated.factors(path)
+        assert a.shape[0] == b.shape[1] == min(rank, truncated.exact[path])
+        change = delta(truncated.base, truncated, path)
         left = change - (b @ a).double()
         best = torch.linalg.svdvals(change)[rank:].norm()  # Eckart and Young
         torch.testing.assert_close(left.norm(), best, rtol=1e-4, atol=1e-4)
         assert stated[path] == pytest.approx(float(left.norm() / change.norm()), rel=1e-3, abs=1e-5)
         total, lost = total + float(change.norm() ** 2), lost + float(left.norm() ** 2)
-        weights += float(made.base.layer(path).matrix().double().norm() ** 2)
-    figures = made.describe()
+        weights += float(truncated.base.layer(path).matrix().double().norm() ** 2)
+    figures = truncated.describe()
     assert figures["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-3)
     assert figures["error_of_weights"] == pytest.approx((lost / weights) ** 0.5, rel=1e-3)
-    assert figures["dropped"] == figures["components"] - sum(min(rank, k) for k in made.exact.values())
+    assert figures["dropped"] == figures["components"] - sum(min(rank, k) for k in truncated.exact.values())
 
 
-def test_an_error_is_met_with_as_few_components_as_can_be(made, tmp_path):
-    made.set_ranks(error=0.3)
-    error, ranks = made.error, dict(made.ranks)
+def test_an_error_is_met_with_as_few_components_as_can_be(truncated, tmp_path):
+    truncated.set_ranks(error=0.3)
+    error, ranks = truncated.error, dict(truncated.ranks)
     assert 0.25 < error <= 0.3
     assert len(set(ranks.values())) > 1
-    every = sorted((float(e), path) for path, energy in made.energy.items() for e in energy)
+    every = sorted((float(e), path) for path, energy in truncated.energy.items() for e in energy)
     kept = sum(ranks.values())
-    assert min(float(made.energy[p].sort(descending=True).values[k - 1]) for p, k in ranks.items() if k) == (
+    assert min(float(truncated.energy[p].sort(descending=True).values[k - 1]) for p, k in ranks.items() if k) == (
         pytest.approx(every[len(every) - kept][0])
     )
-    export_lora(made, tmp_path / "out")
+    export_lora(truncated, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
-    model = with_peft(made.base, tmp_path / "out")
+    model = with_peft(truncated.base, tmp_path / "out")
     modules = dict(model.named_modules())
-    for path in made.paths:  # PEFT's own scale is 1 everywhere
-        a, b = made.factors(path)
+    for path in truncated.paths:  # PEFT's own scale is 1 everywhere
+        a, b = truncated.factors(path)
         found = modules[f"base_model.model.{path}"].get_delta_weight("default")
         torch.testing.assert_close(found, b @ a, rtol=1e-5, atol=1e-6)
-    made.set_ranks(error=0.0)
-    assert made.ranks == made.exact
+    truncated.set_ranks(error=0.0)
+    assert truncated.ranks == truncated.exact
 
 
-def test_ranks_of_vllm(made, tmp_path):
-    made.set_ranks(vllm=True)
-    assert made.pad == 64  # all ranks of this base are 32 or 64
-    assert made.error == 0
-    made.set_ranks(rank=9, vllm=True)
-    assert made.pad == 16
-    export_lora(made, tmp_path / "out")
+def test_ranks_of_vllm(truncated, tmp_path):
+    truncated.set_ranks(vllm=True)
+    assert truncated.pad == 64  # all ranks of this base are 32 or 64
+    assert truncated.error == 0
+    truncated.set_ranks(rank=9, vllm=True)
+    assert truncated.pad == 16
+    export_lora(truncated, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (16, 16, {}, {})
     for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
         assert tensor.shape[0 if "lora_A" in name else 1] == 16
-    assert verify_lora(tmp_path / "out", made.base, Reference(made.base, MIX, experts(), upcast=True))["kl"] > 0
-    made.set_ranks(vllm=True, error=0.3)
-    assert made.pad in lowrank.VLLM_RANKS
-    assert made.error <= 0.3
-    chosen = lowrank.VLLM_RANKS.index(made.pad)
-    made.set_ranks(rank=lowrank.VLLM_RANKS[chosen - 1], vllm=True)
-    assert made.error > 0.3
+    reference = Reference(truncated.base, MIX, experts(), upcast=True)
+    assert verify_lora(tmp_path / "out", truncated.base, reference)["kl"] > 0
+    truncated.set_ranks(vllm=True, error=0.3)
+    assert truncated.pad in lowrank.VLLM_RANKS
+    assert truncated.error <= 0.3
+    chosen = lowrank.VLLM_RANKS.index(truncated.pad)
+    truncated.set_ranks(rank=lowrank.VLLM_RANKS[chosen - 1], vllm=True)
+    assert truncated.error > 0.3
     # a rank above what a matrix has is filled up with zeros
-    made.set_ranks(rank=128, vllm=True)
-    a, b = made.factors("model.layers.0.self_attn.k_proj")
+    truncated.set_ranks(rank=128, vllm=True)
+    a, b = truncated.factors("model.layers.0.self_attn.k_proj")
     assert a.shape[0] == b.shape[1] == 128
     torch.testing.assert_close(
-        (b @ a).double(), delta(made.base, made, "model.layers.0.self_attn.k_proj"), rtol=1e-4, atol=1e-5
+        (b @ a).double(), delta(truncated.base, truncated, "model.layers.0.self_attn.k_proj"), rtol=1e-4, atol=1e-5
     )
 
 
-def test_what_vllm_cannot_take(made, monkeypatch):
+def test_what_vllm_cannot_take(truncated, monkeypatch):
     with pytest.raises(ConfigError, match="512"):
-        made.set_ranks(rank=513, vllm=True)
+        truncated.set_ranks(rank=513, vllm=True)
     monkeypatch.setattr(lowrank, "VLLM_RANKS", (1, 8))
     with pytest.raises(ConfigError, match="8.*--error"):
-        made.set_ranks(error=0.01, vllm=True)
-    made.set_ranks(vllm=True)
-    assert made.pad == 8
-    assert made.error > 0.1
+        truncated.set_ranks(error=0.01, vllm=True)
+    truncated.set_ranks(vllm=True)
+    assert truncated.pad == 8
+    assert truncated.error > 0.1
 
 
 @pytest.mark.parametrize(
     "options", [{"rank": 0}, {"error": 1.0}, {"error": -0.1}, {"rank": 4, "error": 0.1}]
 )
-def test_ranks_that_cannot_be(made, options):
+def test_ranks_that_cannot_be(truncated, options):
     with pytest.raises(ConfigError):
-        made.set_ranks(**options)
+        truncated.set_ranks(**options)
 
 
 def test_only_what_is_adapted_is_targeted(tmp_path, cache):
@@ -172,25 +173,25 @@ def test_only_what_is_adapted_is_targeted(tmp_path, cache):
     torch.testing.assert_close(theirs, engine.logits(row, mix=layers), **TOLERANCE)
 
 
-def test_refused(made, tmp_path, cache):
+def test_refused(truncated, tmp_path, cache):
     folder, bank = base_folder(tmp_path / "other", seed=3), experts()
     with pytest.raises(FingerprintError):
         LowRank.from_mix(BaseCheckpoint(folder), MIX, bank)
     with pytest.raises(ConfigError, match="base"):
-        LowRank.from_mix(made.base, Mix.base(), bank)
+        LowRank.from_mix(truncated.base, Mix.base(), bank)
     (tmp_path / "out").write_text("taken")
     with pytest.raises(OutputError):
-        export_lora(made, tmp_path / "out")
+        export_lora(truncated, tmp_path / "out")
     (tmp_path / "damaged").mkdir()
-    ours = Reference(made.base, MIX, bank, upcast=True)
+    ours = Reference(truncated.base, MIX, bank, upcast=True)
     with pytest.raises(SigmixError, match="peft"):
-        verify_lora(tmp_path / "damaged", made.base, ours)
+        verify_lora(tmp_path / "damaged", truncated.base, ours)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_and_the_card(made, tmp_path, precision):
-    made.set_ranks(rank=8)
-    figures = export_lora(made, tmp_path / "out", precision)
+def test_half_precision_and_the_card(truncated, tmp_path, precision):
+    truncated.set_ranks(rank=8)
+    figures = export_lora(truncated, tmp_path / "out", precision)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{precision}"}
     assert figures["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
@@ -222,7 +223,7 @@ def test_matrices_that_cannot_change(tmp_path, cache):
         LowRank.from_mix(BaseCheckpoint(folder), Mix.one("word"), bank)
 
 
-def test_compared_is_what_it_says():
+def test_comparison_of_logits():
     one = torch.zeros(2, 3)
     other = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     found = compare_logits([one], [other])
@@ -235,12 +236,12 @@ def test_compared_is_what_it_says():
         compare_logits([one], [other * float("nan")])
 
 
-def test_what_it_holds_is_peft_s_own(made, tmp_path):
-    export_lora(made, tmp_path / "out")
+def test_what_it_holds_is_peft_s_own(truncated, tmp_path):
+    export_lora(truncated, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     read = LoraConfig.from_pretrained(str(tmp_path / "out")).to_dict()
     assert set(read.pop("target_modules")) == set(config.pop("target_modules"))
     assert {key: read[key] for key in config} == config
     names = set(load_file(tmp_path / "out" / "adapter_model.safetensors"))
-    assert names == {f"base_model.model.{path}.lora_{side}.weight" for path in made.paths for side in "AB"}
+    assert names == {f"base_model.model.{path}.lora_{side}.weight" for path in truncated.paths for side in "AB"}

@@ -47,7 +47,7 @@ def about(base, form="lora", licenses=(None, None), **changes):
         ("model.gguf", None, "\"the base's folder\""),
     ],
 )
-def test_the_base_is_named_as_the_hub_knows_it(name, on_hub, loads):
+def test_the_base_is_named_by_its_hub_id(name, on_hub, loads):
     text = adapter_card(about(name))
     data = ModelCard(text).data.to_dict()
     assert data.get("base_model") == on_hub

@@ -48,23 +48,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     from sigmix import Bank
 
     folder = tmp_path_factory.mktemp("cli")
-    made = SimpleNamespace(cache=folder / "cache", base=folder / "tiny", other=folder / "other", bank=folder / "bank")
+    places = SimpleNamespace(cache=folder / "cache", base=folder / "tiny", other=folder / "other", bank=folder / "bank")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIGMIX_CACHE", str(made.cache))
-        for seed, path in enumerate((made.base, made.other)):
+        patch.setenv("SIGMIX_CACHE", str(places.cache))
+        for seed, path in enumerate((places.base, places.other)):
             root.build_tiny(seed=seed).save_pretrained(path)
             root.build_tokenizer().save_pretrained(path)
-        made.strict = folder / "strict"
-        root.build_tiny(seed=0).save_pretrained(made.strict)
+        places.strict = folder / "strict"
+        root.build_tiny(seed=0).save_pretrained(places.strict)
         tokenizer = root.build_tokenizer()
         raises = "{{ raise_exception('System role not supported') }}"
         refusal = f"{{% if messages[0]['role'] == 'system' %}}{raises}{{% endif %}}"
         tokenizer.chat_template = refusal + tokenizer.chat_template
-        tokenizer.save_pretrained(made.strict)
-        bank = Bank(made.bank, create=True)
+        tokenizer.save_pretrained(places.strict)
+        bank = Bank(places.bank, create=True)
         for seed, (name, task) in enumerate(TASKS.items()):
-            add_expert(bank, made.base, name, seed, task=task, domain=name, description=f"knows {name}")
-    return made
+            add_expert(bank, places.base, name, seed, task=task, domain=name, description=f"knows {name}")
+    return places
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def adapted(model, seed: int = 0, targets="all-linear"):
     return wrapped.eval()
 
 
-def made(model, name: str = "arithmetic", seed: int = 0, **meta) -> Expert:
+def random_expert(model, name: str = "arithmetic", seed: int = 0, **meta) -> Expert:
     """An expert on ``model``, which stays adapted."""
     return Expert.from_model(adapted(model, seed), name=name, meta=meta)
 

@@ -128,8 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         for wanted, pattern, handler in routes:
             if method == wanted and (match := re.fullmatch(pattern, path)):
-                made = handler(body=body, **match.groupdict())
-                return made if isinstance(made, tuple) else (200, json.dumps(made).encode(), {})
+                fake = handler(body=body, **match.groupdict())
+                return fake if isinstance(fake, tuple) else (200, json.dumps(fake).encode(), {})
         raise Refused(404, "", "no such page")
 
     # ------------------------------------------------------------------ who may what
@@ -276,16 +276,16 @@ def hub(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A fresh stand-in that huggingface_hub asks in this process, with an empty cache; nobody is logged in."""
     from huggingface_hub import constants
 
-    made = FakeHub()
+    fake = FakeHub()
     for name in ("SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     # what the environment sets is read when huggingface_hub is imported
-    monkeypatch.setattr(constants, "ENDPOINT", made.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("SIGMIX_CACHE", str(tmp_path / "sigmix-cache"))
-    yield made
-    made.close()
+    yield fake
+    fake.close()

@@ -20,23 +20,23 @@ IMAGE = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|
 
 def tokenizer(kind: str):
     """The letter tokenizer with the kind's special tokens from 100 on; no chat template of its own."""
-    made = build_tokenizer()
+    letters = build_tokenizer()
     own = {"llava": "<image>", "qwen": "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"}[kind]
-    made.add_special_tokens({"additional_special_tokens": own.split()})
-    made.chat_template = None
-    return made
+    letters.add_special_tokens({"additional_special_tokens": own.split()})
+    letters.chat_template = None
+    return letters
 
 
 def vlm(kind: str = "llava", seed: int = 0, **text):
     """(model, processor) of one kind: llava, llava_next, qwen2_vl or qwen2_5_vl; float32, random, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = {"llava": _llava, "llava_next": _llava_next}.get(kind, _qwen)(kind, text)
+        pair = {"llava": _llava, "llava_next": _llava_next}.get(kind, _qwen)(kind, text)
         with torch.no_grad():
-            for name, parameter in made[0].named_parameters():
+            for name, parameter in pair[0].named_parameters():
                 if parameter.dim() > 1 or name.endswith("bias"):
                     parameter.normal_(0.0, 0.15)
-    return made[0].eval(), made[1]
+    return pair[0].eval(), pair[1]
 
 
 def _clip(side: int):
@@ -146,17 +146,17 @@ def shape(colour: str, kind: str = "circle", seed: int = 0, size: tuple[int, int
     from PIL import Image, ImageDraw
 
     draw = random.Random(f"{colour}{kind}{seed}")
-    made = Image.new("RGB", size, tuple(draw.randint(225, 255) for _ in range(3)))
+    image = Image.new("RGB", size, tuple(draw.randint(225, 255) for _ in range(3)))
     width, height = draw.randint(size[0] // 2, size[0] - 8), draw.randint(size[1] // 2, size[1] - 8)
     left, top = draw.randint(0, size[0] - width - 1), draw.randint(0, size[1] - height - 1)
-    box, pen = (left, top, left + width, top + height), ImageDraw.Draw(made)
+    box, pen = (left, top, left + width, top + height), ImageDraw.Draw(image)
     if kind == "circle":
         pen.ellipse(box, fill=COLOURS[colour])
     elif kind == "rectangle":
         pen.rectangle(box, fill=COLOURS[colour])
     else:
         pen.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=COLOURS[colour])
-    return made
+    return image
 
 
 def saved(folder: Path, kind: str = "llava", **options) -> Path:

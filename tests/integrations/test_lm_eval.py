@@ -34,38 +34,38 @@ WORDS = ["sun", "a dog", "Where is it", "8 + 5", "green tea", "no", "left or rig
 def place(tmp_path_factory):
     """base, bank (experts of the float32 base, with statistics of one request each), tasks: folders."""
     folder = tmp_path_factory.mktemp("harness")
-    made = SimpleNamespace(base=folder / "tiny", bank=folder / "bank", tasks=folder / "tasks", cache=folder / "cache")
+    places = SimpleNamespace(base=folder / "tiny", bank=folder / "bank", tasks=folder / "tasks", cache=folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIGMIX_CACHE", str(made.cache))
-        build_tiny().save_pretrained(made.base)
-        build_tokenizer().save_pretrained(made.base)
-        bank = Bank(made.bank, create=True)
+        patch.setenv("SIGMIX_CACHE", str(places.cache))
+        build_tiny().save_pretrained(places.base)
+        build_tokenizer().save_pretrained(places.base)
+        bank = Bank(places.bank, create=True)
         for seed, name in enumerate(("one", "two"), 1):
             meta = {"domain": name, "description": f"kind {name}"}
-            bank.add(expert(load_base(made.base, "float32", "cpu")[0], name, seed, width=1.2).with_meta(**meta))
-        engine = Engine(*load_base(made.base, "float32", "cpu"))
+            bank.add(expert(load_base(places.base, "float32", "cpu")[0], name, seed, width=1.2).with_meta(**meta))
+        engine = Engine(*load_base(places.base, "float32", "cpu"))
         for name, place in (("one", 0), ("two", 3)):  # every expert is for the neighbourhood of one request
             bank.set_requests(name, request_statistics(engine, [f"{WORDS[place]}?"] * 2, [f"{WORDS[place]}?"]))
-    made.tasks.mkdir()
+    places.tasks.mkdir()
     choices = [["yes", "no", f"{word[:3]}s"] for word in WORDS]
     rows = [{"question": word, "choices": choices[i], "gold": i % 3} for i, word in enumerate(WORDS)]
-    file = made.tasks / "items.jsonl"
+    file = places.tasks / "items.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
-    (made.tasks / "choice.yaml").write_text(
+    (places.tasks / "choice.yaml").write_text(
         f'task: tiny_choice\n{common}output_type: multiple_choice\ndoc_to_text: "{{{{question}}}}?"\n'
         'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n'
     )
-    (made.tasks / "reply.yaml").write_text(
+    (places.tasks / "reply.yaml").write_text(
         f'task: tiny_reply\n{common}output_type: generate_until\ndoc_to_text: "{{{{question}}}}: "\n'
         'doc_to_target: "{{choices[0]}}"\ngeneration_kwargs:\n  until: ["e", "qz"]\n  max_gen_toks: 12\n'
         "metric_list:\n  - metric: exact_match\n"
     )
-    (made.tasks / "text.yaml").write_text(
+    (places.tasks / "text.yaml").write_text(
         f'task: tiny_text\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ""\n'
         'doc_to_target: "{{question}}."\nmetric_list:\n  - metric: word_perplexity\n'
     )
-    return made
+    return places
 
 
 @pytest.fixture(autouse=True)
@@ -283,12 +283,12 @@ def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
     assert "no --tasks" in run("lm-eval", "--mix", "base").err[0]
 
 
-def test_a_yaml_file_keeps_what_it_says(run, place, tmp_path, monkeypatch):
+def test_options_of_a_yaml_file_are_kept(run, place, tmp_path, monkeypatch):
     """Place and batch size of the file are used; model arguments of the file and of the command line come together."""
     monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
-    made = []
+    places = []
     real = SigmixLM.__init__
-    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: made.append(given) or real(self, **given))
+    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: places.append(given) or real(self, **given))
     file = tmp_path / "run.yaml"
     file.write_text(
         f"tasks: [tiny_choice]\ninclude_path: {place.tasks}\nlimit: 2\noutput_path: {tmp_path / 'kept'}\n"
@@ -301,7 +301,7 @@ def test_a_yaml_file_keeps_what_it_says(run, place, tmp_path, monkeypatch):
     (results,) = (tmp_path / "kept").rglob("results_*.json")
     assert json.loads(results.read_text())["results"] == done.json["results"]
     wanted = {"batch_size": 3, "dtype": "float32", "max_length": 200, "mix": "one"}
-    assert {name: made[0][name] for name in wanted} == wanted
+    assert {name: places[0][name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("content, words, message", [
@@ -323,13 +323,13 @@ def test_what_a_yaml_file_cannot_say(content, words, message, refused, tmp_path)
 
 def test_options_in_every_form_that_the_harness_reads(run, place, tmp_path, monkeypatch):
     monkeypatch.setenv("SIGMIX_CACHE", str(place.cache))
-    made = []
+    places = []
     real = SigmixLM.__init__
-    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: made.append(given) or real(self, **given))
+    monkeypatch.setattr(SigmixLM, "__init__", lambda self, **given: places.append(given) or real(self, **given))
     done = run("lm-eval", "-ttiny_choice", "-b8", "--output", tmp_path, "--incl", place.tasks, "-L2", "-sMsigmix",
                "--base", place.base, "--json")  # fmt: skip
     assert done.code == 0, done.err
-    assert made[0]["batch_size"] == "8"
+    assert places[0]["batch_size"] == "8"
     assert len(logged(tmp_path, "tiny_choice")) == 2
 
 

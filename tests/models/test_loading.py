@@ -32,7 +32,7 @@ def logits(model):
 # --- folders
 
 
-def test_a_folder_loads_frozen_in_eval_mode_and_says_where_it_came_from(model_folder):
+def test_a_folder_loads_frozen_in_eval_mode_and_records_its_source(model_folder):
     model, tokenizer = load_base(model_folder, dtype="float32")
     assert torch.equal(logits(model), logits(build_tiny()))
     assert not model.training
@@ -51,7 +51,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(model_folder):
     assert loaded.pad_token == "<eos>"
 
 
-def test_the_dtype_is_as_asked_or_what_the_device_is_good_at(model_folder):
+def test_the_dtype_is_the_given_one_or_the_faster_one_of_the_device(model_folder):
     assert load_base(model_folder, dtype="bf16")[0].dtype == torch.bfloat16
     assert load_base(model_folder, dtype=torch.float32)[0].dtype == torch.float32
     assert load_base(model_folder)[0].dtype == default_dtype(load_base(model_folder)[0].device)
@@ -78,13 +78,13 @@ def test_a_damaged_note_of_the_dtype_is_measured_again(monkeypatch, cache, conte
     assert default_dtype("cpu") == torch.bfloat16
 
 
-def test_a_folder_without_config_says_what_is_there(tmp_path):
+def test_a_folder_without_config_lists_its_files(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(BaseModelError, match=r"config\.json.*notes\.txt"):
         load_base(tmp_path)
 
 
-def test_a_folder_without_safetensors_says_how_to_convert(model_folder):
+def test_a_folder_without_safetensors_has_a_remedy(model_folder):
     (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
     with pytest.raises(BaseModelError, match=r"model\.safetensors.*pytorch_model\.bin.*save_pretrained"):
         load_base(model_folder)
@@ -141,7 +141,7 @@ def test_a_config_that_is_not_json_is_named(model_folder):
         load_base(model_folder)
 
 
-def test_a_missing_tokenizer_says_what_the_folder_needs(model_folder):
+def test_a_missing_tokenizer_names_the_missing_files(model_folder):
     for file in model_folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(BaseModelError, match=r"tokenizer\.json"):

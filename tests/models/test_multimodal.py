@@ -55,7 +55,7 @@ def test_a_target_that_only_the_vision_tower_has_is_an_error():
         get_peft_model(vlm("llava")[0], SVFConfig(target_modules=["fc1"]))
 
 
-def test_a_backbone_that_cannot_be_told_apart_needs_full_paths(monkeypatch):
+def test_an_unidentified_backbone_needs_full_paths(monkeypatch):
     model, _ = vlm("llava")
     monkeypatch.setattr(model, "get_decoder", lambda: model)
     with pytest.raises(BaseModelError, match="cannot be told apart .* -> give target_modules as full module paths"):
@@ -92,7 +92,7 @@ def test_a_text_model_has_no_processor_and_no_backbone(model_folder):
     assert backbone(model) is None
 
 
-def test_a_folder_without_its_processor_says_what_is_missing(tmp_path):
+def test_a_folder_without_its_processor_names_the_missing_file(tmp_path):
     folder = saved(tmp_path / "tiny")
     for file in folder.glob("*processor*"):
         file.unlink()
@@ -100,7 +100,7 @@ def test_a_folder_without_its_processor_says_what_is_missing(tmp_path):
         load_base(folder)
 
 
-def test_a_processor_that_needs_another_library_says_how_to_get_it(tmp_path, monkeypatch):
+def test_a_processor_that_needs_another_library_has_a_remedy(tmp_path, monkeypatch):
     folder = saved(tmp_path / "tiny")
 
     def missing(*_, **__):

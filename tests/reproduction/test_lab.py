@@ -28,7 +28,7 @@ def home(tmp_path):
     return lab(tmp_path)
 
 
-def test_a_run_is_made_once_and_its_record_says_how(home):
+def test_a_run_is_computed_once_and_recorded(home):
     name, folder = home.trained("lora-rl", "larger", 1, 1e-3)
     assert name == "lora-rl@0.001.larger.s1"
     assert (folder / "adapter_model.safetensors").exists()

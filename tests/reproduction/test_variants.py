@@ -21,9 +21,9 @@ MASK = torch.ones_like(ANSWERS, dtype=torch.bool)
 
 def trainer(kind: Kind, model, tokenizer, folder, **changes) -> VariantTrainer:
     settings = config(**{"positions": "prompt", **changes})
-    made = VariantTrainer(kind, model.double(), tokenizer, Letter(), settings, folder, "letter")
-    shake(made.policy)
-    return made
+    variant = VariantTrainer(kind, model.double(), tokenizer, Letter(), settings, folder, "letter")
+    shake(variant.policy)
+    return variant
 
 
 def logits(policy) -> torch.Tensor:
@@ -32,8 +32,8 @@ def logits(policy) -> torch.Tensor:
 
 
 def test_z_acts_on_the_first_answer_tokens(tiny, tiny_tokenizer, tmp_path):
-    made = trainer(Kind("", {}, answer_tokens=2), tiny("llama"), tiny_tokenizer, tmp_path / "run")
-    policy = made.policy
+    variant = trainer(Kind("", {}, answer_tokens=2), tiny("llama"), tiny_tokenizer, tmp_path / "run")
+    policy = variant.policy
     ours = logits(policy)
     # the slow way: every token in a pass of its own, over the cache of those before it
     from transformers import DynamicCache
@@ -51,8 +51,8 @@ def test_z_acts_on_the_first_answer_tokens(tiny, tiny_tokenizer, tmp_path):
 
 
 def test_all_answer_tokens_are_positions_all_and_none_is_prompt(tiny, tiny_tokenizer, tmp_path):
-    made = trainer(Kind("", {}), tiny("llama"), tiny_tokenizer, tmp_path / "run")
-    policy = made.policy
+    variant = trainer(Kind("", {}), tiny("llama"), tiny_tokenizer, tmp_path / "run")
+    policy = variant.policy
     prompt = logits(policy)
     with policy.acting_on("all"):
         every = logits(policy)
@@ -71,9 +71,9 @@ def test_all_answer_tokens_are_positions_all_and_none_is_prompt(tiny, tiny_token
 
 
 def test_rollouts_are_of_the_policy_that_the_loss_reads(tiny, tiny_tokenizer, tmp_path):
-    made = trainer(Kind("", {}, answer_tokens=1), tiny("llama"), tiny_tokenizer, tmp_path / "run")
-    policy, actor = made.policy, made.actor
-    samples = made.task.samples("train", 4)
+    variant = trainer(Kind("", {}, answer_tokens=1), tiny("llama"), tiny_tokenizer, tmp_path / "run")
+    policy, actor = variant.policy, variant.actor
+    samples = variant.task.samples("train", 4)
     with policy.acting():
         rows = actor.generate(samples, 6)
     for sample, row in zip(samples, rows, strict=True):
@@ -87,9 +87,9 @@ def test_rollouts_are_of_the_policy_that_the_loss_reads(tiny, tiny_tokenizer, tm
 
 
 def test_both_ways_average_their_gradients(tiny, tiny_tokenizer, tmp_path):
-    made = trainer(Kind("", {}, both=True), tiny("llama"), tiny_tokenizer, tmp_path / "run", beta=0.1)
-    learner, parameters = made.learner, made.learner.parameters
-    samples = made.stream.step(0)
+    variant = trainer(Kind("", {}, both=True), tiny("llama"), tiny_tokenizer, tmp_path / "run", beta=0.1)
+    learner, parameters = variant.learner, variant.learner.parameters
+    samples = variant.stream.step(0)
     rollouts = learner.rollouts(0, samples)
     assert len(rollouts.prompts) == len(samples)
     sums = learner._backward(0, rollouts)
@@ -110,7 +110,8 @@ def test_both_ways_average_their_gradients(tiny, tiny_tokenizer, tmp_path):
     for path in ours:
         torch.testing.assert_close(ours[path], expected[path], rtol=1e-4, atol=1e-7)
     assert row_seed(0, 0, 0) != row_seed(0, 1, 0)
-    assert [item.id for item in made.evaluate(made.validation).items] == [sample.id for sample in made.validation]
+    items = variant.evaluate(variant.validation).items
+    assert [item.id for item in items] == [sample.id for sample in variant.validation]
 
 
 def test_the_proximal_step_removes_small_gains():
@@ -125,9 +126,9 @@ def test_a_penalty_leaves_fewer_components(tiny, tiny_tokenizer, tmp_path):
     for strength in (0.0, 0.9):
         kind = Kind("", {}, l1=strength)
         settings = config(positions="prompt", max_steps=3)
-        made = VariantTrainer(kind, tiny("llama"), tiny_tokenizer, Letter(), settings, tmp_path / str(strength), "it")
+        variant = VariantTrainer(kind, tiny("llama"), tiny_tokenizer, Letter(), settings, tmp_path / f"{strength}", "x")
         for step in range(3):
-            made.learner.step(step, made.stream.step(step))
-        shares.append(surviving(made.policy.expert("it", {})))
+            variant.learner.step(step, variant.stream.step(step))
+        shares.append(surviving(variant.policy.expert("it", {})))
     assert shares[0] > 0.9
     assert shares[1] < shares[0] - 0.2

@@ -138,7 +138,7 @@ def test_type_stream_and_see_the_mix(page, alone):
     assert replies(page) == [alone.generate([ids], "math", max_new_tokens=24)[0].text]
 
 
-def test_auto_says_why(page):
+def test_auto_shows_its_reason(page):
     ask(page, "one two")
     assert re.match(r"(math|code|word|base): .{10,}", page.locator("#reason").text_content())
     assert set(shares(page)) == set(NAMES)

@@ -182,7 +182,7 @@ def test_a_full_disk_is_enough_where_nothing_is_missing(tmp_path, counted, monke
         decompose_checkpoint(Checkpoint(folder, "float32"))
 
 
-def test_a_device_that_is_full_says_so_and_what_to_do(tmp_path, monkeypatch):
+def test_a_device_that_is_full_has_a_remedy(tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers_experts import adapted, logits, made
+from helpers_experts import adapted, logits, random_expert
 from helpers_tiny import build_tiny
 from peft import AutoPeftModelForCausalLM, PeftModel
 
@@ -115,7 +115,7 @@ def test_seal_writes_a_card_where_there_is_none(tiny, tmp_path):
 def test_another_base_is_an_error_that_names_both(tiny):
     mine, other = tiny(), tiny(seed=1)
     mine.sigmix_base, other.sigmix_base = {"name": "smollm2-135m"}, {"name": "someone/else"}
-    expert = made(mine)
+    expert = random_expert(mine)
     with pytest.raises(FingerprintError) as caught:
         expert.check(other)
     text = str(caught.value)
@@ -126,14 +126,14 @@ def test_another_base_is_an_error_that_names_both(tiny):
     expert.check(mine)
 
 
-def test_the_same_name_in_another_dtype_says_so(tiny):
-    expert = made(tiny())
+def test_the_same_name_in_another_dtype(tiny):
+    expert = random_expert(tiny())
     with pytest.raises(FingerprintError, match=r"load it with dtype='float32'"):
         expert.check(tiny().to(torch.bfloat16))
 
 
-def test_the_same_name_with_other_weights_says_so(tiny):
-    expert = made(tiny())
+def test_the_same_name_with_other_weights(tiny):
+    expert = random_expert(tiny())
     with pytest.raises(FingerprintError, match="another revision, or weights changed after loading"):
         expert.check(tiny(seed=1))
 

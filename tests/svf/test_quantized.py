@@ -126,7 +126,7 @@ def test_the_gain_form_of_a_plain_layer_has_the_factored_forms_gradient(dtype):
     assert error(found["gain"], found["factored"]) < 10 * TOLERANCE[dtype]
 
 
-def test_an_expert_of_the_plain_base_is_refused_and_told_how(folder):
+def test_an_expert_of_the_plain_base_is_refused_with_the_remedy(folder):
     plain = get_peft_model(load_base(folder, "float32")[0], SVFConfig())
     randomise(plain)
     expert = Expert.from_model(plain, name="plain")

@@ -152,7 +152,7 @@ def test_number_text_reads_back_exactly(number, text):
         ("The answer is 5 feet 6 inches", None), ("Answer: 5 hours and 30 minutes", None),
     ],
 )  # fmt: skip
-def test_what_a_sentence_says_about_its_number(reply, value):
+def test_remarks_about_a_number(reply, value):
     assert final_number(reply) == value
 
 

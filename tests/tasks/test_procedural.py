@@ -84,7 +84,7 @@ def test_partial_marks_only_on_demand():
     assert lenient.score(sample, sample.gold).value == 1.0
 
 
-def test_a_scorer_that_raises_on_a_reply_makes_it_wrong_and_says_so(monkeypatch):
+def test_a_scorer_that_raises_on_a_reply_makes_it_wrong_with_the_reason(monkeypatch):
     task = get_task("rg:chain_sum")
     sample = task.samples("train", 1)[0]
 

@@ -182,6 +182,6 @@ def test_rows_that_make_no_sense_are_named(tmp_path, change, message):
         task.samples("train")
 
 
-def test_easy_vqa_without_files_says_that_the_hub_has_none():
+def test_easy_vqa_without_files_names_the_missing_ones():
     with pytest.raises(DataError, match=r"easy_vqa/train\.jsonl.*--data-dir"):
         get_task("easy_vqa").samples("test")

@@ -286,7 +286,7 @@ class Chosen(AnyLetter):
     choices = ("ab", "ac", "b", "-")
 
 
-def test_a_policy_over_given_replies_says_nothing_else_and_has_the_oracles_gradient(tiny, tiny_tokenizer):
+def test_a_policy_over_given_replies_has_the_oracles_gradient(tiny, tiny_tokenizer):
     task = Chosen()
     ours = learner(
         tiny("llama").double(),

@@ -66,7 +66,7 @@ def test_damage_is_named(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}', "{}"])
-def test_an_index_that_says_nothing(tmp_path, text):
+def test_an_index_without_a_weight_map(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(BaseModelError, match=r"index\.json"):
         Shards(tmp_path)

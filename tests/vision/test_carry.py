@@ -36,17 +36,17 @@ def words():
 
 def test_an_expert_of_the_same_backbone_does_there_what_it_did(words):
     seeing, processor = with_its_words()
-    made = carry(words, seeing)
-    made.check(seeing)
-    origin = made.meta["carried_from"]
+    carried = carry(words, seeing)
+    carried.check(seeing)
+    origin = carried.meta["carried_from"]
     assert (origin["basis"], origin["base"], origin["digest"]) == ("same", "LlamaForCausalLM", words.digest)
-    assert origin["deviation"]["same"] == origin["deviation"]["matrices"] == len(made.z) == 14
-    assert all(path.startswith("model.language_model.layers.") for path in made.z)
-    assert "metrics" not in made.meta  # measured on the text model, and kept with where it came from
+    assert origin["deviation"]["same"] == origin["deviation"]["matrices"] == len(carried.z) == 14
+    assert all(path.startswith("model.language_model.layers.") for path in carried.z)
+    assert "metrics" not in carried.meta  # measured on the text model, and kept with where it came from
     assert origin["metrics"][0]["value"] == 0.5
     ids = torch.tensor([list(range(4, 40))])
     assert carry(at("prompt", words), seeing).positions == "prompt"
-    there = Engine(seeing, bind(processor), bank={"words": made}).logits(ids, mix=Mix.one("words"))
+    there = Engine(seeing, bind(processor), bank={"words": carried}).logits(ids, mix=Mix.one("words"))
     here = Engine(text_model(), build_tokenizer(), bank={"words": words}).logits(ids, mix=Mix.one("words"))
     assert torch.equal(there, here)
     assert not torch.equal(here, Engine(text_model(), build_tokenizer()).logits(ids))
@@ -67,13 +67,13 @@ def test_another_backbone_is_refused_with_figures_and_taken_on_purpose(words, tm
         seeing.model.language_model.layers[1].mlp.up_proj.weight.add_(0.05)
     with pytest.raises(ExpertError, match=r"at most \(model\.layers\.1\.mlp\.up_proj\); 13 of 14 matrices"):
         carry(words, seeing)
-    made = carry(words, seeing, force=True)
-    assert made.meta["carried_from"]["basis"] == "differs"
+    carried = carry(words, seeing, force=True)
+    assert carried.meta["carried_from"]["basis"] == "differs"
     for path, z in words.z.items():
-        assert torch.equal(made.z[path.replace("model.", "model.language_model.", 1)], z)
-    made.save_pretrained(tmp_path / "words")
+        assert torch.equal(carried.z[path.replace("model.", "model.language_model.", 1)], z)
+    carried.save_pretrained(tmp_path / "words")
     again = Expert.from_pretrained(tmp_path / "words", base=seeing)
-    assert again == made
+    assert again == carried
     assert "other weights, by index order" in (tmp_path / "words/README.md").read_text()
     with pytest.raises(FingerprintError):
         again.check(with_its_words()[0])
@@ -114,8 +114,8 @@ def test_even_on_purpose_the_sizes_must_fit(words, sizes, message):
 
 
 def test_to_a_text_model_of_another_make(words):
-    made = carry(words, build_tiny("qwen2"), force=True)
-    assert set(made.z) == set(words.z)
+    carried = carry(words, build_tiny("qwen2"), force=True)
+    assert set(carried.z) == set(words.z)
     with pytest.raises(ExpertError, match="14 of 14 are missing"):
         carry(words, build_tiny("gpt2"), force=True)
 
@@ -128,9 +128,9 @@ def test_an_expert_of_a_quantised_base_is_carried_to_one_quantised_alike(tmp_pat
     seeing.save_pretrained(tmp_path / "seeing")
     processor.save_pretrained(tmp_path / "seeing")
     model = load_base(tmp_path / "text", "float32", quantization_config="int8")[0]
-    made = expert(model, "words", seed=3)
-    Bank(tmp_path / "bank", create=True).add(made)
-    assert made.meta["base"]["dtype"] == "float32 in int8"
+    carried = expert(model, "words", seed=3)
+    Bank(tmp_path / "bank", create=True).add(carried)
+    assert carried.meta["base"]["dtype"] == "float32 in int8"
     common = ("experts", "carry", "words", "--bank", tmp_path / "bank", "--to", tmp_path / "seeing", "--json")
     done = run(*common, "--out", tmp_path / "carried/one")
     assert done.code == 0, done.err

@@ -24,7 +24,7 @@ def harness_model(place):
 
 
 @torch.no_grad()
-def test_the_harness_asks_what_the_engine_asks(place):
+def test_the_harness_sends_the_prompts_of_the_engine(place):
     from lm_eval.api.instance import Instance
 
     model = harness_model(place)
@@ -36,13 +36,13 @@ def test_the_harness_asks_what_the_engine_asks(place):
     assert model.tok_encode(text) == ids
     assert model.chat_template(True) == model.tokenizer.sigmix_processor.chat_template
     answer = model.tok_encode("red", add_special_tokens=False)
-    asked = Instance("loglikelihood", {}, (text, "red"), 0)
-    ((told, _),) = model.loglikelihood([asked], True)
+    request = Instance("loglikelihood", {}, (text, "red"), 0)
+    ((logprob, _),) = model.loglikelihood([request], True)
     scores = model.engine.logits(torch.tensor([[*ids, *answer]]))[0, len(ids) - 1 : -1].log_softmax(-1)
-    assert told == pytest.approx(float(scores.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-4, abs=1e-3)
+    assert logprob == pytest.approx(float(scores.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-4, abs=1e-3)
 
 
-def test_the_harness_is_told_what_cannot_be_asked(place):
+def test_the_harness_refuses_images_in_prompts(place):
     model = harness_model(place)
     with pytest.raises(ConfigError, match="<image>"):
         model.apply_chat_template([{"role": "user", "content": "what is <image>?"}])

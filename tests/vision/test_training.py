@@ -72,18 +72,19 @@ def trained(task, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(folder / "cache"))
         torch.set_num_threads(1)
-        made, log = trainer(folder / "run", task)
-        before = fingerprint(made.policy.model, fresh=True)
-        expert = made.fit()
-        assert fingerprint(made.policy.model, fresh=True) == before  # vision tower and all
-        yield made, expert, log, task
+        training, log = trainer(folder / "run", task)
+        before = fingerprint(training.policy.model, fresh=True)
+        expert = training.fit()
+        assert fingerprint(training.policy.model, fresh=True) == before  # vision tower and all
+        yield training, expert, log, task
 
 
-def accuracy(made, task, samples, expert=None):
-    layers = made.policy.layers
+def accuracy(training, task, samples, expert=None):
+    layers = training.policy.layers
     state = as_base(layers) if expert is None else as_merged(layers, merged_weights(layers, expert.z))
     with state:
-        return evaluate(task, samples, lambda part: made.actor.decode(made.actor.generate(part, task.max_new_tokens)))
+        actor, limit = training.actor, task.max_new_tokens
+        return evaluate(task, samples, lambda part: actor.decode(actor.generate(part, limit)))
 
 
 def shown_instead(samples, images):
@@ -95,11 +96,11 @@ def shown_instead(samples, images):
 
 @pytest.mark.slow
 def test_the_reward_rises_and_held_out_images_are_answered(trained):
-    made, expert, log, task = trained
+    training, expert, log, task = trained
     rewards = [entry["reward"] for entry in log if entry["kind"] == "step"]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.3
     samples = task.samples("test")
-    base, after = accuracy(made, task, samples), accuracy(made, task, samples, expert)
+    base, after = accuracy(training, task, samples), accuracy(training, task, samples, expert)
     assert constant_baseline(task, samples)["accuracy"] == pytest.approx(1 / 3)
     assert base.accuracy < 0.5
     assert after.accuracy > 0.8
@@ -111,17 +112,17 @@ def test_the_reward_rises_and_held_out_images_are_answered(trained):
 def test_what_it_learnt_is_to_look(trained):
     from PIL import Image
 
-    made, expert, _, task = trained
+    training, expert, _, task = trained
     samples = task.samples("test")
     blank = shown_instead(samples, [Image.new("RGB", (32, 32), "white")] * len(samples))
-    without = accuracy(made, task, blank, expert)
+    without = accuracy(training, task, blank, expert)
     assert without.summary()["distinct_answers"] == 1  # one question, one image: one answer
     assert without.accuracy == pytest.approx(1 / 3)
     # each item gets the image of one with another answer: what it says follows the image, not the item
     turned = [COLOURS[(COLOURS.index(sample.gold) + 1) % 3] for sample in samples]
     donors = {colour: [s for s in samples if s.gold == colour] for colour in COLOURS}
     other = [donors[colour][number % len(donors[colour])].images[0] for number, colour in enumerate(turned)]
-    swapped = accuracy(made, task, shown_instead(samples, other), expert)
+    swapped = accuracy(training, task, shown_instead(samples, other), expert)
     assert swapped.accuracy < 0.15
     follows = sum(item.answer == colour for item, colour in zip(swapped.items, turned, strict=True)) / len(turned)
     assert follows > 0.8
@@ -165,13 +166,13 @@ def test_a_step_on_other_kinds_of_models(task, tmp_path, kind, objective):
         task="easy_vqa", base="tiny", max_steps=1, generation_batch_size=4, num_generations=2, learning_rate=0.05,
         eval_steps=1, max_eval_samples=2, per_device_train_batch_size=4, objective=objective, format_reward=0.0,
     )  # fmt: skip
-    made = Trainer(model, bind(processor), task, config, tmp_path, "one")
+    training = Trainer(model, bind(processor), task, config, tmp_path, "one")
     sample = task.samples("train", 1)[0]
-    prompt = made.actor.encode(sample)
+    prompt = training.actor.encode(sample)
     answer = torch.tensor([[11, 12, 13]])
-    with as_base(made.policy.layers), torch.no_grad():
-        state = prefill(made.policy.model, [prompt, prompt], 0)
-        ours = answer_logits(made.policy.model, state, answer.repeat(2, 1), torch.ones(2, 3, dtype=torch.bool))[1]
+    with as_base(training.policy.layers), torch.no_grad():
+        state = prefill(training.policy.model, [prompt, prompt], 0)
+        ours = answer_logits(training.policy.model, state, answer.repeat(2, 1), torch.ones(2, 3, dtype=torch.bool))[1]
         turn = [{"type": "image", "image": sample.images[0].open()}, {"type": "text", "text": sample.prompt}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -182,4 +183,4 @@ def test_a_step_on_other_kinds_of_models(task, tmp_path, kind, objective):
                 inputs[key] = torch.cat([inputs[key], fill.to(inputs[key].dtype)], 1)
         own = model(**inputs).logits[0, -4:-1]
     torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
-    assert made.fit() is not None
+    assert training.fit() is not None
