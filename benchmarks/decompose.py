@@ -49,7 +49,7 @@ def run(
 
     Args:
         repeats: decompositions of the large matrix by each, and of the base; default 1 (LAPACK takes about a minute).
-        dtype: float32 or None. base: whose matrices. large: shape of the large matrix.
+        dtype: float32 or None. base: of the matrices. large: shape of the large matrix.
     """
     if dtype not in (None, "float32"):
         raise ConfigError(f"decompositions are float32, not {dtype}", remedy="leave --dtype out")

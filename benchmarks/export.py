@@ -104,16 +104,16 @@ def _child(way: str, base: str, mix: Mix, bank: str, out: str) -> dict[str, int]
 def _main(given: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    asked = json.loads(given)
-    source = BaseCheckpoint(asked["base"])  # both know where the base lies, and have what that imports
+    job = json.loads(given)
+    source = BaseCheckpoint(job["base"])  # both know where the base lies, and have what that imports
     imported = high_water()
-    if asked["way"] == "stream":
-        mix, bank = Mix.parse(asked["mix"]), Bank(asked["bank"])
+    if job["way"] == "stream":
+        mix, bank = Mix.parse(job["mix"]), Bank(job["bank"])
         source.adopt_dtype(bank[name] for name in mix.weights)
-        export_merged(source, mix, bank, Path(asked["out"]))
+        export_merged(source, mix, bank, Path(job["out"]))
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-        model.save_pretrained(asked["out"])
+        model.save_pretrained(job["out"])
     print(json.dumps({"peak": high_water(), "imported": imported}))
 
 

@@ -58,7 +58,7 @@ def run(
 
     Args:
         repeats: rounds, default 1. dtype: that bases are decomposed in; default: as `load_base` picks.
-        base: beside the two random ones, whose depths, width and inner width are given too.
+        base: beside the two random ones, of the given depths, width and inner width.
     """
     kind = str(dtype_of(dtype, torch.device("cpu"))).removeprefix("torch.")
     where = device(kind)
@@ -75,8 +75,8 @@ def run(
                 for how in ("stream", "whole"):
                     found[f"{name}, {how}"] = done = measured(how, path, kind)
                     peak = done["peak"] - done["imported"]
-                    told = f"{peak / 1e6:.0f} MB beyond imports, {done['seconds']:.3g} s"
-                    say(f"round {number + 1}, {name}, {how}: {told}")
+                    figures = f"{peak / 1e6:.0f} MB beyond imports, {done['seconds']:.3g} s"
+                    say(f"round {number + 1}, {name}, {how}: {figures}")
             rounds.append(found)
         plans = {name: _plan(path, kind) for name, path in bases.items()}
 
@@ -163,14 +163,14 @@ def _plan(folder: Path, dtype: str) -> dict[str, Any]:
 
 
 def _main(given: str) -> None:
-    asked = json.loads(given)
-    torch.set_num_threads(asked["threads"])
-    folder, kind = Path(asked["folder"]), getattr(torch, asked["dtype"])
+    job = json.loads(given)
+    torch.set_num_threads(job["threads"])
+    folder, kind = Path(job["folder"]), getattr(torch, job["dtype"])
     # the model's code and LAPACK are loaded on first use, by both
     empty_model(_config(folder))
     decompose(torch.randn(64, 96))
     imported, begun = high_water(), time.perf_counter()
-    if asked["how"] == "stream":
+    if job["how"] == "stream":
         decompose_checkpoint(Checkpoint(folder, kind), device="cpu")
     else:
         model: Any = load_weights(folder, str(folder), kind, torch.device("cpu"))

@@ -107,14 +107,14 @@ def run(
                 raw["vllm"] = peer.ready
                 for count in counts:
                     say(f"{kind}_{count}")
-                    asked = [rows[:count] for rows in rounds]
+                    parts = [rows[:count] for rows in rounds]
                     theirs: list[Any] = []
                     answers: dict[str, list[Any]] = {name: [] for name in ours[kind]}
                     contestants = {
-                        f"ours{name}": _ours(engine, asked, mix and mix[:count], new_tokens, answers[name])
+                        f"ours{name}": _ours(engine, parts, mix and mix[:count], new_tokens, answers[name])
                         for name, mix in ours[kind].items()
                     }
-                    contestants["vllm"] = _theirs(peer, asked, new_tokens, theirs)
+                    contestants["vllm"] = _theirs(peer, parts, new_tokens, theirs)
                     taken = seconds[f"{kind}_{count}"] = interleaved(contestants, repeats)
                     for name, own in answers.items():
                         label = f"{kind}{name}_{count}"
