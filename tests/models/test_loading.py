@@ -236,7 +236,7 @@ def test_damage_in_the_cache_is_found_and_the_file_named(gguf_file, cache):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CacheError, match=r"model\.safetensors.* -> sigmix cache clear models"):
+    with pytest.raises(CacheError, match=r"model\.safetensors.* -> sigmix cache clear --kind models"):
         load_base(gguf_file)
     shutil.rmtree(cache / "models")
     assert torch.equal(logits(load_base(gguf_file)[0]), before)
