@@ -137,16 +137,17 @@ def gguf(
                 (folder / "README.md").write_text(gguf_card(parsed.id, names, files), encoding="utf-8")
         figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
         if verify:
-            whole = base_gguf(source, gguf_base)
-            if isinstance(whole, Path):
+            model_file = base_gguf(source, gguf_base)
+            if isinstance(model_file, Path):
                 _verify(
                     figures, source,
-                    lambda: verify_gguf(scales, whole, Reference(source, parsed, experts, upcast=True)), "llama.cpp",
+                    lambda: verify_gguf(scales, model_file, Reference(source, parsed, experts, upcast=True)),
+                    "llama.cpp",
                     exact=not any(one["dropped"] for one in files), upcast=True,
                     adapter_bytes=sum(one["bytes"] for one in files),
                 )  # fmt: skip
             else:
-                figures["not_verified"] = whole
+                figures["not_verified"] = model_file
     lines = [f"{one['file']}: rank {one['rank']}, {size(one['bytes'])} in {number}" for one in files]
     _emit(figures, as_json, lines, source, [CACHE_NOTE, _server_command(scales)])
 

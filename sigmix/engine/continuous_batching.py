@@ -85,7 +85,7 @@ class ContinuousBatch(DecodingBatch):
     """
 
     def __init__(self, engine: Engine, form: str | None = None, *, chunked: bool = True, isolate: bool = False) -> None:
-        super().__init__(engine.model, engine.eos_token_ids, whole=engine.execution.whole)
+        super().__init__(engine.model, engine.eos_token_ids, one_pass=engine.execution.one_pass)
         self.engine, self.form, self.chunked, self.isolate = engine, form, chunked, isolate
         self._limit = float("inf")  # of sequences that decode together; the pending ones wait
         self._failed = False  # the last step
@@ -285,7 +285,7 @@ class ContinuousBatch(DecodingBatch):
         if is_prompt is None:
             state = engine.under(mixes, self.form, tokens, decoding)
         else:
-            state = engine.whole(mixes, is_prompt)
+            state = engine.one_pass(mixes, is_prompt)
         self._select = self._stack.enter_context(state)
         self._state_id = self.engine.state_id
 

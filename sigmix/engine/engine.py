@@ -363,7 +363,7 @@ class Engine:
         if is_prompt is None or list(map(self.execution.decoding, mixes)) == mixes:
             state = self.under(mixes, form, input_ids.numel())
         else:
-            state = self.whole(mixes, is_prompt)
+            state = self.one_pass(mixes, is_prompt)
         with state:
             own = self.model(**forward_inputs(self.model, ids, mask), use_cache=False).logits
         if used is None:
@@ -414,9 +414,9 @@ class Engine:
             yield select
 
     @contextmanager
-    def whole(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
-        """Compute prompts and answers in one pass inside this context, see `Execution.whole`."""
-        with self._switched(), self.execution.whole(mixes, is_prompt) as select:
+    def one_pass(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
+        """Compute prompts and answers in one pass inside this context, see `Execution.one_pass`."""
+        with self._switched(), self.execution.one_pass(mixes, is_prompt) as select:
             yield select
 
     @contextmanager

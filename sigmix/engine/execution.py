@@ -281,7 +281,7 @@ class Execution:
             self._form, self._unmerged = before
 
     @contextmanager
-    def whole(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
+    def one_pass(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
         """Compute row b of a pass over a prompt and its answer under ``mixes[b]``, and `decoding` on answer tokens.
 
         Args:

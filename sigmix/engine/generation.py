@@ -222,8 +222,8 @@ def select_tokens(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> t
     tokens = logits.argmax(-1)
     for options, rows in groups.items():
         draws = torch.tensor([sequences[row].draw() for row in rows], dtype=torch.float64, device=logits.device)
-        whole = len(rows) == len(sequences)
-        tokens[rows] = _sample(logits if whole else logits[rows], *options, draws)
+        every_row = len(rows) == len(sequences)
+        tokens[rows] = _sample(logits if every_row else logits[rows], *options, draws)
     return tokens
 
 
@@ -296,7 +296,7 @@ def _sample(
     return tokens[:, 0]
 
 
-Whole = Callable[[Sequence[Mix], torch.Tensor], AbstractContextManager[Any]]
+OnePass = Callable[[Sequence[Mix], torch.Tensor], AbstractContextManager[Any]]
 """Context manager of (mixture of each row, tokens of the prompts: bool [B, T])."""
 
 
@@ -310,7 +310,7 @@ class DecodingBatch:
         eos_token_ids: tokens that end a sequence.
         select: restricts per-row adapter state to remaining rows.
         trie: the only replies allowed; tokens are chosen, and log-probabilities taken, among its continuations.
-        whole: state in which prompts and answers are read again in one pass, see `Execution.whole`; None: the present.
+        one_pass: state for reading prompts and answers again, see `Execution.one_pass`; None: the present state.
     """
 
     def __init__(
@@ -319,9 +319,9 @@ class DecodingBatch:
         eos_token_ids: Sequence[int],
         select: Select | None = None,
         trie: TokenTrie | None = None,
-        whole: Whole | None = None,
+        one_pass: OnePass | None = None,
     ) -> None:
-        self.model, self.eos_token_ids, self.trie, self.whole = model, eos_token_ids, trie, whole
+        self.model, self.eos_token_ids, self.trie, self.one_pass = model, eos_token_ids, trie, one_pass
         self._select, self._threshold = select, batching(model).threshold
         self.clear()
 
@@ -375,7 +375,7 @@ class DecodingBatch:
         assert self._rows is not None
         places = {id(one): self._rows[row] for row, one in crossing.items()}
         members = list(crossing.values())
-        if self.whole is None and self._select is not None:
+        if self.one_pass is None and self._select is not None:
             self._select(list(places.values()))
         state = self.read_again(members)
         DecodingBatch.remove(self, members)
@@ -391,7 +391,7 @@ class DecodingBatch:
         width, device = max(map(len, rows)), self.kv_cache.lengths.device
         ends = torch.tensor([width - len(one.ids) for one in sequences], device=device)  # rows are padded on the left
         is_prompt = torch.arange(width, device=device) < ends[:, None]
-        with nullcontext() if self.whole is None else self.whole([one.mix for one in sequences], is_prompt):
+        with nullcontext() if self.one_pass is None else self.one_pass([one.mix for one in sequences], is_prompt):
             return prefill(self.model, rows, pad_id=0, share=False)
 
     def run(self, sequences: Sequence[SequenceState], state: Prefilled) -> None:
@@ -497,6 +497,6 @@ def complete(
     ]
     state = (state or prefill(model, prompts, pad_id)).repeat(num_generations)
     with prompt_only(False):
-        batch = DecodingBatch(model, eos_token_ids, trie=trie, whole=lambda _, is_prompt: prompt_only(is_prompt))
+        batch = DecodingBatch(model, eos_token_ids, trie=trie, one_pass=lambda _, is_prompt: prompt_only(is_prompt))
         batch.run(sequences, state)
     return sequences

@@ -233,8 +233,8 @@ def answer_logits(model: Any, state: Prefilled, answers: torch.Tensor, mask: tor
     return torch.cat([first, out.logits], dim=1)
 
 
-def reads_whole(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[int]) -> bool:
-    """Return True if `whole_logits` must take the place of `answer_logits`.
+def needs_one_pass(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[int]) -> bool:
+    """Return True if `one_pass_logits` must take the place of `answer_logits`.
 
     Args:
         answers: length of the answer to each prompt.
@@ -244,7 +244,7 @@ def reads_whole(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[
     return kind.recurrent or any(kind.regime(len(row)) != kind.regime(len(row) + more - 1) for row, more in pairs)
 
 
-def whole_logits(
+def one_pass_logits(
     model: Any,
     prompts: Sequence[Sequence[int]],
     answers: torch.Tensor,
@@ -306,8 +306,8 @@ def completion_logits(
     generations = len(answers) // len(prompts)
     each = [prompt for prompt in prompts for _ in range(generations)]
     always = not share and batching(model).threshold is not None
-    if always or reads_whole(model, each, mask.sum(1).tolist()):
-        return whole_logits(model, each, answers, mask, pad_id, prompt_only=prompt_only)
+    if always or needs_one_pass(model, each, mask.sum(1).tolist()):
+        return one_pass_logits(model, each, answers, mask, pad_id, prompt_only=prompt_only)
     state = (state or prefill(model, prompts, pad_id, share=share)).repeat(generations)
     with prompt_only(False):
         return answer_logits(model, state, answers, mask)

@@ -18,7 +18,7 @@ from torch import nn
 from sigmix.engine.base import InferenceEngine, Prompt
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
-from sigmix.engine.prefix_cache import answer_logits, everywhere, reads_whole, right_pad, whole_logits
+from sigmix.engine.prefix_cache import answer_logits, everywhere, needs_one_pass, one_pass_logits, right_pad
 from sigmix.errors import ConfigError, ExpertError
 from sigmix.experts.mix import Mix
 from sigmix.models.multimodal import bare, forward_inputs
@@ -55,9 +55,9 @@ def next_logits(
         if answer and list(map(engine.execution.decoding, mixes)) != mixes:
             device = engine.model.get_input_embeddings().weight.device
             ids, mask = right_pad([[*answer, engine.pad_id]] * len(rows), engine.pad_id, device)
-            with engine.whole(mixes) as select:
+            with engine.one_pass(mixes) as select:
                 divided = functools.partial(prompt_only, engine.layers)
-                part = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, divided)[:, -1]
+                part = one_pass_logits(engine.model, rows, ids, mask, engine.pad_id, select, divided)[:, -1]
         else:
             given = [[*row, *answer] for row in rows]
             with engine.under(mixes, form, sum(map(len, given))) as select:
@@ -97,18 +97,18 @@ def replies_and_logprobs(
             rest = max(max_new_tokens - len(answer), 0)
             engine.check_prompt([*row, *answer], rest, "a prompt with its completion")
         decoding = list(map(engine.execution.decoding, mixes))
-        whole = reads_whole(engine.model, rows, list(map(len, part)))
+        one_pass = needs_one_pass(engine.model, rows, list(map(len, part)))
         ids, mask = right_pad(part, engine.pad_id, engine.model.get_input_embeddings().weight.device)
-        if max_new_tokens or not whole:
+        if max_new_tokens or not one_pass:
             tokens = sum(map(len, rows)) + (sum(map(len, part)) if decoding == mixes else 0)
             with engine.under(mixes, tokens=tokens) as select:
                 state = engine.read(rows, mixes, select, start)
-        if whole:
-            with engine.whole(mixes) as select:
+        if one_pass:
+            with engine.one_pass(mixes) as select:
                 positions = everywhere if decoding == mixes else functools.partial(prompt_only, engine.layers)
-                logits = whole_logits(engine.model, rows, ids, mask, engine.pad_id, select, positions)
+                logits = one_pass_logits(engine.model, rows, ids, mask, engine.pad_id, select, positions)
         with engine.under(decoding) as select:
-            if not whole:
+            if not one_pass:
                 logits = answer_logits(engine.model, copy.deepcopy(state) if max_new_tokens else state, ids, mask)
             if max_new_tokens:
                 params = SamplingParams(max_new_tokens)
@@ -120,7 +120,7 @@ def replies_and_logprobs(
                         if same and len(answer) <= max_new_tokens and ends == [len(answer) - 1]:
                             one.ids = list(answer)
                 left = [row for row, one in enumerate(replies) if not one.ids]
-                batch = DecodingBatch(engine.model, engine.eos_token_ids, select, whole=engine.execution.whole)
+                batch = DecodingBatch(engine.model, engine.eos_token_ids, select, one_pass=engine.execution.one_pass)
                 if left:
                     batch.run([replies[row] for row in left], state.select(left))
                 decoder = token_decoder(engine.tokenizer)
@@ -212,9 +212,9 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
         ConfigError: there is no list of as many modules as its config has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    whole: Any = bare(model)
+    inner: Any = bare(model)
     # first the language model, because an image encoder may have as many layers; ModernBERT's decoder is its head
-    modules = itertools.chain(whole.get_decoder().modules(), whole.modules())
+    modules = itertools.chain(inner.get_decoder().modules(), inner.modules())
     lists = [m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of {count} layers")

@@ -93,9 +93,7 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLinear):
             target.update_layer(adapter_name, peft_config.inference_mode, peft_config.positions)
         else:
-            new = SVFLinear(
-                target, adapter_name, peft_config.inference_mode, peft_config.cache, peft_config.positions
-            )
+            new = SVFLinear(target, adapter_name, peft_config.inference_mode, peft_config.cache, peft_config.positions)
             if kind(target) == OFFLOADED:
                 setattr(parent, target_name, new)  # PEFT would move z to the weight's device, which is meta
             else:
