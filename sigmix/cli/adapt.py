@@ -77,11 +77,11 @@ def adapt(
         "examples": [one.prompt for one in search.examples], **provenance(),
     }  # fmt: skip
     if granularity == "z":
-        made = _save_expert(search, out, task, figures)
+        description = _save_expert(search, out, task, figures)
     else:
         write_json(out, figures)
-        made = mix.id
-    text = f"{out}: {made}\naccuracy on the {len(labelled)} examples {evidence['accuracy']:.2f}"
+        description = mix.id
+    text = f"{out}: {description}\naccuracy on the {len(labelled)} examples {evidence['accuracy']:.2f}"
     text += f", {evidence['candidates']} mixtures in {evidence['rounds']} rounds"
     if granularity != "z" and (both := answer_note(mix, engine.bank)):
         text += f"\n{both}"

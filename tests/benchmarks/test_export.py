@@ -48,7 +48,7 @@ def test_memory_ratios(home, bank, monkeypatch):
 
 def test_the_deep_base_is_the_base_with_its_layers_repeated(home, bank, tmp_path):
     source = BaseCheckpoint(home.base)
-    made = bench._deepen(source, Mix.parse(MIX), bank, tmp_path / "deep", 3)
+    repeated = bench._deepen(source, Mix.parse(MIX), bank, tmp_path / "deep", 3)
     deep = BaseCheckpoint(tmp_path / "deep")
     assert deep.config.num_hidden_layers == 6
     name = "model.layers.{}.mlp.up_proj"
@@ -56,7 +56,7 @@ def test_the_deep_base_is_the_base_with_its_layers_repeated(home, bank, tmp_path
         first, copy = (shards.tensor(f"{name.format(n)}.weight") for shards, n in
                        ((source.shards, layer), (deep.shards, other)))  # fmt: skip
         assert torch.equal(first, copy)
-        assert torch.equal(bank["reading"].z[name.format(layer)], made["reading"].z[name.format(other)])
-    assert set(deep.z(Mix.parse(MIX), made)) == {
+        assert torch.equal(bank["reading"].z[name.format(layer)], repeated["reading"].z[name.format(other)])
+    assert set(deep.z(Mix.parse(MIX), repeated)) == {
         path for path in deep.linears if path != "lm_head"
     }  # every copy is adapted

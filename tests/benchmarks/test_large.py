@@ -37,15 +37,15 @@ def test_a_process_of_its_own_is_measured_with_a_cache_of_its_own(tmp_path, cach
 
 
 def test_the_report_of_streaming(model_folder, monkeypatch):
-    asked = []
+    calls = []
 
     def measured(how, folder, dtype):
-        asked.append((how, folder.name))
+        calls.append((how, folder.name))
         return {"imported": 100, "peak": 110 if how == "stream" else 200, "seconds": 2.0, "files": 150_000}
 
     monkeypatch.setattr(stream, "measured", measured)
     result = run("decompose", stream=True, base=str(model_folder), depths=(1, 2), width=64, inside=96, repeats=2)
-    assert len(asked) == 2 * 6
+    assert len(calls) == 2 * 6
     ratios = {name: one["median"] for name, one in result["ratios"].items()}
     assert ratios["peak_against_whole_default"] == ratios["peak_against_whole_2_layers"] == pytest.approx(0.1)
     assert ratios["stream_peak_2_against_1_layers"] == 1

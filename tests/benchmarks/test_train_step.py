@@ -85,8 +85,8 @@ def test_the_flops_are_those_of_the_matrices(setting):
 @pytest.mark.slow
 def test_the_whole_report_on_a_tiny_model(setting, monkeypatch):
     monkeypatch.setattr(train_step, "PEAK_SIZES", ((64, 64, 64),))
-    asked = {**setting.__dict__}
-    result = train_step.run(repeats=2, memory=True, **asked)
+    options = {**setting.__dict__}
+    result = train_step.run(repeats=2, memory=True, **options)
     json.dumps(result, allow_nan=False)
     assert set(result["ratios"]) == set(result["aims"]) == set(train_step.AIMS)
     raw = result["raw"]

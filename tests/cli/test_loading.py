@@ -61,11 +61,11 @@ def test_training_on_a_quantised_base_makes_an_expert_of_it(run, refused, home, 
 def places(tmp_path):
     """Files of device maps: one device, the second layer on the disk, and such that cannot be."""
     disk = {f"model.{part}": "cpu" for part in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
-    made = {
+    device_maps = {
         "cpu": {"": "cpu"}, "disk": {**disk, "lm_head": "cpu", "model.layers.1": "disk"}, "list": ["cpu"], "none": {},
         "true": {"": True}, "toaster": {"": "toaster"},
     }  # fmt: skip
-    for name, places in made.items():
+    for name, places in device_maps.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(places))
     (tmp_path / "broken.json").write_text("{")
     return tmp_path

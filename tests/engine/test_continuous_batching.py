@@ -120,18 +120,18 @@ def test_each_answers_as_if_alone(setup, monkeypatch, seed):
 
 
 def test_logprobs_and_the_most_probable(setup):
-    told = []
+    tokens = []
     ids = rows([12])[0]
     one = sequence(ids, "math", max_new_tokens=5, top_logprobs=3)
-    one.on_token = lambda *each: told.append(each)
+    one.on_token = lambda *each: tokens.append(each)
     other = sequence(rows([9])[0], "code", max_new_tokens=7)
     batch = ContinuousBatch(setup.engine)
     batch.add([other, one])
     finish(batch)
     whole = expected(setup.alone, one)
-    assert [token for token, *_ in told] == whole.ids
-    torch.testing.assert_close(torch.tensor([logprob for _, logprob, *_ in told]), torch.tensor(whole.logprobs))
-    for token, logprob, best, _ in told:
+    assert [token for token, *_ in tokens] == whole.ids
+    torch.testing.assert_close(torch.tensor([logprob for _, logprob, *_ in tokens]), torch.tensor(whole.logprobs))
+    for token, logprob, best, _ in tokens:
         assert len(best) == 3
         assert best[0] == pytest.approx((token, logprob), abs=1e-4)
         assert best[0][1] >= best[1][1] >= best[2][1]

@@ -31,8 +31,8 @@ def real():
     with torch.no_grad():
         logits = alone(model, plain)
     before = fingerprint(model)
-    made = expert(model, "wobble", seed=0, width=0.2)
-    engine = Engine(model, tokenizer, {"wobble": made})
+    wobble = expert(model, "wobble", seed=0, width=0.2)
+    engine = Engine(model, tokenizer, {"wobble": wobble})
     return SimpleNamespace(engine=engine, model=model, ids=plain, logits=logits, before=before)
 
 

@@ -25,11 +25,11 @@ from sigmix.tasks.registry import get_task
 
 def bank(**experts):
     """{name: "domain task"} -> a bank of descriptions."""
-    made = {}
+    rows = {}
     for name, text in experts.items():
         domain, task = text.split()
-        made[name] = SimpleNamespace(meta={"domain": domain, "task": task, "description": f"Does {name}."})
-    return made
+        rows[name] = SimpleNamespace(meta={"domain": domain, "task": task, "description": f"Does {name}."})
+    return rows
 
 
 BANK = bank(adder="arithmetic addition", finder="reading who-has", judge="dispatch addition")

@@ -28,11 +28,11 @@ MIX = Mix.parse("math:0.7+word:-0.4")
 def stored(folder, dtypes):
     """Rewrite a checkpoint: {part of a name: dtype}, the others as they are."""
     tensors = load_file(folder / "model.safetensors")
-    made = {
+    converted = {
         name: value.to(next((dtype for part, dtype in dtypes.items() if part in name), value.dtype))
         for name, value in tensors.items()
     }
-    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(converted, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -165,9 +165,9 @@ def test_greedy_is_the_argmax_of_its_own_logits(both):
     row = [1, 5, 9, 30]
     with LlamaCpp(base, 32, threads=1) as llama:
         llama.apply({files["math"]: 1.0})
-        made = llama.greedy(row, 4)
-        logits = llama.logits([*row, *made])
-    assert made == logits[len(row) - 1 : -1].argmax(-1).tolist()
+        tokens = llama.greedy(row, 4)
+        logits = llama.logits([*row, *tokens])
+    assert tokens == logits[len(row) - 1 : -1].argmax(-1).tolist()
 
 
 def test_without_llama_cpp_it_is_said(both, monkeypatch):

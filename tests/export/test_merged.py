@@ -266,9 +266,9 @@ def test_no_tensor_outlives_the_writing_of_the_next(tmp_path):
 
     def tensor(name):
         assert all(one() is None for one in alive)
-        made = torch.full((3, 5), float(name), dtype=torch.bfloat16)
-        alive.append(weakref.ref(made))
-        return made
+        value = torch.full((3, 5), float(name), dtype=torch.bfloat16)
+        alive.append(weakref.ref(value))
+        return value
 
     specs = [TensorSpec.of(str(number), (3, 5), torch.bfloat16) for number in range(4)]
     write_file(tmp_path / "x.safetensors", [*specs, TensorSpec.of("9", (3, 5), torch.bfloat16)], tensor)

@@ -14,11 +14,11 @@ DOMAINS = {"adder": "arithmetic", "finder": "reading"}
 
 def bank_of(tiny, **domains):
     """{name: expert} on the tiny Llama; values are domains."""
-    made = {}
+    experts = {}
     for seed, (name, domain) in enumerate((domains or DOMAINS).items()):
         one = expert(big(tiny), name, seed)
-        made[name] = one.with_meta(domain=domain, description=f"Does {name} things.", task=None)
-    return made
+        experts[name] = one.with_meta(domain=domain, description=f"Does {name} things.", task=None)
+    return experts
 
 
 def big(tiny, **changes):

@@ -184,9 +184,9 @@ def _shorter(command: str, words: list[str]) -> str:
 
 
 def _check_extras(command: str) -> None:
-    known = metadata("sigmix").get_all("Provides-Extra") or []
+    extras = metadata("sigmix").get_all("Provides-Extra") or []
     for extra in ",".join(re.findall(r"sigmix\[([\w,-]+)\]", command)).split(","):
-        assert not extra or extra in known, f"{command}: there is no extra {extra!r}"
+        assert not extra or extra in extras, f"{command}: there is no extra {extra!r}"
 
 
 def _free_port() -> int:

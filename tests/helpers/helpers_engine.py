@@ -84,8 +84,8 @@ def answer_scores(read, write, prompt, answer) -> torch.Tensor:
 def _scaled(layer, z) -> torch.Tensor:
     weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    made = (u * (s * z.double())) @ vt
-    return (made.T if isinstance(layer, Conv1D) else made).to(weight.dtype)
+    adapted = (u * (s * z.double())) @ vt
+    return (adapted.T if isinstance(layer, Conv1D) else adapted).to(weight.dtype)
 
 
 class Divided:

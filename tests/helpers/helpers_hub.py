@@ -156,14 +156,14 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------ pages
 
     def _create(self, body: bytes):
-        asked = json.loads(body)
-        name = f"{asked['organization'] or 'user'}/{asked['name']}"
+        request = json.loads(body)
+        name = f"{request['organization'] or 'user'}/{request['name']}"
         self._may_write(name)
         url = f"{self.hub.url}/{name}"
         if name in self.hub.repos:
             content = json.dumps({"error": "You already created this model repo", "url": url}).encode()
             return 409, content, {}
-        self.hub.repos[name] = Repo(name, asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.hub.repos[name] = Repo(name, request.get("visibility") == "private" or bool(request.get("private")))
         return {"url": url, "name": name, "id": "1"}
 
     def _yaml(self, body: bytes):

@@ -107,24 +107,24 @@ def instances(kind, *arguments):
 
 def check(place, folder: Path, mixes: dict[str, list[Mix]]) -> None:
     """Every logged response is what the oracle says under the mix that its request is due."""
-    known = {mix: oracle(place, mix) for mix in {mix for each in mixes.values() for mix in each}}
+    oracles = {mix: oracle(place, mix) for mix in {mix for each in mixes.values() for mix in each}}
     for task, each in mixes.items():
         rows = logged(folder, task)
         assert len(rows) == len(WORDS)
         for row, mix in zip(rows, each, strict=True):
-            asked = [list(one.values()) for one in row["arguments"].values()]
+            arguments = [list(one.values()) for one in row["arguments"].values()]
             if task == "tiny_choice":
-                expected = known[mix].loglikelihood(instances("loglikelihood", *map(tuple, asked)), True)
+                expected = oracles[mix].loglikelihood(instances("loglikelihood", *map(tuple, arguments)), True)
                 for (told,), (logprob, greedy) in zip(row["resps"], expected, strict=True):
                     assert float(told[0]) == pytest.approx(logprob, **TOLERANCE)
                     assert str(told[1]) == str(greedy)
                 assert row["acc"] == float(max(range(3), key=lambda i: expected[i][0]) == row["doc"]["gold"])
             elif task == "tiny_reply":
-                (expected,) = known[mix].generate_until(instances("generate_until", tuple(asked[0])), True)
+                (expected,) = oracles[mix].generate_until(instances("generate_until", tuple(arguments[0])), True)
                 assert row["resps"] == [[expected]]
             else:
-                text = instances("loglikelihood_rolling", tuple(asked[0]))
-                (expected,) = known[mix].loglikelihood_rolling(text, True)
+                text = instances("loglikelihood_rolling", tuple(arguments[0]))
+                (expected,) = oracles[mix].loglikelihood_rolling(text, True)
                 assert float(row["resps"][0][0]) == pytest.approx(expected, **TOLERANCE)
 
 
@@ -193,14 +193,14 @@ def test_a_strategy_gives_every_request_its_own_mix(harness, place, tmp_path):
     assert len({mix for each in mixes.values() for mix in each}) == 3, "one, two and other"
     check(place, tmp_path / "out", mixes)
 
-    told = done.json["config"]["sigmix"]
-    assert told["strategy"] == "D (router)"
-    assert told["contexts"] == 3 * len(WORDS)
+    config = done.json["config"]["sigmix"]
+    assert config["strategy"] == "D (router)"
+    assert config["contexts"] == 3 * len(WORDS)
     count = {}
     for task, each in mixes.items():
         for mix in each:
             count[mix.id] = count.get(mix.id, 0) + (3 if task == "tiny_choice" else 1)
-    assert told["mixes"] == count
+    assert config["mixes"] == count
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["request"]: line["mix"] for line in lines} == {
         text: mix.id for task, texts in asked.items() for text, mix in zip(texts, mixes[task], strict=True)
@@ -354,9 +354,9 @@ def test_a_quantised_base_in_its_own_and_the_original_basis(run, refused, place,
     assert "--basis original" in own
     done = run(*words, "--model_args", "dtype=float32,quantization=int8", "--basis", "original")
     assert done.code == 0, done.err
-    told = done.json["config"]["sigmix"]
-    assert told["mixes"] == {"one": 3}
-    assert told["fingerprint"] != fingerprint(load_base(place.base, "float32", "cpu")[0])
+    config = done.json["config"]["sigmix"]
+    assert config["mixes"] == {"one": 3}
+    assert config["fingerprint"] != fingerprint(load_base(place.base, "float32", "cpu")[0])
     assert "--quantization" in refused(*words, "--basis", "original", silent=False)
 
 
@@ -377,11 +377,11 @@ def model(place):
 
 def test_requests_without_context_and_rows_that_share_an_input(model, place):
     own = oracle(place, Mix.parse(MIX))
-    asked = [("", "abc"), ("ab", "c"), ("ab", "d"), ("a", "bc"), ("ab ", "c"), ("ab", "cde")]
-    expected = own.loglikelihood(instances("loglikelihood", *asked), True)
-    for told, right in zip(model.loglikelihood(instances("loglikelihood", *asked), True), expected, strict=True):
-        assert told[0] == pytest.approx(right[0], **TOLERANCE)
-        assert told[1] == right[1]
+    pairs = [("", "abc"), ("ab", "c"), ("ab", "d"), ("a", "bc"), ("ab ", "c"), ("ab", "cde")]
+    expected = own.loglikelihood(instances("loglikelihood", *pairs), True)
+    for scored, right in zip(model.loglikelihood(instances("loglikelihood", *pairs), True), expected, strict=True):
+        assert scored[0] == pytest.approx(right[0], **TOLERANCE)
+        assert scored[1] == right[1]
 
 
 def oracle_of(place, kind, *asked):
@@ -400,9 +400,9 @@ def test_empty_and_blank_texts_score_as_in_the_harnesss_own_model(model, place):
 
 def test_texts_that_the_harnesss_own_model_fails_on(model, place):
     """A context of blanks is no context; an empty continuation is certain; neither changes the requests beside it."""
-    asked = [("  ", "a"), ("", ""), ("ab", ""), ("ab", "c"), ("\n", "")]
+    pairs = [("  ", "a"), ("", ""), ("ab", ""), ("ab", "c"), ("\n", "")]
     expected = oracle_of(place, "loglikelihood", ("", "  a"), ("ab", "c"))
-    blank, *nothing, plain, last = model.loglikelihood(instances("loglikelihood", *asked), True)
+    blank, *nothing, plain, last = model.loglikelihood(instances("loglikelihood", *pairs), True)
     assert blank == (pytest.approx(expected[0][0], **TOLERANCE), expected[0][1])
     assert plain == (pytest.approx(expected[1][0], **TOLERANCE), expected[1][1])
     assert [*nothing, last] == [(0.0, True)] * 3
@@ -457,14 +457,14 @@ def test_no_token_for_an_empty_context(model, monkeypatch):
 
 def test_sampling_follows_the_seed_and_repeats_differ(model):
     options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
-    asked = instances("generate_until", *[("say", options)] * 4)
+    requests = instances("generate_until", *[("say", options)] * 4)
     torch.manual_seed(5)
-    first = model.generate_until(asked, True)
+    first = model.generate_until(requests, True)
     torch.manual_seed(5)
-    assert model.generate_until(asked, True) == first
+    assert model.generate_until(requests, True) == first
     assert len(set(first)) > 1
     torch.manual_seed(6)
-    assert model.generate_until(asked, True) != first
+    assert model.generate_until(requests, True) != first
 
 
 def test_a_special_token_as_a_stop_string(model, place):

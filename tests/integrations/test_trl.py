@@ -70,7 +70,7 @@ def train(kind, model, folder, positions="all", **options):
     """A finished trainer and what its reward function saw; ``model`` a base or a PEFT model."""
     name, tokenizer = KINDS[kind][0], build_tokenizer()
     watch = Watched(tokenizer)
-    made = getattr(trl, f"{name}Trainer")(
+    trainer = getattr(trl, f"{name}Trainer")(
         model,
         reward_funcs=watch,
         args=getattr(trl, f"{name}Config")(
@@ -82,9 +82,9 @@ def train(kind, model, folder, positions="all", **options):
         peft_config=None if isinstance(model, PeftModel) else SVFConfig(positions=positions),
         callbacks=[KeepZ()],
     )  # fmt: skip
-    watch.model = made.model
-    made.train()
-    return made, watch
+    watch.model = trainer.model
+    trainer.train()
+    return trainer, watch
 
 
 def logprobs(model, prompt, reply):
@@ -185,14 +185,14 @@ def zs(trainer):
 
 def test_sft_begins_at_the_bases_loss_with_and_without_checkpointing(tmp_path, tiny_tokenizer):
     samples = get_task("addition?digits=1").samples("train", BATCH)
-    made = {}
+    trained = {}
     for on in (True, False):
         trainer = sft(build_tiny(), tiny_tokenizer, samples, tmp_path, gradient_checkpointing=on)
         found = others(trainer.model)
         assert all(torch.equal(found[f"base_model.model.{n}"], value) for n, value in others(build_tiny()).items())
-        made[on] = zs(trainer)
-    assert all(torch.equal(z, made[False][path]) for path, z in made[True].items())
-    assert all(not torch.equal(z, torch.ones_like(z)) for z in made[True].values())
+        trained[on] = zs(trainer)
+    assert all(torch.equal(z, trained[False][path]) for path, z in trained[True].items())
+    assert all(not torch.equal(z, torch.ones_like(z)) for z in trained[True].values())
 
     base = build_tiny()
     with torch.no_grad():
@@ -388,9 +388,9 @@ def test_an_example_runs_from_end_to_end(kind, home, tmp_path, monkeypatch, caps
     words += " --max-eval-samples 4 --max-train-samples 16"
     monkeypatch.setattr(sys, "argv", [str(script), *words.split()])
     runpy.run_path(str(script), run_name="__main__")
-    told = capsys.readouterr().out
-    assert "base: " in told
-    assert f"mine-{kind}: " in told
+    output = capsys.readouterr().out
+    assert "base: " in output
+    assert f"mine-{kind}: " in output
     expert = Expert.from_pretrained(out, base=load_base(home.base)[0])
     assert expert.verified
     assert expert.meta["objective"] == kind

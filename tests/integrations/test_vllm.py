@@ -43,8 +43,8 @@ def home(tmp_path, cache):
 def test_settings_come_from_the_environment():
     assert Settings.of({}) is None
     assert Settings.of({"SIGMIX_VLLM_RANK": "64"}) is None  # no experts: the plugin stays out of the way
-    made = Settings.of({"SIGMIX_VLLM_EXPERTS": "bundled", "SIGMIX_VLLM_RANK": "64", "SIGMIX_VLLM_ERROR": "0.2"})
-    assert made == Settings("bundled", rank=64, error=0.2)
+    settings = Settings.of({"SIGMIX_VLLM_EXPERTS": "bundled", "SIGMIX_VLLM_RANK": "64", "SIGMIX_VLLM_ERROR": "0.2"})
+    assert settings == Settings("bundled", rank=64, error=0.2)
     for key, value in (("RANK", "many"), ("RANK", "0"), ("ERROR", "2"), ("KEEP", "-1")):
         with pytest.raises(ConfigError, match=f"_{key}"):
             Settings.of({"SIGMIX_VLLM_EXPERTS": "x", f"SIGMIX_VLLM_{key}": value})
@@ -127,8 +127,8 @@ def test_experts_of_several_dtypes_do_not_disturb_each_other(tmp_path, cache):
     bank.add(expert(load_base(base, "float32")[0], "exact", 2))
     found = []
     for number, order in enumerate((("rounded", "exact"), ("exact", "rounded"))):
-        made = Adapters(Settings(str(bank.folder), rank=64, cache=tmp_path / str(number)))
-        paths = {name: made.path(str(base), name) for name in order}
+        adapters = Adapters(Settings(str(bank.folder), rank=64, cache=tmp_path / str(number)))
+        paths = {name: adapters.path(str(base), name) for name in order}
         tensors = {name: load_file(path / "adapter_model.safetensors") for name, path in paths.items()}
         kinds = {name: next(iter(one.values())).dtype for name, one in tensors.items()}
         assert kinds == {"rounded": torch.bfloat16, "exact": torch.float32}
@@ -154,13 +154,13 @@ def test_the_error_is_held_to_for_adapters_that_are_there(home, caplog):
 
 def test_refusals_are_remembered_until_the_expert_changes(home, monkeypatch):
     base, bank = home
-    asked, of = [], LowRank.from_mix
-    monkeypatch.setattr(LowRank, "from_mix", lambda *made: asked.append(made[1].id) or of(*made))
+    names, of = [], LowRank.from_mix
+    monkeypatch.setattr(LowRank, "from_mix", lambda *arguments: names.append(arguments[1].id) or of(*arguments))
     adapters = Adapters(Settings(str(bank), rank=1, error=0.1))
     for _ in range(3):
         with pytest.raises(ConfigError, match="SIGMIX_VLLM_RANK"):
             adapters.path(str(base), NAME)
-    assert asked == [NAME]
+    assert names == [NAME]
     # all of its change in one component of each matrix: rank 1 loses nothing
     old = Bank(bank)["math"]
     changed = {path: torch.ones_like(z).index_fill(0, torch.tensor([0]), 1.5) for path, z in old.z.items()}
@@ -190,8 +190,8 @@ def test_the_cache_lists_its_adapters(home, monkeypatch, tmp_path):
     assert entry.path == path
     assert entry.bytes > 0
     monkeypatch.setenv("HOME", str(tmp_path))
-    made = Settings.of({"SIGMIX_VLLM_EXPERTS": "x", "SIGMIX_VLLM_CACHE": "~/adapters"})
-    assert made.cache == tmp_path / "adapters"
+    settings = Settings.of({"SIGMIX_VLLM_EXPERTS": "x", "SIGMIX_VLLM_CACHE": "~/adapters"})
+    assert settings.cache == tmp_path / "adapters"
 
 
 def test_the_resolver_returns_a_request(home, monkeypatch, caplog):

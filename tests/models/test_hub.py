@@ -66,17 +66,17 @@ def test_no_network_is_named(monkeypatch):
 
 
 def test_offline_mode_needs_no_network(monkeypatch, tmp_path):
-    asked = {}
+    arguments = {}
 
     def answer(*_, **options):
-        asked.update(options)
+        arguments.update(options)
         raise hub_errors.LocalEntryNotFoundError("not cached")
 
     monkeypatch.setenv("SIGMIX_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
     with pytest.raises(BaseModelError, match="'org/model'.* -> unset SIGMIX_OFFLINE"):
         load_base("org/model")
-    assert asked["local_files_only"] is True
+    assert arguments["local_files_only"] is True
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "tokenizer"])

@@ -69,11 +69,11 @@ def test_all_stages(tmp_path, data, cache, monkeypatch, capsys):
     for picture in ("composition", "spectra", "dispatch-D"):
         assert (out_folder / f"smoke-{picture}.png").read_bytes()[:4] == b"\x89PNG"
 
-    made = {path: path.read_bytes() for path in out_folder.rglob("*") if path.is_file()}
+    files = {path: path.read_bytes() for path in out_folder.rglob("*") if path.is_file()}
     code, out, err = run("--data-dir", str(data))
     assert code == 0, err
     assert "trained" not in out
-    assert {path: path.read_bytes() for path in made} == made
+    assert {path: path.read_bytes() for path in files} == files
 
     # the same tables from the archive alone
     assert run("--report", "--pack")[0] == 0

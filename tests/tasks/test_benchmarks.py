@@ -256,10 +256,10 @@ def test_hub_out_of_reach(monkeypatch):
 
 
 def test_hub_layouts(monkeypatch):
-    asked = []
+    requests = []
 
     def load_dataset(name, config, split):
-        asked.append((name, config, split))
+        requests.append((name, config, split))
         start = {"train": 0, "validation": 100, "test": 200}[split]
         numbers = range(start, start + 40)
         if name == "allenai/openbookqa":
@@ -275,9 +275,9 @@ def test_hub_layouts(monkeypatch):
     for name in ("openbookqa", "arc-challenge", "boolq"):
         report = get_task(name).validate()
         assert report.ok, report.problems[:3]
-    assert ("allenai/openbookqa", "main", "validation") in asked
-    assert ("allenai/ai2_arc", "ARC-Challenge", "test") in asked
-    assert ("google/boolq", None, "validation") in asked
+    assert ("allenai/openbookqa", "main", "validation") in requests
+    assert ("allenai/ai2_arc", "ARC-Challenge", "test") in requests
+    assert ("google/boolq", None, "validation") in requests
     boolq = get_task("boolq")
     assert len(boolq.samples("test")) == 40
     assert all("P 1" in s.prompt for s in boolq.samples("test", 3))

@@ -88,10 +88,10 @@ def test_textvqa_from_files(tmp_path):
 
 
 def test_textvqa_and_okvqa_from_the_hub_by_their_ids(monkeypatch):
-    asked = []
+    requests = []
 
     def load(hub_id, config, split):
-        asked.append((hub_id, split))
+        requests.append((hub_id, split))
         cells = []
         for number in range(40):
             raw = io.BytesIO()
@@ -124,7 +124,7 @@ def test_textvqa_and_okvqa_from_the_hub_by_their_ids(monkeypatch):
     assert len({sample.images[0].digest for sample in samples}) == 20
     assert all(sample.images[0].open().size == (32, 32) for sample in samples)
     both = ("lmms-lab/textvqa", "train"), ("lmms-lab/textvqa", "validation")
-    assert set(asked) == {*both, ("lmms-lab/OK-VQA", "val2014")}
+    assert set(requests) == {*both, ("lmms-lab/OK-VQA", "val2014")}
 
 
 def easy_rows(folder, rows):
@@ -161,8 +161,8 @@ def test_the_same_words_about_another_image_are_another_item(tmp_path):
 
 
 def test_text_items_keep_their_ids():
-    known = hashlib.sha256(b"\x1fWhat is 1 + 1?").hexdigest()[:16]
-    assert content_id("What  is 1 + 1?") == content_id("What is 1 + 1?", None, ()) == known
+    identifier = hashlib.sha256(b"\x1fWhat is 1 + 1?").hexdigest()[:16]
+    assert content_id("What  is 1 + 1?") == content_id("What is 1 + 1?", None, ()) == identifier
     red, blue = (Sample.make("what?", "red", images=[picture(shape(colour))]) for colour in ("red", "blue"))
     assert red.id != blue.id != Sample.make("what?", "red").id
 

@@ -198,12 +198,12 @@ def oracle(model, z, rollouts, options, replies=None):
     """
     z = {path: value.double().requires_grad_() for path, value in z.items()}
     weights = dense(model, z)
-    known = (~rollouts.rewards.isnan()).tolist()
+    scored = (~rollouts.rewards.isnan()).tolist()
     group = len(rollouts.completions) // len(rollouts.prompts)
     advantage = advantages(rollouts.rewards, group, options.baseline).double()
     total = torch.zeros((), dtype=torch.float64)
     for i, answer in enumerate(rollouts.completions):
-        if not known[i]:
+        if not scored[i]:
             continue
         prompt = rollouts.prompts[i // group]
         ids = torch.tensor([[*prompt, *answer]])
@@ -220,7 +220,7 @@ def oracle(model, z, rollouts, options, replies=None):
             logprob = logprob + mine.log_prob(torch.tensor(options_.index(token)))
             kl = kl + kl_divergence(mine, theirs)
         gain = logprob / len(answer) if options.objective == "sft" else advantage[i] * logprob
-        total = total - (gain - options.beta * kl) / sum(known)
+        total = total - (gain - options.beta * kl) / sum(scored)
     total.backward()
     return float(total), {path: value.grad for path, value in z.items()}
 

@@ -183,13 +183,13 @@ def test_packs_are_made_once_and_anew_when_a_weight_changes(tiny, tiny_tokenizer
     packs = engine.execution.packing
     inputs = len(packs.groups)  # base, merged, and the first factors: one for all layers with one input
     assert inputs < len(engine.layers)
-    made = len(packs.others) + 3 * inputs + len(engine.layers)
-    assert count[0] == made
+    packed = len(packs.others) + 3 * inputs + len(engine.layers)
+    assert count[0] == packed
     layer = next(iter(engine.layers.values())).get_base_layer()
     with torch.no_grad():
         layer.weight.mul_(2)
     engine.generate(PROMPTS, max_new_tokens=2)
-    assert count[0] == made + 1
+    assert count[0] == packed + 1
 
 
 @packs
