@@ -44,23 +44,21 @@ def encode(
         ConfigError, PromptError: see `encode_turns`. DataError: an image that cannot be read.
     """
     shown = pictures(images)
-    if isinstance(prompt, str):
-        if not (has_template(tokenizer) if chat is None else chat):
-            return _bare(tokenizer, bare_text(prompt, system), shown)
-        prompt = turns_of(prompt, system)
-    elif system:
-        prompt = [{"role": "system", "content": system}, *prompt]
-    return encode_turns(tokenizer, prompt, shown, **template_options)
+    if isinstance(prompt, str) and not (has_template(tokenizer) if chat is None else chat):
+        return _bare(tokenizer, bare_text(prompt, system), shown)
+    return encode_turns(tokenizer, turns_of(prompt, system), shown, **template_options)
 
 
-def turns_of(prompt: str, system: str | None = None) -> list[dict[str, str]]:
-    """Return the messages {"role", "content"} of a prompt."""
+def turns_of(prompt: str | Sequence[Mapping[str, Any]], system: str | None = None) -> list[Mapping[str, Any]]:
+    """Return the messages {"role", "content"} of a prompt, which may be messages already."""
     first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": prompt}]
+    return [*first, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
 
 
-def bare_text(prompt: str, system: str | None = None) -> str:
-    """Return the text of a prompt for a model without a chat template."""
+def bare_text(prompt: str | Sequence[Mapping[str, Any]], system: str | None = None) -> str:
+    """Return the text of a prompt, or the lines of messages, for a model without a chat template."""
+    if not isinstance(prompt, str):
+        return "\n".join(turn["content"] for turn in turns_of(prompt, system))
     return f"{system}\n\n{prompt}" if system else prompt
 
 
@@ -104,7 +102,7 @@ def encode_turns(
     template = chat_template(tokenizer, tools)
     _check_tool_turns(template, turns, tools)
     if template is None:
-        return _bare(tokenizer, "\n".join(turn["content"] for turn in turns), shown)
+        return _bare(tokenizer, bare_text(turns), shown)
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
     options = {

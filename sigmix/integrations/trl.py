@@ -53,7 +53,7 @@ def prompt_dataset(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
     write = turns_of if chat else bare_text
     if processor_of(tokenizer) is not None:
         _check_format(tokenizer, samples[0], chat)
-    return Dataset.from_list([{"prompt": write(one.prompt, one.system), "sample": one.id} for one in samples])
+    return Dataset.from_list([{"prompt": write(one.turns, one.system), "sample": one.id} for one in samples])
 
 
 def gold_dataset(
@@ -76,7 +76,7 @@ def gold_dataset(
     ends = eos_token_ids(model, tokenizer)
     rows = []
     for one in samples:
-        prompt = encode(tokenizer, one.prompt, one.system)
+        prompt = encode(tokenizer, one.turns, one.system)
         reply = reply_ids(tokenizer, one.gold, ends)
         rows.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
     return Dataset.from_list(rows)
@@ -190,13 +190,13 @@ def _check_samples(samples: Sequence[Sample]) -> None:
 
 def _check_format(tokenizer: PreTrainedTokenizerBase, sample: Sample, chat: bool) -> None:
     """Raise unless TRL, which uses the tokenizer, formats a prompt like the engine, which uses the processor."""
-    own = encode(tokenizer, sample.prompt, sample.system)
+    own = encode(tokenizer, sample.turns, sample.system)
     if chat:
-        turns = turns_of(sample.prompt, sample.system)
+        turns = turns_of(sample.turns, sample.system)
         options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, **CHAT}
-        ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]  # type: ignore[call-overload,index]
+        ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]  # type: ignore[arg-type,call-overload,index]
     else:
-        ids = tokenizer(bare_text(sample.prompt, sample.system))["input_ids"]
+        ids = tokenizer(bare_text(sample.turns, sample.system))["input_ids"]
     if list(ids) != own:
         raise ConfigError(
             "TRL would format this vision-language model's prompts differently: "

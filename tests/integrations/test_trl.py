@@ -336,7 +336,9 @@ def test_prompts_are_encoded_as_the_engine_encodes_them(kind, chat, tmp_path, ti
         tiny_tokenizer.chat_template += "{% if enable_thinking is not defined or enable_thinking %}[think]{% endif %}"
     else:
         tiny_tokenizer.chat_template = None
-    samples = [Sample.make("What is 1 + 1?", "2"), Sample.make("What is 2 + 2?", "4", system="Be brief.")]
+    samples = [
+        Sample.make("What is 1 + 1?", "2"), Sample.make("What is 2 + 2?", "4", system="Be brief."), *chats("Be brief.")
+    ]  # fmt: skip
     data, name = prompt_dataset(samples, tiny_tokenizer), KINDS[kind][0]
     trainer = getattr(trl, f"{name}Trainer")(
         build_tiny(),
@@ -346,15 +348,28 @@ def test_prompts_are_encoded_as_the_engine_encodes_them(kind, chat, tmp_path, ti
         processing_class=tiny_tokenizer,
         peft_config=SVFConfig(),
     )
-    found = trainer._tokenize_prompts([data[place]["prompt"] for place in range(2)])[0]
-    assert [list(ids) for ids in found] == [encode(tiny_tokenizer, one.prompt, one.system) for one in samples]
+    found = trainer._tokenize_prompts([data[place]["prompt"] for place in range(4)])[0]
+    assert [list(ids) for ids in found] == [encode(tiny_tokenizer, one.turns, one.system) for one in samples]
     assert "[think]" not in tiny_tokenizer.decode(found[0])
+    texts = [message["content"] for message in chats()[0].turns]
+    if chat:
+        assert [message["content"] for message in data[2]["prompt"]] == texts
+        assert [message["role"] for message in data[3]["prompt"]] == ["system", "user", "assistant", "user"]
+    else:
+        assert data[2]["prompt"] == "\n".join(texts)
+
+
+def chats(system=None):
+    """Conversations of three turns, without and with a system turn."""
+    history = ({"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2"})
+    ids = "no system", "system"
+    return [Sample(id, "And 2 + 2?", "4", own, history=history) for id, own in zip(ids, (None, system), strict=True)]
 
 
 def test_gold_replies_end_and_only_they_are_in_the_loss(tiny_tokenizer):
-    samples = get_task("addition").samples("train", 5)
+    samples = [*get_task("addition").samples("train", 5), *chats("Be brief.")]
     for row, one in zip(gold_dataset(samples, build_tiny(), tiny_tokenizer), samples, strict=True):
-        prompt = encode(tiny_tokenizer, one.prompt)
+        prompt = encode(tiny_tokenizer, one.turns, one.system)
         reply = [*tiny_tokenizer.encode(one.gold), tiny_tokenizer.eos_token_id]
         assert row["input_ids"] == prompt + reply
         assert row["labels"] == [-100] * len(prompt) + reply
