@@ -48,6 +48,11 @@ class Labelled:
         """The prompt, or all messages but the system's, see `Sample.turns`."""
         return [*self.history, {"role": "user", "content": self.prompt}] if self.history else self.prompt
 
+    @property
+    def text(self) -> str:
+        """All texts of the conversation, a line each."""
+        return "\n".join([self.system or "", *(turn["content"] for turn in self.history), self.prompt, self.answer])
+
 
 @dataclass(frozen=True)
 class Columns:

@@ -8,13 +8,14 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sigmix.errors import DataError, SigmixError, reraised
+from sigmix.errors import DataError, reraised
 from sigmix.tasks.base import Score
 from sigmix.utils.images import Picture
 from sigmix.utils.io import open_text
@@ -62,6 +63,7 @@ class Row:
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".npy", ".bin")
 MAX_ARRAY = 256 << 20  # bytes of a JSON array, which is read as a whole
+PARQUET_BATCH = 1024  # rows that are in memory
 FIELD = 16 << 20  # maximum characters of a CSV field
 
 
@@ -138,19 +140,23 @@ def _csv(path: Path) -> Iterator[Row]:
         head = list(itertools.islice(file, 20))
     if not head:
         return
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(head)
+    declared = re.fullmatch(r'"?sep=(.)"?\s*', head[0])  # Excel's line before the header
+    delimiter = declared[1] if declared else "\t" if path.suffix.lower() == ".tsv" else _delimiter(head)
     csv.field_size_limit(FIELD)
     with open_text(path) as file:
+        started = 1
+        if declared:
+            next(file)
+            started = 2
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         columns: list[str] | None = None
-        started = 1
         while True:
             try:
                 fields = next(reader, None)
             except csv.Error as error:
                 where = f"{path}:{started}"
                 raise DataError(f"{where}: not CSV: {error}", remedy='write " as "" within quoted fields') from error
-            where, started = f"{path}:{started}", reader.line_num + 1
+            where, started = f"{path}:{started}", reader.line_num + 1 + bool(declared)
             if fields is None:
                 return
             if not any(field.strip() for field in fields):
@@ -176,15 +182,14 @@ def _delimiter(head: Sequence[str]) -> str:
 def _parquet(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"cannot read {path}: No such file or directory")
-    datasets = optional("datasets", "'sigmix[tasks]', or convert it to CSV", f"reading {path}", DataError)
-    try:
-        table = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        for number, data in enumerate(table, 1):
-            yield Row(dict(data), f"{path} row {number}")
-    except SigmixError:
-        raise
-    except Exception as error:  # pyarrow's errors, and those of its reader
-        raise DataError(f"{path} cannot be read as Parquet: {error}", remedy="write it again, or as CSV") from error
+    # not load_dataset, which logs errors on stderr and fails without rows
+    parquet = optional("pyarrow.parquet", "'sigmix[tasks]', or convert it to CSV", f"reading {path}", DataError)
+    number = 0
+    with reraised(DataError, f"{path} cannot be read as Parquet", "write it again, or as CSV"):
+        for batch in parquet.ParquetFile(path).iter_batches(PARQUET_BATCH):
+            for data in batch.to_pylist():
+                number += 1
+                yield Row(data, f"{path} row {number}")
 
 
 def hub_rows(

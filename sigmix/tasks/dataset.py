@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -38,6 +39,7 @@ GRADED_ROWS = 3  # on which a grader of the user's own is tried
 FREE_TOKENS = 64  # minimum budget of an answer that such a grader scores: it need not look like the gold one
 TEMPLATE_TOKENS = 256  # room for a chat template and its system turn
 SHARES = (0.7, 0.15, 0.15)
+SURROGATE = re.compile("[\ud800-\udfff]")
 LAX = ("text", "final")  # graders that accept more than the answer alone: similar texts, a text before the number
 FILES: Mapping[str, Split] = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -199,6 +201,8 @@ class DataTask(Task):
                     labelled = columns.read(row)
                     if answers and labelled is not None and not labelled.answer:
                         raise row.bad(f"the conversation in {columns.prompt!r} does not end with the assistant")
+                    if labelled is not None and (odd := SURROGATE.search(labelled.text)):
+                        raise row.bad(f"{odd[0]!a} is half of a character, not valid Unicode")
                 except DataError as error:
                     if not self.skip_invalid:
                         raise

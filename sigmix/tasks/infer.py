@@ -38,7 +38,7 @@ class Inferred:
         grader: a name for `grader_of`.
         reason: one sentence.
         labels: of a closed set, sorted, as written.
-        near_duplicates: groups of labels that differ only by case, blanks or a final mark, and are graded as equal.
+        near_duplicates: groups of labels that differ only by case, blanks, invisible characters or a final mark.
     """
 
     grader: str
@@ -100,7 +100,8 @@ def infer_grader(answers: Sequence[str]) -> Inferred:
     if short and few and (binary or len(texts) >= ROWS_PER_LABEL * len(counts)):
         groups: dict[str, list[str]] = {}
         for label in sorted(counts):
-            groups.setdefault("".join(normalise(label).split()), []).append(label)
+            visible = "".join(one for one in normalise(label) if one.isprintable() and not one.isspace())
+            groups.setdefault(visible, []).append(label)
         same = tuple(tuple(group) for group in groups.values() if len(group) > 1)
         reason = f"a closed set of labels: {len(counts)} distinct in {len(texts)} answers"
         return inferred("label", reason, labels=tuple(sorted(counts)), near_duplicates=same)

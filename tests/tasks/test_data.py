@@ -1,5 +1,7 @@
 """Rows of a JSONL file: encodings, blank lines, errors that name file and line."""
 
+import pickle
+
 import pytest
 
 from sigmix.errors import DataError
@@ -84,6 +86,7 @@ def write(folder, name, text):
         ("a.csv", "text;label\na,b;c\n", [("a.csv:2", "a,b", "c")]),
         ("a.csv", b"\xef\xbb\xbftext,label\na,b\n", [("a.csv:2", "a", "b")]),
         ("a.csv", "text|label\na,b|c\n", [("a.csv:2", "a,b", "c")]),
+        ("a.csv", 'sep=;\r\ntext;label\r\na,b;"3,5"\r\nc;d\r\n', [("a.csv:3", "a,b", "3,5"), ("a.csv:4", "c", "d")]),
         ("a.tsv", 'text\tlabel\na, b\tc\n', [("a.tsv:2", "a, b", "c")]),
         ("a.json", '[\n {"text": "a",\n "label": "2021-03-04"}\n]', [("a.json: element 1", "a", "2021-03-04")]),
         ("a.jsonl", '\n[{"text": "a", "label": "b"}]', [("a.jsonl: element 1", "a", "b")]),
@@ -112,6 +115,14 @@ def test_formats_keep_the_text_as_it_is(tmp_path, name, text, rows):
         ("a.json", '[{"text": "a"}, 3]', "element 2: expected a JSON object"),
         ("a.json", '{\n "text": "a"\n}', r"a\.json:1: not JSON"),
         ("a.jsonl", "[" * 100_000, "nested too deeply|not JSON"),
+        ("a.csv", "text,label\na,b\n".encode("utf-16-le"), "UTF-16"),
+        ("a.csv", b"PK\x03\x04" + bytes(60), r"a\.csv: .*zip"),
+        ("a.jsonl", b"\x1f\x8b" + bytes(60), r"a\.jsonl: .*gzip"),
+        ("a.json", b"\x93NUMPY" + bytes(60), r"a\.json: .*NumPy"),
+        ("a.csv", b"PAR1" + bytes(60), r"a\.csv: .*Parquet"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b', r"a\.jsonl:2: not JSON"),
+        ("a.npy", b"\x93NUMPY", r"a\.npy: .*run code"),
+        ("a.parquet", pickle.dumps({"a": 1}), r"a\.parquet cannot be read as Parquet"),
         ("a.pkl", b"\x80\x04", r"a\.pkl: .*run code"),
         ("a.xlsx", b"PK", "unknown format '.xlsx'"),
         ("a.parquet", b"PAR1 not really PAR1", r"a\.parquet cannot be read as Parquet"),
@@ -122,7 +133,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, text, problem):
         list(read_rows(write(tmp_path, name, text)))
 
 
-def test_a_parquet_file(tmp_path):
+def test_a_parquet_file(tmp_path, capfd):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"text": ["a", "b"], "label": ["007", "NA"]}), tmp_path / "a.parquet")
     rows = list(read_rows(tmp_path / "a.parquet"))
@@ -130,6 +141,14 @@ def test_a_parquet_file(tmp_path):
     assert "a.parquet row 2" in rows[1].where
     with pytest.raises(DataError, match=r"b\.parquet"):
         list(read_rows(tmp_path / "b.parquet"))
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet has no rows"):
+        list(read_rows(tmp_path / "c.parquet"))
+    nested = pa.table({"prompt": [{"text": "a"}], "completion": [["b"]]})
+    parquet.write_table(nested, tmp_path / "d.parquet")
+    (row,) = list(read_rows(tmp_path / "d.parquet"))
+    assert row.data == {"prompt": {"text": "a"}, "completion": ["b"]}  # refused by `Columns`, which names the row
+    assert capfd.readouterr().err == ""
 
 
 def test_a_data_set_on_the_hub_names_its_labels(monkeypatch):

@@ -114,12 +114,30 @@ def test_conversations_are_samples_with_history(tmp_path):
         ([(text, "same") for text, _ in rows()], "all answers are 'same'"),
         ([*rows(), ("", "other")], r"a\.csv:92: .*'text' is empty.*--skip-invalid"),
         ([*rows(), ("more", " ")], r"a\.csv:92: .*'label' is empty"),
+        ([*rows(), ("more", "\u00a0")], r"a\.csv:92: .*'label' is empty"),
     ],
 )
 def test_data_that_cannot_be_trained_on(tmp_path, values, problem):
     task = DataTask(table(tmp_path / "a.csv", values))
     with pytest.raises(DataError, match=problem):
         task.samples("train")
+
+
+def test_half_a_character_is_named_before_training(tmp_path):
+    lines = [json.dumps({"prompt": text, "completion": label}) for text, label in rows()]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"prompt": "\\ud83d x", "completion": "other"}']))
+    with pytest.raises(DataError, match=r"a\.jsonl:91: .*ud83d"):
+        DataTask(str(tmp_path / "a.jsonl")).samples("train")
+
+
+@pytest.mark.parametrize("other", ["REFUND", "refund ", "refund\u00a0", "re fund", "refund\u200b", "refund."])
+def test_labels_that_differ_by_case_or_blanks_are_named(tmp_path, other):
+    values = [(text, other if label == "refund" and number % 2 else label)
+              for number, (text, label) in enumerate(rows())]  # fmt: skip
+    figures = DataTask(table(tmp_path / "a.csv", values)).summary()
+    assert (len(figures["labels"]) == 3) == (figures["near_duplicate_labels"] == [])  # outer blanks are no text
+    if other.strip() != "refund":
+        assert [sorted(pair) for pair in figures["near_duplicate_labels"]] == [sorted(["refund", other])]
 
 
 def test_invalid_rows_are_skipped_on_request(tmp_path):
