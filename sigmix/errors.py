@@ -112,5 +112,9 @@ class OutputError(InputError, OSError):
     """Output path that cannot be written, is full, or is in use by another run."""
 
 
+class DiskFullError(OutputError):
+    """Output beyond the space of a disk, a quota, or a limit of the file's size."""
+
+
 class DivergedError(SigmixError, ArithmeticError):
     """Training stopped by NaN or collapse; the message holds the diagnosis."""

@@ -57,15 +57,6 @@ def paired(test: Mapping[str, Any] | None) -> list[str]:
     return ["-"] * 3 if test is None else [text.format(**test) for text in texts]
 
 
-def size(number: float) -> str:
-    """Format bytes: "270 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 999.5:
-            return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
 def check_output(folder: Path, marker: str) -> None:
     """Raise `OutputError` if ``folder`` cannot be written or contains the file ``marker`` already."""
     with writing(folder):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import Progress, emit, size, table, working
+from sigmix.cli._console import Progress, emit, table, working
 from sigmix.cli._loading import read_layers, read_targets
 from sigmix.cli._options import BASE, JSON, LAYERS, TARGETS
 from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.utils.io import size
 
 if TYPE_CHECKING:
     from sigmix.utils.cache import Entry

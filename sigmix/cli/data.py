@@ -56,6 +56,8 @@ def describe(figures: dict[str, Any]) -> str:
 
 def problems(figures: dict[str, Any]) -> list[str]:
     """Return what is wrong with the data, a sentence each."""
+    from sigmix.tasks.graders import normalise
+
     found = [f"training would fail: {figures['cannot_train']}"] if figures["cannot_train"] else []
     if figures["repeats"]:
         found.append(f"{figures['repeats']:,} rows repeat an earlier one; they count once")
@@ -69,7 +71,9 @@ def problems(figures: dict[str, Any]) -> list[str]:
     for splits, count in figures["leaks"].items():
         found.append(f"{count:,} prompts are in {splits}; they stay in {splits.split()[0]}")
     for group in figures["near_duplicate_labels"][:3]:
-        found.append(f"the labels {' and '.join(map(repr, group))} differ by case or blanks alone, and count as equal")
+        names = " and ".join(map(repr, group))
+        effect = "count as equal" if len(set(map(normalise, group))) == 1 else "count as different: write them alike"
+        found.append(f"the labels {names} differ by case, blanks or invisible characters alone, and {effect}")
     if figures.get("untrained_labels"):
         names = ", ".join(figures["untrained_labels"][:5])
         found.append(f"{len(figures['untrained_labels'])} labels are not among the training rows: {names}")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import emit, size, working
+from sigmix.cli._console import emit, working
 from sigmix.cli._options import DEFAULT, JSON
+from sigmix.utils.io import size
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

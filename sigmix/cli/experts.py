@@ -9,10 +9,11 @@ from typing import Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import emit, size, table, working
+from sigmix.cli._console import emit, table, working
 from sigmix.cli._loading import expert_source, open_bank, open_engine, open_expert, open_model_of
 from sigmix.cli._options import BANK, BASE, DATA_DIR, EXPERT_DTYPE, EXPERT_QUANTIZATION, JSON
 from sigmix.errors import ConfigError, ExpertError, SigmixError
+from sigmix.utils.io import size
 
 group = typer.Typer(
     help="List, show, verify, compare and carry experts; push them to the hub and pull them.",

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import Progress, emit, note, size, working
+from sigmix.cli._console import Progress, emit, note, working
 from sigmix.cli._loading import open_bank
 from sigmix.cli._options import BANK, BASE, JSON, MIXTURE
 from sigmix.errors import ConfigError, UnknownNameError
+from sigmix.utils.io import size
 
 if TYPE_CHECKING:
     from sigmix.experts.bank import Bank

@@ -54,13 +54,15 @@ def train(
     from sigmix.models.loading import default_dtype, load_base
     from sigmix.tasks.dataset import DataTask
     from sigmix.train import recipe
+    from sigmix.train.checkpointing import resumable
     from sigmix.train.distributed import Processes
     from sigmix.train.trainer import Trainer, plot_curve
     from sigmix.utils.cache import claimed
 
     processes = Processes.from_environment()
-    with processes.report_once(), contextlib.ExitStack() as held:
-        name, run = check_name(out.name), run or Path("runs") / out.name
+    run = run or Path("runs") / out.name
+    with processes.report_once(), resumable(run), contextlib.ExitStack() as held:
+        name = check_name(out.name)
         loaded = (
             DispatchTask(open_bank(bank), data_dir=data_dir) if task == "dispatch"
             else open_task(task, options, data_dir, allow_code)

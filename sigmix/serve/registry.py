@@ -151,6 +151,9 @@ class ModelRegistry(Mapping[str, Expert]):
         """
         if model == AUTO:
             return None
+        if re.fullmatch(rf"{FINE_TUNED.pattern}:ckpt-step-\d+", model):
+            remedy = "checkpoints are not served; call the model of the job, which is its best checkpoint"
+            raise UnknownNameError("model", model, self.model_names.values(), remedy=remedy)
         invalid: InputError | None = None
         try:
             expression = FINE_TUNED.sub(lambda match: name_from_folder(match[0]), model)

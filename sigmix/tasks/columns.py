@@ -25,6 +25,7 @@ ANSWERS = (
 CHATS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "developer": "system", "model": "assistant"}
 NAME_COLUMNS = "name them: --prompt COLUMN --answer COLUMN, or --template 'Text: {COLUMN}' --answer COLUMN"
+_OUTER = re.compile(r"\A[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+\Z")  # blanks, also those without width
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -185,7 +186,7 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
         value = str(value)
     elif isinstance(value, (datetime.date, datetime.time)):
         value = value.isoformat()
-    text = "" if value is None else value.strip() if isinstance(value, str) else None
+    text = "" if value is None else _OUTER.sub("", value) if isinstance(value, str) else None
     if text is None:
         raise row.bad(f"column {column!r} holds a {type(value).__name__}, not text")
     if not text and not empty:
@@ -222,14 +223,14 @@ def _conversation(row: Row, value: Any, column: str, system: str | None, answer:
             if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
                 raise row.bad(f"{place} has a part that is not text; only text is supported")
             content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or not _OUTER.sub("", content):
             raise row.bad(f"{place} is empty")
         if role == "system":
             if number > 1:
                 raise row.bad(f"{place} is a system message, which must be the first")
             system = content
             continue
-        turns.append({"role": role, "content": content.strip()})
+        turns.append({"role": role, "content": _OUTER.sub("", content)})
     if answer is None and turns and turns[-1]["role"] == "assistant":
         answer = turns.pop()["content"]
         if value[-1].get("weight") == 0:

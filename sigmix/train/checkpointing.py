@@ -14,9 +14,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from sigmix.errors import ConfigError, OutputError, reraised
+from sigmix.errors import ConfigError, DiskFullError, OutputError, reraised
 from sigmix.train.config import TrainConfig
-from sigmix.utils.io import atomic_dir, file_lock, read_json, restore_interrupted, write_json, write_text, writing
+from sigmix.utils.io import (
+    atomic_dir,
+    check_room,
+    file_lock,
+    read_json,
+    restore_interrupted,
+    write_json,
+    write_text,
+    writing,
+)
 
 NEW_RUN = "start a new run in another --run"
 
@@ -90,10 +99,15 @@ class RunDir:
         return read_json(self.path / "config.json", ConfigError, NEW_RUN)
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Replace the checkpoint atomically."""
+        """Replace the checkpoint atomically.
+
+        Raises:
+            DiskFullError: there is no room; the earlier checkpoint is kept.
+        """
+        content = save({k: v.contiguous() for k, v in tensors.items()})  # save_file's error for a full disk is its own
+        check_room(self.checkpoint, len(content))
         with atomic_dir(self.checkpoint) as folder:
-            # not save_file, whose error for a full disk is no OSError
-            (folder / "state.safetensors").write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
+            (folder / "state.safetensors").write_bytes(content)
             write_json(folder / "state.json", dict(state))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -125,6 +139,18 @@ class RunDir:
         """Drop the metrics of steps from ``step`` on, which a resumed run repeats."""
         kept = [e for e in self.history() if e["step"] < step or (e["kind"] == "validation" and e["step"] == step)]
         write_text(self.metrics, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+@contextmanager
+def resumable(path: Path) -> Iterator[None]:
+    """Add to the error of a full disk how to continue the run in a folder."""
+    try:
+        yield
+    except DiskFullError as error:
+        if not any(path.glob("**/config.json")):
+            raise
+        remedy = f"{error.remedy}, then repeat the command with --resume"
+        raise DiskFullError(f"{error.message}; the last checkpoint in {path} is kept", remedy=remedy) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from sigmix.errors import DataError, OutputError, SigmixError
+from sigmix.errors import DataError, DiskFullError, OutputError, SigmixError
 
 _OTHER_FOLDER = "choose a folder that you can write to"
 _FREE_SPACE = "free some space or choose another folder"
@@ -31,6 +31,7 @@ _OTHER_PATH = "choose another path"
 REASONS = {
     errno.ENOSPC: ("the disk is full", _FREE_SPACE),
     errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EFBIG: ("it exceeds the limit of a file's size", "raise the limit (ulimit -f)"),
     errno.EROFS: ("the file system is read-only", _OTHER_FOLDER),
     errno.EACCES: ("permission denied", _OTHER_FOLDER),
     errno.EPERM: ("permission denied", _OTHER_FOLDER),
@@ -38,6 +39,12 @@ REASONS = {
     errno.EEXIST: ("something else has this name", _OTHER_PATH),
     errno.ENOTEMPTY: ("something else has this name", _OTHER_PATH),
 }
+BINARY = {
+    b"PK\x03\x04": "a zip archive or an Excel file", b"\x1f\x8b": "a gzip archive", b"PAR1": "a Parquet file",
+    b"\x93NUMPY": "a NumPy array", b"%PDF": "a PDF file", b"SQLite": "a SQLite database",
+}  # fmt: skip
+"""Kinds of files by their first bytes, none of which begins a text."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -61,7 +68,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
         if Path(path).is_relative_to(cache_dir()):
             remedy = "set SIGMIX_CACHE to a folder that you can write to, with free space"
-        raise OutputError(f"cannot write {os.fspath(path)}: {reason}", remedy=remedy) from error
+        kind = DiskFullError if code in FULL else OutputError
+        raise kind(f"cannot write {os.fspath(path)}: {reason}", remedy=remedy) from error
 
 
 @contextlib.contextmanager
@@ -122,6 +130,7 @@ def atomic_dir(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            restore_interrupted(path)
 
 
 def restore_interrupted(path: str | os.PathLike[str]) -> None:
@@ -184,6 +193,8 @@ def open_text(
         path = "stdin" if path == "-" else path
         with io.BufferedReader(raw) as binary:
             head = binary.peek(64)[:64]
+            if kind := next((kind for start, kind in BINARY.items() if head.startswith(start)), None):
+                raise error(f"cannot read {path}: expected UTF-8 text, not {kind}", remedy="save it as UTF-8 text")
             if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or head.count(0) > 8:
                 raise error(f"cannot read {path}: expected UTF-8, not UTF-16", remedy="save it as UTF-8")
             try:
@@ -252,6 +263,22 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def link_or_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Make ``path`` a hard link to a file, or a copy where the file systems allow none.
+
+    Raises:
+        OutputError: ``path`` cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, path)
+        except OSError:
+            with atomic_file(path) as temporary:
+                shutil.copyfile(source, temporary)
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -282,14 +309,24 @@ def check_new(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"{path} exists already", remedy="give another --out, or remove it first")
 
 
-def check_room(path: str | os.PathLike[str], size: int) -> None:
-    """Raise `OutputError` if the disk of ``path`` has less than ``size`` bytes free."""
+def check_room(path: str | os.PathLike[str], needed: int) -> None:
+    """Raise `DiskFullError` if the disk of ``path`` has less than ``needed`` bytes free."""
     with writing(path):
         free = free_bytes(path)
-    if size > free:
-        raise OutputError(
-            f"{os.fspath(path)} needs {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free", remedy=_FREE_SPACE
+    if needed > free:
+        raise DiskFullError(
+            f"cannot write {os.fspath(path)}: the disk is full: {size(needed)} are needed, {size(free)} are free",
+            remedy=_FREE_SPACE,
         )
+
+
+def size(number: float) -> str:
+    """Format bytes: "270 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:

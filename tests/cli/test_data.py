@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 
 import pytest
+from helpers_disk import small_disk
 
 pytest_plugins = ["helpers_cli"]
 
@@ -97,6 +101,32 @@ def test_lora_is_compared_in_the_same_loop(run, home, tickets, tmp_path, monkeyp
     assert done.json["report"]["others"]["LoRA of rank 16"]["n"] == 5
     config = json.loads((tmp_path / "runs/x/lora/sft/config.json").read_text())
     assert (config["policy"], config["max_steps"], config["objective"]) == ("lora", 2, "sft")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_training_keeps_the_checkpoint(home, tickets, tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        command = [
+            *disk.inside, sys.executable, "-m", "sigmix", "train", "--data", tickets, "--base", home.base, "--out",
+            disk.folder / "bank" / "x", "--run", disk.folder / "run", *TINY, "--max-steps", 60,
+        ]  # fmt: skip
+        state = disk.outside / "run" / "checkpoint" / "state.json"
+        started = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        while not state.exists():
+            assert started.poll() is None
+            time.sleep(0.01)
+        filler = disk.fill()
+        message = started.communicate(timeout=300)[1].strip().splitlines()[-1]
+        assert started.returncode == 2, message
+        for part in ("the disk is full", str(disk.folder / "run"), "--resume"):
+            assert part in message
+        assert json.loads(state.read_text())["step"] >= 0
+        assert not list((disk.outside / "bank").glob("x"))
+        assert not list(disk.outside.rglob("*.tmp"))
+        filler.unlink()
+        done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (disk.outside / "bank" / "x" / "sigmix.json").exists()
 
 
 def test_bad_data_leave_nothing_behind(refused, home, tickets, tmp_path, monkeypatch):

@@ -103,6 +103,8 @@ def test_a_file_is_kept_as_it_was_sent(server):
 BAD = {
     "path": (form(name="../../etc/rows.jsonl"), 400, "path"), "absolute": (form(name="/etc/rows.jsonl"), 400, "path"),
     "windows": (form(name="C:\\\\rows.jsonl"), 400, "path"), "line end": (form(name="a\tb.jsonl"), 400, "name"),
+    "only a path": (form(name=".."), 400, ".jsonl"), "parent": (form(name="../../x.jsonl"), 400, "path"),
+    "zip": (form(b"PK", name="rows.zip"), 400, ".jsonl"), "array": (form(name="rows.npy"), 400, ".jsonl"),
     "encoded": (form(disposition="form-data; name=file; filename*=utf-8''..%2Frows.jsonl"), 400, "path"),
     "long": (form(name="x" * 300 + ".jsonl"), 400, "name"), "pickle": (form(name="rows.pkl"), 400, ".jsonl"),
     "joblib": (form(name="rows.jsonl.joblib"), 400, ".jsonl"), "no suffix": (form(name="rows"), 400, ".jsonl"),

@@ -15,15 +15,18 @@ from functools import partial
 import helpers_serve
 import psutil
 import pytest
+from helpers_disk import small_disk
 from helpers_engine import expert
-from helpers_fine_tuning import CHECK, Gate, questions, rows, save_base, training, upload, wait_for
+from helpers_fine_tuning import CHECK, Gate, form, questions, rows, save_base, training, upload, wait_for
 from helpers_serve import bearer
 
-from sigmix.errors import OutputError
+from sigmix.experts.bank import Bank
 from sigmix.models.loading import load_base
 from sigmix.serve.auth import add_key
 from sigmix.serve.fine_tuning.jobs import Job, Jobs
 from sigmix.serve.fine_tuning.manager import MAX_RESTARTS
+from sigmix.serve.service import Service
+from sigmix.serve.settings import load_settings
 from sigmix.serve.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
@@ -59,6 +62,11 @@ def messages(server, id: str) -> list[str]:
 
 def steps(server, id: str) -> int:
     return sum("training loss" in message for message in messages(server, id))
+
+
+def ended(server, id: str):
+    wait_until(lambda: server.call("GET", f"{JOBS}/{id}")[1]["finished_at"] is not None)
+    return server.call("GET", f"{JOBS}/{id}")[1]
 
 
 def statuses(server) -> list[str]:
@@ -138,33 +146,6 @@ def test_a_killed_process_continues_from_its_checkpoint(tmp_path, gate):
         job = server.call("GET", f"{JOBS}/{id}")[1]
         assert job["error"]["code"] == "crashed"
         assert "signal 9" in job["error"]["message"]
-
-
-def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path, gate):
-    with training(tmp_path) as server:
-        server.file = upload(server)
-        id = start(server)
-        wait_until(lambda: server.service.fine_tuning._process is not None)
-        with server.service.store.transaction() as db:
-            db.execute("PRAGMA max_page_count = 1")  # the database cannot grow, as on a full disk
-        with contextlib.suppress(OutputError):
-            for number in range(10_000):
-                server.service.store.save_reply(str(number), "x" * 500, None, None)
-        process = server.service.fine_tuning._process
-        gate.open("fail", 0, 1, 2, 3)
-        wait_until(lambda: process.poll() is not None)
-        wait_until(lambda: server.chat()[0] == 200)
-        with server.service.store.transaction() as db:
-            db.execute("PRAGMA max_page_count = 1000000")
-        wait_until(lambda: server.call("GET", f"{JOBS}/{id}")[1]["status"] == "failed")
-        job = server.call("GET", f"{JOBS}/{id}")[1]
-        assert "the disk is full" in job["error"]["message"]
-        assert "free some space" not in job["error"]["message"]
-        assert job["finished_at"] >= job["created_at"]
-        assert (tmp_path / "state" / "files" / server.file).exists()
-        assert server.chat()[0] == 200
-        (gate.folder / "fail").unlink()
-        wait_for(server, start(server), "succeeded")  # the next job runs
 
 
 def test_a_restarted_server_continues_its_jobs(tmp_path, gate):
@@ -279,8 +260,10 @@ def test_the_official_client_from_a_file_to_a_model(tmp_path):
         assert [event.type for event in events].count("metrics") == 3 + 4  # steps and validations
         assert events[-1].message.startswith("Created")
         assert events[0].message == "The job has successfully completed"
-        (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
-        assert checkpoint.fine_tuned_model_checkpoint == model
+        checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id)
+        assert not checkpoints.has_more
+        check_checkpoints(client, job, list(checkpoints))
+        assert list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)) == list(checkpoints)  # over two pages
         report = json.loads(client.files.content(job.result_files[0]).content)
         assert report["verdict"] == job.model_extra["sigmix"]["verdict"]
 
@@ -299,6 +282,28 @@ def test_the_official_client_from_a_file_to_a_model(tmp_path):
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model=model, **chat)
         assert client.files.delete(file.id).deleted
+
+
+def check_checkpoints(client, job, checkpoints) -> None:
+    """The best checkpoint is the model; the last one, if it is another, has a name that a request gets explained."""
+    openai = pytest.importorskip("openai")
+    events = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
+    accuracies = {data["step"]: data["valid_accuracy"] for data in events if "valid_accuracy" in data}
+    losses = {data["step"]: data["train_loss"] for data in events if "train_loss" in data}
+    best = job.model_extra["sigmix"]["best"]["step"]
+    steps = [checkpoint.step_number for checkpoint in checkpoints]
+    assert steps == sorted({best, max(accuracies)}, reverse=True)
+    for one in checkpoints:
+        assert (one.object, one.fine_tuning_job_id) == ("fine_tuning.job.checkpoint", job.id)
+        assert one.metrics.model_extra["valid_accuracy"] == accuracies[one.step_number]
+        assert one.metrics.train_loss == losses.get(one.step_number)
+        assert one.created_at <= job.finished_at
+        name = one.fine_tuned_model_checkpoint
+        assert (name == job.fine_tuned_model) == (one.step_number == best)
+        if one.step_number != best:
+            assert name.startswith(f"{job.fine_tuned_model}:")
+            with pytest.raises(openai.NotFoundError, match=job.fine_tuned_model):
+                client.chat.completions.create(model=name, messages=[{"role": "user", "content": "one"}])
 
 
 def test_the_official_client_with_a_grader_and_a_validation_file(tmp_path):
@@ -324,11 +329,18 @@ def test_the_official_client_with_a_grader_and_a_validation_file(tmp_path):
 
 
 @contextlib.contextmanager
-def process(folder):
-    """`sigmix serve` as a process of its own; yields (process, caller)."""
-    words = ["serve", "--base", folder / "tiny-llama", "--bank", folder / "bank", "--state", folder / "state"]
+def process(folder, state=None, inside=()):
+    """`sigmix serve` as a process of its own; yields (process, caller).
+
+    Args:
+        inside: prefix of the command.
+    """
+    save_base(folder / "tiny-llama")
+    expert(load_base(folder / "tiny-llama", "float32")[0], "word", 1).save_pretrained(folder / "bank" / "word")
+    words = ["serve", "--base", folder / "tiny-llama", "--bank", folder / "bank", "--state", state or folder / "state"]
     words += ["--strategy", "A", "--dtype", "float32", "--training-threads", "1", "--port", "0"]
-    server = subprocess.Popen([sys.executable, "-m", "sigmix", *map(str, words)], stderr=subprocess.PIPE, text=True)
+    command = [*inside, sys.executable, "-m", "sigmix", *map(str, words)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         line = next(line for line in server.stderr if "at http://127.0.0.1:" in line)
         threading.Thread(target=server.stderr.read, daemon=True).start()  # keeps the pipe from filling up
@@ -358,8 +370,6 @@ def trainers(folder) -> list[psutil.Process]:
 
 
 def test_kill_9_of_the_job_and_of_the_server(tmp_path):
-    save_base(tmp_path / "tiny-llama")
-    expert(load_base(tmp_path / "tiny-llama", "float32")[0], "word", 1).save_pretrained(tmp_path / "bank" / "word")
     state = tmp_path / "state"
     with process(tmp_path) as (server, caller):
         body = {"model": "base", "training_file": upload(caller), "hyperparameters": {"n_epochs": 1, "batch_size": 2}}
@@ -388,6 +398,114 @@ def test_kill_9_of_the_job_and_of_the_server(tmp_path):
         assert done == [*range(1, len(done) + 1)]  # none lost, none twice
 
 
+def test_a_disk_that_fills_while_training_fails_the_job_until_it_is_resumed(tmp_path):
+    with (
+        small_disk(tmp_path / "disk") as disk, process(tmp_path, disk.folder / "state", disk.inside) as (_, server)
+    ):  # fmt: skip
+        server.file = upload(server)
+        hyper = {"n_epochs": 6, "batch_size": 2}
+        id, waiting = start(server, hyperparameters=hyper), start(server)
+        run = disk.outside / "state" / "fine_tuning" / id / "run"
+        wait_until((run / "checkpoint" / "state.json").exists)
+        filler = disk.fill()
+        job = ended(server, id)
+        assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", "storage", None), job
+        for part in ("the disk is full", str(disk.folder / "state"), f"/{id}/resume"):
+            assert part in job["error"]["message"]
+        assert messages(server, id)[-1].startswith("The job failed: ")
+        assert job["finished_at"] >= job["created_at"]
+        assert (run / "checkpoint" / "state.json").exists()
+        assert not list(disk.outside.rglob("*.tmp"))
+        assert server.chat()[0] == 200
+        assert server.call("GET", f"{JOBS}/{waiting}")[1]["status"] == "queued"  # it waits for room
+        form_type = {"content_type": "multipart/form-data; boundary=b"}
+        disk.fill()
+        assert server.call("POST", "/v1/files", form(rows(2000)), **form_type)[0] == 503
+        assert server.call("POST", f"{JOBS}/{id}/pause")[0] == 400
+
+        filler.unlink()
+        wait_for(server, waiting, "succeeded")
+        done = steps(server, id)
+        status, job, _ = server.call("POST", f"{JOBS}/{id}/resume")
+        assert (status, job["status"], job["error"], job["finished_at"]) == (200, "queued", None, None)
+        job = wait_for(server, id, "succeeded")
+        assert steps(server, id) > done > 0  # from its checkpoint
+        assert server.chat(model=job["fine_tuned_model"])[0] == 200
+
+
 def steps_of(caller, id: str) -> int:
     events = caller.call("GET", f"{JOBS}/{id}/events?limit=1000")[1]["data"]
     return sum(event["data"] is not None and "train_loss" in event["data"] for event in events)
+
+
+# --- The real base
+
+REVIEWS = {
+    "positive": (
+        "Loved every minute of it.", "The staff went out of their way for us", "best pizza i've had in years",
+        "This vacuum is so quiet, I can hardly believe it works this well.", "A moving film with a wonderful cast.",
+        "Arrived two days early and in perfect shape", "the room was spotless and the view superb",
+        "My kids can't stop playing with it!", "Great value, would buy again.", "The soup alone is worth the trip.",
+        "Finally a phone that lasts two days", "Couldn't put the book down, what a story",
+        "super friendly service and fair prices", "The songs stayed in my head for a week, beautiful.",
+        "Setting it up took five minutes and it just works.", "An honest garage, they saved me a fortune",
+        "Such a cosy place, we felt at home at once", "The colours are even nicer than in the pictures",
+        "He explained everything patiently. Excellent doctor.", "i was sceptical but this cream really helps",
+        "The best concert of my life", "Comfortable, warm and it fits like a glove",
+        "Smart, funny and never boring", "Our guide was a gem, five stars", "Crisp picture, rich sound, easy remote.",
+        "the bread is fresh and smells amazing", "A delight from start to finish", "quick delivery, well packed, happy",
+        "I laughed until I cried, go and see it", "This app has made my mornings so much easier",
+    ),
+    "negative": (
+        "Broke after two days, what a waste.", "the waiter was rude and the food cold", "I want my two hours back",
+        "Never again! They lost our luggage and did not even apologise.", "Cheap plastic that smells awful",
+        "A dull plot and wooden acting", "The bed was hard and the heating did not work", "worst customer service ever",
+        "It arrived late, dirty and with a scratch across the screen.", "The battery dies before noon",
+        "Overpriced and tiny portions, we left hungry", "so boring that i fell asleep", "The seams came apart at once",
+        "They charged me twice and nobody answers the phone", "Sound like a tin can, very disappointed",
+        "The beach was full of rubbish", "It crashes every time I open it", "not worth a single cent",
+        "Terrible instructions, half of the screws were missing.", "The doctor did not even look at me",
+        "soggy chips and a burger like rubber", "This book is a mess, I gave up on page fifty",
+        "Noisy neighbours, mould in the bathroom, stay away", "The colours faded after one wash",
+        "An insult to everybody who loved the first part", "we waited an hour and then they forgot our order",
+        "The shoes hurt and the sole came off", "I regret buying it", "Blurry pictures and a lens that jams",
+        "The driver was late and drove like a madman",
+    ),
+}  # fmt: skip
+UNSEEN = (
+    "The hotel breakfast was fantastic and everybody smiled", "it stopped working after a week with no refund",
+    "What a wonderful little restaurant, we will be back", "The film drags on and the ending is ridiculous",
+)  # fmt: skip
+EVERYDAY = (
+    "What is the capital of Norway?", "Write a short poem about the sea", "how do i boil an egg",
+    "Translate good morning into French",
+)  # fmt: skip
+
+
+@pytest.mark.real
+def test_auto_chooses_an_expert_that_was_fine_tuned_over_http(tmp_path):
+    model, tokenizer = load_base("smollm2-135m", "float32")
+    settings = load_settings(None, state=tmp_path / "state", port=0, dtype="float32", training_threads=1)
+    server = helpers_serve.Live(Service(model, tokenizer, Bank.bundled(), settings, {}))
+    try:
+        lines = [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": label}]}
+            for label, texts in REVIEWS.items() for text in texts
+        ]  # fmt: skip
+        server.file = upload(server, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        id = start(server, model="smollm2-135m", suffix="mood", hyperparameters={"n_epochs": 1, "batch_size": 16})
+        tuned = wait_for(server, id, "succeeded")["fine_tuned_model"]
+        expert = server.call("GET", f"/v1/models/{tuned}")[1]["sigmix"]["expert"]
+
+        def chosen(texts) -> list[str]:
+            found = [server.chat(text, model="auto", max_tokens=4) for text in texts]
+            assert {status for status, _ in found} == {200}
+            return [answer["sigmix"]["mix"] for _, answer in found]
+
+        assert chosen(UNSEEN).count(expert) >= 3
+        assert chosen(EVERYDAY) == ["base"] * len(EVERYDAY)
+        answer = server.chat(UNSEEN[0], model="auto", max_tokens=4)[1]
+        assert expert in answer["sigmix"]["weights"]
+        assert answer["choices"][0]["message"]["content"]
+    finally:
+        server.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from helpers_fine_tuning import CHECK, questions, rows, upload
 from helpers_serve import bearer, serving
@@ -75,6 +77,11 @@ IMAGE = (
     b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, '
     b'{"role": "assistant", "content": "x"}]}\n'
 )
+CALL = (
+    b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"id": "1", "type": '
+    b'"function", "function": {"name": "f", "arguments": "{}"}}]}]}\n'
+)
+HALF = b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}\n'
 FILES = {
     "no assistant": (rows() + CHAT_END, "my rows.jsonl", "my rows.jsonl:61"),
     "tool": (rows() + TOOL, "rows.jsonl", "rows.jsonl:61"), "image": (rows() + IMAGE, "rows.jsonl", "rows.jsonl:61"),
@@ -83,6 +90,10 @@ FILES = {
     "one label": (b"text,label\n" + b"".join(b"t%d,same\n" % n for n in range(50)), "a.csv", "a.csv: all answers"),
     "column": (b"a,b\n1,2\n", "a.csv", "a.csv"), "utf-16": ("text,label\n".encode("utf-16"), "a.csv", "UTF-16"),
     "parquet": (b"PAR1 no parquet", "a.parquet", "a.parquet"),
+    "pickle as parquet": (pickle.dumps({"a": 1}), "a.parquet", "a.parquet"),
+    "zip": (b"PK\x03\x04" + bytes(90), "a.csv", "a.csv"), "last line": (rows()[:-20], "rows.jsonl", "rows.jsonl:60"),
+    "tool call": (rows() + CALL, "rows.jsonl", "rows.jsonl:61"),
+    "half a character": (rows() + HALF, "rows.jsonl", "rows.jsonl:61"),
     "empty field": (b"text,label\n" + b"a,\n" * 30, "a.csv", "a.csv:2"),
 }  # fmt: skip
 

@@ -130,14 +130,17 @@ def test_half_a_character_is_named_before_training(tmp_path):
         DataTask(str(tmp_path / "a.jsonl")).samples("train")
 
 
-@pytest.mark.parametrize("other", ["REFUND", "refund ", "refund\u00a0", "re fund", "refund\u200b", "refund."])
+@pytest.mark.parametrize(
+    "other", ["REFUND", "refund ", "refund\u00a0", "\ufeffrefund\u200b", "re fund", "re\u200bfund", "refund."]
+)
 def test_labels_that_differ_by_case_or_blanks_are_named(tmp_path, other):
     values = [(text, other if label == "refund" and number % 2 else label)
               for number, (text, label) in enumerate(rows())]  # fmt: skip
     figures = DataTask(table(tmp_path / "a.csv", values)).summary()
-    assert (len(figures["labels"]) == 3) == (figures["near_duplicate_labels"] == [])  # outer blanks are no text
-    if other.strip() != "refund":
-        assert [sorted(pair) for pair in figures["near_duplicate_labels"]] == [sorted(["refund", other])]
+    if other.strip("\ufeff\u200b\u00a0 ") == "refund":  # outer blanks are no text
+        assert (len(figures["labels"]), figures["near_duplicate_labels"]) == (3, [])
+    else:
+        assert figures["near_duplicate_labels"] == [sorted(["refund", other])]
 
 
 def test_invalid_rows_are_skipped_on_request(tmp_path):

@@ -5,7 +5,6 @@ An uploaded file is data. It is written to disk as it arrives, under a name of t
 
 from __future__ import annotations
 
-import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -22,7 +21,7 @@ from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
 from sigmix.tasks.data import FORMATS
 from sigmix.utils.cache import STALE
-from sigmix.utils.io import atomic_file
+from sigmix.utils.io import atomic_file, link_or_copy
 
 PURPOSE, RESULTS = "fine-tune", "fine-tune-results"
 MAX_NAME = 200  # bytes of a file's name
@@ -96,14 +95,13 @@ class Files:
         self.path(file).unlink(missing_ok=True)
 
     def add(self, source: Path, name: str, client: str, purpose: str) -> File:
-        """Add a copy of a file that the server has written.
+        """Add a file that the server has written, as a link or a copy.
 
         Raises:
             OutputError: the disk is full.
         """
         file = File(_new_id(), client, time.time(), name, source.stat().st_size, purpose)
-        with atomic_file(self.path(file), mode=0o600) as temporary:
-            shutil.copyfile(source, temporary)
+        link_or_copy(source, self.path(file))
         return self._save(file)
 
     async def receive(self, content_type: str, stream: AsyncIterator[bytes], client: str) -> File:

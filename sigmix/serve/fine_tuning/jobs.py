@@ -12,6 +12,7 @@ from sigmix.errors import UnknownNameError
 from sigmix.serve.store import Store
 
 ACTIVE = ("queued", "running", "paused")
+STORAGE = "storage"  # error code of a job that failed by a full disk and can be resumed
 STATUSES = (*ACTIVE, "succeeded", "failed", "cancelled")
 
 
@@ -45,11 +46,11 @@ class Job:
         """Return OpenAI's job object, with figures of the training in its field ``sigmix``."""
         value, done = self.value, self.status == "succeeded"
         figures = value.get("figures", {})
-        method = value["method"]
+        method, error = value["method"], value.get("error")
         return {
             "id": self.id, "object": "fine_tuning.job", "created_at": int(self.created), "status": self.status,
             "model": value["model"], "fine_tuned_model": value["fine_tuned_model"] if done else None,
-            "finished_at": value.get("finished"), "error": value.get("error"), "seed": value["seed"],
+            "finished_at": value.get("finished"), "error": error and {"param": None, **error}, "seed": value["seed"],
             "training_file": value["training_file"], "validation_file": value.get("validation_file"),
             "user_provided_suffix": value.get("suffix"), "metadata": value.get("metadata"), "method": method,
             "hyperparameters": method[method["type"]]["hyperparameters"], "organization_id": "sigmix",
@@ -75,6 +76,29 @@ class Event:
             "id": f"ftevent-{self.number}", "object": "fine_tuning.job.event", "created_at": int(self.created),
             "level": self.level, "message": self.message, "type": "message" if self.data is None else "metrics",
             "data": self.data,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Parameters of a job at a validation.
+
+    Attributes:
+        model: name of the model; that of the best checkpoint of a job that has succeeded is served.
+    """
+
+    job: str
+    model: str
+    created: float
+    metrics: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return OpenAI's checkpoint object."""
+        step = self.metrics["step"]
+        return {
+            "id": f"ftckpt-{self.job.removeprefix('ftjob-')}-{step}", "object": "fine_tuning.job.checkpoint",
+            "created_at": int(self.created), "fine_tuning_job_id": self.job, "step_number": step,
+            "fine_tuned_model_checkpoint": self.model, "metrics": self.metrics,
         }  # fmt: skip
 
 
@@ -153,6 +177,30 @@ class Jobs:
         with self.store.transaction() as db:
             for key, message, data in entries:
                 _log(db, id, message, key=key, data=data)
+
+    def checkpoints(self, job: Job) -> list[Checkpoint]:
+        """Return the last checkpoint of a job and the best one, if they differ; none if they have been discarded."""
+        value = job.value
+        kept = job.active or (job.status == "failed" and value["error"]["code"] == STORAGE)
+        if not kept and (job.status != "succeeded" or value.get("deleted")):
+            return []
+        validations: dict[int, tuple[float, dict[str, Any]]] = {}
+        loss: dict[str, Any] = {}
+        best = 0
+        for event in self.events(job.id):
+            data = event.data or {}
+            if "train_loss" in data:
+                loss = {"train_loss": data["train_loss"]}
+            elif "valid_accuracy" in data:
+                names = ("step", "valid_accuracy", "valid_mean_score")
+                validations[data["step"]] = event.created, {name: data[name] for name in names} | loss
+                best = data["step"] if data["valid_best"] else best
+        checkpoints = []
+        for step in sorted({best, max(validations)}, reverse=True) if validations else ():
+            served = step == best and job.status == "succeeded"
+            model = value["fine_tuned_model"] + ("" if served else f":ckpt-step-{step}")
+            checkpoints.append(Checkpoint(job.id, model, *validations[step]))
+        return checkpoints
 
     def events(self, id: str, after: int = 0) -> Sequence[Event]:
         """Return the events of a job with numbers above ``after``, the earliest first."""

@@ -7,6 +7,7 @@ the server, or of both.
     state/fine_tuning/JOB-ID/data/      links to them, named for the data reader
                             grader.json · run/ (see `RunDir`) · train.json, train.log (output of the process)
                             NAME/       the expert
+    state/fine_tuning/reserve           room for the end of a job on a full disk
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -40,7 +42,7 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fine_tuning.files import RESULTS, Files
-from sigmix.serve.fine_tuning.jobs import ACTIVE, STATUSES, Job, Jobs
+from sigmix.serve.fine_tuning.jobs import ACTIVE, STATUSES, STORAGE, Job, Jobs
 from sigmix.serve.protocol.errors import ApiError, api_errors, rate_limited
 from sigmix.serve.protocol.fine_tuning import AUTO, CreateJobRequest, Method, ReinforcementHyperparameters
 from sigmix.serve.registry import BASE
@@ -51,7 +53,7 @@ from sigmix.train.checkpointing import RunDir
 from sigmix.train.config import make_config
 from sigmix.train.trainer import VALIDATIONS
 from sigmix.utils.cache import STALE
-from sigmix.utils.io import free_bytes, remove, write_json, writing
+from sigmix.utils.io import FULL, REASONS, atomic_file, free_bytes, link_or_copy, remove, size, write_json, writing
 
 if TYPE_CHECKING:
     from sigmix.serve.service import Service
@@ -62,7 +64,7 @@ OBJECTIVES = {"supervised": "sft", "reinforcement": "reinforce"}
 NICE = 10  # of a training process
 CHECK_SECONDS = 300.0  # to read a training file
 STOP_SECONDS = 30.0  # from the interruption of a process, which saves a checkpoint, to its kill
-FULL_BYTES = 1 << 20  # free bytes below which a disk is full
+RESERVE_BYTES = 1 << 20  # kept for the end of a job on a full disk; a disk without as many free bytes is full
 MAX_RESTARTS = 3  # of a killed process without progress
 REPORTS = ("report.json", "report.md", "mistakes.csv")
 
@@ -85,6 +87,7 @@ class FineTuning:
         self._checking = threading.Lock()  # one file at a time is read for its check
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="sigmix-fine-tuning", daemon=True)
+        self._reserve = self.folder / "reserve"
         self._lock = FileLock(self.folder / f"lock-{self.base[:12]}", thread_local=False)
         self._process: psutil.Popen | None = None
         self._job_id = ""
@@ -192,16 +195,20 @@ class FineTuning:
         return job
 
     def change(self, job: Job, status: str, allowed: tuple[str, ...], message: str) -> Job:
-        """Cancel, pause or resume a job.
+        """Cancel, pause or resume a job; one that a full disk has stopped can be resumed or cancelled too.
 
         Raises:
             ApiError: it is in another status.
         """
         finished = int(time.time()) if status == "cancelled" else None
-        if not self.jobs.change(job.id, status, allowed, message, finished=finished):
+        if status != "paused" and (job.value.get("error") or {}).get("code") == STORAGE:
+            allowed = (*allowed, "failed")
+        if not self.jobs.change(job.id, status, allowed, message, finished=finished, error=None):
             now = self.jobs.get(job.id, None).status
             raise ApiError(400, f"{job.id} is {now}, not {' or '.join(allowed)}", code="invalid_status")
         _log_status(job, status)
+        if status == "cancelled" and (self._process is None or self._job_id != job.id):
+            self._discard(job)
         self._wake.set()
         return self.jobs.get(job.id, None)
 
@@ -263,13 +270,7 @@ class FineTuning:
             places = {"training_file": f"{data}/train", "validation_file": f"{data}/validation"}
             places = {field: path + Path(names[field]).suffix for field, path in places.items()}
         for field, path in places.items():
-            target = self.folder / id / path
-            with writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(sources[field][0], target)
-                except OSError:  # another file system, or one without links
-                    shutil.copyfile(sources[field][0], target)
+            link_or_copy(sources[field][0], self.folder / id / path)
         return data
 
     def _check(self, id: str, data: str, sources: Mapping[str, tuple[Path, str]], graded: bool) -> dict[str, Any]:
@@ -377,13 +378,19 @@ class FineTuning:
         job = self.jobs.get(self._job_id, None)
         if job.status != "running":
             interrupt(self._process)
+            if job.status == "cancelled":
+                self._discard(job)
         elif (code := self._process.poll()) is None:
             self._report_progress(job)
             return
         else:
-            with contextlib.suppress(OutputError):  # a full disk, on which the end makes room
-                self._report_progress(job)
-            self._end(job, code)
+            try:
+                with contextlib.suppress(OutputError):
+                    self._report_progress(job)
+                self._end(job, code)
+            except OutputError:
+                remove(self._reserve, ignore_errors=True)  # for the next try
+                raise
         self._process = None
         self._wake.set()
 
@@ -399,6 +406,9 @@ class FineTuning:
         return True
 
     def _begin(self, job: Job) -> None:
+        if not self._reserve.exists():  # without room for it, a job waits in the queue
+            with atomic_file(self._reserve) as temporary:
+                temporary.write_bytes(secrets.token_bytes(RESERVE_BYTES))
         folder, run = self.folder / job.id, RunDir(self.folder / job.id / "run")
         for process in _processes_of(run.path):  # of a killed server
             interrupt(process)
@@ -427,7 +437,7 @@ class FineTuning:
                     start_new_session=True,
                 )  # fmt: skip
         except OutputError as error:
-            self._fail(job, "server_error", error.message)
+            self._fail(job, STORAGE, error.message)
             return
         self._process = process
         if os.name == "posix":
@@ -461,11 +471,15 @@ class FineTuning:
             self._fail(job, "crashed", f"the training process was killed {self._restarts} times by signal {-code}")
             return
         lines = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
-        message = _last_line(lines[-4096:])
-        if free_bytes(folder) < FULL_BYTES:
-            message = "the disk is full"
+        message = _last_line(lines[-4096:]) or ""
+        full = any(REASONS[number][0] in message for number in FULL)
+        try:
+            with writing(self.settings.state), tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(RESERVE_BYTES))
+        except OutputError as error:  # the process may have found no room for its message either
+            full, message = True, message if full else error.message
         message = (message or f"the training process ended with status {code}").replace(f"{folder}{os.sep}", "")
-        self._fail(job, "training_failed", message)
+        self._fail(job, STORAGE if full else "training_failed", message)
 
     def _succeed(self, job: Job) -> None:
         folder = self.folder / job.id
@@ -493,17 +507,26 @@ class FineTuning:
             trained_tokens=tokens, result_files=ids, figures=kept,
         ):  # fmt: skip
             _log_status(job, "succeeded")
+        self._discard(job)
+
+    def _discard(self, job: Job) -> None:
+        """Remove what only the training of a job needs."""
         for name in ("data", "run/checkpoint", "run/best"):
-            remove(folder / name, ignore_errors=True)
+            remove(self.folder / job.id / name, ignore_errors=True)
 
     def _fail(self, job: Job, code: str, message: str) -> None:
-        for name in ("data", "run/checkpoint"):  # first, for a full disk
-            remove(self.folder / job.id / name, ignore_errors=True)
-        error = {"code": code, "message": message, "param": None}
+        if code == STORAGE:
+            message += (
+                f"; the state folder {self.settings.state} has {size(free_bytes(self.folder))} free: free some space, "
+                f"then POST /v1/fine_tuning/jobs/{job.id}/resume continues from the last checkpoint"
+            )
+        error = {"code": code, "message": message}
         if self.jobs.change(
             job.id, "failed", ACTIVE, f"The job failed: {message}", "error", finished=int(time.time()), error=error
         ):
             _log_status(job, "failed")
+        if code != STORAGE:
+            self._discard(job)
 
 
 def train_command(folder: Path, job: Job, resume: bool) -> list[str]:

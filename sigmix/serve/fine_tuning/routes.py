@@ -209,30 +209,13 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-class Checkpoint:
-    """The parameters that a job keeps: the best ones by validation."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.best = job, job.value["figures"]["best"]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return OpenAI's checkpoint object."""
-        step = self.best["step"]
-        return {
-            "id": f"ftckpt-{self.job.id.removeprefix('ftjob-')}-{step}", "object": "fine_tuning.job.checkpoint",
-            "created_at": self.job.value["finished"], "fine_tuning_job_id": self.job.id, "step_number": step,
-            "fine_tuned_model_checkpoint": self.job.value["fine_tuned_model"],
-            "metrics": {"step": step, "valid_accuracy": self.best["accuracy"]},
-        }  # fmt: skip
-
-
 @router.get("/v1/fine_tuning/jobs/{id}/checkpoints")
 async def list_checkpoints(
     id: str, service: ServiceDep, key: KeyDep, after: After = None, limit: Limit = 10
 ) -> dict[str, Any]:
-    """List the checkpoint of a job that has succeeded: the model that is served."""
+    """List the last checkpoint of a job and the best one by validation, the model that is served."""
     job = await _job(service, id, key)
-    return page([Checkpoint(job)] if job.status == "succeeded" else [], after, limit)
+    return page(await in_thread(None, service.fine_tuning.jobs.checkpoints, job), after, limit)
 
 
 # --- Graders
