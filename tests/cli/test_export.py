@@ -169,7 +169,7 @@ def test_a_full_disk_is_noticed_before_the_work(run, home, tmp_path, monkeypatch
     done = run("export", kind, "--mix", "reading", "--out", out, "--base", home.base, "--bank", home.bank)
     assert done.code == 2
     assert str(out) in done.err[-1]
-    assert "1e-06 GB" in done.err[-1]
+    assert "1.0 kB are free" in done.err[-1]
     assert not out.exists()
 
 
