@@ -268,9 +268,9 @@ def request_statistics(
     rest = max(float(variances.sum() - top.sum()), 0.0) / (states.shape[1] - rank)
     facts = {"train_n": len(own), "validation_n": len(held_out)}
     fitted = RequestStatistics(
-        _rounded(centers), _rounded(np.bincount(nearest) / len(own)), _rounded(directions),
-        _rounded(OWN * (top - rest).clip(0, 6e4)), 1 - OWN + OWN * rest, 0.0, background.base, background_key(), facts,
-    )  # fmt: skip
+        _tensor(centers), _tensor(np.bincount(nearest) / len(own)), _tensor(directions),
+        _tensor(OWN * (top - rest).clip(0, 6e4)), 1 - OWN + OWN * rest, 0.0, background.base, background_key(), facts,
+    ).rounded()  # fmt: skip
     inside = fitted.distances(background.states(engine, held_out)).double().numpy()
     outside = fitted.distances(background.validation).double().numpy()
     threshold = _threshold(inside, outside)
@@ -278,9 +278,8 @@ def request_statistics(
     return replace(fitted, threshold=threshold, facts={**facts, **shares})
 
 
-def _rounded(values: np.ndarray) -> torch.Tensor:
-    """Return float32 values as a file in half precision has them."""
-    return torch.from_numpy(values.copy(order="C")).half().float()
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _distinct(prompts: Sequence[str], limit: int) -> list[str]:

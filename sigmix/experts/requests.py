@@ -2,7 +2,7 @@
 
 Requests are points in the base's whitened hidden states, see `sigmix.adapt.router.Background`: there, other requests
 have mean 0 and covariance I. An expert's requests are a mixture of Gaussians around ``centers`` that share a covariance
-V = floor · I + directions · diag(excess) · directionsᵀ. Averages only; no text of a request is stored.
+V = floor · I + directions · diag(excess) · directionsᵀ. Averages only, in 8 bits; no text of a request is stored.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from safetensors.torch import load, save
 
 from sigmix.errors import ExpertError
 
-FORMAT = "sigmix-requests-1"
-TENSORS = ("centers", "weights", "directions", "excess")
+FORMAT = "sigmix-requests-2"
+MATRICES = ("centers", "directions")
 SMOOTHING = 20.0  # distance by which centers blend into one density; also the temperature of class posteriors
 FILE = "requests.safetensors"
 REMEDY = f"delete {FILE}, and compute it again: sigmix experts statistics NAME"
@@ -70,14 +70,21 @@ class RequestStatistics:
         volume = self.centers.shape[1] * torch.tensor(self.floor).log() + (self.excess / self.floor).log1p().sum()
         return nearest + volume - states.square().sum(-1)
 
+    def rounded(self) -> RequestStatistics:
+        """Return the statistics with the values that a file has."""
+        return self.from_bytes(self.to_bytes(), FILE)
+
     def to_bytes(self) -> bytes:
-        """Return the contents of a safetensors file; equal statistics give equal bytes."""
-        half = {name: getattr(self, name).half().contiguous() for name in TENSORS}
+        """Return the contents of a safetensors file; equal statistics give equal bytes, also after `from_bytes`."""
+        tensors = {
+            **_to_int8("centers", self.centers), **_to_int8("directions", self.directions.T),
+            "weights": self.weights.half(), "excess": self.excess.half(),
+        }  # fmt: skip
         metadata = {
-            "format": FORMAT, "sha256": _digest(half), "floor": self.floor, "threshold": self.threshold,
+            "format": FORMAT, "sha256": _digest(tensors), "floor": self.floor, "threshold": self.threshold,
             "base": self.base, "background": self.background, "facts": dict(self.facts),
         }  # fmt: skip
-        return save(half, {"requests": json.dumps(metadata, ensure_ascii=False, sort_keys=True)})
+        return save(tensors, {"requests": json.dumps(metadata, ensure_ascii=False, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> RequestStatistics:
@@ -87,24 +94,31 @@ class RequestStatistics:
             ExpertError: damaged; names ``source``.
         """
         try:
-            half = load(content)
+            tensors = load(content)
             length = int.from_bytes(content[:8], "little")
             metadata = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["requests"])
             if metadata["format"] != FORMAT:
                 raise ValueError(f"unknown format {metadata['format']!r}")
-            if metadata["sha256"] != _digest(half):
+            if metadata["sha256"] != _digest(tensors):
                 raise ValueError("the checksum differs")
-            centers, weights, directions, excess = (half[name].float() for name in TENSORS)
+            centers, directions = (tensors[name] * tensors[f"{name}.scale"].float() for name in MATRICES)
             return cls(
-                centers, weights, directions, excess, float(metadata["floor"]), float(metadata["threshold"]),
-                str(metadata["base"]), str(metadata["background"]), dict(metadata["facts"]),
+                centers, tensors["weights"].float(), directions.T, tensors["excess"].float(),
+                float(metadata["floor"]), float(metadata["threshold"]), str(metadata["base"]),
+                str(metadata["background"]), dict(metadata["facts"]),
             )  # fmt: skip
         except (SafetensorError, ExpertError, ValueError, KeyError, TypeError) as error:
             raise ExpertError(f"{source} is truncated or damaged: {error}", remedy=REMEDY) from error
 
 
+def _to_int8(name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a matrix in int8, with a scale in half precision for each row."""
+    scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.half).tiny).half()
+    return {name: (rows / scale.float()).round().to(torch.int8).contiguous(), f"{name}.scale": scale.contiguous()}
+
+
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
-    for name in TENSORS:
+    for name in sorted(tensors):
         total.update(f"{name} {tuple(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes())
     return total.hexdigest()

@@ -40,6 +40,18 @@ def test_distances_are_those_of_the_densities():
     torch.testing.assert_close(found.distances(states), wanted)
 
 
+def test_a_file_has_the_values_in_8_bits(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    centers, states = torch.randn(16, 576, generator=random) * 3, torch.randn(50, 576, generator=random)
+    directions = torch.linalg.qr(torch.randn(576, 32, generator=random))[0]
+    exact = statistics(centers=centers, weights=torch.full((16,), 1 / 16), directions=directions, excess=torch.rand(32))
+    rounded = exact.rounded()
+    assert rounded.rounded().to_bytes() == rounded.to_bytes() == exact.to_bytes()
+    assert len(exact.to_bytes()) < 30_000
+    torch.testing.assert_close(rounded.distances(states), exact.distances(states), atol=2.0, rtol=1e-3)
+    assert statistics(directions=torch.zeros(3, 0), excess=torch.zeros(0)).rounded().directions.shape == (3, 0)
+
+
 def test_an_expert_carries_its_statistics_and_its_digest_stays(tmp_path):
     expert = new_expert()
     again = Expert.from_pretrained(expert.save_pretrained(tmp_path / "sums"))
