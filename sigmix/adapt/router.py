@@ -160,6 +160,9 @@ class RouterDispatch:
 
     Experts without statistics of this base are never chosen, see `unrouted`. The bank may change between calls.
 
+    Args:
+        soft: mix all experts by their probabilities in place of the most probable one alone.
+
     Raises:
         ConfigError: no expert has such statistics. ExpertError, FingerprintError: an expert of another base, or a
         damaged one.
@@ -167,8 +170,8 @@ class RouterDispatch:
 
     name = "D (router)"
 
-    def __init__(self, engine: HiddenStatesEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: HiddenStatesEngine, *, soft: bool = False) -> None:
+        self.engine, self.soft = engine, soft
         check_bank(engine)
         if len(unrouted(engine.bank, engine.base_fingerprint)) == len(skills(engine.bank)):
             raise ConfigError("no expert of the bank has request statistics of this base", remedy=REMEDY)
@@ -227,7 +230,10 @@ class RouterDispatch:
             reason += f"not below the threshold of {thresholds[best]:.0f}"
             return Decision(Mix.base(), OTHER, reason, evidence, tokens, seconds)
         reason += f"below the threshold of {thresholds[best]:.0f} ({posteriors[best]:.0%})"
-        mix = next(label.mix for label in listed if label.name == best)
+        mixes = {label.name: label.mix for label in listed}
+        mix = mixes[best]
+        if self.soft:
+            mix = Mix({name: posteriors[label] for label in margins for name in mixes[label].weights})
         return Decision(mix, best, reason, evidence, tokens, seconds)
 
 

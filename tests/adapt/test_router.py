@@ -147,6 +147,14 @@ def test_only_the_beginning_of_a_long_request_is_read(engine, context, tmp_path,
     assert found.evidence["distances"] == pytest.approx(cut.evidence["distances"], rel=1e-2, abs=0.5)
 
 
+def test_soft_decisions_mix_by_probability(engine):
+    decisions = RouterDispatch(engine, soft=True).decide(TEXTS)
+    chances = decisions[0].evidence["probabilities"]
+    assert decisions[0].mix.alpha("adder", "x") == pytest.approx(chances["arithmetic"])
+    assert decisions[0].mix.alpha("finder", "x") == pytest.approx(chances["reading"])
+    assert decisions[-1].mix == Mix.base()
+
+
 def test_statistics_hold_no_text_and_are_the_same_again(engine):
     texts = requests_of("reading", 0, 40), requests_of("reading", 100, 20)
     once, again = (request_statistics(engine, *texts).to_bytes() for _ in range(2))
