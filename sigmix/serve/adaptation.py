@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sigmix.adapt import Example, FewShotSearch
+from sigmix.engine.cpu.openmp import release_thread_pool
 from sigmix.errors import ConfigError, SigmixError, UnknownNameError
 from sigmix.serve.fair_queue import QueueFullError
 from sigmix.serve.protocol.requests import AdaptRequest
@@ -151,6 +152,8 @@ class AdaptationWorker:
         except Exception:
             log.exception("adaptation failed")
             adaptation.status, adaptation.error = "failed", "internal server error"
+        finally:
+            release_thread_pool()
 
     def _search(self, adaptation: Adaptation) -> None:
         request, grader = adaptation.request, self.graders[adaptation.request.score]

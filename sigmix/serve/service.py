@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sigmix.adapt import ClassifierDispatch, PromptDispatch, RouterDispatch, Strategy, TwoPass
 from sigmix.adapt.bandit import BanditDispatch
 from sigmix.adapt.router import REMEDY, unrouted
+from sigmix.engine.cpu.openmp import release_thread_pool
 from sigmix.engine.detokenizer import text_offsets, token_decoder
 from sigmix.engine.tokenization import chat_template, check_context, check_unicode, encode_turns
 from sigmix.errors import ConfigError, ContextError, ExpertError, UnknownNameError
@@ -134,6 +135,7 @@ class Service:
         self.engine.generate(["Hello"], max_new_tokens=2)
         self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2)
         self.strategies[self.default_strategy].decide(["Hello"])
+        release_thread_pool()  # from now on the scheduler's thread computes
         self.scheduler.start()
         self.fine_tuning.start()
         self.started = True
