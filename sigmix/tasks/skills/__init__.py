@@ -6,6 +6,6 @@ package registers all of them.
 
 from __future__ import annotations
 
-from sigmix.tasks.skills import arithmetic, formats, logic, reading, wording
+from sigmix.tasks.skills import arithmetic, calendar, formats, logic, passages, quantities, reading, wording
 
-__all__ = ["arithmetic", "formats", "logic", "reading", "wording"]
+__all__ = ["arithmetic", "calendar", "formats", "logic", "passages", "quantities", "reading", "wording"]

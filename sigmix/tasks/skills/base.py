@@ -45,6 +45,11 @@ class Item:
     key: str | None = None
 
 
+def split_key(task: str, key: str) -> str:
+    """Return the key for `hash_split`: with the task's name, equal keys of different tasks fall into different splits."""
+    return f"{task} {key}"
+
+
 class SkillTask(ProceduralTask):
     """A generated task with one generator function and one grader."""
 
@@ -59,8 +64,7 @@ class SkillTask(ProceduralTask):
         while True:
             item = self._generate(rng)
             sample = Sample.make(item.prompt, item.gold, wrong=item.wrong, extra=item.extra)
-            # with the label, equal keys of different tasks fall into different splits
-            yield sample, None if item.key is None else f"{self._label} {item.key}"
+            yield sample, None if item.key is None else split_key(self._label, item.key)
 
     def score(self, sample: Sample, reply: str) -> Score:
         return self._grader(final_part(reply), sample.gold, **sample.meta["extra"])
