@@ -46,7 +46,7 @@ class Item:
 
 
 def split_key(task: str, key: str) -> str:
-    """Return the key for `hash_split`: with the task's name, equal keys of different tasks fall into different splits."""
+    """Return the key for `hash_split`; with the name, equal keys of different tasks fall into different splits."""
     return f"{task} {key}"
 
 

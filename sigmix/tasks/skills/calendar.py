@@ -77,7 +77,7 @@ def duration_spellings(total: int) -> list[str]:
     spellings = [
         f"{h} {m}", f"{h} and {m}", f"{hours}h{minutes:02}", f"{hours} h {minutes} min", f"{hours}h {minutes}m",
         f"{hours}hr {minutes}min", f"{hours}:{minutes:02} h", f"{spoken_h} and {in_words(minutes)} minutes",
-        f"{spoken_h} {in_words(minutes)}", f"{h}, {m}", f"{minutes} minutes and {spoken_h}",
+        f"{spoken_h} {in_words(minutes)}", f"{h}, {m}",
         f"{hours} hrs {minutes} mins", f"{minutes} min more than {spoken_h}",
     ]  # fmt: skip
     if minutes == 30:

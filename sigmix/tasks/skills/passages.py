@@ -16,9 +16,9 @@ from sigmix.tasks.skills.words import COLOURS, NAMES, OBJECTS, PLURALS
 
 SURNAMES = (
     "Berg Ito Novak Silva Okafor Marsh O'Neil Dubois Rossi Petrov Khan Lindqvist Adeyemi Castillo Nguyen Weber Murphy "
-    "Haddad Kowalski Tanaka Moreau Jensen Patel Flores"
+    "Haddad Kowalski Tanaka Moreau Jensen Patel Flores Smith-Jones van_Dijk de_la_Cruz McAllister Wu Li"
 ).split()
-FIRST_NAMES = (*NAMES, *"Aisha Bruno Chen Dario Elif Farid Greta Hugo Ines Jonas Kofi Lina Mateo Nadia Omar Priya".split())
+FIRST_NAMES = [*NAMES, *"Aisha Bruno Chen Dario Elif Farid Greta Hugo Ines Jonas Kofi Lina Mateo Nadia Omar".split()]
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
@@ -26,12 +26,12 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
     "payments",
     domain="format",
     grader=json_only,
-    max_new_tokens=40,
+    max_new_tokens=56,
     typos=False,
     description="Extract who paid, how much and when as JSON with the keys name, amount and date.",
 )
 def payments(rng: random.Random, kind: str) -> Facts:
-    name = rng.choice(FIRST_NAMES) + (f" {rng.choice(SURNAMES)}" if rng.random() < 0.6 else "")
+    name = rng.choice(FIRST_NAMES) + (f" {rng.choice(SURNAMES)}".replace("_", " ") if rng.random() < 0.6 else "")
     whole = rng.randrange(2, 10 ** rng.randint(1, 4))
     amount = f"{whole}.{rng.randrange(1, 100):02}" if rng.random() < 0.5 else str(whole)
     shown = amount
@@ -114,6 +114,6 @@ def yes_no(rng: random.Random, kind: str) -> Facts:
     if kind == "colours" and rng.random() < 0.5:  # the same question about the second thing
         other = {fields["c1"]: fields["c2"], fields["c2"]: fields["c1"]}
         fields |= {"o": fields["o2"], "c": other[fields["c"]]}
-    gold, other = ("yes", "no") if yes else ("no", "yes")
-    wrong = [other, f"{gold} or {other}", f"{other}, not {gold}", f"{gold}, {other}", f"{other} {gold}", "maybe"]
+    gold, no = ("yes", "no") if yes else ("no", "yes")
+    wrong = [no, f"{gold} or {no}", f"{no}, not {gold}", f"{gold}, {no}", f"{no} {gold}", "maybe", f"{gold}, but {no}"]
     return Facts({**fields, "x": rng.randrange(2, 60)}, gold, wrong, key=f"{kind} {sorted(map(str, fields.items()))}")

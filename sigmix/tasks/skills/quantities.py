@@ -1,9 +1,10 @@
-"""Quantities in people's words: sums, comparisons, numbers in words, units. Every answer but a name is a number alone."""
+"""Quantities in people's words: sums, comparisons, numbers in words, units. All answers are a number or name alone."""
 
 from __future__ import annotations
 
 import functools
 import random
+import re
 from decimal import Decimal
 
 from sigmix.tasks.graders import exact, strict_number, wrong_candidates
@@ -41,9 +42,8 @@ def sums(rng: random.Random, kind: str) -> Facts:
     if money:
         style = rng.choice(CURRENCIES)
         shown = [style.format(_amount(value)) for value in values]
-    elif rng.random() < 0.12 and max(values) < 1000:
-        joint = rng.choice((" ", " and "))
-        shown = [in_words(int(value), joint) for value in values]
+    elif rng.random() < 0.3 and max(values) < 100:
+        shown = [in_words(int(value)) for value in values]
     else:
         shown = [f"{text[:-3]},{text[-3:]}" if len(text) > 3 and rng.random() < 0.3 else text for text in numbers]
     gold = _amount(total)
@@ -80,7 +80,7 @@ def _decimal(rng: random.Random, count: int) -> list[str]:
     while len(numbers) < count:
         length = rng.choice((1, 2, 2, 3))
         near = whole if rng.random() < 0.8 else whole + 1
-        text = f"{near}.{rng.randrange(10 ** length):0{length}}"
+        text = f"{near}.{rng.randrange(10**length):0{length}}"
         if text[-1] != "0":
             numbers.setdefault(Decimal(text), text)
     return list(numbers.values())
@@ -127,8 +127,8 @@ def compare_numbers(rng: random.Random, kind: str) -> Facts:
 
 
 PEOPLE = {
-    "taller": (145, 199), "shorter": (145, 199), "older": (8, 109), "younger": (8, 109), "more": (2, 2000),
-    "less": (2, 2000), "oldest": (8, 109), "youngest": (8, 109), "most": (2, 2000), "least": (2, 2000),
+    "taller": (145, 199), "shorter": (145, 199), "older": (8, 99), "younger": (8, 99), "more": (2, 2000),
+    "less": (2, 2000), "oldest": (8, 99), "youngest": (8, 99), "most": (2, 2000), "least": (2, 2000),
     "slower": (95, 240), "faster": (95, 240),
 }  # fmt: skip
 """Kinds of comparisons with their lowest and highest value: centimetres, years, things, seconds."""
@@ -146,8 +146,9 @@ def compare_people(rng: random.Random, kind: str) -> Facts:
     names, (low, high) = rng.sample(NAMES, count), PEOPLE[kind]
     values: list[int] = []
     while len(set(values)) < count:
-        values = [int(text) for text in _whole(rng, count)] if high == 2000 else rng.sample(range(low, high), count)
-        values = values if min(values) >= low else []
+        near = rng.randrange(low, high - 9) if rng.random() < 0.4 else low
+        span = range(near, near + 10 if near > low else high)
+        values = [int(text) for text in _whole(rng, count)] if high == 2000 else rng.sample(span, count)
     gold = names[values.index((min if kind in DOWNWARD else max)(values))]
     if rng.random() < 0.1:
         names = [name.lower() for name in names]
@@ -172,23 +173,23 @@ def _spoken_money(rng: random.Random, whole: int, cents: int, joint: str) -> str
         return text
     small = {"cents": "cent", "pence": "penny", "centimes": "centime"}[small] if cents == 1 else small
     spoken = in_words(cents)
-    return rng.choice((f"{text} and {spoken} {small}", f"{text} {spoken} {small}", f"{text}, {spoken} {small}")) if (
-        cents < 10 or rng.random() < 0.5
-    ) else f"{text} {spoken}"
+    if cents >= 10 and rng.random() < 0.5:
+        return f"{text} {spoken}"
+    return rng.choice((f"{text} and {spoken} {small}", f"{text} {spoken} {small}", f"{text}, {spoken} {small}"))
 
 
-@number(
-    "number-words", domain="format", description="Write a number or an amount of money given in words in digits."
-)
+@number("number-words", domain="format", description="Write a number or an amount of money given in words in digits.")
 def number_words(rng: random.Random, kind: str) -> Facts:
     joint = rng.choice((" and ", " "))
-    size = _digits(rng, rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6)))
+    size = _digits(rng, rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6, 7)))
+    if size > 9999 and rng.random() < 0.6:
+        size -= size % 10 ** (len(str(size)) - rng.choice((1, 2, 2, 3)))
     form = rng.random()
     if kind == "money" or (kind == "any" and form < 0.4):
         whole, cents = size % 10_000 or 1, rng.choice((0, rng.randrange(1, 100), rng.randrange(5, 100, 5)))
         gold, words = _amount(whole + Decimal(cents) / 100), _spoken_money(rng, whole, cents, joint)
     elif form > 0.85:
-        fraction = str(_digits(rng, rng.choice((1, 2, 3))))
+        fraction = f"{_digits(rng, rng.choice((1, 2, 3))) // 10 or ''}{rng.randrange(1, 10)}"
         gold = f"{size % 1000}.{fraction}"
         words = f"{in_words(size % 1000, joint)} point {' '.join(in_words(int(digit)) for digit in fraction)}"
     elif form > 0.78:
@@ -198,9 +199,9 @@ def number_words(rng: random.Random, kind: str) -> Facts:
         gold, words = str(hundreds * 100), f"{in_words(hundreds)} hundred"
     else:
         gold, words = str(size), in_words(size, joint)
-    words = f"a {words[4:]}" if words.startswith("one hundred") and rng.random() < 0.4 else words
+    words = f"a {words[4:]}" if re.match("one (hundred|thousand)", words) and rng.random() < 0.4 else words
     words = words.replace("-", " ") if rng.random() < 0.2 else words
-    words = words.capitalize() if rng.random() < 0.1 else words.upper() if rng.random() < 0.04 else words
+    words = words.upper() if rng.random() < 0.05 else words
     value = Decimal(gold)
     wrong = [words, str(value * 10), str(value + 1), f"{gold} {words}", f"{gold} or {value + 1}", f"{words} = {gold}"]
     wrong += [gold.replace(".", " "), gold.replace(".", "")] if "." in gold else [f"{gold}00"] if value else []
@@ -212,14 +213,15 @@ UNITS = {
     "length": (
         ("km|kilometres|kilometers", "m|metres|meters", 1000), ("m|metres|meters", "cm|centimetres|centimeters", 100),
         ("cm|centimetres|centimeters", "mm|millimetres|millimeters", 10),
-        ("m|metres|meters", "mm|millimetres|millimeters", 1000), ("ft|feet", "in|inches", 12), ("yd|yards", "ft|feet", 3),
+        ("m|metres|meters", "mm|millimetres|millimeters", 1000), ("ft|feet", "in|inches", 12),
+        ("yd|yards", "ft|feet", 3),
     ),
     "mass": (
         ("kg|kilograms|kilos", "g|grams", 1000), ("t|tonnes|metric tons", "kg|kilograms|kilos", 1000),
         ("g|grams", "mg|milligrams", 1000), ("lb|pounds", "oz|ounces", 16),
     ),
     "volume": (
-        ("l|litres|liters", "ml|millilitres|milliliters", 1000), ("L|litres|liters", "mL|millilitres|milliliters", 1000),
+        ("l|litres|liters", "ml|millilitres|milliliters", 1000), ("L|liters", "mL|milliliters", 1000),
         ("l|litres|liters", "cl|centilitres|centiliters", 100), ("dl|decilitres|deciliters", "ml|millilitres", 100),
     ),
     "time": (
@@ -229,7 +231,7 @@ UNITS = {
     "count": (("dozen", "pieces", 12), ("euros|EUR", "cents", 100), ("dollars", "cents", 100)),
 }  # fmt: skip
 PARTS = {3: (1,), 7: (1,), 12: (1, 1, 2), 16: (1, 2), 24: (1, 2), 60: (1, 2, 4, 10)}
-"""Parts of a large unit that amounts are whole multiples of (halves for 2); powers of ten allow one to three decimals."""
+"""Parts of a large unit that amounts are multiples of (halves for 2); powers of ten allow one or two decimals."""
 
 
 @number("units", domain="units", description="Convert between common units; results are whole or short decimals.")
@@ -242,7 +244,8 @@ def units(rng: random.Random, kind: str) -> Facts:
     count = rng.randrange(2, 30) if part == 1 else rng.randrange(3, 10 * part)
     large = Decimal(count) / part
     small = large * factor
-    down = rng.random() < 0.6 or kind == "count" or (large == int(large) and rng.random() < 0.2)
+    # minutes are the goal of "durations"
+    down = names_small[:3] != "min" and (rng.random() < 0.6 or kind == "count" or names_large[:3] == "min")
     source, goal = (names_large, names_small) if down else (names_small, names_large)
     value, result = (large, small) if down else (small, large)
     shown, gold = (f"{amount.normalize():f}" for amount in (value, result))

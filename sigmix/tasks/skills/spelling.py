@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import random
 
 from sigmix.tasks.skills.words import MONTHS
 
@@ -26,12 +25,11 @@ def in_words(number: int, joint: str = " and ") -> str:
     if number < 100:
         return _TENS[number // 10] + (f"-{_UNITS[number % 10]}" if number % 10 else "")
     if number < 1000:
-        rest = joint + in_words(number % 100, joint) if number % 100 else ""
-        return f"{_UNITS[number // 100]} hundred{rest}"
+        hundreds = f"{_UNITS[number // 100]} hundred"
+        return hundreds + joint + in_words(number % 100) if number % 100 else hundreds
     size, name = (1_000_000, "million") if number >= 1_000_000 else (1000, "thousand")
-    rest = number % size
-    between = joint if 0 < rest < 100 else " " if rest else ""
-    return f"{in_words(number // size, joint)} {name}{between}{in_words(rest, joint) if rest else ''}"
+    head, rest = f"{in_words(number // size, joint)} {name}", number % size
+    return head + (joint if rest < 100 else " ") + in_words(rest, joint) if rest else head
 
 
 def ordinal(number: int) -> str:

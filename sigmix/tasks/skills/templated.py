@@ -5,17 +5,19 @@
         a = rng.randrange(1, 100)
         return Facts({"a": a}, str(2 * a), wrong=[str(a)], key=str(a))
 
-``templates/doubles.json`` maps each split to its templates, or to kinds of them: ``{"train": {"bare": ["twice {a}?"],
-"story": [...]}, "validation": ..., "test": ...}``. ``kind`` is "" in a file without kinds. The key of the facts decides
-the split and the split its templates, so neither facts nor wordings of one split occur in another.
+``templates/doubles.json``, beside the Python file, holds the templates of each split, by kind if there are several:
+``{"train": {"bare": ["twice {a}?"], "story": [...]}, "validation": ..., "test": ...}``. ``kind`` is "" without kinds.
+The key of the facts decides the split, and the split the templates: neither facts nor wordings of one split occur in
+another.
 
-Some requests are roughened as people write them: lower case, no final full stop, a typing error. Only the template's
-own words change, never the facts.
+Some requests are roughened as people write them: in lower case, without the final mark, with a typing error. Only the
+template's own words change, never the facts.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import random
 import re
@@ -25,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sigmix.errors import DataError, reraised
 from sigmix.tasks.base import SPLITS, ProceduralTask, Split, hash_split
 from sigmix.tasks.skills.base import Grader, Item, skill, split_key
 
-FOLDER = Path(__file__).with_name("templates")
 LOWER, UNPUNCTUATED, TYPO = 0.2, 0.1, 0.08
 """Shares of requests in lower case, without the final mark, and with two letters swapped."""
 
@@ -37,7 +39,7 @@ Templates = Mapping[Split, Mapping[str, tuple[str, ...]]]
 
 @dataclass
 class Facts:
-    """What a request is about.
+    """Content of a request.
 
     Attributes:
         values: for the fields of the templates of this kind.
@@ -53,32 +55,44 @@ class Facts:
 
 
 @functools.cache
-def load_templates(name: str) -> Templates:
-    """Return the templates of a task: split to kind to templates. Every split has the same kinds."""
-    text = FOLDER.joinpath(f"{name}.json").read_text(encoding="utf-8")
-    data: dict[Split, Any] = {
-        split: {kind: tuple(lines) for kind, lines in (kinds if isinstance(kinds, dict) else {"": kinds}).items()}
-        for split, kinds in json.loads(text).items()
-    }
-    if tuple(data) != SPLITS or any(data[split].keys() != data["train"].keys() for split in SPLITS):
-        raise ValueError(f"{name}.json: train, validation and test must come in this order, with the same kinds")
-    return data
+def load_templates(path: Path) -> Templates:
+    """Return the templates of a file, from split to kind to templates.
+
+    Raises:
+        DataError: no such file, not JSON, braces that do not match, or kinds that not every split has.
+    """
+    with reraised(DataError, f"templates {path}"):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        templates: Templates = {
+            split: {kind: tuple(texts) for kind, texts in (kinds if isinstance(kinds, dict) else {"": kinds}).items()}
+            for split, kinds in ((split, data[split]) for split in SPLITS)
+        }
+        for split in SPLITS:
+            if templates[split].keys() != templates["train"].keys() or not all(templates[split].values()):
+                raise DataError(f"templates {path}: every split needs templates of every kind; {split} does not fit")
+            for text in sum(templates[split].values(), ()):
+                list(string.Formatter().parse(text))
+    return templates
 
 
 def render(rng: random.Random, template: str, values: Mapping[str, object], typos: bool = True) -> str:
-    """Fill in a template, with its own words roughened in some requests."""
+    """Fill in a template; its own words are roughened in some requests."""
     lower, unpunctuated, typo = (rng.random() < share for share in (LOWER, UNPUNCTUATED, TYPO * typos))
-    parts = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
-    if unpunctuated and parts[-1][1] is None:
-        parts[-1] = (parts[-1][0].rstrip(".!?"), None)
-    texts = [text.lower() if lower else text for text, _ in parts]
-    if typo:
-        swap = [(i, match) for i, text in enumerate(texts) for match in re.finditer(r"\b[a-z]{6,}\b", text)]
-        if swap:
-            i, word = rng.choice(swap)
-            at = rng.randrange(word.start() + 1, word.end() - 2)
-            texts[i] = texts[i][:at] + texts[i][at + 1] + texts[i][at] + texts[i][at + 2 :]
-    return "".join(text + ("" if name is None else str(values[name])) for text, (_, name) in zip(texts, parts))
+    template = template.rstrip(".!? ") if unpunctuated else template
+    parts = [(text.lower() if lower else text, name) for text, name, *_ in string.Formatter().parse(template)]
+    words = [(i, word) for i, (text, _) in enumerate(parts) for word in re.finditer(r"\b[a-z]{6,}\b", text)]
+    if typo and words:
+        i, word = rng.choice(words)
+        at = rng.randrange(word.start() + 1, word.end() - 2)
+        text, name = parts[i]
+        parts[i] = text[:at] + text[at + 1] + text[at] + text[at + 2 :], name
+    prompt = ""
+    for text, name in parts:
+        prompt += text[1:] if prompt.endswith("m.") and text.startswith(".") else text  # not "at 5 p.m.."
+        if name is not None and name not in values:
+            raise DataError(f"template {template!r} has the field {name}; there are {', '.join(values)}")
+        prompt += "" if name is None else str(values[name])
+    return prompt
 
 
 def templated(
@@ -90,8 +104,10 @@ def templated(
     """
 
     def decorate(facts: Callable[[random.Random, str], Facts]) -> Callable[[random.Random, str], Facts]:
+        path = Path(inspect.getfile(facts)).with_name("templates") / f"{name}.json"
+
         def generate(rng: random.Random) -> Item:
-            templates = load_templates(name)
+            templates = load_templates(path)
             kinds = list(templates["train"])
             weights = [sum(len(templates[split][kind]) for split in SPLITS) for kind in kinds]
             kind = rng.choices(kinds, weights)[0]
