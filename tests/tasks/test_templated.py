@@ -6,6 +6,7 @@ import re
 import string
 import subprocess
 import sys
+from collections import Counter
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 
 import sigmix.tasks.skills
 from sigmix.errors import DataError
-from sigmix.evals.statistics import best_constant
 from sigmix.tasks import SPLITS, get_task
 from sigmix.tasks.skills.calendar import duration_spellings
 from sigmix.tasks.skills.spelling import date_spellings, in_words, ordinal, ordinal_words, time_spellings
@@ -61,7 +61,8 @@ def test_contract(name, split):
         assert "  " not in sample.prompt
         assert not re.search(r"[{}]", re.sub(r'\{"name": ..., "amount": ..., "date": ...\}', "", sample.prompt))
         assert len(sample.prompt.split()) <= 40
-    assert best_constant(task, samples)[1] <= CONSTANT.get(name, 0.06)
+    most_common = Counter(sample.gold for sample in samples).most_common(1)[0][1]
+    assert most_common <= CONSTANT.get(name, 0.06) * len(samples)
     assert task.description.endswith(".")
 
 
@@ -171,7 +172,7 @@ from sigmix.tasks.skills.templated import Facts, templated
 
 @templated("doubles", domain="arithmetic", grader=strict_number, description="Double a number.")
 def doubles(rng, kind):
-    a = rng.randrange(1, 100)
+    a = rng.randrange(1, 10_000)
     return Facts({"a": a}, str(2 * a), wrong=[str(a)], key=str(a))
 """
     tmp_path.joinpath("my.py").write_text(code)
@@ -194,4 +195,4 @@ def doubles(rng, kind):
     load_templates.cache_clear()
     task = get_task(spec)
     assert task.validate("test").ok
-    assert all("ouble" in sample.prompt or "duoble" in sample.prompt for sample in task.samples("test"))
+    assert all("hat is" in sample.prompt for sample in task.samples("test"))
