@@ -21,9 +21,9 @@ from sigmix.tasks.skills.spelling import date_spellings, in_words, ordinal, ordi
 from sigmix.tasks.skills.templated import load_templates
 
 FOLDER = Path(sigmix.tasks.skills.__file__).with_name("templates")
-CONSTANT = {"yes-no": 0.57, "compare-people": 0.12, "durations": 0.12}
+CONSTANT = {"yes-no": 0.57, "durations": 0.12}
 FORM = {
-    "sums": r"\d+(\.\d\d)?", "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-z]+",
+    "sums": r"\d+(\.\d\d)?", "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-zëéö]+",
     "dates": r"\d{4}-\d\d-\d\d", "times": r"\d\d:\d\d", "durations": r"\d+", "number-words": r"-?\d+(\.\d+)?",
     "units": r"\d+(\.\d{1,3})?", "yes-no": "yes|no",
     "payments": r'\{"name": "[^"]+", "amount": \d+(\.\d\d)?, "date": "\d{4}-\d\d-\d\d"\}',

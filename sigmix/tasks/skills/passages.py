@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import random
 
 from sigmix.tasks.graders import json_only, one_of
@@ -12,13 +11,8 @@ from sigmix.tasks.skills.calendar import FIRST
 from sigmix.tasks.skills.quantities import CURRENCIES
 from sigmix.tasks.skills.spelling import date_spellings
 from sigmix.tasks.skills.templated import Facts, templated
-from sigmix.tasks.skills.words import COLOURS, NAMES, OBJECTS, PLURALS
+from sigmix.tasks.skills.words import COLOURS, FIRST_NAMES, OBJECTS, PLURALS, SURNAMES
 
-SURNAMES = (
-    "Berg Ito Novak Silva Okafor Marsh O'Neil Dubois Rossi Petrov Khan Lindqvist Adeyemi Castillo Nguyen Weber Murphy "
-    "Haddad Kowalski Tanaka Moreau Jensen Patel Flores Smith-Jones van_Dijk de_la_Cruz McAllister Wu Li"
-).split()
-FIRST_NAMES = [*NAMES, *"Aisha Bruno Chen Dario Elif Farid Greta Hugo Ines Jonas Kofi Lina Mateo Nadia Omar".split()]
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
@@ -38,7 +32,7 @@ def payments(rng: random.Random, kind: str) -> Facts:
     if whole > 999 and rng.random() < 0.3:
         shown = f"{amount[0]},{amount[1:]}"
     date = datetime.date.fromordinal(rng.randrange(datetime.date(1990, 1, 1).toordinal(), FIRST + 50_000))
-    gold = json.dumps({"name": name, "amount": 0, "date": date.isoformat()}).replace(": 0,", f": {amount},")
+    gold = f'{{"name": "{name}", "amount": {amount}, "date": "{date}"}}'
     wrong = [
         f"```json\n{gold}\n```", f"Here it is: {gold}", gold.replace(f" {amount},", f' "{amount}",'),
         gold.replace('"', "'") if "'" not in name else name, gold[:-1], f"[{gold}]", gold.replace(name, name.lower()),
@@ -71,7 +65,7 @@ def _limit(rng: random.Random, truth: bool, low: int, high: int) -> tuple[int, i
 
 def _passage(rng: random.Random, kind: str, truth: bool) -> dict[str, object]:
     """Return the fields of a passage about which the statement asked for is true or false."""
-    names, things, colours, days = (rng.sample(words, 4) for words in (NAMES, THINGS, COLOURS, DAYS))
+    names, things, colours, days = (rng.sample(words, 4) for words in (FIRST_NAMES, THINGS, COLOURS, DAYS))
     if kind == "limit":  # is {v} above {limit}?
         limit, value = _limit(rng, truth, 5, 60)
         return {"limit": limit, "v": value, "n": names[0]}

@@ -10,7 +10,7 @@ from decimal import Decimal
 from sigmix.tasks.graders import exact, strict_number, wrong_candidates
 from sigmix.tasks.skills.spelling import in_words
 from sigmix.tasks.skills.templated import Facts, templated
-from sigmix.tasks.skills.words import NAMES
+from sigmix.tasks.skills.words import FIRST_NAMES
 
 number = functools.partial(templated, grader=strict_number)
 CURRENCIES = ("${}", "${}", "€{}", "£{}", "{} euros", "{} dollars", "{}€", "{} EUR", "USD {}", "{} pounds")
@@ -143,7 +143,7 @@ DOWNWARD = {"shorter", "younger", "less", "youngest", "least", "faster"}
 )
 def compare_people(rng: random.Random, kind: str) -> Facts:
     count = 3 if kind.endswith("st") else 2
-    names, (low, high) = rng.sample(NAMES, count), PEOPLE[kind]
+    names, (low, high) = rng.sample(FIRST_NAMES, count), PEOPLE[kind]
     values: list[int] = []
     while len(set(values)) < count:
         near = rng.randrange(low, high - 9) if rng.random() < 0.4 else low

@@ -19,6 +19,9 @@ NAMES, OBJECTS, PLACES, CITIES, GOODS, NONSENSE, MONTHS = (
     _LISTS[name].split() for name in ("names", "objects", "places", "cities", "goods", "nonsense", "months")
 )
 
+# for the templated tasks; "_" is a blank within a name
+FIRST_NAMES, SURNAMES = (" ".join(_LISTS[name]).split() for name in ("first names", "surnames"))
+
 # singular and plural, in turn
 _FORMS: list[str] = " ".join(_LISTS["plurals"]).split()
 PLURALS: dict[str, str] = dict(zip(_FORMS[::2], _FORMS[1::2], strict=True))
