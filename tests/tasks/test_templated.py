@@ -21,7 +21,7 @@ from sigmix.tasks.skills.spelling import date_spellings, in_words, ordinal, ordi
 from sigmix.tasks.skills.templated import load_templates
 
 FOLDER = Path(sigmix.tasks.skills.__file__).with_name("templates")
-CONSTANT = {"yes-no": 0.57, "durations": 0.12}
+CONSTANT = {"yes-no": 0.6, "durations": 0.12}
 FORM = {
     "sums": r"\d+(\.\d\d)?", "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-zëéö]+",
     "dates": r"\d{4}-\d\d-\d\d", "times": r"\d\d:\d\d", "durations": r"\d+", "number-words": r"-?\d+(\.\d+)?",
@@ -120,12 +120,12 @@ def test_no_shortcut_compares_numbers(split):
 
 
 def test_each_template_of_yes_no_has_both_answers():
-    samples = get_task("yes-no").samples("train", 1000)
+    samples = get_task("yes-no").samples("train", 4000)
     for text in sum(load_templates(FOLDER / "yes-no.json")["train"].values(), ()):
         parts = [re.escape(part.rstrip(".!?").casefold()) for part, *_ in string.Formatter().parse(text)]
         pattern = re.compile(".+".join(parts))
         golds = [sample.gold for sample in samples if pattern.match(sample.prompt.casefold())]
-        assert 0.2 < golds.count("yes") / len(golds) < 0.8, text
+        assert 0.25 < golds.count("yes") / len(golds) < 0.75, text
 
 
 def test_sums_compute_what_the_request_says():

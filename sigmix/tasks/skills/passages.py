@@ -103,7 +103,7 @@ def _passage(rng: random.Random, kind: str, truth: bool) -> dict[str, object]:
 )
 def yes_no(rng: random.Random, kind: str) -> Facts:
     kind, _, negated = kind.partition("-")
-    yes = rng.random() < 0.5
+    yes = rng.randrange(2) == 1
     fields = _passage(rng, kind, yes != bool(negated))
     if kind == "colours" and rng.random() < 0.5:  # the same question about the second thing
         other = {fields["c1"]: fields["c2"], fields["c2"]: fields["c1"]}
