@@ -12,6 +12,7 @@ BENCHES = {
     "mixed": "32 rows under 32 mixtures against the base model, swapped weights and PEFT's mixed-batch LoRA",
     "engine": "Engine.generate on the base model against transformers' generate, 1, 8 and 64 rows",
     "serve": "sigmix serve against transformers serve: 1, 8 and 32 clients; one expert, different mixtures, auto",
+    "fine-tuning": "sigmix serve while a fine-tuning job trains against the same server at rest",
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "the first pass of strategies A, B and D as a share of two-pass inference",
     "export": "peak memory of a merged export against loading the model",

@@ -116,8 +116,7 @@ def run(
         contestants[f"lora_{count}"] = _lora(base, dtype, engine.pad_id, texts, count, new_tokens)
     seconds = interleaved(contestants, repeats or 3)
     ratios = {
-        f"{name}_vs_base": ratio(seconds["base"], seconds[name])
-        for name in ("exact", "new", "exact_all", "new_all")
+        f"{name}_vs_base": ratio(seconds["base"], seconds[name]) for name in ("exact", "new", "exact_all", "new_all")
     }
     for name in ("decode_exact", "decode_exact_all"):
         ratios[f"{name}_vs_base"] = ratio(seconds["decode_base"], seconds[name])

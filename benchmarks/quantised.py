@@ -40,7 +40,11 @@ AIMS = {"accuracy_kept_int8": Aim(">=", 0.95)}
 
 
 def run(
-    repeats: int | None = None, dtype: str | None = None, base: str = DEFAULT, bank: Any = None, n: int = 100,
+    repeats: int | None = None,
+    dtype: str | None = None,
+    base: str = DEFAULT,
+    bank: Any = None,
+    n: int = 100,
     experts: tuple[str, ...] = EXPERTS,
 ) -> dict[str, Any]:
     """Run the benchmark; see `harness.report` for the result. Greedy answers, so one round is all there is.

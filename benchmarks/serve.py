@@ -219,10 +219,10 @@ def run(
     raw = {
         "base": base, "new_tokens": new_tokens, "requests_each": each, "compiled": compiled, "tokens_per_second": rates,
         "latency": {
-            name: {count: _latency(*found) for count, found in own.items()} for name, own in seen.items()
+            name: {count: latency(*found) for count, found in own.items()} for name, own in seen.items()
         },
     }  # fmt: skip
-    stalls = {"between_p99_32": [_latency(found)["between_p99"] for found in seen["different"][max(clients)]]}
+    stalls = {"between_p99_32": [latency(found)["between_p99"] for found in seen["different"][max(clients)]]}
     aims = {name: aim for name, aim in AIMS.items() if name in ratios or name in stalls}
     return report("serve", where, ratios, aims, raw, stalls)
 
@@ -249,7 +249,7 @@ def _rates(
     return {name: [w / s for w, s in zip(written[name][1:], taken[name], strict=True)] for name in contestants}
 
 
-def _latency(*rounds: Seen) -> dict[str, float]:
+def latency(*rounds: Seen) -> dict[str, float]:
     """Percentiles in seconds over the clients of some rounds."""
     found = Seen()
     for one in rounds:

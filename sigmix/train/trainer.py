@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 Checkpoint: TypeAlias = tuple[dict[str, Any], dict[str, torch.Tensor]]
 SAVE_SECONDS = 60.0  # a checkpoint is written at every validation, and after a step if the last one is older than this
 MIN_STEPS = 40  # of a run with a small training set
-VALIDATIONS = 8  # of a run with a time budget
+VALIDATIONS = 8  # of a run with a time budget, at most
+VALIDATION_SHARE = 0.25  # of the budget, at most, unless that leaves fewer than three validations
 VALIDATION_PART = 32  # items on which the duration of a validation is measured
 COLLAPSE_STEPS = 5  # steps in a row with nearly constant completions after which the run is stopped as collapsed
 
@@ -135,16 +136,18 @@ class Trainer:
             self._set_steps(stored["max_steps"], stored["eval_steps"])
             return
         steps = max(MIN_STEPS, math.ceil(epochs * len(self.stream.samples) / self.stream.per_step))
-        started = time.perf_counter()
-        self.learner.gradients(0, self.stream.step(0))
-        step = time.perf_counter() - started
+        for _ in range(2):  # the first pass includes what is done once
+            started = time.perf_counter()
+            self.learner.gradients(0, self.stream.step(0))
+            step = time.perf_counter() - started
         part = self.validation[:VALIDATION_PART]
         started = time.perf_counter()
         self.evaluate(part)
         validation = (time.perf_counter() - started) * len(self.validation) / len(part)
-        fitting = max(int((seconds - (VALIDATIONS + 1) * validation) / step), 1)
-        steps = self.processes.from_main(lambda: min(steps, fitting))
-        self._set_steps(steps, math.ceil(steps / VALIDATIONS))
+        count = min(max(int(VALIDATION_SHARE * seconds / validation), 3), VALIDATIONS + 1)
+        fitting = max(int((seconds - count * validation) / step), 1)
+        steps, count = self.processes.from_main(lambda: (min(steps, fitting), count))
+        self._set_steps(steps, math.ceil(steps / (count - 1)))  # one is before the first step
 
     def _set_steps(self, steps: int, eval_steps: int) -> None:
         self.config = self.learner.config = dataclasses.replace(self.config, max_steps=steps, eval_steps=eval_steps)
