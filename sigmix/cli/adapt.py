@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import Progress, emit
+from sigmix.cli._console import Progress, TrainingProgress, accuracy, emit, paired, table
 from sigmix.cli._loading import open_bank, open_engine, open_task
 from sigmix.cli._options import ALLOW_CODE, BANK, BASE, DATA_DIR, JSON, data_config, generated_command
 from sigmix.errors import ConfigError
@@ -17,8 +19,12 @@ from sigmix.errors import ConfigError
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
     from sigmix.tasks.base import Task
+    from sigmix.tasks.dataset import DataTask
+    from sigmix.train.trainer import Trainer
 
     Labelled = tuple[list[Example], Callable[[Example, str], float], int]
+
+TEST_ROWS = 300  # maximum rows on which --compare measures
 
 
 def adapt(
@@ -39,6 +45,10 @@ def adapt(
         None, min=1, help="Maximum tokens of a reply. Default: the task's; with --data the longest answer's."
     ),
     seed: int = typer.Option(0, help="Random seed of the search and of the items."),
+    compare: str = typer.Option(
+        None, help="train: also train an expert on the same rows of --data (default: 10), save it beside --out, and "
+        "measure both on the other rows."
+    ),
     data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, base: str = BASE, bank: Path = BANK,
     as_json: bool = JSON, **options: Any,
 ) -> None:  # fmt: skip
@@ -58,9 +68,20 @@ def adapt(
         raise ConfigError("--out must be a .json file for the mixture", remedy="for example --out mix.json")
     check_new(out)
     check_writable(out)
+    if compare not in (None, "train"):
+        raise ConfigError(f"--compare must be train, not {compare!r}")
+    if compare and (task is not None or granularity == "z"):
+        raise ConfigError("--compare needs rows and a mixture", remedy="give --data, and leave --granularity z out")
     loaded = open_task(task, options, data_dir, allow_code)
+    if compare:
+        check_name(out.stem)
+        check_new(out.with_suffix(""))
+        loaded = cast("DataTask", loaded).few_shot(shots or 10, seed)
+        shots = len(loaded.samples("train"))
     labelled, grade, longest = task_examples(loaded, shots, seed)
     engine = open_engine(base, open_bank(bank))
+    if compare and out.stem in engine.bank:
+        raise ConfigError(f"the bank has an expert {out.stem} already", remedy="give another --out")
     if task is None:  # a reply as long as the longest answer, and its end token
         longest = max(len(engine.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled)
     with Progress("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as progress:
@@ -76,6 +97,9 @@ def adapt(
         "name": out.stem, **mix.to_json(), "mix": mix.id, "base": base, "search": evidence, "trace": search.trace,
         "examples": [one.prompt for one in search.examples], **provenance(),
     }  # fmt: skip
+    compared = _compare(search, cast("DataTask", loaded), base, out.with_suffix("")) if compare else None
+    if compared is not None:
+        figures["compared"] = compared
     if granularity == "z":
         description = _save_expert(search, out, task, figures)
     else:
@@ -87,7 +111,65 @@ def adapt(
         text += f"\n{both}"
     if "warning" in evidence:
         text += f"\nnote: {evidence['warning']}"
-    emit(figures, as_json, text)
+    if emit(figures, as_json, text) or compared is None:
+        return
+    rows = [
+        [name, f"{one['on_shots']:.3f}", one["n"], accuracy(one), *paired(one["paired"]), one["adapt_seconds"]]
+        for name, one in zip(("base", "mixture", "trained expert"), compared["results"], strict=True)
+    ]
+    columns = ["", f"on the {len(labelled)}", "n", "accuracy [95 %]", "difference [95 %]", "won/lost", "McNemar p", "s"]
+    table("rows that neither was adapted to", columns, rows)
+    typer.echo(f"{compared['verdict']}\nthe trained expert: {compared['expert']}")
+
+
+def _compare(search: FewShotSearch, task: DataTask, base: str, out: Path) -> dict[str, Any]:
+    """Train an expert on the examples of a search, save it, and measure it beside the mixture on the task's test rows.
+
+    Returns:
+        JSON figures: verdict, folder of the expert, and as results those of the base, the mixture and the expert.
+    """
+    from sigmix.evals.accuracy import run, test_metric
+    from sigmix.evals.report import adaptation_verdict
+    from sigmix.experts.mix import Mix
+    from sigmix.models.loading import load_base
+    from sigmix.train import recipe
+    from sigmix.train.trainer import Trainer
+
+    def shown(trainer: Trainer) -> TrainingProgress:
+        progress = TrainingProgress(f"training {out.name}", trainer.config.max_steps)
+        trainer.on_log = progress.on_entry
+        return progress
+
+    engine, mix, count = search.engine, search.result, len(search.examples)
+    assert mix is not None
+    options = {
+        "base": base, "seed": search.seed, "task": task.name, "max_train_samples": count,
+        "generation_batch_size": min(max(count, 2), 64), "early_stopping_patience": recipe.PATIENCE,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, expert, _ = recipe.fit(
+            recipe.phases("sft", task, Path(folder) / out.name, "laptop", options),
+            lambda config, run: Trainer(*load_base(config.base), task, config, run, out.name),
+            shown, 60 * recipe.MINUTES,
+        )  # fmt: skip
+    assert expert is not None
+    engine.bank = ChainMap({out.name: expert}, engine.bank)  # type: ignore[arg-type]
+    base_mix, trained = Mix.base(), Mix.one(out.name)
+    with Progress("measuring", len(task.samples("test", TEST_ROWS)) * len({base_mix, mix, trained})) as progress:
+        figures, results = run(engine, task, [mix, trained], n=TEST_ROWS, progress=progress.advance)
+    entries = {one["mix"]: one for one in figures["results"]}
+    before, mixed, after = (entries[one.id] for one in (base_mix, mix, trained))
+    metric = test_metric(after, before, after["paired"], figures["best_constant"])
+    expert.with_meta(metrics=[metric]).save_pretrained(out)
+    return {
+        "verdict": adaptation_verdict(results[mix.id], results[trained.id], results[base_mix.id]),
+        "expert": str(out), "best_constant": figures["best_constant"],
+        "results": [
+            {**before, "on_shots": search.evaluate([base_mix])[0][0], "adapt_seconds": 0.0},
+            {**mixed, "on_shots": search.values[mix.id][0], "adapt_seconds": round(search.trace[-1]["seconds"], 1)},
+            {**after, "on_shots": trainer.best["accuracy"], "adapt_seconds": round(trainer.seconds, 1)},
+        ],
+    }  # fmt: skip
 
 
 def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: dict[str, Any]) -> str:

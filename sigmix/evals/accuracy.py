@@ -165,6 +165,25 @@ def rank(summary: Mapping[str, Any]) -> tuple[float, float]:
     return in_part(summary).get("mean_score", summary["accuracy"]), summary["accuracy"]
 
 
+def test_metric(
+    test: Mapping[str, Any], base: Mapping[str, Any], paired: Mapping[str, Any], constant: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the entry of an expert's metrics for held-out items.
+
+    Args:
+        test, base: summaries. paired: of `compare`. constant: of `constant_baseline`.
+    """
+    metric = {
+        "name": "test accuracy", "value": test["accuracy"], "n": test["n"], "interval": test["interval"],
+        "base": base["accuracy"], "base_interval": base["interval"], "p": paired["p"],
+        "best_constant": constant.get("accuracy"), "answer_entropy": test["answer_entropy"],
+        "note": "held out; chose nothing",
+    }  # fmt: skip
+    if in_part(test) or in_part(base):
+        metric |= {"mean_score": test["mean_score"], "base_mean_score": base["mean_score"]}
+    return metric
+
+
 def constant_baseline(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the best constant reply and its accuracy; {} for a task that is costly to score."""
     if task.costly:

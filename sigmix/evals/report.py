@@ -166,6 +166,22 @@ def verdict(figures: Mapping[str, Any]) -> str:
     return sentence
 
 
+def adaptation_verdict(mixed: Result, trained: Result, base: Result) -> str:
+    """Return one sentence on which of a mixture and a trained expert is worth using, by paired differences."""
+    gains = {"the mixture": _difference(mixed, base), "the trained expert": _difference(trained, base)}
+    better = [name for name, gain in gains.items() if gain["interval"][0] > 0]
+    between = _difference(trained, mixed)
+    rows = f"on {between['n']} held-out rows"
+    if not better:
+        return f"Neither the mixture nor the trained expert is clearly better than the base {rows}."
+    if between["interval"][0] > 0 or between["interval"][1] < 0:
+        winner, loser = list(gains)[::-1] if between["difference"] > 0 else list(gains)
+        return f"Use {winner}: it is better than {loser} by {100 * abs(between['difference']):.1f} points {rows}."
+    gain = gains[better[0]]["difference"]
+    sentence = f"Use {better[0]}: it is better than the base by {100 * gain:.1f} points {rows}"
+    return f"{sentence}, and the two do not clearly differ."
+
+
 def write_report(
     folder: Path, figures: Mapping[str, Any], results: Mapping[str, Result], history: Sequence[Mapping[str, Any]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -327,6 +328,23 @@ class DataTask(Task):
         row, answers = entry.row, [answer for answer, _ in entry.answers.most_common()]
         meta = {"answers": tuple(answers), "where": row.where, **({"item": dict(row.item)} if self.grader else {})}
         return Sample(entry.id, row.prompt, answers[0], row.system, meta, history=row.history)
+
+    def few_shot(self, shots: int, seed: int = 0) -> DataTask:
+        """Return the task with ``shots`` rows for training and for validation, and the test rows or else all others.
+
+        Raises:
+            DataError: no row is left to measure on.
+        """
+        rows = shuffled([self.sample(entry) for entry in self.entries if "test" not in entry.splits], "few", seed)
+        test = [self.sample(entry) for entry in self.entries if "test" in entry.splits] or rows[shots:]
+        if not test or not rows:
+            raise DataError(
+                f"{self.source} has {len(self.entries)} distinct prompts, so none is left beside {shots} to measure on",
+                remedy="add rows, or give fewer --shots",
+            )
+        task = copy.copy(self)
+        task.tables = {"train": rows[:shots], "validation": rows[:shots], "test": test}
+        return task
 
     # ------------------------------------------------------------------ the task
 

@@ -30,7 +30,7 @@ from sigmix.engine.cpu.kernels import contiguous_head
 from sigmix.engine.prefix_cache import completion_logits
 from sigmix.engine.tokenization import context_length, encode, reply_ids
 from sigmix.errors import ConfigError, DivergedError, SigmixError
-from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, in_part, rank
+from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, in_part, rank, test_metric
 from sigmix.evals.plots import figure, save_png
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
@@ -338,14 +338,7 @@ class Trainer:
         self.tested = {"base": before, "expert": after}
         constant, paired = constant_baseline(self.task, samples), compare(after, before)
         test, base = after.summary(), before.summary()
-        metric = {
-            "name": "test accuracy", "value": test["accuracy"], "n": test["n"], "interval": test["interval"],
-            "base": base["accuracy"], "base_interval": base["interval"], "p": paired["p"],
-            "best_constant": constant.get("accuracy"), "answer_entropy": test["answer_entropy"],
-            "note": "held out; chose nothing",
-        }  # fmt: skip
-        if in_part(test) or in_part(base):
-            metric |= {"mean_score": test["mean_score"], "base_mean_score": base["mean_score"]}
+        metric = test_metric(test, base, paired, constant)
         figures = {"test": test, "base": base, "paired": paired, "best_constant": constant}
         return expert.with_meta(metrics=[metric, *thaw(expert.meta.get("metrics", []))]), figures
 

@@ -318,3 +318,34 @@ def test_a_form_can_be_requested(run, home, bank):
     assert run(*command, "--form", "gain").code == 0
     assert run(*command, "--form", "merged").code == 2  # two mixes
     assert run(*command, "--form", "shortened").code == 2
+
+
+@pytest.mark.slow
+def test_a_mixture_is_compared_with_an_expert_trained_on_the_same_rows(run, refused, home, bank, tmp_path):
+    file, skills = tmp_path / "rows.jsonl", tmp_path / "skills"
+    lines = [json.dumps({"prompt": f"letter {number}", "answer": "ab"[number % 2]}) + "\n" for number in range(16)]
+    file.write_text("".join(lines))
+    common = ("adapt", "--compare", "train", "--base", home.base, "--bank", bank)
+    options = ("--shots", 6, "--population", 4, "--iterations", 2, "--data", file)
+    done = run(*common, *options, "--out", skills / "few.json", "--json")
+    assert done.code == 0, done.err
+    compared = done.json["compared"]
+    assert [one["mix"] for one in compared["results"]] == ["base", done.json["mix"], "few"]
+    assert {one["n"] for one in compared["results"]} == {10}
+    assert "10 held-out rows" in compared["verdict"]
+    assert len(done.json["examples"]) == 6
+    assert json.loads((skills / "few.json").read_text())["compared"] == compared
+    expert = Bank(skills)["few"]
+    assert expert.meta["metrics"][0]["n"] == 10
+    assert expert.meta["training"]["max_train_samples"] == 6
+    used = run("generate", "letter 3", "--mix", "few", "--base", home.base, "--bank", skills, "--max-new-tokens", 2)
+    assert used.code == 0, used.err
+    assert "few" in refused(*common, *options, "--out", skills / "few.json")
+    (skills / "few.json").unlink()
+    assert "few" in refused(*common, *options, "--out", skills / "few.json")  # the expert is there
+    assert "arithmetic" in refused(*common, *options, "--out", tmp_path / "arithmetic.json")
+    other = ("--out", tmp_path / "other.json")
+    assert "--shots" in refused(*common, "--shots", 16, "--data", file, *other)
+    assert "--data" in refused(*common, "--task", "addition", *other)
+    assert "train" in refused(*common, *options, "--compare", "lora", *other)
+    assert not (tmp_path / "other.json").exists()

@@ -54,6 +54,21 @@ def test_partial_scores_are_compared_as_scores():
     assert found["others"][BASE]["expert_less"]["difference"] == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize(
+    ("mixture", "expert", "beginning"),
+    [
+        (BAD, BAD, "Neither"),
+        (GOOD, BAD, "Use the mixture: it is better than the trained expert by 95.0 points"),
+        ([1.0] * 30 + [0.0] * 70, GOOD, "Use the trained expert: it is better than the mixture by 65.0 points"),
+        (GOOD, NEARLY, "Use the mixture: it is better than the base by 95.0 points on 100 held-out rows, and the two"),
+        ([1.0] * 3 + [0.0] * 97, [1.0] * 9 + [0.0] * 91, "Use the trained expert: it is better than the"),
+    ],
+)
+def test_a_mixture_and_a_trained_expert_are_told_apart(mixture, expert, beginning):
+    sentence = report.adaptation_verdict(result(mixture), result(expert), result(BAD))
+    assert sentence.startswith(beginning)
+
+
 def test_few_rows_are_said():
     assert "hold out more" in figures(expert=result([1.0] * 10), base=result([0.0] * 10))["verdict"]
 

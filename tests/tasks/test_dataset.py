@@ -57,6 +57,23 @@ def test_splits_do_not_depend_on_order_seed_or_case(tmp_path):
         assert sorted({text.lower() for text in texts}) == sorted(text for text in texts if text.islower())
 
 
+def test_a_few_rows_are_adapted_to_and_the_others_held_out(tmp_path):
+    task = DataTask(table(tmp_path / "few.csv", rows(14)))  # too few to train on
+    few = task.few_shot(10)
+    split = {name: {one.prompt for one in few.samples(name)} for name in ("train", "validation", "test")}
+    assert (len(split["train"]), len(split["test"])) == (10, 4)
+    assert split["train"] == split["validation"]
+    assert not split["train"] & split["test"]
+    assert {one.prompt for one in task.few_shot(10, seed=1).samples("train")} != split["train"]
+    with pytest.raises(DataError, match="14 distinct prompts"):
+        task.few_shot(14)
+    table(tmp_path / "own" / "train.csv", rows(30))
+    table(tmp_path / "own" / "test.csv", rows(40)[30:])
+    few = DataTask(str(tmp_path / "own")).few_shot(5)
+    assert {one.prompt for one in few.samples("test")} == {text for text, _ in rows(40)[30:]}
+    assert {one.prompt for one in few.samples("train")} <= {text for text, _ in rows(30)}
+
+
 def test_duplicates_contradictions_and_leaks_are_counted(tmp_path):
     values = rows()
     again = [*values, values[0], (values[1][0], "other"), (values[1][0] + " ", "other")]
