@@ -25,8 +25,10 @@ def data(
     config = read_data_options({"data": data, **options})
     with working("reading the data"):
         task = config.task(allow_code)
+        _ = task.entries  # an invalid row is reported at once: loading a tokenizer takes seconds
         tokenizer, encode, context = (None, None, None) if base is None else _tokens(base)
         figures = task.summary(tokenizer, encode, context)
+        figures["problems"] = problems(figures)
     emit(figures, as_json, describe(figures))
 
 
@@ -51,7 +53,7 @@ def describe(figures: dict[str, Any]) -> str:
         lines.append(f"labels: {', '.join(shown)}" + (f", {more} more" if more else ""))
     for one in figures["examples"]:
         lines += [f"> {_line(one['prompt'])}", f"  {_line(one['answer'])}"]
-    return "\n".join(lines + [f"problem: {text}" for text in problems(figures)])
+    return "\n".join(lines + [f"problem: {text}" for text in figures["problems"]])
 
 
 def problems(figures: dict[str, Any]) -> list[str]:

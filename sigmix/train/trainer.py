@@ -53,6 +53,8 @@ MIN_STEPS = 40  # of a run with a small training set
 VALIDATIONS = 8  # of a run with a time budget, at most
 VALIDATION_SHARE = 0.25  # of the budget, at most, unless that leaves fewer than three validations
 VALIDATION_PART = 32  # items on which the duration of a validation is measured
+SHOWN_REPLIES = 3  # of each validation, in the metrics
+SHOWN_CHARACTERS = 1000  # of their texts
 COLLAPSE_STEPS = 5  # steps in a row with nearly constant completions after which the run is stopped as collapsed
 
 
@@ -237,7 +239,12 @@ class Trainer:
         if better:
             self.best = {"accuracy": summary["accuracy"], **in_part(summary), "step": self.step}
         self._bad_validations = 0 if better else self._bad_validations + 1
-        self._log({"kind": "validation", "step": self.step, "seconds": self.seconds, "best": better, **summary})
+        samples = [
+            {**{key: getattr(item, key)[:SHOWN_CHARACTERS] for key in ("prompt", "gold", "reply")}, "score": item.score}
+            for item in result.items[:SHOWN_REPLIES]
+        ]
+        figures = {"seconds": self.seconds, "best": better, **summary, "samples": samples}
+        self._log({"kind": "validation", "step": self.step, **figures})
         if better:
             self.processes.from_main(lambda: self._save_best(result))
 

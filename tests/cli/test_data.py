@@ -36,6 +36,7 @@ def test_data_are_shown_before_training(run, home, tickets):
     assert figures["grader"] == "label"
     assert figures["answer_tokens"] > 1
     assert figures["over_context"] == 0
+    assert ["repeat" in text for text in figures["problems"]] == [True, False]
     text = run("data", tickets).out
     for part in ("'text'", "'category'", "refund 33%", "tickets.csv:3", "repeat"):
         assert part in text

@@ -21,5 +21,15 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def browser():
+    from helpers_page import CHROMIUM, QUIET, sync_api
+
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
 def alone():
     return Engine(build_tiny(), build_tokenizer(), bank())

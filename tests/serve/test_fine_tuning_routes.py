@@ -40,6 +40,7 @@ INVALID = {
     "model": ({"model": "gpt-4o"}, 404, "model"), "file": ({"training_file": "file-no"}, 404, "training_file"),
     "no file": ({"training_file": None}, 400, "training_file"),
     "validation": ({"validation_file": "file-no"}, 404, "validation_file"), "unknown": ({"epochs": 3}, 400, "epochs"),
+    "column": ({"sigmix": {"column": "a"}}, 400, "sigmix.column"),
     "suffix": ({"suffix": "x" * 65}, 400, "suffix"), "odd suffix": ({"suffix": "::"}, 400, "suffix"),
     "seed": ({"seed": -1}, 400, "seed"), "text seed": ({"seed": "1"}, 400, "seed"),
     "metadata": ({"metadata": {"a": "x" * 513}}, 400, "metadata.a"),
@@ -110,6 +111,37 @@ def test_invalid_training_files_are_named_with_their_line(server, case):
     assert str(server.service.settings.state) not in error["message"]
     assert "--" not in error["message"]
     assert not list(server.service.fine_tuning.folder.glob("ftjob-*"))
+
+
+@pytest.mark.slow
+def test_the_summary_of_a_file_is_that_of_training(server):
+    content = b"Betreff,Team\n" + b"".join(b"one %d,%s\n" % (n, (b"two", b"four")[n % 2]) for n in range(60))
+    id = upload(server, content + b"one 0,four\n" + b"one " * 400 + b",two\n", "my tickets.csv", **server.keys["alice"])
+    path = f"/v1/files/{id}/summary"
+    status, answer, _ = server.call("GET", path, **server.keys["alice"])
+    assert (status, answer["error"]["code"]) == (400, "invalid_training_file")
+    assert "my tickets.csv: no known column" in answer["error"]["message"]
+    path += "?prompt_column=Betreff&answer_column=Team"
+    status, figures, _ = server.call("GET", path, **server.keys["alice"])
+    assert status == 200, figures
+    assert (figures["source"], figures["rows"], figures["conflicts"], figures["over_context"]) == (
+        "my tickets.csv", 62, 1, 1
+    )  # fmt: skip
+    assert figures["cannot_train"] is None
+    assert figures["conflict_examples"][0]["where"].startswith("my tickets.csv:")
+    assert ["my tickets.csv" in text for text in figures["problems"]] == [True, False]
+    assert str(server.service.settings.state) not in str(figures)
+    assert server.call("GET", path, **server.keys["root"])[0] == 200
+    assert not list(server.service.fine_tuning.folder.glob("ftjob-*"))
+
+
+def test_the_summary_of_a_file_has_the_rights_of_the_file(server):
+    path = f"/v1/files/{server.file}/summary"
+    assert server.call("GET", path, **server.keys["bob"])[1]["error"]["param"] == "file_id"
+    assert server.call("GET", path)[0] == 401
+    status, answer, _ = server.call("GET", f"{path}?column=x", **server.keys["alice"])
+    assert (status, answer["error"]["param"]) == (400, "column"), answer
+    assert server.call("GET", "/v1/files/file-no/summary", **server.keys["alice"])[0] == 404
 
 
 @pytest.mark.slow

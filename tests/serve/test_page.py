@@ -1,43 +1,20 @@
-"""The playground in a real browser: Chromium, driven by Playwright.
-
-Skipped where there is no Chromium; ``CHROMIUM`` names one that is not on the path.
-"""
+"""The playground in a real browser."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import time
 
 import pytest
 from helpers_engine import expert
+from helpers_page import CONTRAST, NAMELESS, expect, needs_chromium, opened, ready
 from helpers_serve import NAMES, bank, live
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
 from sigmix.engine.continuous_batching import ContinuousBatch
 
-sync_api = pytest.importorskip("playwright.sync_api")
-expect = sync_api.expect
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("cache"),
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
-]
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield chromium
-        chromium.close()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache"), needs_chromium]
 
 
 @pytest.fixture
@@ -50,29 +27,14 @@ def server(tmp_path):
 
 @pytest.fixture
 def page(browser, server):
-    """The loaded page; it must send no request elsewhere and log no error."""
-    context = browser.new_context()
-    found = context.new_page()
-    elsewhere, errors = [], []
-    found.on("request", lambda request: None if request.url.startswith(server.url) else elsewhere.append(request.url))
-    found.on("pageerror", lambda error: errors.append(str(error)))
-    found.set_default_timeout(20_000)
-    found.goto(server.url)
-    ready(found)
-    yield found
-    context.close()
-    assert elsewhere == []
-    assert errors == []
+    with opened(browser, server) as found:
+        ready(found)
+        yield found
 
 
 @pytest.fixture
 def alone():
     return Engine(build_tiny(), build_tokenizer(), bank())
-
-
-# the page's content security policy forbids injected scripts, so tests wait for visible text
-def ready(page) -> None:
-    expect(page.locator("#status")).to_contain_text("ready", timeout=20_000)
 
 
 def idle(page) -> None:
@@ -238,24 +200,6 @@ def test_a_key_is_required(browser, tmp_path):
         ready(found)
         assert not found.get_by_role("alert").is_visible()
         found.close()
-
-
-NAMELESS = """() => [...document.querySelectorAll("input, button, select, textarea, meter, [role=img], ol, section")]
-    .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.getAttribute("aria-labelledby")
-                     || (e.tagName === "BUTTON" && e.textContent.trim())))
-    .map((e) => e.outerHTML)"""
-CONTRAST = """() => {
-    const lum = (text) => { const c = text.match(/[\\d.]+/g).slice(0, 3).map(Number).map((v) => v / 255)
-        .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
-    const back = (e) => { for (let x = e; x; x = x.parentElement) { const b = getComputedStyle(x).backgroundColor;
-        if (!b.includes("rgba(0, 0, 0, 0)") && b !== "transparent") return b; } return "rgb(255, 255, 255)"; };
-    return [...document.querySelectorAll("h1, h2, p, label, button, span, code, strong, option, h3")]
-        .filter((e) => e.textContent.trim() && e.offsetParent && !e.disabled)
-        .map((e) => { const a = lum(getComputedStyle(e).color), b = lum(back(e));
-            return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 80)]; })
-        .filter(([ratio]) => ratio < 4.5);
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -61,6 +61,9 @@ def test_a_run_from_beginning_to_end(tiny, tiny_tokenizer, tmp_path):
     prompts = {sample.prompt for sample in run.stream.samples}
     assert expert.requests.facts["train_n"] == len(prompts)
     history = run.run.history()
+    shown = [entry["samples"] for entry in history if entry["kind"] == "validation"]
+    assert all(0 < len(samples) <= 3 for samples in shown)
+    assert {*shown[0][0]} == {"prompt", "gold", "reply", "score"}
     assert history == logged
     assert [(e["kind"], e["step"]) for e in history] == [
         ("validation", 0), ("step", 0), ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("validation", 4),

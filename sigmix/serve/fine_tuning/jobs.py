@@ -26,7 +26,7 @@ class Job:
         value: JSON values. Of the request: "model", "training_file", "validation_file", "suffix", "seed", "metadata",
             "method". For the process: "data" (path in the job's folder), "options" of `sigmix train`. Of the result:
             "fine_tuned_model", "expert" (its name), "finished", "trained_tokens", "result_files", "figures",
-            "error", "deleted".
+            "error", "deleted". Of the data: "splits" (number of rows), "system" (system turn of the first row).
     """
 
     id: str
@@ -56,7 +56,10 @@ class Job:
             "hyperparameters": method[method["type"]]["hyperparameters"], "organization_id": "sigmix",
             "trained_tokens": value.get("trained_tokens"), "result_files": value.get("result_files", []),
             "estimated_finish": None, "integrations": [],
-            "sigmix": {"expert": value["expert"] if done else None, "data": value["splits"], **figures},
+            "sigmix": {
+                "expert": value["expert"] if done else None, "data": value["splits"], "system": value.get("system"),
+                "deleted": value.get("deleted", False), **figures,
+            },
         }  # fmt: skip
 
 

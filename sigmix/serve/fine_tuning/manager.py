@@ -12,6 +12,7 @@ the server, or of both.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as CallTimeoutError
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,13 @@ from sigmix.serve.auth import ApiKey
 from sigmix.serve.fine_tuning.files import RESULTS, Files
 from sigmix.serve.fine_tuning.jobs import ACTIVE, STATUSES, STORAGE, Job, Jobs
 from sigmix.serve.protocol.errors import ApiError, api_errors, rate_limited
-from sigmix.serve.protocol.fine_tuning import AUTO, CreateJobRequest, Method, ReinforcementHyperparameters
+from sigmix.serve.protocol.fine_tuning import (
+    AUTO,
+    CreateJobRequest,
+    DataColumns,
+    Method,
+    ReinforcementHyperparameters,
+)
 from sigmix.serve.registry import BASE
 from sigmix.serve.scheduler import ClosingError
 from sigmix.svf.linears import describe, dtype_and_quantization
@@ -74,6 +81,9 @@ class FineTuning:
 
     Args:
         service: with engine, registry, store and settings.
+
+    Attributes:
+        reading: one file at a time is read, see `create` and `summary`.
     """
 
     poll_seconds = 0.5
@@ -83,8 +93,10 @@ class FineTuning:
         self.files, self.jobs = Files(service.store, service.settings), Jobs(service.store)
         self.folder = service.settings.state.absolute() / "fine_tuning"
         self.base = service.engine.base_fingerprint
-        self.base_name = _plain(Path(self.settings.base).name)[:23].strip("-._") or "model"
-        self._checking = threading.Lock()  # one file at a time is read for its check
+        base = Path(self.settings.base)
+        self.base_path = str(base.absolute()) if base.exists() else self.settings.base
+        self.base_name = _plain(base.name)[:23].strip("-._") or "model"
+        self.reading = asyncio.Lock()
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="sigmix-fine-tuning", daemon=True)
         self._reserve = self.folder / "reserve"
@@ -165,11 +177,7 @@ class FineTuning:
         sources: dict[str, tuple[Path, str]] = {}
         for field, id in files.items():
             if id is not None:
-                with api_errors(field):
-                    file = self.files.get(id, client)
-                if file.purpose == RESULTS:
-                    raise ApiError(400, f"{id} holds results, not training data", param=field)
-                sources[field] = self.files.path(file), file.name
+                sources[field] = self._source(field, id, client)
         id = f"ftjob-{uuid.uuid4().hex}"
         unique = "".join(secrets.choice(string.ascii_lowercase) for _ in range(8))
         model = f"ft:{self.base_name}:{suffix or ''}:{unique}"
@@ -177,12 +185,17 @@ class FineTuning:
             data = self._place(id, sources)
             if grader is not None:
                 write_json(self.folder / id / "grader.json", grader)
-            figures = self._check(id, data, sources, grader is not None)
+            reading = [] if grader is None else ["--grader", str(self.folder / id / "grader.json"), "--allow-code"]
+            columns = (body.sigmix or DataColumns()).options()
+            figures, field = self._read(id, data, sources, *columns, *reading)
+            if figures["cannot_train"]:
+                raise ApiError(400, figures["cannot_train"], code="invalid_training_file", param=field)
             seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed
             value = {
                 **files, "model": self.base_name, "suffix": suffix, "seed": seed, "metadata": body.metadata,
                 "method": method.model_dump(exclude_none=True), "data": data, "splits": figures["splits"],
-                "options": self._options(method, seed, figures["splits"]["train"]),
+                "system": figures["examples"][0]["system"],
+                "options": [*self._options(method, seed, figures["splits"]["train"]), *columns],
                 "fine_tuned_model": model, "expert": name_from_folder(model),
             }  # fmt: skip
             job = Job(id, key.name, self.base, time.time(), time.time(), "queued", value)
@@ -193,6 +206,22 @@ class FineTuning:
         _log_status(job, "queued")
         self._wake.set()
         return job
+
+    def summary(self, id: str, columns: DataColumns, client: str | None) -> dict[str, Any]:
+        """Return what training would read from a file, and its problems: the figures of `sigmix data`.
+
+        Raises:
+            ApiError: no such file, or it cannot be read.
+        """
+        place, source = f"ftjob-{uuid.uuid4().hex}", {"training_file": self._source("file_id", id, client)}
+        try:
+            data = self._place(place, source)
+            figures, _ = self._read(place, data, source, "--base", self.base_path, *columns.options())
+        finally:
+            shutil.rmtree(self.folder / place, ignore_errors=True)
+        if "rows" not in figures:
+            raise ApiError(400, figures["cannot_train"], code="invalid_training_file", param="file_id")
+        return figures
 
     def change(self, job: Job, status: str, allowed: tuple[str, ...], message: str) -> Job:
         """Cancel, pause or resume a job; one that a full disk has stopped can be resumed or cancelled too.
@@ -273,37 +302,49 @@ class FineTuning:
             link_or_copy(sources[field][0], self.folder / id / path)
         return data
 
-    def _check(self, id: str, data: str, sources: Mapping[str, tuple[Path, str]], graded: bool) -> dict[str, Any]:
-        """Read the data as training will, in a process of its own; return the figures of `DataTask.summary`.
+    def _source(self, field: str, id: str, client: str | None) -> tuple[Path, str]:
+        """Return the path and the name of a training file.
 
         Raises:
-            ApiError: about the file.
+            ApiError: no such file, or one with results.
         """
-        folder = self.folder / id
-        command = [sys.executable, "-m", "sigmix", "data", str(folder / data), "--json"]
-        if graded:
-            command += ["--grader", str(folder / "grader.json"), "--allow-code"]
-        field = "training_file"
-        with self._checking:
-            try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS,
-                    env=self._environment(), check=False,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired as error:
-                raise ApiError(400, f"reading the file took more than {CHECK_SECONDS:.0f} s", param=field) from error
-        figures = json.loads(done.stdout) if done.returncode == 0 else {}
-        message = figures.get("cannot_train") or (None if figures else _last_line(done.stderr))
-        if message is None and figures:
-            return figures
-        message = message or f"the reader ended with status {done.returncode}"
-        if f"{folder / data}/validation" in message:
-            field = "validation_file"
-        for other, (_, name) in sources.items():
-            stem = "train" if other == "training_file" else "validation"
-            message = re.sub(rf"{re.escape(str(folder / data))}/{stem}\.\w+", lambda _, name=name: name, message)
-        message = message.replace(str(folder / data), sources["training_file"][1])
-        raise ApiError(400, message, code="invalid_training_file", param=field)
+        with api_errors(field):
+            file = self.files.get(id, client)
+        if file.purpose == RESULTS:
+            raise ApiError(400, f"{id} holds results, not training data", param=field)
+        return self.files.path(file), file.name
+
+    def _read(
+        self, id: str, data: str, sources: Mapping[str, tuple[Path, str]], *options: str
+    ) -> tuple[dict[str, Any], str]:
+        """Read the data as training will, in a process of its own.
+
+        Args:
+            options: of `sigmix data`.
+
+        Returns:
+            The figures of `sigmix data` with the names of the uploaded files, only "cannot_train" if they cannot be
+            read; and the field of the file that this is about.
+        """
+        path = str(self.folder / id / data)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "sigmix", "data", path, "--json", *options], stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=CHECK_SECONDS, env=self._environment(), check=False,
+            )  # fmt: skip
+            problem = _last_line(done.stderr) or f"the reader ended with status {done.returncode}"
+            figures = json.loads(done.stdout) if done.returncode == 0 else {"cannot_train": problem}
+        except subprocess.TimeoutExpired:
+            figures = {"cannot_train": f"reading the file took more than {CHECK_SECONDS:.0f} s"}
+        invalid = f"{path}/validation" in (figures["cannot_train"] or "")
+
+        def renamed(text: str) -> str:
+            for field, (_, name) in sources.items():
+                stem = "validation" if field == "validation_file" else "train"
+                text = re.sub(rf"{re.escape(path)}/{stem}\.\w+", name, text)
+            return text.replace(path, next(iter(sources.values()))[1])
+
+        return _map_text(figures, renamed), "validation_file" if invalid else "training_file"
 
     def _options(self, method: Method, seed: int, rows: int) -> list[str]:
         """Return the options of `sigmix train` for a method and a number of training rows.
@@ -311,11 +352,10 @@ class FineTuning:
         Raises:
             ApiError: hyperparameters that cannot be combined.
         """
-        base = Path(self.settings.base)
         dtype, _ = dtype_and_quantization(describe(self.service.engine.model)["dtype"])
         objective, chosen = OBJECTIVES[method.type], method.hyperparameters
         options: dict[str, Any] = {
-            "base": base.absolute() if base.exists() else self.settings.base, "dtype": dtype, "objective": objective,
+            "base": self.base_path, "dtype": dtype, "objective": objective,
             "quantization": self.settings.quantization, "device-map": self.settings.device_map, "seed": seed,
         }  # fmt: skip
         default = make_config(task="", objective=objective)
@@ -563,6 +603,15 @@ def _processes_of(run: Path) -> Iterator[psutil.Process]:
             yield process
 
 
+def _map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with all its texts changed."""
+    if isinstance(value, dict):
+        return {key: _map_text(one, change) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_map_text(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
+
+
 def _last_line(text: str) -> str | None:
     """Return the message of an error of the command line, without its remedy, which names options."""
     lines = [line for line in text.splitlines() if line.strip()]
@@ -582,7 +631,7 @@ def _metrics_event(entry: Mapping[str, Any], total: int) -> tuple[str, str, dict
     else:
         step = entry["step"]
         text = f"validation accuracy={entry['accuracy']:.3f} (n={entry['n']})"
-        data = {f"valid_{key}": entry[key] for key in ("accuracy", "interval", "mean_score", "n", "best")}
+        data = {f"valid_{key}": entry[key] for key in ("accuracy", "interval", "mean_score", "n", "best", "samples")}
     return f"{entry['kind']} {step}", f"Step {step}/{total}: {text}", {"step": step, "total_steps": total, **data}
 
 

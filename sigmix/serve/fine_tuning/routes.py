@@ -16,7 +16,7 @@ from sigmix.serve.auth import UPLOAD_PATH, ApiKey
 from sigmix.serve.dependencies import KeyDep, ServiceDep, get_key, get_service, in_thread
 from sigmix.serve.fine_tuning.jobs import Event, Job
 from sigmix.serve.protocol.errors import ApiError, api_errors
-from sigmix.serve.protocol.fine_tuning import CreateJobRequest, RunGraderRequest, ValidateGraderRequest
+from sigmix.serve.protocol.fine_tuning import CreateJobRequest, DataColumns, RunGraderRequest, ValidateGraderRequest
 from sigmix.serve.service import Service
 from sigmix.tasks.openai_graders import Grade
 
@@ -116,6 +116,15 @@ async def get_file_content(id: str, service: ServiceDep, key: KeyDep) -> Respons
     return FileResponse(files.path(file), media_type="application/octet-stream", filename=file.name)
 
 
+@router.get("/v1/files/{id}/summary")
+async def summarise_file(
+    id: str, columns: Annotated[DataColumns, Query()], service: ServiceDep, key: KeyDep
+) -> dict[str, Any]:
+    """Return what training would read from a file, and its problems, as `sigmix data` does."""
+    async with service.fine_tuning.reading:
+        return await in_thread("file_id", service.fine_tuning.summary, id, columns, owner(key))
+
+
 @router.delete("/v1/files/{id}")
 async def delete_file(id: str, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
     """Delete a file."""
@@ -131,7 +140,8 @@ async def delete_file(id: str, service: ServiceDep, key: KeyDep) -> dict[str, An
 @router.post("/v1/fine_tuning/jobs")
 async def create_job(body: CreateJobRequest, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
     """Check the training data and queue a job."""
-    return (await in_thread(None, service.fine_tuning.create, body, key)).to_json()
+    async with service.fine_tuning.reading:
+        return (await in_thread(None, service.fine_tuning.create, body, key)).to_json()
 
 
 @router.get("/v1/fine_tuning/jobs")

@@ -83,8 +83,24 @@ class Method(RequestModel):
         return (self.supervised or SupervisedMethod()).hyperparameters
 
 
+class DataColumns(RequestModel):
+    """Columns of a training file; default: found by their names."""
+
+    prompt_column: Name | None = None
+    answer_column: Name | None = None
+
+    def options(self) -> list[str]:
+        """Return the options of `sigmix data` and `sigmix train`."""
+        given = {"--prompt": self.prompt_column, "--answer": self.answer_column}
+        return [f"{option}={column}" for option, column in given.items() if column is not None]
+
+
 class CreateJobRequest(RequestModel):
-    """Body of ``POST /v1/fine_tuning/jobs``; ``hyperparameters`` is the deprecated form of a supervised method."""
+    """Body of ``POST /v1/fine_tuning/jobs``; ``hyperparameters`` is the deprecated form of a supervised method.
+
+    Attributes:
+        sigmix: how to read the files; not in OpenAI's API.
+    """
 
     neutral: ClassVar = {"integrations": ([],)}
 
@@ -96,6 +112,7 @@ class CreateJobRequest(RequestModel):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
+    sigmix: DataColumns | None = None
 
     @model_validator(mode="after")
     def _check_combination(self) -> CreateJobRequest:

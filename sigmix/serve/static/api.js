@@ -4,39 +4,40 @@
 const api = {
   key: "",
 
-  headers() {
-    const found = { "content-type": "application/json" };
-    if (this.key) found.authorization = `Bearer ${this.key}`;
-    return found;
-  },
-
-  async call(method, path, body) {
-    let answer;
-    try {
-      answer = await fetch(path, { method, headers: this.headers(), body: body && JSON.stringify(body) });
-    } catch {
-      throw new Error("the server cannot be reached");
+  // Send a request with a JSON body or a form; errors have the status of the response, if there is one.
+  async send(method, path, body, signal) {
+    const headers = {};
+    if (this.key) headers.authorization = `Bearer ${this.key}`;
+    if (body && !(body instanceof FormData)) {
+      headers["content-type"] = "application/json";
+      body = JSON.stringify(body);
     }
-    const found = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(found.error?.message || `the server returned status ${answer.status}`);
-    return found;
-  },
-
-  // Stream a chat completion; call on(chunk) for each event.
-  async chat(body, on, signal) {
     let answer;
     try {
-      answer = await fetch("/v1/chat/completions", {
-        method: "POST", headers: this.headers(), body: JSON.stringify({ ...body, stream: true }), signal,
-      });
+      // a deletion is completed when the page is left
+      answer = await fetch(path, { method, headers, body, signal, keepalive: method === "DELETE" });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Error("the server cannot be reached");
     }
-    if (!answer.ok) {
-      const found = await answer.json().catch(() => ({}));
-      throw new Error(found.error?.message || `the server returned status ${answer.status}`);
-    }
+    if (answer.ok) return answer;
+    const found = await answer.json().catch(() => ({}));
+    const error = new Error(found.error?.message || `the server returned status ${answer.status}`);
+    error.status = answer.status;
+    throw error;
+  },
+
+  async call(method, path, body) {
+    return (await this.send(method, path, body)).json().catch(() => ({}));
+  },
+
+  // Stream a chat completion; call on(chunk) for each event.
+  chat(body, on, signal) {
+    return this.stream("POST", "/v1/chat/completions", { ...body, stream: true }, on, signal);
+  },
+
+  async stream(method, path, body, on, signal) {
+    const answer = await this.send(method, path, body, signal);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "", ended = false;
     for (;;) {

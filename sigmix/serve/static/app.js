@@ -14,14 +14,14 @@ function element(tag, text, attributes = {}) {
   return node;
 }
 
-function fail(error) {
-  $("error").textContent = error.message;
-  $("error").hidden = false;
+function fail(error, place = "error") {
+  $(place).textContent = error.message;
+  $(place).hidden = false;
 }
 
-function clearError() {
-  $("error").hidden = true;
-  $("error").textContent = "";
+function clearError(place = "error") {
+  $(place).hidden = true;
+  $(place).textContent = "";
 }
 
 // ------------------------------------------------------------------ bank
@@ -84,7 +84,7 @@ function cards() {
     if (about.kind === "expert") item.append(element("p", `z acts on ${about.positions === "prompt" ? "the prompt" : "all tokens"}`));
     const button = element("button", about.kind === "mix" ? "Forget" : "Unload", { type: "button" });
     button.setAttribute("aria-label", `${button.textContent} ${model.id}`);
-    button.addEventListener("click", () => change("DELETE", `/v1/${about.kind === "mix" ? "mixes" : "experts"}/${model.id}`));
+    button.addEventListener("click", () => change("DELETE", `/v1/${about.kind === "mix" ? `mixes/${model.id}` : `experts/${about.expert}`}`));
     if (about.kind === "mix" && Object.values(about.weights).some(Array.isArray)) {
       const show = element("button", "α by layer", { type: "button" });
       show.addEventListener("click", () => layers(about.weights));
@@ -111,7 +111,7 @@ async function change(method, path, body) {
 
 function decided(about) {
   $("reason").textContent = `${about.mix}: ${about.reason}.`;
-  const shares = Object.fromEntries(kind("expert").map(({ id }) => [id, 0]));
+  const shares = Object.fromEntries(kind("expert").map(({ sigmix }) => [sigmix.expert, 0]));
   for (const [name, alpha] of Object.entries(about.weights)) {
     const values = Array.isArray(alpha) ? alpha : typeof alpha === "object" ? Object.values(alpha) : [alpha];
     shares[name] = values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -154,21 +154,14 @@ async function ask(question) {
   item.querySelector("h3").textContent = question;
   $("log").append(item);
   const columns = $("compare").checked && model !== "base" ? ["base", model] : [model];
-  const cells = columns.map((name) => {
-    const cell = element("div", undefined, { class: "answer", "data-model": name });
-    const head = element("h4", name);
-    const text = element("span", "");
-    cell.append(head, text);
-    item.querySelector(".answers").append(cell);
-    return { name, head, text };
-  });
+  const cells = answerCells(item.querySelector(".answers"), columns);
   item.scrollIntoView({ block: "end" });
   running = new AbortController();
   busy(true);
   const messages = [...turns, { role: "user", content: question }];
   const body = { messages, max_tokens: Number($("tokens").value) || 64 };
   try {
-    await Promise.all(cells.map((cell) => stream(cell, { ...body, model: cell.name }, cell.name === model)));
+    await Promise.all(cells.map((cell) => stream(cell, body, running.signal, cell.name === model)));
     turns = [...messages, { role: "assistant", content: cells.at(-1).text.textContent }];
     $("feedback").hidden = false;
     $("feedback-done").textContent = "";
@@ -183,8 +176,20 @@ async function ask(question) {
   }
 }
 
-async function stream(cell, body, main) {
-  await api.chat(body, (chunk) => {
+// Add an empty answer of each model to a container.
+function answerCells(container, columns) {
+  return columns.map((name) => {
+    const cell = element("div", undefined, { class: "answer", "data-model": name });
+    const head = element("h4", name);
+    const text = element("span", "");
+    cell.append(head, text);
+    container.append(cell);
+    return { name, head, text };
+  });
+}
+
+async function stream(cell, body, signal, main) {
+  await api.chat({ ...body, model: cell.name }, (chunk) => {
     if (chunk.sigmix) {
       cell.head.textContent = chunk.sigmix.mix === cell.name ? cell.name : `${cell.name} → ${chunk.sigmix.mix}`;
       if (main) {
@@ -193,7 +198,7 @@ async function stream(cell, body, main) {
       }
     }
     cell.text.textContent += chunk.choices[0]?.delta?.content ?? "";
-  }, running.signal);
+  }, signal);
 }
 
 function busy(yes) {
@@ -249,9 +254,10 @@ for (const button of document.querySelectorAll("#feedback button")) {
   });
 }
 $("key").addEventListener("change", () => {
+  forget();
   api.key = $("key").value.trim();
   clearError();
   refresh();
+  openTeach();
 });
 refresh();
-$("question").focus();
