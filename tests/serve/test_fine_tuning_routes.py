@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from helpers_fine_tuning import CHECK, questions, rows, upload
+from helpers_fine_tuning import CHECK, questions, rows, training, upload
 from helpers_serve import bearer, serving
 
 from sigmix.serve.auth import add_key
@@ -114,25 +114,24 @@ def test_invalid_training_files_are_named_with_their_line(server, case):
 
 
 @pytest.mark.slow
-def test_the_summary_of_a_file_is_that_of_training(server):
+def test_the_summary_of_a_file_is_that_of_training(tmp_path):
     content = b"Betreff,Team\n" + b"".join(b"one %d,%s\n" % (n, (b"two", b"four")[n % 2]) for n in range(60))
-    id = upload(server, content + b"one 0,four\n" + b"one " * 400 + b",two\n", "my tickets.csv", **server.keys["alice"])
-    path = f"/v1/files/{id}/summary"
-    status, answer, _ = server.call("GET", path, **server.keys["alice"])
-    assert (status, answer["error"]["code"]) == (400, "invalid_training_file")
-    assert "my tickets.csv: no known column" in answer["error"]["message"]
-    path += "?prompt_column=Betreff&answer_column=Team"
-    status, figures, _ = server.call("GET", path, **server.keys["alice"])
-    assert status == 200, figures
-    assert (figures["source"], figures["rows"], figures["conflicts"], figures["over_context"]) == (
-        "my tickets.csv", 62, 1, 1
-    )  # fmt: skip
-    assert figures["cannot_train"] is None
-    assert figures["conflict_examples"][0]["where"].startswith("my tickets.csv:")
-    assert ["my tickets.csv" in text for text in figures["problems"]] == [True, False]
-    assert str(server.service.settings.state) not in str(figures)
-    assert server.call("GET", path, **server.keys["root"])[0] == 200
-    assert not list(server.service.fine_tuning.folder.glob("ftjob-*"))
+    content += b"one 0,four\n" + b"one " * 400 + b",two\n"
+    with training(tmp_path) as server:
+        path = f"/v1/files/{upload(server, content, 'my tickets.csv')}/summary"
+        status, answer, _ = server.call("GET", path)
+        assert (status, answer["error"]["code"]) == (400, "invalid_training_file")
+        assert "my tickets.csv: no known column" in answer["error"]["message"]
+        status, figures, _ = server.call("GET", f"{path}?prompt_column=Betreff&answer_column=Team")
+        assert status == 200, figures
+        assert (figures["source"], figures["rows"], figures["conflicts"], figures["over_context"]) == (
+            "my tickets.csv", 62, 1, 1
+        )  # fmt: skip
+        assert figures["cannot_train"] is None
+        assert figures["conflict_examples"][0]["where"].startswith("my tickets.csv:")
+        assert ["my tickets.csv" in text for text in figures["problems"]] == [True, False]
+        assert str(server.service.settings.state) not in str(figures)
+        assert not list(server.service.fine_tuning.folder.glob("ftjob-*"))
 
 
 def test_the_summary_of_a_file_has_the_rights_of_the_file(server):
