@@ -236,7 +236,7 @@ function happened({ message, data }) {
 
 function show(found) {
   job = found;
-  const { test, base, best_constant: constant, verdict, deleted, system } = found.sigmix;
+  const { verdict, deleted, system } = found.sigmix;
   const active = ACTIVE.includes(found.status), paused = found.status === "paused";
   $("job-head").textContent = nameOf(found);
   if (found.status !== "running" || !curves.accuracy.size) {
@@ -245,9 +245,6 @@ function show(found) {
   }
   $("progress").hidden = $("changes").hidden = !active;
   for (const button of $("changes").children) button.hidden = button.dataset.change === (paused ? "pause" : "resume");
-  const right = (one) => (one?.accuracy === undefined ? "unknown" : percent(one.accuracy));
-  $("figures").textContent = test ? `Right on ${count(test.n)} test requests: ${right(test)}; base ${right(base)}, ` +
-    `best constant answer ${right(constant)}.` : "";
   $("system").value ||= system ?? "";
   $("system-label").hidden = !system;
   $("done").hidden = found.status !== "succeeded" || deleted;
