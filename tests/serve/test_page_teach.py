@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache"), needs_chromium
 JOBS = "/v1/fine_tuning/jobs"
 SECONDS = 240_000  # milliseconds of a job
 TABLE = "text,label\n" + "".join(f"one {n},{('two', 'four')[n % 2]}\n" for n in range(60)) + "one 0,two\none 1,two\n"
+WIDE = """() => [...document.querySelectorAll("main *")]
+    .filter((e) => e.getBoundingClientRect().right > window.innerWidth + 1).map((e) => e.outerHTML.slice(0, 80))"""
 HTML = "<img src=x onerror=\"document.body.dataset.hit='1'\">"
 
 
