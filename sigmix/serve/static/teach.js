@@ -243,8 +243,12 @@ function show(found) {
     $("job-state").textContent = { running: "Training …", succeeded: deleted ? "Discarded." : verdict ?? "Trained.",
       paused: "Paused; the checkpoint is kept." }[found.status] ?? `${stateOf(found)}.`;
   }
-  $("progress").hidden = $("changes").hidden = !active;
-  for (const button of $("changes").children) button.hidden = button.dataset.change === (paused ? "pause" : "resume");
+  const stopped = found.status === "failed" && found.error?.code === "storage"; // by a full disk
+  $("progress").hidden = !active;
+  $("changes").hidden = !active && !stopped;
+  for (const button of $("changes").children) {
+    button.hidden = button.dataset.change === (paused || stopped ? "pause" : "resume");
+  }
   $("system").value ||= system ?? "";
   $("system-label").hidden = !system;
   $("done").hidden = found.status !== "succeeded" || deleted;
@@ -374,7 +378,10 @@ for (const button of $("changes").children) {
   button.addEventListener("click", async () => {
     clearError("teach-error");
     try {
-      show(await api.call("POST", `${JOBS}/${job.id}/${button.dataset.change}`));
+      const ended = !ACTIVE.includes(job.status);
+      const changed = await api.call("POST", `${JOBS}/${job.id}/${button.dataset.change}`);
+      if (ended) watch(changed);
+      else show(changed);
     } catch (error) {
       warn(error);
     }
