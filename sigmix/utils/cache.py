@@ -139,6 +139,38 @@ def clear(kind: str | None = None) -> list[Entry]:
     return removed
 
 
+def damage(entry: Entry) -> str | None:
+    """Return what is wrong with an entry, or None. Checks checksums of models and the structure of decompositions."""
+    if entry.kind == "models":
+        try:
+            verify(entry.path)
+        except CacheError as error:
+            return error.message
+    if entry.kind == "svd":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(entry.path), framework="numpy") as file:  # compares the header with the file's size
+                if not list(file.keys()):
+                    return f"{entry.path} holds no tensors"
+        except (SafetensorError, OSError) as error:
+            return f"{entry.path} cannot be read: {error}"
+    return None
+
+
+def clear_damaged() -> list[tuple[Entry, str]]:
+    """Remove damaged entries, and temporary files of crashed runs; return the entries with the reasons.
+
+    Raises:
+        OutputError: an entry cannot be removed.
+    """
+    damaged = [(entry, reason) for entry in entries() if (reason := damage(entry))]
+    for entry, _ in damaged:
+        _remove(entry.path)
+    _sweep(KINDS)
+    return damaged
+
+
 def _kinds(kind: str | None) -> tuple[str, ...]:
     if kind is None:
         return KINDS

@@ -48,7 +48,16 @@ def test_clear_one_kind(run, copied):
     assert run("cache", "list", "--json").json["bytes"] == 0
 
 
+def test_clear_damaged(run, copied):
+    (entry,) = run("cache", "list", "--damaged", "--json").json["entries"]
+    assert entry["kind"] == "models"  # it has no manifest
+    assert "manifest" in entry["damage"] or "sigmix-cache.json" in entry["damage"]
+    assert run("cache", "clear", "--damaged", "--yes", "--json").json["removed"][0]["path"] == entry["path"]
+    assert run("cache", "list", "--damaged", "--json").json["entries"] == []
+
+
 def test_cache_refuses(run, refused, copied):
     assert "--yes" in refused("cache", "clear")
     assert "nearest: svd" in refused("cache", "list", "--kind", "svds")
+    assert "--damaged" in refused("cache", "clear", "--kind", "svd", "--damaged")
     assert run("cache", "list", "--json").json["entries"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sigmix.errors import CacheError, UnknownNameError
+from sigmix.errors import UnknownNameError
 from sigmix.utils import cache as caching
 from sigmix.utils.cache import write_manifest
 
@@ -45,6 +45,7 @@ def test_an_empty_cache_has_no_entries_and_is_not_created(cache):
     assert caching.entries() == []
     assert caching.total() == 0
     assert caching.clear() == []
+    assert caching.clear_damaged() == []
     assert not cache.exists()
 
 
@@ -78,6 +79,20 @@ def test_an_unknown_kind_names_those_there_are(cache):
         caching.clear("model")
 
 
+def test_clear_damaged_removes_only_what_is_damaged(cache):
+    good_model, bad_model = add_model(cache, "good"), add_model(cache, "bad")
+    good_svd, bad_svd = add_svd(cache, "aa/good.safetensors"), add_svd(cache, "bb/bad.safetensors")
+    (bad_model / "model.safetensors").write_bytes(b"y" * 1000)  # same size, other bytes
+    bad_svd.write_bytes(bad_svd.read_bytes()[:-8])
+    removed = {entry.path: why for entry, why in caching.clear_damaged()}
+    assert set(removed) == {bad_model, bad_svd}
+    assert str(bad_model / "model.safetensors") in removed[bad_model]
+    assert good_model.exists()
+    assert good_svd.exists()
+    assert not bad_model.exists()
+    assert not bad_svd.exists()
+
+
 def test_a_model_folder_that_is_a_link_is_cleared_without_its_target(cache, tmp_path):
     model = add_model(cache)
     model.rename(tmp_path / "elsewhere")
@@ -91,8 +106,8 @@ def test_a_model_folder_that_is_a_link_is_cleared_without_its_target(cache, tmp_
 def test_a_model_that_lost_a_file_is_damaged(cache, lost):
     folder = add_model(cache)
     (folder / lost).unlink()
-    with pytest.raises(CacheError, match=lost):
-        caching.verify(folder)
+    (entry,) = caching.entries("models")
+    assert lost in caching.damage(entry)
 
 
 def test_stale_temporary_files_go_and_those_of_a_running_writer_stay(cache):
@@ -102,8 +117,7 @@ def test_stale_temporary_files_go_and_those_of_a_running_writer_stay(cache):
     young.write_bytes(b"")
     past = time.time() - 2 * caching.STALE
     os.utime(old, (past, past))
-    caching.clear("downloads")
-    assert old.exists()
-    caching.clear("svd")
+    assert caching.clear_damaged() == []
     assert not old.exists()
     assert young.exists()
+    assert len(caching.entries()) == 1
