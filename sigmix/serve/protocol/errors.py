@@ -110,7 +110,9 @@ def validation_error(errors: Sequence[Details], body: Any) -> ApiError:
         )
     if errors[0]["loc"][0] == "query":
         errors = [error for error in errors if error["loc"][0] == "query"]
-        body = {error["loc"][1]: error["input"] for error in errors}
+        body = {}
+        for one in errors:  # of a parameter, or of a model of them
+            body |= one["input"] if len(one["loc"]) == 1 else {one["loc"][1]: one["input"]}
     if not isinstance(body, dict):
         return ApiError(400, "the body must be a JSON object, with the header content-type: application/json")
     chosen = _first([FieldError(error, body) for error in errors])
