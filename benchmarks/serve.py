@@ -98,6 +98,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def is_compiled(port: int) -> bool:
+    """Return True if our server decodes with a compiled step."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+        return bool(json.load(answer)["compiled"])
+
+
 def ask(port: int, model: str, question: str, tokens: int) -> Seen:
     """One streamed request."""
     seen, started, text = Seen(), time.perf_counter(), ""
@@ -208,8 +214,7 @@ def run(
                 **{name: (their, [str(place)] * count) for name, their in theirs.items()},
             }  # fmt: skip
             rates[count] = _rates(contestants, each, new_tokens, repeats or 3, tokenizer, count, seen)
-        with urllib.request.urlopen(f"http://127.0.0.1:{ours}/health") as answer:
-            compiled = json.load(answer)["compiled"]
+        compiled = is_compiled(ours)
     ratios = {"mixed_vs_single_32": ratio(rates[max(clients)]["different"], rates[max(clients)]["one"])}
     ratios["auto_vs_single_32"] = ratio(rates[max(clients)]["auto"], rates[max(clients)]["one"])
     for count in clients if theirs else ():
