@@ -372,7 +372,8 @@ def trainers(folder) -> list[psutil.Process]:
 def test_kill_9_of_the_job_and_of_the_server(tmp_path):
     state = tmp_path / "state"
     with process(tmp_path) as (server, caller):
-        body = {"model": "base", "training_file": upload(caller), "hyperparameters": {"n_epochs": 1, "batch_size": 2}}
+        file = upload(caller, rows(600))  # enough steps to be killed twice on a fast machine
+        body = {"model": "base", "training_file": file, "hyperparameters": {"n_epochs": 1, "batch_size": 2}}
         status, job, _ = caller.call("POST", JOBS, body)
         assert status == 200, job
         wait_until(lambda: steps_of(caller, job["id"]) >= 2)

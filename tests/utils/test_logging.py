@@ -15,8 +15,9 @@ def test_levels_come_back_however_the_uses_overlap(caplog):
     second.__enter__()
     first.__exit__(None, None, None)  # as another thread would
     log.warning("inside")
+    logging.getLogger("sigmix.serve").warning("of sigmix")
     assert not transformers_logging.is_progress_bar_enabled()
     second.__exit__(None, None, None)
     log.warning("outside")
-    assert [record.message for record in caplog.records] == ["outside"]
+    assert [record.message for record in caplog.records] == ["of sigmix", "outside"]
     assert transformers_logging.is_progress_bar_enabled() == bars
