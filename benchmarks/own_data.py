@@ -2,7 +2,8 @@
 
     python -m benchmarks.own_data --data-dir DATA --out OUT                  # every set, seed 0
     python -m benchmarks.own_data --data-dir DATA --out OUT snips-intents --seeds 0 1 2 -- --minutes 2
-    python -m benchmarks.own_data --out OUT --table                          # the table alone
+    python -m benchmarks.own_data --data-dir DATA --out OUT --sweep          # learning rates, on other sets
+    python -m benchmarks.own_data --out OUT --table                          # the tables alone
 
 DATA holds clinc150, snips, arc and gsm8k as published. What follows ``--`` goes to `sigmix train`. A run that has its
 report is not repeated.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import random
 import subprocess
@@ -22,12 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from sigmix.evals.report import BASE, CONSTANT, EXPERT, LORA, TFIDF
+from sigmix.tasks.registry import get_task
 from sigmix.utils.io import write_json
 
 Rows = list[dict[str, Any]]
 Splits = dict[str, Rows]
 
 DOMAINS = ("banking", "travel")  # two of CLINC's, with their 30 intents
+SWEEP_DOMAINS = ("home", "work")
+
+RATES = (2e-3, 6e-3, 2e-2)
+SWEEP_STEPS = 40
 
 
 def _json_lines(path: Path) -> Rows:
@@ -52,12 +59,12 @@ def clinc_domains(data: Path) -> Splits:
     }
 
 
-def clinc_intents(data: Path) -> Splits:
+def clinc_intents(data: Path, domains: Sequence[str] = DOMAINS) -> Splits:
     """The intent of a request, out of the 30 of two domains."""
     splits, domain = _clinc(data)
     return {
         ours: [{"text": text, "label": intent.replace("_", " ")} for text, intent in splits[theirs]
-               if domain[intent] in DOMAINS]
+               if domain[intent] in domains]
         for ours, theirs in NAMES.items()
     }  # fmt: skip
 
@@ -108,6 +115,23 @@ SETS: dict[str, Callable[[Path], Splits]] = {
 }  # fmt: skip
 
 
+def written(task: str, rows: int = 2000) -> Splits:
+    """Requests of a task of sigmix with their right answers."""
+    return {
+        split: [{"prompt": sample.prompt, "completion": sample.gold} for sample in
+                get_task(task).samples(split, count)]
+        for split, count in (("train", rows), ("validation", 200))
+    }  # fmt: skip
+
+
+SWEEP: dict[str, Callable[[Path], Splits]] = {
+    "clinc-home-work": functools.partial(clinc_intents, domains=SWEEP_DOMAINS),
+    "dates": lambda _: written("dates"),
+    "payments": lambda _: written("payments"),
+}
+"""Sets of the sweep of learning rates; none of them is among `SETS`."""
+
+
 def write(folder: Path, splits: Splits) -> None:
     """Write the files of a set: CSV where all rows are flat and short, else JSONL; rows in random order."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +164,32 @@ def run(name: str, data_dir: Path, out: Path, seed: int, options: Sequence[str])
     measured["total_seconds"] = round(time.monotonic() - started, 1)
     measured["bytes"] = (place / "skill" / "adapter_model.safetensors").stat().st_size
     write_json(figures, measured)
+
+
+def sweep(name: str, data_dir: Path, out: Path) -> None:
+    """Train on a set of `SWEEP` with each learning rate; no test rows are used."""
+    files = out / "files" / name
+    for rate in RATES:
+        place = out / "sweep" / f"{name}@{rate:g}"
+        if (place / "figures.json").exists():
+            continue
+        write(files, {split: rows for split, rows in SWEEP[name](data_dir).items() if split != "test"})
+        printed = _sigmix(
+            "train", "--data", str(files), "--out", str(place / "skill"), "--run", str(place / "run"), "--json",
+            "--learning-rate", str(rate), "--max-steps", str(SWEEP_STEPS), "--test-n", "0",
+        )  # fmt: skip
+        write_json(place / "figures.json", json.loads(printed))
+
+
+def sweep_table(out: Path) -> str:
+    """Return the best validation accuracies of the sweep as a Markdown table."""
+    lines = [f"| set | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|" + "---|" * (1 + len(RATES))]
+    for name in SWEEP:
+        paths = [out / "sweep" / f"{name}@{rate:g}" / "figures.json" for rate in RATES]
+        best = [json.loads(path.read_text(encoding="utf-8"))["best"] if path.exists() else None for path in paths]
+        cells = [f"{100 * one['accuracy']:.1f} (step {one['step']})" if one else "" for one in best]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
 
 
 def _sigmix(*words: str) -> str:
@@ -184,13 +234,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(own)
-    if not args.table:
+    if args.sweep:
+        for name in SWEEP:
+            sweep(name, args.data_dir, args.out)
+    elif not args.table:
         for name in args.names or SETS:
             for seed in args.seeds:
                 run(name, args.data_dir, args.out, seed, options)
-    print(table(args.out))
+    print(table(args.out), sweep_table(args.out), sep="\n\n")
 
 
 if __name__ == "__main__":

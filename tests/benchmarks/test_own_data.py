@@ -65,3 +65,20 @@ def test_a_set_is_trained_on_once_and_shown_in_the_table(data, tmp_path, cache, 
     before = figures.read_bytes()
     own_data.main(words)
     assert figures.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_sweep_uses_no_test_rows_and_none_of_the_reported_sets(data, tmp_path, cache, capfd, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    build_tiny().save_pretrained(base)
+    build_tokenizer().save_pretrained(base)
+    assert not own_data.SWEEP.keys() & own_data.SETS.keys()
+    assert not set(own_data.SWEEP_DOMAINS) & set(own_data.DOMAINS)
+    run = own_data._sigmix
+    monkeypatch.setattr(own_data, "SWEEP_STEPS", 1)
+    monkeypatch.setattr(own_data, "RATES", (2e-3,))
+    monkeypatch.setattr(own_data, "SWEEP", {"dates": own_data.SWEEP["dates"]})
+    monkeypatch.setattr(own_data, "_sigmix", lambda *words: run(*words, "--base", str(base)))
+    own_data.main(["--data-dir", str(data), "--out", str(out), "--sweep"])
+    assert "| dates | 0.0 (step " in capfd.readouterr().out
+    assert {path.stem for path in (out / "files" / "dates").iterdir()} == {"train", "validation"}
