@@ -34,7 +34,7 @@ class PositionVariants:
             sweep(lab, kind)
             for task in tasks:
                 lab.single_cells(kind, task, seed)
-        for kind in _of(lab.scale, (*TOKENS, BOTH, *PARTS, *PENALTIES)):
+        for kind in _of(lab.scale, (*TOKENS, BOTH, *sorted([*PARTS, *PENALTIES], key=_order))):
             for task in tasks:
                 lab.single_cells(kind, task, seed)
                 if kind == BOTH:
@@ -69,6 +69,11 @@ class PositionVariants:
                 table([*head, "share left"], penalties),
             ]
         )  # fmt: skip
+
+
+def _order(kind: str) -> tuple[bool, bool]:
+    late = kind.startswith("svf-prompt") and not kind.endswith(("down-rl", "-attention-rl"))
+    return late, kind.startswith("svf-prompt")
 
 
 def _of(scale: Scale, kinds: Sequence[str]) -> list[str]:
