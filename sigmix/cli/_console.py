@@ -8,13 +8,16 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from sigmix.errors import OutputError
 from sigmix.utils.io import check_writable, writing
 from sigmix.utils.optional import optional
+
+if TYPE_CHECKING:
+    from sigmix.train.config import TrainConfig
 
 
 def emit(figures: Any, as_json: bool, text: str | None = None) -> bool:
@@ -113,11 +116,15 @@ class Progress:
 
 
 class TrainingProgress(Progress):
-    """Progress of training from its metrics entries, optionally written as TensorBoard events too."""
+    """Progress of training from its metrics entries, optionally written as TensorBoard events too.
 
-    def __init__(self, title: str, steps: int, tensorboard: Path | None = None) -> None:
-        super().__init__(title, steps)
-        self.validation = ""
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, title: str, config: TrainConfig, tensorboard: Path | None = None) -> None:
+        super().__init__(title, config.max_steps)
+        self.config, self.validation = config, ""
         self.writer: Any = None
         if tensorboard is not None:
             optional("tensorboard", "tensorboard", "--tensorboard")
@@ -137,9 +144,12 @@ class TrainingProgress(Progress):
             self.validation = f"val {accuracy(entry)}"
             line = f"step {entry['step']}: {self.validation}{' best' if entry['best'] else ''}"
         else:
-            text = f"reward {entry['reward']:+.2f} KL {entry['kl']:.3f} {self.validation}"
+            reinforce = self.config.objective == "reinforce"
+            shown = "reward {reward:+.2f} entropy {entropy:.2f}" if reinforce else "loss {loss:.3f}"
+            shown += " KL {kl:.3f}" if self.config.beta else ""
+            text = f"{shown.format(**entry)} {self.validation}"
             self.bar.update(self.task, completed=entry["step"] + 1, note=text)
-            line = f"step {entry['step'] + 1}: {text} entropy {entry['entropy']:.2f} {entry['seconds']:.0f} s"
+            line = f"step {entry['step'] + 1}: {text} {entry['seconds']:.0f} s"
         if not self.terminal:
             note(line)
         for key, value in entry.items() if self.writer is not None else ():

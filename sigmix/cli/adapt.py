@@ -136,7 +136,7 @@ def _compare(search: FewShotSearch, task: DataTask, base: str, out: Path) -> dic
     from sigmix.train.trainer import Trainer
 
     def shown(trainer: Trainer) -> TrainingProgress:
-        progress = TrainingProgress(f"training {out.name}", trainer.config.max_steps)
+        progress = TrainingProgress(f"training {out.name}", trainer.config)
         trainer.on_log = progress.on_entry
         return progress
 

@@ -111,7 +111,7 @@ def train(
             if not processes.is_main:
                 return contextlib.nullcontext()
             title = f"training {name}" if trainer.config.policy == "svf" else f"training {trainer.config.policy}"
-            progress = TrainingProgress(title, trainer.config.max_steps, tensorboard)
+            progress = TrainingProgress(title, trainer.config, tensorboard)
             trainer.on_log = progress.on_entry
             return progress
 
