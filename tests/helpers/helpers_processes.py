@@ -11,13 +11,13 @@ from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["sigmix.cli", "sigmix.train.trainer", "sigmix.models.loading"])
-SECONDS = 120
+SECONDS = 300
 
 
 def in_processes(count: int, work: Callable, *args: object, folder: Path) -> list[int]:
     """Run ``work(*args)`` in `count` processes, as a launcher would start them; exit codes by rank (-9: killed).
 
-    What they print goes to ``folder/out-RANK`` and ``folder/err-RANK``. Processes that are still there after two
+    What they print goes to ``folder/out-RANK`` and ``folder/err-RANK``. Processes that are still there after five
     minutes are killed, so a run that hangs fails.
     """
     with socket.socket() as probe:
