@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def in_processes(count: int, work: Callable, *args: object, folder: Path) -> lis
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(context.Process(target=_begin, args=(own, str(folder), rank, work, args)))
         started[-1].start()
+    deadline = time.monotonic() + SECONDS
     for process in started:
-        process.join(SECONDS)
+        process.join(max(deadline - time.monotonic(), 0))
     hung = [process for process in started if process.is_alive()]
     for process in hung:
         process.kill()
