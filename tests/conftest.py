@@ -6,6 +6,7 @@ Tiny models are seeded, float32, on the CPU, and differ only in their architectu
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("real"):
                 item.add_marker(pytest.mark.skip(reason="SIGMIX_SKIP_REAL=1"))
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """Restores the loggers that `sigmix serve` changes, for the tests that run later in this process."""
+    loggers = [logging.getLogger(name) for name in ("sigmix", "uvicorn", "uvicorn.error")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 THREADS = torch.get_num_threads()

@@ -218,8 +218,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """True if the thread runs."""
-        return self._thread.is_alive()
+        """True if the thread runs and accepts requests or calls."""
+        return self._thread.is_alive() and not self._stopped
 
     def close(self, timeout: float) -> bool:
         """Stop accepting requests, finish the accepted ones, and give up the rest after ``timeout`` seconds.

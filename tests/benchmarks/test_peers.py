@@ -33,7 +33,7 @@ def state(pid: int) -> str:
 
 
 def reached(pid: int, states: str) -> bool:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while time.monotonic() < until:
         try:
             if state(pid) in states:

@@ -158,7 +158,8 @@ class Reader:
         command = [sys.executable, "-m", "sigmix", *words, "--port", str(self.port)]
         server = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
         self.servers.append(server)
-        for _ in range(600):
+        until = time.monotonic() + 300
+        while time.monotonic() < until:
             assert server.poll() is None, (self.folder / "serve.log").read_text()[-2000:]
             with contextlib.suppress(OSError):
                 if urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200:
@@ -169,7 +170,7 @@ class Reader:
     def close(self) -> None:
         for server in self.servers:
             server.terminate()
-            server.wait(timeout=30)
+            server.wait(timeout=120)
 
 
 def _shorter(command: str, words: list[str]) -> str:

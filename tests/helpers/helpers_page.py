@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api")
+TIMEOUT = 120_000  # milliseconds
 expect = sync_api.expect
+expect.set_options(timeout=TIMEOUT)
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 QUIET = [
@@ -29,7 +31,7 @@ def opened(browser, server, path="/", **context):
     elsewhere, errors = [], []
     found.on("request", lambda request: None if request.url.startswith(server.url) else elsewhere.append(request.url))
     found.on("pageerror", lambda error: errors.append(str(error)))
-    found.set_default_timeout(20_000)
+    found.set_default_timeout(TIMEOUT)
     found.goto(server.url + path)
     yield found
     context.close()
@@ -39,7 +41,7 @@ def opened(browser, server, path="/", **context):
 
 # the page's content security policy forbids injected scripts, so tests wait for visible text
 def ready(page) -> None:
-    expect(page.locator("#status")).to_contain_text("ready", timeout=20_000)
+    expect(page.locator("#status")).to_contain_text("ready")
 
 
 NAMELESS = """() => [...document.querySelectorAll(

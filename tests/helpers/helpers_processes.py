@@ -6,18 +6,19 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["sigmix.cli", "sigmix.train.trainer", "sigmix.models.loading"])
-SECONDS = 120
+SECONDS = 300
 
 
 def in_processes(count: int, work: Callable, *args: object, folder: Path) -> list[int]:
     """Run ``work(*args)`` in `count` processes, as a launcher would start them; exit codes by rank (-9: killed).
 
-    What they print goes to ``folder/out-RANK`` and ``folder/err-RANK``. Processes that are still there after two
+    What they print goes to ``folder/out-RANK`` and ``folder/err-RANK``. Processes that are still there after five
     minutes are killed, so a run that hangs fails.
     """
     with socket.socket() as probe:
@@ -32,8 +33,9 @@ def in_processes(count: int, work: Callable, *args: object, folder: Path) -> lis
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(context.Process(target=_begin, args=(own, str(folder), rank, work, args)))
         started[-1].start()
+    deadline = time.monotonic() + SECONDS
     for process in started:
-        process.join(SECONDS)
+        process.join(max(deadline - time.monotonic(), 0))
     hung = [process for process in started if process.is_alive()]
     for process in hung:
         process.kill()

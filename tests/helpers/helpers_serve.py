@@ -13,11 +13,14 @@ from typing import Any
 from helpers_engine import expert
 from helpers_tiny import build_tiny, build_tokenizer
 
+from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.serve.app import Server, create_app
 from sigmix.serve.scheduler import Scheduler
 from sigmix.serve.service import Service
 from sigmix.serve.settings import load_settings
 
+TIMEOUT = 240.0
+"""Seconds after which a test that waits fails: a safety net, also on a loaded machine."""
 NAMES = ("math", "code", "word")
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": 8}
@@ -41,7 +44,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
     """Poll a condition; fail after the timeout."""
     until = time.monotonic() + timeout
     while not condition():
@@ -55,11 +58,23 @@ def hold(scheduler: Scheduler) -> threading.Event:
 
     def block() -> None:
         entered.set()
-        release.wait(30)
+        release.wait(TIMEOUT)
 
     scheduler.call(block)
-    assert entered.wait(30)
+    assert entered.wait(TIMEOUT)
     return release
+
+
+def gate_steps(monkeypatch) -> threading.Semaphore:
+    """Let every decoding step from now on take a permit of the returned semaphore, which has none."""
+    permits, step = threading.Semaphore(0), ContinuousBatch.step
+
+    def gated(batch: ContinuousBatch) -> None:
+        assert permits.acquire(timeout=TIMEOUT)
+        step(batch)
+
+    monkeypatch.setattr(ContinuousBatch, "step", gated)
+    return permits
 
 
 class Caller:
@@ -117,7 +132,7 @@ class Caller:
             wait_until(lambda: len(self.service.scheduler.queue) == count)
             yield statuses
         for thread in threads:
-            thread.join(30)
+            thread.join(TIMEOUT)
 
 
 class Client(Caller):
@@ -154,13 +169,13 @@ class Live(Caller):
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(TIMEOUT)
         assert not self.thread.is_alive()
 
     def send(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[int, str, dict[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=240)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         try:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()

@@ -19,7 +19,8 @@ STAGE = """
 import os, sys, time
 folder, name = sys.argv[1:]
 with open(os.path.join(folder, "log"), "a") as log: log.write(f"+{name} {os.environ['OMP_NUM_THREADS']}\\n")
-time.sleep(0.3)
+beside, until = {"one": "two", "two": "one"}.get(name, name), time.monotonic() + 120
+while f"+{beside} " not in open(os.path.join(folder, "log")).read() and time.monotonic() < until: time.sleep(0.01)
 with open(os.path.join(folder, "log"), "a") as log: log.write(f"-{name}\\n")
 sys.exit(name == "bad")
 """
@@ -72,16 +73,16 @@ def test_what_another_process_is_making_is_waited_for(tmp_path):
 
     thread = threading.Thread(target=enter)
     thread.start()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while not said and time.monotonic() < until:
         time.sleep(0.01)
     assert said == ["waiting for it"]
     assert not entered.is_set()
     other.stdin.write("\n")
     other.stdin.close()
-    thread.join(20)
+    thread.join(120)
     assert entered.is_set()
-    other.wait(20)
+    other.wait(120)
 
 
 @pytest.mark.slow

@@ -22,10 +22,10 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    from helpers_page import CHROMIUM, QUIET, sync_api
+    from helpers_page import CHROMIUM, QUIET, TIMEOUT, sync_api
 
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=TIMEOUT)
         yield chromium
         chromium.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers_serve import bank, make_service, wait_until
+from helpers_serve import TIMEOUT, bank, make_service, wait_until
 
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.serve import adaptation as adaptation_module
@@ -36,7 +36,7 @@ def held_grader(service) -> tuple[threading.Event, threading.Event]:
         if reply in ("", reference):  # the check of the examples
             return float(reply == reference)
         called.set()
-        release.wait(30)
+        release.wait(TIMEOUT)
         return 0.0
 
     service.adaptations.graders["exact"] = grade
@@ -47,7 +47,7 @@ def test_a_cancelled_search_saves_nothing(service):
     called, release = held_grader(service)
     running = service.adaptations.submit(request(name="running"), None)
     queued = service.adaptations.submit(request(name="queued"), None)
-    assert called.wait(30)
+    assert called.wait(TIMEOUT)
     assert (running.status, queued.status) == ("running", "waiting")
     for adaptation in (running, queued):
         service.adaptations.cancel(adaptation)
@@ -87,7 +87,7 @@ def test_invalid_searches(tmp_path, service):
 def test_limits_and_visibility(service):
     called, release = held_grader(service)
     first = service.adaptations.submit(request(), "alice")
-    assert called.wait(30)
+    assert called.wait(TIMEOUT)
     for _ in range(adaptation_module.MAX_QUEUED_PER_CLIENT):
         service.adaptations.submit(request(), "alice")
     with pytest.raises(QueueFullError) as full:

@@ -10,14 +10,14 @@ import subprocess
 import threading
 
 import pytest
-from helpers_serve import BODY, CHAT, NEVER_ENDS, Live, hold, live, make_service, raw_chat, wait_until
+from helpers_serve import BODY, CHAT, NEVER_ENDS, TIMEOUT, Live, gate_steps, live, make_service, raw_chat, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 ASK = {**BODY, "max_tokens": 4, "model": "math"}
 
 
 def connect(server: Live) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -27,14 +27,17 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
-def test_a_disconnect_cancels_the_request(tmp_path):
+def test_a_disconnect_cancels_the_request(tmp_path, monkeypatch):
     with live(tmp_path) as server:
+        permits = gate_steps(monkeypatch)  # it does not end by itself
         for stream in (True, False):
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
             body = {**ASK, **NEVER_ENDS, "max_tokens": 200, "n": 8, "temperature": 1, "stream": stream}
             connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
             wait_until(lambda: server.service.scheduler.load()[0] == 8)
             connection.close()
+            wait_until(lambda: server.service.scheduler._cancelled)
+            permits.release()
             wait_until(lambda: not server.service.scheduler.running())
         generated = server.service.metrics.registry.get_sample_value("sigmix_tokens_total", {"kind": "generated"})
         assert generated < 2 * 8 * 200
@@ -87,7 +90,7 @@ def test_a_client_can_read_that_its_body_is_too_large(tmp_path, header):
             "-H",
             "content-type: application/json",
         ]
-        done = subprocess.run(command, input="x" * (3 << 20), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input="x" * (3 << 20), capture_output=True, text=True, timeout=TIMEOUT)
         assert json.loads(done.stdout)["error"]["code"] == "too_large", done.stderr
 
 
@@ -100,7 +103,7 @@ def test_a_prompt_of_one_megabyte(tmp_path):
 
 
 def test_shutdown_finishes_streams(tmp_path):
-    server = Live(make_service(tmp_path, max_new_tokens=150))
+    server = Live(make_service(tmp_path, max_new_tokens=150, shutdown_timeout=TIMEOUT))
     with connect(server) as connection:
         connection.sendall(raw_chat({**ASK, "max_tokens": 100, "stream": True}))
         received = connection.recv(4096)
@@ -110,21 +113,22 @@ def test_shutdown_finishes_streams(tmp_path):
     assert b'"finish_reason": "length"' in received
     assert b"data: [DONE]" in received
     closing.join()
-    server.thread.join(30)
+    server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()
     assert not server.service.ready
 
 
-def test_shutdown_ends_streams_after_the_timeout(tmp_path):
+def test_shutdown_ends_streams_after_the_timeout(tmp_path, monkeypatch):
     server = Live(make_service(tmp_path, shutdown_timeout=0.0))
+    permits = gate_steps(monkeypatch)
     with connect(server) as connection:
         connection.sendall(raw_chat({**ASK, **NEVER_ENDS, "stream": True, "max_tokens": 200}))
         received = connection.recv(4096)
-        release = hold(server.service.scheduler)
-        threading.Timer(0.5, release.set).start()
         server.server.handle_exit(15, None)
+        wait_until(lambda: server.service.scheduler._stopped)
+        permits.release()
         received += read_all(connection)
     assert b'"code": "closing"' in received
     assert b"data: [DONE]" in received
-    server.thread.join(30)
+    server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()

@@ -138,7 +138,7 @@ def test_mixtures_and_searches_of_other_clients(tmp_path, keys):
             status, found, _ = server.call("POST", "/v1/adapt", body, **bearer(key))
             if status == 202:
                 path = f"/v1/adapt/{found['id']}"
-                wait_until(lambda: server.call("GET", path, **bearer(key))[1]["status"] == "done", 60)
+                wait_until(lambda: server.call("GET", path, **bearer(key))[1]["status"] == "done")
                 assert server.call("GET", path, **bearer(bob))[0] == (200 if key == bob else 404)
             return status
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 from helpers_scripted import real_template, scripted
-from helpers_serve import Live, bank, live
+from helpers_serve import TIMEOUT, Live, bank, live
 from helpers_tiny import build_tiny, build_tokenizer
 from pydantic import BaseModel, ConfigDict
 
@@ -416,7 +416,7 @@ def test_curl(server, expected):
         words = ["curl", "-sS", "--fail-with-body", "-N", f"{server.v1}/chat/completions", "-d", "@-"]
         for header in (f"Authorization: Bearer {server.key}", "Content-Type: application/json"):
             words += ["-H", header]
-        done = subprocess.run(words, input=body, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(words, input=body, capture_output=True, text=True, check=True, timeout=TIMEOUT)
         return done.stdout
 
     def streamed(turns):

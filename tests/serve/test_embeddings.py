@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers_serve import CHAT, NEVER_ENDS, wait_until
+from helpers_serve import CHAT, NEVER_ENDS, TIMEOUT, wait_until
 
 from sigmix.engine import Engine
 from sigmix.serve.routes import by_length
@@ -126,8 +126,8 @@ def test_running_requests_go_on_beside_embeddings(server, monkeypatch):
         other = threading.Thread(target=lambda: vectors(server, input=["x " * 100] * 40))
         other.start()
         wait_until(lambda: len(scheduler.queue) == 1 and scheduler._calls)
-    chat.join(30)
-    other.join(30)
+    chat.join(TIMEOUT)
+    other.join(TIMEOUT)
     assert order.count("embeddings") == 8
     first = order.index("step")
     assert "embeddings" in order[first:]

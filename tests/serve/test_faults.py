@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_serve import BODY, CHAT, NEVER_ENDS, bank, live, serving
+from helpers_serve import BODY, CHAT, NEVER_ENDS, TIMEOUT, bank, live, serving, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
@@ -50,20 +50,21 @@ def process(tmp_path: Path, *flags: str):
                 break
         assert port, "the server did not start"
         threading.Thread(target=server.stderr.read, daemon=True).start()  # keeps the pipe from filling up
-        until = time.monotonic() + 30
-        while time.monotonic() < until:
-            with contextlib.suppress(OSError):
-                if call(port, "GET", "/health")[0] == 200:
-                    break
-            time.sleep(0.05)
+        wait_until(lambda: healthy(port))
         yield server, port
     finally:
         server.kill()
-        server.wait(20)
+        server.wait(TIMEOUT)
+
+
+def healthy(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return call(port, "GET", "/health")[0] == 200
+    return False
 
 
 def call(port: int, method: str, path: str, body=None) -> tuple[int, dict]:
-    link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     try:
         link.request(method, path, json.dumps(body) if body is not None else None, {"content-type": "application/json"})
         answer = link.getresponse()
@@ -88,9 +89,9 @@ def test_state_survives_kill_9_under_load(tmp_path):
             thread.start()
         time.sleep(1)
         server.send_signal(signal.SIGKILL)
-        server.wait(20)
+        server.wait(TIMEOUT)
         for thread in threads:
-            thread.join(30)
+            thread.join(TIMEOUT)
     with process(tmp_path) as (_, port):
         status, reply = call(port, "POST", CHAT, {**ASK, "model": "mine"})
         assert (status, reply["sigmix"]["mix"]) == (200, "code:0.5+math:0.5")
@@ -99,14 +100,14 @@ def test_state_survives_kill_9_under_load(tmp_path):
 
 
 def test_sigterm_finishes_requests_and_exits_with_0(tmp_path):
-    with process(tmp_path) as (server, port):
-        link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with process(tmp_path, "--shutdown-timeout", str(TIMEOUT)) as (server, port):
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
         body = json.dumps({**ASK, **NEVER_ENDS, "max_tokens": 200, "stream": True})
         link.request("POST", CHAT, body, {"content-type": "application/json"})
         answer = link.getresponse()  # the first event has been sent
         server.send_signal(signal.SIGTERM)
         received = answer.read()
-        assert server.wait(60) == 0
+        assert server.wait(TIMEOUT) == 0
         assert answer.status == 200
         assert b'"finish_reason": "length"' in received
         assert received.endswith(b"data: [DONE]\n\n")
@@ -152,7 +153,7 @@ def test_fuzzed_requests(tmp_path):
         operations = [result.ok() for result in schema.get_all_operations()]
         assert len(operations) >= 15
         codes: dict[int, int] = {}
-        link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
 
         def send_all(cases, count) -> None:
             @seed(0)

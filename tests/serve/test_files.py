@@ -8,7 +8,7 @@ import socket
 import sqlite3
 
 import pytest
-from helpers_serve import bearer, live, serving, wait_until
+from helpers_serve import TIMEOUT, bearer, live, serving, wait_until
 
 from sigmix.serve.auth import add_key
 from sigmix.serve.fine_tuning.multipart import FormParser, Part
@@ -186,7 +186,7 @@ def test_a_lost_connection_leaves_nothing_behind(tmp_path):
             link.sendall(head.encode() + b"content-length: 100000\r\n\r\n" + form()[:-20] + b"x" * 5000)
             wait_until(lambda: len(left(server)) == 1)  # the temporary file
         wait_until(lambda: left(server) == [])
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
         with contextlib.closing(connection):  # without a length, in chunks
             pieces = [form()[at : at + 100] for at in range(0, len(form()), 100)]
             connection.request(

@@ -7,23 +7,9 @@ import json
 import logging
 import sys
 
-import pytest
-
 from sigmix.serve.observability import MAX_MIX_LABELS, Metrics, configure_logging
 
 
-@pytest.fixture
-def loggers():
-    """Restores the loggers that `configure_logging` changes."""
-    found = [logging.getLogger(name) for name in ("sigmix", "uvicorn", "uvicorn.error")]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in found]
-    yield found
-    for logger, (handlers, propagate, level) in zip(found, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("loggers")
 def test_json_lines(capsys):
     configure_logging("info", "json")
     log = logging.getLogger("sigmix.serve")
@@ -38,7 +24,6 @@ def test_json_lines(capsys):
     assert "ValueError: broken" in second["error"]
 
 
-@pytest.mark.usefixtures("loggers")
 def test_records_follow_a_replaced_stderr(monkeypatch):
     closed, current = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", closed)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from helpers_engine import expert
-from helpers_page import CONTRAST, NAMELESS, expect, needs_chromium, opened, ready
-from helpers_serve import NAMES, bank, live
+from helpers_page import CONTRAST, NAMELESS, TIMEOUT, expect, needs_chromium, opened, ready
+from helpers_serve import NAMES, bank, gate_steps, live, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
-from sigmix.engine.continuous_batching import ContinuousBatch
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache"), needs_chromium]
 
@@ -38,12 +36,16 @@ def alone():
 
 
 def idle(page) -> None:
-    expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=20_000)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+def send(page, question: str) -> None:
+    page.get_by_label("Your message").fill(question)
+    page.get_by_label("Your message").press("Enter")
 
 
 def ask(page, question: str) -> None:
-    page.get_by_label("Your message").fill(question)
-    page.get_by_label("Your message").press("Enter")
+    send(page, question)
     idle(page)
 
 
@@ -59,35 +61,19 @@ def shares(page) -> dict[str, float]:
     }
 
 
-@pytest.fixture
-def slow_steps(monkeypatch):
-    """Slows down decoding: a tiny model finishes before the browser can observe it."""
-    step = ContinuousBatch.step
-
-    def slow(running):
-        time.sleep(0.05)
-        return step(running)
-
-    monkeypatch.setattr(ContinuousBatch, "step", slow)
-
-
-@pytest.mark.usefixtures("slow_steps")
-def test_type_stream_and_see_the_mix(page, alone):
+def test_type_stream_and_see_the_mix(page, alone, monkeypatch):
     page.get_by_label("Answer with").select_option("math")
-    page.evaluate("""() => {
-        window.grew = [];
-        new MutationObserver(() => {
-            const cell = document.querySelector("#log li:last-child .answer span");
-            if (cell) window.grew.push(cell.textContent);
-        }).observe(document.getElementById("log"), { subtree: true, childList: true, characterData: true });
-    }""")
     page.get_by_label("Longest answer").fill("24")
-    ask(page, "one two three")
     (whole,) = alone.generate(["one two three"], "math", max_new_tokens=24)
+    permits = gate_steps(monkeypatch)
+    send(page, "one two three")
+    for count in range(1, 5):  # streamed: every step's text is shown before the next step
+        permits.release()
+        shown = alone.tokenizer.decode(whole.ids[:count])
+        expect(page.locator("#log li:last-child .answer span")).to_have_text(shown)
+    permits.release(1000)
+    idle(page)
     assert replies(page) == [whole.text]
-    grew = page.evaluate("window.grew")
-    assert len({text for text in grew if text}) > 3  # streamed
-    assert all(whole.text.startswith(text) for text in grew)
     assert shares(page) == {"math": 1.0, "code": 0.0, "word": 0.0}
     assert page.locator("#reason").text_content().startswith("math: ")
     ask(page, "four")
@@ -122,7 +108,7 @@ def test_sliders_mix_by_hand(page, alone):
     assert shares(page) == {"math": 0.5, "code": 1.5, "word": 0.0}
     page.get_by_label("Save it as").fill("mine")
     page.get_by_role("button", name="Save").click()
-    expect(page.get_by_label("Answer with")).to_have_value("mine", timeout=20_000)
+    expect(page.get_by_label("Answer with")).to_have_value("mine")
     ask(page, "one two")
     assert replies(page)[-1] == alone.generate(["one two"], "math:0.5+code:1.5", max_new_tokens=8)[0].text
 
@@ -167,23 +153,23 @@ def test_feedback(page):
     page.get_by_label("Answer with").select_option("math")
     ask(page, "one")
     page.get_by_role("button", name="Yes").click()
-    expect(page.locator("#feedback-done")).to_contain_text("Noted", timeout=20_000)
+    expect(page.locator("#feedback-done")).to_contain_text("Noted")
     page.get_by_role("button", name="No", exact=True).click()
     page.get_by_role("alert").wait_for()
 
 
-@pytest.mark.usefixtures("slow_steps")
-def test_stop(page, server):
+def test_stop(page, server, monkeypatch):
     page.get_by_label("Longest answer").fill("200")
-    page.get_by_label("Your message").fill("one")
-    page.get_by_label("Your message").press("Enter")
+    permits = gate_steps(monkeypatch)  # the answer does not end by itself
+    send(page, "one")
     page.locator("#bars .bar").first.wait_for()
     page.get_by_role("button", name="Stop").click()
     idle(page)
     assert page.locator("#error").is_hidden()
     page.get_by_text("(stopped)").wait_for()
-    page.wait_for_timeout(300)
-    assert not server.service.scheduler.running()
+    wait_until(lambda: server.service.scheduler._cancelled)
+    permits.release()
+    wait_until(lambda: not server.service.scheduler.running())
 
 
 def test_a_key_is_required(browser, tmp_path):
@@ -192,6 +178,7 @@ def test_a_key_is_required(browser, tmp_path):
     key = add_key(tmp_path / "state" / "keys.json", "me")
     with live(tmp_path) as server:
         found = browser.new_page()
+        found.set_default_timeout(TIMEOUT)
         found.goto(server.url)
         found.get_by_role("alert").wait_for()
         assert "API key" in found.get_by_role("alert").text_content()
@@ -206,6 +193,7 @@ def test_a_key_is_required(browser, tmp_path):
 def test_names_contrast_and_keyboard(browser, server, scheme):
     context = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800})
     page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
     page.goto(server.url)
     ready(page)
     ask(page, "one")

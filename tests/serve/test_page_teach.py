@@ -99,7 +99,7 @@ def test_from_a_dropped_file_to_a_model_that_is_discarded(browser, server):
         losses = [event["data"]["train_loss"] for event in events if event["data"] and "train_loss" in event["data"]]
         assert points(page, "loss") == len(losses) == 1
         assert points(page, "accuracy") == 2
-        assert job["sigmix"]["verdict"] in page.locator("#job-state").text_content()
+        expect(page.locator("#job-state")).to_contain_text(job["sigmix"]["verdict"])
 
         model = job["fine_tuned_model"]
         assert model.startswith("ft:tiny-llama:tickets:")
@@ -113,10 +113,10 @@ def test_from_a_dropped_file_to_a_model_that_is_discarded(browser, server):
         page.on("dialog", lambda dialog: dialog.accept())
         button(page, "Discard").click()
         expect(page.locator("#reading")).to_contain_text("discarded")
+        expect(page.locator("#jobs p")).to_have_text("discarded")  # after the files are deleted
         assert server.chat(model=model)[0] == 404
         assert server.call("GET", "/v1/files")[1]["data"] == []
         assert not (server.service.fine_tuning.folder / job["id"]).exists()
-        expect(page.locator("#jobs p")).to_have_text("discarded")
 
 
 def test_the_curve_grows_and_a_reload_picks_the_job_up(page, gate, server):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from helpers_engine import expert
-from helpers_serve import NAMES, serving, wait_until
+from helpers_serve import NAMES, TIMEOUT, serving, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.engine import Engine
@@ -131,18 +131,18 @@ def test_the_server_answers_while_examples_are_checked(server, monkeypatch):
 
     def grade(reply: str, reference: str) -> float:
         called.set()
-        release.wait(10)
+        release.wait(TIMEOUT)
         return 0.0  # no reply can match
 
     monkeypatch.setitem(server.service.adaptations.graders, "exact", grade)
     body, statuses = {"examples": [{"prompt": "one", "answer": "two"}]}, []
     thread = threading.Thread(target=lambda: statuses.append(server.call("POST", "/v1/adapt", body)[0]))
     thread.start()
-    assert called.wait(10)
+    assert called.wait(TIMEOUT)
     assert server.call("GET", "/health")[0] == 200
     assert thread.is_alive()
     release.set()
-    thread.join(30)
+    thread.join(TIMEOUT)
     assert statuses == [400]
 
 
@@ -155,7 +155,7 @@ def test_adaptation(server):
         assert server.chat(model="code")[0] == 200
         return server.call("GET", f"/v1/adapt/{found['id']}")[1]["status"] not in ("waiting", "running")
 
-    wait_until(finished, 60)
+    wait_until(finished)
     found = server.call("GET", f"/v1/adapt/{found['id']}")[1]
     assert found["status"] == "done", found
     assert found["progress"]["round"] == len(found["trace"]) > 0

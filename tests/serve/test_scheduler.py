@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from helpers_serve import NAMES, bank, hold, wait_until
+from helpers_serve import NAMES, TIMEOUT, bank, gate_steps, hold, wait_until
 from helpers_tiny import build_tiny, build_tokenizer
 
 from sigmix.adapt import OTHER, Decision, FewShotSearch, TwoPass
@@ -44,10 +44,10 @@ class Events:
     def __call__(self, event) -> None:
         self.queue.put(event)
 
-    def wait(self, choices: int = 1, timeout: float = 120) -> list:
+    def wait(self, choices: int = 1) -> list:
         finished = 0
         while finished < choices:
-            event = self.queue.get(timeout=timeout)
+            event = self.queue.get(timeout=TIMEOUT)
             self.all.append(event)
             if isinstance(event, Failed):
                 break
@@ -135,7 +135,7 @@ def test_a_mixture_is_merged_after_some_steps_alone(start, shared, alone):
         scheduler.submit(one)
         events.wait()
         assert events.ids() == alone.generate([ids], mix.id, max_new_tokens=BREAK_EVEN - 10)[0].ids
-        assert scheduler.call(lambda: shared.execution.choose([mix]) == "merged").result(20) == merged
+        assert scheduler.call(lambda: shared.execution.choose([mix]) == "merged").result(TIMEOUT) == merged
 
 
 def test_mixtures_that_share_steps_are_not_merged(start, shared, alone):
@@ -150,7 +150,7 @@ def test_mixtures_that_share_steps_are_not_merged(start, shared, alone):
     for events in received:
         assert len([e for e in events.wait() if isinstance(e, Token)]) == 2 * BREAK_EVEN
     for mix in ("math:0.3", "code:0.4"):
-        assert scheduler.call(lambda mix=mix: shared.execution.choose([Mix.parse(mix)])).result(20) == "factored"
+        assert scheduler.call(lambda mix=mix: shared.execution.choose([Mix.parse(mix)])).result(TIMEOUT) == "factored"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -162,9 +162,9 @@ def test_short_answer_after_a_cached_prefix(start, shared, alone, length):
     events.wait()
     longer = ids + events.ids() + [5, 6, 7]
     second, events = request(longer, "math", max_new_tokens=length)
-    assert scheduler.call(lambda: shared.cached_prefix(longer, second.mix) is not None).result(20)
+    assert scheduler.call(lambda: shared.cached_prefix(longer, second.mix) is not None).result(TIMEOUT)
     scheduler.submit(second)
-    events.wait(timeout=20)
+    events.wait()
     assert events.ids() == alone.generate([longer], "math", max_new_tokens=length)[0].ids
     wait_until(lambda: not scheduler.running())
 
@@ -194,7 +194,7 @@ def test_many_requests_under_many_mixtures(start, alone, count):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(TIMEOUT)
     kept = [(one, events) for one, events, cancelled in planned if not cancelled]
     for one, events in kept:
         events.wait()
@@ -260,7 +260,7 @@ def test_an_unloaded_expert_fails_only_the_requests_that_name_it(start, shared, 
     def unload():
         shared.bank = {name: expert for name, expert in shared.bank.items() if name != "math"}
 
-    scheduler.call(unload).result(10)
+    scheduler.call(unload).result(TIMEOUT)
     lost, events = request(ids, "math", max_new_tokens=5)
     scheduler.submit(lost)
     (failed,) = events.wait()
@@ -455,10 +455,14 @@ def test_a_conversation_that_cannot_be_cached_is_answered(start, shared, alone, 
     check_alone(alone, planned)
 
 
-def test_a_model_that_always_fails_leaves_no_request(start, faulty):
+def test_a_model_that_always_fails_leaves_no_request(start, faulty, monkeypatch):
     scheduler = start()
-    planned = neighbours(scheduler, max_new_tokens=200, logit_bias={2: -100.0})  # none ends before the fault
+    permits = gate_steps(monkeypatch)
+    planned = neighbours(scheduler, steps=0, max_new_tokens=200, logit_bias={2: -100.0})
+    permits.release(40)  # none ends before the fault
+    wait_until(lambda: all(events.queue.qsize() >= 5 for _, events in planned))
     faulty.max_rows = 0
+    permits.release(1000)
     for _, events in planned:
         assert events.wait(2)[-1].code == "internal"
     wait_until(lambda: scheduler.load() == (0, 0) and not scheduler.running())
@@ -538,7 +542,7 @@ def test_a_scheduler_that_dies_fails_all_requests(start, monkeypatch):
     monkeypatch.setattr(scheduler.queue, "charge", broken)
     release.set()
     for _, events in (running, queued):
-        assert events.wait(timeout=20)[-1].code == "internal"
+        assert events.wait()[-1].code == "internal"
     wait_until(lambda: not scheduler.alive)
     with pytest.raises(RuntimeError):
         scheduler.submit(request([5, 6])[0])
@@ -583,7 +587,7 @@ def test_closing_finishes_accepted_requests(start):
         one, events = request(random_ids(random.Random(number), 6), "math", max_new_tokens=10)
         scheduler.submit(one)
         received.append(events)
-    assert scheduler.close(60)
+    assert scheduler.close(TIMEOUT)
     for events in received:
         assert isinstance(events.wait()[-1], Finished)
     with pytest.raises(ClosingError):
@@ -597,32 +601,30 @@ def test_closing_gives_up_after_the_timeout(start):
     two, queued = request(random_ids(random.Random(2), 6), "math", max_new_tokens=200)
     scheduler.submit(one)
     scheduler.submit(two)
-    threading.Timer(0.5, release.set).start()
-    assert not scheduler.close(0)
+    finished = []
+    closing = threading.Thread(target=lambda: finished.append(scheduler.close(0)))
+    closing.start()
+    wait_until(lambda: scheduler._stopped)
+    release.set()
+    closing.join(TIMEOUT)
+    assert finished == [False]
     assert running.wait()[-1].code == "closing"
     assert queued.wait()[-1].code == "closing"
 
 
 def test_calls_at_shutdown_do_not_block(start):
-    entered, release = threading.Event(), threading.Event()
     scheduler = start()
-
-    def block() -> None:
-        entered.set()
-        release.wait(20)
-
-    scheduler.call(block)
-    assert entered.wait(20)
+    release = hold(scheduler)
     pending = scheduler.call(lambda: 1)
     closing = threading.Thread(target=scheduler.close, args=(0,))
     closing.start()
     wait_until(lambda: scheduler._stopped)
     release.set()
     with pytest.raises(ClosingError):
-        pending.result(20)
+        pending.result(TIMEOUT)
     with pytest.raises(ClosingError):
         scheduler.call(lambda: 1)
-    closing.join(20)
+    closing.join(TIMEOUT)
 
 
 # --- Sharing the engine
@@ -656,6 +658,6 @@ def test_lock_is_granted_in_order_of_arrival():
             threads[-1].start()
             wait_until(lambda: lock.waiting == number + 1)  # noqa: B023
     for thread in threads:
-        thread.join(5)
+        thread.join(TIMEOUT)
     assert order == list(range(8))
     assert lock.waiting == 0

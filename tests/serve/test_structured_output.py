@@ -8,7 +8,7 @@ import threading
 
 import jsonschema
 import pytest
-from helpers_serve import BODY, CHAT
+from helpers_serve import BODY, CHAT, TIMEOUT
 from helpers_tiny import build_tokenizer
 
 from sigmix.engine.structured_output import StructuredOutput
@@ -97,7 +97,7 @@ def test_different_constraints_in_one_batch(server):
         for thread in threads:
             thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(TIMEOUT)
     assert [found[row] for row in range(len(bodies))] == expected
     assert re.fullmatch("[xy]{30}", expected[1][0])
 

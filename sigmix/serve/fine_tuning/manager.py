@@ -30,6 +30,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as CallTimeoutError
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,8 +239,9 @@ class FineTuning:
         _log_status(job, status)
         if status == "cancelled" and (self._process is None or self._job_id != job.id):
             self._discard(job)
+        changed = replace(self.jobs.get(job.id, None), status=status)  # a resumed one may be running by now
         self._wake.set()
-        return self.jobs.get(job.id, None)
+        return changed
 
     def delete_model(self, name: str, key: ApiKey) -> None:
         """Stop serving a fine-tuned model and delete its files.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -13,19 +14,30 @@ import torch
 from sigmix.engine.cpu.openmp import release_thread_pool
 
 TASKS = Path("/proc/self/task")
+NAME = "test_openmp"
+
+
+def name_of(task: Path) -> str:
+    with contextlib.suppress(OSError):  # it has ended
+        return (task / "comm").read_text().strip()
+    return ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_a_released_pool_ends_and_is_started_again():
     counts = []
 
+    def named() -> int:
+        return sum(name == NAME for name in map(name_of, TASKS.iterdir()))
+
     def count(expected=None):
-        deadline = time.monotonic() + 10  # threads end a moment later
-        while expected is not None and len(list(TASKS.iterdir())) != expected and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120  # threads end a moment later
+        while expected is not None and named() != expected and time.monotonic() < deadline:
             time.sleep(0.01)
-        counts.append(len(list(TASKS.iterdir())))
+        counts.append(named())
 
     def compute():
+        (TASKS / str(threading.get_native_id()) / "comm").write_text(NAME)  # its pool's threads inherit it
         torch.set_num_threads(3)
         count()
         for _ in range(2):
