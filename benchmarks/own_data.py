@@ -2,7 +2,7 @@
 
     python -m benchmarks.own_data --data-dir DATA --out OUT                  # every set, seed 0
     python -m benchmarks.own_data --data-dir DATA --out OUT snips-intents --seeds 0 1 2 -- --minutes 2
-    python -m benchmarks.own_data --data-dir DATA --out OUT --sweep          # learning rates, on other sets
+    python -m benchmarks.own_data --data-dir DATA --out OUT --sweep          # rows of a step and rate, on other sets
     python -m benchmarks.own_data --out OUT --table                          # the tables alone
 
 DATA holds clinc150, snips, arc and gsm8k as published. What follows ``--`` goes to `sigmix train`. A run that has its
@@ -33,8 +33,10 @@ Splits = dict[str, Rows]
 DOMAINS = ("banking", "travel")  # two of CLINC's, with their 30 intents
 SWEEP_DOMAINS = ("home", "work")
 
-RATES = (2e-3, 6e-3, 2e-2)
-SWEEP_STEPS = 40
+SETTINGS = ((64, 2e-3), (64, 6e-3), (64, 2e-2), (16, 6e-3), (16, 2e-2), (8, 6e-3), (8, 2e-2))
+"""Rows of a step and learning rate."""
+
+SWEEP_ROWS = 1280  # that each setting is trained on
 
 
 def _json_lines(path: Path) -> Rows:
@@ -129,7 +131,7 @@ SWEEP: dict[str, Callable[[Path], Splits]] = {
     "dates": lambda _: written("dates"),
     "payments": lambda _: written("payments"),
 }
-"""Sets of the sweep of learning rates; none of them is among `SETS`."""
+"""Sets of the sweep; none of them is among `SETS`."""
 
 
 def write(folder: Path, splits: Splits) -> None:
@@ -167,28 +169,34 @@ def run(name: str, data_dir: Path, out: Path, seed: int, options: Sequence[str])
 
 
 def sweep(name: str, data_dir: Path, out: Path) -> None:
-    """Train on a set of `SWEEP` with each learning rate; no test rows are used."""
+    """Train on a set of `SWEEP` with each of the `SETTINGS`; no test rows are used."""
     files = out / "files" / name
-    for rate in RATES:
-        place = out / "sweep" / f"{name}@{rate:g}"
+    write(files, {split: rows for split, rows in SWEEP[name](data_dir).items() if split != "test"})
+    for rows, rate in SETTINGS:
+        place = _place(out, name, rows, rate)
         if (place / "figures.json").exists():
             continue
-        write(files, {split: rows for split, rows in SWEEP[name](data_dir).items() if split != "test"})
+        steps = SWEEP_ROWS // rows
         printed = _sigmix(
             "train", "--data", str(files), "--out", str(place / "skill"), "--run", str(place / "run"), "--json",
-            "--learning-rate", str(rate), "--max-steps", str(SWEEP_STEPS), "--test-n", "0",
+            "--generation-batch-size", str(rows), "--learning-rate", str(rate), "--max-steps", str(steps),
+            "--eval-steps", str(steps // 4), "--test-n", "0",
         )  # fmt: skip
         write_json(place / "figures.json", json.loads(printed))
 
 
+def _place(out: Path, name: str, rows: int, rate: float) -> Path:
+    return out / "sweep" / f"{name}-{rows}@{rate:g}"
+
+
 def sweep_table(out: Path) -> str:
     """Return the best validation accuracies of the sweep as a Markdown table."""
-    lines = [f"| set | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|" + "---|" * (1 + len(RATES))]
-    for name in SWEEP:
-        paths = [out / "sweep" / f"{name}@{rate:g}" / "figures.json" for rate in RATES]
+    lines = [f"| rows of a step | rate | {' | '.join(SWEEP)} |", "|" + "---|" * (2 + len(SWEEP))]
+    for rows, rate in SETTINGS:
+        paths = [_place(out, name, rows, rate) / "figures.json" for name in SWEEP]
         best = [json.loads(path.read_text(encoding="utf-8"))["best"] if path.exists() else None for path in paths]
         cells = [f"{100 * one['accuracy']:.1f} (step {one['step']})" if one else "" for one in best]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+        lines.append(f"| {rows} | {rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -238,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(own)
     if args.sweep:
-        for name in SWEEP:
+        for name in args.names or SWEEP:
             sweep(name, args.data_dir, args.out)
     elif not args.table:
         for name in args.names or SETS:

@@ -75,10 +75,10 @@ def test_the_sweep_uses_no_test_rows_and_none_of_the_reported_sets(data, tmp_pat
     assert not own_data.SWEEP.keys() & own_data.SETS.keys()
     assert not set(own_data.SWEEP_DOMAINS) & set(own_data.DOMAINS)
     run = own_data._sigmix
-    monkeypatch.setattr(own_data, "SWEEP_STEPS", 1)
-    monkeypatch.setattr(own_data, "RATES", (2e-3,))
+    monkeypatch.setattr(own_data, "SETTINGS", ((4, 2e-3),))
+    monkeypatch.setattr(own_data, "SWEEP_ROWS", 16)
     monkeypatch.setattr(own_data, "SWEEP", {"dates": own_data.SWEEP["dates"]})
     monkeypatch.setattr(own_data, "_sigmix", lambda *words: run(*words, "--base", str(base)))
-    own_data.main(["--data-dir", str(data), "--out", str(out), "--sweep"])
-    assert "| dates | 0.0 (step " in capfd.readouterr().out
+    own_data.main(["--data-dir", str(data), "--out", str(out), "--sweep", "dates"])
+    assert "| 4 | 0.002 | 0.0 (step 0) |" in capfd.readouterr().out
     assert {path.stem for path in (out / "files" / "dates").iterdir()} == {"train", "validation"}
