@@ -42,7 +42,6 @@ def reproduce(
     from reproduction.stages import chosen
     from reproduction.store import Store
     from reproduction.studies import write_studies
-    from sigmix.evals.accuracy import commit
     from sigmix.utils.cache import cache_dir
     from sigmix.utils.io import check_writable
 
@@ -74,7 +73,8 @@ def reproduce(
         typer.echo("\n".join(f"tables: {path}" for path in paths))
     if pack:
         store.unpack()
-        facts = {"command": f"python -m reproduction --scale {scale}", "seed": settings.seeds[0], "commit": [commit()]}
+        command = f"python -m reproduction --scale {scale}"
+        facts = {"command": command, "seed": settings.seeds[0], "commit": store.commits()}
         typer.echo(f"archive: {pack_archive(store.folder, store.archive, facts)['archive']}")
 
 

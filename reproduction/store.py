@@ -133,9 +133,15 @@ class Store:
 
     def seconds(self) -> float:
         """Return the computing time of everything stored."""
-        facts = [self._lines(name)[0] for name in self._names("cells/*/*.jsonl")]
-        facts += [self._json(name) or {} for name in self._names("facts/*.json")]
-        return sum(one.get("seconds", 0.0) for one in [*self.runs().values(), *facts])
+        return sum(one.get("seconds", 0.0) for one in self._records())
+
+    def commits(self) -> list[str]:
+        """Return the commits on which everything stored was computed."""
+        return sorted({one["commit"] for one in self._records() if "commit" in one})
+
+    def _records(self) -> list[dict[str, Any]]:
+        cells = [self._lines(name)[0] for name in self._names("cells/*/*.jsonl")]
+        return [*self.runs().values(), *cells, *(self._json(name) or {} for name in self._names("facts/*.json"))]
 
     # ------------------------------------------------------------------ files
 
