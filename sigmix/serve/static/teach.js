@@ -265,7 +265,10 @@ async function update(id, signal) {
   if (!ACTIVE.includes(found.status)) await Promise.all([refresh(), listJobs()]);
   if (signal.aborted) return;
   show(found);
-  if (!$("done").hidden) await listMistakes();
+  if ($("done").hidden) return;
+  await listMistakes(id).catch((error) => {
+    if (error.status !== 404) throw error; // a job without a report
+  });
 }
 
 function happened({ message, data }) {
@@ -320,10 +323,11 @@ function graded(prompt, answer, reply, score) {
   return row;
 }
 
-// Show the mistakes of the job; with an id, those that follow it.
-async function listMistakes(after) {
-  const query = new URLSearchParams(after && { after });
-  const { data, has_more: more, last_id: last } = await api.call("GET", `${JOBS}/${job.id}/mistakes?${query}`);
+// Show the first mistakes of a job, or add those that follow one of them.
+async function listMistakes(id, after) {
+  const query = after ? `?after=${after}` : "";
+  const { data, has_more: more, last_id: last } = await api.call("GET", `${JOBS}/${id}/mistakes${query}`);
+  if (job?.id !== id) return; // another one was opened
   const rows = data.map(({ prompt, answer, reply, score }) => graded(prompt, answer, reply, score));
   if (after) $("mistake-rows").append(...rows);
   else $("mistake-rows").replaceChildren(...rows);
@@ -434,7 +438,7 @@ for (const type of ["dragover", "dragleave", "drop"]) {
 }
 $("grader").addEventListener("change", chooseGrader);
 $("grader-object").addEventListener("change", checkGrader);
-$("more-mistakes").addEventListener("click", () => listMistakes($("more-mistakes").dataset.after).catch(warn));
+$("more-mistakes").addEventListener("click", () => listMistakes(job.id, $("more-mistakes").dataset.after).catch(warn));
 $("columns").addEventListener("submit", (event) => {
   event.preventDefault();
   reading("", read);
