@@ -118,7 +118,8 @@ function chooseGrader() {
   $("own-grader").hidden = !type;
   if (!(type in GRADERS)) return;
   const field = $("answer-column").value || "answer"; // of a conversation, the last message
-  const reference = /^\w+$/.test(field) ? `item.${field}` : `item[${field.includes("'") ? `"${field}"` : `'${field}'`}]`;
+  const quote = field.includes("'") ? '"' : "'";
+  const reference = /^\w+$/.test(field) ? `item.${field}` : `item[${quote}${field}${quote}]`;
   const [name, value] = GRADERS[type];
   const grader = { type, input: "{{sample.output_text}}", reference: `{{${reference}}}`, [name]: value };
   $("grader-object").value = JSON.stringify(grader, null, 2);
@@ -411,8 +412,8 @@ async function discard() {
   clearError("teach-error");
   try {
     await api.call("DELETE", `/v1/models/${name}`);
-    closeJob(`${name} is discarded.`);
     const gone = await Promise.allSettled([file, ...results].map((id) => api.call("DELETE", `/v1/files/${id}`)));
+    closeJob(`${name} is discarded.`);
     const failed = gone.find(({ reason }) => reason && reason.status !== 404);
     if (failed) throw failed.reason;
   } catch (error) {
