@@ -30,8 +30,9 @@ TASKS = ("addition", "larger", "date-iso", "where-is", "who-has", "opposite", "p
 
 def rows(count: int) -> list[dict[str, str]]:
     """Return requests with the names of their tasks, in turn, as long as a task has requests."""
-    columns = [[{"text": one.prompt, "label": name} for one in get_task(name).samples("train", count)] for name in TASKS]
-    return [row for row in itertools.chain.from_iterable(itertools.zip_longest(*columns)) if row][:count]
+    tasks = [[(sample.prompt, name) for sample in get_task(name).samples("train", count)] for name in TASKS]
+    pairs = [pair for pair in itertools.chain.from_iterable(itertools.zip_longest(*tasks)) if pair]
+    return [{"text": prompt, "label": name} for prompt, name in pairs[:count]]
 
 
 def run(
