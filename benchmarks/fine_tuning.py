@@ -7,6 +7,7 @@ tasks, labelled with their names. Also the time from the upload to the first tok
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -28,10 +29,10 @@ TASKS = ("addition", "larger", "date-iso", "where-is", "who-has", "opposite", "p
 
 
 def rows(count: int) -> list[dict[str, str]]:
-    """Return requests with the names of their tasks, as many of each task."""
-    each = -(-count // len(TASKS))
-    found = [(sample.prompt, name) for name in TASKS for sample in get_task(name).samples("train", each)]
-    return [{"text": prompt, "label": name} for prompt, name in found[:count]]
+    """Return requests with the names of their tasks, in turn, as long as a task has requests."""
+    tasks = [[(sample.prompt, name) for sample in get_task(name).samples("train", count)] for name in TASKS]
+    pairs = [pair for pair in itertools.chain.from_iterable(itertools.zip_longest(*tasks)) if pair]
+    return [{"text": prompt, "label": name} for prompt, name in pairs[:count]]
 
 
 def run(

@@ -128,7 +128,7 @@ def _compare(search: FewShotSearch, task: DataTask, base: str, out: Path) -> dic
     Returns:
         JSON figures: verdict, folder of the expert, and as results those of the base, the mixture and the expert.
     """
-    from sigmix.evals.accuracy import run, test_metric
+    from sigmix.evals.accuracy import held_out_metric, run
     from sigmix.evals.report import adaptation_verdict
     from sigmix.experts.mix import Mix
     from sigmix.models.loading import load_base
@@ -159,7 +159,7 @@ def _compare(search: FewShotSearch, task: DataTask, base: str, out: Path) -> dic
         figures, results = run(engine, task, [mix, trained], n=TEST_ROWS, progress=progress.advance)
     entries = {one["mix"]: one for one in figures["results"]}
     before, mixed, after = (entries[one.id] for one in (base_mix, mix, trained))
-    metric = test_metric(after, before, after["paired"], figures["best_constant"])
+    metric = held_out_metric(after, before, after["paired"], figures["best_constant"])
     expert.with_meta(metrics=[metric]).save_pretrained(out)
     return {
         "verdict": adaptation_verdict(results[mix.id], results[trained.id], results[base_mix.id]),

@@ -165,7 +165,7 @@ def rank(summary: Mapping[str, Any]) -> tuple[float, float]:
     return in_part(summary).get("mean_score", summary["accuracy"]), summary["accuracy"]
 
 
-def test_metric(
+def held_out_metric(
     test: Mapping[str, Any], base: Mapping[str, Any], paired: Mapping[str, Any], constant: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the entry of an expert's metrics for held-out items.

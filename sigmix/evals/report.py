@@ -15,6 +15,7 @@ from sigmix.evals.accuracy import Item, Result, evaluate, in_part, provenance
 from sigmix.evals.plots import figure, save_png
 from sigmix.evals.statistics import paired_difference, wilson
 from sigmix.tasks.base import Sample, Task
+from sigmix.tasks.data import FIELD
 from sigmix.tasks.graders import json_value, normalise
 from sigmix.utils.io import write_json, write_text
 
@@ -24,6 +25,8 @@ MAX_BASELINE_ROWS = 20_000
 MAX_PLOTTED_LABELS = 20
 BINS = 10
 NO_LABEL = "no label"
+MISTAKES = "mistakes.csv"
+MISTAKE_COLUMNS = ("prompt", "answer", "reply", "score", "explanation")
 FEW = 50
 """Held-out rows under which the verdict warns of the interval's width."""
 
@@ -198,9 +201,20 @@ def write_report(
     stream = io.StringIO()
     rows = [(item.prompt, item.gold, item.reply, item.score, item.explanation)
             for item in results[EXPERT].items if item.score != 1.0]  # fmt: skip
-    csv.writer(stream).writerows([("prompt", "answer", "reply", "score", "explanation"), *rows])
-    write_text(folder / "mistakes.csv", stream.getvalue())
+    csv.writer(stream).writerows([MISTAKE_COLUMNS, *rows])
+    write_text(folder / MISTAKES, stream.getvalue())
     plot(figures, history, folder / "report.png")
+
+
+def read_mistakes(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a report's ``mistakes.csv``; the score is None where the grader failed.
+
+    Raises:
+        OSError: there is no report.
+    """
+    csv.field_size_limit(FIELD)
+    with open(folder / MISTAKES, encoding="utf-8", newline="") as file:
+        return [{**row, "score": float(row["score"]) if row["score"] else None} for row in csv.DictReader(file)]
 
 
 def markdown(figures: Mapping[str, Any]) -> str:

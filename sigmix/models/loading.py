@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigmix.errors import BaseModelError, ConfigError, OutputError, reraised
-from sigmix.models.batching import check_config
 from sigmix.models.default import DEFAULT, SMOLLM2, fetch_member
 from sigmix.models.gguf import convert_gguf, model_files, models_dir
 from sigmix.models.hub import base_names, hub_folder, near_paths
@@ -77,6 +76,7 @@ def load_base(
     """
     import torch
 
+    from sigmix.models.batching import check_config  # imports the modules of models, which `read_tokenizer` leaves out
     from sigmix.models.digests import digests_file, recall_digests
 
     if device is not None and device_map is not None:
@@ -85,6 +85,7 @@ def load_base(
     torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
     config = _check_folder(folder, label)
+    check_config(config, label)
     stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     quantization = quantization_of(stored, quantization_config, label, target)
     settings = (torch_dtype, target.type, quantization_config, device_map)
@@ -107,7 +108,7 @@ def load_base(
 
 
 def read_tokenizer(name: str | os.PathLike[str] = DEFAULT) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
-    """Return a base's tokenizer and configuration without its weights.
+    """Return a base's tokenizer and configuration without its weights, and without importing its model class.
 
     Raises:
         BaseModelError, CacheError, OutputError: see `load_base`.
@@ -266,7 +267,11 @@ def _check_pointers(folder: Path, files: Iterable[str], label: str) -> None:
 
 def _check_config_file(folder: Path, label: str) -> None:
     if (folder / "config.json").is_file():
-        _check_architecture(read_json(folder / "config.json", BaseModelError, AGAIN), label)
+        from sigmix.models.batching import check_config
+
+        config = read_json(folder / "config.json", BaseModelError, AGAIN)
+        _check_architecture(config, label)
+        check_config(config, label)
 
 
 def _check_architecture(config: Mapping[str, Any], label: str) -> None:
@@ -281,7 +286,6 @@ def _check_architecture(config: Mapping[str, Any], label: str) -> None:
             remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a "
             "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
-    check_config(config, label)
 
 
 def _load_tokenizer(folder: Path, label: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sigmix.errors import BaseModelError, ConfigError, reraised
@@ -37,6 +35,9 @@ PLACE_BITS, KEY_BITS = 16, 46
 
 def bare(model: nn.Module) -> nn.Module:
     """Return the model inside PEFT's wrappers, with its adapted layers."""
+    from peft import PeftModel  # here, so that reading a tokenizer does not import PEFT
+    from peft.tuners.tuners_utils import BaseTuner
+
     while True:
         if isinstance(model, BaseTuner):
             model = model.model
@@ -336,6 +337,8 @@ def _state(model: Any) -> tuple:
 
 
 def _check_frozen(model: Any) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     inside = backbone(model)
     for name, module in model.named_modules():
         if inside is not None and isinstance(module, BaseTunerLayer) and not name.startswith(f"{inside[0]}."):

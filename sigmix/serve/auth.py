@@ -53,6 +53,11 @@ class ApiKey:
     max_new_tokens: int | None = None  # per choice
     created: float = 0.0  # Unix time
 
+    @property
+    def owner(self) -> str | None:
+        """Owner of the files, jobs and searches that the key may see; None: all of them, for an administrator."""
+        return None if self.admin else self.name
+
 
 LOCAL = ApiKey("local", "", admin=True, allow_code=True)  # client of a loopback server without keys
 

@@ -221,7 +221,7 @@ async def adapt(body: AdaptRequest, service: ServiceDep, key: KeyDep) -> dict[st
     for number, one in enumerate(body.examples):
         await in_thread(f"examples.{number}", service.check_example, one.prompt, one.answer, body.max_tokens)
     try:
-        adaptation = await run_in_threadpool(service.adaptations.submit, body, None if key.admin else key.name)
+        adaptation = await run_in_threadpool(service.adaptations.submit, body, key.owner)
     except SigmixError as error:
         raise api_error(error, "score" if isinstance(error, UnknownNameError) else "name") from error
     except QueueFullError as error:
@@ -245,7 +245,7 @@ async def cancel_adaptation(id: str, service: ServiceDep, key: KeyDep) -> dict[s
 
 def _adaptation(service: Service, id: str, key: ApiKey) -> Adaptation:
     with api_errors("id"):
-        return service.adaptations.get(id, None if key.admin else key.name)
+        return service.adaptations.get(id, key.owner)
 
 
 @router.post("/v1/feedback")

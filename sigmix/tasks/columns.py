@@ -34,7 +34,8 @@ class Labelled:
     """A row as a conversation that ends with the user, and its answer ("" if the file has none).
 
     Attributes:
-        item: the row's columns, for graders. where: file and line.
+        item: the row's columns, for graders; of a conversation also its last message, as "answer", unless there is such
+            a column. where: file and line.
     """
 
     prompt: str
@@ -239,4 +240,5 @@ def _conversation(row: Row, value: Any, column: str, system: str | None, answer:
         answer = ""
     if not turns or turns[-1]["role"] != "user":
         raise row.bad(f"the conversation in {column!r} must have a user's message before the assistant's answer")
-    return Labelled(turns[-1]["content"], answer, system, tuple(turns[:-1]), row.data, row.where)
+    item = {"answer": answer, **row.data} if answer else row.data
+    return Labelled(turns[-1]["content"], answer, system, tuple(turns[:-1]), item, row.where)

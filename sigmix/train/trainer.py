@@ -30,7 +30,7 @@ from sigmix.engine.cpu.kernels import contiguous_head
 from sigmix.engine.prefix_cache import completion_logits
 from sigmix.engine.tokenization import context_length, encode, reply_ids
 from sigmix.errors import ConfigError, DivergedError, SigmixError
-from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, in_part, rank, test_metric
+from sigmix.evals.accuracy import Result, commit, compare, constant_baseline, evaluate, held_out_metric, in_part, rank
 from sigmix.evals.plots import figure, save_png
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import thaw
@@ -345,7 +345,7 @@ class Trainer:
         self.tested = {"base": before, "expert": after}
         constant, paired = constant_baseline(self.task, samples), compare(after, before)
         test, base = after.summary(), before.summary()
-        metric = test_metric(test, base, paired, constant)
+        metric = held_out_metric(test, base, paired, constant)
         figures = {"test": test, "base": base, "paired": paired, "best_constant": constant}
         return expert.with_meta(metrics=[metric, *thaw(expert.meta.get("metrics", []))]), figures
 

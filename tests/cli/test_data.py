@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -40,6 +41,26 @@ def test_data_are_shown_before_training(run, home, tickets):
     text = run("data", tickets).out
     for part in ("'text'", "'category'", "refund 33%", "tickets.csv:3", "repeat"):
         assert part in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "absent"), [(False, ("torch", "transformers", "numpy")), (True, ("transformers.modeling_utils", "peft"))]
+)
+def test_data_are_shown_without_importing_models(home, tickets, base, absent):
+    code = (
+        "import json, sys; from sigmix.cli import main\n"
+        "try: main()\n"
+        "finally: print(json.dumps(list(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "data", tickets, *(["--base", home.base] if base else [])]
+    environment = {**os.environ, "SIGMIX_CACHE": str(home.cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("tokens: longest answer" in done.stdout) == base
+    modules = json.loads(done.stderr.splitlines()[-1])
+    assert "sigmix.tasks.dataset" in modules
+    assert not set(absent) & set(modules)
 
 
 def test_data_become_an_expert_that_answers(run, home, tickets, tmp_path, monkeypatch):

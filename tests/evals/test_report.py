@@ -88,6 +88,18 @@ def test_calibration_is_the_gap_between_confidence_and_accuracy():
     assert report.calibration(np.array([1.0, 1.0]), [True, True])["error"] == 0
 
 
+def test_mistakes_are_read_as_they_were_written(tmp_path):
+    items = [
+        Item("0", "one", "a", "a", "a", 1.0, ""), Item("1", 'x\r\n"y", z', "a", "b;\t<b>\n", "b", 0.5, "half"),
+        Item("2", "two", "a", "", None, None, "the grader failed"), Item("3", "three", "", "x" * 200_000, "x", 0.0, ""),
+    ]  # fmt: skip
+    results = {report.EXPERT: Result("t", items), BASE: Result("t", items)}
+    report.write_report(tmp_path, report.summarize(TASK, results, {}), results, [])
+    rows = report.read_mistakes(tmp_path)
+    expected = [(one.prompt, one.gold, one.reply, one.score, one.explanation) for one in items[1:]]
+    assert [tuple(row.values()) for row in rows] == expected
+
+
 def test_fields_of_json_answers():
     gold = json.dumps({"intent": "play", "artist": "x"})
     one = result([1.0, 0.5, 0.0], [gold] * 3, [gold, json.dumps({"intent": "play", "artist": "y"}), "no JSON"])

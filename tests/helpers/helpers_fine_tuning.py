@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from helpers_engine import expert
 from helpers_serve import Caller, Live, make_service
 from helpers_tiny import build_tiny, build_tokenizer
 
+from sigmix.evals.report import MISTAKE_COLUMNS, MISTAKES
 from sigmix.models.loading import load_base
 
 CHECK = {
@@ -42,7 +44,12 @@ if (pathlib.Path(options["--gate"]) / "fail").exists():
     sys.exit(2)
 if not out.exists():
     shutil.copytree(options["--expert"], out)
-print(json.dumps({"best": {"accuracy": 0.5, "step": 4}, "test": {"accuracy": 0.5, "n": 7}, "seconds": 1.0}))
+mistakes = pathlib.Path(options["--gate"]) / "mistakes.csv"
+if mistakes.exists():
+    (run / "report").mkdir()
+    shutil.copy(mistakes, run / "report")
+figures = {"best": {"accuracy": 0.5, "step": 4}, "test": {"accuracy": 0.5, "n": 7}, "seconds": 1.0}
+print(json.dumps({**figures, "report": {"verdict": "Do not use this expert: base is as good."}}))
 """
 
 
@@ -126,6 +133,11 @@ class Gate:
         """Let steps pass."""
         for step in steps:
             (self.folder / str(step)).touch()
+
+    def write_mistakes(self, *rows: tuple[Any, ...]) -> None:
+        """Write the table of mistakes of the jobs that follow."""
+        with open(self.folder / MISTAKES, "w", newline="") as file:
+            csv.writer(file).writerows([MISTAKE_COLUMNS, *rows])
 
     def close(self) -> None:
         """Hold all steps."""

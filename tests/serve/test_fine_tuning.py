@@ -202,7 +202,8 @@ def test_clients_have_their_own_jobs_and_limits(tmp_path, gate):
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
         status, answer, _ = server.call("POST", JOBS, {"model": "base", "training_file": server.file}, **named["bob"])
         assert (status, answer["error"]["param"]) == (404, "training_file")  # it is not bob's
-        paths = [f"{JOBS}/{id}", f"{JOBS}/{id}/events", f"{JOBS}/{id}/checkpoints", f"{JOBS}/{id}/events?stream=true"]
+        shown = ("", "/events", "/checkpoints", "/mistakes", "/events?stream=true")
+        paths = [f"{JOBS}/{id}{path}" for path in shown]
         assert {server.call("GET", path, **named["bob"])[0] for path in paths} == {404}
         changes = [f"{JOBS}/{id}/{change}" for change in ("cancel", "pause", "resume")]
         assert {server.call("POST", path, **named["bob"])[0] for path in changes} == {404}
@@ -213,6 +214,34 @@ def test_clients_have_their_own_jobs_and_limits(tmp_path, gate):
         model = wait_for(server, id, "succeeded", **named["alice"])["fine_tuned_model"]
         assert server.call("DELETE", f"/v1/models/{model}", **named["bob"])[0] == 403
         assert server.call("DELETE", f"/v1/models/{model}", **named["root"])[0] == 200
+
+
+def test_mistakes_are_listed_for_the_owner_of_the_job(tmp_path, gate):
+    keys = tmp_path / "state" / "keys.json"
+    named = {name: bearer(add_key(keys, name, admin=name == "root")) for name in ("alice", "bob", "root")}
+    written = [("one\r\n1", "two", 'a "four", or five', 0.25, "<b>"), ("one 2", "two", "", "", "the grader failed")]
+    gate.write_mistakes(*written)
+    with training(tmp_path, training="all") as server:
+        server.keys, server.file = named, upload(server, **named["alice"])
+        id = start(server, "alice")
+        path = f"{JOBS}/{id}/mistakes"
+        status, answer, _ = server.call("GET", path, **named["alice"])
+        assert (status, answer["error"]["param"]) == (404, "fine_tuning_job_id"), answer
+        gate.open(0, 1, 2, 3)
+        model = wait_for(server, id, "succeeded", **named["alice"])["fine_tuned_model"]
+        for who in ("alice", "root"):
+            found = server.call("GET", path, **named[who])[1]
+            names = ("prompt", "answer", "reply", "score", "explanation")
+            rows = [tuple(one[name] for name in names) for one in found["data"]]
+            assert rows == [written[0], (*written[1][:3], None, written[1][4])]
+        assert server.call("GET", path, **named["bob"])[0] == 404
+        assert server.call("GET", path)[0] == 401
+        first = server.call("GET", f"{path}?limit=1", **named["alice"])[1]
+        assert (len(first["data"]), first["has_more"]) == (1, True)
+        rest = server.call("GET", f"{path}?after={first['last_id']}", **named["alice"])[1]
+        assert ([one["prompt"] for one in rest["data"]], rest["has_more"]) == (["one 2"], False)
+        assert server.call("DELETE", f"/v1/models/{model}", **named["alice"])[0] == 200
+        assert server.call("GET", path, **named["alice"])[0] == 404
 
 
 def test_a_graders_job_needs_the_permission_at_its_start(tmp_path, gate):

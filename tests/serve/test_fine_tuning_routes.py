@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from urllib.parse import urlencode
 
 import pytest
 from helpers_fine_tuning import CHECK, questions, rows, training, upload
@@ -141,6 +143,30 @@ def test_the_summary_of_a_file_has_the_rights_of_the_file(server):
     status, answer, _ = server.call("GET", f"{path}?column=x", **server.keys["alice"])
     assert (status, answer["error"]["param"]) == (400, "column"), answer
     assert server.call("GET", "/v1/files/file-no/summary", **server.keys["alice"])[0] == 404
+
+
+@pytest.mark.slow
+def test_the_summary_of_a_file_for_a_grader(server):
+    id = upload(server, questions(field="gold"), **server.keys["alice"])
+    own = {**CHECK, "reference": "{{item.gold}}"}
+
+    def summary(grader, who="alice", file=id):
+        query = urlencode({"grader": grader if isinstance(grader, str) else json.dumps(grader)})
+        return server.call("GET", f"/v1/files/{file}/summary?{query}", **server.keys[who])[:2]
+
+    status, figures = summary(own)
+    assert (status, figures["grader"], figures["cannot_train"]) == (200, "string_check", None), figures
+    _, figures = summary(CHECK)
+    assert figures["cannot_train"].startswith("rows.jsonl:")
+    assert "item.answer" in figures["cannot_train"]
+    assert summary(CHECK, file=server.file)[1]["cannot_train"] is None  # the last message of a conversation
+    for bad, param in (({**own, "operation": "is"}, "grader.operation"), ("{", "grader"), ("3", "grader")):
+        status, answer = summary(bad)
+        assert (status, answer["error"]["param"]) == (400, param), answer
+    assert summary(PYTHON, "root")[0] == 403
+    assert summary(PYTHON)[1]["cannot_train"] is None
+    assert summary(own, "bob")[0] == 404
+    assert not list(server.service.fine_tuning.folder.glob("ftjob-*"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers_fine_tuning import Gate, rows, training, upload
+from helpers_fine_tuning import Gate, questions, rows, training, upload
 from helpers_page import CONTRAST, NAMELESS, expect, needs_chromium, opened, ready
 from helpers_serve import bearer, wait_until
 
@@ -100,6 +100,11 @@ def test_from_a_dropped_file_to_a_model_that_is_discarded(browser, server):
         assert points(page, "loss") == len(losses) == 1
         assert points(page, "accuracy") == 2
         expect(page.locator("#job-state")).to_contain_text(job["sigmix"]["verdict"])
+        mistakes = server.call("GET", f"{JOBS}/{job['id']}/mistakes?limit=100")[1]["data"]
+        assert len(mistakes) == round((1 - job["sigmix"]["test"]["accuracy"]) * job["sigmix"]["test"]["n"])
+        expect(page.locator("#mistake-rows tr")).to_have_count(min(20, len(mistakes)))
+        shown = [row.locator("td").all_text_contents() for row in page.locator("#mistake-rows tr").all()]
+        assert shown == [[row["prompt"], row["answer"], row["reply"], "wrong"] for row in mistakes[:20]]
 
         model = job["fine_tuned_model"]
         assert model.startswith("ft:tiny-llama:tickets:")
@@ -238,6 +243,87 @@ def test_content_of_a_file_is_text(page, gate, server):
     assert page.locator("body").get_attribute("data-hit") is None
 
 
+def test_mistakes_and_the_verdict_are_shown(page, gate):
+    gate.write_mistakes(*((f"{HTML} {n}", "two", "a\n" * (n == 0) + "four", "0.0", "") for n in range(24)),
+                        ("half", "two", "tw", 0.5, ""), ("odd", "two", "", "", "the grader failed"))  # fmt: skip
+    gate.open(0, 1, 2, 3)
+    choose(page)
+    button(page, "Train").click()
+    expect(page.locator("#job-state")).to_contain_text("Do not use this expert: base is as good.", timeout=SECONDS)
+    expect(page.locator("#job-state")).to_be_visible()
+    table = page.get_by_role("table", name="Mistakes on the held-out rows").locator("tbody tr")
+    expect(table).to_have_count(20)
+    assert table.first.locator("td").all_text_contents() == [f"{HTML} 0", "two", "a\nfour", "wrong"]
+    button(page, "More mistakes").click()
+    expect(table).to_have_count(26)
+    expect(button(page, "More mistakes")).to_be_hidden()
+    marks = [row.locator("td").last.text_content() for row in table.all()[-2:]]
+    assert marks == ["50 %", "?"]
+    assert page.locator("#mistakes img").count() == 0
+    assert page.locator("body").get_attribute("data-hit") is None
+
+
+def test_a_grader_of_ones_own(page, server):
+    page.get_by_label("Choose a file").set_input_files(csv_file(TABLE.replace("label", "my label")))
+    expect(page.get_by_role("alert")).to_contain_text("my label", timeout=SECONDS)
+    page.get_by_label("Column of the answers").fill("my label")
+    button(page, "Read again").click()
+    expect(button(page, "Train")).to_be_visible(timeout=SECONDS)
+    grader = page.get_by_label("Grader", exact=True)
+    text, error = page.get_by_label("Grader as a JSON object"), page.locator("#grader-error")
+    expect(text).to_be_hidden()
+    grader.select_option("text_similarity")
+    assert json.loads(text.input_value())["evaluation_metric"] == "fuzzy_match"
+    grader.select_option("string_check")
+    given = json.loads(text.input_value())
+    assert (given["reference"], given["operation"]) == ("{{item['my label']}}", "eq")
+    bad = {**given, "operation": "is"}, {**given, "reference": "{{item}}"}, {"type": "score_model"}, {"type": HTML}, 3
+    for value in (*map(json.dumps, bad), '{"type": ', "null", ""):
+        text.fill(value)
+        text.blur()
+        expect(error).to_contain_text("grader")
+        message = error.text_content()
+        for name in ("Train", "Read again"):
+            if button(page, name).is_visible():
+                button(page, name).click()
+                expect(button(page, "Read again")).to_be_enabled(timeout=SECONDS)
+                expect(error).to_have_text(message)
+        assert not page.locator("#teach-error").is_visible()
+    assert server.call("GET", JOBS)[1]["data"] == []
+    text.fill(json.dumps(given))
+    text.blur()
+    expect(error).to_be_hidden()
+    button(page, "Read again").click()
+    expect(button(page, "Train")).to_be_visible(timeout=SECONDS)
+    assert facts(page)["Grader"] == "string_check (given)"
+    assert page.locator("img").count() == 0
+    button(page, "Train").click()
+    page.locator("#job").wait_for(timeout=SECONDS)
+    (job,) = server.call("GET", JOBS)[1]["data"]
+    assert job["method"]["type"] == "reinforcement"
+    assert job["method"]["reinforcement"]["grader"] == given
+    assert "--answer=my label" in server.service.fine_tuning.jobs.get(job["id"], None).value["options"]
+
+
+def test_rows_without_answers_are_graded(page, server):
+    drop(page, questions(field="gold").decode(), "questions.jsonl")
+    expect(page.get_by_role("alert")).to_contain_text("does not end with the assistant", timeout=SECONDS)
+    page.get_by_label("Grader", exact=True).select_option("string_check")
+    button(page, "Read again").click()
+    expect(page.locator("#problems")).to_contain_text("questions.jsonl:", timeout=SECONDS)
+    assert "item.answer" in page.locator("#problems").text_content()
+    assert button(page, "Train").is_hidden()
+    text = page.get_by_label("Grader as a JSON object")
+    text.fill(text.input_value().replace("item.answer", "item.gold"))
+    button(page, "Read again").click()
+    expect(button(page, "Train")).to_be_visible(timeout=SECONDS)
+    button(page, "Train").click()
+    page.locator("#job").wait_for(timeout=SECONDS)
+    choose(page)  # the grader is that of one file
+    assert page.get_by_label("Grader", exact=True).input_value() == ""
+    assert facts(page)["Grader"].startswith("label")
+
+
 def test_a_key_that_may_not_train_sees_why(browser, tmp_path, gate):
     keys = tmp_path / "state" / "keys.json"
     user, root = add_key(keys, "user"), add_key(keys, "root", admin=True)
@@ -295,5 +381,5 @@ def test_names_contrast_and_keyboard(browser, server, gate, scheme):
             if step == 0:
                 page.get_by_label("Passes over the rows").press("Enter")
                 page.locator("#done").wait_for(timeout=SECONDS)
-        assert {"Chat", "Teach", "file", "prompt-column", "answer-column", "suffix", "epochs", "request", "answer",
-                "keep", "discard", "key"} <= reached  # fmt: skip
+        assert {"Chat", "Teach", "file", "prompt-column", "answer-column", "grader", "suffix", "epochs", "request",
+                "answer", "keep", "discard", "key"} <= reached  # fmt: skip

@@ -76,6 +76,9 @@ def test_turns_before_the_last_one_are_history():
     assert row.turns == [message("user", "a"), message("assistant", "b"), message("user", "c")]
     single = read({"prompt": "a", "completion": "b", "system": "s"})
     assert (single.turns, single.system) == ("a", "s")
+    chat = {"messages": [message("user", "a"), message("assistant", " b ")]}
+    items = [read({**chat, **more}).item for more in ({}, {"answer": "own"})]
+    assert [item["answer"] for item in items] == ["b", "own"]  # for graders
     weightless = {"messages": [message("user", "a"), message("assistant", "b", weight=0)]}
     assert read(weightless) is None
 

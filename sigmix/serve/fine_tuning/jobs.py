@@ -105,6 +105,18 @@ class Checkpoint:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """Held-out row that a model got wrong; ``row`` is one of `sigmix.evals.report.read_mistakes`."""
+
+    number: int
+    row: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object of a list."""
+        return {"id": f"ftmistake-{self.number}", "object": "fine_tuning.job.mistake", **self.row}
+
+
 class Jobs:
     """Jobs of all clients."""
 

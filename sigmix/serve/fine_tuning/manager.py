@@ -40,11 +40,12 @@ from filelock import FileLock, Timeout
 from prometheus_client import Gauge
 
 from sigmix.errors import ConfigError, OutputError, SigmixError
+from sigmix.evals.report import MISTAKES, read_mistakes
 from sigmix.experts.expert import Expert
 from sigmix.experts.metadata import name_from_folder
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.fine_tuning.files import RESULTS, Files
-from sigmix.serve.fine_tuning.jobs import ACTIVE, STATUSES, STORAGE, Job, Jobs
+from sigmix.serve.fine_tuning.jobs import ACTIVE, STATUSES, STORAGE, Job, Jobs, Mistake
 from sigmix.serve.protocol.errors import ApiError, api_errors, rate_limited
 from sigmix.serve.protocol.fine_tuning import (
     AUTO,
@@ -52,6 +53,7 @@ from sigmix.serve.protocol.fine_tuning import (
     DataColumns,
     Method,
     ReinforcementHyperparameters,
+    SummaryQuery,
 )
 from sigmix.serve.registry import BASE
 from sigmix.serve.scheduler import ClosingError
@@ -74,7 +76,8 @@ CHECK_SECONDS = 300.0  # to read a training file
 STOP_SECONDS = 30.0  # from the interruption of a process, which saves a checkpoint, to its kill
 RESERVE_BYTES = 1 << 20  # kept for the end of a job on a full disk; a disk without as many free bytes is full
 MAX_RESTARTS = 3  # of a killed process without progress
-REPORTS = ("report.json", "report.md", "mistakes.csv")
+REPORTS = ("report.json", "report.md", MISTAKES)
+GRADER = "grader.json"
 
 
 class FineTuning:
@@ -170,7 +173,7 @@ class FineTuning:
         active = sum(job.active for job in self.jobs.all(key.name))
         if active >= settings.max_jobs_per_client:
             raise rate_limited(f"{key.name} has {active} jobs that are queued, paused or running", 60)
-        method, client = body.chosen_method(), None if key.admin else key.name
+        method = body.chosen_method()
         grader = None if method.reinforcement is None else method.reinforcement.grader
         if grader is not None:
             self.grader(grader, key, "method.reinforcement.grader")
@@ -178,17 +181,14 @@ class FineTuning:
         sources: dict[str, tuple[Path, str]] = {}
         for field, id in files.items():
             if id is not None:
-                sources[field] = self._source(field, id, client)
+                sources[field] = self._source(field, id, key.owner)
         id = f"ftjob-{uuid.uuid4().hex}"
         unique = "".join(secrets.choice(string.ascii_lowercase) for _ in range(8))
         model = f"ft:{self.base_name}:{suffix or ''}:{unique}"
         try:
-            data = self._place(id, sources)
-            if grader is not None:
-                write_json(self.folder / id / "grader.json", grader)
-            reading = [] if grader is None else ["--grader", str(self.folder / id / "grader.json"), "--allow-code"]
+            data = self._place(id, sources, grader)
             columns = (body.sigmix or DataColumns()).options()
-            figures, field = self._read(id, data, sources, *columns, *reading)
+            figures, field = self._read(id, data, sources, *columns)
             if figures["cannot_train"]:
                 raise ApiError(400, figures["cannot_train"], code="invalid_training_file", param=field)
             seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed
@@ -208,16 +208,18 @@ class FineTuning:
         self._wake.set()
         return job
 
-    def summary(self, id: str, columns: DataColumns, client: str | None) -> dict[str, Any]:
+    def summary(self, id: str, query: SummaryQuery, key: ApiKey) -> dict[str, Any]:
         """Return what training would read from a file, and its problems: the figures of `sigmix data`.
 
         Raises:
-            ApiError: no such file, or it cannot be read.
+            ApiError: no such file, or it cannot be read; an invalid grader.
         """
-        place, source = f"ftjob-{uuid.uuid4().hex}", {"training_file": self._source("file_id", id, client)}
+        if query.grader is not None:
+            self.grader(query.grader, key)
+        place, source = f"ftjob-{uuid.uuid4().hex}", {"training_file": self._source("file_id", id, key.owner)}
         try:
-            data = self._place(place, source)
-            figures, _ = self._read(place, data, source, "--base", self.base_path, *columns.options())
+            data = self._place(place, source, query.grader)
+            figures, _ = self._read(place, data, source, "--base", self.base_path, *query.options())
         finally:
             shutil.rmtree(self.folder / place, ignore_errors=True)
         if "rows" not in figures:
@@ -242,6 +244,20 @@ class FineTuning:
         changed = replace(self.jobs.get(job.id, None), status=status)  # a resumed one may be running by now
         self._wake.set()
         return changed
+
+    def mistakes(self, job: Job) -> list[Mistake]:
+        """Return the held-out rows that the model of a job got wrong.
+
+        Raises:
+            ApiError: the job has no report: it has not succeeded, or its model is deleted.
+        """
+        try:
+            rows = read_mistakes(self.folder / job.id / "run" / "report")
+        except OSError as error:
+            state = "discarded" if job.value.get("deleted") else job.status
+            message = f"{job.id} has no report on held-out rows; it is {state}"
+            raise ApiError(404, message, param="fine_tuning_job_id", code="not_found") from error
+        return [Mistake(number, row) for number, row in enumerate(rows, 1)]
 
     def delete_model(self, name: str, key: ApiKey) -> None:
         """Stop serving a fine-tuned model and delete its files.
@@ -287,8 +303,10 @@ class FineTuning:
 
     # ------------------------------------------------------------------ preparation of a job
 
-    def _place(self, id: str, sources: Mapping[str, tuple[Path, str]]) -> str:
-        """Link the files into the folder of a job; return the path of its data there.
+    def _place(
+        self, id: str, sources: Mapping[str, tuple[Path, str]], grader: Mapping[str, Any] | None = None
+    ) -> str:
+        """Link the files into the folder of a job, and write its grader; return the path of its data there.
 
         Raises:
             OutputError: the disk is full.
@@ -302,6 +320,8 @@ class FineTuning:
             places = {field: path + Path(names[field]).suffix for field, path in places.items()}
         for field, path in places.items():
             link_or_copy(sources[field][0], self.folder / id / path)
+        if grader is not None:
+            write_json(self.folder / id / GRADER, grader)
         return data
 
     def _source(self, field: str, id: str, client: str | None) -> tuple[Path, str]:
@@ -331,8 +351,9 @@ class FineTuning:
         path = str(self.folder / id / data)
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "sigmix", "data", path, "--json", *options], stdin=subprocess.DEVNULL,
-                capture_output=True, text=True, timeout=CHECK_SECONDS, env=self._environment(), check=False,
+                [sys.executable, "-m", "sigmix", "data", path, "--json", *options, *grader_options(self.folder / id)],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS,
+                env=self._environment(), check=False,
             )  # fmt: skip
             problem = _last_line(done.stderr) or f"the reader ended with status {done.returncode}"
             figures = json.loads(done.stdout) if done.returncode == 0 else {"cannot_train": problem}
@@ -454,8 +475,8 @@ class FineTuning:
         folder, run = self.folder / job.id, RunDir(self.folder / job.id / "run")
         for process in _processes_of(run.path):  # of a killed server
             interrupt(process)
-        if (folder / "grader.json").exists() and not self.settings.allow_code:
-            spec = json.loads((folder / "grader.json").read_text(encoding="utf-8"))
+        if (folder / GRADER).exists() and not self.settings.allow_code:
+            spec = json.loads((folder / GRADER).read_text(encoding="utf-8"))
             try:
                 make_grader(spec)
             except ConfigError as error:
@@ -573,12 +594,17 @@ class FineTuning:
 
 def train_command(folder: Path, job: Job, resume: bool) -> list[str]:
     """Return the command that trains a job in its folder."""
-    grader = folder / "grader.json"
     return [
         sys.executable, "-m", "sigmix", "train", "--data", str(folder / job.value["data"]),
         "--run", str(folder / "run"), "--out", str(folder / job.value["expert"]), "--json", *job.value["options"],
-        *(["--grader", str(grader), "--allow-code"] if grader.exists() else []), *(["--resume"] if resume else []),
+        *grader_options(folder), *(["--resume"] if resume else []),
     ]  # fmt: skip
+
+
+def grader_options(folder: Path) -> list[str]:
+    """Return the options of `sigmix data` and `sigmix train` for the grader of a job, which the server has checked."""
+    path = folder / GRADER
+    return ["--grader", str(path), "--allow-code"] if path.exists() else []
 
 
 def interrupt(process: psutil.Process) -> None:

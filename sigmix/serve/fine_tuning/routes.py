@@ -16,7 +16,7 @@ from sigmix.serve.auth import UPLOAD_PATH, ApiKey
 from sigmix.serve.dependencies import KeyDep, ServiceDep, get_key, get_service, in_thread
 from sigmix.serve.fine_tuning.jobs import Event, Job
 from sigmix.serve.protocol.errors import ApiError, api_errors
-from sigmix.serve.protocol.fine_tuning import CreateJobRequest, DataColumns, RunGraderRequest, ValidateGraderRequest
+from sigmix.serve.protocol.fine_tuning import CreateJobRequest, RunGraderRequest, SummaryQuery, ValidateGraderRequest
 from sigmix.serve.service import Service
 from sigmix.tasks.openai_graders import Grade
 
@@ -74,11 +74,6 @@ def page(items: Sequence[L], after: str | None, limit: int) -> dict[str, Any]:
     return {"object": "list", "data": shown, **ends, "has_more": len(values) > start + limit}
 
 
-def owner(key: ApiKey) -> str | None:
-    """Return the client that sees only its own files and jobs; None: an administrator."""
-    return None if key.admin else key.name
-
-
 # --- Files
 
 
@@ -97,7 +92,7 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc", purpose: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """List the client's files."""
-    files = await in_thread(None, service.fine_tuning.files.all, owner(key))
+    files = await in_thread(None, service.fine_tuning.files.all, key.owner)
     files = [file for file in files if purpose in (None, file.purpose)]
     return page(files if order == "desc" else files[::-1], after, limit)
 
@@ -105,31 +100,31 @@ async def list_files(
 @router.get("/v1/files/{id}")
 async def get_file(id: str, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
     """Return a file's metadata."""
-    return (await in_thread("file_id", service.fine_tuning.files.get, id, owner(key))).to_json()
+    return (await in_thread("file_id", service.fine_tuning.files.get, id, key.owner)).to_json()
 
 
 @router.get("/v1/files/{id}/content")
 async def get_file_content(id: str, service: ServiceDep, key: KeyDep) -> Response:
     """Return a file's content."""
     files = service.fine_tuning.files
-    file = await in_thread("file_id", files.get, id, owner(key))
+    file = await in_thread("file_id", files.get, id, key.owner)
     return FileResponse(files.path(file), media_type="application/octet-stream", filename=file.name)
 
 
 @router.get("/v1/files/{id}/summary")
 async def summarise_file(
-    id: str, columns: Annotated[DataColumns, Query()], service: ServiceDep, key: KeyDep
+    id: str, query: Annotated[SummaryQuery, Query()], service: ServiceDep, key: KeyDep
 ) -> dict[str, Any]:
     """Return what training would read from a file, and its problems, as `sigmix data` does."""
     async with service.fine_tuning.reading:
-        return await in_thread("file_id", service.fine_tuning.summary, id, columns, owner(key))
+        return await in_thread("file_id", service.fine_tuning.summary, id, query, key)
 
 
 @router.delete("/v1/files/{id}")
 async def delete_file(id: str, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
     """Delete a file."""
     files = service.fine_tuning.files
-    file = await in_thread("file_id", files.get, id, owner(key))
+    file = await in_thread("file_id", files.get, id, key.owner)
     await in_thread("file_id", files.delete, file)
     return {"id": id, "object": "file", "deleted": True}
 
@@ -149,7 +144,7 @@ async def list_jobs(
     request: Request, service: ServiceDep, key: KeyDep, after: After = None, limit: Limit = 20
 ) -> dict[str, Any]:
     """List the client's jobs, the latest first; ``metadata[key]=value`` selects."""
-    jobs = await in_thread(None, service.fine_tuning.jobs.all, owner(key))
+    jobs = await in_thread(None, service.fine_tuning.jobs.all, key.owner)
     for name, value in request.query_params.items():
         if name.startswith("metadata[") and name.endswith("]"):
             jobs = [job for job in jobs if (job.value.get("metadata") or {}).get(name[9:-1]) == value]
@@ -159,7 +154,7 @@ async def list_jobs(
 
 
 async def _job(service: Service, id: str, key: ApiKey) -> Job:
-    return await in_thread("fine_tuning_job_id", service.fine_tuning.jobs.get, id, owner(key))
+    return await in_thread("fine_tuning_job_id", service.fine_tuning.jobs.get, id, key.owner)
 
 
 @router.get("/v1/fine_tuning/jobs/{id}")
@@ -226,6 +221,15 @@ async def list_checkpoints(
     """List the last checkpoint of a job and the best one by validation, the model that is served."""
     job = await _job(service, id, key)
     return page(await in_thread(None, service.fine_tuning.jobs.checkpoints, job), after, limit)
+
+
+@router.get("/v1/fine_tuning/jobs/{id}/mistakes")
+async def list_mistakes(
+    id: str, service: ServiceDep, key: KeyDep, after: After = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """List the held-out rows that the model of a job got wrong."""
+    job = await _job(service, id, key)
+    return page(await in_thread("fine_tuning_job_id", service.fine_tuning.mistakes, job), after, limit)
 
 
 # --- Graders

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sigmix.serve.protocol.base import MAX_TEXT, Name, RequestModel, field_error
 
@@ -93,6 +94,24 @@ class DataColumns(RequestModel):
         """Return the options of `sigmix data` and `sigmix train`."""
         given = {"--prompt": self.prompt_column, "--answer": self.answer_column}
         return [f"{option}={column}" for option, column in given.items() if column is not None]
+
+
+class SummaryQuery(DataColumns):
+    """Query of ``GET /v1/files/ID/summary``.
+
+    Attributes:
+        grader: JSON text of the grader of a reinforcement job, which needs no answers.
+    """
+
+    grader: dict[str, Any] | None = None
+
+    @field_validator("grader", mode="before")
+    @classmethod
+    def _parse(cls, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise field_error("", f"is not JSON: {error}") from error
 
 
 class CreateJobRequest(RequestModel):

@@ -24,6 +24,7 @@ const api = {
     const found = await answer.json().catch(() => ({}));
     const error = new Error(found.error?.message || `the server returned status ${answer.status}`);
     error.status = answer.status;
+    error.param = found.error?.param; // path of the invalid field
     throw error;
   },
 

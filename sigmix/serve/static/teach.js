@@ -2,6 +2,7 @@
 // Page "Teach": a file of examples, what is read from it, a fine-tuning job, and the model beside the base.
 
 const JOBS = "/v1/fine_tuning/jobs";
+const VALIDATE = "/v1/fine_tuning/alpha/graders/validate";
 const ACTIVE = ["queued", "running", "paused"];
 const RETRY_MS = 2000; // between two tries to reach the server
 let uploaded = null; // file object of an upload that no job uses yet
@@ -11,7 +12,14 @@ const TITLES = { loss: "Training loss", accuracy: "Validation accuracy" };
 const curves = { loss: new Map(), accuracy: new Map() }; // step to value, by id of the picture
 const drawing = new Set(); // ids of pictures to draw in the next frame
 
-const warn = (error) => fail(error, "teach-error");
+// Field of a grader object and its value, by type of the grader.
+const GRADERS = { string_check: ["operation", "eq"], text_similarity: ["evaluation_metric", "fuzzy_match"] };
+
+// Show an error, beside the grader's field if it is about that.
+function warn(error) {
+  fail(error, /(^|\.)grader(\.|$)/.test(error.param) ? "grader-error" : "teach-error");
+}
+
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 const count = (number) => number.toLocaleString("en");
 
@@ -84,15 +92,16 @@ async function upload(file) {
 
 // Run a task with the file while the form is disabled.
 async function reading(text, work) {
-  clearError("teach-error");
+  for (const place of ["teach-error", "grader-error"]) clearError(place);
   $("reading").textContent = text;
-  for (const control of $("lesson").querySelectorAll("input, button")) control.disabled = true;
+  const controls = $("lesson").querySelectorAll("input, button, select, textarea");
+  for (const control of controls) control.disabled = true;
   try {
     await work();
   } catch (error) {
     warn(error);
   } finally {
-    for (const control of $("lesson").querySelectorAll("input, button")) control.disabled = false;
+    for (const control of controls) control.disabled = false;
     $("reading").textContent = "";
     $("file").value = ""; // the same file can be chosen again
     if (document.activeElement === document.body) $("file").focus(); // a disabled control loses the focus
@@ -102,11 +111,49 @@ async function reading(text, work) {
 const columns = () => Object.fromEntries(
   ["prompt", "answer"].map((name) => [`${name}_column`, $(`${name}-column`).value]).filter(([, value]) => value));
 
+// Fill in a grader of the chosen type that compares the reply with the answer.
+function chooseGrader() {
+  clearError("grader-error");
+  const type = $("grader").value;
+  $("own-grader").hidden = !type;
+  if (!(type in GRADERS)) return;
+  const field = $("answer-column").value || "answer"; // of a conversation, the last message
+  const quote = field.includes("'") ? '"' : "'";
+  const reference = /^\w+$/.test(field) ? `item.${field}` : `item[${quote}${field}${quote}]`;
+  const [name, value] = GRADERS[type];
+  const grader = { type, input: "{{sample.output_text}}", reference: `{{${reference}}}`, [name]: value };
+  $("grader-object").value = JSON.stringify(grader, null, 2);
+}
+
+// Return the grader object; null: inferred from the answers.
+function chosenGrader() {
+  if (!$("grader").value) return null;
+  try {
+    const grader = JSON.parse($("grader-object").value);
+    if (!grader?.type) throw new Error('start with {"type": …}');
+    return grader;
+  } catch (error) {
+    throw Object.assign(new Error(`the grader is no JSON object with a type: ${error.message}`), { param: "grader" });
+  }
+}
+
+async function checkGrader() {
+  clearError("grader-error");
+  try {
+    await api.call("POST", VALIDATE, { grader: chosenGrader() });
+  } catch (error) {
+    if ($("grader").value) warn(error); // still chosen
+  }
+}
+
 async function read() {
+  const grader = chosenGrader();
   $("reading").textContent = `Reading ${uploaded.filename} …`;
   $("report").hidden = $("train").hidden = true;
   $("columns").hidden = false;
-  const found = await api.call("GET", `/v1/files/${uploaded.id}/summary?${new URLSearchParams(columns())}`);
+  const query = new URLSearchParams({ ...columns(), ...(grader && { grader: JSON.stringify(grader) }) });
+  const found = await api.call("GET", `/v1/files/${uploaded.id}/summary?${query}`);
+  $("answer-column").value ||= found.answer_column ?? "";
   report(found);
   $("train").hidden = found.cannot_train !== null;
 }
@@ -116,7 +163,8 @@ function forget() {
   if (uploaded) api.call("DELETE", `/v1/files/${uploaded.id}`).catch(() => {});
   uploaded = null;
   $("report").hidden = $("train").hidden = $("columns").hidden = true;
-  for (const name of ["prompt", "answer"]) $(`${name}-column`).value = "";
+  for (const id of ["prompt-column", "answer-column", "grader", "grader-object"]) $(id).value = "";
+  chooseGrader();
 }
 
 function report(found) {
@@ -161,10 +209,12 @@ function report(found) {
 
 async function train() {
   await reading("Starting …", async () => {
-    const epochs = Number($("epochs").value) || "auto";
+    const hyperparameters = { n_epochs: Number($("epochs").value) || "auto" };
+    const grader = chosenGrader();
+    const type = grader ? "reinforcement" : "supervised";
     const started = await api.call("POST", JOBS, {
       model: "base", training_file: uploaded.id, suffix: $("suffix").value.trim() || null, sigmix: columns(),
-      method: { type: "supervised", supervised: { hyperparameters: { n_epochs: epochs } } },
+      method: { type, [type]: grader ? { grader, hyperparameters } : { hyperparameters } },
       metadata: { file: uploaded.filename },
     });
     uploaded = null; // the job's from now on
@@ -183,7 +233,7 @@ async function watch(chosen) {
   const { signal } = (watching = new AbortController());
   for (const values of Object.values(curves)) values.clear();
   for (const id of ["request", "system"]) $(id).value = "";
-  $("curves").hidden = $("samples").hidden = true;
+  $("curves").hidden = $("samples").hidden = $("mistakes").hidden = true;
   $("step").textContent = "";
   $("both").replaceChildren();
   $("job").hidden = false;
@@ -214,7 +264,12 @@ async function watch(chosen) {
 async function update(id, signal) {
   const found = await api.call("GET", `${JOBS}/${id}`);
   if (!ACTIVE.includes(found.status)) await Promise.all([refresh(), listJobs()]);
-  if (!signal.aborted) show(found);
+  if (signal.aborted) return;
+  show(found);
+  if ($("done").hidden) return;
+  await listMistakes(id).catch((error) => {
+    if (error.status !== 404) throw error; // a job without a report
+  });
 }
 
 function happened({ message, data }) {
@@ -243,6 +298,7 @@ function show(found) {
     $("job-state").textContent = { running: "Training …", succeeded: deleted ? "Discarded." : verdict ?? "Trained.",
       paused: "Paused; the checkpoint is kept." }[found.status] ?? `${stateOf(found)}.`;
   }
+  $("job-state").classList.toggle("verdict", found.status === "succeeded" && !deleted);
   const stopped = found.status === "failed" && found.error?.code === "storage"; // by a full disk
   $("progress").hidden = !active;
   $("changes").hidden = !active && !stopped;
@@ -256,14 +312,29 @@ function show(found) {
 
 function samples({ step, valid_samples: rows }) {
   $("samples-head").textContent = `Replies to held-out requests after step ${step}`;
-  $("replies").replaceChildren(...rows.map(({ prompt, gold, reply, score }) => {
-    const row = element("tr");
-    const mark = score === null ? "?" : score === 1 ? "right" : score === 0 ? "wrong" : percent(score);
-    row.append(element("td", prompt), element("td", gold), element("td", reply), element("td", mark));
-    return row;
-  }));
+  $("replies").replaceChildren(...rows.map(({ prompt, gold, reply, score }) => graded(prompt, gold, reply, score)));
   $("samples").hidden = !rows.length;
   $("request").value ||= rows[0]?.prompt ?? "";
+}
+
+function graded(prompt, answer, reply, score) {
+  const row = element("tr");
+  const mark = score === null ? "?" : score === 1 ? "right" : score === 0 ? "wrong" : percent(score);
+  row.append(...[prompt, answer, reply, mark].map((text) => element("td", text)));
+  return row;
+}
+
+// Show the first mistakes of a job, or add those that follow one of them.
+async function listMistakes(id, after) {
+  const query = after ? `?after=${after}` : "";
+  const { data, has_more: more, last_id: last } = await api.call("GET", `${JOBS}/${id}/mistakes${query}`);
+  if (job?.id !== id) return; // another one was opened
+  const rows = data.map(({ prompt, answer, reply, score }) => graded(prompt, answer, reply, score));
+  if (after) $("mistake-rows").append(...rows);
+  else $("mistake-rows").replaceChildren(...rows);
+  $("more-mistakes").dataset.after = last;
+  $("more-mistakes").hidden = !more;
+  $("mistakes").hidden = !$("mistake-rows").children.length;
 }
 
 function add(name, step, value) {
@@ -341,8 +412,8 @@ async function discard() {
   clearError("teach-error");
   try {
     await api.call("DELETE", `/v1/models/${name}`);
-    closeJob(`${name} is discarded.`);
     const gone = await Promise.allSettled([file, ...results].map((id) => api.call("DELETE", `/v1/files/${id}`)));
+    closeJob(`${name} is discarded.`);
     const failed = gone.find(({ reason }) => reason && reason.status !== 404);
     if (failed) throw failed.reason;
   } catch (error) {
@@ -366,6 +437,9 @@ for (const type of ["dragover", "dragleave", "drop"]) {
     else upload(files[0]);
   });
 }
+$("grader").addEventListener("change", chooseGrader);
+$("grader-object").addEventListener("change", checkGrader);
+$("more-mistakes").addEventListener("click", () => listMistakes(job.id, $("more-mistakes").dataset.after).catch(warn));
 $("columns").addEventListener("submit", (event) => {
   event.preventDefault();
   reading("", read);
