@@ -14,7 +14,7 @@ import reproduction.snips  # noqa: F401  # registers the task
 from reproduction.blend import Blend
 from reproduction.divergence import Under, divergence
 from reproduction.names import BASE, chosen_lr, mix_name, run_as, run_name
-from reproduction.scale import Scale
+from reproduction.scale import ANSWERS, Scale
 from reproduction.store import Cell, Store, safe
 from reproduction.tiny import TINY, tiny_base
 from reproduction.variants import VariantTrainer, surviving
@@ -151,6 +151,8 @@ class Lab:
         start = self.trained(kind, after[-1], seed, rate, after[:-1])[1] if after else None
         made, own = self.task(task), self.scale.kinds[kind]
         options = {**self.scale.training, **own.options}
+        if self.scale.preset == "laptop":
+            options = {"generation_batch_size": ANSWERS, **options}
         config = make_config(
             self.scale.preset, **options, task=task, base=self.scale.base, learning_rate=rate,
             seed=seed, init_from=None if start is None else str(start),

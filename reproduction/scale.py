@@ -55,6 +55,9 @@ class Kind:
 
 QV = ["q_proj", "v_proj"]
 
+ANSWERS = 64
+"""Answers of a step, where neither preset nor scale says otherwise; next token has fewer in `sigmix train`."""
+
 LORA = {"policy": "lora", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 GOLD = {"objective": "sft", "num_generations": 1, "beta": 0.0}
