@@ -76,7 +76,6 @@ def load_base(
     """
     import torch
 
-    from sigmix.models.batching import check_config  # imports the modules of models, which `read_tokenizer` leaves out
     from sigmix.models.digests import digests_file, recall_digests
 
     if device is not None and device_map is not None:
@@ -85,7 +84,6 @@ def load_base(
     torch_dtype = dtype_of(dtype, target)
     label, folder, kind = locate(name, revision=revision)
     config = _check_folder(folder, label)
-    check_config(config, label)
     stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     quantization = quantization_of(stored, quantization_config, label, target)
     settings = (torch_dtype, target.type, quantization_config, device_map)
@@ -116,7 +114,7 @@ def read_tokenizer(name: str | os.PathLike[str] = DEFAULT) -> tuple[PreTrainedTo
     from transformers import AutoConfig
 
     label, folder, _ = locate(name)
-    config = _check_folder(folder, label)
+    config = _check_folder(folder, label, model=False)
     with reraised(BaseModelError, f"the configuration of {label} cannot be read", AGAIN), quiet():
         return _load_tokenizer(folder, label, config), AutoConfig.from_pretrained(folder, local_files_only=True)
 
@@ -222,10 +220,13 @@ def _default_folder() -> Path:
     return folder
 
 
-def _check_folder(folder: Path, label: str) -> dict[str, Any]:
+def _check_folder(folder: Path, label: str, model: bool = True) -> dict[str, Any]:
     """Return ``config.json`` of a folder that has a causal (vision-)language model's config and safetensors weights.
 
     A folder of the cache is compared with its manifest first.
+
+    Args:
+        model: see `_check_architecture`.
 
     Raises:
         BaseModelError, CacheError: see `load_base`.
@@ -243,7 +244,7 @@ def _check_folder(folder: Path, label: str) -> dict[str, Any]:
         )
     _check_pointers(folder, (name for name in files if (folder / name).is_file()), label)
     config = read_json(folder / "config.json", BaseModelError, AGAIN)
-    _check_architecture(config, label)
+    _check_architecture(config, label, model)
     if SINGLE not in files and INDEX not in files:
         raise BaseModelError(
             f"{label} has neither {SINGLE} nor {INDEX}; it holds {shown}",
@@ -267,14 +268,15 @@ def _check_pointers(folder: Path, files: Iterable[str], label: str) -> None:
 
 def _check_config_file(folder: Path, label: str) -> None:
     if (folder / "config.json").is_file():
-        from sigmix.models.batching import check_config
-
-        config = read_json(folder / "config.json", BaseModelError, AGAIN)
-        _check_architecture(config, label)
-        check_config(config, label)
+        _check_architecture(read_json(folder / "config.json", BaseModelError, AGAIN), label)
 
 
-def _check_architecture(config: Mapping[str, Any], label: str) -> None:
+def _check_architecture(config: Mapping[str, Any], label: str, model: bool = True) -> None:
+    """Raise BaseModelError for a config of another kind than a causal (vision-)language model.
+
+    Args:
+        model: also if its rows could not be independent of their batch, which imports the model's class.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     kind, architectures = config.get("model_type"), config.get("architectures") or []
@@ -286,6 +288,10 @@ def _check_architecture(config: Mapping[str, Any], label: str) -> None:
             remedy="choose a decoder-only text model such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or a "
             "vision-language model such as 'llava-hf/llava-1.5-7b-hf'",
         )
+    if model:
+        from sigmix.models.batching import check_config
+
+        check_config(config, label)
 
 
 def _load_tokenizer(folder: Path, label: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
