@@ -72,6 +72,7 @@ class PositionVariants:
 
 
 def _order(kind: str) -> tuple[bool, bool]:
+    """Return a sort key: variants at all tokens first, then two at the prompt's, then the others there."""
     late = kind.startswith("svf-prompt") and not kind.endswith(("down-rl", "-attention-rl"))
     return late, kind.startswith("svf-prompt")
 

@@ -155,7 +155,7 @@ def _check(name: str, value: Any, limits: Any) -> None:
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "reinforce": {},
-    # rows of a step and rate: the best validation accuracy after 1,280 rows (benchmarks/README.md, Own data)
+    # rows of a step and rate: chosen by a sweep on validation rows of other data (benchmarks/README.md, Own data)
     "sft": {"num_generations": 1, "beta": 0.0, "learning_rate": 2e-2, "generation_batch_size": 16},
 }
 """Defaults of the objectives, where the preset has none."""
