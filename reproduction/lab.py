@@ -121,6 +121,16 @@ class Lab:
 
     # ------------------------------------------------------------------ training
 
+    def named(self, kind: str, task: str, seed: int, lr: float | None = None, after: Sequence[str] = ()) -> str:
+        """Return the name of a run, see `trained`."""
+        return run_name(kind, self._rate(kind, lr), task, seed, after)
+
+    def _rate(self, kind: str, lr: float | None) -> float:
+        rate = lr if lr is not None else chosen_lr(self.store, self.scale, kind)
+        if rate is None:
+            raise LookupError(f"the learning rate of {kind} is undefined before its sweep")
+        return rate
+
     def trained(
         self, kind: str, task: str, seed: int, lr: float | None = None, after: Sequence[str] = ()
     ) -> tuple[str, Path]:
@@ -132,10 +142,7 @@ class Lab:
 
         A run that diverges is a result: its record says so, and its best checkpoint by validation is what it gives.
         """
-        rate = lr if lr is not None else chosen_lr(self.store, self.scale, kind)
-        if rate is None:
-            raise LookupError(f"the learning rate of {kind} is undefined before its sweep")
-        name = run_name(kind, rate, task, seed, after)
+        name, rate = self.named(kind, task, seed, lr, after), self._rate(kind, lr)
         folder = self.work / "runs" / name
         if not self._has_run(name):
             with self.held(name):
@@ -281,10 +288,11 @@ class Lab:
         """
         own = self.scale.kinds[kind]
         positions = positions or own.positions
-        name, folder = self.trained(kind, task, seed, **how)
+        name = self.named(kind, task, seed, **how)
         who = name if positions == own.positions else run_as(name, positions)
         missing = [one for one in on or [task] if not self.store.has(one, who)]
-        if missing:
+        if missing or self.store.run(name) is None:
+            folder = self.trained(kind, task, seed, **how)[1]
             model, tokenizer = self.base()
             blend = Blend(model, {"it": folder}, own.policy, True, positions, own.answer_tokens)
             facts = {"surviving": surviving(blend.experts["it"])} if own.l1 else {}

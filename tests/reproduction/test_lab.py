@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,15 @@ def test_a_run_is_computed_once_and_recorded(home):
     assert home.trained("lora-rl", "larger", 1, 1e-3) == (name, folder)
     with pytest.raises(LookupError, match="sweep"):
         home.trained("lora-rl", "larger", 1)
+
+
+def test_stored_cells_need_no_adapter(home):
+    name = home.single_cells("svf-rl", "larger", 0, lr=0.05)
+    shutil.rmtree(home.work / "runs")  # an unpacked archive on another machine
+    assert home.single_cells("svf-rl", "larger", 0, lr=0.05) == name
+    assert not (home.work / "runs").exists()
+    home.single_cells("svf-rl", "larger", 0, positions="prompt", lr=0.05)
+    assert (home.work / "runs" / name / "best").exists()
 
 
 def test_a_run_that_was_cut_goes_on(home, tmp_path, monkeypatch):
