@@ -125,6 +125,16 @@ SMOKE_VARIANTS = (
     "svf-prompt-rl", "svf-prompt-sft", "svf-prompt-4-rl", "svf-both-rl", "svf-prompt-down-rl", "svf-prompt-l1-0.3-rl",
 )  # fmt: skip
 
+FLOAT32_KINDS: dict[str, Kind] = {
+    "svf-rl": replace(POSITION_KINDS["svf-rl"], lrs=(2e-3,)),
+    "svf-prompt-rl": replace(POSITION_KINDS["svf-prompt-rl"], lrs=(6e-3,)),
+    **{
+        name: POSITION_KINDS[name]
+        for name in ("svf-o-rl", "svf-kv-rl", "svf-attention-rl", *(f"svf-l1-{strength:g}-rl" for strength in L1))
+    },
+}
+"""Kinds of the study of positions that are run in float32, at the rates that its sweeps chose."""
+
 PAPER_STAGES = (
     "sweep", "table1", "composition", "table4", "table2", "dispatch", "fewshot", "transfer", "continual", "ablations",
     "spectra", "larger", "speed",
@@ -206,6 +216,21 @@ SCALES: dict[str, Scale] = {
         larger_training={"max_steps": 20, "eval_steps": 10, "generation_batch_size": 32, "max_eval_samples": 64},
         kinds=POSITION_KINDS,
         stages=("sweep", *POSITION_STAGES),
+    ),
+    # what of that study ran on a CPU without bfloat16, with experts of its own
+    "positions-float32": Scale(
+        name="positions-float32",
+        base="smollm2-135m",
+        dtype="float32",
+        tasks=("addition", "larger", "date-iso", "where-is"),
+        extra=("smallest-of-three", "who-has"),
+        sweep="larger",
+        unseen=(),
+        conflict=None,
+        few_shot="",
+        training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
+        kinds=FLOAT32_KINDS,
+        stages=("position-variants", "position-mixtures"),
     ),
     # the paper's tasks; of its preset, steps, clip and baseline are ours, to fit a GPU's hours; any base by --base
     "gpu": Scale(
