@@ -80,7 +80,7 @@ def resolver(settings: Settings) -> Any:
 
 
 def _with_positions(original: Any) -> Any:
-    """Wrap `LoRAModelRunnerMixin.set_active_loras`: its mappings do not distinguish prompt tokens from answer tokens."""
+    """Wrap `LoRAModelRunnerMixin.set_active_loras`: its mappings do not separate prompt and answer tokens."""
     if hasattr(original, "__wrapped__"):
         return original
 
