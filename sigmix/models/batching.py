@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -24,7 +23,8 @@ from sigmix.errors import BaseModelError
 from sigmix.models.multimodal import auto_class, bare, is_vision
 
 CACHE_LAYERS = (
-    DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer,
+    DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer,
+    *((cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()),  # not in transformers 5.19
 )  # fmt: skip
 """Kinds of cache layers of the supported models: keys and values, or states of a fixed size, or both, or nothing."""
 

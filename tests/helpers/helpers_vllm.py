@@ -1,65 +1,43 @@
-"""The part of vLLM's interface that a resolver meets, written after vLLM's sources for tests without vLLM.
-
-After ``vllm/lora/resolver.py``, ``vllm/lora/request.py``, ``vllm/lora/peft_helper.py`` and the resolving of an unknown
-adapter in ``vllm/entrypoints/openai/models/serving.py`` (main branch, 2026). Not vLLM's code; nothing of it computes.
-"""
+"""A tiny base and experts that vLLM's engine runs, and that engine; see `needs_vllm`."""
 
 from __future__ import annotations
 
-import sys
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from types import ModuleType
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from helpers_engine import expert
+from helpers_experts import at
+from helpers_export import base_folder
+from helpers_tiny import build_tiny
+
+from sigmix.experts.bank import Bank
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192}
+"""With heads of 32: vLLM's attention on the CPU has none of 16."""
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+}  # fmt: skip
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-@dataclass
-class LoRARequest:
-    lora_name: str
-    lora_int_id: int
-    lora_path: str = ""
-    base_model_name: str | None = None
-
-    def __post_init__(self):
-        if self.lora_int_id < 1:
-            raise ValueError(f"id must be > 0, got {self.lora_int_id}")
-        assert self.lora_path
+def home(folder: Path) -> tuple[Path, Bank]:
+    """Write a base, and a bank of two experts on all tokens (math, word) and two on prompts (ask, tell)."""
+    base, bank = base_folder(folder / "base", **SIZES), Bank(folder / "bank", create=True)
+    for seed, name in enumerate(("math", "word", "ask", "tell"), 1):
+        made = expert(build_tiny(**SIZES), name, seed)
+        bank.add(at("prompt", made, name) if name in ("ask", "tell") else made)
+    return base, bank
 
 
-class LoRAResolver(ABC):
-    @abstractmethod
-    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None: ...
+def start(base: Path, bank: Bank, **options):
+    """Return `vllm.LLM` with the plugin."""
+    os.environ["SIGMIX_VLLM_EXPERTS"] = str(bank.folder)
+    import vllm
 
-
-class Registry:
-    def __init__(self):
-        self.resolvers: dict[str, LoRAResolver] = {}
-
-    def get_supported_resolvers(self):
-        return self.resolvers.keys()
-
-    def register_resolver(self, resolver_name: str, resolver: LoRAResolver) -> None:
-        self.resolvers[resolver_name] = resolver
-
-    def get_resolver(self, resolver_name: str) -> LoRAResolver:
-        return self.resolvers[resolver_name]
-
-
-def install(monkeypatch) -> Registry:
-    """Put the stand-in where ``import vllm`` finds it, for one test."""
-    registry = Registry()
-    made = {name: ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.resolver", "vllm.lora.request")}
-    made["vllm.lora.resolver"].LoRAResolver = LoRAResolver
-    made["vllm.lora.resolver"].LoRAResolverRegistry = registry
-    made["vllm.lora.request"].LoRARequest = LoRARequest
-    for name, module in made.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return registry
-
-
-def legal(config: dict, max_lora_rank: int) -> None:
-    """What vLLM refuses when it loads an adapter's config."""
-    assert {"r", "lora_alpha", "target_modules"} <= set(config)
-    assert config["r"] <= max_lora_rank
-    assert config.get("bias", "none") == "none"
-    assert not config.get("use_dora")
-    assert not config.get("modules_to_save")
+    options = {"max_loras": 4, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64, **options}
+    return vllm.LLM(str(base), dtype="float32", enable_lora=True, enforce_eager=True, **options)
