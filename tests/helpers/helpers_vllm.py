@@ -34,10 +34,15 @@ def home(folder: Path) -> tuple[Path, Bank]:
     return base, bank
 
 
+ALIVE = []
+"""Engines of this process: one that is collected ends the process groups of all."""
+
+
 def start(base: Path, bank: Bank, **options):
-    """Return `vllm.LLM` with the plugin."""
+    """Return `vllm.LLM` with the plugin, and with a cache of 8,192 tokens."""
     os.environ["SIGMIX_VLLM_EXPERTS"] = str(bank.folder)
     import vllm
 
-    options = {"max_loras": 4, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64, **options}
-    return vllm.LLM(str(base), dtype="float32", enable_lora=True, enforce_eager=True, **options)
+    options = {"num_gpu_blocks_override": 256, "max_loras": 4, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64, **options}
+    ALIVE.append(vllm.LLM(str(base), dtype="float32", enable_lora=True, enforce_eager=True, **options))
+    return ALIVE[-1]

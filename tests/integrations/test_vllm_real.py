@@ -1,88 +1,344 @@
-"""The plugin and its adapters against vLLM's own code, where vLLM is installed: what needs no engine and no GPU."""
+"""Mixtures in vLLM's engine give the tokens that `Engine` gives: in its batches, prefix cache, preemption, server."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_export import base_folder, experts
+from helpers_engine import expert
+from helpers_export import ids
+from helpers_tiny import build_tiny
+from helpers_vllm import ENVIRONMENT, SIZES, home, needs_vllm, start
 
-from sigmix.experts.bank import Bank
+from sigmix.engine import Engine
+from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
 from sigmix.experts.mix import Mix
-from sigmix.export.base import BaseCheckpoint
-from sigmix.export.lora import export_lora
-from sigmix.export.low_rank import VLLM_RANKS, LowRank
+from sigmix.integrations.vllm.adapter import Adapter, Settings
+from sigmix.models.loading import load_base
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-NAME = "math:0.7+word:0.5"
-MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+pytestmark = [needs_vllm, pytest.mark.slow]
 
-
-@pytest.fixture
-def home(tmp_path, cache):
-    base = base_folder(tmp_path / "base")
-    bank = Bank(tmp_path / "bank", create=True)
-    for one in experts().values():
-        bank.add(one)
-    return base, bank
+NAMES = ["base", "math", "word", "ask", "tell", "math:0.7+word:0.3", "ask:0.5+tell:0.5", "math:0.5+ask:0.5"]
 
 
-def loaded(path, rank):
-    """The adapter as vLLM's worker loads it."""
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-
-    helper = PEFTHelper.from_local_dir(str(path), 256)
-    helper.validate_legal(LoRAConfig(max_lora_rank=rank))
-    return LoRAModel.from_local_checkpoint(
-        str(path), MODULES, helper, lora_model_id=1, device="cpu", dtype=torch.float32
-    )
-
-
-def same(model, low):
-    assert set(model.loras) == set(low.paths)
-    for path, layer in model.loras.items():
-        a, b = low.factors(path)
-        found = layer.lora_b @ layer.lora_a * layer.scaling
-        torch.testing.assert_close(found, b @ a, rtol=1e-5, atol=1e-6)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Base, bank, our engine and `vllm.LLM` with four slots, in this process."""
+    folder = tmp_path_factory.mktemp("vllm")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "SIGMIX_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        base, bank = home(folder)
+        patch.setenv("SIGMIX_VLLM_EXPERTS", str(bank.folder))
+        ours = Engine(*load_base(base, "float32"), bank)
+        ours.eos_token_ids = []
+        numbers: dict[str, int] = {}
+        yield SimpleNamespace(base=base, bank=bank, ours=ours, folder=folder, numbers=numbers, llm=start(base, bank))
 
 
-def test_resolved_through_vllms_registry_and_loaded_by_its_loader(home, monkeypatch):
+def request(made, name):
+    """LoRARequest of a mixture, with one number for each."""
     from vllm.lora.request import LoRARequest
-    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    from sigmix.integrations import vllm
-
-    base, bank = home
-    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
-    monkeypatch.setenv("SIGMIX_VLLM_EXPERTS", str(bank.folder))
-    monkeypatch.setenv("SIGMIX_VLLM_RANK", "64")
-    vllm.register()
-    resolver = LoRAResolverRegistry.get_resolver("sigmix")
-    assert isinstance(resolver, LoRAResolver)
-    request = asyncio.run(resolver.resolve_lora(str(base), NAME))
-    assert isinstance(request, LoRARequest)
-    assert asyncio.run(resolver.resolve_lora(str(base), "nobody")) is None
-    low = LowRank.from_mix(BaseCheckpoint(base), Mix.parse(NAME), bank)
-    same(loaded(request.lora_path, 64), low)
-    with pytest.raises(ValueError, match="greater than max_lora_rank"):
-        loaded(request.lora_path, 16)
+    if name == "base":
+        return None
+    adapter = Adapter.find(name, Settings.of())
+    return LoRARequest(adapter.name, made.numbers.setdefault(adapter.path, len(made.numbers) + 1), adapter.path)
 
 
-def test_own_ranks_of_every_matrix_are_scaled_right(home, tmp_path):
-    base, bank = home
-    low = LowRank.from_mix(BaseCheckpoint(base), Mix.parse(NAME), bank)
-    low.set_ranks(error=0.3)
-    export_lora(low, tmp_path / "out")
-    same(loaded(tmp_path / "out", 64), low)
+def params(tokens):
+    import vllm
+
+    return vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
 
-def test_the_ranks_are_vllms():
-    from typing import get_args
+def answers(made, rows, names, tokens=12, llm=None):
+    """Greedy answers of vLLM."""
+    found = (llm or made.llm).generate(
+        [{"prompt_token_ids": row} for row in rows], params(tokens), lora_request=[request(made, name) for name in names],
+        use_tqdm=False,
+    )  # fmt: skip
+    return [list(one.outputs[0].token_ids) for one in found]
 
-    from vllm.config.lora import MaxLoRARanks
 
-    assert get_args(MaxLoRARanks) == VLLM_RANKS
+def expected(made, rows, names, tokens=12):
+    """Greedy answers of ours, a request at a time."""
+    return [made.ours.generate([row], name, max_new_tokens=tokens)[0].ids for row, name in zip(rows, names, strict=True)]
+
+
+def test_64_requests_under_32_mixtures_in_one_batch(made):
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.rand(24, 4, generator=draw).tolist()
+    drawn = [Mix(dict(zip(("math", "word", "ask", "tell"), row, strict=True))).id for row in weights]
+    mixes = [*NAMES, *drawn]
+    rows = [ids(5 + number % 40, number) for number in range(64)]
+    names = [mixes[number % 32] for number in range(64)]
+    llm = start(made.base, made.bank, max_loras=32)
+    want = expected(made, rows, names)
+    assert answers(made, rows, names, llm=llm) == want
+    plain = expected(made, rows, ["base"] * 64)
+    assert sum(own != base for own, base in zip(want, plain, strict=True)) > 40  # the experts act
+    # four slots: vLLM waits with requests beyond four mixtures
+    assert answers(made, rows, names) == want
+
+
+@pytest.mark.parametrize("order", [NAMES, NAMES[::-1]])
+def test_a_cached_prompt_is_its_mixtures(made, order):
+    row = ids(100, 7)  # three full blocks
+    first = [answers(made, [row], [name])[0] for name in order]
+    assert first == expected(made, [row] * len(order), order)
+    assert [answers(made, [row], [name])[0] for name in order] == first  # now from the cache
+    assert answers(made, [row] * len(order), order) == first
+
+
+def test_few_blocks_evict_cached_prompts_and_preempt_requests(made):
+    llm = start(made.base, made.bank, max_loras=8, num_gpu_blocks_override=14)
+    rows = [ids(50 + number, number % 3) for number in range(16)]
+    names = [NAMES[number % 8] for number in range(16)]
+    want = expected(made, rows, names, 60)
+    for _ in range(2):
+        assert answers(made, rows, names, 60, llm) == want
+
+
+def test_long_prompts_are_read_in_chunks(made):
+    llm = start(made.base, made.bank, max_loras=8, max_num_batched_tokens=64)
+    rows = [ids(130 + number, number) for number in range(8)]
+    assert answers(made, rows, NAMES, llm=llm) == expected(made, rows, NAMES)
+
+
+@pytest.mark.parametrize("name", ["ask", "math:0.5+ask:0.5", "math"])
+def test_answer_tokens_become_prompt_tokens_in_the_next_turn(made, name):
+    row = ids(40, 11)
+    (reply,) = answers(made, [row], [name], 80)
+    longer = [*row, *reply, *ids(9, 12)]
+    assert answers(made, [longer], [name]) == expected(made, [longer], [name])
+    # and the cached answer serves requests that continue the same prompt
+    assert answers(made, [row], [name], 80) == [reply]
+
+
+def test_mixtures_come_and_go_while_others_are_answered(made):
+    engine = made.llm.llm_engine
+    rows = [ids(20 + number, 40 + number) for number in range(4)]
+    names = ["math", "ask", "base", "math:0.7+word:0.3"]
+    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+        engine.add_request(f"stay-{number}", {"prompt_token_ids": row}, params(30), lora_request=request(made, name))
+    engine.add_request("leave", {"prompt_token_ids": rows[0]}, params(30), lora_request=request(made, "word"))
+    found, step = {}, 0
+    while engine.has_unfinished_requests():
+        for one in engine.step():
+            if one.finished:
+                found[one.request_id] = list(one.outputs[0].token_ids)
+        step += 1
+        other = request(made, f"tell:0.{step % 9 + 1}")
+        engine.add_lora(other)  # takes the slot of the least recently used
+        engine.remove_lora(other.lora_int_id)
+        if step == 5:
+            engine.abort_request(["leave"])
+        if step == 8:
+            engine.remove_lora(request(made, "math").lora_int_id)  # although it is in use
+    want = expected(made, rows, names, 30)
+    assert [found[key] for key in sorted(found) if key.startswith("stay")] == want
+    assert len(found.get("leave", [])) < 30
+
+
+def test_an_error_is_the_requests_own(made):
+    engine, bank = made.llm.llm_engine, made.bank
+    bank.add(expert(build_tiny(seed=5, **SIZES), "stranger", 1))
+    with pytest.raises(FingerprintError, match="'stranger'"):
+        engine.add_lora(request(made, "stranger"))
+    changing = request(made, "math:0.9")
+    changing.lora_path = changing.lora_path.replace(bank["math"].digest, "0" * 64)
+    with pytest.raises(ExpertError, match="changed on disk"):
+        engine.add_lora(changing)
+    other = request(made, "math:0.8")
+    other.lora_path = "/adapters/lora"
+    with pytest.raises(ConfigError, match="no LoRA adapters"):
+        engine.add_lora(other)
+    assert answers(made, [ids(9)] * 8, NAMES) == expected(made, [ids(9)] * 8, NAMES)
+    (bank.path("stranger") / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SigmixError, match="stranger"):
+        Adapter.find("stranger", Settings.of())
+
+
+def test_an_expert_that_was_trained_again_is_another_mixture(made):
+    row, old = ids(40, 13), made.bank["math"]
+    before = answers(made, [row], ["math"])
+    try:
+        made.bank.add(expert(build_tiny(**SIZES), "math", 21), replace=True)
+        made.ours.bank = {"math": made.bank["math"]}
+        assert answers(made, [row], ["math"]) == expected(made, [row], ["math"]) != before
+    finally:
+        made.bank.add(old, replace=True)
+        made.ours.bank = made.bank
+    assert answers(made, [row], ["math"]) == before
+
+
+def test_another_release_is_refused(made, monkeypatch):
+    import vllm
+
+    from sigmix.integrations.vllm.plugin import check_version
+
+    check_version()
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    with pytest.raises(ConfigError, match=r"supports vLLM 0\.32, not 0\.99\.1"):
+        check_version()
+
+
+# ---------------------------------------------------------------------- tensor parallelism
+
+
+def sharded(kind, rank, size, **sizes):
+    """A layer of vLLM on one of several workers, with what its constructor computes from their number."""
+    layer = object.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    for key, value in {"tp_rank": rank, "tp_size": size, "prefix": "layer", **sizes}.items():
+        setattr(layer, key, value)
+    return layer
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("fused", [False, True])
+def test_workers_together_add_the_whole_change(size, fused):
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear,
+    )  # fmt: skip
+
+    from sigmix.integrations.vllm.worker import MixtureMethod, Part, Tokens, shards_of
+
+    draw = torch.Generator().manual_seed(0)
+    heads, groups, width, inner = 4, 2, 8, 16
+    kv = max(1, groups // size) * width
+    layers = {
+        "column": (ColumnParallelLinear, [32], {"output_size": 32}, [32 // size]),
+        "merged": (MergedColumnParallelLinear, [32, 32], {"output_sizes": [32, 32]}, [32 // size] * 2),
+        "qkv": (
+            QKVParallelLinear, [heads * width, groups * width, groups * width],
+            {"num_heads": heads // size, "num_kv_heads": max(1, groups // size), "head_size": width,
+             "total_num_heads": heads, "total_num_kv_heads": groups, "num_kv_head_replicas": max(1, size // groups)},
+            [heads * width // size, kv, kv],
+        ),
+        "row": (RowParallelLinear, [32], {"input_size_per_partition": inner // size}, [32]),
+    }  # fmt: skip
+    x = torch.randn(5, inner, generator=draw)
+    for name, (kind, outputs, sizes, local) in layers.items():
+        one = fused and len(outputs) > 1
+        shapes = [sum(outputs)] if one else outputs
+        whole = [
+            (torch.randn(6, inner, generator=draw), torch.randn(out, 6, generator=draw), torch.randn(6, generator=draw))
+            for out in shapes
+        ]
+        want = torch.cat([x @ (second @ (gain[:, None] * first)).T for first, second, gain in whole], -1)
+        found = []
+        for rank in range(size):
+            layer = sharded(kind, rank, size, **sizes)
+            shards = shards_of(layer, len(shapes))
+            parts = [
+                Part("", columns, first[:, inputs], second if rows is None else second[rows])
+                for (columns, rows, inputs), (first, second, _) in zip(shards, whole, strict=True)
+            ]
+            tokens = Tokens(5, torch.device("cpu"))
+            tokens.rows = None
+            method = MixtureMethod(None, parts, 1, tokens, f"{name}-{rank}")
+            method.table[0] = torch.cat([gain for _, _, gain in whole])
+            y = torch.zeros(5, sum(local))
+            method.add_change(x[:, shards[0][2]], y)
+            found.append(y)
+        if name == "row":
+            torch.testing.assert_close(sum(found), want, rtol=1e-4, atol=1e-4)
+            continue
+        columns = [torch.stack(pieces) for pieces in zip(*(y.split(local, -1) for y in found), strict=True)]
+        for number, (pieces, dense) in enumerate(zip(columns, want.split(outputs, -1), strict=True)):
+            copies = max(1, size // groups) if name == "qkv" and number else 1  # of a key or value head
+            torch.testing.assert_close(torch.cat(list(pieces[::copies]), -1), dense, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- server
+
+
+class Server:
+    """``vllm serve`` in a process of its own."""
+
+    def __init__(self, made, port):
+        self.port = port
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made.base), "--dtype", "float32",
+            "--enable-lora", "--max-loras", "4", "--max-model-len", "256", "--block-size", "32", "--enforce-eager",
+            "--port", str(port), "--host", "127.0.0.1",
+        ]  # fmt: skip
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        self.log = open(made.folder / f"server-{port}.log", "w")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                self.call("/v1/models")
+                return
+            except OSError:
+                assert self.process.poll() is None, (made.folder / f"server-{port}.log").read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(1)
+
+    def call(self, path, body=None):
+        """Status and JSON of an answer."""
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(asked, timeout=240) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def complete(self, row, name):
+        return self.call(
+            "/v1/completions",
+            {"model": name, "prompt": row, "max_tokens": 12, "temperature": 0, "ignore_eos": True,
+             "return_token_ids": True},
+        )  # fmt: skip
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_the_server_resolves_mixtures_and_survives_bad_ones(made):
+    row = ids(30, 3)
+    names = ["math", "word:0.3 + math:0.7", "ask:0.5+tell:0.5"]
+    want = expected(made, [row] * 3, names)
+    made.bank.add(expert(build_tiny(seed=5, **SIZES), "stranger", 1))
+    made.bank.add(expert(build_tiny(**SIZES), "broken", 9))
+    (made.bank.path("broken") / "adapter_model.safetensors").write_bytes(b"damaged")
+    for _ in range(2):  # killed and started again
+        server = Server(made, free_port())
+        try:
+            for name, reply in zip(names, want, strict=True):
+                status, answer = server.complete(row, name)
+                assert status == 200, answer
+                assert answer["choices"][0]["token_ids"] == reply
+                assert answer["model"] == Mix.parse(name).id
+            assert server.complete(row, "nobody")[0] == 404
+            assert server.complete(row, "broken")[0] == 404
+            assert server.complete(row, "stranger")[0] == 400
+            assert server.complete(row, "math")[1]["choices"][0]["token_ids"] == want[0]
+            listed = {one["id"] for one in server.call("/v1/models")[1]["data"]}
+            assert {"math", "math:0.7+word:0.3"} <= listed
+        finally:
+            server.kill()

@@ -150,7 +150,7 @@ class MixtureManager:
         self._tokens = Tokens(vllm_config.scheduler_config.max_num_batched_tokens, device)
         self._answers: np.ndarray | None = None  # bool, one per token of the batch; None: not known
         self._acting = np.zeros(2 * (self.slots + 1), dtype=bool)  # rows of the tables that are not zero
-        self._experts: dict[str, Expert] = {}  # by digest, those that may be used
+        self._experts: dict[tuple[str, str], Expert] = {}  # by base and digest, those that may be used
         self._basis: dict[str, SigmixError | None] = {}  # by digest: result of the comparison of singular vectors
         self._adapters: dict[int, Adapter | None] = {}  # by vLLM's number, also those without a slot; None: no change
         self._slot: OrderedDict[int, int] = OrderedDict()  # slot by number, least recently used first
@@ -253,9 +253,9 @@ class MixtureManager:
             )
         bank = self.settings.bank()
         for name, digest in adapter.experts.items():
-            if digest not in self._experts:
+            if (adapter.base, digest) not in self._experts:
                 expert = bank[name]
-                if expert.digest != digest:
+                if (expert.base.get("fingerprint"), expert.digest) != (adapter.base, digest):
                     raise ExpertError(
                         f"expert {name!r} has changed on disk since {adapter.name} was named", remedy="request it again"
                     )
@@ -264,7 +264,7 @@ class MixtureManager:
                     self._check_basis(expert, path, self.base.layer(path))
                 if (error := self._basis[digest]) is not None:
                     raise error
-                self._experts[digest] = expert
+                self._experts[adapter.base, digest] = expert
         self._gains(adapter)
 
     def _check_basis(self, expert: Expert, path: str, layer: SVFLinear) -> None:
@@ -278,7 +278,7 @@ class MixtureManager:
 
     def _gains(self, adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """{path: float32 gain [r]} of prompt tokens, and of answer tokens."""
-        experts = {name: self._experts[digest] for name, digest in adapter.experts.items()}
+        experts = {name: self._experts[adapter.base, digest] for name, digest in adapter.experts.items()}
         ranks = {
             part.path: size
             for layer in self.layers
