@@ -43,6 +43,9 @@ def start(base: Path, bank: Bank, **options):
     os.environ["SIGMIX_VLLM_EXPERTS"] = str(bank.folder)
     import vllm
 
-    options = {"num_gpu_blocks_override": 256, "max_loras": 4, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64, **options}
+    options = {
+        "num_gpu_blocks_override": 256, "max_loras": 4, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64,
+        **options,
+    }  # fmt: skip
     ALIVE.append(vllm.LLM(str(base), dtype="float32", enable_lora=True, enforce_eager=True, **options))
     return ALIVE[-1]

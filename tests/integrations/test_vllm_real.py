@@ -64,16 +64,15 @@ def params(tokens):
 
 def answers(made, rows, names, tokens=12, llm=None):
     """Greedy answers of vLLM."""
-    found = (llm or made.llm).generate(
-        [{"prompt_token_ids": row} for row in rows], params(tokens), lora_request=[request(made, name) for name in names],
-        use_tqdm=False,
-    )  # fmt: skip
+    prompts, adapters = [{"prompt_token_ids": row} for row in rows], [request(made, name) for name in names]
+    found = (llm or made.llm).generate(prompts, params(tokens), lora_request=adapters, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in found]
 
 
 def expected(made, rows, names, tokens=12):
     """Greedy answers of ours, a request at a time."""
-    return [made.ours.generate([row], name, max_new_tokens=tokens)[0].ids for row, name in zip(rows, names, strict=True)]
+    pairs = zip(rows, names, strict=True)
+    return [made.ours.generate([row], name, max_new_tokens=tokens)[0].ids for row, name in pairs]
 
 
 def test_64_requests_under_32_mixtures_in_one_batch(made):
@@ -153,7 +152,7 @@ def test_mixtures_come_and_go_while_others_are_answered(made):
 
 def test_an_error_is_the_requests_own(made):
     engine, bank = made.llm.llm_engine, made.bank
-    bank.add(expert(build_tiny(seed=5, **SIZES), "stranger", 1))
+    bank.add(expert(build_tiny(seed=5, **SIZES), "stranger", 1))  # with the z of math
     with pytest.raises(FingerprintError, match="'stranger'"):
         engine.add_lora(request(made, "stranger"))
     changing = request(made, "math:0.9")
@@ -210,7 +209,10 @@ def sharded(kind, rank, size, **sizes):
 @pytest.mark.parametrize("fused", [False, True])
 def test_workers_together_add_the_whole_change(size, fused):
     from vllm.model_executor.layers.linear import (
-        ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear,
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
     )  # fmt: skip
 
     from sigmix.integrations.vllm.worker import MixtureMethod, Part, Tokens, shards_of
@@ -293,9 +295,9 @@ class Server:
     def call(self, path, body=None):
         """Status and JSON of an answer."""
         data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"})
+        url, headers = f"http://127.0.0.1:{self.port}{path}", {"content-type": "application/json"}
         try:
-            with urllib.request.urlopen(asked, timeout=240) as answer:
+            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=240) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -323,7 +325,7 @@ def test_the_server_resolves_mixtures_and_survives_bad_ones(made):
     row = ids(30, 3)
     names = ["math", "word:0.3 + math:0.7", "ask:0.5+tell:0.5"]
     want = expected(made, [row] * 3, names)
-    made.bank.add(expert(build_tiny(seed=5, **SIZES), "stranger", 1))
+    made.bank.add(expert(build_tiny(seed=5, **SIZES), "stranger", 1), replace=True)
     made.bank.add(expert(build_tiny(**SIZES), "broken", 9))
     (made.bank.path("broken") / "adapter_model.safetensors").write_bytes(b"damaged")
     for _ in range(2):  # killed and started again

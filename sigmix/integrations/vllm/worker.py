@@ -151,7 +151,7 @@ class MixtureManager:
         self._answers: np.ndarray | None = None  # bool, one per token of the batch; None: not known
         self._acting = np.zeros(2 * (self.slots + 1), dtype=bool)  # rows of the tables that are not zero
         self._experts: dict[tuple[str, str], Expert] = {}  # by base and digest, those that may be used
-        self._basis: dict[str, SigmixError | None] = {}  # by digest: result of the comparison of singular vectors
+        self._basis: dict[tuple[str, str], SigmixError | None] = {}  # likewise: do their singular vectors differ?
         self._adapters: dict[int, Adapter | None] = {}  # by vLLM's number, also those without a slot; None: no change
         self._slot: OrderedDict[int, int] = OrderedDict()  # slot by number, least recently used first
         self._pinned: set[int] = set()
@@ -202,10 +202,11 @@ class MixtureManager:
         return ""
 
     def _readable(self) -> list[Expert]:
-        """Experts of the bank; a damaged one is an error for the requests that name it."""
+        """Experts of the bank on this base; another one is an error for the requests that name it."""
         bank, experts = self.settings.bank(), []
         for name in bank:
             try:
+                self.base.check(bank[name])
                 experts.append(bank[name])
             except SigmixError as error:
                 log.error("expert %s cannot be served: %s", name, error)
@@ -253,28 +254,28 @@ class MixtureManager:
             )
         bank = self.settings.bank()
         for name, digest in adapter.experts.items():
-            if (adapter.base, digest) not in self._experts:
+            if (key := (adapter.base, digest)) not in self._experts:
                 expert = bank[name]
-                if (expert.base.get("fingerprint"), expert.digest) != (adapter.base, digest):
+                if _key(expert) != key:
                     raise ExpertError(
                         f"expert {name!r} has changed on disk since {adapter.name} was named", remedy="request it again"
                     )
                 self.base.check(expert)
-                for path in () if digest in self._basis else expert.z:
+                for path in () if key in self._basis else expert.z:
                     self._check_basis(expert, path, self.base.layer(path))
-                if (error := self._basis[digest]) is not None:
+                if (error := self._basis[key]) is not None:
                     raise error
-                self._experts[adapter.base, digest] = expert
+                self._experts[key] = expert
         self._gains(adapter)
 
     def _check_basis(self, expert: Expert, path: str, layer: SVFLinear) -> None:
         """Compare an expert's sketch of a matrix with the factors; the first error stays."""
-        known = self._basis.setdefault(expert.digest, None)
+        known = self._basis.setdefault(_key(expert), None)
         if known is None and path in expert.z:
             try:
                 self.base.check_sketches([expert], path, layer)
             except ExpertError as error:
-                self._basis[expert.digest] = error
+                self._basis[_key(expert)] = error
 
     def _gains(self, adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """{path: float32 gain [r]} of prompt tokens, and of answer tokens."""
@@ -391,6 +392,11 @@ class MixtureManager:
     def list_adapters(self) -> set[int]:
         """Return the numbers of the mixtures in slots."""
         return set(self._slot)
+
+
+def _key(expert: Expert) -> tuple[str, str]:
+    """Identity of an expert's numbers: experts of different bases can have equal z."""
+    return str(expert.base.get("fingerprint")), expert.digest
 
 
 def shards_of(layer: LinearBase, count: int) -> list[tuple[slice, torch.Tensor | None, slice]]:
