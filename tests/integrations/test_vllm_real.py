@@ -267,17 +267,23 @@ def test_workers_together_add_the_whole_change(size, fused):
 # ---------------------------------------------------------------------- server
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 class Server:
     """``vllm serve`` in a process of its own."""
 
-    def __init__(self, made, port):
-        self.port = port
+    def __init__(self, made, *options, **environment):
+        self.port = port = free_port()
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made.base), "--dtype", "float32",
             "--enable-lora", "--max-loras", "4", "--max-model-len", "256", "--block-size", "32", "--enforce-eager",
-            "--port", str(port), "--host", "127.0.0.1",
+            "--port", str(port), "--host", "127.0.0.1", *options,
         ]  # fmt: skip
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
         self.log = open(made.folder / f"server-{port}.log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
@@ -315,12 +321,6 @@ class Server:
         self.log.close()
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def test_the_server_resolves_mixtures_and_survives_bad_ones(made):
     row = ids(30, 3)
     names = ["math", "word:0.3 + math:0.7", "ask:0.5+tell:0.5"]
@@ -329,7 +329,7 @@ def test_the_server_resolves_mixtures_and_survives_bad_ones(made):
     made.bank.add(expert(build_tiny(**SIZES), "broken", 9))
     (made.bank.path("broken") / "adapter_model.safetensors").write_bytes(b"damaged")
     for _ in range(2):  # killed and started again
-        server = Server(made, free_port())
+        server = Server(made)
         try:
             for name, reply in zip(names, want, strict=True):
                 status, answer = server.complete(row, name)
@@ -344,3 +344,16 @@ def test_the_server_resolves_mixtures_and_survives_bad_ones(made):
             assert {"math", "math:0.7+word:0.3"} <= listed
         finally:
             server.kill()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+def test_two_workers_of_a_model_answer_alike(made):
+    server = Server(made, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    try:
+        row = ids(30, 3)
+        for name, reply in zip(NAMES[1:], expected(made, [row] * 7, NAMES[1:]), strict=True):
+            status, answer = server.complete(row, name)
+            assert status == 200, answer
+            assert answer["choices"][0]["token_ids"] == reply
+    finally:
+        server.kill()
