@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import RwkvConfig
 
 from sigmix.cli import doctor as diagnose
@@ -28,6 +29,7 @@ def test_doctor(run, home):
 
 def test_doctor_names_the_reason_for_which_kernels_are_missing(run, home, monkeypatch):
     monkeypatch.setattr(native, "load_kernels", native.load_kernels.__wrapped__)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in run("doctor", "--base", home.base, "--json").json["machine"]["kernels"]["problem"]
     assert "no-such-compiler" in run("doctor", "--base", home.base).out
