@@ -53,10 +53,10 @@ class ForwardHandler(RequestHandler):
         sent = await self.request.json()
         names = options.model_fields_set - {"model", "sigmix", "max_completion_tokens"}
         body = {name: sent[name] for name in names} | {name: getattr(params, name) for name in DEFAULTED}
-        body["max_tokens"] = min(request.params.max_new_tokens for request in self.requests)
+        body["max_tokens"] = min(request.params.max_new_tokens for request in self.requests)  # one for all prompts
         if not options.stream:
             body.pop("stream_options", None)  # an error in vLLM
-        for name in [name for name in body if name.startswith("guided_")]:  # ignored by vLLM since 0.12
+        for name in [name for name in body if name.startswith("guided_")]:  # ignored by vLLM
             body["structured_outputs"] = {name.removeprefix("guided_"): body.pop(name)}
         if isinstance(options, ChatCompletionRequest):
             if not options.tools:
@@ -115,6 +115,7 @@ class ForwardHandler(RequestHandler):
                 yield event
 
     async def _exchange(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Send the request and yield the JSON objects of the answer."""
         assert self.service.upstreams is not None
         path = "chat/completions" if isinstance(self.options, ChatCompletionRequest) else "completions"
         (mix,) = {request.mix for request in self.requests}

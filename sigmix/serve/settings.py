@@ -134,11 +134,6 @@ class Settings(BaseSettings):
         except ValueError:
             return False
 
-    @field_validator("upstream")
-    @classmethod
-    def _once(cls, urls: list[str]) -> list[str]:
-        return list(dict.fromkeys(urls))
-
     @field_validator("upstream_key")
     @classmethod
     def _visible(cls, key: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -56,7 +57,7 @@ class Upstreams:
     stopped: asyncio.Future[None]
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.all = [Upstream(url) for url in settings.upstream]
+        self.all = [Upstream(url) for url in dict.fromkeys(settings.upstream)]
         self.interval, self.metrics = settings.upstream_interval, metrics
         key = settings.upstream_key
         self._client = httpx.AsyncClient(
@@ -146,9 +147,9 @@ class Upstreams:
         """
         for _ in range(ATTEMPTS):
             upstream = self._choose()
-            request = self._client.build_request(
-                "POST", f"{upstream.url}/{path}", json={**body, "model": upstream.model(mix)}
-            )
+            content = json.dumps({**body, "model": upstream.model(mix)})  # ASCII: httpx's own fails for lone surrogates
+            headers = {"content-type": "application/json"}
+            request = self._client.build_request("POST", f"{upstream.url}/{path}", content=content, headers=headers)
             failures = self.metrics.upstream_failures.labels(upstream.url)
             self.metrics.upstream_requests.labels(upstream.url).inc()
             upstream.in_flight += 1

@@ -45,7 +45,7 @@ def test_invalid_upstreams(url):
 
 
 def test_upstreams(monkeypatch):
-    urls = ["http://host:8000/v1/", "https://[::1]:8000/v1", "http://host:8000/v1"]
+    urls = ["http://host:8000/v1/", "https://[::1]:8000/v1"]
     assert load_settings(None, upstream=urls).upstream == ["http://host:8000/v1", "https://[::1]:8000/v1"]
     monkeypatch.setenv("SIGMIX_SERVE_UPSTREAM", '["http://host:8000/v1"]')
     monkeypatch.setenv("SIGMIX_SERVE_UPSTREAM_KEY", "sk-secret")

@@ -181,7 +181,7 @@ def router(tmp_path_factory):
         key = add_key(folder / "up" / "state" / "keys.json", "router")
         with (
             live(folder / "up", **limits) as upstream,
-            serving(folder, upstream=[f"{upstream.url}/v1/"], upstream_key=key, **limits) as client,
+            serving(folder, upstream=[f"{upstream.url}/v1/"] * 2, upstream_key=key, **limits) as client,
         ):
             client.upstream = upstream
             yield client
@@ -296,6 +296,9 @@ def test_the_body_has_the_limits_and_defaults_of_this_server(tmp_path, fake):
         assert (body["structured_outputs"], body["add_generation_prompt"]) == ({"regex": "a+"}, False)
         assert body["top_p"] == 0.5
         assert "guided_regex" not in body
+        surrogate = {"unused": "\ud800"}
+        assert client.chat(model="math", chat_template_kwargs=surrogate)[0] == 200
+        assert upstream.requests.pop()[1]["chat_template_kwargs"] == surrogate
         template = client.service.engine.tokenizer.chat_template
         client.service.engine.tokenizer.chat_template = "{% if enable_thinking %}{% endif %}" + template
         client.chat(model="math")
