@@ -54,7 +54,8 @@ def serve(config: Path = typer.Option(None, help="TOML file of settings; see doc
     socket = server.bind()
     host, port = socket.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    note(f"sigmix serves {settings.base} with {len(bank)} experts at http://{shown}:{port} (Ctrl-C stops it)")
+    through = f" through {', '.join(settings.upstream)}" if settings.upstream else ""
+    note(f"sigmix serves {settings.base} with {len(bank)} experts{through} at http://{shown}:{port} (Ctrl-C stops it)")
     # uvicorn raises the signal again after its shutdown
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):

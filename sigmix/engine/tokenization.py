@@ -22,6 +22,9 @@ TEMPLATE_ARGUMENTS = frozenset({
 })  # fmt: skip
 """Arguments of `encode_turns` and of ``apply_chat_template`` that are not variables of a template."""
 
+TEMPLATE_DEFAULTS = {"enable_thinking": False}
+"""Variables of a template by default: reasoning models skip their reasoning; other templates ignore it."""
+
 
 def encode(
     tokenizer: Any,
@@ -85,8 +88,7 @@ def encode_turns(
         tools: function tools {"type": "function", "function": {"name", "description", "parameters"}}.
         add_generation_prompt: append the start of the model's turn; default: unless ``continue_final_message``.
         continue_final_message: leave the last message open, to be continued.
-        template_options: other variables of the template. ``enable_thinking`` is False by default: reasoning models
-            skip their reasoning; other templates ignore it.
+        template_options: other variables of the template; see `TEMPLATE_DEFAULTS`.
 
     Raises:
         ConfigError: images for a text model, options that exclude each other, tools or tool turns that the template
@@ -111,7 +113,7 @@ def encode_turns(
     }  # fmt: skip
     if processor is None:
         _no_images(shown)
-        render = partial(tokenizer.apply_chat_template, **{"enable_thinking": False, **options})
+        render = partial(tokenizer.apply_chat_template, **{**TEMPLATE_DEFAULTS, **options})
     else:
         no_marks(processor, *(turn["content"] for turn in turns))
         turns = in_parts(turns)

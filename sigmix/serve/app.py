@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -38,7 +38,8 @@ def create_app(service: Service) -> ASGIApp:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if not service.started:
             service.start()
-        yield
+        async with service.upstreams or nullcontext():
+            yield
         service.close()
 
     app = FastAPI(title="sigmix", docs_url=None, redoc_url=None, lifespan=lifespan)

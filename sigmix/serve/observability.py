@@ -8,9 +8,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from sigmix.serve.upstream import Upstream
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -42,8 +45,21 @@ class Metrics:
         self.tokens = Counter("sigmix_tokens", "Prompt and generated tokens.", ["kind"], registry=registry)
         self.mixes = Counter("sigmix_mix_requests", "Requests by mixture.", ["mix"], registry=registry)
         self.feedback = Counter("sigmix_feedback", "Rewards by sign.", ["sign"], registry=registry)
+        self.upstream_requests = Counter(
+            "sigmix_upstream_requests", "Requests sent to an upstream.", ["upstream"], registry=registry
+        )
+        self.upstream_failures = Counter(
+            "sigmix_upstream_failures", "Requests without an answer, with a cut one, or with status 5xx.", ["upstream"],
+            registry=registry,
+        )  # fmt: skip
         Gauge("sigmix_rows", "Running sequences.", registry=registry).set_function(lambda: load()[0])
         Gauge("sigmix_waiting", "Queued requests.", registry=registry).set_function(lambda: load()[1])
+        self._upstream_healthy = Gauge(
+            "sigmix_upstream_healthy", "1 if an upstream receives requests.", ["upstream"], registry=registry
+        )
+        self._upstream_in_flight = Gauge(
+            "sigmix_upstream_in_flight", "Unanswered requests of an upstream.", ["upstream"], registry=registry
+        )
         self._mix_labels: set[str] = set()
 
     def on_start(self, mix_id: str, prompt_tokens: int, queue_seconds: float) -> None:
@@ -53,6 +69,13 @@ class Metrics:
         if len(self._mix_labels) < MAX_MIX_LABELS:
             self._mix_labels.add(mix_id)
         self.mixes.labels(mix_id if mix_id in self._mix_labels else "(others)").inc()
+
+    def watch_upstream(self, upstream: Upstream) -> None:
+        """Add the metrics of an upstream."""
+        self.upstream_requests.labels(upstream.url)
+        self.upstream_failures.labels(upstream.url)
+        self._upstream_healthy.labels(upstream.url).set_function(lambda: not upstream.problem)
+        self._upstream_in_flight.labels(upstream.url).set_function(lambda: upstream.in_flight)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

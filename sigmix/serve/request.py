@@ -7,11 +7,12 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -38,6 +39,8 @@ from sigmix.serve.service import Service
 from sigmix.serve.tool_parser import ToolCallParser
 
 log = logging.getLogger("sigmix.serve")
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 15.0  # interval of comments in a silent stream, which keep proxies from closing the connection
 
@@ -153,30 +156,49 @@ class RequestHandler:
         Raises:
             ClientDisconnected: the client closed the connection; its requests are cancelled.
         """
-        disconnected: asyncio.Future[Any] = asyncio.ensure_future(self._disconnected())
-        upcoming: asyncio.Future[Any] | None = None
         unfinished = len(self.choices)
         try:
-            while unfinished:
-                upcoming = upcoming or asyncio.ensure_future(self._events.get())
+            async with aclosing(self._watch(self._events.get, heartbeat)) as events:
+                async for item in events:
+                    unfinished -= item is not None and isinstance(item[1], Finished)
+                    yield item
+                    if not unfinished:
+                        break
+        finally:
+            for request in self.requests:
+                self.service.scheduler.cancel(request)
+
+    async def _watch(
+        self, receive: Callable[[], Awaitable[T]], heartbeat: float | None = None
+    ) -> AsyncGenerator[T | None, None]:
+        """Yield what ``receive`` returns, again and again; None after ``heartbeat`` silent seconds.
+
+        Raises:
+            ClientDisconnected: the client closed the connection.
+        """
+        disconnected: asyncio.Future[Any] = asyncio.ensure_future(self._disconnected())
+        upcoming: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                upcoming = upcoming or asyncio.ensure_future(receive())
                 await asyncio.wait({disconnected, upcoming}, timeout=heartbeat, return_when=asyncio.FIRST_COMPLETED)
                 if upcoming.done():
-                    number, event = upcoming.result()
-                    upcoming = None
-                    unfinished -= isinstance(event, Finished)
-                    yield number, event
+                    item, upcoming = upcoming.result(), None
+                    yield item
                 elif disconnected.done():
+                    disconnected.result()
                     raise ClientDisconnected
                 else:
                     yield None
         finally:
-            disconnected.cancel()
-            if upcoming is not None:
-                upcoming.cancel()
-            for request in self.requests:
-                self.service.scheduler.cancel(request)
+            pending: list[asyncio.Future[Any]] = [disconnected, *filter(None, [upcoming])]
+            for future in pending:
+                future.cancel()
+            with anyio.CancelScope(shield=True):  # ``receive`` may have a connection to close
+                await asyncio.gather(*pending, return_exceptions=True)
 
     async def _disconnected(self) -> None:
+        """Return once the client has closed the connection."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 

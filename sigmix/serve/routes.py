@@ -22,6 +22,7 @@ from sigmix.serve.adaptation import Adaptation
 from sigmix.serve.auth import ApiKey
 from sigmix.serve.dependencies import KeyDep, ServiceDep, in_thread, require_admin
 from sigmix.serve.fair_queue import QueueFullError
+from sigmix.serve.forward import ForwardHandler
 from sigmix.serve.protocol.base import as_prompts
 from sigmix.serve.protocol.builder import ResponseBuilder, embeddings_response
 from sigmix.serve.protocol.errors import ApiError, api_error, api_errors, rate_limited
@@ -59,6 +60,10 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, servic
     return await (await _chat_handler(body, request, service, key)).respond()
 
 
+def _handler(service: Service) -> type[RequestHandler]:
+    return RequestHandler if service.upstreams is None else ForwardHandler
+
+
 async def _chat_handler(
     body: ChatCompletionRequest, request: Request, service: Service, key: ApiKey, builder: ResponseBuilder | None = None
 ) -> RequestHandler:
@@ -67,17 +72,19 @@ async def _chat_handler(
     if body.model == AUTO and not user.strip():
         raise ApiError(400, "messages must contain a non-empty user message for the model auto", param="messages")
     new_parser = None
-    if tools := body.rendered_tools():
+    if (tools := body.rendered_tools()) and service.upstreams is None:
         required = body.required_functions()
         parser = JsonParser if required else await in_thread("tools", service.tool_call_parser, tools)
         new_parser = partial(parser, tools, body.parallel_tool_calls)
     ids = await in_thread("messages", service.encode_chat, turns, **body.template_options())
-    return RequestHandler(service, request, key, body, [(ids, user)], new_parser=new_parser, builder=builder)
+    return _handler(service)(service, request, key, body, [(ids, user)], new_parser=new_parser, builder=builder)
 
 
 @router.post("/v1/responses")
 async def responses(body: ResponsesRequest, request: Request, service: ServiceDep, key: KeyDep) -> Response:
     """Generate the next items of a conversation, in the format of OpenAI's Responses API."""
+    if service.upstreams is not None:
+        raise ApiError(501, "a server with upstreams has no responses; use POST /v1/chat/completions", "server_error")
     temperature = service.settings.default_temperature if body.temperature is None else body.temperature
     builder = ResponsesBuilder(body, temperature, service.fingerprint, service.token_bytes)
     try:
@@ -103,7 +110,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         await in_thread(place, service.fit_context, prompt, body.token_limit())
         prompts.append((prompt, await in_thread(place, service.decode, prompt)))
         echoes.append(await in_thread(place, service.decode, prompt, skip_special_tokens=False))
-    return await RequestHandler(service, request, key, body, prompts, echoes if body.echo else None).respond()
+    return await _handler(service)(service, request, key, body, prompts, echoes if body.echo else None).respond()
 
 
 @router.post("/v1/embeddings")
@@ -216,6 +223,8 @@ def _model(service: Service, name: str, kind: str, **metadata: Any) -> dict[str,
 @router.post("/v1/adapt", status_code=202)
 async def adapt(body: AdaptRequest, service: ServiceDep, key: KeyDep) -> dict[str, Any]:
     """Start a background search for a mixture on labelled examples."""
+    if body.granularity == "layer" and service.upstreams is not None:
+        raise ApiError(400, "granularity must be model on a server with upstreams", param="granularity")
     if len(body.examples) > service.settings.max_examples:
         raise ApiError(400, f"at most {service.settings.max_examples} examples", param="examples")
     for number, one in enumerate(body.examples):
@@ -274,7 +283,12 @@ async def health(service: ServiceDep) -> Response:
     stopped = "closing" if service.closing else "failed" if service.started else "starting"
     status = "ok" if service.ready else stopped
     step = service.engine.decode_step
-    return JSONResponse({"status": status, "compiled": step is not None and step.active}, 200 if service.ready else 503)
+    body: dict[str, Any] = {"status": status, "compiled": step is not None and step.active}
+    if (upstreams := service.upstreams) is not None:  # without addresses: this route needs no key
+        body["upstreams"] = {"all": len(upstreams.all), "healthy": len(upstreams.healthy)}
+        if status == "ok" and not upstreams.healthy:
+            body["status"] = "no healthy upstream"
+    return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 
 
 # --- Administration

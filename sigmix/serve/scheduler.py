@@ -115,7 +115,7 @@ class GenerationRequest:
     text: str = ""
     strategy: str = ""
     params: SamplingParams = field(default_factory=SamplingParams)  # except the seed
-    seeds: Sequence[int] = (0,)  # one per choice
+    seeds: Sequence[int] = (0,)  # one per choice; none: the request ends once its mixture is decided
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
     prompt_logprobs: bool = False
@@ -314,6 +314,8 @@ class Scheduler:
             with self._isolating(request):
                 self._start(request, decision, now - request.queued_at)
                 new += request.running
+            if not request.running:
+                self._finish(request)
         self.batch.add(new)
 
     def _start(self, request: GenerationRequest, decision: Decision, queue_seconds: float) -> None:

@@ -32,6 +32,7 @@ from sigmix.serve.scheduler import Scheduler, SharedEngine
 from sigmix.serve.settings import Settings
 from sigmix.serve.store import Store
 from sigmix.serve.tool_parser import ToolCallParser, tool_call_parser
+from sigmix.serve.upstream import Upstreams
 
 log = logging.getLogger("sigmix.serve")
 
@@ -42,6 +43,8 @@ CALL_TIMEOUT = 120.0  # seconds to wait for the scheduler's thread when an exper
 
 class Service:
     """Engine, scheduler, registry, store and API keys of one server.
+
+    With upstreams, the engine only decides on the mixtures of completions.
 
     Args:
         model, tokenizer: base model and its tokenizer.
@@ -69,10 +72,11 @@ class Service:
         self.registry = ModelRegistry(bank, self.store, settings.expert_folders)
         self.engine = SharedEngine(
             model, tokenizer, self.registry, keep_prefixes=PREFIX_BYTES, decode_weights=settings.decode_weights,
-            compile=settings.compile,
+            compile=settings.compile and not settings.upstream,
         )  # fmt: skip
         self.fine_tuning = FineTuning(self)
-        self.fine_tuning.load_models()
+        if not settings.upstream:  # which lack these experts
+            self.fine_tuning.load_models()
         self._tokenizer = copy.deepcopy(tokenizer)  # not thread-safe; the scheduler uses the original
         self._tokenizer_lock = threading.Lock()
         self._embeddings_lock = asyncio.Lock()
@@ -82,6 +86,7 @@ class Service:
         self.check_strategy(self.default_strategy)
         self.scheduler = Scheduler(self.engine, self.strategies, settings)
         self.metrics = self.scheduler.metrics
+        self.upstreams = Upstreams(settings, self.metrics) if settings.upstream else None
         self.adaptations = AdaptationWorker(self.engine, self.registry, graders)
         self.fingerprint = f"fp_{short(self.engine.base_fingerprint)}"
         self.created = int(time.time())
@@ -131,9 +136,10 @@ class Service:
         """Warm up, then accept requests."""
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
-        mixes = [Mix.base(), *map(Mix.one, self.registry)]
-        self.engine.generate(["Hello"], max_new_tokens=2)
-        self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2)
+        if self.upstreams is None:
+            mixes = [Mix.base(), *map(Mix.one, self.registry)]
+            self.engine.generate(["Hello"], max_new_tokens=2)
+            self.engine.generate(["Hello"] * len(mixes), mixes, max_new_tokens=2)
         self.strategies[self.default_strategy].decide(["Hello"])
         release_thread_pool()  # from now on the scheduler's thread computes
         self.scheduler.start()
@@ -147,6 +153,8 @@ class Service:
             if self._closed:
                 return
             self._closed = True
+            if self.upstreams is not None:
+                self.upstreams.stop(self.settings.shutdown_timeout)
             if self.started:
                 self.fine_tuning.stop()
                 self.adaptations.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from sigmix.errors import ConfigError, reraised
@@ -20,6 +20,21 @@ else:
     import tomli as tomllib
 
 Source = PydanticBaseSettingsSource
+
+
+def _upstream_url(text: str) -> str:
+    """Return a URL without a slash at its end. Raises ValueError: not the base URL of an API."""
+    import httpx
+
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host or url.path == "/" or url.query or url.fragment:
+        raise ValueError("must be the base URL of an OpenAI-compatible API, such as http://localhost:8001/v1")
+    if url.userinfo:
+        raise ValueError("must have no user and password; give the key as upstream_key")
+    return text.rstrip("/")
 
 
 class Settings(BaseSettings):
@@ -55,6 +70,17 @@ class Settings(BaseSettings):
     allowed_origins: list[str] = Field([], description="Origins of web pages that may call the server (CORS).")
     keys: Path | None = Field(None, description="File of API keys. Default: keys.json in the state folder.")
     expert_folders: list[Path] = Field([], description="Folders from which experts may be loaded at run time.")
+
+    # upstreams
+    upstream: list[Annotated[str, AfterValidator(_upstream_url)]] = Field(
+        [],
+        description="OpenAI-compatible server that generates in place of this one, such as vLLM with sigmix's plugin: "
+        "http://localhost:8001/v1. Repeat the option for several.",
+    )
+    upstream_key: str | None = Field(
+        None, repr=False, description="API key that is sent upstream; rather set SIGMIX_SERVE_UPSTREAM_KEY."
+    )
+    upstream_interval: float = Field(5.0, gt=0, description="Seconds between health checks of an upstream.")
 
     # limits
     max_body_bytes: int = Field(512 << 10, ge=1024, description="Bytes of a request body.")
@@ -108,6 +134,19 @@ class Settings(BaseSettings):
         except ValueError:
             return False
 
+    @field_validator("upstream_key")
+    @classmethod
+    def _visible(cls, key: str | None) -> str | None:
+        if key is not None and not (key and all("!" <= character <= "~" for character in key)):
+            raise ValueError("must be visible ASCII characters, without spaces")
+        return key
+
+    @model_validator(mode="after")
+    def _no_training(self) -> Settings:
+        if self.upstream:  # which would lack the expert
+            self.training = "off"
+        return self
+
     @field_validator("allowed_origins")
     @classmethod
     def _no_wildcard(cls, origins: list[str]) -> list[str]:
@@ -138,6 +177,5 @@ def load_settings(file: Path | None = None, **options: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"setting {name}: {first['msg']}, got {first.get('input')!r}", remedy="see `sigmix serve --help`"
-        ) from error
+        given = "" if name == "upstream_key" else f", got {first.get('input')!r}"
+        raise ConfigError(f"setting {name}: {first['msg']}{given}", remedy="see `sigmix serve --help`") from error

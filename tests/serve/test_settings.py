@@ -34,6 +34,32 @@ def test_invalid_values(name, value):
 
 
 @pytest.mark.parametrize(
+    "url",
+    ["host:8000", "ftp://host/v1", "http://", "http:///v1", "http://host:8000", "http://host/", "http://host:x/v1", "",
+     "http://host/v1?a=b", "http://me:secret@host/v1"],
+)  # fmt: skip
+def test_invalid_upstreams(url):
+    with pytest.raises(ConfigError) as error:
+        load_settings(None, upstream=["http://host/v1", url])
+    assert "upstream.1" in str(error.value)
+
+
+def test_upstreams(monkeypatch):
+    urls = ["http://host:8000/v1/", "https://[::1]:8000/v1"]
+    assert load_settings(None, upstream=urls).upstream == ["http://host:8000/v1", "https://[::1]:8000/v1"]
+    monkeypatch.setenv("SIGMIX_SERVE_UPSTREAM", '["http://host:8000/v1"]')
+    monkeypatch.setenv("SIGMIX_SERVE_UPSTREAM_KEY", "sk-secret")
+    settings = load_settings()
+    assert (settings.upstream, settings.upstream_key) == (["http://host:8000/v1"], "sk-secret")
+    assert "sk-secret" not in repr(settings)
+    monkeypatch.setenv("SIGMIX_SERVE_UPSTREAM_KEY", "sk-secret\n")
+    with pytest.raises(ConfigError) as error:
+        load_settings()
+    assert "upstream_key" in str(error.value)
+    assert "sk-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "content, named", [(None, "serve.toml"), ("port = = 3", "serve.toml"), ("prot = 3", "prot"), ("port = 'x'", "port")]
 )
 def test_invalid_files(tmp_path, content, named):

@@ -47,7 +47,11 @@ def decision_json(decision: Decision, queue_seconds: float) -> dict[str, Any]:
 
 
 class ResponseBuilder:
-    """Builder of the response objects of one request, a chat completion if ``chat``, else a text completion."""
+    """Builder of the response objects of one request, a chat completion if ``chat``, else a text completion.
+
+    Attributes:
+        head: fields that the whole response and every event of a stream share.
+    """
 
     incremental = False  # True: a whole response, too, is built from the events of its stream
 
@@ -56,7 +60,7 @@ class ResponseBuilder:
     ) -> None:
         self.chat, self.token_bytes, self.logprobs = chat, token_bytes, logprobs
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
-        self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+        self.head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
     def response(self, choices: Sequence[Choice], usage: dict[str, int], sigmix: Any) -> dict[str, Any]:
         """Return a whole response."""
@@ -68,7 +72,7 @@ class ResponseBuilder:
             content = {"message": message} if self.chat else {"text": choice.text}
             listed.append(self._choice(index, content, choice.tokens, choice.finish_reason))
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": listed, "usage": usage, "sigmix": sigmix}
+        return {**self.head, "object": kind, "choices": listed, "usage": usage, "sigmix": sigmix}
 
     # Events of a stream
 
@@ -109,7 +113,7 @@ class ResponseBuilder:
 
     def _chunk(self, choices: Sequence[dict[str, Any]], **extra: Any) -> str:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return sse({**self._head, "object": kind, "choices": list(choices), **extra})
+        return sse({**self.head, "object": kind, "choices": list(choices), **extra})
 
     def _choice(
         self, index: int, content: dict[str, Any], tokens: Sequence[Token] | None = None,
