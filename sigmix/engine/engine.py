@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any
 
 import torch
 
 from sigmix.engine import scoring
 from sigmix.engine.base import Prompt
+from sigmix.engine.base_engine import BaseEngine, check_stop_strings
 from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.cpu.decode_step import DecodeStep
 from sigmix.engine.cpu.kernels import PACKED_BYTES, contiguous_head
-from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.execution import MERGED_BYTES, Execution
-from sigmix.engine.generation import Generation, SamplingParams, SequenceState, choice_seed
+from sigmix.engine.generation import SamplingParams, SequenceState
 from sigmix.engine.kv_cache import Prefilled
 from sigmix.engine.prefix_cache import (
     PREFIX_BYTES,
@@ -29,27 +27,20 @@ from sigmix.engine.prefix_cache import (
     prefill,
     right_pad,
 )
-from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
-from sigmix.engine.tokenization import check_context, check_tokens, context_length, encode, eos_token_ids, has_template
-from sigmix.errors import ConfigError, ContextError
+from sigmix.engine.structured_output import StructuredOutput
+from sigmix.engine.tokenization import check_tokens
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix
 from sigmix.models.batching import batching
-from sigmix.models.multimodal import as_token_ids, forward_inputs
-from sigmix.utils.images import Shown
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
-T = TypeVar("T")
+from sigmix.models.multimodal import forward_inputs
 
 MIN_GAIN = 16
 """Tokens that a prefix must have beyond the chat template's to be cached."""
 
 
-class Engine:
+class Engine(BaseEngine):
     """Generation and logits under mixtures of a bank's experts. The base weights never change.
 
     Args:
@@ -71,7 +62,6 @@ class Engine:
     Attributes:
         batching: padding and cache that the model supports, see `Batching`.
         decode_step: compiled decode step; None without ``compile``.
-        eos_token_ids: tokens that end a completion.
         state_id: changes whenever the adapted layers are switched.
     """
 
@@ -86,13 +76,12 @@ class Engine:
         decode_weights: str | None = None,
         compile: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(model, tokenizer)
         self.batching = batching(model)
         experts = bank if bank is not None else {}
         self.execution = Execution(model, experts, keep_merged, keep_packed, decode_weights, native=compile)
         self.layers = self.execution.layers
         self.prefix_cache = PrefixCache(model, keep_prefixes)
-        self.eos_token_ids = eos_token_ids(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.eos_token_ids[0] if self.eos_token_ids else 0)
         self.state_id = 0
@@ -100,62 +89,12 @@ class Engine:
         contiguous_head(model)
         self.decode_step = DecodeStep(model) if compile else None
 
-    # ------------------------------------------------------------------ prompts and mixtures
-
-    def encode(
-        self,
-        prompt: Prompt,
-        system: str | None = None,
-        chat: bool | None = None,
-        images: Shown | Sequence[Shown] | None = (),
-        **template_options: Any,
-    ) -> list[int]:
-        """Return token ids of a prompt; ids pass through. See `sigmix.engine.tokenization.encode`."""
-        if isinstance(prompt, Mapping) or not hasattr(prompt, "__len__"):
-            raise ConfigError(
-                f"a prompt is a text, a list of messages or a list of token ids, not {prompt!r}",
-                remedy="give a list of prompts: generate([prompt])",
-            )
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
-            return encode(self.tokenizer, cast(Any, prompt), system, chat, images, **template_options)
-        return as_token_ids(cast(Sequence[int], prompt))
-
-    @property
-    def base_name(self) -> str | None:
-        """Name of the base model, if `load_base` loaded it."""
-        return (getattr(self.model, "sigmix_base", None) or {}).get("name")
+    # ------------------------------------------------------------------ mixtures
 
     @property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model."""
         return fingerprint(self.model)
-
-    @property
-    def context_length(self) -> int | None:
-        """Context length in tokens; None if the config does not state one."""
-        return context_length(self.model)
-
-    def check_prompt(self, ids: Sequence[int], max_new_tokens: int, what: str = "the prompt") -> None:
-        """Raise `ContextError` unless the model can read a prompt and answer it, see `check_context`."""
-        check_context(self.model, ids, max_new_tokens, what, self.tokenizer)
-
-    def check_params(self, params: SamplingParams) -> None:
-        """Raise `ConfigError` for a sampling option out of range."""
-        params.check(min(len(self.tokenizer), self.model.config.get_text_config().vocab_size))
-
-    def compile_grammar(self, output: StructuredOutput | None) -> LLMatcher | None:
-        """Return a structured output's matcher for one sequence; for any thread, see `GrammarCompiler`."""
-        if output is None:
-            return None
-        if not isinstance(output, StructuredOutput):
-            raise ConfigError(
-                f"a structured output is a StructuredOutput, not {output!r}", remedy="StructuredOutput(json=schema)"
-            )
-        return self._grammars.compile(output)
-
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.eos_token_ids)
 
     def check_mix(self, mix: Mix) -> None:
         """Raise as `z` does unless a mixture can run on this base."""
@@ -173,11 +112,6 @@ class Engine:
         """
         return {} if mix == Mix.base() else self.execution.layout.split(self.execution.z(mix))
 
-    def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
-        """Return a `Mix` for each of ``count`` prompts, from one for all or one for each; None is the base."""
-        each: list[Any] = _for_each("mixes", mix, count)
-        return [Mix.base() if one is None else Mix.parse(one) if isinstance(one, str) else one for one in each]
-
     @property
     def bank(self) -> Bank | Mapping[str, Any]:
         """Experts by name; another bank may be set at any time."""
@@ -189,83 +123,9 @@ class Engine:
 
     # ------------------------------------------------------------------ generation
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        seeds: Sequence[int] | None = None,
-        num_return_sequences: int = 1,
-        structured_output: StructuredOutput | Sequence[StructuredOutput | None] | None = None,
-        stop_strings: Sequence[str] = (),
-        form: str | None = None,
-        chat: bool | None = None,
-        batch_size: int = 64,
-        keep_errors: bool = False,
-        **options: Any,
-    ) -> list[Generation]:
-        """Generate completions of prompts.
-
-        Args:
-            prompts: B user turns, or token-id lists.
-            mix: one for all, or one for each; None is the base.
-            params: sampling options, one for all or one for each prompt; default: ``options``.
-            seeds: random seeds, one per completion; default: see `choice_seed`, or the completion's index if there are
-                no ``params``.
-            num_return_sequences: completions per prompt; those of one prompt are side by side.
-            structured_output: constraint on the completions, one for all or one for each prompt.
-            stop_strings: strings that end a completion; they are cut off its text. They may contain special tokens.
-            form: see `Execution.choose`.
-            chat: apply the chat template; None: if there is one.
-            keep_errors: return a `Generation` with finish "error" for a prompt that fails, in place of raising.
-            options: fields of `SamplingParams`, except the seed.
-
-        Raises:
-            ContextError: a prompt that does not fit the context. UnknownNameError, ExpertError: see `z`; also logits
-            that are not finite. ConfigError: invalid options.
-        """
-        if isinstance(prompts, str):
-            raise ConfigError("prompts must be a list, not one string", remedy="generate([prompt])[0]")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-        if num_return_sequences < 1:
-            raise ConfigError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
-        count = len(prompts) * num_return_sequences
-        if seeds is not None and len(seeds) != count:
-            raise ConfigError(
-                f"{len(seeds)} seeds for {len(prompts)} prompts with num_return_sequences={num_return_sequences}",
-                remedy=f"give {count} seeds, one for each completion",
-            )
-        if params is not None and options:
-            raise ConfigError("params and single sampling options are both given", remedy="give one of them")
-        if "seed" in options:
-            raise ConfigError("seed is an option of one completion", remedy="give seeds, one for each completion")
-        each = _for_each("params", SamplingParams(**options) if params is None else params, len(prompts))
-        for given in each:
-            self.check_params(given)
-        _check_stop_strings(stop_strings)
-        mixes = self.mixes(mix, len(prompts))
-        outputs = _for_each("structured outputs", structured_output, len(prompts))
-        sequences: list[SequenceState] = []
-        for number, prompt in enumerate(prompts):
-            ids = self.encode(prompt, chat=chat)
-            for index in range(num_return_sequences):
-                row = len(sequences)
-                default = row if params is None else choice_seed(each[number].seed, index)
-                own = replace(each[number], seed=default if seeds is None else seeds[row])
-                sequences.append(self._sequence(ids, own, mixes[number], chat, stop_strings, outputs[number]))
-        for row, one in enumerate(sequences):
-            try:
-                what = f"prompt {row // num_return_sequences}"
-                self.check_prompt(one.prompt_ids, one.params.max_new_tokens, what)
-            except ContextError as error:
-                if not keep_errors:
-                    raise
-                one.fail(error)
-        fit = [row for row, one in enumerate(sequences) if not one.finish]
-        for part in self.execution.batches(fit, [one.mix for one in sequences], batch_size, form):
+    def decode(self, sequences: Sequence[SequenceState], form: str | None, batch_size: int, keep_errors: bool) -> None:
+        """Run sequences to their end in batches, see `Execution.batches`."""
+        for part in self.execution.batches(range(len(sequences)), [one.mix for one in sequences], batch_size, form):
             with ContinuousBatch(self, form, chunked=False) as batch:
                 batch.add([sequences[row] for row in part])
                 while batch:
@@ -273,24 +133,6 @@ class Engine:
             errors = [failed for row in part if (failed := sequences[row].error) is not None]
             if errors and not keep_errors:
                 raise errors[0]
-        return [self._generation(one) for one in sequences]
-
-    def _generation(self, one: SequenceState) -> Generation:
-        if one.error is not None:
-            return Generation("", [], [], one.mix, len(one.prompt_ids), one.finish, one.error)
-        assert one.detokenizer is not None
-        one.detokenizer.flush()
-        return Generation(one.detokenizer.text, one.ids, one.logprobs, one.mix, len(one.prompt_ids), one.finish)
-
-    def _sequence(
-        self, ids: list[int], params: SamplingParams, mix: Mix, chat: bool | None, stop_strings: Sequence[str],
-        output: StructuredOutput | None,
-    ) -> SequenceState:  # fmt: skip
-        # a chat reply is a text of its own; without a chat template the text continues the prompt
-        reply = has_template(self.tokenizer) if chat is None else chat
-        # a constraint holds for the bytes of the tokens, so all of them are kept
-        detokenizer = StreamingDetokenizer(self.tokenizer, stop_strings, () if reply and output is None else ids)
-        return SequenceState(ids, params, mix, detokenizer, matcher=self.compile_grammar(output))
 
     @torch.no_grad()
     def stream(
@@ -311,7 +153,7 @@ class Engine:
         """
         params = SamplingParams(max_new_tokens, **options)
         self.check_params(params)
-        _check_stop_strings(stop_strings)
+        check_stop_strings(stop_strings)
         ids = self.encode(prompt, chat=chat)
         one = self._sequence(ids, params, self.mixes(mix, 1)[0], chat, stop_strings, structured_output)
         self.check_prompt(one.prompt_ids, max_new_tokens)
@@ -473,20 +315,3 @@ class Engine:
         template = self._template if all(row[: len(self._template)] == self._template for row in rows) else []
         # little more than the template's prefix would seldom be used again
         return template if common < len(template) + MIN_GAIN else rows[0][:common]
-
-
-def _check_stop_strings(stop_strings: Sequence[str]) -> None:
-    if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
-        raise ConfigError(
-            f"stop_strings must be a list of strings that are not empty, not {stop_strings!r}",
-            remedy="stop_strings=['END']",
-        )
-
-
-def _for_each(what: str, given: T | Sequence[T], count: int) -> list[T]:
-    """Return one value for each prompt, from one for all or one for each."""
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        return [given] * count
-    if len(given) != count:
-        raise ConfigError(f"{len(given)} {what} for {count} prompts", remedy="give one for all, or one for each prompt")
-    return list(given)

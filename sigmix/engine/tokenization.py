@@ -311,12 +311,14 @@ def check_context(
     what: str = "the prompt",
     tokenizer: Any = None,
     option: str = "--max-new-tokens",
+    limit: int | None = None,
 ) -> None:
     """Check that a model can read a prompt and answer it.
 
     Args:
         tokenizer: see `check_tokens`.
         option: name of the option that sets ``max_new_tokens``.
+        limit: context length in tokens; None: the model's.
 
     Raises:
         PromptError: an empty prompt, or see `check_tokens`.
@@ -325,7 +327,7 @@ def check_context(
     if not ids:
         raise PromptError(f"{what} is empty", remedy="give some text")
     check_tokens(model, ids, what, tokenizer)
-    limit = context_length(model)
+    limit = context_length(model) if limit is None else limit
     if limit is not None and len(ids) + max_new_tokens > limit:
         room, has = max(limit - max_new_tokens, 0), f"{what} has {len(ids)} tokens"
         if max_new_tokens <= 1:
