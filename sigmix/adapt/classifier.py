@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sigmix.adapt.base import DISPATCH, labels
 from sigmix.adapt.prompt import PromptDispatch
-from sigmix.engine import Engine
+from sigmix.engine.base import InferenceEngine
 from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
@@ -23,7 +23,7 @@ class ClassifierDispatch(PromptDispatch):
 
     name = "B (classifier)"
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self.expert = expert = _classifier(engine.bank)
         self.subject = f"the classification expert {expert}"
         super().__init__(engine, calibrate=False, mix=Mix.one(expert))

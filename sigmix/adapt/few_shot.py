@@ -15,7 +15,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ import torch
 from sigmix.adapt.base import Decision, skills
 from sigmix.adapt.search import SEARCHERS, Searcher
 from sigmix.engine import Engine
+from sigmix.engine.base import InferenceEngine
 from sigmix.engine.prefix_cache import common_prefix
-from sigmix.engine.scoring import replies_and_logprobs
 from sigmix.engine.tokenization import reply_ids
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.expert import Expert
@@ -222,7 +222,7 @@ class FewShotSearch:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: InferenceEngine,
         examples: Sequence[Example | tuple[str, str]],
         score: Score,
         *,
@@ -261,11 +261,16 @@ class FewShotSearch:
         self.method, self.seed = method, seed
         names = tuple(skills(engine.bank) if experts is None else experts)
         for name in names:
-            engine.z(Mix.one(name))
+            engine.check_mix(Mix.one(name))
         self.space: AlphaSpace | ZSpace
         if granularity == "z":
             if method != "swarm":
                 raise ConfigError(f"granularity z needs the swarm, not {method}", remedy="method='swarm'")
+            if not isinstance(engine, Engine):
+                raise ConfigError(
+                    f"granularity z makes experts in memory, which {type(engine).__name__} does not read",
+                    remedy="use sigmix's own engine: --engine own, or granularity model, layer or matrix",
+                )
             starts = {name: engine.execution.z(Mix.one(name)) for name in names}
             self.space = ZSpace(engine.execution.layout, starts, _common_positions(names, engine.bank))
         else:
@@ -287,8 +292,8 @@ class FewShotSearch:
             count = len(self.examples)
             # each candidate reads it once
             start = None if any(one.images for one in self.examples) else self.rows[0][: common_prefix(self.rows)]
-            replies, logprobs = replies_and_logprobs(
-                self.engine, self.rows * len(new), self.answers * len(new), [mix for mix in new for _ in range(count)],
+            replies, logprobs = self.engine.replies_and_logprobs(
+                self.rows * len(new), self.answers * len(new), [mix for mix in new for _ in range(count)],
                 max_new_tokens=self.max_new_tokens, start=start, batch_size=self.batch_size,
             )  # fmt: skip
             for place, mix in enumerate(new):
@@ -302,7 +307,8 @@ class FewShotSearch:
 
     def fit(self) -> Mix:
         """Return the best mixture. With granularity "z" it names ``expert``, which is not in the engine's bank."""
-        space, bank = self.space, self.engine.bank
+        space, engine = self.space, cast(Any, self.engine)  # a `ZSpace` sets the bank, which `Engine` has as a property
+        bank = engine.bank
         free = isinstance(space, ZSpace)
         # noise on z would be larger than the differences between experts
         options: dict[str, Any] = {"noise": 0.0} if free else {}
@@ -317,7 +323,7 @@ class FewShotSearch:
                 candidates, before = searcher.ask(), searcher.best_value
                 mixes = [space.mix(vector) for vector in candidates]
                 if isinstance(space, ZSpace):
-                    self.engine.bank = ChainMap(space.candidates, bank)  # type: ignore[arg-type]
+                    engine.bank = ChainMap(space.candidates, bank)
                 values = self.evaluate(mixes)
                 searcher.tell(candidates, values)
                 assert searcher.best is not None
@@ -337,7 +343,7 @@ class FewShotSearch:
                     self.progress(self.trace[-1])
         finally:
             if free:
-                self.engine.bank = bank
+                engine.bank = bank
         assert self.result is not None
         if isinstance(space, ZSpace):
             self.expert = space.candidates.get(next(iter(self.result.weights), ""))

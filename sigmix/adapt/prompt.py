@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_readable, labels
-from sigmix.engine import Engine
+from sigmix.engine.base import InferenceEngine
 from sigmix.engine.constrained import TokenTrie
-from sigmix.engine.scoring import next_logits
 from sigmix.errors import ContextError
 from sigmix.experts.mix import Mix
 
@@ -44,11 +43,11 @@ class PromptDispatch:
     name = "A (prompt)"
     subject = "the base"
 
-    def __init__(self, engine: Engine, *, calibrate: bool = True, mix: Mix | None = None) -> None:
+    def __init__(self, engine: InferenceEngine, *, calibrate: bool = True, mix: Mix | None = None) -> None:
         self.engine, self.mix = engine, mix or Mix.base()
         self.labels = labels(engine.bank)
         check_bank(engine)
-        engine.z(self.mix)
+        engine.check_mix(self.mix)
         names = [label.name for label in self.labels]
         self.trie = TokenTrie.from_texts(engine.tokenizer, names, engine.eos_token_ids)
         one, two = self._encode("a"), self._encode("7 b")
@@ -79,12 +78,11 @@ class PromptDispatch:
         tokens = [0] * len(rows)
         if len(replies) == 1:
             return scores, tokens
-        cached = len(self.prefix) if self.engine.prefix_cache.usable(self.prefix) else 0
+        cached = self.engine.cached_tokens(self.prefix)
         for stem in self.trie.branches():
             options = self.trie.allowed(stem)
             tokens = [count + len(row) - cached + len(stem) for count, row in zip(tokens, rows, strict=True)]
-            logits = next_logits(self.engine, rows, self.mix, answer=stem, start=self.prefix)
-            logprobs = logits[:, options].log_softmax(-1)
+            logprobs = self.engine.next_logprobs(rows, options, self.mix, answer=stem, start=self.prefix)
             for column, ids in enumerate(replies):
                 if ids[: len(stem)] == stem:
                     scores[:, column] += logprobs[:, options.index(ids[len(stem)])]

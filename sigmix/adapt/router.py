@@ -171,6 +171,11 @@ class RouterDispatch:
     name = "D (router)"
 
     def __init__(self, engine: HiddenStatesEngine, *, soft: bool = False) -> None:
+        if not hasattr(engine, "hidden_states"):
+            raise ConfigError(
+                f"strategy D reads hidden states of the base, which {type(engine).__name__} does not return",
+                remedy="use strategy A or B, or sigmix's own engine: --engine own",
+            )
         self.engine, self.soft = engine, soft
         check_bank(engine)
         if len(unrouted(engine.bank, engine.base_fingerprint)) == len(skills(engine.bank)):

@@ -143,8 +143,8 @@ def open_strategy(engine: InferenceEngine, choice: str = AUTO) -> Strategy:
     """Return a strategy for the engine's bank.
 
     Args:
-        choice: letter or name. "auto" is the router (D) if an expert has request statistics, else the classifier (B)
-            if the bank has exactly one, else the prompt (A).
+        choice: letter or name. "auto" is the router (D) if an expert has request statistics and the engine returns
+            hidden states, else the classifier (B) if the bank has exactly one, else the prompt (A).
 
     Raises:
         UnknownNameError: unknown strategy. ConfigError, ExpertError, FingerprintError: see the strategies.
@@ -153,5 +153,5 @@ def open_strategy(engine: InferenceEngine, choice: str = AUTO) -> Strategy:
     if letter == AUTO:
         routed = set(skills(bank)) - set(unrouted(bank, engine.base_fingerprint))
         classifiers = [name for name in bank if bank[name].meta.get("domain") == DISPATCH]
-        letter = "D" if routed else "B" if len(classifiers) == 1 else "A"
+        letter = "D" if routed and hasattr(engine, "hidden_states") else "B" if len(classifiers) == 1 else "A"
     return STRATEGIES[letter][1](engine)

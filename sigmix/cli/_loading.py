@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigmix.cli._console import Progress, note, working
-from sigmix.errors import ConfigError, reraised
+from sigmix.errors import ConfigError, UnknownNameError, reraised
 from sigmix.utils.io import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sigmix.engine import Engine
+    from sigmix.engine.base import InferenceEngine
     from sigmix.experts.bank import Bank
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
     from sigmix.tasks.base import Task
     from sigmix.tasks.dataset import DataConfig
+
+ENGINES = ("own", "vllm")
 
 
 def read_targets(text: str | None) -> list[str] | str | None:
@@ -194,15 +197,48 @@ def open_engine(
     model, tokenizer = open_base(base, None, quantization, basis, device_map)
     with working("checking the experts"):
         from sigmix.engine import Engine
-        from sigmix.experts.mix import answer_note
 
         engine = Engine(model, tokenizer, bank, decode_weights=decode_weights, compile=compile)
-        for mix in mixes:
-            engine.z(mix)
+        _check_mixes(engine, mixes)
+    return engine
+
+
+def open_inference_engine(
+    engine: str, base: str, bank: Bank | None, mixes: Sequence[Mix] = (), **options: Any
+) -> InferenceEngine:
+    """Return the engine of --engine; the experts in ``mixes`` are checked against the base model at once.
+
+    Args:
+        options: of `open_engine`, which vLLM does not have.
+
+    Raises:
+        UnknownNameError: another engine. ConfigError: vLLM with such an option, or vLLM is missing.
+    """
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES, remedy="--engine own or --engine vllm")
+    if engine == "own":
+        return open_engine(base, bank, mixes, **options)
+    for name, value in options.items():
+        if value not in (None, False, "own"):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} cannot be combined with --engine vllm", remedy="use --engine own"
+            )
+    with working(f"loading {base} in vLLM"):
+        from sigmix.integrations.vllm.engine import VllmEngine
+
+        opened = VllmEngine(base, bank)
+        _check_mixes(opened, mixes)
+    return opened
+
+
+def _check_mixes(engine: InferenceEngine, mixes: Sequence[Mix]) -> None:
+    """Check mixtures against the base model, and note what they do to answer tokens."""
+    from sigmix.experts.mix import answer_note
+
     for mix in dict.fromkeys(mixes):
+        engine.check_mix(mix)
         if text := answer_note(mix, engine.bank):
             note(text)
-    return engine
 
 
 def _decompose(model: Any) -> None:

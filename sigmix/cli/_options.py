@@ -35,6 +35,7 @@ DECODE_WEIGHTS = typer.Option(
 COMPILE = typer.Option(
     False, "--compile", help="Compile decoding on a CPU, in the background, or use what was compiled before."
 )
+ENGINE = typer.Option("own", metavar="own|vllm", help="Inference engine: sigmix's own, or vLLM if it is installed.")
 EXPERT_DTYPE = typer.Option(None, "--dtype", help="dtype of the base model. Default: the dtype in the expert's record.")
 EXPERT_QUANTIZATION = typer.Option(
     None, "--quantization", help="int8, int4 or nf4. Default: the quantization in the expert's record."

@@ -12,12 +12,13 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import Progress, TrainingProgress, accuracy, emit, paired, table
-from sigmix.cli._loading import open_bank, open_engine, open_task
-from sigmix.cli._options import ALLOW_CODE, BANK, BASE, DATA_DIR, JSON, data_config, generated_command
+from sigmix.cli._loading import open_bank, open_inference_engine, open_task
+from sigmix.cli._options import ALLOW_CODE, BANK, BASE, DATA_DIR, ENGINE, JSON, data_config, generated_command
 from sigmix.errors import ConfigError
 
 if TYPE_CHECKING:
     from sigmix.adapt import Example, FewShotSearch
+    from sigmix.engine import Engine
     from sigmix.tasks.base import Task
     from sigmix.tasks.dataset import DataTask
     from sigmix.train.trainer import Trainer
@@ -49,7 +50,7 @@ def adapt(
         None, help="train: also train an expert on the same rows of --data (default: 10), save it beside --out, and "
         "measure both on the other rows."
     ),
-    data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, base: str = BASE, bank: Path = BANK,
+    data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE, base: str = BASE, engine: str = ENGINE, bank: Path = BANK,
     as_json: bool = JSON, **options: Any,
 ) -> None:  # fmt: skip
     """Search a mixture on labelled examples."""
@@ -72,6 +73,8 @@ def adapt(
         raise ConfigError(f"--compare must be train, not {compare!r}")
     if compare and (task is not None or granularity == "z"):
         raise ConfigError("--compare needs rows and a mixture", remedy="give --data, and leave --granularity z out")
+    if engine == "vllm" and (compare or granularity == "z"):
+        raise ConfigError("--compare and --granularity z change experts in memory", remedy="use --engine own")
     loaded = open_task(task, options, data_dir, allow_code)
     if compare:
         check_name(out.stem)
@@ -79,14 +82,14 @@ def adapt(
         loaded = cast("DataTask", loaded).few_shot(shots or 10, seed)
         shots = len(loaded.samples("train"))
     labelled, grade, longest = task_examples(loaded, shots, seed)
-    engine = open_engine(base, open_bank(bank))
-    if compare and out.stem in engine.bank:
+    opened = open_inference_engine(engine, base, open_bank(bank))
+    if compare and out.stem in opened.bank:
         raise ConfigError(f"the bank has an expert {out.stem} already", remedy="give another --out")
     if task is None:  # a reply as long as the longest answer, and its end token
-        longest = max(len(engine.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled)
+        longest = max(len(opened.tokenizer(one.gold)["input_ids"]) + 1 for one in labelled)
     with Progress("searching", iterations or SETTINGS.get(settings, {}).get("iterations", 1)) as progress:
         search = FewShotSearch(
-            engine, labelled, grade, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
+            opened, labelled, grade, experts=expert or None, granularity=granularity, normalised=normalised, low=low,
             high=high, method=method, settings=settings, population=population, iterations=iterations,
             patience=patience, max_new_tokens=max_new_tokens or longest, seed=seed,
             progress=lambda entry: progress.advance(1, f"best {entry['best']:.2f}"),
@@ -107,7 +110,7 @@ def adapt(
         description = mix.id
     text = f"{out}: {description}\naccuracy on the {len(labelled)} examples {evidence['accuracy']:.2f}"
     text += f", {evidence['candidates']} mixtures in {evidence['rounds']} rounds"
-    if granularity != "z" and (both := answer_note(mix, engine.bank)):
+    if granularity != "z" and (both := answer_note(mix, opened.bank)):
         text += f"\n{both}"
     if "warning" in evidence:
         text += f"\nnote: {evidence['warning']}"
@@ -140,7 +143,8 @@ def _compare(search: FewShotSearch, task: DataTask, base: str, out: Path) -> dic
         trainer.on_log = progress.on_entry
         return progress
 
-    engine, mix, count = search.engine, search.result, len(search.examples)
+    engine: Any = search.engine  # an `Engine`, of which the bank can be set
+    mix, count = search.result, len(search.examples)
     assert mix is not None
     options = {
         "base": base, "seed": search.seed, "task": task.name, "max_train_samples": count,
@@ -153,7 +157,7 @@ def _compare(search: FewShotSearch, task: DataTask, base: str, out: Path) -> dic
             shown, 60 * recipe.MINUTES,
         )  # fmt: skip
     assert expert is not None
-    engine.bank = ChainMap({out.name: expert}, engine.bank)  # type: ignore[arg-type]
+    engine.bank = ChainMap({out.name: expert}, engine.bank)
     base_mix, trained = Mix.base(), Mix.one(out.name)
     with Progress("measuring", len(task.samples("test", TEST_ROWS)) * len({base_mix, mix, trained})) as progress:
         figures, results = run(engine, task, [mix, trained], n=TEST_ROWS, progress=progress.advance)
@@ -194,7 +198,7 @@ def _save_expert(search: FewShotSearch, out: Path, task: str | None, figures: di
         **({"task": task} if task else {}),
     }  # fmt: skip
     found = Expert(out.name, search.expert.z, {"positions": search.expert.positions})
-    found.with_meta(**meta).sealed(search.engine.model).save_pretrained(out)
+    found.with_meta(**meta).sealed(cast("Engine", search.engine).model).save_pretrained(out)
     return f"a new expert between {names}"
 
 

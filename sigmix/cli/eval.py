@@ -12,7 +12,7 @@ import typer
 from sigmix.cli import _options as shared
 from sigmix.cli import app
 from sigmix.cli._console import Progress, accuracy, check_output, emit, note, paired, table, working
-from sigmix.cli._loading import open_bank, open_engine, open_mixes, open_task
+from sigmix.cli._loading import open_bank, open_inference_engine, open_mixes, open_task
 from sigmix.cli._options import generated_command
 from sigmix.errors import ConfigError, SigmixError, TaskError, UnknownNameError
 
@@ -43,8 +43,8 @@ def evaluate(
     out: Path = typer.Option(None, help="Folder for items (JSONL, a file per mixture) and summary.json."),
     data_dir: Path = shared.DATA_DIR, allow_code: bool = shared.ALLOW_CODE, base: str = shared.BASE,
     quantization: str = shared.QUANTIZATION, basis: str = shared.BASIS, device_map: str = shared.DEVICE_MAP,
-    decode_weights: str = shared.DECODE_WEIGHTS, compile: bool = shared.COMPILE, bank: Path = shared.BANK,
-    as_json: bool = shared.JSON, **data: Any,
+    decode_weights: str = shared.DECODE_WEIGHTS, compile: bool = shared.COMPILE, engine: str = shared.ENGINE,
+    bank: Path = shared.BANK, as_json: bool = shared.JSON, **data: Any,
 ) -> None:  # fmt: skip
     """Measure accuracy of the base model, mixtures or strategies on the same items, with intervals and paired tests."""
     if dispatch and (task is not None or data.get("data") is not None):
@@ -58,26 +58,30 @@ def evaluate(
     for option in [option for option, given in unused.items() if given and (dispatch or strategy)]:
         raise ConfigError(f"--{option} cannot be combined with {'--dispatch' if dispatch else '--strategy'}")
     if dispatch:
-        _dispatch(strategy or ["A", "D"], requests, n, seed, split, out, base, bank, data_dir, as_json)
+        letters = strategy or (["A"] if engine == "vllm" else ["A", "D"])
+        _dispatch(letters, requests, n, seed, split, out, base, bank, data_dir, as_json, engine)
         return
     if requests is not None:
         raise ConfigError("--requests needs --dispatch")
     loaded = open_task(task, data, data_dir, allow_code)
     if strategy:
-        _strategies(loaded, strategy, shots, n, split, seed, max_new_tokens, batch, out, base, bank, as_json)
+        _strategies(loaded, strategy, shots, n, split, seed, max_new_tokens, batch, out, base, bank, as_json, engine)
         return
     mixes, experts = open_mixes([*expert, *mix], bank)
     samples = loaded.samples(split, n, seed=seed)  # type: ignore[arg-type]
     loaded.score(samples[0], "")  # fails early if the task must not execute programs
     if out is not None:
         check_output(out, "summary.json")
-    engine = open_engine(base, experts, mixes, quantization, basis, device_map, decode_weights, compile)
+    opened = open_inference_engine(
+        engine, base, experts, mixes, quantization=quantization, basis=basis, device_map=device_map,
+        decode_weights=decode_weights, compile=compile,
+    )  # fmt: skip
 
     from sigmix.evals.accuracy import run, save
 
     with Progress("base", len(samples) * len({"base", *(one.id for one in mixes)})) as progress:
         figures, results = run(
-            engine, loaded, mixes, split=split, n=n, seed=seed, do_sample=temperature > 0,  # type: ignore[arg-type]
+            opened, loaded, mixes, split=split, n=n, seed=seed, do_sample=temperature > 0,  # type: ignore[arg-type]
             temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch, progress=progress.advance,
         )  # fmt: skip
     if out is not None:
@@ -118,7 +122,7 @@ def _title(figures: dict[str, Any]) -> str:
 
 def _strategies(
     task: Task, letters: list[str], shots: int, n: int, split: str, seed: int, max_new_tokens: int | None, batch: int,
-    out: Path | None, base: str, bank: Path | None, as_json: bool,
+    out: Path | None, base: str, bank: Path | None, as_json: bool, engine: str,
 ) -> None:  # fmt: skip
     """Measure accuracy of strategies on a task, on the same items as the base model."""
     from sigmix.adapt import FewShotSearch
@@ -132,20 +136,20 @@ def _strategies(
     task.score(task.samples(split, 1, seed=seed)[0], "")  # type: ignore[arg-type]
     if out is not None:
         check_output(out, "summary.json")
-    engine = open_engine(base, open_bank(bank))
-    chosen: dict[str, Any] = {letter: open_strategy(engine, letter) for letter in letters if letter in LETTERS}
+    opened = open_inference_engine(engine, base, open_bank(bank))
+    chosen: dict[str, Any] = {letter: open_strategy(opened, letter) for letter in letters if letter in LETTERS}
     if "C" in letters:
         examples, score, limit = task_examples(task, shots, seed)
-        search = FewShotSearch(engine, examples, score, max_new_tokens=limit, seed=seed, settings="light")
+        search = FewShotSearch(opened, examples, score, max_new_tokens=limit, seed=seed, settings="light")
         with working("searching a mixture"):
             search.fit()
         chosen["C"] = search
     chosen = {letter: chosen[letter] for letter in dict.fromkeys(letters) if letter in chosen}  # in the given order
     alone = bool({EACH, ORACLE} & set(letters))
-    runs = 1 + len(chosen) + (len(skills(engine.bank)) if alone else 0)
+    runs = 1 + len(chosen) + (len(skills(opened.bank)) if alone else 0)
     with Progress("base", n * runs) as progress:
         figures, results = run_strategies(
-            engine, task, chosen, each_expert=alone, split=split, n=n, seed=seed,  # type: ignore[arg-type]
+            opened, task, chosen, each_expert=alone, split=split, n=n, seed=seed,  # type: ignore[arg-type]
             max_new_tokens=max_new_tokens, batch_size=batch, progress=progress.advance,
         )  # fmt: skip
     if "C" in chosen:
@@ -167,7 +171,7 @@ def _strategies(
 
 def _dispatch(
     letters: list[str], file: Path | None, n: int, seed: int, split: str, out: Path | None, base: str,
-    bank: Path | None, data_dir: Path | None, as_json: bool,
+    bank: Path | None, data_dir: Path | None, as_json: bool, engine: str,
 ) -> None:  # fmt: skip
     """Measure confusion matrices of strategies over the bank's labels, and over requests of unseen domains."""
     from sigmix.adapt.base import labels
@@ -186,10 +190,10 @@ def _dispatch(
         samples = requests(experts, split, n, seed=seed, unseen=unseen, data_dir=data_dir)  # type: ignore[arg-type]
     else:
         samples, split = read_requests(file, names), file.name
-    engine = open_engine(base, experts)
+    opened = open_inference_engine(engine, base, experts)
     figures: dict[str, Any] = {"split": split, "seed": seed, "base": base, "strategies": []}
     for letter in letters:
-        strategy: Any = open_strategy(engine, letter)
+        strategy: Any = open_strategy(opened, letter)
         with working(f"deciding with {strategy.name}"):
             one = confusion(strategy, samples, names)
         items = one.pop("items")

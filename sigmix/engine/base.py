@@ -38,6 +38,14 @@ class InferenceEngine(Protocol):
         """Fingerprint of the base model, see `sigmix.experts.fingerprint`."""
 
     @property
+    def layers(self) -> Mapping[str, Any]:
+        """Matrices that mixtures act on, by path in the base model."""
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a completion; the first one ends a reply."""
+
+    @property
     def context_length(self) -> int | None:
         """Context length in tokens; None if unlimited or unknown."""
 
@@ -78,6 +86,36 @@ class InferenceEngine(Protocol):
         mix: Mix | str | Sequence[Mix | str] | None = None,
     ) -> list[list[float]]:
         """Return the natural log-probability of each token of each completion (token ids)."""
+
+    def next_logprobs(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[int],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        answer: Sequence[int] = (),
+        start: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Return natural log-probabilities float32 [N, K] of K tokens after each prompt, normalised over these tokens.
+
+        Args:
+            answer, start: see `sigmix.engine.scoring.next_logits`.
+        """
+
+    def replies_and_logprobs(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        max_new_tokens: int,
+        start: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> tuple[list[str], list[list[float]]]:
+        """Return greedy replies, and `score` of given answers, see `sigmix.engine.scoring.replies_and_logprobs`."""
+
+    def cached_tokens(self, prefix: Sequence[int]) -> int:
+        """Return how many tokens of a common prefix of prompts are computed for one of them only."""
 
 
 class HiddenStatesEngine(InferenceEngine, Protocol):

@@ -116,7 +116,7 @@ class StreamingDetokenizer:
         visible_tokens: texts of special tokens that are part of the text all the same.
 
     Attributes:
-        text: text that later tokens cannot change.
+        stop_strings: the argument. text: text that later tokens cannot change.
         stopped: the stop string that ended it, or None.
         offset: index in the text of the character in which the last token begins.
     """
@@ -139,7 +139,7 @@ class StreamingDetokenizer:
             self._skip = frozenset(id for id, text in texts.items() if text not in visible_tokens)
         self._first = all(id in self._tokens.special for id in prompt_ids)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = tuple(stop_strings)
+        self.stop_strings = tuple(stop_strings)
         special = self._tokens.special_texts if stop_strings else ()
         self._special_stops = [stop for stop in stop_strings if any(text in stop for text in special)]
         self._visible = ""  # complete characters
@@ -177,20 +177,20 @@ class StreamingDetokenizer:
     def _extend(self, text: str, special: str = "") -> str:
         visible, full = len(self._visible), len(self._full)
         self._visible += text
-        if not self._stops:
+        if not self.stop_strings:
             return self._emit(len(self._visible))
         if self._special_stops:
             self._full += text + special
             if special:
                 self._special.append((full, len(special)))
         # only the new part is searched: an earlier match would have ended the sequence
-        matches = [*_matches(self._visible, self._stops, visible)]
+        matches = [*_matches(self._visible, self.stop_strings, visible)]
         for end, start, stop in _matches(self._full, self._special_stops, full):
             matches.append((self._place(end), self._place(start), stop))
         if matches:
             _, start, self.stopped = min(matches)
             return self._emit(start)
-        safe = len(self._visible) - _held_back(self._visible, self._stops)
+        safe = len(self._visible) - _held_back(self._visible, self.stop_strings)
         if self._special_stops:
             safe = min(safe, self._place(len(self._full) - _held_back(self._full, self._special_stops)))
         return self._emit(safe)

@@ -228,7 +228,38 @@ class Engine(BaseEngine):
         Raises:
             ConfigError: an empty completion, or another number of them than of prompts. ContextError: both do not fit.
         """
-        return scoring.replies_and_logprobs(self, prompts, completions, mix, max_new_tokens=0)[1]
+        return self.replies_and_logprobs(prompts, completions, mix, max_new_tokens=0)[1]
+
+    def next_logprobs(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[int],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        answer: Sequence[int] = (),
+        start: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Return log-probabilities float32 [N, K] of K tokens after each prompt, normalised over these tokens."""
+        return scoring.next_logits(self, prompts, mix, answer=answer, start=start)[:, list(tokens)].log_softmax(-1)
+
+    def replies_and_logprobs(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        mix: Mix | str | Sequence[Mix | str] | None = None,
+        *,
+        max_new_tokens: int,
+        start: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> tuple[list[str], list[list[float]]]:
+        """Return greedy replies and scores of answers, see `sigmix.engine.scoring.replies_and_logprobs`."""
+        return scoring.replies_and_logprobs(
+            self, prompts, answers, mix, max_new_tokens=max_new_tokens, start=start, batch_size=batch_size
+        )
+
+    def cached_tokens(self, prefix: Sequence[int]) -> int:
+        """Return the length of a prefix if the prefix cache can hold it, else 0."""
+        return len(prefix) if self.prefix_cache.usable(prefix) else 0
 
     def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], batch_size: int = 64) -> torch.Tensor:
         """Return hidden states of the base, see `sigmix.engine.scoring.hidden_states`."""

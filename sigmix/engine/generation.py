@@ -185,6 +185,39 @@ class SequenceState:
         """Prompt and generated tokens."""
         return [*self.prompt_ids, *self.ids]
 
+    def add(
+        self, token: int, logprob: float, eos_token_ids: Collection[int], top: Sequence[tuple[int, float]] = ()
+    ) -> None:
+        """Append a chosen token; set ``finish`` if it is the last one, or if its log-probability is not finite.
+
+        Args:
+            top: most probable tokens at its place, for `on_token`.
+        """
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if not logprob > float("-inf"):  # NaN, too
+            self.fail(ExpertError(
+                f"the logits under {self.mix.id} are not finite",
+                remedy="use smaller weights, or load the base in float32",
+            ))  # fmt: skip
+            return
+        try:
+            self._deliver(token, logprob, list(top), token in eos_token_ids)
+        except Exception as error:  # of the matcher, the detokenizer or the callback: the other rows go on
+            self.fail(error)
+
+    def _deliver(self, token: int, logprob: float, top: list[tuple[int, float]], end: bool) -> None:
+        if self.matcher is not None and (not self.matcher.consume_token(token) or self.matcher.is_error()):
+            raise matcher_error(self.matcher)
+        text = "" if self.detokenizer is None else self.detokenizer.add(token, end=end)
+        if self.on_token is not None:
+            self.on_token(token, logprob, top, text)
+        stopped = self.detokenizer is not None and self.detokenizer.stopped is not None
+        if end or stopped or (self.matcher is not None and self.matcher.is_stopped()):
+            self.finish = "stop"
+        elif len(self.ids) >= self.params.max_new_tokens:
+            self.finish = "length"
+
     def fail(self, error: Exception) -> None:
         """End the sequence with an error."""
         self.finish, self.error = "error", error
@@ -430,41 +463,11 @@ class DecodingBatch:
             logprobs = token_logprobs(scores, tokens, max(one.top_logprobs for one in sequences))
         chosen = tokens.tolist()
         for one, token, (logprob, most) in zip(sequences, chosen, logprobs, strict=True):
-            valid = logprob > float("-inf")  # False for NaN, too
-            if valid and not one.params.max_new_tokens:
+            if logprob > float("-inf") and not one.params.max_new_tokens:
                 one.finish = "length"
-                continue
-            one.ids.append(token)
-            one.logprobs.append(logprob)
-            if not valid:
-                one.fail(_not_finite(one.mix))
-                continue
-            try:
-                self._deliver(one, token, logprob, most[: one.top_logprobs])
-            except Exception as error:  # of the matcher, the detokenizer or the callback: the other rows go on
-                one.fail(error)
+            else:
+                one.add(token, logprob, self.eos_token_ids, most[: one.top_logprobs])
         return chosen
-
-    def _deliver(self, one: SequenceState, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
-        """Decode a chosen token, pass it to the callback, and end the sequence if it is the last one."""
-        if one.matcher is not None and (not one.matcher.consume_token(token) or one.matcher.is_error()):
-            raise matcher_error(one.matcher)
-        text = ""
-        if one.detokenizer is not None:
-            text = one.detokenizer.add(token, end=token in self.eos_token_ids)
-        if one.on_token is not None:
-            one.on_token(token, logprob, top, text)
-        stopped = one.detokenizer is not None and one.detokenizer.stopped is not None
-        if token in self.eos_token_ids or stopped or (one.matcher is not None and one.matcher.is_stopped()):
-            one.finish = "stop"
-        elif len(one.ids) >= one.params.max_new_tokens:
-            one.finish = "length"
-
-
-def _not_finite(mix: Mix) -> ExpertError:
-    return ExpertError(
-        f"the logits under {mix.id} are not finite", remedy="use smaller weights, or load the base in float32"
-    )
 
 
 @torch.no_grad()

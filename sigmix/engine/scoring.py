@@ -87,15 +87,11 @@ def replies_and_logprobs(
     Raises:
         ConfigError: an empty answer, or another number of answers than prompts. ContextError: both do not fit.
     """
-    if len(answers) != len(prompts) or not all(answers):
-        raise ConfigError(f"expected {len(prompts)} completions, one per prompt and none empty, not {len(answers)}")
+    encoded = encode_answered(engine, prompts, answers, max_new_tokens)
     texts: list[str] = []
     logprobs: list[list[float]] = []
-    for rows, mixes in _batches(engine, prompts, mix, batch_size):
+    for rows, mixes in _batches(engine, encoded, mix, batch_size):
         part = answers[len(logprobs) : len(logprobs) + len(rows)]
-        for row, answer in zip(rows, part, strict=True):
-            rest = max(max_new_tokens - len(answer), 0)
-            engine.check_prompt([*row, *answer], rest, "a prompt with its completion")
         decoding = list(map(engine.execution.decoding, mixes))
         one_pass = needs_one_pass(engine.model, rows, list(map(len, part)))
         ids, mask = right_pad(part, engine.pad_id, engine.model.get_input_embeddings().weight.device)
@@ -129,6 +125,19 @@ def replies_and_logprobs(
         chosen = (scores.gather(2, ids[..., None])[..., 0] - scores.logsumexp(-1)).tolist()
         logprobs += [row[: len(answer)] for row, answer in zip(chosen, part, strict=True)]
     return texts, logprobs
+
+
+def encode_answered(
+    engine: InferenceEngine, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Return token ids of prompts with answers to score; raises as `replies_and_logprobs`."""
+    if len(answers) != len(prompts) or not all(answers):
+        raise ConfigError(f"expected {len(prompts)} completions, one per prompt and none empty, not {len(answers)}")
+    rows = [engine.encode(prompt) for prompt in prompts]
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        engine.check_prompt(row, 1, f"prompt {number}")
+        engine.check_prompt([*row, *answer], max(max_new_tokens - len(answer), 0), "a prompt with its completion")
+    return rows
 
 
 @torch.no_grad()

@@ -119,6 +119,23 @@ def read_tokenizer(name: str | os.PathLike[str] = DEFAULT) -> tuple[PreTrainedTo
         return _load_tokenizer(folder, label, config), AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
+def load_tokenizer_for(model: Any, name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Return a base's tokenizer, and give an empty model of the base its generation config, as `load_base` does.
+
+    Args:
+        model: see `sigmix.models.memory.empty_model`; it gets ``sigmix_base``, too.
+    """
+    from transformers import GenerationConfig
+
+    label, folder, kind = locate(name)
+    tokenizer, _ = read_tokenizer(name)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _align_special_tokens(model, tokenizer)
+    model.sigmix_base = {"name": label, "source": str(folder), "kind": kind}
+    return tokenizer
+
+
 def locate(name: str | os.PathLike[str] = DEFAULT, *, revision: str | None = None) -> tuple[str, Path, str]:
     """Return a base's canonical name, its folder (downloaded or converted if necessary) and its kind.
 

@@ -42,7 +42,7 @@ def test_a_candidate_is_worth_accuracy_and_likelihood_and_runs_once(tiny, tiny_t
             for (prompt, _), ids in zip(EXAMPLES, gold, strict=True)
         ]
         assert likelihood == pytest.approx(sum(sum(row) / len(row) for row in logprobs) / 3, abs=1e-4)
-    monkeypatch.setattr("sigmix.adapt.few_shot.replies_and_logprobs", None)
+    monkeypatch.setattr(engine, "replies_and_logprobs", None)
     assert one.evaluate(mixes) == values
 
 
@@ -136,11 +136,10 @@ def test_patience_ends_a_search(tiny, tiny_tokenizer, monkeypatch):
 
 
 def test_a_mixture_that_breaks_the_model_loses(tiny, tiny_tokenizer, monkeypatch):
-    import sigmix.adapt.few_shot as module
-
+    engine = engine_of(tiny, tiny_tokenizer)
     broken = lambda *a, **k: (["x"] * len(a[1]), [[math.nan]] * len(a[1]))  # noqa: E731
-    monkeypatch.setattr(module, "replies_and_logprobs", broken)
-    one = search(engine_of(tiny, tiny_tokenizer))
+    monkeypatch.setattr(engine, "replies_and_logprobs", broken)
+    one = search(engine)
     assert one.evaluate([Mix.base()])[0][1] == -sys.float_info.max
 
 

@@ -88,6 +88,15 @@ class Adapter:
         mix = _named(name, settings)
         if mix is None or not mix.weights or any(expert not in bank for expert in mix.weights):
             return None
+        return cls.of(mix, bank)
+
+    @classmethod
+    def of(cls, mix: Mix, bank: Mapping[str, Expert]) -> Adapter:
+        """Return the adapter of a mixture of at least one expert.
+
+        Raises:
+            UnknownNameError: an expert missing in ``bank``. ExpertError: see `find`.
+        """
         experts = {expert: bank[expert] for expert in mix.weights}
         return cls(mix, {key: one.digest for key, one in experts.items()}, _base_of(experts), _prompt(experts))
 

@@ -7,6 +7,8 @@ import functools
 import logging
 from typing import Any
 
+import numpy as np
+
 from sigmix.errors import ConfigError, SigmixError
 from sigmix.integrations.vllm.adapter import PREFIX, Adapter, Settings
 
@@ -19,6 +21,9 @@ SUPPORTED = ("0.32",)
 
 ANSWER = "sigmix-answer"
 """Tag of the hash keys of blocks with answer tokens under experts that act on prompt tokens only."""
+
+ANSWERS_FROM = "sigmix_answers_from"
+"""Key of ``SamplingParams.extra_args``: position in the prompt of the first token of a given answer, to be scored."""
 
 
 def register() -> None:
@@ -79,16 +84,25 @@ def resolver(settings: Settings) -> Any:
     return SigmixResolver()
 
 
+def answer_start(params: Any, prompt_tokens: int) -> int:
+    """Return the position of a request's first answer token: that of `ANSWERS_FROM`, else the prompt's length."""
+    first = (getattr(params, "extra_args", None) or {}).get(ANSWERS_FROM)
+    return min(first, prompt_tokens) if isinstance(first, int) else prompt_tokens
+
+
 def _with_positions(original: Any) -> Any:
-    """Wrap `LoRAModelRunnerMixin.set_active_loras`: its mappings do not separate prompt and answer tokens."""
+    """Wrap `LoRAModelRunnerMixin.set_active_loras`: its mappings do not separate prompt and answer tokens, see
+    `answer_start`."""
     if hasattr(original, "__wrapped__"):
         return original
 
     @functools.wraps(original)
     def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:
         rows = len(num_scheduled_tokens)
+        lengths = zip(input_batch.req_ids[:rows], input_batch.num_prompt_tokens[:rows].tolist(), strict=True)
+        prompts = [answer_start(self.requests[name].sampling_params, length) for name, length in lengths]
         with self.lora_manager.tokens(
-            num_scheduled_tokens, input_batch.num_computed_tokens_cpu[:rows], input_batch.num_prompt_tokens[:rows]
+            num_scheduled_tokens, input_batch.num_computed_tokens_cpu[:rows], np.array(prompts)
         ):
             original(self, input_batch, num_scheduled_tokens, *args, **kwargs)
 
@@ -106,9 +120,9 @@ def _with_answer_keys(original: Any) -> Any:
     @functools.wraps(original)
     def extra_keys(request: Any, start_token_idx: int, end_token_idx: int) -> list[tuple[str, Any]]:
         keys = original(request, start_token_idx, end_token_idx)
-        adapter = request.lora_request
-        if adapter is None or end_token_idx <= request.num_prompt_tokens or not adapter.lora_path.startswith(PREFIX):
+        adapter, first = request.lora_request, answer_start(request.sampling_params, request.num_prompt_tokens)
+        if adapter is None or end_token_idx <= first or not adapter.lora_path.startswith(PREFIX):
             return keys
-        return [*keys, (ANSWER, request.num_prompt_tokens)] if Adapter.parse(adapter.lora_path).prompt else keys
+        return [*keys, (ANSWER, first)] if Adapter.parse(adapter.lora_path).prompt else keys
 
     return extra_keys
