@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from sigmix.tasks.base import Task
     from sigmix.tasks.dataset import DataConfig
 
-ENGINES = ("own", "vllm")
-
 
 def read_targets(text: str | None) -> list[str] | str | None:
     """Return ``target_modules`` from --targets: a keyword or regular expression, or comma-separated names."""
@@ -206,7 +204,7 @@ def open_engine(
 def open_inference_engine(
     engine: str, base: str, bank: Bank | None, mixes: Sequence[Mix] = (), **options: Any
 ) -> InferenceEngine:
-    """Return the engine of --engine; the experts in ``mixes`` are checked against the base model at once.
+    """Return one of `ENGINES`; the experts in ``mixes`` are checked against the base model at once.
 
     Args:
         options: of `open_engine`, which vLLM does not have.
@@ -214,6 +212,8 @@ def open_inference_engine(
     Raises:
         UnknownNameError: another engine. ConfigError: vLLM with such an option, or vLLM is missing.
     """
+    from sigmix.engine.base import ENGINES
+
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES, remedy="--engine own or --engine vllm")
     if engine == "own":

@@ -17,7 +17,7 @@ import typer
 
 from sigmix.cli import app
 from sigmix.cli._console import emit, note
-from sigmix.cli._options import BANK, BASIS, JSON, MIXTURE, QUANTIZATION, STRATEGY
+from sigmix.cli._options import BANK, BASIS, ENGINE, JSON, MIXTURE, QUANTIZATION, STRATEGY
 from sigmix.errors import ConfigError, OutputError, SigmixError
 from sigmix.utils.io import check_writable
 from sigmix.utils.optional import optional
@@ -42,11 +42,12 @@ def lm_eval(
     strategy: str = typer.Option(None, help=STRATEGY.help),
     bank: Path = BANK, quantization: str = QUANTIZATION,
     basis: str = typer.Option(None, help=BASIS.help),
+    engine: str = typer.Option(None, metavar=ENGINE.metavar, help=ENGINE.help),
     as_json: bool = JSON,
 ) -> None:  # fmt: skip
     model_args = {
         "base": base, "mix": mix, "strategy": strategy, "bank": None if bank is None else str(bank),
-        "quantization": quantization, "basis": basis,
+        "quantization": quantization, "basis": basis, "engine": engine,
     }  # fmt: skip
     words = ctx.args[1:] if ctx.args[:1] == ["run"] else ctx.args
     if words and not words[0].startswith("-"):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
 
+ENGINES = ("own", "vllm")
+"""Engines that commands open: `sigmix.engine.Engine` and `sigmix.integrations.vllm.engine.VllmEngine`."""
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A user turn, token ids as `Engine.encode` returns them, or the messages {"role", "content"} of a conversation."""
 

@@ -34,14 +34,15 @@ from tqdm import tqdm
 from sigmix.adapt.base import Decision
 from sigmix.adapt.two_pass import AUTO, TwoPass, letter_of
 from sigmix.engine import Engine
+from sigmix.engine.base import ENGINES
 from sigmix.engine.generation import SamplingParams
 from sigmix.engine.prefix_cache import left_pad
 from sigmix.engine.tokenization import check_tokens, context_length, has_template, in_parts, no_marks, template_error
 from sigmix.errors import ConfigError, ContextError, UnknownNameError, reraised
 from sigmix.experts.bank import Bank
-from sigmix.experts.fingerprint import fingerprint
 from sigmix.experts.mix import Mix, answer_note, read_mix
 from sigmix.experts.original_basis import check_basis, use_original_basis
+from sigmix.integrations.vllm.engine import VllmEngine
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
 from sigmix.models.multimodal import processor_of
@@ -50,9 +51,11 @@ from sigmix.utils.io import check_writable, write_text
 HF_OPTIONS = ("max_length", "truncation", "add_bos_token", "prefix_token_id", "chat_template_args")
 """Options of the harness's ``hf`` model that are passed on."""
 OPTIONS = ("base", "mix", "strategy", "bank", "dtype", "device", "form", "decisions", "batch_size", "max_batch_size",
-           "quantization", "basis")  # fmt: skip
+           "quantization", "basis", "engine")  # fmt: skip
 TOKEN_BUDGET = 8192
 """Tokens of a batch, padding included, with batch_size "auto"."""
+VLLM_ROWS = 1024
+"""Rows of a call of vLLM, which forms its own batches."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1, None), "num_return_sequences": (1, None), "length_penalty": (1, 1.0, None),
     "use_cache": (True, None),
@@ -81,6 +84,7 @@ class SigmixLM(HFLM):
         form: of batches with several mixtures, "factored" or "gain"; None: factored.
         decisions: JSONL file for every distinct request and its decision.
         basis: of a quantized base, "own", or "original" for experts of the unquantized base.
+        engine: "own", or "vllm" for `VllmEngine`, which has no device, form, quantization and basis.
         batch_size: rows; "auto": up to `TOKEN_BUDGET` tokens and ``max_batch_size`` rows.
         options: see `HF_OPTIONS`.
 
@@ -96,7 +100,7 @@ class SigmixLM(HFLM):
         self, base: str = DEFAULT, mix: str | None = None, strategy: str | None = None, bank: str | None = None,
         dtype: str | None = None, device: str | None = None, form: str | None = None, decisions: str | None = None,
         batch_size: int | str = AUTO, max_batch_size: int = 64, quantization: str | None = None, basis: str = "own",
-        **options: Any,
+        engine: str = "own", **options: Any,
     ) -> None:  # fmt: skip
         for name in options:
             if name not in HF_OPTIONS:
@@ -108,6 +112,8 @@ class SigmixLM(HFLM):
             raise ConfigError(f"form must be factored or gain, not {form!r}")
         if (length := options.get("max_length")) is not None and not (isinstance(length, int) and length > 0):
             raise ConfigError(f"max_length must be a number of tokens, at least 1, not {length!r}")
+        if engine not in ENGINES:
+            raise UnknownNameError("engine", engine, ENGINES, remedy="engine=own or engine=vllm")
         check_basis(basis, quantization)
         auto = str(batch_size).startswith(AUTO)
         if not auto and not (str(batch_size).isdecimal() and int(batch_size) > 0):
@@ -120,7 +126,19 @@ class SigmixLM(HFLM):
         letter = letter_of(strategy or AUTO)
         if device == "cuda:0" and not torch.cuda.is_available():  # the harness's default
             device = None
-        model, tokenizer = load_base(base, None if dtype == "auto" else dtype, device, quantization_config=quantization)
+        dtype = None if dtype == "auto" else dtype
+        self._vllm: VllmEngine | None = None
+        if engine == "vllm":
+            given = {"device": device, "form": form, "quantization": quantization, "basis": basis != "own"}
+            if unfit := [name for name, value in given.items() if value]:
+                raise ConfigError(f"{unfit[0]} cannot be combined with engine=vllm", remedy="use engine=own")
+            self.rows = self.rows or VLLM_ROWS
+            self._vllm = VllmEngine(base, experts, dtype)
+            model, tokenizer = self._vllm.model, self._vllm.tokenizer
+            # vLLM reads a row only with room for one more token
+            options["max_length"] = min(length or self._vllm.context_length, self._vllm.context_length - 1)
+        else:
+            model, tokenizer = load_base(base, dtype, device, quantization_config=quantization)
         if basis == "original":
             use_original_basis(model)
         if processor_of(tokenizer) is not None and options.get("max_length") is None:
@@ -130,10 +148,10 @@ class SigmixLM(HFLM):
             max_batch_size=max_batch_size, enable_thinking=False, **options,
         )  # fmt: skip
         self.form, self._size = form, model.num_parameters()  # before the engine adds z
-        self.engine = Engine(model, tokenizer, experts)
+        self.engine: Any = self._vllm or Engine(model, tokenizer, experts)
         self._runner = TwoPass(self.engine, letter)
         if self.mix is not None:
-            self.engine.z(self.mix)  # raises for an expert of another base
+            self.engine.check_mix(self.mix)  # raises for an expert of another base
             if text := answer_note(self.mix, self.engine.bank):
                 log.warning(text)
         self.strategy = self._runner.strategy if self.mix is None else None
@@ -164,7 +182,7 @@ class SigmixLM(HFLM):
         ``contexts`` and ``labels`` of those that were decided on, sums of ``tokens`` and ``seconds`` of pass one."""
         base = self.model.sigmix_base["name"]
         info = {
-            "base": base, "fingerprint": fingerprint(self.model), "mix": AUTO if self.mix is None else self.mix.id,
+            "base": base, "fingerprint": self.engine.base_fingerprint, "mix": AUTO if self.mix is None else self.mix.id,
             "mixes": dict(self._mix_counts.most_common()),
         }  # fmt: skip
         if self.strategy is not None:
@@ -324,6 +342,15 @@ class SigmixLM(HFLM):
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         order = sorted(inputs, key=lambda one: -len(one[1]))
         for batch in self._batches(order, lambda one: len(one[1]), disable_tqdm):
+            if self._vllm is not None:
+                each = [(number, one) for one in batch for number in inputs[one]]
+                found = self._vllm.token_scores(
+                    [tokens[: len(tokens) + 1 - length] for _, (_, tokens, length) in each],
+                    [rows[number][2] for number, _ in each], [mix for _, (mix, *_) in each],
+                )  # fmt: skip
+                for (number, _), tokens in zip(each, found, strict=True):
+                    scores[number] = (sum(logprob for logprob, _ in tokens), all(greedy for _, greedy in tokens))
+                continue
             padded, mask = left_pad([list(tokens) for _, tokens, _ in batch], self.engine.pad_id, self.device)
             ends = torch.tensor([padded.shape[1] - length + 1 for *_, length in batch])  # the last token is not read
             is_prompt = (torch.arange(padded.shape[1]) < ends[:, None]).to(self.device)

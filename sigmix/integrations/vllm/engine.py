@@ -41,7 +41,7 @@ DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors keep their class, and one process fewer
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one does not tell prompt from answer tokens
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Variables of vLLM, where they are not set."""
 
@@ -102,10 +102,11 @@ class VllmEngine(BaseEngine):
         with reraised(ConfigError, f"vLLM cannot serve {checkpoint.name}", "see docs/vllm.md"):
             self.llm = vllm.LLM(
                 str(checkpoint.folder), dtype=checkpoint.dtype_name, max_model_len=max_model_len,
-                enable_lora=isinstance(self.bank, Bank), skip_tokenizer_init=True, **options,
+                enable_lora=isinstance(self.bank, Bank), skip_tokenizer_init=True, use_tqdm_on_load=False, **options,
             )  # fmt: skip
         self._adapters: dict[str, Any] = {}  # vLLM's LoRARequest by `Adapter.path`, for the engine's life
-        super().__init__(checkpoint.model, load_tokenizer_for(checkpoint.model, base))
+        model: Any = checkpoint.model
+        super().__init__(model.to(checkpoint.dtype), load_tokenizer_for(model, base))
 
     # ------------------------------------------------------------------ base and mixtures
 
