@@ -40,6 +40,10 @@ from sigmix.export.base import BaseCheckpoint
 from sigmix.integrations.vllm.adapter import Adapter, Settings
 from sigmix.svf.layer import SVFLinear
 
+MAX_GAIN = 1e4
+"""Largest gain. Larger ones could overflow, and vLLM's attention on a CPU lets a NaN in a freed block of its KV cache
+into other requests."""
+
 log = logging.getLogger("vllm.sigmix")  # vLLM configures its own loggers alone
 
 
@@ -266,7 +270,12 @@ class MixtureManager:
                 if (error := self._basis[key]) is not None:
                     raise error
                 self._experts[key] = expert
-        self._gains(adapter)
+        for gains in self._gains(adapter):
+            if any(float(gain.abs().max()) > MAX_GAIN for gain in gains.values()):
+                raise ExpertError(
+                    f"{adapter.name} changes a singular value by more than {MAX_GAIN:g} times",
+                    remedy="use smaller weights",
+                )
 
     def _check_basis(self, expert: Expert, path: str, layer: SVFLinear) -> None:
         """Compare an expert's sketch of a matrix with the factors; the first error stays."""
