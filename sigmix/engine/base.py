@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,9 @@ ENGINES = ("own", "vllm")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A user turn, token ids as `Engine.encode` returns them, or the messages {"role", "content"} of a conversation."""
+
+Mixes: TypeAlias = "Mix | str | Sequence[Mix | str] | None"
+"""One mixture for all prompts, or one for each; None: the base."""
 
 
 class InferenceEngine(Protocol):
@@ -69,7 +72,7 @@ class InferenceEngine(Protocol):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
+        mix: Mixes = None,
         *,
         seeds: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
@@ -83,22 +86,14 @@ class InferenceEngine(Protocol):
         """
 
     def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[int]],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], mix: Mixes = None
     ) -> list[list[float]]:
         """Return the natural log-probability of each token of each completion (token ids)."""
 
     def next_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        tokens: Sequence[int],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        answer: Sequence[int] = (),
+        self, prompts: Sequence[Prompt], tokens: Sequence[int], mix: Mixes = None, *, answer: Sequence[int] = (),
         start: Sequence[int] | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Return natural log-probabilities float32 [N, K] of K tokens after each prompt, normalised over these tokens.
 
         Args:
@@ -106,15 +101,9 @@ class InferenceEngine(Protocol):
         """
 
     def replies_and_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        answers: Sequence[Sequence[int]],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        max_new_tokens: int,
-        start: Sequence[int] | None = None,
-        batch_size: int = 64,
-    ) -> tuple[list[str], list[list[float]]]:
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], mix: Mixes = None, *, max_new_tokens: int,
+        start: Sequence[int] | None = None, batch_size: int = 64,
+    ) -> tuple[list[str], list[list[float]]]:  # fmt: skip
         """Return greedy replies, and `score` of given answers, see `sigmix.engine.scoring.replies_and_logprobs`."""
 
     def cached_tokens(self, prefix: Sequence[int]) -> int:

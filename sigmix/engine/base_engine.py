@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from sigmix.engine.base import Prompt
+from sigmix.engine.base import Mixes, Prompt
 from sigmix.engine.detokenizer import StreamingDetokenizer
 from sigmix.engine.generation import Generation, SamplingParams, SequenceState, choice_seed
 from sigmix.engine.structured_output import GrammarCompiler, StructuredOutput
@@ -90,7 +90,7 @@ class BaseEngine(ABC):
     def _grammars(self) -> GrammarCompiler:
         return GrammarCompiler(self.tokenizer, self.eos_token_ids)
 
-    def mixes(self, mix: Mix | str | Sequence[Mix | str] | None, count: int) -> list[Mix]:
+    def mixes(self, mix: Mixes, count: int) -> list[Mix]:
         """Return a `Mix` for each of ``count`` prompts, from one for all or one for each; None is the base."""
         each: list[Any] = _for_each("mixes", mix, count)
         return [Mix.base() if one is None else Mix.parse(one) if isinstance(one, str) else one for one in each]
@@ -99,7 +99,7 @@ class BaseEngine(ABC):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
+        mix: Mixes = None,
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         seeds: Sequence[int] | None = None,
@@ -180,6 +180,26 @@ class BaseEngine(ABC):
         Args:
             form, batch_size: see `generate`. keep_errors: else the first sequence that fails may raise its error.
         """
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], mix: Mixes = None
+    ) -> list[list[float]]:
+        """Return the natural log-probability of each token of given completions.
+
+        Args:
+            completions: token ids, one completion per prompt, none empty.
+
+        Raises:
+            ConfigError: an empty completion, or another number of them than of prompts. ContextError: both do not fit.
+        """
+        return self.replies_and_logprobs(prompts, completions, mix, max_new_tokens=0)[1]
+
+    @abstractmethod
+    def replies_and_logprobs(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], mix: Mixes = None, *, max_new_tokens: int,
+        start: Sequence[int] | None = None, batch_size: int = 64,
+    ) -> tuple[list[str], list[list[float]]]:  # fmt: skip
+        """Return greedy replies and scores of answers, see `sigmix.engine.scoring.replies_and_logprobs`."""
 
     def _generation(self, one: SequenceState) -> Generation:
         if one.error is not None:

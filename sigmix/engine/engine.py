@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sigmix.engine import scoring
-from sigmix.engine.base import Prompt
+from sigmix.engine.base import Mixes, Prompt
 from sigmix.engine.base_engine import BaseEngine, check_stop_strings
 from sigmix.engine.continuous_batching import ContinuousBatch
 from sigmix.engine.cpu.decode_step import DecodeStep
@@ -214,44 +214,17 @@ class Engine(BaseEngine):
         logits[used] = own[mask]
         return logits
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[int]],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-    ) -> list[list[float]]:
-        """Return the natural log-probability of each token of given completions.
-
-        Args:
-            completions: token ids, one completion per prompt, none empty.
-
-        Raises:
-            ConfigError: an empty completion, or another number of them than of prompts. ContextError: both do not fit.
-        """
-        return self.replies_and_logprobs(prompts, completions, mix, max_new_tokens=0)[1]
-
     def next_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        tokens: Sequence[int],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        answer: Sequence[int] = (),
+        self, prompts: Sequence[Prompt], tokens: Sequence[int], mix: Mixes = None, *, answer: Sequence[int] = (),
         start: Sequence[int] | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Return log-probabilities float32 [N, K] of K tokens after each prompt, normalised over these tokens."""
         return scoring.next_logits(self, prompts, mix, answer=answer, start=start)[:, list(tokens)].log_softmax(-1)
 
     def replies_and_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        answers: Sequence[Sequence[int]],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        max_new_tokens: int,
-        start: Sequence[int] | None = None,
-        batch_size: int = 64,
-    ) -> tuple[list[str], list[list[float]]]:
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], mix: Mixes = None, *, max_new_tokens: int,
+        start: Sequence[int] | None = None, batch_size: int = 64,
+    ) -> tuple[list[str], list[list[float]]]:  # fmt: skip
         """Return greedy replies and scores of answers, see `sigmix.engine.scoring.replies_and_logprobs`."""
         return scoring.replies_and_logprobs(
             self, prompts, answers, mix, max_new_tokens=max_new_tokens, start=start, batch_size=batch_size

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sigmix.engine.base import InferenceEngine, Prompt
+from sigmix.engine.base import InferenceEngine, Mixes, Prompt
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import DecodingBatch, SamplingParams, SequenceState
 from sigmix.engine.prefix_cache import answer_logits, everywhere, needs_one_pass, one_pass_logits, right_pad
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sigmix.engine.engine import Engine
-
-Mixes = Mix | str | Sequence[Mix | str] | None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sigmix.engine.base import Prompt
+from sigmix.engine.base import Mixes, Prompt
 from sigmix.engine.base_engine import BaseEngine
 from sigmix.engine.detokenizer import token_decoder
 from sigmix.engine.generation import SamplingParams, SequenceState
@@ -34,12 +34,9 @@ from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_tokenizer_for
 from sigmix.utils.optional import optional
 
-Score = tuple[float, bool]
-"""Natural log-probability of a token, and whether it is the most probable one."""
-
 DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors keep their class, and one process fewer
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one does not tell prompt from answer tokens
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one does not separate prompt and answer tokens
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -159,10 +156,8 @@ class VllmEngine(BaseEngine):
         Raises:
             ConfigError: a form, a structured output, or a sampling option that vLLM does not have.
         """
-        given = {"form": form, "structured_output": next((one.matcher for one in sequences if one.matcher), None)}
-        for name, value in given.items():
-            if value is not None:
-                raise ConfigError(f"VllmEngine does not have the option {name}", remedy="leave it out, or use Engine")
+        if form is not None or any(one.matcher is not None for one in sequences):
+            raise ConfigError("VllmEngine has no option form and no structured_output", remedy="leave it out")
         self._run([self._generation_request(one) for one in sequences])
         error = next((one.error for one in sequences if one.error is not None), None)
         if error is not None and not keep_errors:
@@ -176,7 +171,7 @@ class VllmEngine(BaseEngine):
             sampling["seed"] = int(own.seed) % 2**63
         # the text decides the end: it is looked at after every token
         final = one.detokenizer is None or not one.detokenizer.stop_strings
-        params = self._params(
+        params = _params(
             max_tokens=own.max_new_tokens, stop_token_ids=self.eos_token_ids, logprobs=0, final=final,
             repetition_penalty=own.repetition_penalty, presence_penalty=own.presence_penalty,
             frequency_penalty=own.frequency_penalty, logit_bias=dict(own.logit_bias) or None, **sampling,
@@ -193,109 +188,81 @@ class VllmEngine(BaseEngine):
 
     # ------------------------------------------------------------------ scoring
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[int]],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-    ) -> list[list[float]]:
-        """Return the natural log-probability of each token of given completions, see `Engine.score`."""
-        return self.replies_and_logprobs(prompts, completions, mix, max_new_tokens=0)[1]
-
     def replies_and_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        answers: Sequence[Sequence[int]],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        max_new_tokens: int,
-        start: Sequence[int] | None = None,
-        batch_size: int = 64,
-    ) -> tuple[list[str], list[list[float]]]:
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], mix: Mixes = None, *, max_new_tokens: int,
+        start: Sequence[int] | None = None, batch_size: int = 64,
+    ) -> tuple[list[str], list[list[float]]]:  # fmt: skip
         """Return greedy replies and scores of answers, see `sigmix.engine.scoring.replies_and_logprobs`."""
         rows, mixes = encode_answered(self, prompts, answers, max_new_tokens), self.mixes(mix, len(prompts))
         params = SamplingParams(max_new_tokens)
         replies = [SequenceState(row, params, own) for row, own in zip(rows, mixes, strict=True) if max_new_tokens]
-        requests, scores = self._score_requests(rows, answers, mixes, list(map(len, rows)))
-        self._run([*map(self._generation_request, replies), *requests])
+        scores = self.token_scores(rows, answers, mixes, besides=list(map(self._generation_request, replies)))
         decoder = token_decoder(self.tokenizer)
         texts = [decoder.decode(one.ids, end=self.eos_token_ids) for one in replies]
         return texts, [[logprob for logprob, _ in row] for row in scores]
 
     def next_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        tokens: Sequence[int],
-        mix: Mix | str | Sequence[Mix | str] | None = None,
-        *,
-        answer: Sequence[int] = (),
+        self, prompts: Sequence[Prompt], tokens: Sequence[int], mix: Mixes = None, *, answer: Sequence[int] = (),
         start: Sequence[int] | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Return log-probabilities float32 [N, K] of K tokens after each prompt, normalised over these tokens."""
-        rows, mixes = [self.encode(prompt) for prompt in prompts], self.mixes(mix, len(prompts))
+        rows = [self.encode(prompt) for prompt in prompts]
         for number, row in enumerate(rows):
             self.check_prompt(row, len(answer) + 1, f"prompt {number}")
-        each = [(row, own, token) for row, own in zip(rows, mixes, strict=True) for token in tokens]
+        pairs = list(zip(rows, self.mixes(mix, len(rows)), strict=True))
         scores = self.token_scores(
-            [[*row, *answer] for row, _, _ in each], [[token] for *_, token in each], [own for _, own, _ in each],
-            [len(row) for row, _, _ in each],
+            [[*row, *answer] for row, _ in pairs for _ in tokens], [[token] for _ in rows for token in tokens],
+            [own for _, own in pairs for _ in tokens], [len(row) for row in rows for _ in tokens],
         )  # fmt: skip
         logprobs = torch.tensor([logprob for ((logprob, _),) in scores])
         return logprobs.reshape(len(rows), len(tokens)).log_softmax(-1)
 
     def token_scores(
-        self,
-        rows: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]],
-        mixes: Sequence[Mix],
-        starts: Sequence[int] | None = None,
-    ) -> list[list[Score]]:
-        """Return the score of each token of given answers.
+        self, rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], mixes: Sequence[Mix],
+        starts: Sequence[int] | None = None, besides: Sequence[Request] = (),
+    ) -> list[list[tuple[float, bool]]]:  # fmt: skip
+        """Return the log-probability of each token of given answers, and whether it is the most probable one.
+
+        Answers that differ in their last token only are one request, since that token is not read.
 
         Args:
             rows: token ids before the answers. answers: token ids, none empty.
-            starts: number of prompt tokens of each row, see `SVFConfig.positions`; default: all.
-        """
-        requests, scores = self._score_requests(rows, answers, mixes, starts or list(map(len, rows)))
-        self._run(requests)
-        return scores
-
-    def _score_requests(
-        self, rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], mixes: Sequence[Mix],
-        starts: Sequence[int],
-    ) -> tuple[list[Request], list[list[Score]]]:  # fmt: skip
-        """Return requests, and the lists that they fill, of rows with their answers.
-
-        Answers that differ in their last token only are one request, since that token is not read.
+            starts: number of prompt tokens in each row, see `SVFConfig.positions`; default: all.
+            besides: other requests to run in the same batches.
         """
         from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
-        scores: list[list[Score]] = [[] for _ in rows]
+        scores: list[list[tuple[float, bool]]] = [[] for _ in rows]
         groups: dict[Any, list[int]] = defaultdict(list)
+        starts = list(map(len, rows)) if starts is None else starts
         for number, (row, answer, mix, start) in enumerate(zip(rows, answers, mixes, starts, strict=True)):
             groups[mix, (*row, *answer[:-1]), len(row), start].append(number)
-        requests = []
-        for (mix, ids, first, start), every in groups.items():
-            for place in range(0, len(every), MAX_LOGPROB_TOKEN_IDS):
-                numbers = every[place : place + MAX_LOGPROB_TOKEN_IDS]
-                lasts = {number: answers[number][-1] for number in numbers}
 
-                def receive(output: Any, ids: Any = ids, first: int = first, lasts: Any = lasts) -> bool:
-                    (completion,) = output.outputs
-                    read = zip(ids[first:], output.prompt_logprobs[first:], strict=True) if first < len(ids) else ()
-                    head = [(entry[token].logprob, entry[token].rank == 1) for token, entry in read]
-                    for number, token in lasts.items():
-                        last = completion.logprobs[0][token].logprob, token == completion.token_ids[0]
-                        scores[number] = [*head, last]
-                    return True
+        def request(numbers: Sequence[int], mix: Mix, ids: Sequence[int], first: int, start: int) -> Request:
+            read = ids[first:]
+            lasts = {number: answers[number][-1] for number in numbers}
 
-                params = self._params(
-                    max_tokens=1, temperature=0.0, logprob_token_ids=list(dict.fromkeys(lasts.values())), final=True,
-                    prompt_logprobs=0 if first < len(ids) else None,
-                    extra_args={ANSWERS_FROM: start} if start < len(ids) else None,
-                )  # fmt: skip
-                requests.append(Request(ids, params, mix, receive))
-        return requests, scores
+            def receive(output: Any) -> bool:
+                (completion,), before = output.outputs, output.prompt_logprobs[first:] if read else []
+                head = [(one[token].logprob, one[token].rank == 1) for token, one in zip(read, before, strict=True)]
+                for number, token in lasts.items():
+                    last = completion.logprobs[0][token].logprob, token == completion.token_ids[0]
+                    scores[number] = [*head, last]
+                return True
+
+            params = _params(
+                max_tokens=1, temperature=0.0, logprob_token_ids=list(dict.fromkeys(lasts.values())),
+                prompt_logprobs=0 if read else None, extra_args={ANSWERS_FROM: start} if start < len(ids) else None,
+            )  # fmt: skip
+            return Request(ids, params, mix, receive)
+
+        limit = MAX_LOGPROB_TOKEN_IDS
+        self._run([
+            *besides,
+            *(request(every[place : place + limit], *key)
+              for key, every in groups.items() for place in range(0, len(every), limit)),
+        ])  # fmt: skip
+        return scores
 
     def cached_tokens(self, prefix: Sequence[int]) -> int:
         """Return the tokens of a common prefix in whole blocks of vLLM's prefix cache."""
@@ -303,17 +270,6 @@ class VllmEngine(BaseEngine):
         return len(prefix) // cache.block_size * cache.block_size if cache.enable_prefix_caching else 0
 
     # ------------------------------------------------------------------ vLLM
-
-    @staticmethod
-    def _params(final: bool, **options: Any) -> Any:
-        """Return vLLM's sampling options; ``final``: of outputs at the end only."""
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.sampling_params import SamplingParams as Params
-
-        kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
-        with reraised(ConfigError, "vLLM does not have these sampling options"):
-            # the tokens that end a completion are ours, and so is its text
-            return Params(ignore_eos=True, detokenize=False, output_kind=kind, **options)
 
     def _run(self, requests: Sequence[Request]) -> None:
         """Run requests to their end, after all their mixtures were registered."""
@@ -331,3 +287,14 @@ class VllmEngine(BaseEngine):
         except BaseException:
             engine.abort_request(names)  # the next call must not receive them
             raise
+
+
+def _params(final: bool = True, **options: Any) -> Any:
+    """Return vLLM's sampling options; ``final``: of an output at the end only, else after every token."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as Params
+
+    kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
+    with reraised(ConfigError, "vLLM does not have these sampling options"):
+        # the tokens that end a completion are ours, and so is its text
+        return Params(ignore_eos=True, detokenize=False, output_kind=kind, **options)
