@@ -274,6 +274,7 @@ def test_what_is_refused_before_the_work(run, place, harness, monkeypatch):
     assert "nearest: one" in line("--mix", "on")
     assert "mix=auto" in line("--mix", "one", "--strategy", "A")
     assert "unknown strategy 'E'" in line("--strategy", "E")
+    assert "unknown engine 'vlm'; nearest: vllm" in line("--engine", "vlm")
     assert "unknown model argument 'colour'" in line(model=",colour=red")
     assert "Tasks not found: no_such_task" in line(tasks="no_such_task")
     assert "unrecognized arguments: --nonsense" in line("--nonsense")

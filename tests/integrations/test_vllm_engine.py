@@ -215,6 +215,12 @@ def test_errors_leave_the_engine_as_it_was(both, options, error, message):
 
 
 @needs_vllm
+def test_large_weights_leave_nothing_in_the_cache(both):
+    both.vllm.generate(PROMPTS, "adder:9000", max_new_tokens=4)
+    same(*(engine.generate(PROMPTS, "adder", max_new_tokens=4) for engine in (both.vllm, both.own)))
+
+
+@needs_vllm
 def test_errors_of_single_prompts_can_be_kept(both):
     options = {"max_new_tokens": 3, "keep_errors": True}
     found, expected = (engine.generate(["a", [5] * CONTEXT], "adder", **options) for engine in (both.vllm, both.own))
@@ -362,17 +368,28 @@ def test_options_that_vllm_does_not_have(refused, home, words, named, tmp_path, 
     "words",
     [
         ("eval", "--task", "addition"), ("eval", "--task", "addition", "--strategy", "A"),
-        ("adapt", "--task", "addition", "--out", "mix.json"), ("lm-eval", "--tasks", "arc_easy"),
+        ("adapt", "--task", "addition", "--out", "mix.json"),
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
 def test_vllm_must_be_installed(refused, home, words, tmp_path, monkeypatch):
-    if words[0] == "lm-eval":
-        pytest.importorskip("lm_eval")
     monkeypatch.setitem(sys.modules, "vllm", None)  # an import of it fails
     monkeypatch.chdir(tmp_path)
     line = refused(*words, "--engine", "vllm", "--base", home.base, "--bank", home.bank, silent=False)
     assert "pip install 'vllm==0.32.*'" in line
+
+
+def test_the_harness_on_vllm(home, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from sigmix.integrations.lm_eval import SigmixLM
+
+    options = {"base": str(home.base), "bank": str(home.bank), "engine": "vllm"}
+    for name, value in {"form": "gain", "quantization": "int8", "device": "cpu"}.items():
+        with pytest.raises(ConfigError, match=f"{name}.*engine=own"):
+            SigmixLM(**options, **{name: value})
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match="pip install 'vllm"):
+        SigmixLM(**options)
 
 
 def test_experts_must_be_in_a_folder(home):
