@@ -43,7 +43,8 @@ def register() -> None:
 
     from sigmix.integrations.vllm.worker import MixtureManager
 
-    LoRAResolverRegistry.register_resolver(NAME, resolver(settings))
+    # `register_resolver` would warn where the plugin is loaded again
+    LoRAResolverRegistry.resolvers[NAME] = resolver(settings)
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MixtureManager
     runner = lora_model_runner_mixin.LoRAModelRunnerMixin
     runner.set_active_loras = _with_positions(runner.set_active_loras)
