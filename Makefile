@@ -69,7 +69,7 @@ vllm-env: .venv-vllm/.sigmix-setup  ## .venv-vllm: vLLM on the CPU with sigmix, 
 	@touch $@
 
 vllm-test: vllm-env  ## the tests of the vLLM plugin in vLLM's engine
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_real.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/test_vllm*.py
 
 docs: $(STAMP)  ## API reference from the docstrings, in build/api
 	$(BIN)/python -m pdoc -o build/api sigmix
