@@ -4,9 +4,11 @@ With the decomposition's factors of a matrix, W = second · first, a token x und
 
     y = W x + second (g ⊙ first x)
 
-The factors are shared by all mixtures; a slot holds the gains alone, for prompt and for answer tokens. Under tensor
-parallelism, layers that split outputs have rows of ``second``, and layers that split inputs have columns of ``first``:
-the change is linear in x, so it is part of what the all-reduce sums.
+and where the layer is not quantized and all its matrices are adapted, y = second ((1 + g) ⊙ first x) alone, which is
+cheaper. The factors are shared by all mixtures; a slot holds the gains alone, for prompt and for answer tokens.
+
+Under tensor parallelism, layers that split outputs have rows of ``second``, and layers that split inputs have columns
+of ``first``: the change is linear in x, so it is part of what the all-reduce sums.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -38,6 +41,7 @@ from sigmix.errors import ConfigError, ExpertError, SigmixError
 from sigmix.experts.expert import Expert
 from sigmix.export.base import BaseCheckpoint
 from sigmix.integrations.vllm.adapter import Adapter, Settings
+from sigmix.svf.functional import scaled
 from sigmix.svf.layer import SVFLinear
 
 MAX_GAIN = 1e4
@@ -53,12 +57,14 @@ class Tokens:
     Attributes:
         index: int64 [max tokens], row of the gain tables for each token; a persistent buffer, so that captured graphs
             read it.
-        rows: int64, tokens with a gain other than zero; None: all.
+        rows: int64, tokens with a gain other than zero; None: all, or not known.
+        others: int64, the other tokens; None: not known.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.index = torch.zeros(count, dtype=torch.long, device=device)
         self.rows: torch.Tensor | None = self.index[:0]
+        self.others: torch.Tensor | None = None
 
 
 @dataclass
@@ -76,14 +82,17 @@ class MixtureMethod:
 
     Args:
         method: the layer's own. parts: adapted matrices. slots: mixtures at once. tokens: of the batch. name: unique.
+        whole: the parts are all of the layer, and it is not quantized.
 
     Attributes:
         table: float32 [2 (slots + 1), R], gains of the parts beside each other: of prompt tokens by slot, then of
             answer tokens; the last row of both is the base.
     """
 
-    def __init__(self, method: Any, parts: Sequence[Part], slots: int, tokens: Tokens, name: str) -> None:
-        self.method, self.parts, self.tokens, self.name = method, list(parts), tokens, name
+    def __init__(
+        self, method: Any, parts: Sequence[Part], slots: int, tokens: Tokens, name: str, whole: bool = False
+    ) -> None:
+        self.method, self.parts, self.tokens, self.name, self.whole = method, list(parts), tokens, name, whole
         self.sizes = [len(part.first) for part in parts]
         self.first = torch.cat([part.first for part in parts]).contiguous()
         for part, rows in zip(self.parts, self.first.split(self.sizes), strict=True):
@@ -96,12 +105,30 @@ class MixtureMethod:
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out], in x's dtype."""
-        y = self.method.apply(layer, x, bias)
-        if torch.compiler.is_compiling():
-            torch.ops.vllm.sigmix_add_change(x, y, self.name)
+        rows, others = self.tokens.rows, self.tokens.others
+        if torch.compiler.is_compiling() or not self.whole or others is None or (rows is not None and not len(rows)):
+            y = self.method.apply(layer, x, bias)
+            if torch.compiler.is_compiling():
+                torch.ops.vllm.sigmix_add_change(x, y, self.name)
+            else:
+                self.add_change(x, y)
+            return y
+        flat = x.reshape(-1, x.shape[-1])
+        index = self.tokens.index[: len(flat)]
+        if rows is None:
+            y = self._changed(flat, index, bias)
         else:
-            self.add_change(x, y)
-        return y
+            unchanged = self.method.apply(layer, flat[others], bias)
+            y = unchanged.new_empty(len(flat), unchanged.shape[-1])
+            y[others], y[rows] = unchanged, self._changed(flat[rows], index[rows], bias)
+        return y.view(*x.shape[:-1], -1)
+
+    def _changed(self, x: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Outputs [N, out] of tokens [N, in] that have the rows ``index`` of the table."""
+        hidden = scaled(F.linear(x, self.first), 1 + self.table[index])
+        pairs = zip(hidden.split(self.sizes, -1), self.parts, strict=True)
+        y = torch.cat([F.linear(own, part.second) for own, part in pairs], -1)
+        return y if bias is None else y + bias
 
     def add_change(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the change of tokens x [N, in] to their outputs y [N, out] in place."""
@@ -183,7 +210,8 @@ class MixtureManager:
             if acting := {path: number for number, path in enumerate(paths) if path in wanted}:
                 shards = shards_of(layer, len(paths))
                 parts = [self._part(path, experts, *shards[number]) for path, number in acting.items()]
-                layer.quant_method = MixtureMethod(layer.quant_method, parts, self.slots, self._tokens, prefix)
+                whole = len(acting) == len(paths) and isinstance(layer.quant_method, UnquantizedLinearMethod)
+                layer.quant_method = MixtureMethod(layer.quant_method, parts, self.slots, self._tokens, prefix, whole)
                 self.layers.append(layer.quant_method)
                 found.update(acting)
         if missing := sorted(wanted - found):
@@ -358,11 +386,12 @@ class MixtureManager:
         tokens = self._tokens
         tokens.index.fill_(self.slots)
         tokens.index[: len(rows)] = torch.from_numpy(rows).to(self.device)
-        if self.device.type != "cpu":  # a captured graph computes all tokens
+        if self.device.type != "cpu":  # a captured graph computes all tokens, and those of the base bit for bit
             tokens.rows = None if needed else tokens.index[:0]
             return
         acting = self._acting[rows]
         tokens.rows = None if acting.all() else torch.from_numpy(np.flatnonzero(acting))
+        tokens.others = torch.from_numpy(np.flatnonzero(~acting))
 
     # ------------------------------------------------------------------ vLLM's interface
 
