@@ -38,7 +38,10 @@ class LLM:
     def generate(self, rows, params, lora_request, use_tqdm):
         assert bool(lora_request) == self.lora
         for adapter in lora_request or ():
-            assert json.loads((Path(adapter.path) / "adapter_config.json").read_text())["r"] <= 16
+            if "SIGMIX_VLLM_EXPERTS" in os.environ:
+                assert adapter.path.startswith("sigmix:")
+            else:
+                assert json.loads((Path(adapter.path) / "adapter_config.json").read_text())["r"] <= 16
         answers = [self.answer(row["prompt_token_ids"], params.max_tokens - int(os.environ["SHORTER"])) for row in rows]
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in answers]
 
@@ -69,12 +72,13 @@ def bench(home, tmp_path, monkeypatch):
     monkeypatch.setenv("SIGMIX_VLLM_PYTHON", sys.executable)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def given(shorter=0, other=0, **options):
+    def given(shorter=0, other=0, name="vllm", **options):
         monkeypatch.setenv("SHORTER", str(shorter))
         monkeypatch.setenv("OTHER", str(other))
-        options = {"sizes": {"base": (1, 3), "base_default": (1,), "mixed": (3,)}, "repeats": 2, **options}
-        bank = Bank(home.bank)
-        return run("vllm", dtype="float32", base=str(home.base), bank=bank, new_tokens=4, compile=False, **options)
+        if name == "vllm":
+            options = {"sizes": {"base": (1, 3), "base_default": (1,), "mixed": (3,)}, "compile": False, **options}
+        options = {"dtype": "float32", "base": str(home.base), "new_tokens": 4, "repeats": 2, **options}
+        return run(name, bank=Bank(home.bank), **options)
 
     return given
 
@@ -100,8 +104,21 @@ def test_other_work_is_no_result(bench, fault, message):
         bench(sizes={"base": (3,)}, repeats=1, **fault)
 
 
-def test_without_vllm_there_is_a_reason(home, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_mixtures_in_vllm_are_compared_with_its_base_and_its_lora(bench):
+    result = bench(name="vllm-mixtures", sizes=(2, 8), ranks=(8,), repeats=1)
+    both = {f"{kind}_vs_base_{count}" for kind in ("exact", "prompt") for count in (2, 8)}
+    assert set(result["ratios"]) == {*both, "exact_vs_lora8_8"}
+    seconds = result["raw"]["seconds"]["8"]
+    assert set(seconds) == {"base", "exact", "prompt", "lora8"}
+    assert result["raw"]["ratios_by_repeat"]["exact_vs_lora8_8"] == [seconds["lora8"][0] / seconds["exact"][0]]
+    with pytest.raises(SigmixError, match="4 tokens"):
+        bench(name="vllm-mixtures", sizes=(2,), ranks=(), repeats=1, shorter=1)
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-mixtures"])
+def test_without_vllm_there_is_a_reason(name, home, monkeypatch, tmp_path):
     monkeypatch.setenv("SIGMIX_VLLM_PYTHON", str(tmp_path / "python"))
-    result = run("vllm", base=str(home.base), bank=Bank(home.bank))
+    result = run(name, base=str(home.base), bank=Bank(home.bank))
     assert result["ratios"] == {} == result["met"]
     assert "make vllm-env" in result["raw"]["skipped"]["vLLM"]
