@@ -1,4 +1,4 @@
-"""``python -m reproduction --scale smoke|laptop|positions|gpu``: the paper's tables and further experiments."""
+"""``python -m reproduction --scale smoke|laptop|positions|gpu|…``: the paper's tables and further experiments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(epilog="Example: python -m reproduction --scale laptop --only table1")
 def reproduce(
     scale: str = typer.Option(
-        "laptop", help="laptop (two cores, default model), positions, gpu (the paper's tasks) or smoke."
+        "laptop",
+        help="laptop (two cores, default model), positions, positions-float32, gpu (the paper's tasks) or smoke.",
     ),
     only: list[str] = ONLY,
     out: Path = typer.Option(None, help="Folder for items (OUT/SCALE) and tables. Default: reproduction."),

@@ -1,8 +1,8 @@
 """Kinds of adapters that are compared, and scales of a reproduction.
 
 A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` takes two cores and the embedded model,
-`positions` the same for a study of its own, `gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test
-the program and not the method.
+`positions` the same for a study of its own, `positions-float32` parts of that in float32, `gpu` the paper's own
+benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
 """
 
 from __future__ import annotations

@@ -42,33 +42,29 @@ class PositionVariants:
 
     def tables(self, report: Report) -> str:
         """Each against z of all matrices at the same positions, on the same items."""
-        tasks = report.scale.tasks[:2]
+        kinds, tasks = report.scale.kinds, report.scale.tasks[:2]
         head = ["", "numbers", *(f"{task}{column}" for task in tasks for column in ("", ", difference", ", KL"))]
-        whole, prompt = ([_row(report, kind, kind)] for kind in RL)
-        both = [_row(report, BOTH, RL[1]), _row(report, BOTH, RL[0], "all")]
-        penalties = [
-            [*_row(report, kind, RL[report.scale.kinds[kind].positions == "prompt"]), _left(report, kind)]
-            for kind in _of(report.scale, PENALTIES)
-        ]
-        parts = []
-        for positions, kind, start in zip(("all tokens", "prompt"), RL, (whole, prompt), strict=True):
-            kinds = report.scale.kinds
+        tokens, penalties = _of(report.scale, TOKENS), _of(report.scale, PENALTIES)
+        found = []
+        if tokens:
+            rows = [_row(report, RL[1], RL[1]), *(_row(report, kind, RL[1]) for kind in tokens)]
+            found += ["z on the first tokens of the answer, too; differences to the prompt alone:", table(head, rows)]
+        if BOTH in kinds:
+            rows = [_row(report, BOTH, RL[1]), _row(report, BOTH, RL[0], "all")]
+            title = "Half of the answers trained each way; differences to the experts of that way:"
+            found += [title, table(head, rows)]
+        for positions, kind in zip(("all tokens", "prompt"), RL, strict=True):
             own = [one for one in _of(report.scale, PARTS) if kinds[one].positions == kinds[kind].positions]
-            parts += [
-                f"z at {positions}, of some matrices; differences to all of them:",
-                table(head, [*start, *(_row(report, one, kind) for one in own)]),
+            if own:
+                rows = [_row(report, kind, kind), *(_row(report, one, kind) for one in own)]
+                found += [f"z at {positions}, of some matrices; differences to all of them:", table(head, rows)]
+        if penalties:
+            rows = [
+                [*_row(report, kind, RL[kinds[kind].positions == "prompt"]), _left(report, kind)] for kind in penalties
             ]
-        return "\n\n".join(
-            [
-                "z on the first tokens of the answer, too; differences to the prompt alone:",
-                table(head, [*prompt, *(_row(report, kind, RL[1]) for kind in _of(report.scale, TOKENS))]),
-                "Half of the answers trained each way; differences to the experts of that way:",
-                table(head, both),
-                *parts,
-                "A penalty on |z - 1|: strength in learning rates a step, and the share of z that differ from 1:",
-                table([*head, "share left"], penalties),
-            ]
-        )  # fmt: skip
+            title = "A penalty on |z - 1|: strength in learning rates a step, and the share of z that differ from 1:"
+            found += [title, table([*head, "share left"], rows)]
+        return "\n\n".join(found)
 
 
 def _order(kind: str) -> tuple[bool, bool]:
@@ -78,7 +74,7 @@ def _order(kind: str) -> tuple[bool, bool]:
 
 
 def _of(scale: Scale, kinds: Sequence[str]) -> list[str]:
-    """Return the kinds that the scale has: one of each sort in the smoke test."""
+    """Return the kinds that the scale has."""
     return [kind for kind in kinds if kind in scale.kinds]
 
 
