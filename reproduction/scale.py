@@ -188,6 +188,23 @@ class Scale:
     stages: tuple[str, ...] = PAPER_STAGES
 
 
+# one question of ours: must z act on the answer's tokens, too? Tasks, training and items are laptop's
+POSITIONS = Scale(
+    name="positions",
+    base="smollm2-135m",
+    tasks=("addition", "larger", "date-iso", "where-is"),
+    extra=("smallest-of-three", "who-has"),
+    sweep="larger",
+    unseen=(),
+    conflict=None,
+    few_shot="",
+    training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
+    larger_training={"max_steps": 20, "eval_steps": 10, "generation_batch_size": 32, "max_eval_samples": 64},
+    kinds=POSITION_KINDS,
+    stages=("sweep", *POSITION_STAGES),
+)
+
+
 SCALES: dict[str, Scale] = {
     "laptop": Scale(
         name="laptop",
@@ -202,33 +219,12 @@ SCALES: dict[str, Scale] = {
         training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
         larger_training={"generation_batch_size": 32},
     ),
-    # one question of ours: must z act on the answer's tokens, too? Tasks, training and items are laptop's
-    "positions": Scale(
-        name="positions",
-        base="smollm2-135m",
-        tasks=("addition", "larger", "date-iso", "where-is"),
-        extra=("smallest-of-three", "who-has"),
-        sweep="larger",
-        unseen=(),
-        conflict=None,
-        few_shot="",
-        training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
-        larger_training={"max_steps": 20, "eval_steps": 10, "generation_batch_size": 32, "max_eval_samples": 64},
-        kinds=POSITION_KINDS,
-        stages=("sweep", *POSITION_STAGES),
-    ),
+    "positions": POSITIONS,
     # what of that study ran on a CPU without bfloat16, with experts of its own
-    "positions-float32": Scale(
+    "positions-float32": replace(
+        POSITIONS,
         name="positions-float32",
-        base="smollm2-135m",
         dtype="float32",
-        tasks=("addition", "larger", "date-iso", "where-is"),
-        extra=("smallest-of-three", "who-has"),
-        sweep="larger",
-        unseen=(),
-        conflict=None,
-        few_shot="",
-        training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
         kinds=FLOAT32_KINDS,
         stages=("position-variants", "position-mixtures"),
     ),
