@@ -530,7 +530,8 @@ def test_auto_chooses_an_expert_that_was_fine_tuned_over_http(tmp_path):
             for label, texts in REVIEWS.items() for text in texts
         ]  # fmt: skip
         server.file = upload(server, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        id = start(server, model="smollm2-135m", suffix="mood", seed=0, hyperparameters={"n_epochs": 1, "batch_size": 16})
+        options = {"n_epochs": 1, "batch_size": 16}
+        id = start(server, model="smollm2-135m", suffix="mood", seed=0, hyperparameters=options)
         tuned = wait_for(server, id, "succeeded")["fine_tuned_model"]
         expert = server.call("GET", f"/v1/models/{tuned}")[1]["sigmix"]["expert"]
 
