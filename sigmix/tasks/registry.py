@@ -30,7 +30,13 @@ from sigmix.tasks.base import Task
 Factory = Callable[..., Task]
 
 ENTRY_POINTS = "sigmix.tasks"
-_BUILT_IN = ("sigmix.tasks.skills", "sigmix.tasks.benchmarks", "sigmix.tasks.programs", "sigmix.tasks.vqa")
+_BUILT_IN = (
+    "sigmix.tasks.skills",
+    "sigmix.tasks.benchmarks",
+    "sigmix.tasks.assistant",
+    "sigmix.tasks.programs",
+    "sigmix.tasks.vqa",
+)
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:?]+)")
 
 _built_in: dict[str, Factory] = {}
