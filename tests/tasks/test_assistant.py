@@ -19,15 +19,13 @@ def data(tmp_path):
     snips.mkdir()
     (clinc / "domains.json").write_text(json.dumps({"banking": ["transfer"], "auto_and_commute": ["oil", "gas"]}))
     texts = {
-        split: [[f"move {split} dollars {n}", "transfer"] for n in range(20)] + [[f"oil {split} {n}", "oil"] for n in range(20)]
+        split: [[f"{intent} of {split} {n}", intent] for n in range(20) for intent in ("transfer", "oil")]
         for split in ("train", "val", "test")
     }  # fmt: skip
     (clinc / "data_full.json").write_text(json.dumps(texts))
     for split in ("train", "test"):
-        rows = [
-            {"text": f"play {split} song {n}", "intent": "PlayMusic", "slots": {"track": [f"song {n}"], "genre": ["a", "b"]}}
-            for n in range(60)
-        ]  # fmt: skip
+        slots = [{"track": [f"song {n}"], "genre": ["a", "b"]} for n in range(60)]
+        rows = [{"text": f"play {split} {one['track'][0]}", "intent": "PlayMusic", "slots": one} for one in slots]
         (snips / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
