@@ -1,8 +1,7 @@
 """`sigmix demo`: one batch with a mixture per request, accuracy of the experts, and unchanged base weights.
 
-Nothing is trained. The requests are in ``demo.jsonl``: {"prompt", "expert", "answer", "grader"}, the last one where the
-expert's task cannot grade; everyday requests have a prompt alone. For a bank that lacks one of these experts, the batch
-has test items of the bank's tasks.
+Nothing is trained. The requests are in ``demo.jsonl``: {"prompt", "expert", "answer"}; everyday ones have a prompt
+alone. For a bank that lacks one of these experts, the batch has test items of the bank's tasks.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from sigmix.adapt.base import Decision
     from sigmix.engine import Engine
     from sigmix.experts.bank import Bank
+    from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
     from sigmix.tasks.base import Score, Task
 
@@ -189,26 +189,24 @@ def _written(engine: Engine) -> list[Request]:
     return [
         Request(
             row["prompt"], engine.encode(row["prompt"]), MAX_NEW_TOKENS, row.get("expert"), row.get("answer"),
-            _grader(engine.bank[row["expert"]].meta.get("task"), row) if "expert" in row else None,
+            _grader(engine.bank[row["expert"]], row["prompt"], row["answer"]) if "expert" in row else None,
         )
         for row in rows
     ]  # fmt: skip
 
 
-def _grader(spec: object, row: Mapping[str, str]) -> Callable[[str], Score]:
-    """Return the grader of a request of `REQUESTS`: its own, that of the expert's task, or one for such an answer."""
+def _grader(expert: Expert, prompt: str, gold: str) -> Callable[[str], Score]:
+    """Return the grader of an expert's task for a request that is not from its data, or one that fits the answer."""
     from sigmix.tasks.base import Sample
     from sigmix.tasks.graders import grader_of
     from sigmix.tasks.infer import infer_grader
     from sigmix.tasks.registry import get_task
 
-    gold = row["answer"]
-    if "grader" not in row:
-        with suppress(Exception):  # a task that is not there, or that grades its own samples only
-            task, sample = get_task(str(spec)), Sample.make(row["prompt"], gold)
-            if task.score(sample, gold).value == 1.0:
-                return functools.partial(task.score, sample)
-    grade = grader_of(row.get("grader") or infer_grader([gold]).grader)
+    with suppress(Exception):  # a task that is not there, or that grades its own samples only
+        task, sample = get_task(str(expert.meta.get("task"))), Sample.make(prompt, gold)
+        if task.score(sample, gold).value == 1.0:
+            return functools.partial(task.score, sample)
+    grade = grader_of(infer_grader([gold]).grader)
     return lambda reply: grade(reply, gold)
 
 
