@@ -1,11 +1,21 @@
-"""`sigmix demo`: accuracy of the base model and of each expert on held-out items. Nothing is trained."""
+"""`sigmix demo`: one batch with a mixture per request, accuracy of the experts, and unchanged base weights.
+
+Nothing is trained. The requests are in ``demo.jsonl``: {"prompt", "expert", "answer"}; everyday ones have a prompt
+alone. For a bank that lacks one of these experts, the batch has test items of the bank's tasks.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import shlex
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +24,63 @@ import typer
 from sigmix.cli import app
 from sigmix.cli._console import Progress, accuracy, emit, note, table
 from sigmix.cli._loading import open_bank, open_engine
-from sigmix.cli._options import BANK, BASE, JSON
-from sigmix.errors import ExpertError, SigmixError
+from sigmix.cli._options import BANK, BASE, DEFAULT, JSON
+from sigmix.errors import ConfigError, ExpertError, SigmixError
 
 if TYPE_CHECKING:
+    from sigmix.adapt.base import Decision
+    from sigmix.engine import Engine
     from sigmix.experts.bank import Bank
-    from sigmix.tasks.base import Task
+    from sigmix.experts.expert import Expert
+    from sigmix.experts.mix import Mix
+    from sigmix.tasks.base import Score, Task
 
+REQUESTS = Path(__file__).with_name("demo.jsonl")
 MAX_NEW_TOKENS = 64  # tasks with longer answers are skipped: one would take several minutes
-EXAMPLES = 2
+EXAMPLES = 2  # test items of a task that are shown
+WIDTH = 100  # of a line, where stdout is no terminal
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of the batch.
+
+    Attributes:
+        ids: the prompt's tokens, with the chat template.
+        expert: name of the expert that it is for; None: the base.
+        gold, grade: right reply, and grader of a reply; None: no reply is right or wrong.
+    """
+
+    prompt: str
+    ids: list[int]
+    max_new_tokens: int
+    expert: str | None = None
+    gold: str | None = None
+    grade: Callable[[str], Score] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Replies of the base, and under a mixture per request.
+
+    Attributes:
+        rows: JSON figures of each request.
+        tokens, seconds: generated tokens and wall time of the two calls: base, mixed.
+        choice: how the mixtures were chosen, in words.
+    """
+
+    rows: list[dict[str, Any]]
+    tokens: tuple[int, int] = (0, 0)
+    seconds: tuple[float, float] = (0.0, 0.0)
+    choice: str = ""
+
+    @property
+    def tokens_per_second(self) -> dict[str, float] | None:
+        """Speed of the two calls; None without requests."""
+        if not self.rows:
+            return None
+        base, mixed = (round(tokens / seconds, 1) for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
+        return {"base": base, "mixed": mixed}
 
 
 @app.command(epilog="Example: sigmix demo --quick")
@@ -32,20 +90,209 @@ def demo(
     seed: int = typer.Option(0, help="Random seed of the items."),
     base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
 ) -> None:  # fmt: skip
-    """Compare the base model with each of its experts on questions that neither was trained on."""
+    """Answer one batch of requests with an expert chosen for each, and compare base and experts on held-out items."""
     started = time.monotonic()
     experts = open_bank(bank)
     if not len(experts):
         raise ExpertError(f"{experts.folder} has no experts", remedy="train one: sigmix train --help")
-    tasks, skipped = _tasks(experts)
     note(f"loading {base} (downloaded on the first run)")
     engine = open_engine(base, experts)
 
+    from sigmix.experts.fingerprint import fingerprint, short
+
+    before = fingerprint(engine.model, fresh=True)
+    skipped = _keep_fitting(engine, experts)
+    tasks, unmeasured = _tasks(engine, seed)
+    skipped |= unmeasured
+    batch = _answer(engine, _written(engine) or _drawn(engine, tasks, seed))
+    if not as_json:
+        _print_batch(batch)
+    rows, failed = _measure(engine, tasks, 25 if quick else n, seed)
+    skipped |= failed
+    after = fingerprint(engine.model, fresh=True)
+    seconds = round(time.monotonic() - started, 1)
+    figures = {
+        "base": base, "seed": seed, "batch": batch.rows, "tokens_per_second": batch.tokens_per_second, "experts": rows,
+        "skipped": skipped, "weights": {"before": before, "after": after}, "seconds": seconds,
+    }  # fmt: skip
+    if not emit(figures, as_json):
+        _print_table(rows, skipped)
+    if before != after:
+        raise SigmixError(
+            f"the base's weights changed: their fingerprint was {short(before)} and is {short(after)}",
+            remedy="please report this with the command that you ran",
+        )
+    if not as_json:
+        typer.echo(f"weights of the base: fingerprint {short(before)} before, {short(after)} after: unchanged")
+        typer.echo(f"{seconds:.0f} s, nothing was trained. Try next:")
+        for line in _next_commands(batch.rows, rows, base, bank):
+            typer.echo(f"  {line}")
+
+
+# ------------------------------------------------------------------ experts, tasks and requests
+
+
+def _keep_fitting(engine: Engine, bank: Bank) -> dict[str, str]:
+    """Set the engine's bank to the experts that fit its base; return the others with the reasons."""
+    from sigmix.adapt.base import DISPATCH
+    from sigmix.experts.mix import Mix
+
+    skipped: dict[str, str] = {}
+    fitting = {}
+    for name in bank.names():
+        try:
+            if bank[name].meta.get("domain") == DISPATCH:  # chooses experts and answers nothing
+                continue
+            engine.check_mix(Mix.one(name))
+            fitting[name] = bank[name]
+        except SigmixError as error:
+            skipped[name] = str(error)
+    engine.bank = fitting
+    return skipped
+
+
+def _tasks(engine: Engine, seed: int) -> tuple[dict[str, Task], dict[str, str]]:
+    """Return the experts' tasks that can be measured quickly, and for the others the reason."""
+    from sigmix.evals.accuracy import encode_samples
+    from sigmix.tasks.registry import get_task
+
+    tasks: dict[str, Task] = {}
+    skipped: dict[str, str] = {}
+    for name, expert in engine.bank.items():
+        try:
+            spec = expert.meta.get("task")
+            if not isinstance(spec, str):
+                skipped[name] = "its record names no task"
+                continue
+            task = get_task(spec)
+            task.prepare(engine.tokenizer, engine.encode, engine.context_length)
+            if task.costly or task.max_new_tokens > MAX_NEW_TOKENS:
+                skipped[name] = f"{spec} takes too long for a demo: sigmix eval --task '{spec}' --expert {name}"
+                continue
+            samples = task.samples("test", EXAMPLES, seed=seed)
+            for sample, row in zip(samples, encode_samples(engine, samples), strict=True):
+                engine.check_prompt(row, task.max_new_tokens)
+                task.score(sample, sample.gold)
+            tasks[name] = task
+        except SigmixError as error:
+            skipped[name] = str(error)
+        except Exception as error:  # of a user's own task
+            skipped[name] = f"{type(error).__name__}: {error}"
+    return tasks, skipped
+
+
+def _written(engine: Engine) -> list[Request]:
+    """Return the requests of `REQUESTS`; none if the bank lacks one of their experts."""
+    rows = [json.loads(line) for line in REQUESTS.read_text(encoding="utf-8").splitlines()]
+    if not all(row["expert"] in engine.bank for row in rows if "expert" in row):
+        return []
+    return [
+        Request(
+            row["prompt"], engine.encode(row["prompt"]), MAX_NEW_TOKENS, row.get("expert"), row.get("answer"),
+            _grader(engine.bank[row["expert"]], row["prompt"], row["answer"]) if "expert" in row else None,
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _grader(expert: Expert, prompt: str, gold: str) -> Callable[[str], Score]:
+    """Return the grader of an expert's task for a request that is not from its data, or one that fits the answer."""
+    from sigmix.tasks.base import Sample
+    from sigmix.tasks.graders import grader_of
+    from sigmix.tasks.infer import infer_grader
+    from sigmix.tasks.registry import get_task
+
+    with suppress(Exception):  # a task that is not there, or that grades its own samples only
+        task, sample = get_task(str(expert.meta.get("task"))), Sample.make(prompt, gold)
+        if task.score(sample, gold).value == 1.0:
+            return functools.partial(task.score, sample)
+    grade = grader_of(infer_grader([gold]).grader)
+    return lambda reply: grade(reply, gold)
+
+
+def _drawn(engine: Engine, tasks: Mapping[str, Task], seed: int) -> list[Request]:
+    """Return the first test items of each task."""
+    from sigmix.evals.accuracy import encode_samples
+
+    requests: list[Request] = []
+    for name, task in tasks.items():
+        samples = task.samples("test", EXAMPLES, seed=seed)
+        requests += [
+            Request(one.prompt, ids, task.max_new_tokens, name, one.gold, functools.partial(task.score, one))
+            for one, ids in zip(samples, encode_samples(engine, samples), strict=True)
+        ]
+    return requests
+
+
+# ------------------------------------------------------------------ figures
+
+
+def _answer(engine: Engine, requests: Sequence[Request]) -> Batch:
+    """Answer requests with the base, and with a mixture per request, in one call each."""
+    from sigmix.experts.mix import Mix
+
+    if not requests:
+        return Batch([])
+    decisions, choice = _decide(engine, requests)
+    mixes = [one.mix for one in decisions]
+    for mix in (Mix.base(), max(mixes, key=lambda one: len(one.weights))):
+        engine.generate([requests[0].ids], [mix], max_new_tokens=1)  # factors are read and weights packed untimed
+    base_texts, base_tokens, base_seconds = _generate(engine, requests, [Mix.base()] * len(requests))
+    texts, tokens, seconds = _generate(engine, requests, mixes)
+    rows = [
+        {"prompt": request.prompt, "expert": request.expert, "gold": request.gold,
+         "base": base_text, "base_right": _right(request, base_text), "mix": decision.mix.id,
+         "reason": decision.reason, "reply": text, "right": _right(request, text)}
+        for request, decision, base_text, text in zip(requests, decisions, base_texts, texts, strict=True)
+    ]  # fmt: skip
+    return Batch(rows, (base_tokens, tokens), (base_seconds, seconds), choice)
+
+
+def _decide(engine: Engine, requests: Sequence[Request]) -> tuple[list[Decision], str]:
+    """Return the router's decisions, or without a router each request's own expert, and which of the two it is."""
+    from sigmix.adapt.base import Decision
+    from sigmix.adapt.router import REMEDY, unrouted
+    from sigmix.adapt.two_pass import TwoPass
+    from sigmix.experts.mix import Mix
+
+    try:
+        decisions = TwoPass(engine, "D").decide([request.prompt for request in requests])
+    except ConfigError as error:
+        own = [Mix.base() if one.expert is None else Mix.one(one.expert) for one in requests]
+        decisions = [Decision(mix, mix.id, "given: a request of its kind") for mix in own]
+        return decisions, f"its own expert, because strategy D is not available: {error}"
+    choice = "chosen by strategy D (--mix auto)"
+    if names := unrouted(engine.bank, engine.base_fingerprint):
+        choice += f"; never chosen, without request statistics: {', '.join(names)} -> {REMEDY}"
+    return decisions, choice
+
+
+def _generate(engine: Engine, requests: Sequence[Request], mixes: Sequence[Mix]) -> tuple[list[str], int, float]:
+    """Answer requests in one call; return the replies, the number of their tokens, and the wall time in seconds."""
+    from sigmix.engine.generation import SamplingParams
+
+    params = [SamplingParams(request.max_new_tokens) for request in requests]
+    started = time.perf_counter()
+    replies = engine.generate([one.ids for one in requests], mixes, params=params, batch_size=len(requests))
+    seconds = time.perf_counter() - started
+    return [reply.text for reply in replies], sum(len(reply.ids) for reply in replies), seconds
+
+
+def _right(request: Request, reply: str) -> bool | None:
+    """Return whether a reply has full marks; None: ungraded."""
+    value = None if request.grade is None else request.grade(reply).value
+    return None if value is None else value == 1.0
+
+
+def _measure(
+    engine: Engine, tasks: Mapping[str, Task], n: int, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the figures of each expert beside the base on ``n`` test items, and the errors of those that failed."""
     from sigmix.evals.accuracy import run
     from sigmix.experts.mix import Mix
 
-    n = 25 if quick else n
     rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     with Progress("evaluating", 2 * n * len(tasks)) as progress:
         for name, task in tasks.items():
             if not sys.stderr.isatty():
@@ -56,13 +303,13 @@ def demo(
 
             try:
                 figures, results = run(engine, task, [Mix.one(name)], n=n, seed=seed, progress=advance)
-            except SigmixError as error:  # an expert that does not fit does not hide the others
-                skipped[name] = str(error)
+            except SigmixError as error:  # a task that fails does not hide the others
+                failed[name] = str(error)
                 continue
             untuned, tuned = figures["results"]
-            before, after = results[untuned["mix"]], results[name]
-            row = {
-                "expert": name, "domain": experts[name].meta.get("domain") or task.domain, "task": task.name,
+            before, after = results[untuned["mix"]], results[tuned["mix"]]
+            rows.append({
+                "expert": name, "domain": engine.bank[name].meta.get("domain") or task.domain, "task": task.name,
                 "n": figures["n"], "base": untuned, "tuned": tuned, "best_constant": figures["best_constant"],
                 "paired": tuned["paired"], "no_answer": [untuned["no_answer"], tuned["no_answer"]],
                 "examples": [
@@ -70,53 +317,51 @@ def demo(
                      "expert": a.reply, "expert_right": a.score == 1.0}
                     for b, a in zip(before.items[:EXAMPLES], after.items[:EXAMPLES], strict=True)
                 ],
-            }  # fmt: skip
-            rows.append(row)
-            if not as_json:
-                _print_examples(row)
-    seconds = round(time.monotonic() - started, 1)
-    if not emit({"base": base, "seed": seed, "experts": rows, "skipped": skipped, "seconds": seconds}, as_json):
-        _print_table(rows, skipped, seconds)
+            })  # fmt: skip
+    return rows, failed
 
 
-def _tasks(bank: Bank) -> tuple[dict[str, Task], dict[str, str]]:
-    """Return the experts' tasks that can be measured quickly, and for the others the reason."""
-    from sigmix.adapt.base import DISPATCH
-    from sigmix.tasks.registry import get_task
-
-    tasks: dict[str, Task] = {}
-    skipped: dict[str, str] = {}
-    for name in bank.names():
-        try:
-            if bank[name].meta.get("domain") == DISPATCH:  # chooses experts and answers nothing
-                continue
-            spec = bank[name].meta.get("task")
-            if not isinstance(spec, str):
-                skipped[name] = "its record names no task"
-                continue
-            task = get_task(spec)
-            if task.costly or task.max_new_tokens > MAX_NEW_TOKENS:
-                skipped[name] = f"{spec} takes too long for a demo: sigmix eval --task '{spec}' --expert {name}"
-                continue
-            task.samples("test", 1)
-            tasks[name] = task
-        except SigmixError as error:
-            skipped[name] = str(error)
-        except Exception as error:  # of a user's own task
-            skipped[name] = f"{type(error).__name__}: {error}"
-    return tasks, skipped
+# ------------------------------------------------------------------ output
 
 
-def _print_examples(row: Mapping[str, Any]) -> None:
-    cells = [
-        [one["prompt"], *(f"{one[kind].strip()}\n({'right' if one[f'{kind}_right'] else 'wrong'})"
-                          for kind in ("base", "expert"))]
-        for one in row["examples"]
-    ]  # fmt: skip
-    table(f"{row['expert']}: the first {len(cells)} test questions", ["question", "base", row["expert"]], cells)
+def _print_batch(batch: Batch) -> None:
+    if not batch.rows:
+        return
+    _print_wrapped("", f"{len(batch.rows)} requests in one batch, a mixture for each: {batch.choice}")
+    label = max(len(one["mix"]) for one in batch.rows)
+    for one in batch.rows:
+        typer.echo()
+        _print_wrapped("> ", one["prompt"])
+        _print_reply("base", label, one["base_right"], one["base"], max_lines=2)
+        if one["mix"] != "base":
+            _print_reply(one["mix"], label, one["right"], one["reply"])
+            _print_reply("", label, None, one["reason"], max_lines=2)
+            continue
+        _print_reply("", label, None, f"left to the base ({one['reason']})", max_lines=2)
+        if one["reply"] != one["base"]:  # rounding differs between batches
+            _print_reply("", label, one["right"], one["reply"], max_lines=2)
+    graded = [one for one in batch.rows if one["right"] is not None]
+    base, mixed = (sum(bool(one[key]) for one in graded) for key in ("base_right", "right"))
+    typer.echo(f"\nright, of {len(graded)} with a right answer: base {base}, one expert per request {mixed}")
+    shown = [
+        f"{name} {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second"
+        for name, tokens, seconds in zip(("base", "a mixture per row"), batch.tokens, batch.seconds, strict=True)
+    ]
+    _print_wrapped("speed: ", f"{'; '.join(shown)} (one measurement each, with the time to read the prompts)")
 
 
-def _print_table(rows: list[dict[str, Any]], skipped: Mapping[str, str], seconds: float) -> None:
+def _print_reply(name: str, label: int, right: bool | None, text: str, max_lines: int | None = None) -> None:
+    verdict = "" if right is None else "right" if right else "wrong"
+    _print_wrapped(f"  {name:<{max(label, 4)}}  {verdict:<5}  ", text, max_lines)
+
+
+def _print_wrapped(head: str, text: str, max_lines: int | None = None) -> None:
+    width = min(shutil.get_terminal_size().columns, 120) if sys.stdout.isatty() else WIDTH
+    lines = textwrap.wrap(" ".join(text.split()), max(width - len(head), 20), max_lines=max_lines, placeholder=" …")
+    typer.echo(head + f"\n{' ' * len(head)}".join(lines or ["(nothing)"]))
+
+
+def _print_table(rows: list[dict[str, Any]], skipped: Mapping[str, str]) -> None:
     cells = [
         [row["expert"], row["domain"], row["n"], accuracy(row["base"]), accuracy(row["tuned"]),
          "{accuracy:.3f}".format(**row["best_constant"]) if row["best_constant"] else "-",
@@ -125,16 +370,29 @@ def _print_table(rows: list[dict[str, Any]], skipped: Mapping[str, str], seconds
     ]  # fmt: skip
     columns = ["expert", "domain", "n", "base [95 %]", "expert [95 %]", "best constant", "McNemar p", "no answer"]
     if rows:
+        typer.echo()
         table("accuracy on held-out test items", columns, cells)
         typer.echo("no answer: replies (base -> expert) from which no answer in the requested form can be read")
     for name, why in skipped.items():
         typer.echo(f"not shown: {name}: {why}")
-    typer.echo(f"{seconds:.0f} s, nothing was trained. Try next:")
+
+
+def _next_commands(
+    batch: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], base: str, bank: Path | None
+) -> list[str]:
+    """Return three commands to continue with."""
+    at = [] if base == DEFAULT else ["--base", base]
+    train = shlex.join(["sigmix", "train", "--data", "tickets.csv", "--out", "my-experts/tickets", *at])
+    commands = [f"{train}   # tickets.csv: your own file of prompts and answers"]
+    at += [] if bank is None else ["--bank", str(bank)]
+    if batch:
+        shown = max(batch, key=lambda one: (bool(one["right"]), not one["base_right"]))
+        question = " ".join(shown["prompt"].split())
+        commands.append(shlex.join(["sigmix", "generate", question, "--mix", "auto", "--explain", *at]))
+    else:
+        commands.append(shlex.join(["sigmix", "chat", *at]))
     best = max(rows, key=lambda row: row["paired"]["difference"], default=None)
     if best is None:
-        typer.echo("  sigmix experts list\n  sigmix doctor\n  sigmix chat")
-        return
-    question = " ".join(best["examples"][0]["prompt"].split())
-    typer.echo(f"  sigmix generate {shlex.quote(question)} --mix {best['expert']}")
-    typer.echo("  sigmix chat --single-turn")
-    typer.echo(f"  sigmix eval --task {shlex.quote(best['task'])} --expert {best['expert']} --n 300")
+        return [*commands, "sigmix doctor"]
+    evaluation = ["sigmix", "eval", "--task", best["task"], "--expert", best["expert"], "--n", "300", *at]
+    return [*commands, shlex.join(evaluation)]

@@ -67,7 +67,7 @@ class SkillTask(ProceduralTask):
             yield sample, None if item.key is None else split_key(self._label, item.key)
 
     def score(self, sample: Sample, reply: str) -> Score:
-        return self._grader(final_part(reply), sample.gold, **sample.meta["extra"])
+        return self._grader(final_part(reply), sample.gold, **sample.meta.get("extra", {}))
 
     def wrong_replies(self, sample: Sample) -> list[str]:
         return [*super().wrong_replies(sample), f"{sample.gold} {sample.gold}", *sample.meta["wrong"]]
