@@ -17,13 +17,15 @@ import sigmix.tasks.skills
 from sigmix.errors import DataError
 from sigmix.tasks import SPLITS, get_task
 from sigmix.tasks.skills.calendar import duration_spellings
+from sigmix.tasks.skills.quantities import sum_or_equation
 from sigmix.tasks.skills.spelling import date_spellings, in_words, ordinal, ordinal_words, time_spellings
 from sigmix.tasks.skills.templated import load_templates
 
 FOLDER = Path(sigmix.tasks.skills.__file__).with_name("templates")
 CONSTANT = {"yes-no": 0.6, "durations": 0.12}
 FORM = {
-    "sums": r"\d+(\.\d\d)?", "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-zëéö]+",
+    "sums": r"\d+(\.\d\d)?( \+ \d+(\.\d\d)?){1,2} = \d+(\.\d\d)?",
+    "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-zëéö]+",
     "dates": r"\d{4}-\d\d-\d\d", "times": r"\d\d:\d\d", "durations": r"\d+", "number-words": r"-?\d+(\.\d+)?",
     "units": r"\d+(\.\d{1,3})?", "yes-no": "yes|no",
     "payments": r'\{"name": "[^"]+", "amount": \d+(\.\d\d)?, "date": "\d{4}-\d\d-\d\d"\}',
@@ -135,7 +137,20 @@ def test_sums_compute_what_the_request_says():
         if len(numbers) < 2:
             continue  # in words
         with_distractor = {sum(numbers) - number for number in numbers if len(numbers) > 2}
-        assert Decimal(sample.gold) in {sum(numbers), *with_distractor}, sample.prompt
+        assert Decimal(sample.gold.rpartition("= ")[2]) in {sum(numbers), *with_distractor}, sample.prompt
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("115", True), ("26 + 89 = 115", True), ("26+89=115.", True), ("26 + 89 + 0 = 115", True), ("1,115", False),
+        ("26 + 90 = 115", False), ("26 + 89 = 116", False), ("115 = 115", False), ("26 + 89", False), ("= 115", False),
+        ("a + b = 115", False), ("26 + 89 = 115 = 115", False), ("The answer is 115", False), ("", False),
+    ],
+)  # fmt: skip
+def test_a_sum_is_the_total_or_a_right_equation(reply, right):
+    for gold in ("115", "26 + 89 = 115"):
+        assert sum_or_equation(reply, gold).value == right
 
 
 def test_numbers_in_words():

@@ -1,4 +1,4 @@
-"""Quantities in people's words: sums, comparisons, numbers in words, units. All answers are a number or name alone."""
+"""Quantities in people's words: sums (an equation), comparisons, numbers in words, units (a number or name alone)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import random
 import re
 from decimal import Decimal
 
+from sigmix.tasks.base import Score
 from sigmix.tasks.graders import exact, strict_number, wrong_candidates
+from sigmix.tasks.number_parsing import parse_number
 from sigmix.tasks.skills.spelling import in_words
 from sigmix.tasks.skills.templated import Facts, templated
 from sigmix.tasks.skills.words import FIRST_NAMES
@@ -27,7 +29,22 @@ def _amount(value: Decimal | int) -> str:
     return str(int(value)) if value == int(value) else f"{value:.2f}"
 
 
-@number("sums", domain="arithmetic", description="Add two or three numbers or amounts, also in a short story.")
+def sum_or_equation(reply: str, gold: str) -> Score:
+    """Return 1 for the total of gold alone ("115"), or behind a right sum of numbers ("26 + 89 = 115")."""
+    total = gold.rpartition("=")[2].strip()
+    terms, equals, result = reply.rpartition("=")
+    if not equals:
+        return strict_number(reply, total)
+    values = [parse_number(term.strip()) for term in terms.split("+")]
+    if len(values) < 2 or None in values or sum(value or 0 for value in values) != parse_number(total):
+        return Score(0.0, None, f"not a sum that gives {total}")
+    return strict_number(result, total)
+
+
+@templated(
+    "sums", domain="arithmetic", grader=sum_or_equation, max_new_tokens=24,
+    description="Add two or three numbers or amounts, also in a short story.",
+)  # fmt: skip
 def sums(rng: random.Random, kind: str) -> Facts:
     count, money = (3 if kind in ("three", "story-three") else 2), kind == "money"
     values: list[Decimal] = []
@@ -46,13 +63,15 @@ def sums(rng: random.Random, kind: str) -> Facts:
         shown = [in_words(int(value)) for value in values]
     else:
         shown = [f"{text[:-3]},{text[-3:]}" if len(text) > 3 and rng.random() < 0.3 else text for text in numbers]
-    gold = _amount(total)
+    left, gold = " + ".join(numbers), _amount(total)
     wrong = [
-        _amount(total + 1), _amount(total + 10), _amount(total - 1), " + ".join(numbers), "".join(numbers),
-        f"{' + '.join(numbers)} = {gold}", f"{gold} or {_amount(total + 1)}", f"The answer is {_amount(total + 1)}",
+        _amount(total + 1), _amount(total + 10), _amount(total - 1), left, "".join(numbers),
+        f"{left} = {_amount(total + 1)}", f"{left} + 1 = {gold}", f"{gold} = {gold}", f"{left} = {gold} = {gold}",
+        f"{gold} or {_amount(total + 1)}", f"The answer is {_amount(total + 1)}",
     ]  # fmt: skip
     fields = {**dict(zip("abc", shown)), "x": rng.randrange(2, 60)}
-    return Facts(fields, gold, wrong, key=" ".join(map(str, sorted(values))))
+    # the equation, since small models add better once they have written the numbers down
+    return Facts(fields, f"{left} = {gold}", wrong, key=" ".join(map(str, sorted(values))))
 
 
 def _whole(rng: random.Random, count: int) -> list[str]:
