@@ -82,7 +82,7 @@ def demo(
 def _tasks(bank: Bank) -> tuple[dict[str, Task], dict[str, str]]:
     """Return the experts' tasks that can be measured quickly, and for the others the reason."""
     from sigmix.adapt.base import DISPATCH
-    from sigmix.tasks.registry import get_task
+    from sigmix.evals.accuracy import training_task
 
     tasks: dict[str, Task] = {}
     skipped: dict[str, str] = {}
@@ -90,13 +90,10 @@ def _tasks(bank: Bank) -> tuple[dict[str, Task], dict[str, str]]:
         try:
             if bank[name].meta.get("domain") == DISPATCH:  # chooses experts and answers nothing
                 continue
-            spec = bank[name].meta.get("task")
-            if not isinstance(spec, str):
-                skipped[name] = "its record names no task"
-                continue
-            task = get_task(spec)
+            task = training_task(bank[name])
             if task.costly or task.max_new_tokens > MAX_NEW_TOKENS:
-                skipped[name] = f"{spec} takes too long for a demo: sigmix eval --task '{spec}' --expert {name}"
+                command = f"sigmix eval --task {shlex.quote(task.name)} --expert {name}"
+                skipped[name] = f"{task.name} takes too long for a demo: {command}"
                 continue
             task.samples("test", 1)
             tasks[name] = task
