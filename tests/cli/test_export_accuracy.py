@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers_cli import add_expert
+from helpers_export import copies_bank
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sigmix import Bank, Engine, load_base
+from sigmix import Engine, load_base
 from sigmix.evals import truncation
 from sigmix.evals.accuracy import compare, evaluate
 from sigmix.export import low_rank
@@ -25,48 +26,16 @@ pytest_plugins = ["helpers_cli"]
 N = 40
 MIX = "one:0.7+two:0.3"
 
-# the exact mixture's replies are right, so that its accuracy is 1 and that of a truncated one rises with the rank
-TASK = """
-from sigmix.tasks.base import Sample, Score, Task
-from sigmix.tasks.sandbox import require_permission
-
-class {name}(Task):
-    domain, max_new_tokens = "copies", 4
-
-    def __init__(self, allow_code=False):
-        super().__init__()
-        self.allow_code = allow_code or not {code}
-
-    def samples(self, split, n=None, seed=0):
-        assert split == "test"
-        return [Sample.make(prompt, gold) for prompt, gold in {gold}.items()][:n]
-
-    def score(self, sample, reply):
-        require_permission(self.allow_code, "this task")
-        return Score.of(reply == sample.gold, reply)
-"""
-
 
 @pytest.fixture(scope="module")
 def place(home, tmp_path_factory):
-    """A bank of one and two, which share a task, and of experts that cannot be measured, and the task's name."""
+    """`copies_bank` on the home's base, with experts that cannot be measured, or that gain nothing."""
     folder = tmp_path_factory.mktemp("copies")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGMIX_CACHE", str(home.cache))
-        bank = Bank(folder / "bank", create=True)
-        file = folder / "copies.py"
-        for seed, name in enumerate(("one", "two")):
-            add_expert(bank, home.base, name, seed, task=f"{file}:Copies")
-        engine = Engine(*load_base(home.base, "float32"), bank)
-        prompts = [f"{i} and {7 * i % 31} of {chr(97 + i % 26)}" for i in range(N)]
-        gold = {
-            name: {prompt: one.text for prompt, one in zip(prompts, engine.generate(prompts, mix, max_new_tokens=4))}
-            for name, mix in (("Copies", MIX), ("Code", MIX), ("Same", "base"))
-        }
-        file.write_text("".join(TASK.format(name=name, gold=gold[name], code=name == "Code") for name in gold))
-        for name, task in {
-            "untold": None, "lost": "gone.py:task", "code": f"{file}:Code", "far": "gsm8k", "same": f"{file}:Same"
-        }.items():
+        bank, file = copies_bank(folder, home.base, MIX, N)
+        tasks = {"untold": None, "lost": "gone.py:task", "code": f"{file}:Code", "far": "gsm8k", "same": f"{file}:Same"}
+        for name, task in tasks.items():
             add_expert(bank, home.base, name, 2, task=task)
     return SimpleNamespace(bank=bank.folder, task=f"{file}:Copies", home=home)
 
@@ -195,9 +164,10 @@ def test_nothing_is_measured_of_an_exact_export_and_with_n_0(export, tmp_path, m
     [("untold", "names no training task"), ("lost", "gone.py"), ("code", "--allow-code"), ("far", "gsm8k")],
 )
 def test_an_expert_that_cannot_be_measured_is_a_note(export, tmp_path, name, reason):
-    done = export("lora", "--mix", f"{MIX}+{name}:0.01", "--out", tmp_path / "a", "--rank", "4", "--n", "5")
+    options = ("--rank", "4", "--n", "5", "--data-dir", tmp_path / "none")  # else the hub is tried
+    done = export("lora", "--mix", f"{MIX}+{name}:0.01", "--out", tmp_path / "a", *options)
     assert done.code == 2  # the other experts' task is measured
-    done = export("lora", "--mix", name, "--out", tmp_path / "b", "--rank", "4", "--n", "5", "--json")
+    done = export("lora", "--mix", name, "--out", tmp_path / "b", *options, "--json")
     assert set(done.json["not_measured"]) == {name}
     assert reason in done.json["not_measured"][name]
     (line,) = [line for line in done.err if "not measured" in line]

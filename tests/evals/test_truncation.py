@@ -84,9 +84,8 @@ def test_the_base_is_restored_after_an_error(tmp_path, cache):
     source, bank, engine = opened(tmp_path)
     low = LowRank.from_mix(source, MIX, bank)
     base = engine.logits(torch.tensor([ids()]))
-    with pytest.raises(KeyboardInterrupt), engine.execution.other_base(
-        changed_weights(engine, [(low, 1.0)], torch.float32)
-    ):
+    weights = changed_weights(engine, [(low, 1.0)], torch.float32)
+    with pytest.raises(KeyboardInterrupt), engine.execution.other_base(weights):
         raise KeyboardInterrupt
     assert torch.equal(engine.logits(torch.tensor([ids()])), base)
 
