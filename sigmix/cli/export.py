@@ -71,7 +71,7 @@ def merged(
     _emit({"out": str(out), **figures}, as_json, [line], source)
 
 
-@group.command(epilog="Example: sigmix export lora --mix addition --rank 64 --out addition-lora")
+@group.command(epilog="Example: sigmix export lora --mix addition --rank 256 --out addition-lora")
 def lora(
     mix: str = MIX, out: Path = FOLDER, rank: str = RANK, error: float = ERROR,
     vllm: bool = typer.Option(False, "--vllm", help="Use one rank for all matrices, of those that vLLM accepts."),
@@ -94,9 +94,9 @@ def lora(
     with _reserved(out):
         source, parsed, experts = _open(base, dtype, mix, bank)
         factors = _low_rank(source, parsed, experts, count, error, vllm)
-        tested = test.run(out, parsed, experts, [(factors, 1.0)], DTYPES[precision])
+        measured = test.run(out, parsed, experts, [(factors, 1.0)], DTYPES[precision])
         with Progress("writing", len(factors.paths)) as progress:
-            figures = export_lora(factors, out, precision, progress.advance, tested.get("accuracy", ())) | tested
+            figures = export_lora(factors, out, precision, progress.advance, measured.get("accuracy", ())) | measured
         if verify:
             _verify(
                 figures, source,
@@ -144,8 +144,8 @@ def gguf(
         scales = {file: alpha for _, file, alpha in jobs}
         adapters = [(_low_rank(source, one, experts, count, error), alpha) for one, _, alpha in jobs]
         for factors, _ in adapters:
-            tensor_names(factors)
-        tested = test.run(out, parsed, experts, adapters, TYPES[number])
+            tensor_names(factors)  # fails before the measurement
+        measured = test.run(out, parsed, experts, adapters, TYPES[number])
         files = []
         place: Any = atomic_dir(out, new=True) if each else contextlib.nullcontext(out.parent)
         with place as folder:
@@ -155,9 +155,9 @@ def gguf(
                 files.append({"file": str(file), "scale": alpha, **facts})
             if each:
                 names = {file.name: alpha for file, alpha in scales.items()}
-                card = gguf_card(parsed.id, names, files, tested.get("accuracy", ()))
+                card = gguf_card(parsed.id, names, files, measured.get("accuracy", ()))
                 (folder / "README.md").write_text(card, encoding="utf-8")
-        figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files, **tested}
+        figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files, **measured}
         if verify:
             model_file = base_gguf(source, gguf_base)
             if isinstance(model_file, Path):
