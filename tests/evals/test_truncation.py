@@ -91,7 +91,6 @@ def test_the_base_is_restored_after_an_error(tmp_path, cache):
 
 
 def test_one_engine_measures_many_ranks(tmp_path, cache):
-    """Neither merged weights nor cached prefixes of one truncation are used for the next."""
     source, bank, engine = opened(tmp_path)
     low = LowRank.from_mix(source, MIX, bank)
     for rank in (1, 24, 4):
@@ -102,6 +101,24 @@ def test_one_engine_measures_many_ranks(tmp_path, cache):
         assert rows == alone
         assert not failed
         assert {rows[0][kind]["n"] for kind in ("base", "exact", "truncated")} == {30}
+
+
+def test_no_prefix_is_read_with_the_weights_of_another_truncation(tmp_path, cache):
+    source, bank, engine = opened(tmp_path)
+    low = LowRank.from_mix(source, MIX, bank)
+    prompts = ["a prefix that is long enough to be cached: " + text for text in ("one", "two")]
+    low.set_ranks(rank=1)
+    weights = changed_weights(engine, [(low, 1.0)], torch.float32)
+    with engine.execution.other_base(weights):
+        engine.generate(prompts, max_new_tokens=4)
+    low.set_ranks(rank=40)
+    for path, weight in changed_weights(engine, [(low, 1.0)], torch.float32).items():
+        weights[path].copy_(weight)  # at the address of the first, as the allocator may have it
+    with engine.execution.other_base(weights):
+        found = [one.logprobs for one in engine.generate(prompts, max_new_tokens=4)]
+    fresh = Engine(*load_base(source.folder, "float32"), bank)
+    with fresh.execution.other_base(weights):
+        assert found == [one.logprobs for one in fresh.generate(prompts, max_new_tokens=4)]
 
 
 def test_half_precision_is_rounded_once(tmp_path, cache):
