@@ -16,6 +16,7 @@ BENCHES = {
     "search": "one CEM iteration in mixed batches against swapping weights for every candidate",
     "pass1": "the first pass of strategies A, B and D as a share of two-pass inference",
     "export": "peak memory of a merged export against loading the model",
+    "lora-ranks": "accuracy of the bundled experts as LoRA of rank 16, 64, 256 and 512 against exact ones",
     "vllm": "Engine.generate against vLLM on the CPU, 1, 8 and 32 requests; mixtures against its LoRA of rank 16",
     "vllm-mixtures": "mixtures in vLLM by the plugin against vLLM's base and its LoRA of rank 64, 8 and 32 requests",
     "llamacpp": "one request against llama.cpp: base and mixture in bfloat16; 8-bit weights against Q8_0 and Q4_1",

@@ -82,6 +82,14 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
+def percent(figures: Mapping[str, Any] | None, key: str = "accuracy") -> str:
+    """Format a share and its 95 % interval in per cent: "68.4 [63.0, 73.3]"; "" for None."""
+    if figures is None:
+        return ""
+    low, high = figures["interval"]
+    return f"{100 * figures[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def device(dtype: Any = "float32") -> dict[str, Any]:
     """Return CPU model, threads, dtype, versions, and the load average of the last minute."""
     import torch

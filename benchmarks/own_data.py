@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import percent
 from sigmix.evals.report import BASE, CONSTANT, EXPERT, LORA, TFIDF
 from sigmix.tasks.registry import get_task
 from sigmix.utils.io import write_json
@@ -217,20 +218,13 @@ def table(out: Path) -> str:
         report = run["report"]
         own, others = report[EXPERT], report["others"]
         cells = [
-            path.parent.name, str(own["n"]), *(_percent(others.get(name)) for name in (BASE, CONSTANT, TFIDF, LORA)),
-            _percent(own), _percent(others[LORA]["expert_less"], "difference"),
+            path.parent.name, str(own["n"]), *(percent(others.get(name)) for name in (BASE, CONSTANT, TFIDF, LORA)),
+            percent(own), percent(others[LORA]["expert_less"], "difference"),
             " + ".join(map(str, run["steps"].values())), f"{run['seconds'] / 60:.1f}", f"{run['bytes'] / 1e3:.0f}",
         ]  # fmt: skip
         cells[3] = f"{100 * report['best_constant']['accuracy']:.1f}" if report["best_constant"] else ""
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _percent(figures: Mapping[str, Any] | None, key: str = "accuracy") -> str:
-    if figures is None:
-        return ""
-    low, high = figures["interval"]
-    return f"{100 * figures[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -153,21 +153,17 @@ def _keep_fitting(engine: Engine, bank: Bank) -> dict[str, str]:
 
 def _tasks(engine: Engine, seed: int) -> tuple[dict[str, Task], dict[str, str]]:
     """Return the experts' tasks that can be measured quickly, and for the others the reason."""
-    from sigmix.evals.accuracy import encode_samples
-    from sigmix.tasks.registry import get_task
+    from sigmix.evals.accuracy import encode_samples, training_task
 
     tasks: dict[str, Task] = {}
     skipped: dict[str, str] = {}
     for name, expert in engine.bank.items():
         try:
-            spec = expert.meta.get("task")
-            if not isinstance(spec, str):
-                skipped[name] = "its record names no task"
-                continue
-            task = get_task(spec)
+            task = training_task(expert)
             task.prepare(engine.tokenizer, engine.encode, engine.context_length)
             if task.costly or task.max_new_tokens > MAX_NEW_TOKENS:
-                skipped[name] = f"{spec} takes too long for a demo: sigmix eval --task '{spec}' --expert {name}"
+                command = f"sigmix eval --task {shlex.quote(task.name)} --expert {name}"
+                skipped[name] = f"{task.name} takes too long for a demo: {command}"
                 continue
             samples = task.samples("test", EXAMPLES, seed=seed)
             for sample, row in zip(samples, encode_samples(engine, samples), strict=True):
@@ -197,13 +193,13 @@ def _written(engine: Engine) -> list[Request]:
 
 def _grader(expert: Expert, prompt: str, gold: str) -> Callable[[str], Score]:
     """Return the grader of an expert's task for a request that is not from its data, or one that fits the answer."""
+    from sigmix.evals.accuracy import training_task
     from sigmix.tasks.base import Sample
     from sigmix.tasks.graders import grader_of
     from sigmix.tasks.infer import infer_grader
-    from sigmix.tasks.registry import get_task
 
     with suppress(Exception):  # a task that is not there, or that grades its own samples only
-        task, sample = get_task(str(expert.meta.get("task"))), Sample.make(prompt, gold)
+        task, sample = training_task(expert), Sample.make(prompt, gold)
         if task.score(sample, gold).value == 1.0:
             return functools.partial(task.score, sample)
     grade = grader_of(infer_grader([gold]).grader)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from sigmix.cli import app
-from sigmix.cli._console import Progress, emit, note, working
+from sigmix.cli._console import Progress, accuracy, emit, note, paired, working
 from sigmix.cli._loading import open_bank
-from sigmix.cli._options import BANK, BASE, JSON, MIXTURE
+from sigmix.cli._options import ALLOW_CODE, BANK, BASE, DATA_DIR, JSON, MIXTURE
 from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.utils.io import size
 
 if TYPE_CHECKING:
+    import torch
+
     from sigmix.experts.bank import Bank
     from sigmix.experts.mix import Mix
     from sigmix.export.base import BaseCheckpoint
     from sigmix.export.low_rank import LowRank
+
+MIN_GAIN = 0.9
+"""Default share of a mixture's gain in accuracy over the base that a truncated export must keep."""
 
 group = typer.Typer(
     help="Export a mixture: a merged checkpoint, a PEFT LoRA, or GGUF adapters.", no_args_is_help=True,
@@ -36,6 +43,10 @@ DTYPE = typer.Option(None, help="dtype in which the base model is read. Default:
 VERIFY = typer.Option(True, "--verify/--no-verify", help="Load the export in the other program and compare logits.")
 RANK = typer.Option("exact", help="Maximum rank of a matrix, or exact: all components that the mixture changes.")
 ERROR = typer.Option(None, help="Smallest rank that loses at most this share of the change, such as 0.05.")
+N = typer.Option(300, min=0, help="Test items per task to measure the accuracy of a truncated export on; 0: none.")
+KEPT = typer.Option(
+    MIN_GAIN, help="Share of the mixture's gain in accuracy that a truncated export must keep; 0: any is written."
+)
 
 
 @group.command(epilog="Example: sigmix export merged --mix addition:0.7+larger:0.3 --out merged")
@@ -60,14 +71,16 @@ def merged(
     _emit({"out": str(out), **figures}, as_json, [line], source)
 
 
-@group.command(epilog="Example: sigmix export lora --mix addition --rank 64 --out addition-lora")
+@group.command(epilog="Example: sigmix export lora --mix addition --rank 256 --out addition-lora")
 def lora(
     mix: str = MIX, out: Path = FOLDER, rank: str = RANK, error: float = ERROR,
     vllm: bool = typer.Option(False, "--vllm", help="Use one rank for all matrices, of those that vLLM accepts."),
     precision: str = typer.Option("float32", help="dtype of the file: float32, bfloat16 or float16."),
+    n: int = N, min_gain: float = KEPT, data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE,
     dtype: str = DTYPE, verify: bool = VERIFY, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
 ) -> None:  # fmt: skip
-    """Write a PEFT LoRA of the mixture, exact or truncated under a reported error."""
+    """Write a PEFT LoRA of the mixture: exact, or truncated with its loss in accuracy."""
+    from sigmix.export.base import DTYPES
     from sigmix.export.lora import export_lora
     from sigmix.export.low_rank import vllm_rank
     from sigmix.export.verify import Reference, verify_lora
@@ -77,11 +90,13 @@ def lora(
     count = _rank(rank, error)
     if vllm and count is not None:
         vllm_rank(count)
+    test = _AccuracyTest(n, min_gain, data_dir, allow_code, error)
     with _reserved(out):
         source, parsed, experts = _open(base, dtype, mix, bank)
         factors = _low_rank(source, parsed, experts, count, error, vllm)
+        measured = test.run(out, parsed, experts, [(factors, 1.0)], DTYPES[precision])
         with Progress("writing", len(factors.paths)) as progress:
-            figures = export_lora(factors, out, precision, progress.advance)
+            figures = export_lora(factors, out, precision, progress.advance, measured.get("accuracy", ())) | measured
         if verify:
             _verify(
                 figures, source,
@@ -100,6 +115,7 @@ def gguf(
     rank: str = RANK, error: float = ERROR,
     number: str = typer.Option("f32", "--type", help="Number type of the file: f32 or f16."),
     gguf_base: Path = typer.Option(None, "--gguf", help="GGUF file of the base model, to verify with."),
+    n: int = N, min_gain: float = KEPT, data_dir: Path = DATA_DIR, allow_code: bool = ALLOW_CODE,
     dtype: str = DTYPE, verify: bool = VERIFY, base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
 ) -> None:  # fmt: skip
     """Write a LoRA adapter for llama.cpp: of the mixture, or with --each of every expert in it.
@@ -108,7 +124,7 @@ def gguf(
     default base model is downloaded (93 MB).
     """
     from sigmix.experts.mix import Mix
-    from sigmix.export.gguf import TYPES, export_gguf
+    from sigmix.export.gguf import TYPES, export_gguf, tensor_names
     from sigmix.export.model_card import CACHE_NOTE, gguf_card
     from sigmix.export.verify import Reference, base_gguf, verify_gguf
     from sigmix.utils.io import atomic_dir
@@ -120,23 +136,28 @@ def gguf(
         raise ConfigError(f"--out must name a .gguf file, not {out}", remedy="or give --each, and a folder")
     if gguf_base is not None and not gguf_base.is_file():
         raise ConfigError(f"there is no file {gguf_base}", remedy="give the base model's GGUF file with --gguf")
+    test = _AccuracyTest(n, min_gain, data_dir, allow_code, error)
     with _reserved(out):
         source, parsed, experts = _open(base, dtype, mix, bank)
         weights = _scales(parsed) if each else {}
         jobs = [(Mix.one(name), out / f"{name}.gguf", alpha) for name, alpha in weights.items()] or [(parsed, out, 1.0)]
         scales = {file: alpha for _, file, alpha in jobs}
+        adapters = [(_low_rank(source, one, experts, count, error), alpha) for one, _, alpha in jobs]
+        for factors, _ in adapters:
+            tensor_names(factors)  # fails before the measurement
+        measured = test.run(out, parsed, experts, adapters, TYPES[number])
         files = []
         place: Any = atomic_dir(out, new=True) if each else contextlib.nullcontext(out.parent)
         with place as folder:
-            for one, file, alpha in jobs:
-                factors = _low_rank(source, one, experts, count, error)
+            for (factors, alpha), file in zip(adapters, scales, strict=True):
                 with Progress(f"writing {file.name}", len(factors.paths)) as progress:
                     facts = export_gguf(factors, folder / file.name, number, progress.advance)
                 files.append({"file": str(file), "scale": alpha, **facts})
             if each:
                 names = {file.name: alpha for file, alpha in scales.items()}
-                (folder / "README.md").write_text(gguf_card(parsed.id, names, files), encoding="utf-8")
-        figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files}
+                card = gguf_card(parsed.id, names, files, measured.get("accuracy", ()))
+                (folder / "README.md").write_text(card, encoding="utf-8")
+        figures: dict[str, Any] = {"out": str(out), "mix": parsed.id, "files": files, **measured}
         if verify:
             model_file = base_gguf(source, gguf_base)
             if isinstance(model_file, Path):
@@ -194,6 +215,127 @@ def _low_rank(
     return factors
 
 
+@dataclass(frozen=True)
+class _AccuracyTest:
+    """Measurement of the accuracy of a truncated export.
+
+    Args:
+        n, min_gain, data_dir, allow_code: options of the command. error: its --error, for the remedy.
+
+    Raises:
+        ConfigError: a share outside [0, 1].
+    """
+
+    n: int
+    min_gain: float
+    data_dir: Path | None
+    allow_code: bool
+    error: float | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_gain <= 1:
+            raise ConfigError(
+                f"--min-gain must be a share of the gain in [0, 1], not {self.min_gain}",
+                remedy=f"for example --min-gain {MIN_GAIN}",
+            )
+
+    def run(
+        self, out: Path, mix: Mix, experts: Bank, adapters: Sequence[tuple[LowRank, float]], dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Measure and print the accuracy of what is to be written; nothing if it is exact.
+
+        Args:
+            out: checked for room before the work. adapters: what is to be written, with scales. dtype: of the file.
+
+        Returns:
+            ``accuracy``, the rows of `sigmix.evals.truncation.measure`, and ``not_measured`` {expert or task: reason};
+            neither if it is empty.
+
+        Raises:
+            ConfigError: it keeps too little of the mixture's gain. DiskFullError: there is no room for it.
+        """
+        from sigmix.evals.truncation import check_kept
+        from sigmix.utils.io import check_room
+
+        if not any(factors.dropped for factors, _ in adapters):
+            return {}
+        check_room(out, sum(factors.nbytes(dtype) for factors, _ in adapters))
+        rows, missing = self._measure(mix, experts, adapters, dtype)
+        for row in rows:
+            note(_accuracy_line(row))
+        for name, reason in missing.items():
+            note(f"accuracy of {name} not measured: {reason}")
+        rank = max(factors.describe()["rank"] for factors, _ in adapters)
+        check_kept(rows, self.min_gain, f"{mix.id} at rank {rank}", self._remedy(adapters))
+        return {key: value for key, value in (("accuracy", rows), ("not_measured", missing)) if value}
+
+    def _measure(
+        self, mix: Mix, experts: Bank, adapters: Sequence[tuple[LowRank, float]], dtype: torch.dtype
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        from sigmix.evals.truncation import measure, training_tasks
+        from sigmix.export.verify import load_engine
+
+        if not self.n:
+            return [], {mix.id: "--n 0"}
+        source = adapters[0][0].base
+        tasks, missing = training_tasks(mix, experts, self.data_dir, self.allow_code)
+        if tasks and (reason := _too_large(source, upcast=True, copies=2, gpu=True)):
+            return [], {**missing, **dict.fromkeys(tasks, reason)}
+        if not tasks:
+            return [], missing
+        with working("loading the base model"):
+            engine = load_engine(source, {name: experts[name] for name in mix.weights}, upcast=True)
+        with Progress("measuring accuracy", 3 * self.n * len(tasks)) as progress:
+            rows, failed = measure(
+                engine, mix, tasks, adapters, dtype, self.n, lambda count, _: progress.advance(count)
+            )
+        del engine
+        gc.collect()  # the check of the file loads the base model again
+        return rows, {**missing, **failed}
+
+    def _remedy(self, adapters: Sequence[tuple[LowRank, float]]) -> str:
+        """Return the options that keep more of the change, and the one that writes it as it is."""
+        from sigmix.export.low_rank import VLLM_RANKS, vllm_rank
+
+        rank, exact = (max(max(getattr(low, name).values()) for low, _ in adapters) for name in ("ranks", "exact"))
+        pad = adapters[0][0].pad
+        if self.error is not None:
+            more = f"give a smaller --error, such as --error {self.error / 2:g}"
+        elif pad == VLLM_RANKS[-1]:
+            more = "export a merged checkpoint, which is exact: sigmix export merged"
+        elif pad or 2 * rank < exact:
+            more = f"give a larger --rank, such as --rank {vllm_rank(pad + 1) if pad else 2 * rank}"
+        else:
+            more = "keep all components: --rank exact"
+        return f"{more}; or write it all the same: --min-gain 0"
+
+
+def _accuracy_line(row: Mapping[str, Any]) -> str:
+    difference, won_lost, p = paired(row["paired"])
+    kept = "the exact mixture gains nothing" if row["kept"] is None else f"{row['kept']:.1%} of the gain kept"
+    parts = ", ".join(f"{kind} {accuracy(row[kind])}" for kind in ("base", "exact", "truncated"))
+    return (
+        f"accuracy on {row['paired']['n']} items of {row['task']}: {parts}; truncated less exact {difference}, "
+        f"won/lost {won_lost}, McNemar p {p}; {kept}"
+    )
+
+
+def _too_large(
+    source: BaseCheckpoint, upcast: bool, adapter_bytes: int = 0, copies: int = 1, gpu: bool = False
+) -> str | None:
+    """Return the reason if a comparison does not fit into memory, see `sigmix.export.verify.memory_needed`.
+
+    Args:
+        gpu: it runs on the GPU, if there is one.
+    """
+    from sigmix.cli.doctor import machine
+    from sigmix.export.verify import memory_needed
+
+    needed, found = memory_needed(source, upcast, adapter_bytes, copies), machine()
+    free = found["gpu"]["memory_bytes"] if gpu and found["gpu"] else found["memory_available_bytes"]
+    return f"it needs {size(needed)} of memory, and {size(free)} are available" if needed > free else None
+
+
 def _verify(
     figures: dict[str, Any], source: BaseCheckpoint, run: Callable[[], dict[str, Any]], tool: str, exact: bool = True,
     upcast: bool = False, adapter_bytes: int = 0,
@@ -203,12 +345,10 @@ def _verify(
     Raises:
         SigmixError: the export differs too much; see `sigmix.export.verify.check_figures`.
     """
-    from sigmix.cli.doctor import machine
-    from sigmix.export.verify import check_figures, memory_needed
+    from sigmix.export.verify import check_figures
 
-    needed, free = memory_needed(source, upcast, adapter_bytes), machine()["memory_available_bytes"]
-    if needed > free:
-        figures["not_verified"] = f"it needs {size(needed)} of memory, and {size(free)} are available"
+    if reason := _too_large(source, upcast, adapter_bytes):
+        figures["not_verified"] = reason
         return
     with working(f"comparing with {tool}"):
         figures["verified"] = run()

@@ -281,6 +281,26 @@ class Execution:
             self._form, self._unmerged = before
 
     @contextmanager
+    def other_base(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Replace weights of the base inside this context, outside `under`; its own are put back afterwards.
+
+        Args:
+            weights: by path of an adapted layer, in the layout of its base layer.
+        """
+        parameters = {path: self.layers[path].get_base_layer().weight for path in weights}
+        own = {path: parameter.data for path, parameter in parameters.items()}
+        # `_refresh` would take a tensor at the address of one that was freed for the same weights
+        self._version += 1
+        try:
+            for path, parameter in parameters.items():
+                parameter.data = weights[path]
+            yield
+        finally:
+            for path, parameter in parameters.items():
+                parameter.data = own[path]
+            self._version += 1
+
+    @contextmanager
     def one_pass(self, mixes: Sequence[Mix], is_prompt: torch.Tensor | bool = True) -> Iterator[Select | None]:
         """Compute row b of a pass over a prompt and its answer under ``mixes[b]``, and `decoding` on answer tokens.
 

@@ -24,10 +24,13 @@ from typing import Any
 from sigmix.adapt.base import Strategy
 from sigmix.adapt.two_pass import AUTO, Answer, TwoPass
 from sigmix.engine.base import InferenceEngine
+from sigmix.errors import ExpertError, SigmixError
 from sigmix.evals.statistics import answer_entropy, best_constant, mcnemar, paired_difference, wilson
+from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.models.loading import cpu_name
 from sigmix.tasks.base import Sample, Split, Task
+from sigmix.tasks.registry import get_task
 from sigmix.utils.io import write_json, write_text
 
 SUMMARY = "summary.json"
@@ -86,6 +89,24 @@ class Result:
         """Write the items as JSON lines, atomically."""
         rows = [{key: value for key, value in asdict(item).items() if key != "images" or value} for item in self.items]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def training_task(expert: Expert, data_dir: Path | None = None, allow_code: bool = False) -> Task:
+    """Return the task that an expert was trained on, see `get_task`.
+
+    Raises:
+        ExpertError: its record names none, or one that is not available.
+    """
+    spec = expert.meta.get("task")
+    if not isinstance(spec, str) or not spec:
+        raise ExpertError(
+            f"expert {expert.name!r} names no training task",
+            remedy='add it to sigmix.json in its folder, for example "task": "addition"',
+        )
+    try:
+        return get_task(spec, data_dir, allow_code)
+    except SigmixError as error:
+        raise ExpertError(f"expert {expert.name!r} was trained on {spec!r}, which is not available: {error}") from error
 
 
 def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], Sequence[str]]) -> Result:

@@ -19,7 +19,8 @@ from sigmix.adapt.base import DISPATCH, OTHER, Label, Strategy, labels, skills
 from sigmix.adapt.prompt import question
 from sigmix.adapt.router import TRAIN_LIMIT, VALIDATION_LIMIT, request_statistics
 from sigmix.engine import Engine
-from sigmix.errors import ConfigError, DataError, ExpertError, SigmixError, UnknownNameError
+from sigmix.errors import ConfigError, DataError, UnknownNameError
+from sigmix.evals.accuracy import training_task
 from sigmix.evals.plots import figure, save_png
 from sigmix.evals.statistics import wilson
 from sigmix.experts.bank import Bank
@@ -61,7 +62,7 @@ def requests(
     texts_by_label: dict[str, list[str]] = {}
     for label in labels(bank)[:-1]:
         (name,) = label.mix.weights
-        texts_by_label[label.name] = drawn(_task(bank, name, data_dir), n)
+        texts_by_label[label.name] = drawn(training_task(bank[name], data_dir), n)
     others = [task for task in SEEN if not _has(bank, task)]
     pool = everyday(split, n - n // 2 if others else n, seed)
     share = -(-(n - len(pool)) // max(len(others), 1))
@@ -81,7 +82,7 @@ def add_statistics(engine: Engine, bank: Bank, name: str, data_dir: Path | None 
         ExpertError: an expert of another base, without its training task, or damaged. OutputError: the folder cannot
             be written.
     """
-    task = _task(bank, name, data_dir)
+    task = training_task(bank[name], data_dir)
     engine.check_expert(bank[name])
     train = [sample.prompt for sample in task.samples("train", TRAIN_LIMIT)]
     validation = [sample.prompt for sample in task.samples("validation", VALIDATION_LIMIT)]
@@ -124,17 +125,6 @@ def _domains(bank: Mapping[str, Expert]) -> set[str | None]:
 def _has(bank: Mapping[str, Expert], task: str) -> bool:
     """Return whether the bank has an expert for a task or its domain."""
     return get_task(task).domain in _domains(bank) or task in {bank[name].meta.get("task") for name in skills(bank)}
-
-
-def _task(bank: Mapping[str, Expert], name: str, data_dir: Path | None) -> Task:
-    spec = bank[name].meta.get("task")
-    remedy = "sigmix experts verify --seal, with its task"
-    if not spec:
-        raise ExpertError(f"expert {name!r} does not name its training task", remedy=remedy)
-    try:
-        return get_task(spec, data_dir=data_dir)
-    except SigmixError as error:
-        raise ExpertError(f"expert {name!r} was trained on {spec!r}, which is not available: {error}") from error
 
 
 class DispatchTask(Task):

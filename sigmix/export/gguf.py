@@ -19,9 +19,9 @@ from sigmix.errors import ConfigError, UnknownNameError
 from sigmix.experts.model_card import on_hub, without_path
 from sigmix.export.low_rank import LowRank
 from sigmix.export.model_card import CACHE_NOTE
-from sigmix.utils.io import atomic_file, check_new
+from sigmix.utils.io import atomic_file, check_new, check_room
 
-TYPES = {"f32": np.float32, "f16": np.float16}
+TYPES = {"f32": torch.float32, "f16": torch.float16}
 
 ARCHITECTURES = {
     "llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA",
@@ -45,16 +45,15 @@ def export_gguf(
         `LowRank.describe` with form "gguf", ``bytes``, ``type``, ``architecture``.
 
     Raises:
-        ConfigError: an unsupported architecture, or a matrix without a llama.cpp name.
-        OutputError: ``out`` exists, or cannot be written.
+        ConfigError: see `tensor_names`. OutputError: ``out`` exists, cannot be written, or has no room.
     """
     if kind not in TYPES:
         raise UnknownNameError("number type", kind, TYPES)
     check_new(out)
-    architecture = _architecture(low)
-    names = _names(low, architecture)
+    architecture, names = _architecture(low), tensor_names(low)
     about = {**low.describe(), "form": "gguf", "type": kind, "architecture": architecture.lower()}
-    dtype = np.dtype(TYPES[kind])
+    check_room(out, low.nbytes(TYPES[kind]))
+    dtype = np.dtype(str(TYPES[kind]).removeprefix("torch."))
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture)])
         _add_metadata(writer, low, about)
@@ -70,7 +69,7 @@ def export_gguf(
         for path in low.paths:
             a, b = low.factors(path)
             for factor in (a, _permuted(low, path, b, architecture)):
-                writer.write_tensor_data(np.ascontiguousarray(factor.numpy().astype(dtype)))
+                writer.write_tensor_data(factor.to(TYPES[kind]).numpy())
             progress()
         writer.close()
         size = temporary.stat().st_size
@@ -90,9 +89,13 @@ def _architecture(low: LowRank) -> str:
     return name
 
 
-def _names(low: LowRank, architecture: str) -> dict[str, str]:
-    """{path: llama.cpp's tensor name}."""
-    config = low.base.config
+def tensor_names(low: LowRank) -> dict[str, str]:
+    """Return {path: llama.cpp's tensor name}.
+
+    Raises:
+        ConfigError: an unsupported architecture, or a matrix that llama.cpp has no tensor for.
+    """
+    config, architecture = low.base.config, _architecture(low)
     blocks: int = getattr(config, "num_hidden_layers", None) or config.n_layer
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), blocks)
     names = {path: table.get_name(path) for path in low.paths}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from sigmix.utils.safetensors import TensorSpec, write_file
 
 
 def export_lora(
-    low: LowRank, out: Path, precision: str = "float32", progress: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
+    low: LowRank, out: Path, precision: str = "float32", progress: Callable[[], None] = lambda: None,
+    accuracy: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Write a PEFT adapter folder, atomically.
 
     Args:
         precision: dtype of the file: float32, bfloat16 or float16. progress: called for every matrix.
+        accuracy: of a truncated change, see `sigmix.evals.truncation.comparison`.
 
     Returns:
-        `LowRank.describe`, ``bytes``, ``precision``.
+        `LowRank.describe`, ``bytes``, ``precision``, ``accuracy`` if it is given.
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or has no room. UnknownNameError: no such precision.
@@ -52,8 +54,8 @@ def export_lora(
         progress()
         return first.to(dtype)
 
-    about = low.describe()
-    size = sum(spec.bytes for spec in specs)
+    about = {**low.describe(), **({"accuracy": list(accuracy)} if accuracy else {})}
+    size = low.nbytes(dtype)
     check_room(out, size)
     with atomic_dir(out, new=True) as temporary:
         write_file(temporary / "adapter_model.safetensors", specs, tensor)

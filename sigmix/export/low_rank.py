@@ -149,6 +149,11 @@ class LowRank:
         parts = keep.split([len(one) for one in self.energy.values()])
         return {path: int(part.sum()) for path, part in zip(self.energy, parts, strict=True)}
 
+    @property
+    def dropped(self) -> int:
+        """Number of components that the truncation drops; 0: exact."""
+        return sum(self.exact.values()) - sum(self.ranks.values())
+
     # ------------------------------------------------------------------ error
 
     def _lost(self, path: str) -> float:
@@ -171,10 +176,9 @@ class LowRank:
         ``error_of_weights`` (of ‖W‖), ``worst`` [path, error], ``rank`` (largest), ``ranks`` {path: k}."""
         errors = self.errors
         worst = max(errors, key=errors.__getitem__)
-        components, kept = sum(self.exact.values()), sum(self.ranks.values())
         return {
-            **record(self.base, self.mix, self.experts), "form": "lora", "components": components,
-            "dropped": components - kept, "error": self.error,
+            **record(self.base, self.mix, self.experts), "form": "lora", "components": sum(self.exact.values()),
+            "dropped": self.dropped, "error": self.error,
             "error_of_weights": (sum(map(self._lost, self.energy)) / self.weight_energy) ** 0.5,
             "worst": [worst, errors[worst]], "rank": self.pad or max(self.ranks.values()),
             "ranks": dict(self.ranks),
@@ -190,6 +194,10 @@ class LowRank:
     def shape(self, path: str) -> tuple[int, int, int]:
         """Return (rank, out, in) of a matrix's factors, padding included."""
         return (self.pad or self.ranks[path], *shape(self.base.linears[path]))
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of all factors in a dtype."""
+        return sum(rank * (rows + columns) * dtype.itemsize for rank, rows, columns in map(self.shape, self.paths))
 
     @torch.no_grad()
     def factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,33 +62,54 @@ def adapter_card(about: Mapping[str, Any], vision: bool = False) -> str:
         exact = (
             f"{about['dropped']} of {about['components']} components, those of the smallest |s (z - 1)|, are dropped: "
             f"an error of {about['error']:.2%} of ‖ΔW‖, {about['error_of_weights']:.2g} of ‖W‖ (Frobenius norms over "
-            "all matrices)."
+            f"all matrices).{'' if about.get('accuracy') else ' Its accuracy was not measured.'}"
         )
     licenses = {str(expert.get("license") or "").strip().lower() for expert in about["experts"].values()}
     license_ = licenses.pop() if len(licenses) == 1 else None
     loads = base if base != DEFAULT and on_hub(base) else "the base's folder"
     return _template("lora").format(
         header=header(base, "adapter", "peft", _tags(about), license_), mix=about["mix"], base=base, exact=exact,
-        facts=_facts(about), default=FROM_FILE + FOLDER_OF_DEFAULT if base == DEFAULT else "",
+        accuracy=_accuracy(about.get("accuracy", ())), facts=_facts(about),
+        default=FROM_FILE + FOLDER_OF_DEFAULT if base == DEFAULT else "",
         use=PEFT_USE.format(base=loads, auto=_auto(vision)),
     )  # fmt: skip
 
 
-def gguf_card(mix: str, files: Mapping[str, float], abouts: Sequence[Mapping[str, Any]]) -> str:
+def gguf_card(
+    mix: str, files: Mapping[str, float], abouts: Sequence[Mapping[str, Any]],
+    accuracy: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
     """Return README.md of a folder of GGUF adapters.
 
     Args:
-        files: {file name: scale in the mixture}. abouts: `LowRank.describe` of each.
+        files: {file name: scale in the mixture}. abouts: `LowRank.describe` of each. accuracy: as in `export_lora`, of
+            the mixture.
     """
     base = abouts[0]["base"]["name"]
     scales = [{"id": number, "scale": scale} for number, scale in enumerate(files.values())]
     messages = [{"role": "user", "content": "What is 17 + 25?"}]
     return _template("gguf").format(
         header=header(base, "adapter", "gguf", _tags(abouts[0]), None), mix=mix, base=base,
+        accuracy=_accuracy(accuracy),
         facts=_facts({**abouts[0], "mix": mix, "experts": {k: v for one in abouts for k, v in one["experts"].items()}}),
         loras=" ".join(f"--lora {name}" for name in files), note=CACHE_NOTE,
         request=json.dumps({"messages": messages, "cache_prompt": False, "lora": scales}),
     )  # fmt: skip
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Table of the accuracy of a truncated export; "" without rows."""
+    if not rows:
+        return ""
+    lines = ["| task | items | base | exact mixture | this export | difference | McNemar p |", "|" + "---|" * 7]
+    figure = "{accuracy:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    for row in rows:
+        cells = [figure.format(**row[kind]) for kind in ("base", "exact", "truncated")]
+        test = "{difference:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}] | {p:.2g}".format(**row["paired"])
+        task = line(row["task"]).replace("|", "\\|")
+        lines.append(f"| `{task}` | {row['paired']['n']} | {' | '.join(cells)} | {test} |")
+    title = "Accuracy of greedy answers to held-out items, with 95 % intervals; the difference is to the exact mixture:"
+    return "\n".join([title, "", *lines, "", ""])
 
 
 def _template(name: str) -> str:

@@ -44,6 +44,21 @@ PROMPTS = (
 )
 
 
+def load_engine(
+    base: BaseCheckpoint, experts: Mapping[str, Expert], upcast: bool = False, device: str | None = None
+) -> Engine:
+    """Load the base of an export, and experts that the export has checked.
+
+    Args:
+        upcast: see `Reference`. device: see `load_base`.
+    """
+    model, tokenizer = load_base(base.base, base.dtype, device)
+    if upcast and base.dtype in HALF:
+        model.float()
+    # packed weights round in another order; z without metadata, since it was checked
+    return Engine(model, tokenizer, {name: Expert(name, one.z) for name, one in experts.items()}, keep_packed=0)
+
+
 class Reference:
     """Logits of our engine on a few prompts, under a mixture and under the base.
 
@@ -57,20 +72,15 @@ class Reference:
     """
 
     def __init__(self, base: BaseCheckpoint, mix: Mix, bank: Mapping[str, Expert], upcast: bool = False) -> None:
-        loaded: Any = load_base(base.base, base.dtype, "cpu")
-        model, tokenizer = loaded
-        if upcast and base.dtype in HALF:
-            model.float()
-        # packed weights round in another order; z without metadata, since the export has checked the experts
-        engine = Engine(model, tokenizer, {name: Expert(name, bank[name].z) for name in mix.weights}, keep_packed=0)
+        engine = load_engine(base, {name: bank[name] for name in mix.weights}, upcast, "cpu")
         self.dtype = base.dtype
-        self.tokens = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
+        self.tokens = [list(engine.tokenizer(text)["input_ids"]) for text in PROMPTS]
         rows = [engine.encode(text) for text in PROMPTS]
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = getattr(engine.model.config, "max_position_embeddings", None)
         self.rows = [row[:limit] for row in rows]
         self.mixed = [_engine_logits(engine, row, mix) for row in self.rows]
         self.plain = [_engine_logits(engine, row, Mix.base()) for row in self.rows]
-        del engine, model, loaded
+        del engine
         gc.collect()
 
     def compare(self, theirs: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -126,12 +136,12 @@ def check_figures(figures: Mapping[str, Any], exact: bool) -> None:
         )
 
 
-def memory_needed(base: BaseCheckpoint, upcast: bool, adapter: int = 0) -> int:
-    """Return the peak memory of a comparison in bytes: our model with merged weights and short sides of the factors,
-    or theirs with an adapter of ``adapter`` bytes."""
+def memory_needed(base: BaseCheckpoint, upcast: bool, adapter: int = 0, copies: int = 1) -> int:
+    """Return the peak memory of a comparison in bytes: our model with ``copies`` of the merged weights and the short
+    sides of the factors, or theirs with an adapter of ``adapter`` bytes."""
     dtype = "float32" if upcast and base.dtype in HALF else base.dtype_name
     plan = model_plan(base.model, target_layers(base.model), dtype)
-    return plan["weights_bytes"] + max(plan["form_bytes"]["merged"], adapter)
+    return plan["weights_bytes"] + max(copies * plan["form_bytes"]["merged"], adapter)
 
 
 def verify_merged(folder: Path, reference: Reference) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_written_requests(demo, skills_bank):
     for row in batch:
         everyday = row["expert"] is None
         assert (row["right"] is None) == (row["base_right"] is None) == (row["gold"] is None) == everyday
-        assert "relative distance" in row["reason"]
+        assert "threshold" in row["reason"]
     # only sums has statistics
     assert next(row["mix"] for row in batch if row["expert"] == "sums") == "sums"
     assert {row["mix"] for row in batch} <= {"sums", "base"}

@@ -47,13 +47,13 @@ def test_lora(export, tmp_path):
     assert done.json["verified"]["kl"] < 1e-6
     assert done.json["error"] == 0
     assert "exact" in done.err[-1]
-    done = export("lora", "--mix", MIX, "--out", tmp_path / "eight", "--rank", "8", "--vllm")
+    done = export("lora", "--mix", MIX, "--out", tmp_path / "eight", "--rank", "8", "--vllm", "--n", "3")
     # the error of the truncation is printed before the export, the measured difference after
     assert "verified with peft" in done.out
     record = json.loads((tmp_path / "eight" / "sigmix_export.json").read_text())
     assert record["rank"] == 8
-    assert f"{record['error']:.2%}" in done.err[-1]
-    half = ("--precision", "float16", "--no-verify")
+    assert f"{record['error']:.2%}" in done.err[0]
+    half = ("--precision", "float16", "--no-verify", "--n", "0")
     done = export("lora", "--mix", MIX, "--out", tmp_path / "error", "--error", "0.2", *half, "--json")
     assert done.json["error"] <= 0.2
 
@@ -91,6 +91,9 @@ def test_gguf(export, run, home, tmp_path, monkeypatch):
         (["lora", "--mix", "reading", "--error", "1.5", "--base", "/nowhere"], "share of the change"),
         (["gguf", "--mix", "reading", "--error", "nan", "--base", "/nowhere"], "share of the change"),
         (["lora", "--mix", "reading", "--rank", "8", "--error", "0.1"], "--rank and --error"),
+        (["lora", "--mix", "reading", "--rank", "8", "--min-gain", "1.1", "--base", "/nowhere"], "--min-gain must be"),
+        (["gguf", "--mix", "reading", "--each", "--min-gain", "nan", "--base", "/nowhere"], "--min-gain must be"),
+        (["lora", "--mix", "reading", "--rank", "8", "--n", "-1"], "--n"),
         (["lora", "--mix", "reading", "--rank", "600", "--vllm"], "up to 512"),
         (["lora", "--mix", "reading", "--precision", "int8"], "unknown precision"),
         (["gguf", "--mix", "reading"], "must name a .gguf file"),
@@ -188,7 +191,7 @@ def test_an_exact_export_that_differs_is_an_error_and_stays(export, tmp_path, mo
     assert "peft" in done.err[-1]
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     # what was left out on purpose may differ
-    assert export("lora", "--mix", MIX, "--rank", "4", "--out", tmp_path / "four").code == 0
+    assert export("lora", "--mix", MIX, "--rank", "4", "--n", "0", "--out", tmp_path / "four").code == 0
 
 
 def test_the_request_that_is_shown_can_be_sent_as_it_is(export, tmp_path):

@@ -28,7 +28,8 @@ def bank(**experts):
     rows = {}
     for name, text in experts.items():
         domain, task = text.split()
-        rows[name] = SimpleNamespace(meta={"domain": domain, "task": task, "description": f"Does {name}."})
+        meta = {"domain": domain, "task": task, "description": f"Does {name}."}
+        rows[name] = SimpleNamespace(name=name, meta=meta)
     return rows
 
 
