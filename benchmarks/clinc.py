@@ -24,7 +24,7 @@ from sigmix.models.loading import load_base
 
 
 def measure(engine: Engine, data_dir: Path, depth: int | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Return accuracy in scope, AUROC out of scope, and shares with the threshold, of the router and a regression.
+    """Return accuracy in scope, AUROC out of scope, and shares with the threshold, of the router and of a regression.
 
     Args:
         depth: number of layers that run; default: the router's own. limit: texts of a split, for a quick look.
@@ -47,28 +47,29 @@ def measure(engine: Engine, data_dir: Path, depth: int | None = None, limit: int
     }  # fmt: skip
     inside_states, outside_states = (background.states(engine, rows[0]) for rows in (test, outside))
 
-    def margins(states: torch.Tensor) -> np.ndarray:
-        return np.stack([one.threshold - one.distances(states).numpy() for one in experts.values()], 1)
+    def scores(states: torch.Tensor) -> np.ndarray:
+        return np.stack([one.scores(states).numpy() for one in experts.values()], 1)
 
     truth = np.array([list(domains).index(domain) for domain in test[1]])
-    router = _figures(margins(inside_states), margins(outside_states), truth, 0.0)
+    thresholds = np.array([one.threshold for one in experts.values()])
+    router = _figures(scores(inside_states), scores(outside_states), truth, thresholds)
 
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=0.01, max_iter=300).fit(background.states(engine, train[0]).numpy(), train[1])
     order = [list(model.classes_).index(domain) for domain in domains]
-    scores = [model.predict_proba(states.numpy())[:, order] for states in (inside_states, outside_states)]
+    chances = [model.predict_proba(states.numpy())[:, order] for states in (inside_states, outside_states)]
     return {
         "depth": background.depth, "test_n": len(truth), "out_of_scope_n": len(outside[0]),
         "bytes_per_expert": max(len(one.to_bytes()) for one in experts.values()),
-        "router": router, "logistic_regression": _figures(*scores, truth),
+        "router": router, "logistic_regression": _figures(*chances, truth),
     }  # fmt: skip
 
 
 def _figures(
-    inside: np.ndarray, outside: np.ndarray, truth: np.ndarray, threshold: float | None = None
+    inside: np.ndarray, outside: np.ndarray, truth: np.ndarray, thresholds: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Return figures of scores [N, classes], larger for a likelier class, without and with a threshold."""
+    """Return figures of scores [N, classes], larger for a likelier class, without and with thresholds [classes]."""
     from sklearn.metrics import roc_auc_score
 
     right, best, other = inside.argmax(1) == truth, inside.max(1), outside.max(1)
@@ -77,9 +78,11 @@ def _figures(
         "accuracy": float(right.mean()), "interval": list(wilson(int(right.sum()), len(right))),
         "auroc": float(roc_auc_score(labels, -np.r_[best, other])),
     }  # fmt: skip
-    if threshold is not None:
-        kept = right & (best > threshold)
-        figures |= {"routed_right": float(kept.mean()), "out_of_scope_to_base": float((other <= threshold).mean())}
+    if thresholds is not None:
+        above = np.where(inside > thresholds, inside, -np.inf)
+        kept = (above.argmax(1) == truth) & np.isfinite(above.max(1))
+        refused = (outside <= thresholds).all(1)
+        figures |= {"routed_right": float(kept.mean()), "out_of_scope_to_base": float(refused.mean())}
     return figures
 
 

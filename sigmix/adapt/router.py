@@ -2,10 +2,10 @@
 
 A request is the mean of the base's hidden states over the tokens of its text, after the first eighth of the layers;
 later layers do not run. States are whitened with the mean and covariance of a background of other requests
-(``background.txt``), which belongs to the base. Each expert has a density there (`RequestStatistics`) and a threshold.
-A request gets the expert for which its relative Mahalanobis distance is farthest below the threshold, or the base if it
-is below none. An expert's statistics depend on its requests and the base alone: adding or removing one changes no
-other.
+(``background.txt``), which belongs to the base. Each expert has a density there, a linear classifier against the
+background, and a threshold (`RequestStatistics`). A request gets the expert with the largest score among those with a
+score above their threshold, or the base if there is none. An expert's statistics depend on its requests and the base
+alone: adding or removing one changes no other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from sigmix.adapt.base import OTHER, Decision, Label, check_bank, labels, skills
 from sigmix.engine import Engine
@@ -32,26 +34,34 @@ from sigmix.errors import ConfigError, ExpertError, OutputError
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
-from sigmix.experts.requests import SMOOTHING, RequestStatistics
+from sigmix.experts.requests import RequestStatistics
 from sigmix.utils.cache import cache_dir
 from sigmix.utils.io import atomic_file
+from sigmix.utils.safetensors import from_int8, to_int8
 
 FILE = "background.safetensors"
 REMEDY = "sigmix experts statistics --bank FOLDER"
 
 DEPTH = 4 / 30  # share of the layers that run: 4 of the default base's
 READ = 256  # tokens of a request that are read
-CENTERS, DIRECTIONS = 16, 32  # at most, for an expert
+DIRECTIONS = 32  # at most, for an expert
 SHRINKAGE = 0.1  # of the background's covariance towards a multiple of I
 OWN = 0.3  # weight of an expert's own covariance against the background's
-TAIL = 0.02  # share of validation requests that may lie beyond the threshold
+PENALTY = 0.03  # weight of the classifier's errors against the square of its weights
+TAILS = (
+    0.02,
+    0.01,
+)  # shares of an expert's validation requests and of the background's that may lie beyond the threshold
 GAP = 0.1  # where the threshold lies between the background (0) and the expert's own requests (1), if there is a gap
-STRANGERS = 5  # weight of the error rate on the background, since every expert of a bank adds its own errors to it
+STRANGERS = 2  # weight of the error rate on the background, since every expert of a bank adds its own errors to it
 TRAIN_LIMIT, VALIDATION_LIMIT = 2000, 500  # prompts that are read for statistics
 
 
 def background_texts() -> list[str]:
-    """Return requests of other kinds than any expert's; every fourth is for validation."""
+    """Return requests of other kinds than any expert's; every fourth is for validation.
+
+    About 200 are texts out of scope of CLINC150's training and validation splits (Larson et al. 2019, CC BY 3.0).
+    """
     return Path(__file__).with_name("background.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -67,12 +77,14 @@ class Background:
 
     Attributes:
         mean: float32 [d]. whitening: float32 [d, d], inverse Cholesky factor of the covariance.
-        validation: float32 [N, d], whitened states of requests that mean and covariance do not include.
+        requests: float32 [N, d], whitened states of the requests that mean and covariance are of.
+        validation: float32 [M, d], of other requests.
         depth: number of layers that run. base: fingerprint of the base model.
     """
 
     mean: torch.Tensor
     whitening: torch.Tensor
+    requests: torch.Tensor
     validation: torch.Tensor
     depth: int
     base: str
@@ -93,9 +105,10 @@ class Background:
             with suppress(SafetensorError, OSError, ValueError, KeyError), safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 if (about.get("base"), about.get("key")) == (base, key):
-                    mean, scale = file.get_tensor("mean"), file.get_tensor("scale")
-                    whitening = file.get_tensor("whitening").float() * scale
-                    return cls(mean, whitening, file.get_tensor("validation").float(), int(about["depth"]), base)
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+                    whitening = tensors["whitening"].float() * tensors["scale"]
+                    requests, validation = (from_int8(name, tensors) for name in ("requests", "validation"))
+                    return cls(tensors["mean"], whitening, requests, validation, int(about["depth"]), base)
         computed = cls.compute(engine)
         with suppress(OutputError):  # a read-only cache
             computed.save(cached)
@@ -121,8 +134,9 @@ class Background:
         mean, whitening = mean.float(), torch.linalg.inv(factor).float().contiguous()
         scale = whitening.abs().max()
         whitening = (whitening / scale).half().float() * scale
-        validation = ((states[held_out].float() - mean) @ whitening.T).half().float()
-        return cls(mean, whitening, validation, depth, engine.base_fingerprint)
+        whitened = (states.float() - mean) @ whitening.T
+        whitened = from_int8("", to_int8("", whitened))
+        return cls(mean, whitening, whitened[~held_out], whitened[held_out], depth, engine.base_fingerprint)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file.
@@ -133,7 +147,7 @@ class Background:
         scale = self.whitening.abs().max()  # half precision for states of any size
         tensors = {
             "mean": self.mean, "whitening": (self.whitening / scale).half().contiguous(), "scale": scale,
-            "validation": self.validation.half().contiguous(),
+            **to_int8("requests", self.requests), **to_int8("validation", self.validation),
         }  # fmt: skip
         about = {"base": self.base, "key": background_key(), "depth": str(self.depth)}
         with atomic_file(path) as temporary:
@@ -204,41 +218,43 @@ class RouterDispatch:
             if (statistics := statistics_of(bank[name], base)) is not None:
                 routed[label.name] = statistics
         states = self.background.states(self.engine, rows)
-        # each expert on its own, so that its distances do not depend on the others
-        distances = {name: statistics.distances(states).tolist() for name, statistics in routed.items()}
+        # each expert on its own, so that its scores do not depend on the others
+        scores = {name: statistics.scores(states).tolist() for name, statistics in routed.items()}
         thresholds = {name: statistics.threshold for name, statistics in routed.items()}
         seconds = (time.perf_counter() - started) / len(rows)
         return [
             self._decision(
-                listed, {name: each[number] for name, each in distances.items()}, thresholds, len(row) + 1, seconds
+                listed, {name: each[number] for name, each in scores.items()}, thresholds, len(row) + 1, seconds
             )
             for number, row in enumerate(rows)
         ]
 
     def _decision(
-        self, listed: Sequence[Label], distances: Mapping[str, float], thresholds: Mapping[str, float], tokens: int,
+        self, listed: Sequence[Label], scores: Mapping[str, float], thresholds: Mapping[str, float], tokens: int,
         seconds: float,
     ) -> Decision:  # fmt: skip
-        margins = {name: thresholds[name] - distance for name, distance in distances.items()}
-        # "other" is one more class, as likely as an expert at that expert's threshold
-        logits = torch.tensor([*margins.values(), 0.0], dtype=torch.float64) / SMOOTHING
-        posteriors = dict(zip([*margins, OTHER], logits.softmax(-1).tolist(), strict=True))
+        if not scores:
+            reason = f"no expert has request statistics: {REMEDY}"
+            return Decision(Mix.base(), OTHER, reason, tokens=tokens, seconds=seconds)
+        above = {name: score for name, score in scores.items() if score > thresholds[name]}
+        best = max(above or scores, key=scores.__getitem__)
+        # "other" is one more class, at the threshold of the chosen expert; of none, as high as the highest threshold
+        logits = {**(above or scores), OTHER: thresholds[best] if above else max(thresholds.values())}
+        chances = torch.tensor([*logits.values()], dtype=torch.float64).softmax(-1).tolist()
+        posteriors = dict(zip(logits, chances, strict=True))
         evidence = {
             "probabilities": {label.name: posteriors.get(label.name, 0.0) for label in listed},
-            "distances": dict(distances), "thresholds": dict(thresholds), "depth": self.background.depth,
+            "scores": dict(scores), "thresholds": dict(thresholds), "depth": self.background.depth,
         }  # fmt: skip
-        if not margins:
-            return Decision(Mix.base(), OTHER, f"no expert has request statistics: {REMEDY}", evidence, tokens, seconds)
-        best = max(margins, key=margins.__getitem__)
-        reason = f"nearest to the requests of {best}: relative distance {distances[best]:.0f}, "
-        if margins[best] <= 0:
-            reason += f"not below the threshold of {thresholds[best]:.0f}"
+        reason = f"most similar to the requests of {best}: score {scores[best]:.1f}, "
+        if not above:
+            reason += f"not above the threshold of {thresholds[best]:.1f}"
             return Decision(Mix.base(), OTHER, reason, evidence, tokens, seconds)
-        reason += f"below the threshold of {thresholds[best]:.0f} ({posteriors[best]:.0%})"
+        reason += f"above the threshold of {thresholds[best]:.1f} ({posteriors[best]:.0%})"
         mixes = {label.name: label.mix for label in listed}
         mix = mixes[best]
         if self.soft:
-            mix = Mix({name: posteriors[label] for label in margins for name in mixes[label].weights})
+            mix = Mix({name: posteriors[label] for label in above for name in mixes[label].weights})
         return Decision(mix, best, reason, evidence, tokens, seconds)
 
 
@@ -271,21 +287,22 @@ def request_statistics(
         raise ConfigError("request statistics need training and validation prompts that are not empty")
     background = background or Background.of(engine)
     states = background.states(engine, own).double().numpy()
-    centers, nearest = _k_means(states, min(CENTERS, -(-len(own) // 16)))
-    offsets = states - centers[nearest]
+    mean = states.mean(0)
+    offsets = states - mean
     variances, directions = np.linalg.eigh(offsets.T @ offsets / len(own))
-    rank = min(DIRECTIONS, len(own) - len(centers), states.shape[1] - 1)
+    rank = min(DIRECTIONS, len(own) - 1, states.shape[1] - 1)
     top, directions = variances[::-1][:rank].clip(0), directions[:, ::-1][:, :rank]
     rest = max(float(variances.sum() - top.sum()), 0.0) / (states.shape[1] - rank)
+    weight, bias = _classifier(states, background.requests.double().numpy())
     facts = {"train_n": len(own), "validation_n": len(held_out)}
     fitted = RequestStatistics(
-        _tensor(centers), _tensor(np.bincount(nearest) / len(own)), _tensor(directions),
-        _tensor(OWN * (top - rest).clip(0, 6e4)), 1 - OWN + OWN * rest, 0.0, background.base, background_key(), facts,
+        _tensor(mean), _tensor(directions), _tensor(OWN * (top - rest).clip(0, 6e4)), 1 - OWN + OWN * rest,
+        _tensor(weight), bias, 0.0, background.base, background_key(), facts,
     ).rounded()  # fmt: skip
-    inside = fitted.distances(background.states(engine, held_out)).double().numpy()
-    outside = fitted.distances(background.validation).double().numpy()
+    inside = fitted.scores(background.states(engine, held_out)).double().numpy()
+    outside = fitted.scores(background.validation).double().numpy()
     threshold = _threshold(inside, outside)
-    shares = {"kept": float((inside < threshold).mean()), "refused": float((outside >= threshold).mean())}
+    shares = {"kept": float((inside > threshold).mean()), "refused": float((outside <= threshold).mean())}
     return replace(fitted, threshold=threshold, facts={**facts, **shares})
 
 
@@ -297,33 +314,32 @@ def _distinct(prompts: Sequence[str], limit: int) -> list[str]:
     return list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))[:limit]
 
 
-def _k_means(points: np.ndarray, count: int, rounds: int = 15) -> tuple[np.ndarray, np.ndarray]:
-    """Return centers [k, d], none empty, and the index of the nearest one to each of the points [N, d].
+def _classifier(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return weight [d] and intercept of a logistic regression between points [N, d] and others [M, d]."""
+    points = np.concatenate([own, others])
+    points = np.concatenate([points, np.ones((len(points), 1))], 1)
+    signs = np.repeat([1.0, -1.0], [len(own), len(others)])
 
-    k-means++ seeding with a fixed random seed, then Lloyd's algorithm.
-    """
-    random = np.random.default_rng(0)
-    centers = points[random.integers(len(points))][None]
-    gaps = np.square(points - centers[0]).sum(1)
-    while len(centers) < count and gaps.sum() > 0:
-        centers = np.concatenate([centers, points[random.choice(len(points), p=gaps / gaps.sum())][None]])
-        gaps = np.minimum(gaps, np.square(points - centers[-1]).sum(1))
-    for _ in range(rounds):
-        nearest = (np.square(centers).sum(1) - 2 * points @ centers.T).argmin(1)
-        used, nearest = np.unique(nearest, return_inverse=True)
-        centers = np.stack([points[nearest == number].mean(0) for number in range(len(used))])
-    return centers, nearest
+    def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = signs * (points @ weight)
+        free = np.append(weight[:-1], 0.0)  # no penalty on the intercept
+        gradient = free - PENALTY * points.T @ (signs * expit(-margins))
+        return 0.5 * free @ free + PENALTY * np.logaddexp(0, -margins).sum(), gradient
+
+    found = minimize(loss, np.zeros(points.shape[1]), jac=True, method="L-BFGS-B").x
+    return found[:-1], float(found[-1])
 
 
 def _threshold(inside: np.ndarray, outside: np.ndarray) -> float:
-    """Return the threshold between distances of an expert's validation requests and those of the background.
+    """Return the threshold between scores of an expert's validation requests and those of the background.
 
     Where they do not overlap it lies near the background, since people word requests more freely than training data;
     else where the weighted sum of both error rates is smallest.
     """
-    near, far = np.quantile(inside, 1 - TAIL), np.quantile(outside, TAIL)
-    if near < far:
-        return float(far - GAP * (far - near))
+    near, far = np.quantile(inside, TAILS[0]), np.quantile(outside, 1 - TAILS[1])
+    if near > far:
+        return float(far + GAP * (near - far))
     cuts = np.sort(np.concatenate([inside, outside]))
-    errors = (inside[None] >= cuts[:, None]).mean(1) + STRANGERS * (outside[None] < cuts[:, None]).mean(1)
-    return float(math.nextafter(cuts[errors.argmin()], math.inf))
+    errors = (inside[None] < cuts[:, None]).mean(1) + STRANGERS * (outside[None] >= cuts[:, None]).mean(1)
+    place = int(errors.argmin())  # scores from here on are the expert's
+    return float(cuts[place] + cuts[max(place - 1, 0)]) / 2

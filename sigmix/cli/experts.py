@@ -84,7 +84,7 @@ def show(name: str = NAME, bank: Path = BANK, top: int = TOP, as_json: bool = JS
         "verified": "yes" if facts["verified"] else f"no -> {SEAL}",
         "size": f"{facts['numbers']} parameters in {facts['matrices']} matrices, {size(facts['bytes'])}",
         "routed": (
-            f"by {routed['train_n']} requests, relative distance below {routed['threshold']:.0f}" if routed
+            f"by {routed['train_n']} requests, score above {routed['threshold']:.1f}" if routed
             else f"no -> {ROUTE} {facts['name']}"
         ),
         "digest": facts["digest"][:16],
@@ -161,7 +161,7 @@ def statistics(
             problems.append(f"{one}: {error}")
     lines = [
         f"{row['name']}: {row['train_n']} requests; of {row['validation_n']} validation requests {row['kept']:.1%} are "
-        f"below the threshold, of other requests {1 - row['refused']:.1%}"
+        f"above the threshold, of other requests {1 - row['refused']:.1%}"
         for row in rows
     ]
     if rows or not problems:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,3 +210,14 @@ def write_shards(
     index = {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
     return names
+
+
+def to_int8(name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a matrix in int8 as {name, name.scale}, with a scale in half precision for each row."""
+    scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.half).tiny).half()
+    return {name: (rows / scale.float()).round().to(torch.int8).contiguous(), f"{name}.scale": scale.contiguous()}
+
+
+def from_int8(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return a matrix of `to_int8` in float32."""
+    return tensors[name] * tensors[f"{name}.scale"].float()

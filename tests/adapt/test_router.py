@@ -42,8 +42,8 @@ def engine(trained):
     engine.bank = before
 
 
-def distances(decisions, label):
-    return [decision.evidence["distances"][label] for decision in decisions]
+def scores(decisions, label):
+    return [decision.evidence["scores"][label] for decision in decisions]
 
 
 def test_a_request_gets_the_expert_with_similar_training_requests(engine):
@@ -56,8 +56,8 @@ def test_a_request_gets_the_expert_with_similar_training_requests(engine):
         assert decision.mix == mixes[decision.label]
         assert sum(evidence["probabilities"].values()) == pytest.approx(1)
         assert decision.label == max(evidence["probabilities"], key=evidence["probabilities"].get)
-        below = [name for name, value in evidence["distances"].items() if value < evidence["thresholds"][name]]
-        assert bool(below) == (decision.label != OTHER)
+        above = [name for name, value in evidence["scores"].items() if value > evidence["thresholds"][name]]
+        assert bool(above) == (decision.label != OTHER)
         assert evidence["depth"] == strategy.background.depth == 1
         assert decision.tokens == len(engine.encode(text, chat=False)) + 1
         assert decision.reason
@@ -85,8 +85,8 @@ def test_removing_an_expert_changes_no_other(engine, trained):
     before = strategy.decide(TEXTS)
     engine.bank = {"finder": everything["finder"]}
     after = strategy.decide(TEXTS)
-    assert distances(after, "reading") == distances(before, "reading")
-    assert set(after[0].evidence["distances"]) == {"reading"}
+    assert scores(after, "reading") == scores(before, "reading")
+    assert set(after[0].evidence["scores"]) == {"reading"}
     assert {decision.label for decision in after[5:10]} == {"reading"}
 
 
@@ -121,7 +121,7 @@ def test_a_batch_of_one_equals_a_batch_of_many(engine):
     together, alone = strategy.decide(texts), [strategy.decide([text])[0] for text in texts]
     assert [one.label for one in together] == [one.label for one in alone]
     for label in ("arithmetic", "reading"):
-        assert distances(together, label) == pytest.approx(distances(alone, label), rel=1e-3, abs=0.05)
+        assert scores(together, label) == pytest.approx(scores(alone, label), rel=1e-3, abs=0.01)
 
 
 def test_empty_requests_get_the_base(engine):
@@ -144,7 +144,7 @@ def test_only_the_beginning_of_a_long_request_is_read(engine, context, tmp_path,
     found, cut = RouterDispatch(engine).decide([long, engine.tokenizer.decode(engine.encode(long, chat=False)[:read])])
     assert found.tokens == read + 1
     assert found.label == cut.label
-    assert found.evidence["distances"] == pytest.approx(cut.evidence["distances"], rel=1e-2, abs=0.5)
+    assert found.evidence["scores"] == pytest.approx(cut.evidence["scores"], rel=1e-2, abs=0.05)
 
 
 def test_soft_decisions_mix_by_probability(engine):
@@ -170,7 +170,7 @@ def test_few_or_equal_prompts(engine):
     for train in (["a b"], ["a b"] * 5, ["a b", "c d"]):
         found = request_statistics(engine, train, ["a b"])
         assert found.facts["train_n"] == len(set(train))
-        assert found.distances(torch.zeros(3, found.centers.shape[1])).isfinite().all()
+        assert found.scores(torch.zeros(3, len(found.mean))).isfinite().all()
     for train, validation in (([], ["a"]), (["a"], []), ([" ", ""], ["a"])):
         with pytest.raises(ConfigError, match="prompts"):
             request_statistics(engine, train, validation)
@@ -194,7 +194,7 @@ def test_a_background_is_computed_once_for_a_base(engine, tmp_path, monkeypatch)
     (file,) = (tmp_path / "routers").iterdir()
     second = Background.of(engine)
     assert len(computed) == 1
-    for name in ("mean", "whitening", "validation"):
+    for name in ("mean", "whitening", "requests", "validation"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     file.write_bytes(file.read_bytes()[:-10])  # a damaged cache is computed again
     assert torch.equal(Background.of(engine).mean, first.mean)
@@ -214,6 +214,7 @@ def test_whitening_is_that_of_the_shrunk_covariance(engine):
     variance = (states @ whitening.inverse().T).T.cov().trace() / states.shape[1]
     shrunk = (1 - SHRINKAGE) * states.T.cov() + SHRINKAGE * variance * whitening @ whitening.T
     torch.testing.assert_close(shrunk, torch.eye(len(shrunk), dtype=torch.float64), atol=0.02, rtol=0)
+    torch.testing.assert_close(background.requests.double(), states, atol=0.05, rtol=0)
     assert len(background.validation) == len(router.background_texts()) - len(texts)
 
 

@@ -19,8 +19,8 @@ FILE = "requests.safetensors"
 
 def statistics(**changes) -> RequestStatistics:
     given = {
-        "centers": torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 4.0]]), "weights": torch.tensor([0.25, 0.75]),
-        "directions": torch.tensor([[1.0], [0.0], [0.0]]), "excess": torch.tensor([0.5]), "floor": 0.75,
+        "mean": torch.tensor([0.0, 3.0, 0.0]), "directions": torch.tensor([[1.0], [0.0], [0.0]]),
+        "excess": torch.tensor([0.5]), "floor": 0.75, "weight": torch.tensor([0.25, -1.0, 2.0]), "bias": -0.5,
         "threshold": -3.5, "base": "b" * 64, "background": "k", "facts": {"train_n": 4, "validation_n": 2},
     }  # fmt: skip
     return RequestStatistics(**{**given, **changes})
@@ -30,25 +30,27 @@ def new_expert(**changes) -> Expert:
     return Expert("sums", Z, {"domain": "arithmetic"}, requests=statistics(**changes))
 
 
-def test_distances_are_those_of_the_densities():
+def test_scores_are_those_of_classifier_and_density():
     found = statistics()
     states = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 3
     covariance = 0.75 * torch.eye(3) + 0.5 * found.directions @ found.directions.T
-    offsets = states[:, None] - found.centers
-    each = torch.einsum("nkd,de,nke->nk", offsets, covariance.inverse(), offsets)
-    wanted = -20 * (found.weights.log() - each / 20).logsumexp(1) + covariance.logdet() - states.square().sum(1)
-    torch.testing.assert_close(found.distances(states), wanted)
+    own, others = (
+        torch.distributions.MultivariateNormal(mean, matrix).log_prob(states)
+        for mean, matrix in ((found.mean, covariance), (torch.zeros(3), torch.eye(3)))
+    )
+    logit = states @ found.weight + found.bias
+    torch.testing.assert_close(found.scores(states), logit + 2 * (own - others) / 20)
 
 
-def test_a_file_has_the_values_in_8_bits(tmp_path):
+def test_a_file_has_the_values_in_few_bytes(tmp_path):
     random = torch.Generator().manual_seed(0)
-    centers, states = torch.randn(16, 576, generator=random) * 3, torch.randn(50, 576, generator=random)
+    mean, weight, states = torch.randn(576, generator=random) * 3, torch.randn(576), torch.randn(50, 576)
     directions = torch.linalg.qr(torch.randn(576, 32, generator=random))[0]
-    exact = statistics(centers=centers, weights=torch.full((16,), 1 / 16), directions=directions, excess=torch.rand(32))
+    exact = statistics(mean=mean, weight=weight, directions=directions, excess=torch.rand(32))
     rounded = exact.rounded()
     assert rounded.rounded().to_bytes() == rounded.to_bytes() == exact.to_bytes()
-    assert len(exact.to_bytes()) < 30_000
-    torch.testing.assert_close(rounded.distances(states), exact.distances(states), atol=2.0, rtol=1e-3)
+    assert len(exact.to_bytes()) < 22_000
+    torch.testing.assert_close(rounded.scores(states), exact.scores(states), atol=0.2, rtol=1e-3)
     assert statistics(directions=torch.zeros(3, 0), excess=torch.zeros(0)).rounded().directions.shape == (3, 0)
 
 
@@ -95,9 +97,9 @@ def test_damage_is_an_error_that_names_the_file(tmp_path, damage):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"centers": torch.zeros(2)}, {"weights": torch.tensor([1.0])}, {"weights": torch.tensor([0.0, 1.0])},
-        {"directions": torch.zeros(2, 1)}, {"floor": 0.0}, {"threshold": float("nan")},
-        {"excess": torch.tensor([-1.0])}, {"centers": torch.full((2, 3), float("inf"))},
+        {"mean": torch.zeros(2)}, {"weight": torch.zeros(4)}, {"weight": torch.zeros(3, 1)},
+        {"directions": torch.zeros(2, 1)}, {"floor": 0.0}, {"threshold": float("nan")}, {"bias": float("inf")},
+        {"excess": torch.tensor([-1.0])}, {"mean": torch.full((3,), float("inf"))},
     ],
 )  # fmt: skip
 def test_invalid_values(changes):
