@@ -55,7 +55,7 @@ class TextTask(BenchmarkTask):
 class Topics(TextTask):
     """Larson et al. 2019, arXiv:1909.02027: the domain of a message, out of ten."""
 
-    domain = "classification"
+    domain = "reading"
     description = "Topic of a customer's message: banking, travel, work and seven more (CLINC150)."
     license = "CC BY 3.0"
     max_new_tokens = 8
@@ -99,7 +99,7 @@ class Commands(TextTask):
     ``DATA_DIR/snips/train.jsonl`` and ``test.jsonl`` with text, intent and slots ({name: [values]}).
     """
 
-    domain = "extraction"
+    domain = "format"
     description = "Intent and slots of a spoken command as JSON (SNIPS)."
     license = "CC0-1.0"
     max_new_tokens = 96
