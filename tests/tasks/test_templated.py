@@ -17,7 +17,7 @@ import sigmix.tasks.skills
 from sigmix.errors import DataError
 from sigmix.tasks import SPLITS, get_task
 from sigmix.tasks.skills.calendar import duration_spellings
-from sigmix.tasks.skills.quantities import sum_or_equation
+from sigmix.tasks.skills.quantities import value_or_equation
 from sigmix.tasks.skills.spelling import date_spellings, in_words, ordinal, ordinal_words, time_spellings
 from sigmix.tasks.skills.templated import load_templates
 
@@ -27,7 +27,7 @@ FORM = {
     "sums": r"\d+(\.\d\d)?( \+ \d+(\.\d\d)?){1,2} = \d+(\.\d\d)?",
     "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-zëéö]+",
     "dates": r"\d{4}-\d\d-\d\d", "times": r"\d\d:\d\d", "durations": r"\d+", "number-words": r"-?\d+(\.\d+)?",
-    "units": r"\d+(\.\d{1,3})?", "yes-no": "yes|no",
+    "units": r"\d+(\.\d{1,2})? [*/] \d+ = \d+(\.\d{1,3})?", "yes-no": "yes|no",
     "payments": r'\{"name": "[^"]+", "amount": \d+(\.\d\d)?, "date": "\d{4}-\d\d-\d\d"\}',
 }  # fmt: skip
 
@@ -148,9 +148,18 @@ def test_sums_compute_what_the_request_says():
         ("a + b = 115", False), ("26 + 89 = 115 = 115", False), ("The answer is 115", False), ("", False),
     ],
 )  # fmt: skip
-def test_a_sum_is_the_total_or_a_right_equation(reply, right):
+def test_a_sum_is_the_total_alone_or_behind_a_right_equation(reply, right):
     for gold in ("115", "26 + 89 = 115"):
-        assert sum_or_equation(reply, gold).value == right
+        assert value_or_equation(reply, gold).value == right
+
+
+def test_a_product_or_quotient_gives_the_value():
+    assert value_or_equation("1.5 * 1000 = 1500", "1500").value == 1
+    assert value_or_equation("2 * 60 + 20 = 140", "140").value == 1
+    assert value_or_equation("20 + 2 * 60 = 140", "140").value == 1
+    assert value_or_equation("240 / 100 = 2.4", "240 / 100 = 2.4").value == 1
+    for reply in ("240 / 10 = 2.4", "240 / 100 = 24", "240 / 0 = 2.4", "240 - 100 = 140", "(2 * 60) = 120"):
+        assert value_or_equation(reply, reply.rpartition("= ")[2]).value == 0
 
 
 def test_numbers_in_words():

@@ -1,4 +1,4 @@
-"""Quantities in people's words: sums (an equation), comparisons, numbers in words, units (a number or name alone)."""
+"""Quantities in people's words: sums and units (the answer is an equation), comparisons, numbers in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import random
 import re
 from decimal import Decimal
+from fractions import Fraction
 
 from sigmix.tasks.base import Score
 from sigmix.tasks.graders import exact, strict_number, wrong_candidates
@@ -29,20 +30,37 @@ def _amount(value: Decimal | int) -> str:
     return str(int(value)) if value == int(value) else f"{value:.2f}"
 
 
-def sum_or_equation(reply: str, gold: str) -> Score:
-    """Return 1 for the total of gold alone ("115"), or behind a right sum of numbers ("26 + 89 = 115")."""
-    total = gold.rpartition("=")[2].strip()
-    terms, equals, result = reply.rpartition("=")
-    if not equals:
-        return strict_number(reply, total)
-    values = [parse_number(term.strip()) for term in terms.split("+")]
-    if len(values) < 2 or None in values or sum(value or 0 for value in values) != parse_number(total):
-        return Score(0.0, None, f"not a sum that gives {total}")
-    return strict_number(result, total)
+def value_or_equation(reply: str, gold: str) -> Score:
+    """Return 1 for the value of gold alone ("115"), or behind right arithmetic ("26 + 89 = 115", "15 * 100 = 1500")."""
+    value = gold.rpartition("=")[2].strip()
+    left, equals, result = reply.rpartition("=")
+    if equals and _computed(left) != parse_number(value):
+        return Score(0.0, None, f"no arithmetic that gives {value}")
+    return strict_number(result if equals else reply, value)
+
+
+def _computed(text: str) -> Fraction | None:
+    """Return the value of a chain of numbers and the signs +, * and /, such as 1.5 * 60 + 20; None if it is none."""
+    total, product, sign = Fraction(0), Fraction(1), "*"
+    tokens = re.split(r"\s*([+*/])\s*", text.strip())
+    if len(tokens) < 3:
+        return None
+    for place, token in enumerate(tokens):
+        if place % 2:
+            sign = token
+            continue
+        number = parse_number(token)
+        if number is None or (sign == "/" and not number):
+            return None
+        if sign == "+":
+            total, product = total + product, Fraction(number)
+        else:
+            product = product / number if sign == "/" else product * number
+    return total + product
 
 
 @templated(
-    "sums", domain="arithmetic", grader=sum_or_equation, max_new_tokens=24,
+    "sums", domain="arithmetic", grader=value_or_equation, max_new_tokens=24,
     description="Add two or three numbers or amounts, also in a short story.",
 )  # fmt: skip
 def sums(rng: random.Random, kind: str) -> Facts:
@@ -253,7 +271,10 @@ PARTS = {3: (1,), 7: (1,), 12: (1, 1, 2), 16: (1, 2), 24: (1, 2), 60: (1, 2, 4, 
 """Parts of a large unit that amounts are multiples of (halves for 2); powers of ten allow one or two decimals."""
 
 
-@number("units", domain="units", description="Convert between common units; results are whole or short decimals.")
+@templated(
+    "units", domain="units", grader=value_or_equation, max_new_tokens=24,
+    description="Convert between common units; results are whole or short decimals.",
+)  # fmt: skip
 def units(rng: random.Random, kind: str) -> Facts:
     names_large, names_small, factor = rng.choice([
         pair for dimension in (UNITS if kind == "any" else [kind]) if kind != "any" or dimension != "count"
@@ -276,4 +297,6 @@ def units(rng: random.Random, kind: str) -> Facts:
     moved = [f"{(result * step).normalize():f}" for step in (Decimal(10), Decimal("0.1"), Decimal(factor) ** 2)]
     wrong = [*moved, f"{gold} {goal_name}x", f"{amount} = {gold}", f"{gold} or {moved[0]}", f"{result + 1}", amount]
     fields = {"amount": amount, "unit": goal_name, "x": rng.randrange(2, 60)}
-    return Facts(fields, gold, wrong, key=f"{shown} {source.split('|')[0]} {goal.split('|')[0]}".lower())
+    equation = f"{shown} {'*' if down else '/'} {factor} = {gold}"
+    wrong += [f"{shown} * {factor + 1} = {gold}", f"{shown} = {gold}", f"{gold} = {gold}"]
+    return Facts(fields, equation, wrong, key=f"{shown} {source.split('|')[0]} {goal.split('|')[0]}".lower())
