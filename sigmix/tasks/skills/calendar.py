@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import random
+import re
 
-from sigmix.tasks.graders import exact, strict_number
+from sigmix.tasks.graders import exact
+from sigmix.tasks.skills.quantities import value_or_equation
 from sigmix.tasks.skills.spelling import date_spellings, in_words, time_spellings
 from sigmix.tasks.skills.templated import Facts, templated
 from sigmix.tasks.skills.words import MONTHS
@@ -91,7 +93,10 @@ def duration_spellings(total: int) -> list[str]:
     return spellings
 
 
-@templated("durations", domain="units", grader=strict_number, description="Give a duration or a span in minutes.")
+@templated(
+    "durations", domain="units", grader=value_or_equation, max_new_tokens=24,
+    description="Give a duration or a span in minutes.",
+)  # fmt: skip
 def durations(rng: random.Random, kind: str) -> Facts:
     if kind == "span":
         start, total = 5 * rng.randrange(12 * 6, 12 * 21), 5 * rng.randrange(1, 36)
@@ -104,9 +109,12 @@ def durations(rng: random.Random, kind: str) -> Facts:
     else:
         total = rng.choice((15 * rng.randrange(1, 29), 5 * rng.randrange(1, 85), rng.randrange(2, 420)))
         fields, key = {"duration": rng.choice(duration_spellings(total))}, str(total)
-    gold = str(total)
+    gold, hours, minutes = str(total), *divmod(total, 60)
+    in_seconds = re.search(r"\d+(?= ?s)", fields.get("duration", ""))
+    left = f"{in_seconds[0]} / 60" if in_seconds and not hours else f"{hours} * 60 + {minutes}"
     wrong = [
+        f"{left} = {total + 1}", f"{left} + 1 = {gold}", f"{gold} = {gold}",
         str(total + 1), str(total - 1), str(total + 60), f"{gold} minutes", f"{gold} min", f"{gold} or {total + 10}",
         *fields.values(), f"{total // 60}:{total % 60:02}", f"{total + 60} - 60",
     ]  # fmt: skip
-    return Facts({**fields, "x": rng.randrange(2, 60)}, gold, wrong, key=key)
+    return Facts({**fields, "x": rng.randrange(2, 60)}, f"{left} = {gold}", wrong, key=key)
