@@ -72,7 +72,7 @@ def test_chat_chooses_for_every_turn(run, home, routed):
         stdin="hello\n/base\nhello\n/auto\nhello\n/quit\n",
     )  # fmt: skip
     assert done.out.count("(choosing for every turn, strategy D (router))") == 2
-    assert done.out.count("nearest to the requests of") == 2
+    assert done.out.count("similar to the requests of") == 2
 
 
 def test_a_request_over_the_context_keeps_no_other_from_its_answer(run, home, routed):
