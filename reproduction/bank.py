@@ -10,6 +10,7 @@ unseen templates (the test split), and forty written by hand (``handwritten``). 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from sigmix.adapt.base import OTHER, Label, labels
 from sigmix.adapt.router import RouterDispatch
 from sigmix.engine import Engine
+from sigmix.errors import ConfigError
 from sigmix.evals.accuracy import (
     Item,
     Result,
@@ -34,7 +36,7 @@ from sigmix.experts.mix import Mix
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
 from sigmix.tasks.base import Sample, Task
-from sigmix.utils.io import read_text, write_json, write_text
+from sigmix.utils.io import read_json_object, read_text, write_json, write_text
 
 HANDWRITTEN = Path(__file__).parent / "handwritten"
 FILES = {
@@ -50,6 +52,22 @@ SETS = ("training wordings", "unseen templates", "handwritten")
 def rows_of(name: str) -> list[dict[str, str]]:
     """Return the rows of a file of handwritten requests."""
     return [json.loads(line) for line in read_text(HANDWRITTEN / f"{name}.jsonl").splitlines()]
+
+
+def claim(out: Path, engine: Engine, n: int) -> None:
+    """Write what is measured to ``bank.json``: base, experts and n.
+
+    Raises:
+        ConfigError: the folder has cells of something else.
+    """
+    experts = {
+        name: [one.digest, hashlib.sha256(one.requests.to_bytes()).hexdigest() if one.requests else None]
+        for name, one in engine.bank.items()
+    }
+    path, facts = out / "bank.json", {"base": engine.base_fingerprint, "n": n, "experts": experts}
+    if path.exists() and read_json_object(path) != facts:
+        raise ConfigError(f"{out} has cells of another base, bank or --n", remedy="give another --out")
+    write_json(path, facts)
 
 
 class Study:
@@ -153,6 +171,7 @@ def main() -> None:
     every = labels(engine.bank)[:-1]
     named = {name: label for label in every for name in label.mix.weights}
     tasks = {name: training_task(experts[name], given.data_dir) for name in FILES if name in named}
+    claim(given.out, engine, given.n)
     study, router = Study(engine, tasks, given.out, given.n), RouterDispatch(engine)
     figures = routing(study, named, router)
     write_json(given.out / "router.json", {**figures, **provenance()})
