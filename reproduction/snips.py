@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import ClassVar
 
+from sigmix.tasks.assistant import intent_and_slots
 from sigmix.tasks.base import Sample, Score
 from sigmix.tasks.benchmarks import BenchmarkTask
 from sigmix.tasks.data import Row
@@ -30,10 +31,7 @@ class Snips(BenchmarkTask):
     files: ClassVar = {"train": "snips/train.jsonl", "test": "snips/test.jsonl"}
 
     def sample(self, row: Row) -> Sample | None:
-        slots = {
-            name: values[0] if len(values) == 1 else values for name, values in row.get("slots", kind=dict).items()
-        }
-        gold = json.dumps({"intent": row.get("intent", kind=str), **slots}, ensure_ascii=False)
+        gold = intent_and_slots(row)
         return Sample.make(PROMPT + row.get("text", kind=str).strip(), gold) if len(gold) <= LONGEST else None
 
     def score(self, sample: Sample, reply: str) -> Score:

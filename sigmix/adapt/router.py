@@ -48,10 +48,7 @@ DIRECTIONS = 32  # at most, for an expert
 SHRINKAGE = 0.1  # of the background's covariance towards a multiple of I
 OWN = 0.3  # weight of an expert's own covariance against the background's
 PENALTY = 0.03  # weight of the classifier's errors against the square of its weights
-TAILS = (
-    0.02,
-    0.01,
-)  # shares of an expert's validation requests and of the background's that may lie beyond the threshold
+TAILS = 0.02, 0.01  # shares of an expert's validation requests and of the background that may lie beyond a threshold
 GAP = 0.1  # where the threshold lies between the background (0) and the expert's own requests (1), if there is a gap
 STRANGERS = 2  # weight of the error rate on the background, since every expert of a bank adds its own errors to it
 TRAIN_LIMIT, VALIDATION_LIMIT = 2000, 500  # prompts that are read for statistics

@@ -51,6 +51,14 @@ class TextTask(BenchmarkTask):
         return Sample.make(render(rng, rng.choice(templates), {"text": text}), gold, key=content_id(text))
 
 
+def intent_and_slots(row: Row) -> str:
+    """Return intent and slots of a row of SNIPS as JSON; a slot with one value has no list."""
+    slots: dict[str, Any] = {
+        name: values[0] if len(values) == 1 else values for name, values in row.get("slots", kind=dict).items()
+    }
+    return json.dumps({"intent": row.get("intent", kind=str), **slots}, ensure_ascii=False)
+
+
 @register("topics")
 class Topics(TextTask):
     """Larson et al. 2019, arXiv:1909.02027: the domain of a message, out of ten."""
@@ -106,11 +114,7 @@ class Commands(TextTask):
     files: ClassVar = {"train": "snips/train.jsonl", "test": "snips/test.jsonl"}
 
     def content(self, row: Row) -> tuple[str, str]:
-        slots: dict[str, Any] = {
-            name: values[0] if len(values) == 1 else values for name, values in row.get("slots", kind=dict).items()
-        }
-        gold = json.dumps({"intent": row.get("intent", kind=str), **slots}, ensure_ascii=False)
-        return row.get("text", kind=str).strip(), gold
+        return row.get("text", kind=str).strip(), intent_and_slots(row)
 
     def score(self, sample: Sample, reply: str) -> Score:
         return json_fields(reply, sample.gold)
