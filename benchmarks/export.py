@@ -34,7 +34,7 @@ def run(
     dtype: str | None = None,
     base: str = DEFAULT,
     times: int = 4,
-    mix: str = "addition:0.7+larger:0.3",
+    mix: str = "sums:0.7+compare-numbers:0.3",
     bank: Any = None,
 ) -> dict[str, Any]:
     """Run the benchmark; see `harness.report` for the result.

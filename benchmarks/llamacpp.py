@@ -48,7 +48,7 @@ def run(
     dtype: str | None = None,
     base: str = DEFAULT,
     new_tokens: int = 64,
-    mix: str = "addition:0.7+larger:0.3",
+    mix: str = "sums:0.7+compare-numbers:0.3",
     bank: Any = None,
     gguf: Path | None = None,
     compile: bool = True,

@@ -5,7 +5,7 @@
 
 Greedy answers to the same test items of each expert's task, in float32. A truncated expert is measured as
 `sigmix export lora --rank` writes it, in float32. ``kept_RANK`` is the share of an expert's gain over the base that is
-left, of every expert; an exact LoRA is the exact expert up to rounding.
+left, of every expert with a task that needs no local data; an exact LoRA is the exact expert up to rounding.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import device, percent, report, say
-from sigmix.adapt.base import skills
+from benchmarks.requests import tasks
 from sigmix.evals.accuracy import run as evaluate
-from sigmix.evals.accuracy import training_task
 from sigmix.evals.truncation import changed_weights, comparison
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -49,14 +48,14 @@ def run(
         repeats: not used. dtype: in which the base is read; default: that of the experts. n: test items of each task.
     """
     bank = Bank.bundled() if bank is None else bank
-    names = skills(bank)
+    measured = tasks(bank)
     where = device()
     source = BaseCheckpoint(base, dtype)
-    source.adopt_dtype(bank[name] for name in names)
-    engine = load_engine(source, {name: bank[name] for name in names}, upcast=True)
+    source.adopt_dtype(bank[name] for name in measured)
+    engine = load_engine(source, {name: bank[name] for name in measured}, upcast=True)
     found: dict[str, Any] = {}
-    for name in names:
-        task, mix = training_task(bank[name]), Mix.one(name)
+    for name, task in measured.items():
+        mix = Mix.one(name)
         _, whole = evaluate(engine, task, [mix], n=n)
         low = LowRank.from_mix(source, mix, bank)
         found[name] = {

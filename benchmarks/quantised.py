@@ -34,7 +34,7 @@ from sigmix.models.weights import value
 from sigmix.svf.config import SVFConfig
 from sigmix.tasks.registry import get_task
 
-EXPERTS = ("larger", "date-iso")
+EXPERTS = ("compare-numbers", "dates")
 
 AIMS = {"accuracy_kept_int8": Aim(">=", 0.95)}
 

@@ -12,13 +12,14 @@ import numpy as np
 from benchmarks.harness import say
 from sigmix.adapt.base import skills
 from sigmix.engine import Engine
+from sigmix.evals.accuracy import training_task
+from sigmix.evals.dispatch import without_data
 from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 from sigmix.models.default import DEFAULT
 from sigmix.models.loading import load_base
-from sigmix.tasks.base import Split
-from sigmix.tasks.registry import get_task
+from sigmix.tasks.base import Split, Task
 
 
 def bundled_engine(
@@ -57,11 +58,19 @@ def acting_on(positions: str, bank: Mapping[str, Expert]) -> dict[str, Expert]:
     return {name: replace(bank[name], meta={**bank[name].meta, "positions": positions}) for name in bank}
 
 
+def tasks(bank: Mapping[str, Expert]) -> dict[str, Task]:
+    """Return the tasks of a bank's experts by expert, but for tasks without their data, see `without_data`."""
+    missing = without_data(bank)
+    for name, reason in missing.items():
+        say(f"no requests of {name}: {reason}")
+    return {name: training_task(bank[name]) for name in skills(bank) if name not in missing}
+
+
 def prompts(engine: Engine, count: int, seed: int = 0, split: Split = "train") -> list[str]:
-    """Return interleaved user turns of the tasks of the bank's experts."""
-    names = skills(engine.bank)
-    each = -(-count // len(names))
-    drawn = [get_task(engine.bank[name].meta["task"]).samples(split, each, seed=seed) for name in names]
+    """Return interleaved user turns of the `tasks` of the bank's experts."""
+    every = tasks(engine.bank)
+    each = -(-count // len(every))
+    drawn = [task.samples(split, each, seed=seed) for task in every.values()]
     return [one.prompt for group in zip(*drawn, strict=False) for one in group][:count]
 
 

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import Aim, device, interleaved, ratio, report
-from benchmarks.requests import acting_on, bundled_engine, mixtures
+from benchmarks.requests import acting_on, bundled_engine, mixtures, tasks
 from sigmix.adapt.base import skills
 from sigmix.adapt.few_shot import Example, FewShotSearch
 from sigmix.engine.tokenization import eos_token_ids
 from sigmix.errors import SigmixError
 from sigmix.models.default import DEFAULT
-from sigmix.tasks.registry import get_task
 
 AIMS = {"speedup_vs_swap": Aim(">=", 4.0)}
 
@@ -41,7 +40,7 @@ def run(
     engine.eos_token_ids = eos_token_ids(engine.model, engine.tokenizer)
     kind = where["dtype"] = str(engine.model.dtype).removeprefix("torch.")
     names = skills(engine.bank)
-    task = get_task(engine.bank[names[0]].meta["task"])
+    task = next(iter(tasks(engine.bank).values()))
     examples = [Example(one.prompt, one.gold, one) for one in task.samples("train", shots)]
     banks = {end: acting_on(positions, engine.bank) for end, positions in (("", "prompt"), ("_all", "all"))}
     values: dict[str, list[tuple[float, float]]] = {}

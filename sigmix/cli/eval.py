@@ -177,21 +177,31 @@ def _dispatch(
     from sigmix.adapt.base import labels
     from sigmix.adapt.two_pass import LETTERS, open_strategy
     from sigmix.evals.accuracy import provenance
-    from sigmix.evals.dispatch import confusion, plot, read_requests, requests, unseen_tasks
+    from sigmix.evals.dispatch import confusion, plot, read_requests, requests, unseen_tasks, without_data
     from sigmix.utils.io import write_json, write_text
 
     _known(letters, LETTERS)
     if out is not None:
         check_output(out, "dispatch.json")
     experts = open_bank(bank)
-    names = [label.name for label in labels(experts)]
+    every = labels(experts)
+    names = [label.name for label in every]
+    left_out: list[str] = []
     if file is None:
         unseen = unseen_tasks(experts)
-        samples = requests(experts, split, n, seed=seed, unseen=unseen, data_dir=data_dir)  # type: ignore[arg-type]
+        missing = without_data(experts) if data_dir is None else {}
+        if len(missing) + 1 == len(every):  # "other" alone measures nothing: the error of the first task is raised
+            missing = {}
+        samples = requests(
+            experts, split, n, seed=seed, unseen=unseen, data_dir=data_dir, without=missing,  # type: ignore[arg-type]
+        )  # fmt: skip
+        left_out = [label.name for label in every if missing.keys() & label.mix.weights]
+        if left_out:
+            note(f"left out of the test, since their data is not there: {', '.join(left_out)} -> --data-dir DIR")
     else:
         samples, split = read_requests(file, names), file.name
     opened = open_inference_engine(engine, base, experts)
-    figures: dict[str, Any] = {"split": split, "seed": seed, "base": base, "strategies": []}
+    figures: dict[str, Any] = {"split": split, "seed": seed, "base": base, "left_out": left_out, "strategies": []}
     for letter in letters:
         strategy: Any = open_strategy(opened, letter)
         with working(f"deciding with {strategy.name}"):

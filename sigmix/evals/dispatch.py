@@ -27,6 +27,7 @@ from sigmix.experts.bank import Bank
 from sigmix.experts.expert import Expert
 from sigmix.experts.requests import RequestStatistics
 from sigmix.tasks.base import Sample, Score, Split, Task, check_request, shuffled
+from sigmix.tasks.benchmarks import BenchmarkTask
 from sigmix.tasks.graders import one_of
 from sigmix.tasks.registry import get_task
 from sigmix.utils.io import read_json
@@ -46,14 +47,16 @@ def requests(
     seed: int = 0,
     unseen: Sequence[str] = (),
     data_dir: Path | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, list[str]]:
     """Return {label: n user turns of a split} over the bank's labels; finite tasks may have fewer.
 
     Args:
         unseen: tasks with an entry of their own, ``other:TASK``, of n prompts each.
+        without: experts whose labels are left out.
 
     Raises:
-        ExpertError: an expert without its training task.
+        ExpertError: an expert without its training task. DataError: a task without its data.
     """
 
     def drawn(task: Task, count: int) -> list[str]:
@@ -62,7 +65,8 @@ def requests(
     texts_by_label: dict[str, list[str]] = {}
     for label in labels(bank)[:-1]:
         (name,) = label.mix.weights
-        texts_by_label[label.name] = drawn(training_task(bank[name], data_dir), n)
+        if name not in without:
+            texts_by_label[label.name] = drawn(training_task(bank[name], data_dir), n)
     others = [task for task in SEEN if not _has(bank, task)]
     pool = everyday(split, n - n // 2 if others else n, seed)
     share = -(-(n - len(pool)) // max(len(others), 1))
@@ -73,6 +77,23 @@ def requests(
         texts = code_requests(n, seed) if task == CODE else drawn(get_task(task, data_dir=data_dir), n)
         texts_by_label[f"{OTHER}:{task}"] = texts
     return texts_by_label
+
+
+def without_data(bank: Mapping[str, Expert]) -> dict[str, str]:
+    """Return {expert: reason} of the experts with tasks that need a local folder of data or the hub, and have neither.
+
+    Raises:
+        ExpertError: an expert without its training task.
+    """
+    reasons = {}
+    for name in skills(bank):
+        task = training_task(bank[name])
+        if isinstance(task, BenchmarkTask):
+            try:
+                task.samples(task.splits()[0], 1)
+            except DataError as error:
+                reasons[name] = str(error)
+    return reasons
 
 
 def add_statistics(engine: Engine, bank: Bank, name: str, data_dir: Path | None = None) -> RequestStatistics:

@@ -253,6 +253,36 @@ def test_dispatch_gives_matrices(run, home, routed, tmp_path):
     assert json.loads((tmp_path / "out/dispatch.json").read_text())["strategies"] == done.json["strategies"]
 
 
+def test_dispatch_without_the_data_of_a_label(run, refused, home, bank):
+    words = ("eval", "--dispatch", "--strategy", "A", "--n", 3, "--base", home.base)
+    add_expert(Bank(bank), home.base, "commands", 5, task="commands", domain="commands")
+    done = run(*words, "--bank", bank, "--json")
+    assert done.code == 0, done.err
+    (note,) = (line for line in done.err if "--data-dir" in line)
+    assert "commands" in note
+    assert "arithmetic" not in note
+    assert done.json["left_out"] == ["commands"]
+    (one,) = done.json["strategies"]
+    assert one["labels"] == ["arithmetic", "commands", "reading", "other"]  # it can still be chosen
+    assert [row["label"] for row in one["rows"]][:3] == ["arithmetic", "reading", "other"]
+    assert "snips" in refused(*words, "--bank", bank, "--data-dir", bank)  # a folder that lacks it is an error
+    for name in ("arithmetic", "reading"):
+        shutil.rmtree(bank / name)
+    assert "--data-dir" in refused(*words, "--bank", bank)
+
+
+def test_a_classification_expert_needs_the_data_of_every_label(run, home, bank, tmp_path):
+    add_expert(Bank(bank), home.base, "commands", 5, task="commands", domain="commands")
+    done = run(
+        "train", "--task", "dispatch", "--base", home.base, "--bank", bank, "--out", tmp_path / "judge",
+        "--run", tmp_path / "run", "--max-steps", 1,
+    )  # fmt: skip
+    assert done.code == 2
+    assert "commands" in done.err[-1]
+    assert "--data-dir" in done.err[-1]
+    assert not (tmp_path / "judge").exists()
+
+
 def test_dispatch_of_own_requests(run, refused, home, routed, tmp_path):
     file = tmp_path / "requests.json"
     file.write_text('{"arithmetic": ["What is 1 + 2? Answer with the number only."], "other": ["Hello.", "x"]}')

@@ -18,6 +18,7 @@ from sigmix.evals.dispatch import (
     read_requests,
     requests,
     unseen_tasks,
+    without_data,
 )
 from sigmix.experts.mix import Mix
 from sigmix.tasks.registry import get_task
@@ -81,6 +82,25 @@ def test_an_expert_without_its_task_is_named():
         lost["adder"].meta["task"] = task
         with pytest.raises(ExpertError, match="adder"):
             requests(lost, "train", 5)
+
+
+def test_labels_without_data_are_found_and_left_out():
+    some = {**BANK, **bank(topics="reading topics", commands="format commands")}
+    missing = without_data(some)
+    assert set(missing) == {"topics", "commands"}
+    assert all("--data-dir" in reason for reason in missing.values())
+    assert without_data(BANK) == {}
+    with pytest.raises(DataError, match="commands"):
+        requests(some, "test", 5)
+    found = requests(some, "test", 5, without=missing)
+    # topics shares its domain with finder, so that finder's label is its name
+    assert {label: len(texts) for label, texts in found.items()} == {"arithmetic": 5, "finder": 5, OTHER: 5}
+
+
+def test_the_dispatch_task_needs_the_data_of_every_label():
+    task = DispatchTask({**BANK, **bank(commands="format commands")}, per_label=5)
+    with pytest.raises(DataError, match="commands"):
+        task.samples("train", 5)
 
 
 def test_the_dispatch_task_is_sound_and_balanced():
