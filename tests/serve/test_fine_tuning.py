@@ -518,6 +518,10 @@ EVERYDAY = (
     "Translate good morning into French",
 )  # fmt: skip
 
+# measured: @@how many of UNSEEN get the fine-tuned expert beside the bundled bank; depends on the seed, which draws the
+# split@@
+ROUTED = 2
+
 
 @pytest.mark.real
 def test_auto_chooses_an_expert_that_was_fine_tuned_over_http(tmp_path):
@@ -540,7 +544,7 @@ def test_auto_chooses_an_expert_that_was_fine_tuned_over_http(tmp_path):
             assert {status for status, _ in found} == {200}
             return [answer["sigmix"]["mix"] for _, answer in found]
 
-        assert chosen(UNSEEN).count(expert) >= 2  # how many of the four depends on the seed, which draws the split
+        assert chosen(UNSEEN).count(expert) >= ROUTED
         assert chosen(EVERYDAY) == ["base"] * len(EVERYDAY)
         answer = server.chat(UNSEEN[0], model="auto", max_tokens=4)[1]
         assert expert in answer["sigmix"]["weights"]

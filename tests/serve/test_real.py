@@ -8,6 +8,7 @@ import threading
 import pytest
 from helpers_serve import Live
 
+from reproduction.bank import FILES
 from sigmix.engine import Engine
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -17,7 +18,14 @@ from sigmix.serve.settings import load_settings
 from sigmix.tasks import get_task
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
-SKILLS = ("addition", "date-iso", "larger", "smallest-of-three", "where-is", "who-has")
+SKILLS = (
+    "compare-numbers", "dates", "durations", "number-words", "payments", "sums", "times", "units", "yes-no",
+)  # fmt: skip
+"""Experts with generated tasks of the same names; `topics` and `commands` need local data."""
+# measured: @@share of six test requests of each of the nine skills, seed 0, that `auto` gives their expert@@
+ROUTED = 1.0
+# measured: @@share of these requests that `auto` answers right, and its lead over the base@@
+RIGHT, LEAD = 0.5, 0.25
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +55,19 @@ def at_once(server: Live, bodies: list[dict]) -> list[dict]:
 
 def test_auto_chooses_the_expert_and_the_expert_helps(real):
     samples = [(task, sample) for task in SKILLS for sample in get_task(task).samples("test", 6, seed=0)]
-    right = {"auto": 0, "base": 0}
+    right, routed = {"auto": 0, "base": 0}, 0
     for model in right:
-        bodies = [{"content": sample.prompt, "model": model, "max_tokens": 24} for _, sample in samples]
+        bodies = [
+            {"content": sample.prompt, "model": model, "max_tokens": get_task(task).max_new_tokens}
+            for task, sample in samples
+        ]
         for (task, sample), responses in zip(samples, at_once(real, bodies), strict=True):
             right[model] += get_task(task).score(sample, responses["choices"][0]["message"]["content"]).value == 1.0
             if model == "auto":
-                assert responses["sigmix"]["mix"] == task
-    assert right["auto"] >= len(samples) // 2
-    assert right["auto"] > right["base"] + len(samples) // 4
+                routed += responses["sigmix"]["mix"] == task
+    assert routed >= ROUTED * len(samples)
+    assert right["auto"] >= RIGHT * len(samples)
+    assert right["auto"] > right["base"] + LEAD * len(samples)
 
 
 def test_rows_are_independent(real):
@@ -65,7 +77,7 @@ def test_rows_are_independent(real):
     for number in range(40):
         task = draw.choice(SKILLS)
         sample = get_task(task).samples("test", number + 1, seed=1)[number]
-        one, two = draw.sample(SKILLS, 2)
+        one, two = draw.sample(tuple(FILES), 2)
         mix = draw.choice(["base", one, f"{one}:{draw.uniform(0.2, 0.8):.2f}+{two}:{draw.uniform(0.2, 0.8):.2f}"])
         bodies.append({"content": sample.prompt, "model": mix, "max_tokens": draw.randint(4, 32)})
     responses = at_once(real, bodies)
