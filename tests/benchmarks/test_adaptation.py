@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
 
-from benchmarks import engine, mixed, pass1, search
+import pytest
+from helpers_cli import add_expert
+
+from benchmarks import engine, mixed, pass1, requests, search
 from sigmix.errors import SigmixError
 
 pytest_plugins = ["helpers_cli"]
@@ -36,6 +39,18 @@ def test_search(home, bank):
     assert set(result["ratios"]) == {"speedup_vs_swap", "speedup_vs_swap_all"}
     assert 0 <= result["raw"]["largest_loglik_difference"] <= search.TOLERANCE[result["device"]["dtype"]]
     assert len(result["raw"]["seconds"]["mixed"]) == 1
+
+
+def test_experts_without_data_have_no_requests_and_stay_in_the_bank(home, bank, tmp_path):
+    from sigmix.experts.bank import Bank
+
+    more = Bank(shutil.copytree(home.bank, tmp_path / "more"))
+    add_expert(more, home.base, "a", 5, task="commands", domain="commands")  # the first by name
+    assert set(requests.tasks(more)) == set(bank)
+    everything = requests.bundled_engine(str(home.base), bank=more)
+    assert requests.prompts(everything, 6) == requests.prompts(requests.bundled_engine(str(home.base), bank=bank), 6)
+    result = search.run(repeats=1, base=str(home.base), population=3, shots=2, bank=more)
+    assert result["raw"]["task"] == bank["arithmetic"].meta["task"]
 
 
 def test_search_fails_if_the_two_ways_disagree(home, bank, monkeypatch):
