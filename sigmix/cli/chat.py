@@ -30,7 +30,7 @@ HELP = """/expert NAME      answer with one expert
 /quit             leave (Ctrl-D too); Ctrl-C stops an answer"""
 
 
-@app.command(epilog="Example: sigmix chat --mix addition")
+@app.command(epilog="Example: sigmix chat --mix dates")
 @shared.with_sampling
 def chat(
     mix: str = typer.Option("base", help=f"First mixture: {shared.MIXTURE}, auto, or base."),

@@ -106,7 +106,7 @@ def evaluate(
 
 app.command(
     "eval", cls=generated_command(evaluate, shared.data_config), help=evaluate.__doc__,
-    epilog="Example: sigmix eval --task addition --expert addition --n 300",
+    epilog="Example: sigmix eval --task dates --expert dates --n 300",
 )(lambda: None)  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def _dispatch(
         note(f"matrices, items and summary: {out}")
 
 
-@app.command(epilog="Example: sigmix tasks addition --validate")
+@app.command(epilog="Example: sigmix tasks dates --validate")
 def tasks(
     name: str = typer.Argument(None, help="Task to show: notes, license and two samples. Default: list all."),
     families: bool = typer.Option(False, "--all", help="List the rg: tasks too."),
@@ -236,7 +236,7 @@ def tasks(
 
     if name is None:
         if validate:
-            raise ConfigError("--validate needs a task's name", remedy="for example: sigmix tasks addition --validate")
+            raise ConfigError("--validate needs a task's name", remedy="for example: sigmix tasks dates --validate")
         rows = []
         for one in task_names(families):
             try:

@@ -67,7 +67,7 @@ def _metric(metric: Mapping[str, Any] | None) -> str:
     return text + (f" ({', '.join(extra)})" if extra else "")
 
 
-@group.command(epilog="Example: sigmix experts show addition")
+@group.command(epilog="Example: sigmix experts show dates")
 def show(name: str = NAME, bank: Path = BANK, top: int = TOP, as_json: bool = JSON) -> None:
     """Show an expert's record, its gains, and the matrices that it changes most."""
     expert = open_expert(name, bank)
@@ -138,7 +138,7 @@ def verify(
         raise ExpertError("; ".join(report["problems"]))
 
 
-@group.command(epilog="Example: sigmix experts statistics addition")
+@group.command(epilog="Example: sigmix experts statistics dates")
 def statistics(
     name: str = typer.Argument(None, help="A name in the bank. Default: all experts that lack statistics of the base."),
     base: str = BASE, data_dir: Path = DATA_DIR, bank: Path = BANK, as_json: bool = JSON,
@@ -170,7 +170,7 @@ def statistics(
         raise ExpertError("; ".join(problems))
 
 
-@group.command(epilog="Example: sigmix experts diff addition larger")
+@group.command(epilog="Example: sigmix experts diff dates times")
 def diff(
     a: str = NAME, b: str = NAME, base: str = AGAINST, dtype: str = EXPERT_DTYPE,
     quantization: str = EXPERT_QUANTIZATION, bank: Path = BANK, top: int = TOP, as_json: bool = JSON,
@@ -206,7 +206,7 @@ def _figures(one: Mapping[str, Any]) -> list[str]:
     return [cosine, *(f"{one[key]:.3f}" for key in ("norm_a", "norm_b", "distance"))]
 
 
-@group.command(epilog="Example: sigmix experts carry addition --to llava-hf/llava-1.5-7b-hf --out carried")
+@group.command(epilog="Example: sigmix experts carry dates --to llava-hf/llava-1.5-7b-hf --out carried")
 def carry(
     name: str = LOCAL,
     to: str = typer.Option(..., "--to", help="Vision-language model, such as llava-hf/llava-1.5-7b-hf, or a folder."),
@@ -245,7 +245,7 @@ def carry(
     emit(figures, as_json, text)
 
 
-@group.command(epilog="Example: sigmix experts push addition user/addition --private")
+@group.command(epilog="Example: sigmix experts push dates user/dates --private")
 def push(
     name: str = LOCAL,
     repo: str = typer.Argument(..., metavar="USER/NAME", help="Model repository on the hub, created if needed."),
@@ -268,7 +268,7 @@ def push(
     emit(figures, as_json, f"{expert.name} is at {done.url}, " + (done.revision[:12] if done.changed else "unchanged"))
 
 
-@group.command(epilog="Example: sigmix experts pull user/addition --out my-experts/addition")
+@group.command(epilog="Example: sigmix experts pull user/dates --out my-experts/dates")
 def pull(
     source: str = typer.Argument(..., metavar="SOURCE", help="An expert, user/name, or a collection's slug."),
     out: Path = typer.Option(None, help="New folder for the expert, or for a collection's bank. Default: its name."),

@@ -33,7 +33,7 @@ MIN_GAIN = 0.9
 
 group = typer.Typer(
     help="Export a mixture: a merged checkpoint, a PEFT LoRA, or GGUF adapters.", no_args_is_help=True,
-    rich_markup_mode=None, epilog="Example: sigmix export merged --mix addition --out merged-addition",
+    rich_markup_mode=None, epilog="Example: sigmix export merged --mix dates --out merged-dates",
 )  # fmt: skip
 app.add_typer(group, name="export")
 
@@ -49,7 +49,7 @@ KEPT = typer.Option(
 )
 
 
-@group.command(epilog="Example: sigmix export merged --mix addition:0.7+larger:0.3 --out merged")
+@group.command(epilog="Example: sigmix export merged --mix sums:0.7+dates:0.3 --out merged")
 def merged(
     mix: str = MIX, out: Path = FOLDER,
     shard_size: str = typer.Option("5GB", help="Maximum file size, such as 500MB or 5GB."),
@@ -71,7 +71,7 @@ def merged(
     _emit({"out": str(out), **figures}, as_json, [line], source)
 
 
-@group.command(epilog="Example: sigmix export lora --mix addition --rank 256 --out addition-lora")
+@group.command(epilog="Example: sigmix export lora --mix dates --rank 256 --out dates-lora")
 def lora(
     mix: str = MIX, out: Path = FOLDER, rank: str = RANK, error: float = ERROR,
     vllm: bool = typer.Option(False, "--vllm", help="Use one rank for all matrices, of those that vLLM accepts."),
@@ -107,7 +107,7 @@ def lora(
     _emit({"out": str(out), **figures}, as_json, [line], source)
 
 
-@group.command(epilog="Example: sigmix export gguf --mix addition --out addition.gguf --gguf base.gguf")
+@group.command(epilog="Example: sigmix export gguf --mix dates --out dates.gguf --gguf base.gguf")
 def gguf(
     mix: str = MIX,
     out: Path = typer.Option(..., help="New .gguf file; with --each a folder with one file per expert."),
@@ -187,7 +187,7 @@ def _open(base: str, dtype: str | None, mix: str, bank: Path | None) -> tuple[Ba
     experts = open_bank(bank)
     parsed = read_mix(mix, experts)
     if not parsed.weights:
-        raise ConfigError("the base model itself cannot be exported", remedy="name an expert: --mix addition")
+        raise ConfigError("the base model itself cannot be exported", remedy="name an expert: --mix dates")
     check_positions(experts[name] for name in parsed.weights)
     with working(f"reading {base}"):
         source = BaseCheckpoint(base, dtype)

@@ -112,7 +112,7 @@ def generate(
 
 app.command(
     "generate", cls=generated_command(generate, shared.data_config), help=generate.__doc__,
-    epilog='Example: sigmix generate "What is 17 + 25?" --mix addition:0.7+larger:0.3',
+    epilog='Example: sigmix generate "the 3rd of March 2021 in iso please" --mix auto',
 )(lambda: None)  # fmt: skip
 
 

@@ -33,7 +33,7 @@ LISTS = "lm-eval ls tasks lists them; or give a YAML file of your own"
 
 @app.command(
     "lm-eval", help=HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: sigmix lm-eval --tasks arc_easy --limit 100 --apply_chat_template --mix larger",
+    epilog="Example: sigmix lm-eval --tasks arc_easy --limit 100 --apply_chat_template --mix compare-numbers",
 )  # fmt: skip
 def lm_eval(
     ctx: typer.Context,

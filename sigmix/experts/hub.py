@@ -55,7 +55,7 @@ def is_repo_id(path: object) -> bool:
 def check_repo_id(repo_id: object) -> None:
     """Raise `ConfigError` unless ``repo_id`` has the form "user/name"."""
     if not isinstance(repo_id, str) or not REPO_ID.fullmatch(repo_id):
-        raise ConfigError(f"{repo_id!r} is not a hub id of the form user/name", remedy="for example 'user/addition'")
+        raise ConfigError(f"{repo_id!r} is not a hub id of the form user/name", remedy="for example 'user/dates'")
 
 
 # ---------------------------------------------------------------------- download
@@ -136,7 +136,7 @@ def download_bank(source: str | Sequence[str], token: str | None = None) -> Path
         repos = list(dict.fromkeys(source))
         label = ", ".join(repos)
         if not repos:
-            raise ConfigError("the list of repositories is empty", remedy="for example ['user/addition']")
+            raise ConfigError("the list of repositories is empty", remedy="for example ['user/dates']")
         for repo in repos:
             check_repo_id(repo)
     snapshots = []

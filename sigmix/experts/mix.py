@@ -1,6 +1,6 @@
 """`Mix`: a mixture of experts, z' = 1 + Σₖ αₖ (zₖ - 1); the empty one is the base.
 
-    Mix.parse("addition:0.7 + larger:0.3")    Mix.parse("addition")    Mix.parse("base")
+    Mix.parse("sums:0.7 + dates:0.3")    Mix.parse("dates")    Mix.parse("base")
     Mix({"arithmetic": [0.7, 0.2, …]})           α per layer;  {"arithmetic": {path: 0.7, …}} per matrix
 
 Equal mixtures have equal ids, whatever their order or spelling, so an id is a cache key.
@@ -37,7 +37,7 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 # a weight that is not a number matches too, for a better error
 TERM = re.compile(rf"\s*(?P<name>{NAME.pattern})\s*(?::\s*(?P<alpha>{NUMBER}|[^\s:+]*))?\s*(?P<end>\+|$)")
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-EXAMPLE = "for example 'addition:0.7+larger:0.3', 'addition' or 'base'"
+EXAMPLE = "for example 'sums:0.7+dates:0.3', 'dates' or 'base'"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
     SIGMIX_VLLM_EXPERTS=bundled VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-loras 32
 
-A request with ``"model": "addition:0.7+larger:0.3"`` runs under that mixture. vLLM treats a mixture as a LoRA adapter:
+A request with ``"model": "sums:0.7+dates:0.3"`` runs under that mixture. vLLM treats a mixture as a LoRA adapter:
 its scheduler, its prefix cache and its API are unchanged, and `worker` replaces the computation. vLLM finds `register`
 through the entry point group ``vllm.general_plugins``. docs/vllm.md describes the variables ``SIGMIX_VLLM_…``.
 """

@@ -1,7 +1,7 @@
 """vLLM as an inference engine: generation and scoring under mixtures of experts in vLLM's batches.
 
     engine = VllmEngine("smollm2-135m", Bank("experts"))
-    engine.generate(["17 + 25 = ?"], mix="addition:0.7+larger:0.3", max_new_tokens=16)
+    engine.generate(["17 + 25 = ?"], mix="sums:0.7+dates:0.3", max_new_tokens=16)
 
 Every prompt may have a mixture of its own. Greedy completions and scores are those of `sigmix.engine.Engine` up to
 rounding; samples are drawn from the same distribution with vLLM's random numbers. There are no hidden states.
