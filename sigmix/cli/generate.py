@@ -112,7 +112,7 @@ def generate(
 
 app.command(
     "generate", cls=generated_command(generate, shared.data_config), help=generate.__doc__,
-    epilog='Example: sigmix generate "the 3rd of March 2021 in iso please" --mix auto',
+    epilog='Example: sigmix generate "the 3rd of March 2021 in iso please" --mix dates',
 )(lambda: None)  # fmt: skip
 
 
