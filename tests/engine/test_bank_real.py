@@ -66,7 +66,7 @@ def test_the_base_is_the_base_before_between_and_after(engine, requests):
     texts, mixes = requests
     before, answers = fingerprint(engine.model, fresh=True), engine.generate(texts, max_new_tokens=6)
     engine.generate(texts, mixes, max_new_tokens=6)
-    engine.generate(texts, "yes-no", max_new_tokens=3)
+    engine.generate(texts, "number-words", max_new_tokens=3)
     engine.generate(texts, [Mix({"compare-numbers": -1.0})] * len(texts), max_new_tokens=3, form="gain")
     assert engine.generate(texts, max_new_tokens=6) == answers
     assert fingerprint(engine.model, fresh=True) == before

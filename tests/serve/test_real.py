@@ -8,7 +8,6 @@ import threading
 import pytest
 from helpers_serve import Live
 
-from reproduction.bank import FILES
 from sigmix.engine import Engine
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
@@ -19,10 +18,10 @@ from sigmix.tasks import get_task
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 SKILLS = (
-    "compare-numbers", "dates", "durations", "number-words", "payments", "sums", "times", "units", "yes-no",
+    "compare-numbers", "dates", "durations", "number-words", "payments", "sums", "times", "units",
 )  # fmt: skip
 """Experts with generated tasks of the same names; `topics` and `commands` need local data."""
-# measured: @@share of six test requests of each of the nine skills, seed 0, that `auto` gives their expert@@
+# measured: @@share of six test requests of each of the eight skills, seed 0, that `auto` gives their expert@@
 ROUTED = 1.0
 # measured: @@share of these requests that `auto` answers right, and its lead over the base@@
 RIGHT, LEAD = 0.5, 0.25
@@ -77,7 +76,7 @@ def test_rows_are_independent(real):
     for number in range(40):
         task = draw.choice(SKILLS)
         sample = get_task(task).samples("test", number + 1, seed=1)[number]
-        one, two = draw.sample(tuple(FILES), 2)
+        one, two = draw.sample(SKILLS, 2)
         mix = draw.choice(["base", one, f"{one}:{draw.uniform(0.2, 0.8):.2f}+{two}:{draw.uniform(0.2, 0.8):.2f}"])
         bodies.append({"content": sample.prompt, "model": mix, "max_tokens": draw.randint(4, 32)})
     responses = at_once(real, bodies)
