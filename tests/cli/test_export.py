@@ -80,7 +80,7 @@ def test_gguf(export, run, home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["merged", "--mix", "base"], "--mix addition"),
+        (["merged", "--mix", "base"], "--mix dates"),
         (["merged", "--mix", "arithmetc"], "nearest: arithmetic"),
         (["merged", "--mix", "reading", "--shard-size", "5"], "no size"),
         (["merged", "--mix", "reading", "--dtype", "int9"], "'int9'"),

@@ -328,7 +328,7 @@ def test_a_bank_of_models_by_name(hub, collection, monkeypatch):
     monkeypatch.delenv("SIGMIX_OFFLINE")
     with pytest.raises(ExpertError, match="'org/base'"):
         Bank.from_hub(["alice/sums", "org/base"])
-    with pytest.raises(ConfigError, match="user/addition"):
+    with pytest.raises(ConfigError, match="user/dates"):
         Bank.from_hub([])
 
 
