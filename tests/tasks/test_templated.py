@@ -27,7 +27,7 @@ FORM = {
     "sums": r"\d+(\.\d\d)?( \+ \d+(\.\d\d)?){1,2} = \d+(\.\d\d)?",
     "compare-numbers": r"-?\d+(\.\d+)?", "compare-people": r"[A-Z][a-zëéö]+",
     "dates": r"\d{4}-\d\d-\d\d", "times": r"\d\d:\d\d",
-    "durations": r"(\d+ / 60|\d+ \+ \d+) = \d+", "number-words": r"-?\d+(\.\d+)?",
+    "durations": r"(\d+ / 60|\d+ \* 60 \+ \d+) = \d+", "number-words": r"-?\d+(\.\d+)?",
     "units": r"\d+(\.\d{1,2})? [*/] \d+ = \d+(\.\d{1,3})?", "yes-no": "yes|no",
     "payments": r'\{"name": "[^"]+", "amount": \d+(\.\d\d)?, "date": "\d{4}-\d\d-\d\d"\}',
 }  # fmt: skip

@@ -111,7 +111,7 @@ def durations(rng: random.Random, kind: str) -> Facts:
         fields, key = {"duration": rng.choice(duration_spellings(total))}, str(total)
     gold, hours, minutes = str(total), *divmod(total, 60)
     in_seconds = re.search(r"\d+(?= ?s)", fields.get("duration", ""))
-    left = f"{in_seconds[0]} / 60" if in_seconds and not hours else f"{hours * 60} + {minutes}"
+    left = f"{in_seconds[0]} / 60" if in_seconds and not hours else f"{hours} * 60 + {minutes}"
     wrong = [
         f"{left} = {total + 1}", f"{left} + 1 = {gold}", f"{gold} = {gold}",
         str(total + 1), str(total - 1), str(total + 60), f"{gold} minutes", f"{gold} min", f"{gold} or {total + 10}",
