@@ -48,6 +48,9 @@ FILES = {
 
 SETS = ("training wordings", "unseen templates", "handwritten")
 
+TOGETHER = 100
+"""Requests of a skill and set in the table of all skills together."""
+
 
 def rows_of(name: str) -> list[dict[str, str]]:
     """Return the rows of a file of handwritten requests."""
@@ -88,10 +91,14 @@ class Study:
             return [Sample.make(row["prompt"], row["completion"]) for row in rows_of(FILES[name])]
         return task.samples("train" if which == SETS[0] else "test", self.n, seed=1)
 
-    def cell(self, name: str, which: str, who: str, choice: Mix | RouterDispatch) -> Result:
-        """Return the items of a skill's requests under a mixture, or under the mixtures that a strategy chooses."""
+    def cell(self, name: str, which: str, who: str, choice: Mix | RouterDispatch, count: int | None = None) -> Result:
+        """Return the items of a skill's requests under a mixture, or under the mixtures that a strategy chooses.
+
+        Args:
+            count: only the first requests.
+        """
         path = self.out / "cells" / f"{name}.{which.replace(' ', '-')}.{who}.jsonl"
-        task, samples = self.tasks[name], self.samples[name, which]
+        task, samples = self.tasks[name], self.samples[name, which][:count]
         if not path.exists():
             rows = encode_samples(self.engine, samples)
             result, _, _ = answer_samples(
@@ -137,7 +144,8 @@ def end_to_end_table(study: Study, named: Mapping[str, Label], router: RouterDis
                 choice = {"base": Mix.base(), "expert": named[name].mix, "auto": router, "soft": soft, "even": even}[
                     who
                 ]
-                parts += study.cell(name, which, who, choice).items
+                count = None if who in ("base", "expert") else TOGETHER  # those cells are the table's above
+                parts += study.cell(name, which, who, choice, count).items[:TOGETHER]
             columns.append(Result("all", parts))
         lines.append(f"| {which} | {len(columns[0].items)} | {' | '.join(map(percent, columns))} |")
     return lines
