@@ -3,8 +3,8 @@
     python -m reproduction.bank --data-dir DATA --out OUT       # resumable: what OUT holds is not measured again
 
 DATA has clinc150 and snips for the experts `topics` and `commands`. Three sets of requests a skill: training wordings,
-unseen templates (the test split), and forty written by hand (``handwritten``). OUT gets the items of every cell, and
-``bank.md``, ``router.json`` and ``router.png``.
+unseen templates (the test split), and forty written by hand (``handwritten``). OUT gets the items of every cell,
+``bank.md``, ``routed.jsonl``, ``router.json`` and ``router.png``.
 """
 
 from __future__ import annotations
@@ -182,6 +182,8 @@ def main() -> None:
     claim(given.out, engine, given.n)
     study, router = Study(engine, tasks, given.out, given.n), RouterDispatch(engine)
     figures = routing(study, named, router)
+    items = [json.dumps({"requests": which, **item}) for which in figures for item in figures[which].pop("items")]
+    write_text(given.out / "routed.jsonl", "\n".join(items) + "\n")
     write_json(given.out / "router.json", {**figures, **provenance()})
     plot(figures["handwritten"], given.out / "router.png")
     sections = {"Experts": experts_table(study), "End to end": end_to_end_table(study, named, router)}

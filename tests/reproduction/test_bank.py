@@ -124,10 +124,9 @@ def test_a_missing_cell_alone_is_measured_again(measure, monkeypatch):
 
 def test_auto_answers_as_the_chosen_mixture_does(measure):
     out = measure()
-    router = json.loads((out / "router.json").read_text())
-    compared = 0
+    routed, compared = rows(out / "routed.jsonl"), 0
     for which in study.SETS[1:]:
-        chosen = {item["request"]: item["label"] for item in router[which]["items"]}
+        chosen = {item["request"]: item["label"] for item in routed if item["requests"] == which}
         for name, (label, _) in SKILLS.items():
             cells = {who: rows(out / "cells" / f"{name}.{which.replace(' ', '-')}.{who}.jsonl") for who in WHO}
             for base, own, auto in zip(cells["base"], cells["expert"], cells["auto"], strict=True):
