@@ -268,8 +268,7 @@ def test_constraints_are_compiled_once(engine, monkeypatch):
     assert len(compiled) == 2
 
 
-# measured: @@how many of the first seven answers below end before the token limit@@
-COMPLETE = 4
+COMPLETE = 4  # of the first seven answers below end before the token limit
 
 
 @pytest.mark.slow

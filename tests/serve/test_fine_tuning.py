@@ -518,9 +518,7 @@ EVERYDAY = (
     "Translate good morning into French",
 )  # fmt: skip
 
-# measured: @@how many of UNSEEN get the fine-tuned expert beside the bundled bank; depends on the seed, which draws the
-# split@@
-ROUTED = 2
+ROUTED = 2  # of UNSEEN; depends on the seed, which draws the split
 
 
 @pytest.mark.real
