@@ -208,7 +208,7 @@ class Lab:
         actor = Actor(model, tokenizer, made, prompt_only)
         with under():
             rows = actor.generate(samples, made.max_new_tokens, self.scale.batch)
-        result = replace(evaluate(made, samples, lambda _: actor.decode(rows)), task=task)
+        result = replace(evaluate(made, samples, actor.decode(rows)), task=task)
         if reference is None:
             return result, {}
         kl = divergence(model, actor, samples[:kl_items], rows[:kl_items], under, reference)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -30,14 +31,18 @@ from sigmix.errors import ConfigError, ExpertError, SigmixError
 if TYPE_CHECKING:
     from sigmix.adapt.base import Decision
     from sigmix.engine import Engine
+    from sigmix.evals.accuracy import Result
     from sigmix.experts.bank import Bank
     from sigmix.experts.expert import Expert
     from sigmix.experts.mix import Mix
-    from sigmix.tasks.base import Score, Task
+    from sigmix.tasks.base import Sample, Score, Task
 
 REQUESTS = Path(__file__).with_name("demo.jsonl")
 MAX_NEW_TOKENS = 64  # tasks with longer answers are skipped: one would take several minutes
 EXAMPLES = 2  # test items of a task that are shown
+MAX_ITEMS = 100  # test items per expert without --n
+ROUND = 10  # test items per expert in one batch
+SECONDS = 100.0  # time after which no further batch of test items begins, without --n
 WIDTH = 100  # of a line, where stdout is no terminal
 
 
@@ -83,10 +88,12 @@ class Batch:
         return {"base": base, "mixed": mixed}
 
 
-@app.command(epilog="Example: sigmix demo --quick")
+@app.command(epilog="Example: sigmix demo --n 100")
 def demo(
-    n: int = typer.Option(100, min=EXAMPLES, help="Held-out items per expert."),
-    quick: bool = typer.Option(False, "--quick", help="25 items per expert."),
+    n: int | None = typer.Option(
+        None, min=EXAMPLES,
+        help=f"Held-out items per expert. [default: at most {MAX_ITEMS}, as many as fit into two minutes]",
+    ),
     seed: int = typer.Option(0, help="Random seed of the items."),
     base: str = BASE, bank: Path = BANK, as_json: bool = JSON,
 ) -> None:  # fmt: skip
@@ -102,12 +109,12 @@ def demo(
 
     before = fingerprint(engine.model, fresh=True)
     skipped = _keep_fitting(engine, experts)
-    tasks, unmeasured = _tasks(engine, seed)
+    tasks, examples, unmeasured = _tasks(engine, seed)
     skipped |= unmeasured
-    batch = _answer(engine, _written(engine) or _drawn(engine, tasks, seed))
+    batch = _answer(engine, _written(engine) or [one for every in examples.values() for one in every])
     if not as_json:
         _print_batch(batch)
-    rows, failed = _measure(engine, tasks, 25 if quick else n, seed)
+    rows, failed = _measure(engine, tasks, n or MAX_ITEMS, seed, math.inf if n else started + SECONDS)
     skipped |= failed
     after = fingerprint(engine.model, fresh=True)
     seconds = round(time.monotonic() - started, 1)
@@ -151,11 +158,12 @@ def _keep_fitting(engine: Engine, bank: Bank) -> dict[str, str]:
     return skipped
 
 
-def _tasks(engine: Engine, seed: int) -> tuple[dict[str, Task], dict[str, str]]:
-    """Return the experts' tasks that can be measured quickly, and for the others the reason."""
-    from sigmix.evals.accuracy import encode_samples, training_task
+def _tasks(engine: Engine, seed: int) -> tuple[dict[str, Task], dict[str, list[Request]], dict[str, str]]:
+    """Return the experts' tasks that can be measured quickly, requests of each, and for the others the reason."""
+    from sigmix.evals.accuracy import training_task
 
     tasks: dict[str, Task] = {}
+    examples: dict[str, list[Request]] = {}
     skipped: dict[str, str] = {}
     for name, expert in engine.bank.items():
         try:
@@ -166,15 +174,15 @@ def _tasks(engine: Engine, seed: int) -> tuple[dict[str, Task], dict[str, str]]:
                 skipped[name] = f"{task.name} takes too long for a demo: {command}"
                 continue
             samples = task.samples("test", EXAMPLES, seed=seed)
-            for sample, row in zip(samples, encode_samples(engine, samples), strict=True):
-                engine.check_prompt(row, task.max_new_tokens)
+            requests = _requests(engine, name, task, samples)
+            for sample in samples:
                 task.score(sample, sample.gold)
-            tasks[name] = task
+            tasks[name], examples[name] = task, requests
         except SigmixError as error:
             skipped[name] = str(error)
         except Exception as error:  # of a user's own task
             skipped[name] = f"{type(error).__name__}: {error}"
-    return tasks, skipped
+    return tasks, examples, skipped
 
 
 def _written(engine: Engine) -> list[Request]:
@@ -206,17 +214,19 @@ def _grader(expert: Expert, prompt: str, gold: str) -> Callable[[str], Score]:
     return lambda reply: grade(reply, gold)
 
 
-def _drawn(engine: Engine, tasks: Mapping[str, Task], seed: int) -> list[Request]:
-    """Return the first test items of each task."""
+def _requests(engine: Engine, name: str, task: Task, samples: Sequence[Sample]) -> list[Request]:
+    """Return the requests of a task's samples for an expert.
+
+    Raises:
+        ContextError: one is too long for the base.
+    """
     from sigmix.evals.accuracy import encode_samples
 
-    requests: list[Request] = []
-    for name, task in tasks.items():
-        samples = task.samples("test", EXAMPLES, seed=seed)
-        requests += [
-            Request(one.prompt, ids, task.max_new_tokens, name, one.gold, functools.partial(task.score, one))
-            for one, ids in zip(samples, encode_samples(engine, samples), strict=True)
-        ]
+    requests = []
+    for sample, ids in zip(samples, encode_samples(engine, samples), strict=True):
+        engine.check_prompt(ids, task.max_new_tokens)
+        grade = functools.partial(task.score, sample)
+        requests.append(Request(sample.prompt, ids, task.max_new_tokens, name, sample.gold, grade))
     return requests
 
 
@@ -281,40 +291,74 @@ def _right(request: Request, reply: str) -> bool | None:
 
 
 def _measure(
-    engine: Engine, tasks: Mapping[str, Task], n: int, seed: int
+    engine: Engine, tasks: Mapping[str, Task], n: int, seed: int, deadline: float
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the figures of each expert beside the base on ``n`` test items, and the errors of those that failed."""
-    from sigmix.evals.accuracy import run
+    """Evaluate the experts beside the base on test items, in batches with rows of every expert.
+
+    Args:
+        n: test items per expert, at most.
+        deadline: value of `time.monotonic` at which the last batch should end; the first one is always evaluated.
+
+    Returns:
+        JSON figures of each expert, and the errors of the tasks that failed.
+    """
+    from sigmix.evals.accuracy import evaluate
     from sigmix.experts.mix import Mix
 
-    rows: list[dict[str, Any]] = []
+    samples: dict[str, Sequence[Sample]] = {}
+    requests: dict[str, list[Request]] = {}
     failed: dict[str, str] = {}
-    with Progress("evaluating", 2 * n * len(tasks)) as progress:
-        for name, task in tasks.items():
-            if not sys.stderr.isatty():
-                note(f"{name}: {n} test items of {task.name}, base model and expert")
-
-            def advance(count: int, mix: str, name: str = name) -> None:
-                progress.advance(count, f"{name} ({mix})")
-
-            try:
-                figures, results = run(engine, task, [Mix.one(name)], n=n, seed=seed, progress=advance)
-            except SigmixError as error:  # a task that fails does not hide the others
-                failed[name] = str(error)
-                continue
-            untuned, tuned = figures["results"]
-            before, after = results[untuned["mix"]], results[tuned["mix"]]
-            rows.append({
-                "expert": name, "domain": engine.bank[name].meta.get("domain") or task.domain, "task": task.name,
-                "n": figures["n"], "base": untuned, "tuned": tuned, "best_constant": figures["best_constant"],
-                "paired": tuned["paired"], "no_answer": [untuned["no_answer"], tuned["no_answer"]],
-                "examples": [
-                    {"prompt": b.prompt, "gold": b.gold, "base": b.reply, "base_right": b.score == 1.0,
-                     "expert": a.reply, "expert_right": a.score == 1.0}
-                    for b, a in zip(before.items[:EXAMPLES], after.items[:EXAMPLES], strict=True)
-                ],
-            })  # fmt: skip
+    for name, task in tasks.items():
+        try:
+            samples[name] = task.samples("test", n, seed=seed)
+            requests[name] = _requests(engine, name, task, samples[name])
+        except SigmixError as error:  # a task that fails does not hide the others
+            failed[name] = str(error)
+    texts: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in requests}
+    longest = max(map(len, requests.values()), default=0)
+    if requests and not sys.stderr.isatty():
+        note(f"evaluating base and experts: {', '.join(requests)}")
+    took = 0.0
+    with Progress("evaluating", 2 * sum(map(len, requests.values()))) as progress:
+        for start in range(0, longest, ROUND):
+            began = time.monotonic()
+            if start and began + took > deadline:
+                break
+            batch = [(name, one) for name, every in requests.items() for one in every[start : start + ROUND]]
+            for place, mixes in enumerate(([Mix.base()] * len(batch), [Mix.one(name) for name, _ in batch])):
+                replies, _, _ = _generate(engine, [one for _, one in batch], mixes)
+                for (name, _), reply in zip(batch, replies, strict=True):
+                    texts[name][place].append(reply)
+                progress.advance(len(batch), "experts" if place else "base")
+            took = time.monotonic() - began
+    rows: list[dict[str, Any]] = []
+    for name, answered in texts.items():
+        scored = samples[name][: len(answered[0])]
+        try:
+            base, tuned = (evaluate(tasks[name], scored, replies) for replies in answered)
+            rows.append(_row(engine, name, tasks[name], scored, base, tuned, seed))
+        except SigmixError as error:
+            failed[name] = str(error)
     return rows, failed
+
+
+def _row(
+    engine: Engine, name: str, task: Task, samples: Sequence[Sample], base: Result, tuned: Result, seed: int
+) -> dict[str, Any]:
+    """Return the JSON figures of an expert beside the base on the same items."""
+    from sigmix.evals.accuracy import compare, constant_baseline
+
+    return {
+        "expert": name, "domain": engine.bank[name].meta.get("domain") or task.domain, "task": task.name,
+        "n": len(samples), "base": base.summary(), "tuned": tuned.summary(),
+        "best_constant": constant_baseline(task, samples), "paired": compare(tuned, base, seed),
+        "no_answer": [sum(item.answer is None for item in one.scored) for one in (base, tuned)],
+        "examples": [
+            {"prompt": b.prompt, "gold": b.gold, "base": b.reply, "base_right": b.score == 1.0,
+             "expert": a.reply, "expert_right": a.score == 1.0}
+            for b, a in zip(base.items[:EXAMPLES], tuned.items[:EXAMPLES], strict=True)
+        ],
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------ output

@@ -109,10 +109,9 @@ def training_task(expert: Expert, data_dir: Path | None = None, allow_code: bool
         raise ExpertError(f"expert {expert.name!r} was trained on {spec!r}, which is not available: {error}") from error
 
 
-def evaluate(task: Task, samples: Sequence[Sample], answer: Callable[[Sequence[Sample]], Sequence[str]]) -> Result:
-    """Answer samples and score the replies, in order."""
+def evaluate(task: Task, samples: Sequence[Sample], replies: Sequence[str]) -> Result:
+    """Score the replies to samples, in order."""
     items = []
-    replies = answer(samples)
     for sample, reply, score in zip(samples, replies, task.score_all(samples, replies), strict=True):
         names = tuple(image.name for image in sample.images)
         items.append(
@@ -157,7 +156,7 @@ def answer_samples(
         first, second = first + runner.seconds[0], second + runner.seconds[1]
         if progress is not None:
             progress(stop - start)
-    result = evaluate(task, samples, lambda _: [answer.text for answer in answers])
+    result = evaluate(task, samples, [answer.text for answer in answers])
     return result, answers, (first, second)
 
 

@@ -47,7 +47,7 @@ def text_baseline(task: Task, train: Sequence[Sample], samples: Sequence[Sample]
     )
     rows = train[:MAX_BASELINE_ROWS]
     model.fit([sample.prompt for sample in rows], [sample.gold for sample in rows])
-    return evaluate(task, samples, lambda part: list(model.predict([sample.prompt for sample in part])))
+    return evaluate(task, samples, list(model.predict([sample.prompt for sample in samples])))
 
 
 def confusion(result: Result, labels: Sequence[str]) -> dict[str, Any]:

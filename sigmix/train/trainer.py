@@ -286,13 +286,11 @@ class Trainer:
             z: by path, in place of the policy's own.
         """
 
-        def replies(part: Sequence[Sample]) -> list[str]:
-            return self.actor.decode(self.actor.generate(part, self.max_new_tokens))
-
         def work() -> Result:
             part = samples[self.processes.share(len(samples))]
             with self.policy.acting(z, len(part) * self.max_new_tokens):
-                return evaluate(self.task, part, replies)
+                replies = self.actor.decode(self.actor.generate(part, self.max_new_tokens))
+            return evaluate(self.task, part, replies)
 
         parts = self.processes.gather(work, self.policy.sharded)
         return Result(self.task.name, [item for part in parts for item in part.items])

@@ -156,17 +156,17 @@ def test_output(demo):
 def test_changed_weights_are_an_error(demo, monkeypatch):
     import torch
 
-    from sigmix.evals import accuracy
+    from sigmix import Engine
 
-    run = accuracy.run
+    generate = Engine.generate
 
     def damaging(engine, *arguments, **options):
-        result = run(engine, *arguments, **options)
+        result = generate(engine, *arguments, **options)
         with torch.no_grad():
             next(engine.model.parameters()).view(-1)[0] += 1
         return result
 
-    monkeypatch.setattr(accuracy, "run", damaging)
+    monkeypatch.setattr(Engine, "generate", damaging)
     done = demo("--n", 2, "--json")
     assert done.code == 1
     assert "weights changed" in done.err[-1]
@@ -175,9 +175,16 @@ def test_changed_weights_are_an_error(demo, monkeypatch):
     assert "unchanged" not in demo("--n", 2).out
 
 
-def test_quick_takes_25_items(demo):
-    figures = demo("--quick", "--json").json
-    assert figures["experts"][1]["n"] == 25
+def test_the_number_of_items_fits_the_time(demo, monkeypatch):
+    from sigmix.cli import demo as module
+
+    monkeypatch.setattr(module, "SECONDS", 0.0)  # one batch
+    figures = demo("--json").json
+    assert [row["n"] for row in figures["experts"]] == [module.ROUND] * 2
+    assert demo("--n", 2 * module.ROUND + 1, "--json").json["experts"][1]["n"] == 2 * module.ROUND + 1
+    monkeypatch.setattr(module, "SECONDS", 1000.0)
+    monkeypatch.setattr(module, "MAX_ITEMS", module.ROUND + 5)
+    assert demo("--json").json["experts"][0]["n"] == module.ROUND + 5
 
 
 def test_the_suggested_commands_work(demo, run, tmp_path, monkeypatch):

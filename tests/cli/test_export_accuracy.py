@@ -66,14 +66,14 @@ def test_the_figures_are_those_of_the_written_file_in_peft(export, place, tmp_pa
             yield tokenizer.decode(reply[ids.shape[1] :], skip_special_tokens=True)
 
     samples = task.samples("test", N)
-    theirs = evaluate(task, samples, lambda some: list(answer(some)))
+    theirs = evaluate(task, samples, list(answer(samples)))
     with model.disable_adapter():
-        base = evaluate(task, samples, lambda some: list(answer(some)))
+        base = evaluate(task, samples, list(answer(samples)))
     assert 0 < base.accuracy < theirs.accuracy < 1
     assert row["truncated"] == theirs.summary()
     assert row["base"] == base.summary()
     assert row["exact"]["accuracy"] == 1
-    gold = evaluate(task, samples, lambda some: [sample.gold for sample in some])
+    gold = evaluate(task, samples, [sample.gold for sample in samples])
     assert row["paired"] == compare(theirs, gold)
     assert row["kept"] == pytest.approx((theirs.accuracy - base.accuracy) / (1 - base.accuracy))
     card = (out / "README.md").read_text()

@@ -84,7 +84,7 @@ def accuracy(training, task, samples, expert=None):
     state = as_base(layers) if expert is None else as_merged(layers, merged_weights(layers, expert.z))
     with state:
         actor, limit = training.actor, task.max_new_tokens
-        return evaluate(task, samples, lambda part: actor.decode(actor.generate(part, limit)))
+        return evaluate(task, samples, actor.decode(actor.generate(samples, limit)))
 
 
 def shown_instead(samples, images):
