@@ -7,7 +7,7 @@ once, and both are merged, so both cost the same to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,12 @@ class Blend:
         cache: keep the base's decomposition in the user's cache.
         positions: at which SVF's z act, whatever the experts' own. answer_tokens: with "prompt", also on so many tokens
             of the answer.
+
+    Attributes:
+        method: name of the way to merge, for the names of cells.
     """
+
+    method = "mix"
 
     def __init__(
         self,
@@ -94,7 +99,7 @@ class Blend:
             with self._prompt(weights) if self.positions == "prompt" else as_expert(self.layers, self.z(weights)):
                 yield
         elif self.policy == "lora":
-            with self._summed(weights):
+            with self.changed(lambda path: sum(alpha * self.update(path, name) for name, alpha in weights.items())):
                 yield
         else:
             (name,) = weights
@@ -117,13 +122,12 @@ class Blend:
         return {path: mix_z([z[path] for z in zs], list(weights.values())) for path in zs[0]}
 
     @contextmanager
-    def _summed(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """W + Σ α ΔW in float32, rounded once to the base's dtype, as SVF's merge is."""
+    def changed(self, update: Callable[[str], Any]) -> Iterator[None]:
+        """Return a context in which LoRA's matrices are W + ΔW, in float32, rounded once as SVF's merge is."""
         kept = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in self.places.values()]
         try:
             for path, (parameter, data) in zip(self.places, kept, strict=True):
-                total = sum(alpha * self.update(path, name) for name, alpha in weights.items())
-                parameter.data = (data.float() + total).to(data.dtype)
+                parameter.data = (data.float() + update(path)).to(data.dtype)
             with self.model.disable_adapter():
                 yield
         finally:

@@ -38,28 +38,33 @@ def total(members: Sequence[str]) -> dict[str, float]:
     return dict.fromkeys(members, 1.0)
 
 
+def validate(
+    lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str], weights: Mapping[str, float], with_kl: bool
+) -> dict[str, Any]:
+    """Measure a mixture on the members' validation items: {weights, accuracy by task, kl by task or {}, mean}."""
+    entry: dict[str, Any] = {"weights": dict(weights), "accuracy": {}, "kl": {}}
+    for task in members:
+        samples = lab.samples(task, "validation", lab.scale.validation)
+        reference = blend.reference if with_kl else None
+        result, found = lab.measured(
+            task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference, KL_ITEMS, blend.prompt_only
+        )
+        entry["accuracy"][task] = result.accuracy
+        entry["kl"] |= {task: found["kl"]} if with_kl else {}
+    return {**entry, "mean": sum(entry["accuracy"].values()) / len(members)}
+
+
 def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict[str, Any]:
     """Tune α by validation accuracy, averaged over the members' tasks: one common α, then each on its own.
 
     Returns:
-        weights, and tried: [{weights, accuracy by task, kl by task (of common α only)}] in order.
+        weights, accuracy, and tried: entries of `validate` in order, with KL for common α only.
     """
     tried: list[dict[str, Any]] = []
 
     def value(weights: Mapping[str, float], with_kl: bool) -> float:
-        entry: dict[str, Any] = {"weights": dict(weights), "accuracy": {}, "kl": {}}
-        for task in members:
-            samples = lab.samples(task, "validation", lab.scale.validation)
-            reference = blend.reference if with_kl else None
-            result, found = lab.measured(
-                task, samples, blend.model, tokenizer, lambda: blend.under(weights), reference, KL_ITEMS,
-                blend.prompt_only,
-            )  # fmt: skip
-            entry["accuracy"][task] = result.accuracy
-            if with_kl:
-                entry["kl"][task] = found["kl"]
-        tried.append(entry)
-        return sum(entry["accuracy"].values()) / len(members)
+        tried.append(validate(lab, blend, tokenizer, members, weights, with_kl))
+        return float(tried[-1]["mean"])
 
     values = {alpha: value(dict.fromkeys(members, alpha), True) for alpha in UNIFORM}
     common = max(UNIFORM, key=lambda alpha: (values[alpha], -alpha))
@@ -73,9 +78,9 @@ def tune(lab: Lab, blend: Blend, tokenizer: Any, members: Sequence[str]) -> dict
     return {"weights": weights, "accuracy": best, "tried": tried}
 
 
-def fact(kind: str, seed: int, members: Sequence[str]) -> str:
-    """Name of the tuning's record."""
-    return f"tuned-{kind}-s{seed}-{'+'.join(members)}"
+def fact(kind: str, seed: int, members: Sequence[str], rule: str = "tuned") -> str:
+    """Name of the record of a tuning: of the weighted sum, or of a rule of `reproduction.merging`."""
+    return f"{rule}-{kind}-s{seed}-{'+'.join(members)}"
 
 
 def tuned_cells(

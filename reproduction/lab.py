@@ -312,9 +312,9 @@ class Lab:
         weights: Mapping[str, float],
         on: Sequence[str],
     ) -> None:
-        """Measure a weighted sum of one seed's adapters on some tasks, with the KL to the base model."""
+        """Measure a merge of one seed's adapters on some tasks, with the KL to the base model."""
         rate = chosen_lr(self.store, self.scale, kind)
-        who = mix_name(kind, rate or 0.0, weights, seed)
+        who = mix_name(kind, rate or 0.0, weights, seed, blend.method)
         for task in on:
             self.cell(
                 task, who, blend.model, tokenizer, lambda: blend.under(weights), blend.reference, blend.prompt_only

@@ -25,9 +25,9 @@ def run_as(name: str, positions: str) -> str:
     return f"{name}.as-{positions}"
 
 
-def mix_name(kind: str, lr: float, weights: Mapping[str, float], seed: int) -> str:
-    """Return the name of a weighted sum of adapters of one kind and seed, one per task."""
-    return f"{kind}@{lr:g}.mix.{'+'.join(f'{task}={alpha:g}' for task, alpha in weights.items())}.s{seed}"
+def mix_name(kind: str, lr: float, weights: Mapping[str, float], seed: int, method: str = "mix") -> str:
+    """Return the name of a merge of adapters of one kind and seed, one per task; "mix" is their weighted sum."""
+    return f"{kind}@{lr:g}.{method}.{'+'.join(f'{task}={alpha:g}' for task, alpha in weights.items())}.s{seed}"
 
 
 def runs_of(store: Store, kind: str, task: str, seed: int) -> dict[float, dict]:

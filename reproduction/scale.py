@@ -136,8 +136,8 @@ FLOAT32_KINDS: dict[str, Kind] = {
 """Kinds of the study of positions that are run in float32, at the rates that its sweeps chose."""
 
 PAPER_STAGES = (
-    "sweep", "table1", "composition", "table4", "table2", "dispatch", "fewshot", "transfer", "continual", "ablations",
-    "spectra", "larger", "speed",
+    "sweep", "table1", "composition", "merging", "table4", "table2", "dispatch", "fewshot", "transfer", "continual",
+    "ablations", "spectra", "larger", "speed",
 )  # fmt: skip
 
 POSITION_STAGES = ("positions", "snips", "position-variants", "position-mixtures", "gsm8k")

@@ -35,6 +35,7 @@ def stages(scale: Scale) -> dict[str, Any]:
     from reproduction.stages.continual import Continual
     from reproduction.stages.fewshot import FewShot
     from reproduction.stages.larger import Larger
+    from reproduction.stages.merging import MergingMethods
     from reproduction.stages.position_mixtures import PositionMixtures
     from reproduction.stages.position_variants import PositionVariants
     from reproduction.stages.positions import Gsm8k, Positions, Snips
@@ -48,7 +49,7 @@ def stages(scale: Scale) -> dict[str, Any]:
     every = (
         Sweep(), Table1(), Composition(), Table4(), Strategies(), Dispatch(), FewShot(), Transfer(), Continual(),
         Ablations(), Spectra(), Larger(), Speed(), Positions(), Snips(), PositionVariants(), PositionMixtures(),
-        Gsm8k(),
+        Gsm8k(), MergingMethods(),
     )  # fmt: skip
     by_name = {stage.name: stage for stage in every}
     return {name: by_name[name] for name in scale.stages}

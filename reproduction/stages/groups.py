@@ -45,19 +45,24 @@ def crossed(scale: Scale) -> tuple[str, ...]:
 
 
 def weights_of(report: Report, kind: str, seed: int, group: Sequence[str], mode: str) -> dict[str, float] | None:
-    """α of a mode; None for a tuning that was not run."""
+    """α of a mode or a rule of `reproduction.merging`; None for a tuning that was not run."""
     if mode == "average":
         return average(group)
     if mode == "sum":
         return total(group)
-    return (report.store.fact(fact(kind, seed, group)) or {}).get("weights")
+    return (report.store.fact(fact(kind, seed, group, mode)) or {}).get("weights")
 
 
 def who(report: Report, kind: str, seed: int, group: Sequence[str], mode: str) -> str | None:
     """Name of a mixture's cells."""
     rate = chosen_lr(report.store, report.scale, kind)
     weights = weights_of(report, kind, seed, group, mode)
-    return None if rate is None or weights is None else mix_name(kind, rate, weights, seed)
+    if rate is None or weights is None:
+        return None
+    if mode in MODES:
+        return mix_name(kind, rate, weights, seed)
+    density = (report.store.fact(fact(kind, seed, group, mode)) or {}).get("density")
+    return mix_name(kind, rate, weights, seed, mode if density is None else f"{mode}-{density:g}")
 
 
 def rows_of(report: Report, kind: str, group: Sequence[str], mode: str) -> dict[int, list[bool]]:

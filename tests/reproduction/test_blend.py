@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_reproduce import lab
+from helpers_reproduce import IDS, dense, expert, lab, logits, loras
 from helpers_tiny import build_tiny
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 
 from reproduction.blend import Blend
 from reproduction.compose import UNIFORM, average, geometry, total, tune
@@ -18,45 +18,7 @@ from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cache")
-IDS = torch.tensor([[5, 9, 33, 70, 12, 8]])
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def expert(name: str, seed: int, width: float = 0.5) -> Expert:
-    """Random z on the tiny Llama."""
-    draw = torch.Generator().manual_seed(seed)
-    layers = {n: m for n, m in build_tiny().named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    z = {n: 1 + width * (torch.rand(min(m.weight.shape), generator=draw) - 0.5) for n, m in layers.items()}
-    return Expert(name, z)
-
-
-def loras(folder, names=("one", "two"), width: float = 0.2):
-    """Saved LoRA adapters with both factors away from zero."""
-    found = {}
-    for seed, name in enumerate(names):
-        torch.manual_seed(seed)
-        model = get_peft_model(build_tiny(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(0, width)
-        model.save_pretrained(folder / name)
-        found[name] = folder / name
-    return found
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
-
-
-def dense(blend: Blend, weights) -> torch.Tensor:
-    """The base with Σ α ΔW added in float64."""
-    model = build_tiny().double()
-    for path in blend.places:
-        for name, alpha in weights.items():
-            model.get_submodule(path).weight.data += alpha * blend.update(path, name).double()
-    return logits(model)
 
 
 @pytest.mark.parametrize("kind", ["svf", "lora"])
