@@ -372,9 +372,9 @@ def _emit(
 
 def _server_command(scales: Mapping[Path, float]) -> str:
     """Return a llama-server command for these files, and the request's scales as JSON."""
-    files = " ".join(f"--lora {shlex.quote(str(file))}" for file in scales)
+    files = " ".join(f"--lora-scaled {shlex.quote(f'{file}:0')}" for file in scales)  # requests without "lora": base
     request = json.dumps([{"id": number, "scale": scale} for number, scale in enumerate(scales.values())])
-    command = f"llama-server -m BASE.gguf {files} --lora-init-without-apply --no-cache-prompt"
+    command = f"llama-server -m BASE.gguf {files} --no-cache-prompt"
     return f'{command}; in a request: "lora": {request}'
 
 

@@ -92,7 +92,7 @@ def gguf_card(
         header=header(base, "adapter", "gguf", _tags(abouts[0]), None), mix=mix, base=base,
         accuracy=_accuracy(accuracy),
         facts=_facts({**abouts[0], "mix": mix, "experts": {k: v for one in abouts for k, v in one["experts"].items()}}),
-        loras=" ".join(f"--lora {name}" for name in files), note=CACHE_NOTE,
+        loras=" ".join(f"--lora-scaled {name}:0" for name in files), note=CACHE_NOTE,
         request=json.dumps({"messages": messages, "cache_prompt": False, "lora": scales}),
     )  # fmt: skip
 

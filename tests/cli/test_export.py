@@ -63,10 +63,11 @@ def test_gguf(export, run, home, tmp_path, monkeypatch):
     assert [(one["scale"], one["mix"]) for one in done["files"]] == [(0.7, "arithmetic"), (0.3, "reading")]
     assert "no GGUF file" in done["not_verified"] or not llamacpp.llama_cpp_installed()
     card = (tmp_path / "each" / "README.md").read_text()
-    for text in ('"cache_prompt": false', "--lora arithmetic.gguf --lora reading.gguf", '{"id": 1, "scale": 0.3}'):
+    loras = "--lora-scaled arithmetic.gguf:0 --lora-scaled reading.gguf:0"
+    for text in ('"cache_prompt": false', loras, '{"id": 1, "scale": 0.3}'):
         assert text in card
     shown = export("gguf", "--mix", MIX, "--out", tmp_path / "mix.gguf", "--no-verify").out
-    assert "--lora-init-without-apply --no-cache-prompt" in shown
+    assert "mix.gguf:0 --no-cache-prompt" in shown
     assert '"cache_prompt": false' in shown
     assert '"lora": [{"id": 0, "scale": 1.0}]' in shown
     # the tiny base of the other tests has another vocabulary than the file that is written here, so no figures are
