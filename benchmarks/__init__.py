@@ -19,6 +19,7 @@ BENCHES = {
     "lora-ranks": "accuracy of the bundled experts as LoRA of rank 16, 64, 256 and 512 against exact ones",
     "vllm": "Engine.generate against vLLM on the CPU, 1, 8 and 32 requests; mixtures against its LoRA of rank 16",
     "vllm-mixtures": "mixtures in vLLM by the plugin against vLLM's base and its LoRA of rank 64, 8 and 32 requests",
+    "vllm-serve": "latency and memory of servers: vLLM, with mixtures and LoRA, and sigmix serve; 1, 8 and 32 clients",
     "llamacpp": "one request against llama.cpp: base and mixture in bfloat16; 8-bit weights against Q8_0 and Q4_1",
     "decompose": "all matrices, cold and cached; a 4096×14336 matrix against torch.linalg.svd; with --stream the "
     "peak memory of streaming a checkpoint against loading the whole model",

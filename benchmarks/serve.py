@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,16 @@ class Seen:
 
 
 @contextlib.contextmanager
-def server(words: Sequence[str], port: int, log: Path) -> Iterator[int]:
-    """A server process that answers on a port, stopped at the end.
+def server(
+    words: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server process that answers on a port, and stop it at the end; ``environment`` is added to ours.
 
     Raises:
         SigmixError: it does not start.
     """
     with log.open("w") as out:
-        made = subprocess.Popen(words, stdout=out, stderr=out)
+        made = subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, **(environment or {})})
         try:
             until = time.monotonic() + WAIT
             while time.monotonic() < until:
@@ -82,7 +84,7 @@ def server(words: Sequence[str], port: int, log: Path) -> Iterator[int]:
                 time.sleep(0.2)
             else:
                 raise SigmixError(f"{words[2]} did not start: {log.read_text()[-400:]}")
-            yield port
+            yield made
         finally:
             made.terminate()
             try:
@@ -190,7 +192,7 @@ def run(
         os.environ["SIGMIX_SERVE_LOG_LEVEL"] = "warning"
         if dtype:
             os.environ["SIGMIX_SERVE_DTYPE"] = dtype
-        ours = stack.enter_context(server(words, port, Path(folder) / "ours.log"))
+        stack.enter_context(server(words, port, Path(folder) / "ours.log"))
         say("our server is up")
         theirs = {}
         for name, flags in {"transformers": [], "transformers_cb": ["--continuous-batching"]}.items() if peers else ():
@@ -198,23 +200,23 @@ def run(
             command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(place), "--port", str(own)]
             command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", where["dtype"], *flags]
             try:
-                theirs[name] = stack.enter_context(server(command, own, Path(folder) / f"{name}.log"))
-                ask(theirs[name], str(place), "Hello", 2)
+                stack.enter_context(server(command, own, Path(folder) / f"{name}.log"))
+                ask(own, str(place), "Hello", 2)
+                theirs[name] = own
                 say(f"{name} is up")
             except (SigmixError, OSError, http.client.HTTPException) as error:
                 say(f"{name} is left out: {error}")
-                theirs.pop(name, None)
         seen: dict[str, dict[int, list[Seen]]] = {}
         rates: dict[int, dict[str, list[float]]] = {}
         for count in clients:
             say(f"{count} clients")
             contestants = {
-                "one": (ours, [names[0]] * count), "different": (ours, mixed[:count]), "auto": (ours, ["auto"] * count),
-                "base": (ours, ["base"] * count),
+                "one": (port, [names[0]] * count), "different": (port, mixed[:count]), "auto": (port, ["auto"] * count),
+                "base": (port, ["base"] * count),
                 **{name: (their, [str(place)] * count) for name, their in theirs.items()},
             }  # fmt: skip
-            rates[count] = _rates(contestants, each, new_tokens, repeats or 3, tokenizer, count, seen)
-        compiled = is_compiled(ours)
+            rates[count] = rates_of(contestants, each, new_tokens, repeats or 3, tokenizer, count, seen)
+        compiled = is_compiled(port)
     ratios = {"mixed_vs_single_32": ratio(rates[max(clients)]["different"], rates[max(clients)]["one"])}
     ratios["auto_vs_single_32"] = ratio(rates[max(clients)]["auto"], rates[max(clients)]["one"])
     for count in clients if theirs else ():
@@ -232,7 +234,7 @@ def run(
     return report("serve", where, ratios, aims, raw, stalls)
 
 
-def _rates(
+def rates_of(
     contestants: dict[str, tuple[int, list[str]]], each: int, tokens: int, repeats: int, tokenizer: Any, count: int,
     seen: dict[str, dict[int, list[Seen]]],
 ) -> dict[str, list[float]]:  # fmt: skip
