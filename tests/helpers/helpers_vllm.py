@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_engine import expert
 from helpers_experts import at
 from helpers_export import base_folder
@@ -25,11 +26,11 @@ ENVIRONMENT = {
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-def home(folder: Path) -> tuple[Path, Bank]:
+def home(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Bank]:
     """Write a base, and a bank of two experts on all tokens (math, word) and two on prompts (ask, tell)."""
-    base, bank = base_folder(folder / "base", **SIZES), Bank(folder / "bank", create=True)
+    base, bank = base_folder(folder / "base", dtype=dtype, **SIZES), Bank(folder / "bank", create=True)
     for seed, name in enumerate(("math", "word", "ask", "tell"), 1):
-        made = expert(build_tiny(**SIZES), name, seed)
+        made = expert(build_tiny(**SIZES).to(dtype), name, seed)
         bank.add(at("prompt", made, name) if name in ("ask", "tell") else made)
     return base, bank
 
@@ -44,8 +45,8 @@ def start(base: Path, bank: Bank, **options):
     import vllm
 
     options = {
-        "num_gpu_blocks_override": 256, "max_loras": 4, "max_model_len": 256, "block_size": 32, "max_num_seqs": 64,
-        **options,
+        "dtype": "float32", "num_gpu_blocks_override": 256, "max_loras": 4, "max_model_len": 256, "block_size": 32,
+        "max_num_seqs": 64, **options,
     }  # fmt: skip
-    ALIVE.append(vllm.LLM(str(base), dtype="float32", enable_lora=True, enforce_eager=True, **options))
+    ALIVE.append(vllm.LLM(str(base), enable_lora=True, enforce_eager=True, **options))
     return ALIVE[-1]

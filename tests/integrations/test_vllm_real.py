@@ -91,6 +91,29 @@ def test_64_requests_under_32_mixtures_in_one_batch(made):
     assert answers(made, rows, names) == want
 
 
+def test_bfloat16_answers_agree_as_far_as_those_of_the_base(tmp_path, monkeypatch):
+    for name, value in {**ENVIRONMENT, "SIGMIX_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    base, bank = home(tmp_path, torch.bfloat16)
+    ours = Engine(*load_base(base, "bfloat16"), bank)
+    ours.eos_token_ids = []
+    llm = start(base, bank, dtype="bfloat16", max_loras=8)
+    made = SimpleNamespace(ours=ours, llm=llm, numbers={})
+    rows = [ids(5 + number % 40, number) for number in range(64)]
+
+    def equal_tokens(names):
+        """Return the tokens before the first that differs, of each request."""
+        pairs = zip(answers(made, rows, names), expected(made, rows, names), strict=True)
+        return [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), 12) for pair in pairs]
+
+    names = [NAMES[number % 8] for number in range(64)]
+    alone, mixed = equal_tokens(["base"] * 64), equal_tokens(names)
+    assert sum(mixed) >= 0.8 * sum(alone)
+    plain = expected(made, rows, ["base"] * 64)
+    same = sum(own == base for own, base in zip(answers(made, rows, names), plain, strict=True))
+    assert same < mixed.count(12)  # the experts act
+
+
 @pytest.mark.parametrize("order", [NAMES, NAMES[::-1]])
 def test_a_cached_prompt_is_its_mixtures(made, order):
     row = ids(100, 7)  # three full blocks
