@@ -74,8 +74,8 @@ class Settings(BaseSettings):
     # upstreams
     upstream: list[Annotated[str, AfterValidator(_upstream_url)]] = Field(
         [],
-        description="OpenAI-compatible server that generates in place of this one, such as vLLM with sigmix's plugin: "
-        "http://localhost:8001/v1. Repeat the option for several.",
+        description="Server that generates in place of this one: vLLM with sigmix's plugin, llama-server with GGUF "
+        "adapters, or sigmix; http://localhost:8001/v1. Repeat the option for several.",
     )
     upstream_key: str | None = Field(
         None, repr=False, description="API key that is sent upstream; rather set SIGMIX_SERVE_UPSTREAM_KEY."

@@ -1,4 +1,4 @@
-"""Pool of upstreams: OpenAI-compatible servers, such as vLLM with sigmix's plugin, that generate for this one."""
+"""Pool of upstreams that generate for this server: vLLM with sigmix's plugin, llama-server with adapters, or sigmix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import httpx
@@ -26,6 +27,16 @@ CHECK_SECONDS = 10.0  # without a response a health check has failed
 KEEPALIVE_SECONDS = 2.0  # less than in servers (uvicorn: 5), so that no request meets a connection that is being closed
 
 
+LLAMA_SERVER = frozenset(
+    "messages prompt max_tokens temperature top_p top_k min_p seed stop logit_bias n stream stream_options logprobs "
+    "top_logprobs response_format tools tool_choice parallel_tool_calls chat_template_kwargs "
+    "add_generation_prompt".split()
+)
+"""Fields of a request that llama-server takes; it ignores others in silence. Its penalties count other tokens."""
+
+NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
 @dataclass(eq=False)
 class Upstream:
     """One server.
@@ -33,18 +44,39 @@ class Upstream:
     Attributes:
         url: base URL of its API, without a slash at the end.
         base: its name for the base model.
+        adapters: of llama-server: {name of the file, without .gguf: id}; None: another server.
         problem: why it is left out; empty: it is healthy.
         in_flight: requests that it has not answered yet.
     """
 
     url: str
     base: str = ""
+    adapters: Mapping[str, int] | None = None
     problem: str = "not checked yet"
     in_flight: int = 0
 
-    def model(self, mix: Mix) -> str:
-        """Return its name for a mixture."""
-        return self.base if mix == Mix.base() else mix.id
+    def has(self, mix: Mix) -> bool:
+        """Return False if it is a llama-server that lacks an expert of a mixture."""
+        return self.adapters is None or set(mix.weights) <= set(self.adapters)
+
+    def request(self, body: Mapping[str, Any], mix: Mix) -> dict[str, Any]:
+        """Return the body of a request for a mixture.
+
+        llama-server's prompt cache is off, since it does not depend on the scales, see docs/exports.md.
+
+        Raises:
+            ApiError: it is a llama-server, which has no such field.
+        """
+        if self.adapters is None:
+            return {**body, "model": self.base if mix == Mix.base() else mix.id}
+        kept = {name: value for name, value in body.items() if NO_PENALTY.get(name) != value}
+        if unknown := sorted(kept.keys() - LLAMA_SERVER):
+            message = f"llama-server, which answers here, cannot follow {unknown[0]}"
+            raise ApiError(400, message, param=unknown[0])
+        return {
+            **kept, "model": self.base, "cache_prompt": False,
+            "lora": [{"id": id, "scale": mix.weights.get(name, 0.0)} for name, id in self.adapters.items()],
+        }  # fmt: skip
 
 
 class Upstreams:
@@ -115,6 +147,9 @@ class Upstreams:
             if upstream.problem:
                 models = await self._client.get(f"{upstream.url}/models", timeout=CHECK_SECONDS)
                 upstream.base = base_name(models.raise_for_status().json()["data"])
+                url = f"{upstream.url.removesuffix('/v1')}/lora-adapters"
+                adapters = await self._client.get(url, timeout=CHECK_SECONDS)
+                upstream.adapters = llama_adapters(adapters.json()) if adapters.status_code == 200 else None
         except Exception as error:
             self._leave_out(upstream, error)
         else:
@@ -143,11 +178,12 @@ class Upstreams:
             deadline: `time.monotonic` from which on a cancelled request counts as a failure.
 
         Raises:
-            ApiError: status 503, none is healthy; 502, several sent no response, or a response is cut.
+            ApiError: status 503, none is healthy; 502, several sent no response, or a response is cut; 404, none has
+                the mixture's experts; 400, see `Upstream.request`.
         """
         for _ in range(ATTEMPTS):
-            upstream = self._choose()
-            content = json.dumps({**body, "model": upstream.model(mix)})  # ASCII: httpx's own fails for lone surrogates
+            upstream = self._choose(mix)
+            content = json.dumps(upstream.request(body, mix))  # ASCII: httpx's own fails for lone surrogates
             headers = {"content-type": "application/json"}
             request = self._client.build_request("POST", f"{upstream.url}/{path}", content=content, headers=headers)
             failures = self.metrics.upstream_failures.labels(upstream.url)
@@ -177,17 +213,26 @@ class Upstreams:
                 upstream.in_flight -= 1
         raise bad_gateway("the upstreams cannot be reached")
 
-    def _choose(self) -> Upstream:
+    def _choose(self, mix: Mix) -> Upstream:
         if not self.healthy:
             message = f"none of {len(self.all)} upstreams is healthy; the log has the reasons"
             raise ApiError(503, message, "server_error", code="upstream", retry_after=self.interval)
-        return min(self.healthy, key=lambda one: one.in_flight)
+        able = [one for one in self.healthy if one.has(mix)]
+        if not able:
+            message = f"no upstream has all adapters of {mix.id}; start llama-server with --lora-scaled NAME.gguf:0"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return min(able, key=lambda one: one.in_flight)
 
 
 def base_name(models: Collection[Mapping[str, Any]]) -> str:
     """Return an upstream's name for the base model: `base` in sigmix; in vLLM the first model that has no parent."""
     names = [model["id"] for model in models if not model.get("parent")]
     return Mix.base().id if Mix.base().id in names else names[0]
+
+
+def llama_adapters(found: Collection[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the ids of llama-server's adapters by the names of their files, without ``.gguf``."""
+    return {PurePath(one["path"]).name.removesuffix(".gguf"): one["id"] for one in found}
 
 
 def bad_gateway(message: str) -> ApiError:

@@ -6,11 +6,16 @@ import random
 import threading
 
 import pytest
+from helpers_llama_server import LlamaServer, llama_server
 from helpers_serve import Live
 
 from sigmix.engine import Engine
 from sigmix.experts.bank import Bank
 from sigmix.experts.mix import Mix
+from sigmix.export.base import BaseCheckpoint
+from sigmix.export.gguf import export_gguf
+from sigmix.export.low_rank import LowRank
+from sigmix.models.default import SMOLLM2, fetch_member
 from sigmix.models.loading import load_base
 from sigmix.serve.service import Service
 from sigmix.serve.settings import load_settings
@@ -83,3 +88,36 @@ def test_rows_are_independent(real):
     for one, reply in zip(bodies, responses, strict=True):
         text = alone.generate([one["content"]], Mix.parse(one["model"]), max_new_tokens=one["max_tokens"])[0].text
         assert reply["choices"][0]["message"]["content"] == text, one
+
+
+@pytest.mark.skipif(llama_server() is None, reason="llama-server is not installed")
+def test_auto_in_front_of_llama_server(tmp_path):
+    """The router decides here, and llama.cpp answers with the adapters of its choice."""
+    bank, files = Bank.bundled(), {name: tmp_path / f"{name}.gguf" for name in ("sums", "dates")}
+    source = BaseCheckpoint("smollm2-135m")
+    for name, file in files.items():
+        export_gguf(LowRank.from_mix(source, Mix.one(name), bank), file, "f16")
+    asked = [
+        ("what's the date 3rd of March 2021 in iso format?", "dates", "2021-03-03"),
+        ("Give me 14 November 1987 as YYYY-MM-DD.", "dates", "1987-11-14"),
+        ("Add 17 and 25", "sums", "17 + 25 = "),  # the sum is wrong
+    ]
+    with LlamaServer(fetch_member(SMOLLM2), files, tmp_path / "log", "--jinja") as upstream:
+        settings = load_settings(
+            None, state=tmp_path / "state", port=0, dtype="float32", upstream=[f"http://127.0.0.1:{upstream.port}/v1"]
+        )
+        server = Live(Service(*load_base("smollm2-135m", "float32"), bank, settings, {}))
+        try:
+            for question, expert, answer in asked:
+                status, found = server.chat(question, model="auto", max_tokens=16)
+                assert status == 200, found
+                assert found["sigmix"]["mix"] == expert
+                reply = found["choices"][0]["message"]["content"]
+                assert reply.startswith(answer)
+                status, found = server.chat(question, model="base", max_tokens=16)
+                assert status == 200
+                assert found["choices"][0]["message"]["content"] != reply
+            status, found = server.chat("half past four in the afternoon, 24-hour clock please", model="times")
+            assert (status, found["error"]["code"]) == (404, "model_not_found")  # llama-server has no such adapter
+        finally:
+            server.stop()

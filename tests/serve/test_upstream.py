@@ -58,15 +58,19 @@ class Fake:
         respond: answers a request for a completion, in the event loop.
         requests: (headers, body) of these requests.
         health: status of its health check.
+        adapters: files of llama-server's adapters; None: it is another server.
     """
 
-    def __init__(self, respond: Callable[[Request], Any] = reply, port: int = 0) -> None:
-        self.respond, self.health = respond, 200
+    def __init__(
+        self, respond: Callable[[Request], Any] = reply, port: int = 0, adapters: list[str] | None = None
+    ) -> None:
+        self.respond, self.health, self.adapters = respond, 200, adapters
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.disconnected = threading.Event()  # a client has closed the connection of a stalled request
         routes = [
             Route("/health", lambda _: Response(status_code=self.health)),
             Route("/v1/models", self._models),
+            Route("/lora-adapters", self._adapters),
             Route(CHAT, self._complete, methods=["POST"]),
             Route(COMPLETIONS, self._complete, methods=["POST"]),
         ]
@@ -83,6 +87,11 @@ class Fake:
     def _models(self, _: Request) -> Response:
         adapter = {"id": "adapter", "object": "model", "parent": BASE}
         return JSONResponse({"object": "list", "data": [adapter, {"id": BASE, "object": "model", "parent": None}]})
+
+    def _adapters(self, _: Request) -> Response:
+        if self.adapters is None:
+            return Response(status_code=404)
+        return JSONResponse([{"id": id, "path": path, "scale": 0.0} for id, path in enumerate(self.adapters)])
 
     async def _complete(self, request: Request) -> Response:
         self.requests.append((dict(request.headers), await request.json()))
@@ -305,6 +314,31 @@ def test_the_body_has_the_limits_and_defaults_of_this_server(tmp_path, fake):
         client.chat(model="math", chat_template_kwargs={"enable_thinking": True})
         thinking = [body["chat_template_kwargs"]["enable_thinking"] for _, body in upstream.requests[2:]]
         assert thinking == [False, True]
+
+
+def test_llama_server_gets_scales_in_place_of_a_name(tmp_path, fake):
+    upstream = fake(adapters=["/adapters/math.gguf", "code.v2.gguf"])
+    with serving(tmp_path, upstream=[upstream.url]) as client:
+        for model, scales in (("base", (0, 0)), ("math", (1, 0)), ("math:-0.5", (-0.5, 0))):
+            assert client.chat(model=model, seed=3, presence_penalty=0)[0] == 200
+            body = upstream.requests[-1][1]
+            assert body["lora"] == [{"id": id, "scale": scale} for id, scale in enumerate(scales)]
+            assert (body["model"], body["cache_prompt"], body["seed"]) == (BASE, False, 3)
+            assert not {"repetition_penalty", "presence_penalty"} & body.keys()
+        sent = len(upstream.requests)
+        status, found = client.chat(model="math:0.5+code:0.5")  # the file has another name
+        assert (status, found["error"]["param"]) == (404, "model")
+        assert "--lora-scaled" in found["error"]["message"]
+        for param, fields in (
+            ("structured_outputs", {"guided_regex": "a+"}), ("repetition_penalty", {"repetition_penalty": 1.2}),
+        ):  # fmt: skip
+            status, found = client.chat(model="math", **fields)
+            assert (status, found["error"]["param"]) == (400, param)
+        assert len(upstream.requests) == sent
+        both = fake()
+    with serving(tmp_path / "both", upstream=[upstream.url, both.url]) as client:
+        assert client.chat(model="code")[0] == 200
+        assert both.models == ["code"]
 
 
 @pytest.mark.parametrize(
