@@ -75,7 +75,7 @@ def server(
             until = time.monotonic() + WAIT
             while time.monotonic() < until:
                 if made.poll() is not None:
-                    raise SigmixError(f"{words[2]} ended at once: {log.read_text()[-400:]}")
+                    raise SigmixError(f"{log.stem} ended at once: {log.read_text()[-400:]}")
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     link = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
                     link.request("GET", "/health")
@@ -83,7 +83,7 @@ def server(
                         break
                 time.sleep(0.2)
             else:
-                raise SigmixError(f"{words[2]} did not start: {log.read_text()[-400:]}")
+                raise SigmixError(f"{log.stem} did not start: {log.read_text()[-400:]}")
             yield made
         finally:
             made.terminate()

@@ -61,7 +61,7 @@ def run(
         reason = f"there is no {python} -> make vllm-env, or set SIGMIX_VLLM_PYTHON to a Python that has vLLM"
         return report("vllm-serve", where, {}, {}, {**raw, "skipped": {"vLLM": reason}})
     experts = acting_on("all", Bank.bundled() if bank is None else bank)
-    mixes = mixtures(skills(experts), max(clients))
+    mixes = mixtures(skills(experts), max(*clients, *adapters))
     names = [mix.id for mix in mixes]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         model, kept = f"{folder}/base", Bank(f"{folder}/bank", create=True)

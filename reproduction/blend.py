@@ -37,12 +37,7 @@ class Blend:
         cache: keep the base's decomposition in the user's cache.
         positions: at which SVF's z act, whatever the experts' own. answer_tokens: with "prompt", also on so many tokens
             of the answer.
-
-    Attributes:
-        method: name of the way to merge, for the names of cells.
     """
-
-    method = "mix"
 
     def __init__(
         self,
@@ -75,6 +70,11 @@ class Blend:
             for name, module in self.model.named_modules()
             if isinstance(module, BaseTunerLayer)
         }
+
+    @property
+    def method(self) -> str:
+        """Name of the way to merge, for the names of cells."""
+        return "mix"
 
     def reference(self) -> AbstractContextManager[Any]:
         """Return a context in which the model is the base model."""

@@ -27,11 +27,11 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 PRUNING = ("ties", "dare_ties", "magnitude_prune", "knots")
 
-DENSITIES = (0.5, 0.2, 0.8, 0.35, 0.65)
+DENSITIES = (0.5, 0.2, 0.8, 0.35, 0.65, 0.1, 0.9)
 """Shares of values that are kept; α is tuned at the first one."""
 
 SCALES = (0.7, 1.0, 1.4, 2.0, 2.8)
-"""Common α of methods that average what is left after pruning."""
+"""Common α of rules that average what is left after pruning; ``magnitude_prune`` sums it, and has `UNIFORM`."""
 
 
 class Merging(Blend):
@@ -51,7 +51,7 @@ class Merging(Blend):
     @property
     def method(self) -> str:
         """Name of the rule, with its density."""
-        return f"{self.rule}-{self.density:g}" if self.rule in PRUNING else self.rule
+        return method_name(self.rule, self.density)
 
     @contextmanager
     def under(self, weights: Mapping[str, float]) -> Iterator[None]:
@@ -103,6 +103,11 @@ class Merging(Blend):
         return found
 
 
+def method_name(rule: str, density: float | None) -> str:
+    """Return the name of a rule with its density, for the names of cells."""
+    return f"{rule}-{density:g}" if rule in PRUNING else rule
+
+
 def knots(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, density: float) -> torch.Tensor:
     """Return ΔW float32 [m, n]: TIES on the right singular vectors, times singular values, of [ΔW₁ … ΔWₖ].
 
@@ -127,7 +132,9 @@ def tune_merging(lab: Lab, merging: Merging, tokenizer: Any, members: Sequence[s
     if merging.rule not in PRUNING:
         return {**tune(lab, merging, tokenizer, members), "density": None}
     budget = len(UNIFORM) + (len(STEPS) * len(members) if len(members) <= REFINED else 0)
-    scales = SCALES if budget > len(SCALES) else SCALES[1:4]
+    scales: tuple[float, ...] = UNIFORM if merging.rule == "magnitude_prune" else SCALES
+    if budget == len(scales):  # of many experts: three α, two densities
+        scales = scales[:3] if scales is UNIFORM else scales[1:4]
     tried: list[dict[str, Any]] = []
 
     def best(alphas: Sequence[float], densities: Sequence[float]) -> tuple[float, float]:

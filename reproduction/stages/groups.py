@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reproduction.compose import average, fact, total
+from reproduction.merging import method_name
 from reproduction.names import BASE, chosen_lr, mix_name, single
 from reproduction.report import Report, marks, mean
 from reproduction.scale import Scale
@@ -62,7 +63,7 @@ def who(report: Report, kind: str, seed: int, group: Sequence[str], mode: str) -
     if mode in MODES:
         return mix_name(kind, rate, weights, seed)
     density = (report.store.fact(fact(kind, seed, group, mode)) or {}).get("density")
-    return mix_name(kind, rate, weights, seed, mode if density is None else f"{mode}-{density:g}")
+    return mix_name(kind, rate, weights, seed, method_name(mode, density))
 
 
 def rows_of(report: Report, kind: str, group: Sequence[str], mode: str) -> dict[int, list[bool]]:

@@ -39,7 +39,7 @@ class MergingMethods:
                 if found is None:
                     found = lab.timed(partial(tune_merging, lab, merging, tokenizer, group))
                     lab.store.write_fact(fact(kind, seed, group, merging.rule), found)
-                merging.density = found["density"]
+                merging.density = found["density"] or 1.0  # of a rule without one it is not used
                 lab.mixed_cells(merging, tokenizer, kind, seed, found["weights"], group)
 
     def tables(self, report: Report) -> str:
@@ -56,7 +56,7 @@ class MergingMethods:
                         kept, still = retention(report, kind, group, mode), _still(report, kind, group, mode)
                         cells = [
                             f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] ({len(found)})",
-                            f"{100 * mean(kept):.0f} %" if kept else "", f"{100 * mean(still):.1f} %",
+                            f"{100 * mean(kept):.0f} %" if kept else "", f"{100 * mean(still):.1f} %" if still else "",
                         ]  # fmt: skip
                     rows.append([title, scale.kinds[kind].label, mode, *cells])
                     title = ""

@@ -42,7 +42,8 @@ MAX_NEW_TOKENS = 64  # tasks with longer answers are skipped: one would take sev
 EXAMPLES = 2  # test items of a task that are shown
 MAX_ITEMS = 100  # test items per expert without --n
 ROUND = 10  # test items per expert in one batch
-SECONDS = 100.0  # time after which no further batch of test items begins, without --n
+MAX_ROWS = 128  # of a batch
+SECONDS = 90.0  # from the loaded model until the last batch of test items should end, without --n
 WIDTH = 100  # of a line, where stdout is no terminal
 
 
@@ -104,6 +105,7 @@ def demo(
         raise ExpertError(f"{experts.folder} has no experts", remedy="train one: sigmix train --help")
     note(f"loading {base} (downloaded on the first run)")
     engine = open_engine(base, experts)
+    loaded = time.monotonic()
 
     from sigmix.experts.fingerprint import fingerprint, short
 
@@ -114,7 +116,7 @@ def demo(
     batch = _answer(engine, _written(engine) or [one for every in examples.values() for one in every])
     if not as_json:
         _print_batch(batch)
-    rows, failed = _measure(engine, tasks, n or MAX_ITEMS, seed, math.inf if n else started + SECONDS)
+    rows, failed = _measure(engine, tasks, n or MAX_ITEMS, seed, math.inf if n else loaded + SECONDS)
     skipped |= failed
     after = fingerprint(engine.model, fresh=True)
     seconds = round(time.monotonic() - started, 1)
@@ -124,6 +126,8 @@ def demo(
     }  # fmt: skip
     if not emit(figures, as_json):
         _print_table(rows, skipped)
+        if n is None and rows and max(row["n"] for row in rows) < MAX_ITEMS:
+            typer.echo(f"these items fit into two minutes; for more: sigmix demo --n {MAX_ITEMS}")
     if before != after:
         raise SigmixError(
             f"the base's weights changed: their fingerprint was {short(before)} and is {short(after)}",
@@ -279,7 +283,8 @@ def _generate(engine: Engine, requests: Sequence[Request], mixes: Sequence[Mix])
 
     params = [SamplingParams(request.max_new_tokens) for request in requests]
     started = time.perf_counter()
-    replies = engine.generate([one.ids for one in requests], mixes, params=params, batch_size=len(requests))
+    rows = [one.ids for one in requests]
+    replies = engine.generate(rows, mixes, params=params, batch_size=min(len(rows), MAX_ROWS))
     seconds = time.perf_counter() - started
     return [reply.text for reply in replies], sum(len(reply.ids) for reply in replies), seconds
 

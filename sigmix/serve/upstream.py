@@ -34,7 +34,13 @@ LLAMA_SERVER = frozenset(
 )
 """Fields of a request that llama-server takes; it ignores others in silence. Its penalties count other tokens."""
 
-NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+WITHOUT_EFFECT = {
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False, "best_of": 1,
+    "continue_final_message": False,
+}  # fmt: skip
+
+SAMPLERS = ("temperature", "min_p", "top_k", "top_p")
+"""Order in which the engine samples; llama-server's has the temperature last."""
 
 
 @dataclass(eq=False)
@@ -59,24 +65,31 @@ class Upstream:
         """Return False if it is a llama-server that lacks an expert of a mixture."""
         return self.adapters is None or set(mix.weights) <= set(self.adapters)
 
+    def unsupported(self, body: Mapping[str, Any]) -> str | None:
+        """Return a field with an effect that it lacks, if it is a llama-server."""
+        if self.adapters is None:
+            return None
+        return min(_effective(body).keys() - LLAMA_SERVER, default=None)
+
     def request(self, body: Mapping[str, Any], mix: Mix) -> dict[str, Any]:
         """Return the body of a request for a mixture.
 
         llama-server's prompt cache is off, since it does not depend on the scales, see docs/exports.md.
-
-        Raises:
-            ApiError: it is a llama-server, which has no such field.
         """
         if self.adapters is None:
             return {**body, "model": self.base if mix == Mix.base() else mix.id}
-        kept = {name: value for name, value in body.items() if NO_PENALTY.get(name) != value}
-        if unknown := sorted(kept.keys() - LLAMA_SERVER):
-            message = f"llama-server, which answers here, cannot follow {unknown[0]}"
-            raise ApiError(400, message, param=unknown[0])
         return {
-            **kept, "model": self.base, "cache_prompt": False,
+            **_effective(body), "model": self.base, "cache_prompt": False, "samplers": SAMPLERS,
             "lora": [{"id": id, "scale": mix.weights.get(name, 0.0)} for name, id in self.adapters.items()],
         }  # fmt: skip
+
+
+def _effective(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in body.items()
+        if value is not None and (name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name])
+    }
 
 
 class Upstreams:
@@ -147,9 +160,11 @@ class Upstreams:
             if upstream.problem:
                 models = await self._client.get(f"{upstream.url}/models", timeout=CHECK_SECONDS)
                 upstream.base = base_name(models.raise_for_status().json()["data"])
+            if upstream.problem or upstream.adapters is not None:  # it may have been started again with others
                 url = f"{upstream.url.removesuffix('/v1')}/lora-adapters"
                 adapters = await self._client.get(url, timeout=CHECK_SECONDS)
-                upstream.adapters = llama_adapters(adapters.json()) if adapters.status_code == 200 else None
+                missing = adapters.status_code in (404, 405)  # another server
+                upstream.adapters = None if missing else llama_adapters(adapters.raise_for_status().json())
         except Exception as error:
             self._leave_out(upstream, error)
         else:
@@ -179,10 +194,10 @@ class Upstreams:
 
         Raises:
             ApiError: status 503, none is healthy; 502, several sent no response, or a response is cut; 404, none has
-                the mixture's experts; 400, see `Upstream.request`.
+                the mixture's experts; 400, none of those that have them supports a field.
         """
         for _ in range(ATTEMPTS):
-            upstream = self._choose(mix)
+            upstream = self._choose(mix, body)
             content = json.dumps(upstream.request(body, mix))  # ASCII: httpx's own fails for lone surrogates
             headers = {"content-type": "application/json"}
             request = self._client.build_request("POST", f"{upstream.url}/{path}", content=content, headers=headers)
@@ -213,15 +228,20 @@ class Upstreams:
                 upstream.in_flight -= 1
         raise bad_gateway("the upstreams cannot be reached")
 
-    def _choose(self, mix: Mix) -> Upstream:
-        if not self.healthy:
-            message = f"none of {len(self.all)} upstreams is healthy; the log has the reasons"
-            raise ApiError(503, message, "server_error", code="upstream", retry_after=self.interval)
-        able = [one for one in self.healthy if one.has(mix)]
+    def _choose(self, mix: Mix, body: Mapping[str, Any]) -> Upstream:
+        able = [one for one in self.all if one.has(mix)]
         if not able:
             message = f"no upstream has all adapters of {mix.id}; start llama-server with --lora-scaled NAME.gguf:0"
             raise ApiError(404, message, code="model_not_found", param="model")
-        return min(able, key=lambda one: one.in_flight)
+        fitting = [one for one in able if one.unsupported(body) is None]
+        if not fitting:
+            field = able[0].unsupported(body)
+            message = f"llama-server, which generates here, does not support {field}"
+            raise ApiError(400, message, param=field)
+        if not any(one in self.healthy for one in fitting):
+            message = f"none of {len(self.all)} upstreams is healthy; the log has the reasons"
+            raise ApiError(503, message, "server_error", code="upstream", retry_after=self.interval)
+        return min((one for one in fitting if not one.problem), key=lambda one: one.in_flight)
 
 
 def base_name(models: Collection[Mapping[str, Any]]) -> str:

@@ -116,7 +116,7 @@ def test_mixtures_in_vllm_are_compared_with_its_base_and_its_lora(bench):
         bench(name="vllm-mixtures", sizes=(2,), ranks=(), repeats=1, shorter=1)
 
 
-@pytest.mark.parametrize("name", ["vllm", "vllm-mixtures"])
+@pytest.mark.parametrize("name", ["vllm", "vllm-mixtures", "vllm-serve"])
 def test_without_vllm_there_is_a_reason(name, home, monkeypatch, tmp_path):
     monkeypatch.setenv("SIGMIX_VLLM_PYTHON", str(tmp_path / "python"))
     result = run(name, base=str(home.base), bank=Bank(home.bank))

@@ -181,6 +181,7 @@ def test_the_number_of_items_fits_the_time(demo, monkeypatch):
     monkeypatch.setattr(module, "SECONDS", 0.0)  # one batch
     figures = demo("--json").json
     assert [row["n"] for row in figures["experts"]] == [module.ROUND] * 2
+    assert "sigmix demo --n" in demo().out
     assert demo("--n", 2 * module.ROUND + 1, "--json").json["experts"][1]["n"] == 2 * module.ROUND + 1
     monkeypatch.setattr(module, "SECONDS", 1000.0)
     monkeypatch.setattr(module, "MAX_ITEMS", module.ROUND + 5)

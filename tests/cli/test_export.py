@@ -200,7 +200,7 @@ def test_the_request_that_is_shown_can_be_sent_as_it_is(export, tmp_path):
         "gguf", "--mix", "arithmetic:0.123456789+reading:1e-7", "--each", "--out", tmp_path / "a b", "--no-verify"
     ).out.splitlines()[-1]
     command, request = shown.split("; in a request: ")
-    assert shlex.split(command)[3:6] == ["--lora", str(tmp_path / "a b" / "arithmetic.gguf"), "--lora"]
+    assert shlex.split(command)[3:6] == ["--lora-scaled", f"{tmp_path / 'a b' / 'arithmetic.gguf'}:0", "--lora-scaled"]
     scales = [one["scale"] for one in json.loads(f"{{{request}}}")["lora"]]
     assert scales == [0.123456789, 1e-7]
 

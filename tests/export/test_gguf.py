@@ -257,8 +257,9 @@ def test_llama_servers_prompt_cache_of_another_mixture(both, tmp_path):
     with LlamaServer(base, files, tmp_path / "log", "--no-cache-prompt", slots=1) as server:
         assert difference(moved_to_memory(server), "word") < 0.02
         assert difference(without_the_field(server), "base") < 0.02
-    with LlamaServer(base, files, tmp_path / "log", "--cache-ram", "0") as server:
+    with LlamaServer(base, files, tmp_path / "log", "--cache-ram", "0", slots=1) as server:
         assert difference(moved_to_memory(server), "word") < 0.02
+    with LlamaServer(base, files, tmp_path / "log", "--cache-ram", "0") as server:
         for _ in range(2):  # a slot for each
             for slot, mix in enumerate(("math", "word")):
                 assert difference(server.logprobs(row, Mix.parse(mix).weights, size, id_slot=slot), mix) < 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -49,14 +50,16 @@ class LlamaServer:
         with log.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                if self.call("/health")["status"] == "ok":
-                    return
-            except OSError:
-                assert self.process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.1)
+        while not self._ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(log.read_text()[-3000:])
+            time.sleep(0.1)
+
+    def _ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self.call("/health")["status"] == "ok"
+        return False
 
     def __enter__(self) -> LlamaServer:
         return self

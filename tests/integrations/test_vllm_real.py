@@ -95,6 +95,7 @@ def test_bfloat16_answers_agree_as_far_as_those_of_the_base(tmp_path, monkeypatc
     for name, value in {**ENVIRONMENT, "SIGMIX_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     base, bank = home(tmp_path, torch.bfloat16)
+    monkeypatch.setenv("SIGMIX_VLLM_EXPERTS", str(bank.folder))  # `start` sets it
     ours = Engine(*load_base(base, "bfloat16"), bank)
     ours.eos_token_ids = []
     llm = start(base, bank, dtype="bfloat16", max_loras=8)

@@ -97,7 +97,7 @@ def test_auto_in_front_of_llama_server(tmp_path):
     source = BaseCheckpoint("smollm2-135m")
     for name, file in files.items():
         export_gguf(LowRank.from_mix(source, Mix.one(name), bank), file, "f16")
-    asked = [
+    questions = [
         ("what's the date 3rd of March 2021 in iso format?", "dates", "2021-03-03"),
         ("Give me 14 November 1987 as YYYY-MM-DD.", "dates", "1987-11-14"),
         ("Add 17 and 25", "sums", "17 + 25 = "),  # the sum is wrong
@@ -108,7 +108,7 @@ def test_auto_in_front_of_llama_server(tmp_path):
         )
         server = Live(Service(*load_base("smollm2-135m", "float32"), bank, settings, {}))
         try:
-            for question, expert, answer in asked:
+            for question, expert, answer in questions:
                 status, found = server.chat(question, model="auto", max_tokens=16)
                 assert status == 200, found
                 assert found["sigmix"]["mix"] == expert

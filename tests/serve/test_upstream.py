@@ -325,6 +325,7 @@ def test_llama_server_gets_scales_in_place_of_a_name(tmp_path, fake):
             assert body["lora"] == [{"id": id, "scale": scale} for id, scale in enumerate(scales)]
             assert (body["model"], body["cache_prompt"], body["seed"]) == (BASE, False, 3)
             assert not {"repetition_penalty", "presence_penalty"} & body.keys()
+            assert body["samplers"] == ["temperature", "min_p", "top_k", "top_p"]
         sent = len(upstream.requests)
         status, found = client.chat(model="math:0.5+code:0.5")  # the file has another name
         assert (status, found["error"]["param"]) == (404, "model")
@@ -335,10 +336,25 @@ def test_llama_server_gets_scales_in_place_of_a_name(tmp_path, fake):
             status, found = client.chat(model="math", **fields)
             assert (status, found["error"]["param"]) == (400, param)
         assert len(upstream.requests) == sent
-        both = fake()
-    with serving(tmp_path / "both", upstream=[upstream.url, both.url]) as client:
-        assert client.chat(model="code")[0] == 200
-        assert both.models == ["code"]
+        assert client.chat(model="math", continue_final_message=False)[0] == 200
+        prompt = {"prompt": "one", "model": "math", "echo": False, "best_of": 1}
+        assert client.call("POST", COMPLETIONS, prompt)[0] == 200
+
+
+def test_llama_server_beside_another_upstream(tmp_path, fake):
+    llama, other = fake(adapters=["math.gguf"]), fake()
+    with serving(tmp_path, upstream=[llama.url, other.url], upstream_interval=0.05) as client:
+        assert client.chat(model="code")[0] == 200  # has no adapter
+        assert client.chat(model="math", repetition_penalty=1.2)[0] == 200  # cannot have the field
+        assert (len(llama.requests), other.models) == (0, ["code", "math"])
+        other.health = 500
+        wait_until(lambda: healthy(client) == 1)
+        assert client.chat(model="math")[0] == 200
+        assert client.chat(model="code")[0] == 503  # until the other one is back
+        llama.adapters = ["code.gguf", "math.gguf"]  # started again
+        wait_until(lambda: client.chat(model="code")[0] == 200)
+        assert client.chat(model="math")[0] == 200
+        assert [one["scale"] for one in llama.requests[-1][1]["lora"]] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
