@@ -47,12 +47,14 @@ def measure(engine: Engine, data_dir: Path, depth: int | None = None, limit: int
     }  # fmt: skip
     inside_states, outside_states = (background.states(engine, rows[0]) for rows in (test, outside))
 
-    def scores(states: torch.Tensor) -> np.ndarray:
-        return np.stack([one.scores(states).numpy() for one in experts.values()], 1)
+    def margins(states: torch.Tensor) -> np.ndarray:
+        return np.stack([one.scores(states).numpy() - one.threshold for one in experts.values()], 1)
 
     truth = np.array([list(domains).index(domain) for domain in test[1]])
-    thresholds = np.array([one.threshold for one in experts.values()])
-    router = _figures(scores(inside_states), scores(outside_states), truth, thresholds)
+    inside, outside_margins = margins(inside_states), margins(outside_states)
+    router = _figures(inside, outside_margins, truth)
+    router["routed_right"] = float(((inside.argmax(1) == truth) & (inside.max(1) > 0)).mean())
+    router["out_of_scope_to_base"] = float((outside_margins.max(1) <= 0).mean())
 
     from sklearn.linear_model import LogisticRegression
 
@@ -66,24 +68,16 @@ def measure(engine: Engine, data_dir: Path, depth: int | None = None, limit: int
     }  # fmt: skip
 
 
-def _figures(
-    inside: np.ndarray, outside: np.ndarray, truth: np.ndarray, thresholds: np.ndarray | None = None
-) -> dict[str, Any]:
-    """Return figures of scores [N, classes], larger for a likelier class, without and with thresholds [classes]."""
+def _figures(inside: np.ndarray, outside: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Return figures of scores [N, classes], larger for a likelier class."""
     from sklearn.metrics import roc_auc_score
 
     right, best, other = inside.argmax(1) == truth, inside.max(1), outside.max(1)
     labels = np.r_[np.zeros(len(best)), np.ones(len(other))]
-    figures = {
+    return {
         "accuracy": float(right.mean()), "interval": list(wilson(int(right.sum()), len(right))),
         "auroc": float(roc_auc_score(labels, -np.r_[best, other])),
     }  # fmt: skip
-    if thresholds is not None:
-        above = np.where(inside > thresholds, inside, -np.inf)
-        kept = (above.argmax(1) == truth) & np.isfinite(above.max(1))
-        refused = (outside <= thresholds).all(1)
-        figures |= {"routed_right": float(kept.mean()), "out_of_scope_to_base": float(refused.mean())}
-    return figures
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 A request is the mean of the base's hidden states over the tokens of its text, after the first eighth of the layers;
 later layers do not run. States are whitened with the mean and covariance of a background of other requests
 (``background.txt``), which belongs to the base. Each expert has a density there, a linear classifier against the
-background, and a threshold (`RequestStatistics`). A request gets the expert with the largest score among those with a
-score above their threshold, or the base if there is none. An expert's statistics depend on its requests and the base
-alone: adding or removing one changes no other.
+background, and a threshold (`RequestStatistics`). A request gets the expert with the score that is furthest above its
+threshold, or the base if none is above. An expert's statistics depend on its requests and the base alone: adding or
+removing one changes no other.
 """
 
 from __future__ import annotations
@@ -233,10 +233,10 @@ class RouterDispatch:
         if not scores:
             reason = f"no expert has request statistics: {REMEDY}"
             return Decision(Mix.base(), OTHER, reason, tokens=tokens, seconds=seconds)
-        above = {name: score for name, score in scores.items() if score > thresholds[name]}
-        best = max(above or scores, key=scores.__getitem__)
-        # "other" is one more class, at the threshold of the chosen expert; of none, as high as the highest threshold
-        logits = {**(above or scores), OTHER: thresholds[best] if above else max(thresholds.values())}
+        margins = {name: score - thresholds[name] for name, score in scores.items()}
+        above = {name: margin for name, margin in margins.items() if margin > 0}
+        best = max(margins, key=margins.__getitem__)
+        logits = {**(above or margins), OTHER: 0.0}  # "other" is one more class, at the threshold
         chances = torch.tensor([*logits.values()], dtype=torch.float64).softmax(-1).tolist()
         posteriors = dict(zip(logits, chances, strict=True))
         evidence = {

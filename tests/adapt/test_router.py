@@ -61,6 +61,27 @@ def test_a_request_gets_the_expert_with_similar_training_requests(engine):
         assert decision.reason
 
 
+def test_the_score_furthest_above_its_threshold_is_chosen(engine):
+    (before,) = RouterDispatch(engine).decide([TEXTS[0]])
+    own, other = before.evidence["scores"]["arithmetic"], before.evidence["scores"]["reading"]
+    assert own > other
+
+    def chosen(margin, rival):
+        thresholds = {"adder": own - margin, "finder": other - rival}
+        engine.bank = {
+            name: replace(one, requests=replace(one.requests, threshold=thresholds[name]))
+            for name, one in engine.bank.items()
+        }
+        return RouterDispatch(engine).decide([TEXTS[0]])[0]
+
+    assert chosen(1.0, 2.0).label == "reading"  # although its score is lower
+    assert chosen(2.0, 1.0).label == "arithmetic"
+    assert chosen(1.0, -2.0).label == "arithmetic"
+    assert chosen(-1.0, -2.0).label == OTHER
+    even = chosen(1.0, 1.0).evidence["probabilities"]
+    assert even["arithmetic"] == pytest.approx(even["reading"], abs=1e-3)
+
+
 def test_the_order_of_experts_makes_no_difference(engine, trained, tmp_path):
     experts = [*engine.bank.values(), trained[1]]
     found = []
