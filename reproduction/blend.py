@@ -99,7 +99,7 @@ class Blend:
             with self._prompt(weights) if self.positions == "prompt" else as_expert(self.layers, self.z(weights)):
                 yield
         elif self.policy == "lora":
-            with self.changed(lambda path: sum(alpha * self.update(path, name) for name, alpha in weights.items())):
+            with self._changed(self.merged(weights)):
                 yield
         else:
             (name,) = weights
@@ -121,8 +121,12 @@ class Blend:
         zs = [self.experts[name].z for name in weights]
         return {path: mix_z([z[path] for z in zs], list(weights.values())) for path in zs[0]}
 
+    def merged(self, weights: Mapping[str, float]) -> Callable[[str], Any]:
+        """Return a function from a matrix's path to its merged ΔW, of LoRA."""
+        return lambda path: sum(alpha * self.update(path, name) for name, alpha in weights.items())
+
     @contextmanager
-    def changed(self, update: Callable[[str], Any]) -> Iterator[None]:
+    def _changed(self, update: Callable[[str], Any]) -> Iterator[None]:
         """Return a context in which LoRA's matrices are W + ΔW, in float32, rounded once as SVF's merge is."""
         kept = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in self.places.values()]
         try:

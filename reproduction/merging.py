@@ -7,8 +7,7 @@ are pruned within a matrix, also for KnOTS; its authors prune over the whole mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from peft.utils.merge_utils import ties
 from reproduction.blend import Blend
 from reproduction.compose import REFINED, STEPS, UNIFORM, tune, validate
 from reproduction.lab import Lab
-from sigmix.engine.execution import as_expert
 
 METHODS: dict[str, tuple[str, ...]] = {
     "svf": ("ties",),
@@ -53,32 +51,18 @@ class Merging(Blend):
         """Name of the rule, with its density."""
         return method_name(self.rule, self.density)
 
-    @contextmanager
-    def under(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Return a context in which the model holds the merged adapters; without weights it is the base model."""
-        weights = {name: alpha for name, alpha in weights.items() if alpha != 0}
-        if not weights:
-            with self.reference():
-                yield
-        elif self.svf:
-            with as_expert(self.layers, self.z(weights)):
-                yield
-        else:
-            with self.changed(self.updates(weights).__getitem__):
-                yield
-
     def z(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Return {path: z [r]}, gains merged by TIES."""
         zs, alphas = [self.experts[name].z for name in weights], torch.tensor(list(weights.values()))
         return {path: 1 + ties([z[path].float() - 1 for z in zs], alphas, self.density) for path in zs[0]}
 
-    def updates(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
-        """Return {path: ΔW float32 [m, n]} of LoRA adapters; those of the last call are kept."""
+    def merged(self, weights: Mapping[str, float]) -> Callable[[str], torch.Tensor]:
+        """Return a function from a matrix's path to ΔW float32 [m, n], of LoRA; the last call's are kept."""
         key = (self.method, tuple(weights.items()))
         if self._last is None or self._last[0] != key:
             self._last = None  # free the memory first
             self._last = key, self._knots(weights) if self.rule == "knots" else self._peft(weights)
-        return self._last[1]
+        return self._last[1].__getitem__
 
     def _peft(self, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
         pruned = {"density": self.density} if self.rule in PRUNING else {}

@@ -238,10 +238,11 @@ class Upstreams:
             field = able[0].unsupported(body)
             message = f"llama-server, which generates here, does not support {field}"
             raise ApiError(400, message, param=field)
-        if not any(one in self.healthy for one in fitting):
+        ready = [one for one in fitting if not one.problem]
+        if not ready:
             message = f"none of {len(self.all)} upstreams is healthy; the log has the reasons"
             raise ApiError(503, message, "server_error", code="upstream", retry_after=self.interval)
-        return min((one for one in fitting if not one.problem), key=lambda one: one.in_flight)
+        return min(ready, key=lambda one: one.in_flight)
 
 
 def base_name(models: Collection[Mapping[str, Any]]) -> str:
