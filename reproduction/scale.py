@@ -1,8 +1,8 @@
 """Kinds of adapters that are compared, and scales of a reproduction.
 
 A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` takes two cores and the embedded model,
-`positions` the same for a study of its own, `positions-float32` parts of that in float32, `gpu` the paper's own
-benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
+`positions` the same for a study of its own, `positions-float32` parts of that in float32, `positions-mixtures` its
+mixtures, `gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
 """
 
 from __future__ import annotations
@@ -125,15 +125,20 @@ SMOKE_VARIANTS = (
     "svf-prompt-rl", "svf-prompt-sft", "svf-prompt-4-rl", "svf-both-rl", "svf-prompt-down-rl", "svf-prompt-l1-0.3-rl",
 )  # fmt: skip
 
-FLOAT32_KINDS: dict[str, Kind] = {
+CHOSEN_KINDS: dict[str, Kind] = {
     "svf-rl": replace(POSITION_KINDS["svf-rl"], lrs=(2e-3,)),
     "svf-prompt-rl": replace(POSITION_KINDS["svf-prompt-rl"], lrs=(6e-3,)),
+}
+"""Both positions at the rates that the study's sweeps chose."""
+
+FLOAT32_KINDS: dict[str, Kind] = {
+    **CHOSEN_KINDS,
     **{
         name: POSITION_KINDS[name]
         for name in ("svf-o-rl", "svf-kv-rl", "svf-attention-rl", *(f"svf-l1-{strength:g}-rl" for strength in L1))
     },
 }
-"""Kinds of the study of positions that are run in float32, at the rates that its sweeps chose."""
+"""Kinds of the study of positions that are run in float32."""
 
 PAPER_STAGES = (
     "sweep", "table1", "composition", "merging", "table4", "table2", "dispatch", "fewshot", "transfer", "continual",
@@ -201,7 +206,7 @@ POSITIONS = Scale(
     training={"max_steps": 24, "eval_steps": 8, "lr_scheduler_type": "constant"},
     larger_training={"max_steps": 20, "eval_steps": 10, "generation_batch_size": 32, "max_eval_samples": 64},
     kinds=POSITION_KINDS,
-    stages=("sweep", *POSITION_STAGES),
+    stages=("sweep", "positions", "snips", "position-variants", "gsm8k"),
 )
 
 
@@ -226,7 +231,11 @@ SCALES: dict[str, Scale] = {
         name="positions-float32",
         dtype="float32",
         kinds=FLOAT32_KINDS,
-        stages=("position-variants", "position-mixtures"),
+        stages=("position-variants",),
+    ),
+    # with experts of its own, since those of the study are not kept
+    "positions-mixtures": replace(
+        POSITIONS, name="positions-mixtures", kinds=CHOSEN_KINDS, stages=("position-mixtures",)
     ),
     # the paper's tasks; of its preset, steps, clip and baseline are ours, to fit a GPU's hours; any base by --base
     "gpu": Scale(
