@@ -135,7 +135,7 @@ def inner(scale: Scale) -> Scale:
         base=scale.larger or "",
         training={**scale.training, **scale.larger_training},
         n=min(scale.n, 300),
-        batch=32,
+        batch=128,
     )
 
 

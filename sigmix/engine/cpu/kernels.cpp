@@ -2,14 +2,16 @@
 //
 // Linear layers y = x Wᵀ + bias have weights in blocks of 16 output features:
 //
-//   bfloat16  [out / 16, in / 2, 16, 2], out padded to a multiple of 16, in even; x in bfloat16 (AVX-512 BF16)
+//   bfloat16  [out / 16, in / 2, 16, 2], out padded to a multiple of 16, in even; x in bfloat16 (AMX, or AVX-512 BF16)
 //   8 bits    [out / 16, in / 4, 16, 4], both sizes padded to a multiple of 16; x in bfloat16 or float32 (AVX-512 VNNI)
 //
 // A row's result does not depend on the other rows or on the number of threads, bit for bit.
 
 #include <immintrin.h>
 #include <omp.h>
+#include <sys/syscall.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -90,7 +92,116 @@ void bf16_rows(const Linear& layer, const BFloat16* x, int64_t count, int64_t bl
   if constexpr (R > 1) bf16_rows<B, R - 1>(layer, x, count, block, y);
 }
 
+#ifdef __AMX_BF16__
+
+// Tiles: sums of two blocks of output features in two groups of 16 rows, two tiles of x, two of weights.
+constexpr int kTileIn = 32;  // input features of a tile
+constexpr int64_t kTileRows = 2 * kBlock;
+
+// Linux grants the state of tiles to a process that requests it.
+bool has_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+
+// Set the sizes of tiles for up to 32 rows of x. Tiles of an empty second group have one row and are unused.
+void configure_tiles(int64_t rows) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  const auto upper = static_cast<uint8_t>(std::min<int64_t>(rows, kBlock));
+  const auto lower = static_cast<uint8_t>(std::max<int64_t>(rows - kBlock, 1));
+  for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64;
+  for (const int tile : {0, 1, 4}) config.rows[tile] = upper;
+  for (const int tile : {2, 3, 5}) config.rows[tile] = lower;
+  for (const int tile : {6, 7}) config.rows[tile] = kBlock;
+  _tile_loadconfig(&config);
+}
+
+// Weights are read once in a decode step; the tiles' loads alone leave a third of the memory's speed unused.
+void prefetch_tile(const BFloat16* tile) {
+  constexpr int kAhead = 4;  // tiles
+  for (int row = 0; row < kBlock; row++) _mm_prefetch(tile + (kAhead * kBlock + row) * kTileIn, _MM_HINT_T0);
+}
+
+// B blocks of output features, 1 or 2, of R groups of rows, 1 or 2; count: rows in all.
+template <int R, int B>
+void amx_tile(const Linear& layer, const BFloat16* x, int64_t count, int64_t first_block, BFloat16* y) {
+  const int64_t in = layer.in;
+  const size_t stride = in * sizeof(BFloat16);
+  const auto* weights = static_cast<const BFloat16*>(layer.weights) + first_block * kBlock * in;
+  _tile_zero(0);
+  if constexpr (B == 2) _tile_zero(1);
+  if constexpr (R == 2) _tile_zero(2);
+  if constexpr (R == 2 && B == 2) _tile_zero(3);
+  for (int64_t i = 0; i < in; i += kTileIn) {
+    prefetch_tile(weights + i * kBlock);
+    if constexpr (B == 2) prefetch_tile(weights + (in + i) * kBlock);
+    _tile_loadd(6, weights + i * kBlock, 64);
+    _tile_loadd(4, x + i, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (B == 2) {
+      _tile_loadd(7, weights + (in + i) * kBlock, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R == 2) {
+      _tile_loadd(5, x + kBlock * in + i, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (B == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  alignas(64) float sums[R][B][kBlock][kBlock];
+  _tile_stored(0, sums[0][0], 64);
+  if constexpr (B == 2) _tile_stored(1, sums[0][1], 64);
+  if constexpr (R == 2) _tile_stored(2, sums[1][0], 64);
+  if constexpr (R == 2 && B == 2) _tile_stored(3, sums[1][1], 64);
+  for (int b = 0; b < B; b++) {
+    const int64_t feature = (first_block + b) * kBlock;
+    const __m512 bias = bias_of(layer, first_block + b);
+    for (int64_t r = 0; r < count; r++)
+      store(y + r * layer.out + feature, first(layer.out - feature),
+            _mm512_add_ps(_mm512_load_ps(sums[r / kBlock][b][r % kBlock]), bias));
+  }
+}
+
+template <int B>
+void amx_rows(const Linear& layer, const BFloat16* x, int64_t count, int64_t block, BFloat16* y) {
+  if (count > kBlock) amx_tile<2, B>(layer, x, count, block, y);
+  else amx_tile<1, B>(layer, x, count, block, y);
+}
+
+void amx_linear(const Linear& layer, const BFloat16* x, int64_t count, BFloat16* y, int threads) {
+  constexpr int64_t kCached = 1 << 19;  // bytes of weights that stay in a core's cache while all rows pass
+  const int64_t blocks = (layer.out + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
+  const int64_t chunk = std::max<int64_t>(kCached / (2 * kBlock * layer.in * sizeof(BFloat16)), 1);
+#pragma omp parallel num_threads(threads) if (layer.in * layer.out * count > kParallel)
+  {
+    const int64_t share = (pairs + omp_get_num_threads() - 1) / omp_get_num_threads();
+    const int64_t begin = omp_get_thread_num() * share, end = std::min(begin + share, pairs);
+    for (int64_t start = begin; start < end; start += chunk)
+      for (int64_t part = 0; part < count; part += kTileRows) {
+        const int64_t rows = std::min(count - part, kTileRows);
+        const BFloat16* from = x + part * layer.in;
+        BFloat16* to = y + part * layer.out;
+        configure_tiles(rows);
+        for (int64_t pair = start; pair < std::min(start + chunk, end); pair++) {
+          if (2 * pair + 1 < blocks) amx_rows<2>(layer, from, rows, 2 * pair, to);
+          else amx_rows<1>(layer, from, rows, 2 * pair, to);
+        }
+      }
+    _tile_release();
+  }
+}
+
+#endif
+
 void bf16_linear(const Linear& layer, const BFloat16* x, int64_t count, BFloat16* y, int threads) {
+#ifdef __AMX_BF16__
+  if (layer.in % kTileIn == 0 && has_tiles()) return amx_linear(layer, x, count, y, threads);
+#endif
   const int64_t blocks = (layer.out + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) schedule(static) if (layer.in * layer.out * count > kParallel)
   for (int64_t block = 0; block < blocks; block += kBlocks) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import subprocess
 
 import pytest
@@ -85,8 +86,8 @@ def test_it_computes_the_rounded_weight_and_leaves_inputs_exact(dtype, out, size
 def test_bfloat16_weights_compute_what_float64_does(out, size):
     draw = torch.Generator().manual_seed(out)
     weight, bias = torch.randn(out, size, generator=draw).bfloat16(), torch.randn(out, generator=draw).bfloat16()
-    x = torch.randn(11, size, generator=draw).bfloat16()
-    for shift in (bias, None):
+    for count, shift in itertools.product((1, 11, 16, 24, 75), (bias, None)):
+        x = torch.randn(count, size, generator=draw).bfloat16()
         y = native.bfloat16_linear(weight, shift)(x)
         assert y.dtype == torch.bfloat16
         expected = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
@@ -95,13 +96,14 @@ def test_bfloat16_weights_compute_what_float64_does(out, size):
 
 
 @bfloat16
-def test_bfloat16_weights_pass_on_numbers_that_are_not_finite():
-    layer, x = native.bfloat16_linear(torch.ones(20, 50).bfloat16()), torch.ones(3, 50).bfloat16()
+@pytest.mark.parametrize("size", [50, 64])
+def test_bfloat16_weights_pass_on_numbers_that_are_not_finite(size):
+    layer, x = native.bfloat16_linear(torch.ones(20, size).bfloat16()), torch.ones(3, size).bfloat16()
     x[0, 7], x[1, 3] = float("nan"), float("inf")
     y = layer(x)
     assert y[0].isnan().all()
     assert y[1].isinf().all()
-    assert (y[2] == 50).all()
+    assert (y[2] == size).all()
 
 
 @bfloat16
@@ -141,11 +143,12 @@ def test_greedy_log_probabilities_of_numbers_that_are_not_finite():
 )
 def test_a_row_does_not_depend_on_the_others(make, dtype, threads):
     torch.set_num_threads(threads)
-    layer, x = make(torch.randn(112, 200).to(dtype)), torch.randn(27, 200).to(dtype)
-    together = layer(x)
-    for count in (*range(1, 10), 23):
-        assert torch.equal(layer(x[:count]), together[:count])
-    assert torch.equal(layer(x.reshape(27, 1, 200))[:, 0], together)
+    for size in (200, 256):  # AMX takes multiples of 32
+        layer, x = make(torch.randn(112, size).to(dtype)), torch.randn(39, size).to(dtype)
+        together = layer(x)
+        for count in (*range(1, 10), 23, 33):
+            assert torch.equal(layer(x[:count]), together[:count])
+        assert torch.equal(layer(x.reshape(39, 1, size))[:, 0], together)
 
 
 def test_zeros_and_numbers_that_are_not_finite():
