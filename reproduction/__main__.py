@@ -19,7 +19,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def reproduce(
     scale: str = typer.Option(
         "laptop",
-        help="laptop (two cores, default model), positions, positions-float32, gpu (the paper's tasks) or smoke.",
+        help="laptop (two cores, default model), positions, positions-float32, positions-mixtures, gpu (the paper's "
+        "tasks) or smoke.",
     ),
     only: list[str] = ONLY,
     out: Path = typer.Option(None, help="Folder for items (OUT/SCALE) and tables. Default: reproduction."),
