@@ -70,7 +70,6 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read by libgomp when torch is imported
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a third of training went into page faults
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch|peft")
     _quiet_imports()
     gc.set_threshold(10_000)  # passes at the default take a fifth of the time of importing PEFT

@@ -177,12 +177,3 @@ def test_the_spin_count_is_set_unless_the_user_chose(monkeypatch, given, count):
         os.environ.update(given)
         cli.main()
         assert os.environ.get("GOMP_SPINCOUNT") == count
-
-
-@pytest.mark.parametrize(("given", "pages"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
-def test_torch_allocates_huge_pages_unless_the_user_chose(monkeypatch, given, pages):
-    monkeypatch.setattr("sys.argv", ["sigmix", "--version"])
-    with mock.patch.dict(os.environ, clear=True):
-        os.environ.update(given)
-        cli.main()
-        assert os.environ["THP_MEM_ALLOC_ENABLE"] == pages
