@@ -25,7 +25,7 @@ from sigmix.tasks.base import Sample, Score, Task
 from sigmix.tasks.registry import get_task
 from sigmix.utils.io import atomic_file, read_text, write_text
 
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 SCRIPT = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 
 
@@ -62,7 +62,7 @@ class Form:
 
 FORMS: Mapping[str, Mapping[str, Form]] = {
     "gsm8k": {
-        "task's": Form(),
+        "number after ####": Form('Think step by step. End with "#### " and the number.'),
         "boxed, in the system turn": Form("", system=BOXED),
         "boxed": Form(BOXED),
         "the answer is": Form('Think step by step. Then end with "The answer is N."'),
