@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from helpers_engine import expert
 from helpers_export import ids
 from helpers_tiny import build_tiny
 from helpers_vllm import ENVIRONMENT, SIZES, home, needs_vllm, start
+from safetensors.torch import load_file, save_file
 
 from sigmix.engine import Engine
 from sigmix.errors import ConfigError, ExpertError, FingerprintError, SigmixError
@@ -113,6 +115,79 @@ def test_bfloat16_answers_agree_as_far_as_those_of_the_base(tmp_path, monkeypatc
     plain = expected(made, rows, ["base"] * 64)
     same = sum(own == base for own, base in zip(answers(made, rows, names), plain, strict=True))
     assert same < mixed.count(12)  # the experts act
+
+
+def test_a_quantized_base_has_the_change_of_the_original(tmp_path, monkeypatch):
+    for name, value in {**ENVIRONMENT, "SIGMIX_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    base, bank = home(tmp_path, torch.bfloat16)
+    packed, weights = gptq(base, tmp_path / "gptq")
+    monkeypatch.setenv("SIGMIX_VLLM_EXPERTS", str(bank.folder))
+    monkeypatch.setenv("SIGMIX_VLLM_BASE", str(base))
+    llm = start(packed, bank, dtype="bfloat16", max_loras=8)
+    made, rows = SimpleNamespace(numbers={}), [ids(20 + number, number) for number in range(len(NAMES))]
+    model = load_base(base, "float32")[0]
+    originals = {path: model.get_submodule(path).weight.detach().clone() for path in weights}
+
+    @torch.no_grad()
+    def expected(name, weights=weights):
+        """Log-probabilities in float32 of the tokens after the first of each row."""
+        mix = Mix.base() if name == "base" else Mix.parse(name)
+        for path, weight in weights.items():
+            u, s, vt = torch.linalg.svd(originals[path].double(), full_matrices=False)
+            gain = sum(alpha * (bank[one].z[path].double() - 1) for one, alpha in mix.weights.items())
+            model.get_submodule(path).weight.copy_(weight + ((u * (s * gain)) @ vt).float())
+        logprobs = [model(torch.tensor([row])).logits[0, :-1].log_softmax(-1) for row in rows]
+        return [one.gather(-1, torch.tensor(row[1:])[:, None])[:, 0] for one, row in zip(logprobs, rows, strict=True)]
+
+    def found(names):
+        import vllm
+
+        options = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        adapters = [request(made, name) for name in names]
+        outputs = llm.generate([{"prompt_token_ids": row} for row in rows], options, lora_request=adapters)
+        return [
+            torch.tensor([one[token].logprob for token, one in zip(row[1:], output.prompt_logprobs[1:], strict=True)])
+            for row, output in zip(rows, outputs, strict=True)
+        ]
+
+    def gap(one, other):
+        return max(float((a - b).abs().mean()) for a, b in zip(one, other, strict=True))
+
+    plain, mixed = expected("base"), found(NAMES)
+    rounding = gap(found(["base"] * len(rows)), plain)
+    assert gap(mixed, [expected(name)[number] for number, name in enumerate(NAMES)]) < 2 * rounding
+    assert gap(mixed[1:2], plain[1:2]) > 5 * rounding  # the experts act
+    assert gap(plain, expected("base", originals)) > 5 * rounding  # and so does the quantization
+
+
+def gptq(base, folder):
+    """Write a copy of a base with 4-bit weights in groups of 32, rounded to nearest, in GPTQ's format.
+
+    Returns:
+        The folder, and {path: dequantized float32 weight}.
+    """
+    tensors, weights = load_file(base / "model.safetensors"), {}
+    shutil.copytree(base, folder)
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        weight = tensors.pop(key).float()
+        path, (out, inner) = key.removesuffix(".weight"), weight.shape
+        scales = (weight.view(out, -1, 32).abs().amax(-1) / 7).bfloat16()
+        each = scales.float().repeat_interleave(32, 1)
+        levels = (weight / each).round().clamp(-8, 7)
+        weights[path] = levels * each
+        bits = (levels + 8).long().t().reshape(inner // 8, 8, out) << (4 * torch.arange(8))[None, :, None]
+        tensors[f"{path}.qweight"] = bits.sum(1).to(torch.int32)
+        tensors[f"{path}.qzeros"] = torch.full((inner // 32, out // 8), 0x77777777, dtype=torch.int32)
+        tensors[f"{path}.scales"] = scales.t().contiguous()
+        tensors[f"{path}.g_idx"] = torch.arange(inner, dtype=torch.int32) // 32
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq"
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return folder, weights
 
 
 @pytest.mark.parametrize("order", [NAMES, NAMES[::-1]])
