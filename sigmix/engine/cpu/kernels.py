@@ -67,7 +67,7 @@ ROWS = 32
 """Number of rows that oneDNN optimizes the packed layout for; others work as well."""
 
 JOINT = "_sigmix_joint"
-"""Attribute of a group's first layer inside `Packing.using`, see `joint_linear`."""
+"""Attribute of a group's first layer inside `Packing.using`: (layers, function that returns their packed layer)."""
 
 Pack = Callable[[torch.Tensor], torch.Tensor]
 """Linear layer with a packed weight, x [..., in] -> [..., out], without gradients."""
@@ -102,7 +102,8 @@ def available() -> bool:
 class Packing:
     """Packed copies of a model's weights, which linear layers use inside `using`.
 
-    Layers that share their input run as one matmul.
+    Layers that share their input run as one matmul. A copy is made when its layer first runs, so that passes over the
+    first layers alone do not cost the memory of the others.
 
     Args:
         layers: adapted layers of the model.
@@ -192,20 +193,23 @@ class Packing:
                 for module in self._int8_others:
                     layer = self.of(("int8", id(module)), [module.weight, module.bias], int8_linear)
                     patch(patches, module, "forward", layer)
-                    patch(patches, module, JOINT, ([module], layer))
+                    patch(patches, module, JOINT, ([module], functools.partial(_itself, layer)))
                 for group in self._int8_groups:
-                    self._joint(group, self.base(group, int8_linear), patches, _eight_bits)
+                    layer = self.base(group, int8_linear)
+                    self._joint(group, functools.partial(_itself, layer), patches, _eight_bits)
             elif self.on:
                 for module in self.others:
-                    layer = self.of(id(module), [module.weight, module.bias])
-                    patch(patches, module, "forward", functools.partial(_forward, module, layer))
-                    patch(patches, module, JOINT, ([module], layer))
+                    get = functools.cache(functools.partial(self.of, id(module), [module.weight, module.bias]))
+                    patch(patches, module, "forward", functools.partial(_forward, module, get))
+                    patch(patches, module, JOINT, ([module], get))
                 for group in self.groups:
                     if form == "factored":
                         self._factored(group, patches)
                     else:
                         packed = (merged or {}).get(group.paths[0])
-                        self._joint(group, self.base(group) if packed is None else packed, patches, _shared)
+                        own = functools.partial(self.base, group)
+                        get = functools.cache(own if packed is None else functools.partial(_itself, packed))
+                        self._joint(group, get, patches, _shared)
             yield
 
     def base(self, group: Group, make: Callable[..., Pack] | None = None) -> Pack:
@@ -213,10 +217,12 @@ class Packing:
         make_layer: Callable[..., Pack] = make or self.pack
         return self.of((make, group.paths[0]), group.sources(), lambda *_: make_layer(group.weight(), group.bias()))
 
-    def _joint(self, group: Group, layer: Pack, patches: ExitStack, forward: Callable[..., torch.Tensor]) -> None:
+    def _joint(
+        self, group: Group, get: Callable[[], Pack], patches: ExitStack, forward: Callable[..., torch.Tensor]
+    ) -> None:
         sizes, bases = group.sizes, [one.get_base_layer() for one in group.layers]
-        shared = Shared(lambda x: layer(x).split(sizes, -1))
-        patch(patches, bases[0], JOINT, (bases, layer))
+        shared = Shared(lambda x: get()(x).split(sizes, -1))
+        patch(patches, bases[0], JOINT, (bases, get))
         for number, base in enumerate(bases):
             patch(patches, base, "forward", functools.partial(forward, base, shared, number))
 
@@ -235,16 +241,20 @@ def joint_linear(layers: Sequence[nn.Module]) -> Pack | None:
 
     None unless all rows have the same weights, and these are packed.
     """
-    members, joint = layers[0].__dict__.get(JOINT, (None, None))
-    return joint if members == layers else None
+    members, get = layers[0].__dict__.get(JOINT, (None, None))
+    return get() if get is not None and members == layers else None
 
 
 def _plain_pass(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() or x.dtype != torch.bfloat16
 
 
-def _forward(module: nn.Linear, packed: Pack, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else packed(x)
+def _itself(layer: Pack) -> Pack:
+    return layer
+
+
+def _forward(module: nn.Linear, get: Callable[[], Pack], x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias) if _plain_pass(x) else get()(x)
 
 
 def _shared(module: nn.Linear, shared: Shared, number: int, x: torch.Tensor) -> torch.Tensor:

@@ -193,6 +193,18 @@ def test_packs_are_made_once_and_anew_when_a_weight_changes(tiny, tiny_tokenizer
 
 
 @packs
+def test_hidden_states_pack_the_layers_that_run_alone(tiny, tiny_tokenizer, monkeypatch):
+    packed, plain = [], kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda weight, bias=None: packed.append(weight) or plain(weight, bias))
+    engine = engine_of(tiny, tiny_tokenizer)
+    groups = engine.execution.packing.groups
+    engine.hidden_states(PROMPTS, [1])
+    assert len(packed) == sum(".layers.0." in group.paths[0] for group in groups) == len(groups) / 2
+    engine.generate(PROMPTS, max_new_tokens=1)
+    assert len(packed) == len(groups) + 1  # the head
+
+
+@packs
 def test_nothing_is_left_in_the_model(tiny, tiny_tokenizer):
     engine = engine_of(tiny, tiny_tokenizer)
     before = {name: p.clone() for name, p in engine.model.named_parameters()}
