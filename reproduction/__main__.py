@@ -1,4 +1,4 @@
-"""``python -m reproduction --scale smoke|laptop|positions|gpu|…``: the paper's tables and further experiments."""
+"""``python -m reproduction --scale smoke|laptop|half-billion|gpu|…``: the paper's tables and further experiments."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def reproduce(
     scale: str = typer.Option(
         "laptop",
-        help="laptop (two cores, default model), positions, positions-float32, positions-mixtures, gpu (the paper's "
-        "tasks) or smoke.",
+        help="laptop (two cores, default model), positions, positions-float32, positions-mixtures, half-billion (the "
+        "paper's tasks on two cores), gpu (those on a GPU) or smoke.",
     ),
     only: list[str] = ONLY,
     out: Path = typer.Option(None, help="Folder for items (OUT/SCALE) and tables. Default: reproduction."),

@@ -71,6 +71,7 @@ class Lab:
         own = {
             "base": scale.base, "dtype": scale.dtype, "n": scale.n, "validation": scale.validation,
             "sweep": scale.sweep, "preset": scale.preset, "training": dict(scale.training),
+            **({"items": dict(scale.items)} if scale.items else {}),
         }  # fmt: skip
         known = self.store.fact("scale")
         if known is None:
@@ -247,7 +248,7 @@ class Lab:
         measure: Callable[[Sequence[Sample]], tuple[Result, Mapping[str, Any]]],
     ) -> Cell:
         if not self.store.has(task, who):
-            samples = self.samples(task, "test", self.scale.n)
+            samples = self.samples(task, "test", self.scale.items.get(task, self.scale.n))
             started = time.perf_counter()
             result, found = measure(samples)
             about = {"n": len(samples), "seconds": round(time.perf_counter() - started, 2), "commit": commit()}

@@ -2,7 +2,8 @@
 
 A scale names tasks, sizes and seeds; the stages are the same for all. `laptop` takes two cores and the embedded model,
 `positions` the same for a study of its own, `positions-float32` parts of that in float32, `positions-mixtures` its
-mixtures, `gpu` the paper's own benchmarks and preset, `smoke` a tiny model, to test the program and not the method.
+mixtures, `half-billion` the paper's own benchmarks on two cores, `gpu` those with the paper's preset, `smoke` a tiny
+model, to test the program and not the method.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Kind:
             it goes on beyond an end that wins. sweep: tasks of the sweep; default: the scale's.
         like: a kind whose sweep stands for this one's: its best rate is taken, or, with match, the one whose KL to the
             base is nearest to what the kind ``match`` has at its best.
+        tasks: that it is trained on in Table 1, besides those of the sweep; default: the scale's.
         answer_tokens, both, l1: see `reproduction.variants`.
     """
 
@@ -31,6 +33,7 @@ class Kind:
     options: Mapping[str, Any]
     lrs: tuple[float, ...] = ()
     sweep: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     like: str | None = None
     match: str | None = None
     answer_tokens: int = 0
@@ -156,8 +159,9 @@ class Scale:
         base: of `load_base`; dtype: None is the faster one on the machine.
         tasks: those that experts are trained on with every seed. extra: more experts, of the first seed.
         conflict: two of the tasks that ask nearly the same for opposite answers, if there are such.
+        peer: the kind that SVF by policy gradient is compared with, with every seed. pairs: mix all pairs of experts.
         sweep: the task on which learning rates are chosen, by validation. unseen: tasks that nothing is trained on.
-        seeds: of training. n: test items a cell. validation: items that choose α.
+        seeds: of training. n: test items a cell; items: other numbers, by task. validation: items that choose α.
         training: fields of `TrainConfig` for every run. preset: its preset.
         classifier_steps: of the training of strategy B's expert. per_label: test requests a kind for its confusion.
         shots: of the few-shot tables. search: overrides of the few-shot searches, for the smoke test.
@@ -178,6 +182,9 @@ class Scale:
     seeds: tuple[int, ...] = (0, 1, 2)
     dtype: str | None = None
     n: int = 500
+    items: Mapping[str, int] = field(default_factory=dict)
+    peer: str = "lora-rl"
+    pairs: bool = False
     validation: int = 48
     preset: str = "laptop"
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -191,6 +198,11 @@ class Scale:
     larger_training: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 128
     stages: tuple[str, ...] = PAPER_STAGES
+
+    @property
+    def compared(self) -> tuple[str, str]:
+        """The two kinds that are trained with every seed."""
+        return "svf-rl", self.peer
 
 
 # one question of ours: must z act on the answer's tokens, too? Tasks, training and items are laptop's
@@ -243,6 +255,35 @@ SCALES: dict[str, Scale] = {
     # with experts of its own, since those of the study are not kept
     "positions-mixtures": replace(
         POSITIONS, name="positions-mixtures", kinds=CHOSEN_KINDS, stages=("position-mixtures",)
+    ),
+    # the paper's tasks on two cores: one run of each kind, LoRA by next token but for one task
+    "half-billion": Scale(
+        name="half-billion",
+        base="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        tasks=("gsm8k", "mbpp", "arc-easy"),
+        extra=(),
+        sweep="arc-easy",
+        unseen=("humaneval", "arc-challenge", "svamp"),
+        conflict=None,
+        few_shot="arc-challenge",
+        seeds=(0,),
+        items={"arc-easy": 1000, "arc-challenge": 1172, "svamp": 1000},
+        peer="lora-sft",
+        pairs=True,
+        training={
+            "max_steps": 24,
+            "eval_steps": 8,
+            "lr_scheduler_type": "constant",
+            "generation_batch_size": 32,
+            "per_device_train_batch_size": 4,
+            "max_eval_samples": 64,
+        },
+        kinds={
+            "svf-rl": KINDS["svf-rl"],
+            "lora-sft": KINDS["lora-sft"],
+            "lora-rl": replace(KINDS["lora-rl"], tasks=("gsm8k",)),
+        },
+        stages=("sweep", "table1", "table2", "dispatch", "composition", "transfer"),
     ),
     # the paper's tasks; of its preset, steps, clip and baseline are ours, to fit a GPU's hours; any base by --base
     "gpu": Scale(

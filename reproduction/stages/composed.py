@@ -9,7 +9,6 @@ from reproduction.names import BASE, single
 from reproduction.report import NOT_RUN, Report, mean, table
 from reproduction.seeds import paired_seeds, seeds_interval
 from reproduction.stages.groups import (
-    EVERY_SEED,
     FIRST_SEED,
     MODES,
     crossed,
@@ -49,7 +48,7 @@ def alone(report: Report) -> str:
 def mixed(report: Report) -> str:
     """Mean accuracy over the members' tasks, and retention of the gain."""
     scale, rows = report.scale, []
-    for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
+    for group in groups(scale, scale.compared[0], scale.seeds[0]):
         for mode in ("alone", *MODES):
             cells = []
             found = {kind: rows_of(report, kind, group, mode) for kind in kinds(report.store, scale)}
@@ -66,7 +65,7 @@ def mixed(report: Report) -> str:
                     + (f", keeps {100 * mean(kept):.0f} %" if kept else "")
                     + (f" ({each})" if len(kept) > 1 else "")
                 )
-            ours, theirs = found["svf-rl"], found["lora-rl"]
+            ours, theirs = (found[kind] for kind in scale.compared)
             difference = NOT_RUN
             if ours and theirs:
                 value, low, high = paired_seeds(list(ours.values()), list(theirs.values()))
@@ -79,7 +78,7 @@ def mixed(report: Report) -> str:
 def by_task(report: Report) -> str:
     """Every mixture on every member, with the tuned α."""
     scale, rows = report.scale, []
-    for group in groups(scale, EVERY_SEED[0], scale.seeds[0]):
+    for group in groups(scale, scale.compared[0], scale.seeds[0]):
         for mode in MODES:
             for kind in kinds(report.store, scale):
                 if group not in groups(scale, kind, scale.seeds[0]):
@@ -102,7 +101,7 @@ def by_task(report: Report) -> str:
 def crossed_matrix(report: Report) -> str:
     """Effect of an expert on the other tasks."""
     parts, every = [], crossed(report.scale)
-    for kind in EVERY_SEED:
+    for kind in report.scale.compared:
         rows = []
         for expert in every:
             name = single(report.store, report.scale, kind, expert, report.scale.seeds[0])
@@ -121,7 +120,7 @@ def change(report: Report, task: str, name: str | None) -> str:
 def geometry_table(report: Report) -> str:
     """Size and similarity of the updates."""
     rows = []
-    for kind in EVERY_SEED:
+    for kind in report.scale.compared:
         found = report.store.fact(f"geometry-{kind}")
         if found is None:
             rows.append([report.scale.kinds[kind].label, *[NOT_RUN] * 4])
@@ -171,7 +170,7 @@ def plots(report: Report) -> None:
                 for group in groups(report.scale, kind, report.scale.seeds[0])
                 if group != report.scale.conflict and (kept := retention(report, kind, group, mode))
             }
-            color = f"C{(*EVERY_SEED, *FIRST_SEED).index(kind)}"
+            color = f"C{(*report.scale.compared, *FIRST_SEED).index(kind)}"
             label = f"{report.scale.kinds[kind].label}, {mode}"
             left.plot(list(sizes), list(sizes.values()), style, color=color, marker="o", markersize=3, label=label)
         found = points(report, kind, report.scale.tasks)

@@ -11,7 +11,7 @@ from reproduction.compose import geometry, tuned_cells
 from reproduction.lab import Lab
 from reproduction.report import Report
 from reproduction.stages import composed
-from reproduction.stages.groups import EVERY_SEED, crossed, groups, kinds, seeds
+from reproduction.stages.groups import crossed, groups, kinds, seeds
 
 
 class Composition:
@@ -35,7 +35,7 @@ class Composition:
         trained = {task: lab.trained(kind, task, seed) for task in members}
         model, tokenizer = lab.base()
         blend = Blend(model, {task: folder for task, (_, folder) in trained.items()}, scale.kinds[kind].policy)
-        main = seed == first and kind in EVERY_SEED
+        main = seed == first and kind in scale.compared
         for task, (name, _) in trained.items():
             others = crossed(scale) if main and task in crossed(scale) else ()
             for other in dict.fromkeys([task, *others]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 from reproduction.compose import average, fact, total
@@ -11,8 +12,6 @@ from reproduction.names import BASE, chosen_lr, mix_name, single
 from reproduction.report import Report, marks, mean
 from reproduction.scale import Scale
 
-EVERY_SEED = ("svf-rl", "lora-rl")
-
 FIRST_SEED = ("lora-small-rl", "lora-kl-rl")
 
 MODES = ("average", "sum", "tuned")
@@ -20,22 +19,26 @@ MODES = ("average", "sum", "tuned")
 
 def kinds(store: Any, scale: Scale) -> list[str]:
     """The kinds that are compared; the one at SVF's KL only if it is not the sweep's best anyway."""
-    same = chosen_lr(store, scale, "lora-kl-rl") == chosen_lr(store, scale, "lora-rl")
-    return [kind for kind in (*EVERY_SEED, *FIRST_SEED) if not (kind == "lora-kl-rl" and same)]
+    more = [kind for kind in FIRST_SEED if kind in scale.kinds]
+    if "lora-kl-rl" in more and chosen_lr(store, scale, "lora-kl-rl") == chosen_lr(store, scale, "lora-rl"):
+        more.remove("lora-kl-rl")
+    return [*scale.compared, *more]
 
 
 def seeds(scale: Scale, kind: str) -> tuple[int, ...]:
     """Which seeds of a kind are trained."""
-    return scale.seeds if kind in EVERY_SEED else scale.seeds[:1]
+    return scale.seeds if kind in scale.compared else scale.seeds[:1]
 
 
 def groups(scale: Scale, kind: str, seed: int) -> list[tuple[str, ...]]:
     """Which experts are mixed: two, three (all seeds), all (first seed); and the pair in conflict (first seed, of the
-    two kinds that are compared most)."""
+    two kinds that are compared most). With `Scale.pairs` every two."""
     found = [scale.tasks[:count] for count in range(2, len(scale.tasks) + 1)]
+    if scale.pairs:
+        found = [*combinations(scale.tasks, 2), *found]
     if seed == scale.seeds[0]:
         found.append(scale.tasks + scale.extra)
-        if scale.conflict and kind in EVERY_SEED:
+        if scale.conflict and kind in scale.compared:
             found.append(scale.conflict)
     return list(dict.fromkeys(found))
 

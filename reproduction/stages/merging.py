@@ -11,7 +11,7 @@ from reproduction.merging import METHODS, Merging, tune_merging
 from reproduction.report import NOT_RUN, Report, mean, table
 from reproduction.scale import Scale
 from reproduction.seeds import seeds_interval
-from reproduction.stages.groups import EVERY_SEED, MODES, groups, retention, rows_of
+from reproduction.stages.groups import MODES, groups, retention, rows_of
 
 
 class MergingMethods:
@@ -23,7 +23,7 @@ class MergingMethods:
     def run(self, lab: Lab) -> None:
         """Merge the experts of every seed."""
         for seed in lab.scale.seeds:
-            for kind in EVERY_SEED:
+            for kind in lab.scale.compared:
                 self._one(lab, kind, seed)
 
     def _one(self, lab: Lab, kind: str, seed: int) -> None:
@@ -45,9 +45,9 @@ class MergingMethods:
     def tables(self, report: Report) -> str:
         """Mean accuracy, share of the gain that is kept, and share of each expert's right items that stay right."""
         scale, rows = report.scale, []
-        for group in _groups(scale, EVERY_SEED[0], scale.seeds[0]):
+        for group in _groups(scale, scale.compared[0], scale.seeds[0]):
             title = " + ".join(group)
-            for kind in EVERY_SEED:
+            for kind in scale.compared:
                 for mode in ("alone", *MODES, *METHODS[scale.kinds[kind].policy]):
                     found = rows_of(report, kind, group, mode)
                     cells = [NOT_RUN] * 3

@@ -92,7 +92,7 @@ class Strategies:
             if lab.store.fact(f"best-lora-{task}") is None:
                 lab.store.write_fact(f"best-lora-{task}", lab.timed(partial(self._best_lora, lab, task)))
             best = (lab.store.fact(f"best-lora-{task}") or {})["best"]
-            lab.single_cells("lora-rl", best, scale.seeds[0], on=[task])
+            lab.single_cells(scale.peer, best, scale.seeds[0], on=[task])
 
     @staticmethod
     def who(name: str) -> str:
@@ -105,7 +105,7 @@ class Strategies:
         scale, every = lab.scale, lab.scale.tasks + lab.scale.extra
         samples = lab.samples(task, "validation", scale.validation)
         model, tokenizer = lab.base()
-        blend = Blend(model, {one: lab.trained("lora-rl", one, scale.seeds[0])[1] for one in every}, "lora")
+        blend = Blend(model, {one: lab.trained(scale.peer, one, scale.seeds[0])[1] for one in every}, "lora")
 
         def value(one: str) -> float:
             result, _ = lab.measured(task, samples, blend.model, tokenizer, lambda: blend.under({one: 1.0}))
@@ -122,7 +122,7 @@ class Strategies:
         for letter in LETTERS:
             rows.append([f"strategy {letter}", *(self._cell(report, task, self.who(letter)) for task in scale.unseen)])
         best = [(report.store.fact(f"best-lora-{task}") or {}).get("best") for task in scale.unseen]
-        loras = [single(report.store, scale, "lora-rl", one, scale.seeds[0]) if one else None for one in best]
+        loras = [single(report.store, scale, scale.peer, one, scale.seeds[0]) if one else None for one in best]
         cells = [
             self._cell(report, task, who) + (f" ({member})" if member else "")
             for task, who, member in zip(scale.unseen, loras, best, strict=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from reproduction.lab import Lab
 from reproduction.names import BASE, single
 from reproduction.report import Report, table
+from reproduction.scale import Scale
 from sigmix.evals.plots import figure, save_png
 
-SEEDED = ("svf-rl", "lora-rl")
-
-ONCE = ("lora-qv-sft", "lora-sft", "svf-sft", "lora-qv-rl", "lora-small-rl")
+ONCE = ("lora-rl", "lora-qv-sft", "lora-sft", "svf-sft", "lora-qv-rl", "lora-small-rl")
 
 PARTS = ("svf-mlp-rl", "svf-qv-rl")
+
+
+def once(scale: Scale) -> list[str]:
+    """Return the kinds that are trained with the first seed only."""
+    return [kind for kind in ONCE if kind in scale.kinds and kind not in scale.compared]
 
 
 class Table1:
@@ -24,8 +28,8 @@ class Table1:
         """Train and measure; the two kinds that are compared most with every seed, the others with the first."""
         lab.base_cells(lab.scale.tasks)
         for seed in lab.scale.seeds:
-            for kind in (*SEEDED, *(ONCE if seed == lab.scale.seeds[0] else ())):
-                for task in lab.scale.tasks:
+            for kind in (*lab.scale.compared, *(once(lab.scale) if seed == lab.scale.seeds[0] else ())):
+                for task in lab.scale.kinds[kind].tasks or lab.scale.tasks:
                     lab.single_cells(kind, task, seed)
 
     def tables(self, report: Report) -> str:
@@ -34,7 +38,7 @@ class Table1:
         rows = [["base", "", "", *(report.base(task) for task in scale.tasks)]]
         rows.append(["best constant answer", "", "", *(report.constant(task) for task in scale.tasks)])
         differences = []
-        for kind in (*SEEDED, *ONCE):
+        for kind in (*scale.compared, *once(scale)):
             names = {task: report.names(kind, task) for task in scale.tasks}
             run = next((report.store.run(name) for own in names.values() for name in own), None) or {}
             count = run.get("parameters")
@@ -44,8 +48,8 @@ class Table1:
                     *(report.over(task, own) for task, own in names.items()),
                 ]
             )  # fmt: skip
-            if kind != SEEDED[0]:
-                ours = {task: report.names(SEEDED[0], task) for task in scale.tasks}
+            if kind != scale.compared[0]:
+                ours = {task: report.names(scale.compared[0], task) for task in scale.tasks}
                 differences.append(
                     [scale.kinds[kind].label, *(report.over_against(t, ours[t], names[t]) for t in scale.tasks)]
                 )
@@ -63,7 +67,7 @@ class Table1:
         canvas = figure(3.2 * len(scale.tasks), 3)
         panels = canvas.subplots(1, len(scale.tasks), squeeze=False)[0]
         for panel, task in zip(panels, scale.tasks, strict=True):
-            for number, kind in enumerate((*SEEDED, *ONCE)):
+            for number, kind in enumerate((*scale.compared, *once(scale))):
                 name = single(report.store, scale, kind, task, scale.seeds[0])
                 run = None if name is None else report.store.run(name)
                 if run is not None:

@@ -59,7 +59,7 @@ def prompt_dataset(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
 def gold_dataset(
     samples: Sequence[Sample], model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Return encoded prompts with their gold replies for SFTTrainer; the loss is on the reply and its end token.
+    """Return encoded prompts with their targets for SFTTrainer; the loss is on the reply and its end token.
 
     They are encoded here because a chat template may format the prompt of a whole conversation differently from a
     generation prompt.
@@ -77,7 +77,7 @@ def gold_dataset(
     rows = []
     for one in samples:
         prompt = encode(tokenizer, one.turns, one.system)
-        reply = reply_ids(tokenizer, one.gold, ends)
+        reply = reply_ids(tokenizer, one.target, ends)
         rows.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
     return Dataset.from_list(rows)
 

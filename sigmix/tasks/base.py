@@ -58,7 +58,7 @@ class Sample:
         prompt: the user's turn; the last one, if there are several.
         gold: a reply that scores `Task.gold_value`.
         system: the system turn, if there is one.
-        meta: data for the grader (choices, tests, …); never shown to the model.
+        meta: data for the grader (choices, tests, …), never shown to the model; "target": see `target`.
         images: shown before the prompt, in the user's turn; need a vision-language model.
         history: earlier messages {"role", "content"} of user and assistant.
     """
@@ -75,6 +75,11 @@ class Sample:
     def turns(self) -> str | list[Mapping[str, str]]:
         """The prompt, or all messages but the system's, as `sigmix.engine.tokenization.encode` takes them."""
         return [*self.history, {"role": "user", "content": self.prompt}] if self.history else self.prompt
+
+    @property
+    def target(self) -> str:
+        """Reply for next-token training: a worked solution, where the prompt asks for one and the data has it."""
+        return str(self.meta.get("target", self.gold))
 
     @classmethod
     def make(
@@ -212,10 +217,10 @@ class Task(ABC):
     def validate(self, split: Split = "train", n: int = 50) -> ValidationReport:
         """Check the grader on up to ``n`` samples of ``split``, and that the splits are disjoint.
 
-        Gold must score `gold_value`; wrong, empty and garbage replies, and gold in a draft, 0. Ungradable wrong replies
-        are counted, an ungradable gold reply is a problem. Ids are recomputed from the content and compared across all
-        splits: whole splits of a finite set, two draws of a generated one. If ``split`` is missing, the first
-        existing one is used.
+        Gold and target must score `gold_value`; wrong, empty and garbage replies, and gold in a draft, 0. Ungradable
+        wrong replies are counted, an ungradable gold reply is a problem. Ids are recomputed from the content and
+        compared across all splits: whole splits of a finite set, two draws of a generated one. If ``split`` is missing,
+        the first existing one is used.
         """
         split = split if split in self.splits() or split not in SPLITS else self.splits()[0]
         problems: list[str] = []
@@ -230,6 +235,9 @@ class Task(ABC):
                     f"gold {_short(sample.gold)} scores {gold.value} on {_short(sample.prompt)} "
                     f"({_short(gold.explanation)})"
                 )
+            target = self.score(sample, sample.target).value
+            if target != self.gold_value(sample):
+                problems.append(f"target {_short(sample.target)} scores {target} on {_short(sample.prompt)}")
             drafted = f"<think>{sample.gold}</think>\nI don't know."
             for reply in (*GARBAGE, drafted, *self.wrong_replies(sample)):
                 value = self.score(sample, reply).value

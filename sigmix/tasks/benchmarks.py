@@ -8,9 +8,11 @@ found.
 from __future__ import annotations
 
 import functools
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,7 +102,8 @@ class BenchmarkTask(Task):
     def _checked(self, row: Row) -> Sample | None:
         sample = self.sample(row)
         if sample is not None and not self.costly:
-            row.check_gold(sample.gold, functools.partial(self.score, sample), self.gold_value(sample))
+            for reply in dict.fromkeys((sample.gold, sample.target)):
+                row.check_gold(reply, functools.partial(self.score, sample), self.gold_value(sample))
         return sample
 
     def divide(self, tables: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
@@ -192,7 +195,7 @@ class WordProblemTask(BenchmarkTask):
 
 @register("gsm8k")
 class GSM8K(WordProblemTask):
-    """Cobbe et al. 2021, arXiv:2110.14168. ``meta["solution"]`` is the worked solution."""
+    """Cobbe et al. 2021, arXiv:2110.14168. Targets are the worked solutions, without the calculator's annotations."""
 
     description = "Grade-school word problems (GSM8K)."
     license = "MIT"
@@ -203,7 +206,11 @@ class GSM8K(WordProblemTask):
         solution, mark, answer = row.get("answer", kind=str).rpartition("####")
         if not mark:
             raise row.bad("the answer has no ####")
-        return self._make(row, row.get("question", kind=str), answer.strip(), solution=solution.strip())
+        made = self._make(row, row.get("question", kind=str), answer.strip())
+        if self.strict:
+            return made
+        target = f"{re.sub('<<.*?>>', '', solution).strip()}\nThe final answer is \\boxed{{{made.gold}}}."
+        return replace(made, meta={**made.meta, "target": target})
 
 
 @register("svamp")
@@ -242,7 +249,7 @@ class Math(BenchmarkTask):
         if not answers or not answers[-1].strip():
             raise row.bad("the solution has no \\boxed answer")
         prompt = f"{row.get('problem', kind=str).strip()}\nThink step by step. Put the final answer in \\boxed{{}}."
-        return Sample.make(prompt, rf"\boxed{{{answers[-1].strip()}}}", answer=answers[-1].strip(), solution=solution)
+        return Sample.make(prompt, rf"\boxed{{{answers[-1].strip()}}}", answer=answers[-1].strip(), target=solution)
 
     def score(self, sample: Sample, reply: str) -> Score:
         return math_equal(reply, sample.meta["answer"])

@@ -151,11 +151,11 @@ class Actor:
         return Rollouts(prompts, [row.ids for row in rows], texts, rewards, [score.answer for score in scores])
 
     def gold(self, samples: Sequence[Sample]) -> Rollouts:
-        """Return the gold replies as rollouts of reward 1, for the next-token objective."""
-        completions = [reply_ids(self.tokenizer, sample.gold, self.ends) for sample in samples]
+        """Return the samples' targets as rollouts of reward 1, for the next-token objective."""
+        completions = [reply_ids(self.tokenizer, sample.target, self.ends) for sample in samples]
         for sample, ids in zip(samples, completions, strict=True):
             check_tokens(self.model, ids, f"the answer of sample {sample.id} of {self.task.name}", self.tokenizer)
-        texts = [sample.gold for sample in samples]
+        texts = [sample.target for sample in samples]
         return Rollouts([self.encode(s) for s in samples], completions, texts, torch.ones(len(texts)), list(texts))
 
     def generate(self, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 64) -> list[SequenceState]:

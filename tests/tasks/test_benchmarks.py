@@ -8,6 +8,7 @@ import pytest
 
 from sigmix.errors import ConfigError, DataError
 from sigmix.tasks import Score, content_id, get_task
+from sigmix.train.rollout import Actor
 
 
 def write(path, rows):
@@ -149,6 +150,21 @@ def test_thousands_commas_in_gold(data):
     assert int(sample.gold) > 1000
     assert task.score(sample, f"It is {int(sample.gold):,}.").value == 1.0
     assert task.score(sample, sample.gold[-3:]).value == 0.0
+
+
+def test_worked_solutions_are_what_is_trained_on(data, tiny_llama, tiny_tokenizer):
+    answer = "48/2 = <<48/2=24>>24.\n24+1000=<<24+1000=1024>>1024\n#### 1,024"
+    write(data / "gsm8k/train.jsonl", [{"question": f"Of {n} eggs?", "answer": answer} for n in range(40)])
+    task = get_task("gsm8k", data_dir=data)
+    sample = task.samples("train", 1)[0]
+    assert sample.gold == "1024"
+    assert sample.target == "48/2 = 24.\n24+1000=1024\nThe final answer is \\boxed{1024}."
+    rollouts = Actor(tiny_llama, tiny_tokenizer, task).gold([sample])
+    assert rollouts.texts == [sample.target]
+    assert tiny_tokenizer.decode(rollouts.completions[0]).startswith(sample.target[:12])
+    assert get_task("gsm8k?style=strict", data_dir=data).samples("train", 1)[0].target == "1024"
+    assert get_task("math", data_dir=data).samples("train", 1)[0].target.startswith("It is $")
+    assert get_task("svamp", data_dir=data).samples("train", 1)[0].target.isdecimal()
 
 
 @pytest.mark.parametrize(
