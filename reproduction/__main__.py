@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def reproduce(
     seeds: int = typer.Option(None, min=1, help="Only the first training seeds."),
     jobs: int = typer.Option(1, min=1, help="Stages in parallel, each with its share of the cores."),
     tables: bool = typer.Option(True, help="Write the tables at the end."),
+    plan: bool = typer.Option(False, "--plan", help="Run all stages on a tiny model, and print what each costs."),
+    tflops: float = typer.Option(0.2, min=0, help="Effective rate of --plan, in 10^12 FLOPs a second."),
     report_only: bool = typer.Option(False, "--report", help="Write the tables from stored results, and run nothing."),
     pack: bool = typer.Option(False, "--pack", help="Pack the items into SCALE.tar.xz with an entry in manifest.json."),
 ) -> None:
@@ -40,6 +43,7 @@ def reproduce(
     from reproduction.jobs import run_jobs, stage_command
     from reproduction.lab import Lab
     from reproduction.page import write_page
+    from reproduction.plan import plan_page, rehearse
     from reproduction.scale import get_scale
     from reproduction.stages import chosen
     from reproduction.store import Store
@@ -51,6 +55,12 @@ def reproduce(
     todo = chosen(settings, only)
     settings = replace(settings, base=settings.base if base is None else base)
     settings = replace(settings, larger=settings.larger if larger is None else larger, seeds=settings.seeds[:seeds])
+    if plan:
+        with tempfile.TemporaryDirectory() as folder:
+            works = rehearse(settings, Path(folder), data_dir, allow_code)
+            lab = Lab(settings, Store(Path(folder) / "none"), Path(folder), data_dir, allow_code)
+            typer.echo(plan_page(settings, works, lab, tflops))
+        return
     pages = out or HERE / "tables"
     store = Store((out or HERE / "results") / scale)
     check_writable(pages / f"{scale}.md")

@@ -30,7 +30,7 @@ from sigmix.experts.mix import Mix
 from sigmix.models.loading import load_base
 from sigmix.tasks.base import Sample, Split, Task
 from sigmix.tasks.registry import get_task
-from sigmix.train.config import make_config
+from sigmix.train.config import TrainConfig, make_config
 from sigmix.train.rollout import Actor
 from sigmix.train.trainer import Trainer
 from sigmix.utils.io import file_lock
@@ -154,17 +154,18 @@ class Lab:
     def _has_run(self, name: str) -> bool:
         return self.store.run(name) is not None and (self.work / "runs" / name / "best").exists()
 
+    def config(self, kind: str, task: str, **options: Any) -> TrainConfig:
+        """Return the configuration of a training run."""
+        settings = {**self.scale.training, **self.scale.kinds[kind].options}
+        if self.scale.preset == "laptop":
+            settings = {"generation_batch_size": ANSWERS, **settings}
+        return make_config(self.scale.preset, **settings, task=task, base=self.scale.base, **options)
+
     def _train(self, name: str, kind: str, task: str, seed: int, rate: float, after: Sequence[str]) -> None:
         folder = self.work / "runs" / name
         start = self.trained(kind, after[-1], seed, rate, after[:-1])[1] if after else None
         made, own = self.task(task), self.scale.kinds[kind]
-        options = {**self.scale.training, **own.options}
-        if self.scale.preset == "laptop":
-            options = {"generation_batch_size": ANSWERS, **options}
-        config = make_config(
-            self.scale.preset, **options, task=task, base=self.scale.base, learning_rate=rate,
-            seed=seed, init_from=None if start is None else str(start),
-        )  # fmt: skip
+        config = self.config(kind, task, learning_rate=rate, seed=seed, init_from=None if start is None else str(start))
         model, tokenizer = self.base()
         arguments = (model, tokenizer, made, config, folder, task)
         trainer = VariantTrainer(own, *arguments) if own.varied else Trainer(*arguments)

@@ -164,6 +164,7 @@ class Scale:
         seeds: of training. n: test items a cell; items: other numbers, by task. validation: items that choose α.
         training: fields of `TrainConfig` for every run. preset: its preset.
         classifier_steps: of the training of strategy B's expert. per_label: test requests a kind for its confusion.
+        examples: task whose training and validation items stand for those of an unseen task that has none.
         shots: of the few-shot tables. search: overrides of the few-shot searches, for the smoke test.
         few_shot: the unseen task of the few-shot tables. ia3_steps: of IA3's training on the same examples.
         larger: base of the larger model, if there is one. larger_training: what its runs do otherwise.
@@ -191,6 +192,7 @@ class Scale:
     kinds: Mapping[str, Kind] = field(default_factory=lambda: KINDS)
     classifier_steps: int = 40
     per_label: int = 60
+    examples: Mapping[str, str] = field(default_factory=lambda: {"humaneval": "mbpp"})
     shots: tuple[int, ...] = (3, 5, 10, 20)
     search: Mapping[str, Any] = field(default_factory=dict)
     ia3_steps: int = 100

@@ -29,7 +29,8 @@ SHOTS = 10
 
 
 def search_on(lab: Lab, engine: Engine, task: str, shots: int, **options: Any) -> FewShotSearch:
-    """Strategy C on training items of a task."""
+    """Strategy C on training items of a task, or of the one that stands for it."""
+    task = lab.scale.examples.get(task, task)
     made = lab.task(task)
     given = [Example(one.prompt, one.gold, one) for one in lab.samples(task, "train", shots)]
     return FewShotSearch(
@@ -103,6 +104,7 @@ class Strategies:
     def _best_lora(lab: Lab, task: str) -> dict[str, Any]:
         """Which LoRA adapter is best on a task's validation items (more than any strategy may see)."""
         scale, every = lab.scale, lab.scale.tasks + lab.scale.extra
+        task = scale.examples.get(task, task)
         samples = lab.samples(task, "validation", scale.validation)
         model, tokenizer = lab.base()
         blend = Blend(model, {one: lab.trained(scale.peer, one, scale.seeds[0])[1] for one in every}, "lora")
