@@ -33,7 +33,7 @@ def reproduce(
     seeds: int = typer.Option(None, min=1, help="Only the first training seeds."),
     jobs: int = typer.Option(1, min=1, help="Stages in parallel, each with its share of the cores."),
     tables: bool = typer.Option(True, help="Write the tables at the end."),
-    plan: bool = typer.Option(False, "--plan", help="Run all stages on a tiny model, and print what each costs."),
+    plan: bool = typer.Option(False, "--plan", help="Rehearse the stages on a tiny model; write SCALE-plan.md."),
     tflops: float = typer.Option(0.2, min=0, help="Effective rate of --plan, in 10^12 FLOPs a second."),
     report_only: bool = typer.Option(False, "--report", help="Write the tables from stored results, and run nothing."),
     pack: bool = typer.Option(False, "--pack", help="Pack the items into SCALE.tar.xz with an entry in manifest.json."),
@@ -49,19 +49,20 @@ def reproduce(
     from reproduction.store import Store
     from reproduction.studies import write_studies
     from sigmix.utils.cache import cache_dir
-    from sigmix.utils.io import check_writable
+    from sigmix.utils.io import check_writable, write_text
 
     settings = get_scale(scale)
     todo = chosen(settings, only)
     settings = replace(settings, base=settings.base if base is None else base)
     settings = replace(settings, larger=settings.larger if larger is None else larger, seeds=settings.seeds[:seeds])
+    pages = out or HERE / "tables"
     if plan:
         with tempfile.TemporaryDirectory() as folder:
             works = rehearse(settings, Path(folder), data_dir, allow_code)
             lab = Lab(settings, Store(Path(folder) / "none"), Path(folder), data_dir, allow_code)
-            typer.echo(plan_page(settings, works, lab, tflops))
+            write_text(pages / f"{scale}-plan.md", plan_page(settings, works, lab, tflops))
+        typer.echo(f"plan: {pages / f'{scale}-plan.md'}")
         return
-    pages = out or HERE / "tables"
     store = Store((out or HERE / "results") / scale)
     check_writable(pages / f"{scale}.md")
     work = work or cache_dir() / "reproduce" / scale

@@ -134,7 +134,7 @@ def tokens(scale: Scale, work: Work, lengths: Mapping[str, Length], configs: Map
 
 
 def plan_page(scale: Scale, works: Sequence[Work], lab: Lab, tflops: float) -> str:
-    """Return the table of the stages: runs, cells, tokens, FLOPs, and hours at a rate.
+    """Return the stages in Markdown: runs, cells, tokens, FLOPs, and hours at a rate.
 
     Args:
         lab: of the scale itself. tflops: effective rate in 10¹² FLOPs a second.
@@ -159,7 +159,11 @@ def plan_page(scale: Scale, works: Sequence[Work], lab: Lab, tflops: float) -> s
         rows.append(_row(work.stage, len(work.runs), work.cells.total(), count, flops, tflops))
     rows.append(_row("all", "", "", 0, total, tflops))
     head = ["stage", "training runs", "test cells", "million tokens", "PFLOP", f"hours at {tflops:g} TFLOP/s"]
-    return table(head, rows)
+    about = (
+        f"Base model {Path(scale.base).name}; every answer is counted at its task's limit. See `reproduction/plan.py` "
+        "for what is left out."
+    )
+    return "\n\n".join([f"# Plan of `python -m reproduction --scale {scale.name}`", about, table(head, rows)]) + "\n"
 
 
 def _row(name: str, runs: Any, cells: Any, count: float, flops: float, tflops: float) -> list[Any]:
