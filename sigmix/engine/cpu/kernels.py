@@ -189,17 +189,18 @@ class Packing:
             int8: compute the base with 8-bit weights, without gradients.
         """
         with ExitStack() as patches:
-            if int8:
+            if int8:  # copies exist since the beginning
                 for module in self._int8_others:
-                    layer = self.of(("int8", id(module)), [module.weight, module.bias], int8_linear)
-                    patch(patches, module, "forward", layer)
-                    patch(patches, module, JOINT, ([module], functools.partial(_itself, layer)))
+                    get = self._later(self.of, ("int8", id(module)), [module.weight, module.bias], int8_linear)
+                    patch(patches, module, "forward", get())
+                    patch(patches, module, JOINT, ([module], get))
                 for group in self._int8_groups:
-                    layer = self.base(group, int8_linear)
-                    self._joint(group, functools.partial(_itself, layer), patches, _eight_bits)
+                    get = self._later(self.base, group, int8_linear)
+                    get()
+                    self._joint(group, get, patches, _eight_bits)
             elif self.on:
                 for module in self.others:
-                    get = functools.cache(functools.partial(self.of, id(module), [module.weight, module.bias]))
+                    get = self._later(self.of, id(module), [module.weight, module.bias])
                     patch(patches, module, "forward", functools.partial(_forward, module, get))
                     patch(patches, module, JOINT, ([module], get))
                 for group in self.groups:
@@ -207,15 +208,20 @@ class Packing:
                         self._factored(group, patches)
                     else:
                         packed = (merged or {}).get(group.paths[0])
-                        own = functools.partial(self.base, group)
-                        get = functools.cache(own if packed is None else functools.partial(_itself, packed))
-                        self._joint(group, get, patches, _shared)
+                        self._joint(group, self._later(self._given, group, packed), patches, _shared)
             yield
 
     def base(self, group: Group, make: Callable[..., Pack] | None = None) -> Pack:
         """Return a group's layer with the base weights, packed by ``make`` or `pack`."""
         make_layer: Callable[..., Pack] = make or self.pack
         return self.of((make, group.paths[0]), group.sources(), lambda *_: make_layer(group.weight(), group.bias()))
+
+    def _given(self, group: Group, packed: Pack | None) -> Pack:
+        return self.base(group) if packed is None else packed
+
+    @staticmethod
+    def _later(make: Callable[..., Pack], *args: Any) -> Callable[[], Pack]:
+        return functools.cache(functools.partial(make, *args))
 
     def _joint(
         self, group: Group, get: Callable[[], Pack], patches: ExitStack, forward: Callable[..., torch.Tensor]
@@ -247,10 +253,6 @@ def joint_linear(layers: Sequence[nn.Module]) -> Pack | None:
 
 def _plain_pass(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() or x.dtype != torch.bfloat16
-
-
-def _itself(layer: Pack) -> Pack:
-    return layer
 
 
 def _forward(module: nn.Linear, get: Callable[[], Pack], x: torch.Tensor) -> torch.Tensor:
