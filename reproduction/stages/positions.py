@@ -147,7 +147,9 @@ def other(scale: Scale, kind: str) -> str:
 def kl_of_cell(report: Report, task: str, who: str | None) -> str:
     """Return the KL per token to the base model on a cell's replies, with two decimals."""
     kl = report.kl(task, who)
-    return NOT_RUN if kl is None else f"{kl:.2f}"
+    if kl is None:
+        return NOT_RUN if report.result(task, who) is None else "not measured"
+    return f"{kl:.2f}"
 
 
 def _by_seed(report: Report, task: str, seed: int) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sigmix.engine.base import InferenceEngine
-from sigmix.errors import ConfigError, ContextError
+from sigmix.errors import ConfigError
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
 
@@ -96,21 +96,3 @@ def check_bank(engine: InferenceEngine) -> None:
     """
     for name in skills(engine.bank):
         engine.check_expert(engine.bank[name])
-
-
-def decide_readable(
-    engine: InferenceEngine,
-    rows: Sequence[list[int]],
-    new_tokens: int,
-    decide: Callable[[list[list[int]]], list[Decision]],
-) -> list[Decision]:
-    """Apply ``decide`` to the prompts that the model can read, see `check_prompt`; the others get the base model."""
-    refused: dict[int, Decision] = {}
-    for number, row in enumerate(rows):
-        try:
-            engine.check_prompt(row, new_tokens, "the request in the first pass")
-        except ContextError as error:
-            refused[number] = Decision(Mix.base(), OTHER, error.message)
-    readable = [row for number, row in enumerate(rows) if number not in refused]
-    decisions = iter(decide(readable) if readable else [])
-    return [refused[number] if number in refused else next(decisions) for number in range(len(rows))]

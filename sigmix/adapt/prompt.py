@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sigmix.adapt.base import OTHER, Decision, Label, check_bank, decide_readable, labels
+from sigmix.adapt.base import OTHER, Decision, Label, check_bank, labels
 from sigmix.engine.base import InferenceEngine
 from sigmix.engine.constrained import TokenTrie
 from sigmix.errors import ContextError
@@ -66,8 +66,16 @@ class PromptDispatch:
         """Return one decision per user turn; the label "other" and a request over the context length mean the base."""
         if len(self.labels) == 1:
             return [Decision(Mix.base(), OTHER, "the bank is empty") for _ in prompts]
-        longest = max(map(len, self.trie.replies))
-        return decide_readable(self.engine, [self._encode(text) for text in prompts], longest, self._decide)
+        longest, readable = max(map(len, self.trie.replies)), []
+        refused: dict[int, Decision] = {}
+        for number, row in enumerate(map(self._encode, prompts)):
+            try:
+                self.engine.check_prompt(row, longest, "the request in the first pass")
+                readable.append(row)
+            except ContextError as error:
+                refused[number] = Decision(Mix.base(), OTHER, error.message)
+        decisions = iter(self._decide(readable) if readable else [])
+        return [refused[number] if number in refused else next(decisions) for number in range(len(prompts))]
 
     def _encode(self, request: str) -> list[int]:
         return self.engine.encode(question(self.labels, request))

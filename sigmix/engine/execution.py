@@ -102,7 +102,6 @@ class Execution:
         self._mixed: LRUCache[Mix, tuple[dict[str, Flat], torch.Tensor]] = LRUCache(Z_BYTES)
         self._passes: dict[Mix, float] = {}  # unmerged passes under one mixture alone
         self._unmerged: Mix | None = None  # the mixture of the present state, if merging it may pay
-        self._form = "base"
         # going through the modules on every request would take longer than comparing the parameters
         self._parameters = [(module._parameters, name) for module in model.modules() for name in module._parameters]
         self._seen: tuple[Any, ...] = ()
@@ -179,11 +178,6 @@ class Execution:
         """Keys of the prefix cache for the rows of the present batch, inside `under`."""
         keys = {mix: self._weight_key(mix) for mix in dict.fromkeys(mixes)}
         return [keys[mix] for mix in mixes]
-
-    @property
-    def form(self) -> str:
-        """Form of the present state, see `choose`."""
-        return self._form
 
     def _refresh(self) -> None:
         """Advance the version of the base if any parameter was replaced, cast, moved or edited in place."""
@@ -272,13 +266,12 @@ class Execution:
         if only is not None and only != Mix.base() and tokens:
             self._count(only, tokens)
         chosen = self.choose(mixes, form)
-        before = self._form, self._unmerged
-        self._form, self._unmerged = chosen, only if chosen == "factored" else None
+        before, self._unmerged = self._unmerged, only if chosen == "factored" else None
         try:
             with self._state(chosen, mixes, z, decoding) as select:
                 yield select
         finally:
-            self._form, self._unmerged = before
+            self._unmerged = before
 
     @contextmanager
     def other_base(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:

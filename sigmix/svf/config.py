@@ -56,7 +56,8 @@ class SVFConfig(PeftConfig):
             self.exclude_modules, self.exclude = self.exclude, None
         if isinstance(self.layers_to_transform, str) and self.layers_to_transform != "half":
             raise ConfigError(f"layers_to_transform must be indices or 'half', not {self.layers_to_transform!r}")
-        check_positions(self.positions)
+        if self.positions not in POSITIONS:
+            raise ConfigError(f"positions must be 'all' or 'prompt', not {self.positions!r}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)):
@@ -66,14 +67,3 @@ class SVFConfig(PeftConfig):
                     re.compile(value)
                 except re.error as error:
                     raise ConfigError(f"{name}: invalid regular expression {value!r}: {error}") from error
-
-
-def check_positions(positions: object) -> str:
-    """Return ``positions`` if it is one of `POSITIONS`.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if positions not in POSITIONS:
-        raise ConfigError(f"positions must be 'all' or 'prompt', not {positions!r}")
-    return str(positions)

@@ -12,10 +12,13 @@ from peft import IA3Config, get_peft_model
 
 from reproduction.blend import Blend
 from reproduction.compose import UNIFORM, average, geometry, total, tune
+from reproduction.divergence import divergence
 from sigmix.engine import Engine
 from sigmix.engine.prefix_cache import completion_logits
 from sigmix.experts.expert import Expert
 from sigmix.experts.mix import Mix
+from sigmix.tasks.registry import get_task
+from sigmix.train.rollout import Actor
 
 pytestmark = pytest.mark.usefixtures("cache")
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -154,3 +157,36 @@ def test_z_of_prompts_acts_on_them_alone(tiny, answer_tokens):
         logits(ours, {"a": 1.0, "b": 1.0}), logits(ours, {}), **NEAR
     )  # gains that cancel: the base
     torch.testing.assert_close(logits(ours, {}), logits(everywhere, {}), **NEAR)
+
+
+def test_the_divergence_of_z_of_prompts_is_that_of_the_answers_as_they_are_read(tiny, tiny_tokenizer, monkeypatch):
+    made = get_task("addition")
+    samples = made.samples("test", 5)
+    base = tiny("llama").double()
+    draw = torch.Generator().manual_seed(0)
+    z = {p: 0.5 + torch.rand(min(m.weight.shape), generator=draw) for p, m in base.named_modules() if "up_proj" in p}
+    found = {}
+    for positions in ("all", "prompt"):
+        blend = Blend(tiny("llama").double(), {"a": Expert("a", z)}, "svf", True, positions)
+        actor = Actor(blend.model, tiny_tokenizer, made, blend.prompt_only)
+        rows = [SimpleNamespace(ids=[7, 30 + n, 9, 12][: 2 + n % 3]) for n in range(5)]
+
+        def under(blend=blend):
+            return blend.under({"a": 1.0})
+
+        found[positions] = divergence(blend.model, actor, samples, rows, under, blend.reference)
+        total = count = 0.0
+        for sample, row in zip(samples, rows, strict=True):
+            ids, mask = torch.tensor([row.ids]), torch.ones(1, len(row.ids), dtype=torch.bool)
+            prompts = [actor.encode(sample)]
+            with torch.no_grad(), blend.reference():
+                theirs = completion_logits(blend.model, prompts, ids, mask, 0).log_softmax(-1)
+            with torch.no_grad(), under():
+                ours = completion_logits(blend.model, prompts, ids, mask, 0, prompt_only=blend.prompt_only)
+            ours = ours.log_softmax(-1)
+            total, count = total + float((ours.exp() * (ours - theirs)).sum()), count + len(row.ids)
+        assert found[positions] == pytest.approx(total / count, rel=1e-6)
+        monkeypatch.setattr("reproduction.divergence.ROWS", 2)
+        in_parts = divergence(blend.model, actor, samples, rows, under, blend.reference)
+        assert in_parts == pytest.approx(found[positions], rel=1e-6)
+    assert abs(found["all"] - found["prompt"]) > 0.01 * found["all"]
