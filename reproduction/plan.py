@@ -4,8 +4,8 @@
 
 All stages run, with the scale's tasks, kinds and seeds, on a few items each. The estimate counts the tokens that
 training runs, validations, tunings of α and test cells read and write, with answers as long as their task allows, and
-matrix products alone. It leaves
-out pass one of the strategies and the search of strategy C. Rates tie on the tiny model, so sweeps add all they may.
+matrix products alone. It leaves out pass one of the strategies and the search of strategy C. Rates tie on the tiny
+model, so sweeps add all they may.
 """
 
 from __future__ import annotations
